@@ -8,7 +8,8 @@ everything else that is not printable are shown as Python escapes: ``\\n``, ``\\
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 _KEYS = ("LLM_WSAE_API_KEY", "OPENAI_API_KEY")  # of the endpoints of ``explaining``
@@ -64,3 +65,35 @@ def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     head, *body = rows
     rule = ["---" if i < left else "--:" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, the first of which is the head, and what a reader should know of them."""
+
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    """Columns of names, which are left-aligned."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """What the columns mean."""
+    words: Sequence[str] = ()
+    """Sentences below it."""
+    title: str = ""
+
+    def text(self) -> str:
+        """For a terminal."""
+        width = max(map(len, self.meanings), default=0)
+        lines = [f"{name.ljust(width)}  {meaning}" for name, meaning in self.meanings.items()]
+        blocks = [[aligned(self.rows, self.left)], lines, self.words]
+        return "\n\n".join("\n".join(block) for block in blocks if block)
+
+    def of_page(self) -> dict[str, Any]:
+        """For ``pages/report.html``, which shows the meanings of all its measures by itself."""
+        return {"title": self.title, "words": " ".join(self.words), "rows": self.rows}
+
+    def markdown(self) -> str:
+        """For a Markdown file, under its title."""
+        parts = [f"## {self.title}"] if self.title else []
+        parts += [*self.words, markdown(self.rows, self.left)]
+        parts += ["\n".join(f"- {name}: {meaning}" for name, meaning in self.meanings.items())]
+        return "\n\n".join(part for part in parts if part)

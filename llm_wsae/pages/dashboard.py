@@ -24,6 +24,7 @@ from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.frame import filled, is_page
 from llm_wsae.pages.latent_measures import read_scores
 from llm_wsae.pages.payload import (
+    SCORES,
     Latents,
     Words,
     facts,
@@ -122,6 +123,7 @@ def dashboard(
         "top": top,
         "bands": bands,
         "dense": DENSE_DENSITY,
+        "scores": SCORES,
         "prompts": [prompt_facts(one, words) for one in sentences],
         "live": live,
         "corpus": printable(str(store.manifest.corpus.get("name", ""))),

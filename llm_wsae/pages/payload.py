@@ -17,13 +17,13 @@ from torch import Tensor
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import Explanation
-from llm_wsae.dictionary.hub.card_tables import MEASURES, score, with_interval
 from llm_wsae.inspecting.latents import dimensions_written, written
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.vocabulary import Vocabulary
-from llm_wsae.outside import mapping, number, pair
+from llm_wsae.outside import mapping, number
 from llm_wsae.pages.collecting import Firings, Windows, windows
 from llm_wsae.statistics.documents import FEWEST, TextSize
+from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY, score_text
 from llm_wsae.terminal import printable
 
 CHUNK = 64
@@ -35,15 +35,8 @@ _SHADES = 99  # levels of an activation: two digits
 _LONGEST = 80  # characters of a token that are shown
 _ROWS_AT_ONCE = 1024
 _LOGITS_AT_ONCE = 4 * CHUNK
-SCORES = ("detection", "detection_without_tokens", "purity", "coherence")
-"""Scores of latents that become measures of the page."""
-_FIDELITY = {
-    "fvu": ("FVU", "share of the variance of the activations that the reconstruction misses"),
-    "ce_recovered": ("CE recovered", "share of the model's next-token ability that is left"),
-    "kl": ("KL", "how far the predictions move, in nats"),
-}
-
-
+SCORES = {one.name: one.title for one in MONOSEMANTICITY if one.source == "latents"}
+"""Scores of latents that become measures of the page, with their titles."""
 _DOCUMENTS = ("documents", "effective_documents")
 
 
@@ -96,10 +89,10 @@ def nearest(
     return torch.cat(indices), torch.cat(cosines)
 
 
-def _known(fidelity: Mapping[str, Any]) -> list[float]:
-    """The numbers of ``_FIDELITY``, if all of them are there."""
-    values = [number(fidelity.get(key)) for key in _FIDELITY]
-    return [] if None in values else [value for value in values if value is not None]
+def _known(fidelity: Mapping[str, Any]) -> list[str]:
+    """The numbers of ``DRAWN``, if all of them are there."""
+    values = [number(fidelity.get(one.key)) for one in DRAWN]
+    return [] if None in values else [one.cell(fidelity).split()[0] for one in DRAWN]
 
 
 def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> dict[str, Any]:
@@ -110,7 +103,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
     weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
     weights += ", as a space" if info.weights.get("place") == "space" else ""
     alive = max(found.rows_seen, 1)
-    titles = ", ".join(title for title, _ in _FIDELITY.values())
+    titles = ", ".join(one.title for one in DRAWN)
     groups = {
         "What it is": [
             ("model", printable(str(info.model.get("name", "not known"))), ""),
@@ -131,9 +124,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
             ),
         ],
         "Fidelity on held-out text": [
-            (title, with_interval(value, pair(fidelity.get(f"{key}_interval"))), meaning)
-            for key, (title, meaning) in _FIDELITY.items()
-            if (value := number(fidelity.get(key))) is not None
+            (one.title, text, one.meaning) for one in DRAWN if (text := one.text(fidelity))
         ]
         + [
             ("documents", _documents(float(count), float(effective)), "that it was measured on")
@@ -141,14 +132,16 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
             if count is not None and effective is not None
         ],
         f"The same of untrained and half-trained baselines ({titles})": [
-            (printable(str(label)), ", ".join(f"{one:.3f}" for one in values), "")
+            (printable(str(label)), ", ".join(values), "")
             for label, own in mapping(info.metrics.get("baselines")).items()
             if (values := _known(mapping(mapping(own).get("fidelity"))))
         ],
         "Monosemanticity on held-out text": [
-            (printable(key.replace("_", " ")), text, MEASURES.get(key, ""))
-            for key, value in scores.items()
-            if (text := score(value))
+            (one.title, text, one.meaning)
+            if (one := MEASURES.get(key)) is not None
+            else (printable(key.replace("_", " ")), text, "")
+            for key in scores
+            if (text := score_text(scores, key))
         ],
     }
     return {

@@ -8,9 +8,10 @@ import torch
 from matplotlib.figure import Figure
 
 from llm_wsae.artifact.files import write_text
-from llm_wsae.evaluation.fidelity.report import OF_PAGE, FromPlain, Report
+from llm_wsae.evaluation.fidelity.report import FromPlain, Report
 from llm_wsae.pages.drawing import BLUE, GREY, INK, LIGHT, PALETTE, legend_beside, save, tidy
 from llm_wsae.pages.frame import filled
+from llm_wsae.statistics.measures import DRAWN, L0
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.loss_weights import LossWeights, effective_dimensions, loss_share
@@ -80,23 +81,17 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
     """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side.
 
     Half-random arms are grey.
-    ``arms`` maps an arm's name to its ``fvu``, ``ce_recovered``, ``ce_recovered_interval``, ``kl``
-    and ``kl_interval``. What is None is not drawn.
+    ``arms`` maps an arm's name to its numbers. What is None is not drawn.
     """
-    panels = (
-        ("fvu", "FVU (lower is better)", None),
-        ("ce_recovered", "CE recovered (higher is better)", "ce_recovered_interval"),
-        ("kl", "KL(clean ‖ spliced), nats (lower is better)", "kl_interval"),
-    )
     names = list(arms)
     figure = Figure(figsize=(12, 1.6 + 0.5 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (key, label, interval) in zip(axes, panels, strict=True):
+    axes = figure.subplots(1, len(DRAWN), sharey=True)
+    for axis, measure in zip(axes, DRAWN, strict=True):
         for row, name in enumerate(names):
-            value = arms[name][key]
+            value = arms[name][measure.key]
             if value is None:
                 continue
-            ends = arms[name][interval] if interval else (value, value)
+            ends = arms[name].get(f"{measure.key}_interval", (value, value))
             low, high = (value if end is None else end for end in ends)
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
             colour = INK if name.startswith("uniform") else BLUE
@@ -111,7 +106,8 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
                 fontsize=9,
                 color=GREY,
             )
-        axis.set(xlabel=label, ylim=(len(names) - 0.4, -0.7))
+        better = "lower" if measure.lower_is_better else "higher"
+        axis.set(xlabel=f"{measure.title} ({better} is better)", ylim=(len(names) - 0.4, -0.7))
         axis.margins(x=0.25)
         tidy(axis, grid="x")
     axes[0].set_yticks(range(len(names)), names)
@@ -160,12 +156,14 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
                 "name": arm.name,
                 "k": arm.level,
                 "level": f"{'k' if arm.kind.setting == 'k' else 'L1'} = {arm.level:g}",
-                "values": {key: getattr(report.dictionaries[arm.name], key) for key in OF_PAGE},
+                "values": {
+                    m.key: getattr(report.dictionaries[arm.name], m.key) for m in (*DRAWN, L0)
+                },
             }
             for arm in arms
         ],
-        "measures": OF_PAGE,
-        "curves": [{"title": "Fidelity", "across": "l0", "up": ["fvu", "ce_recovered", "kl"]}],
+        "measures": {m.key: m.of_page() for m in (*DRAWN, L0)},
+        "curves": [{"title": "Fidelity", "across": "l0", "up": [m.key for m in DRAWN]}],
         "legend": _LEGEND,
         "forest": ["kl", "ce_recovered", "fvu"],
         "differences": [{"equal": "k", "across": "l0", "rows": rows}] if rows else [],
@@ -174,11 +172,7 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
             for name, one in report.from_plain.items()
         ],
         "tables": [
-            {
-                "title": "Fidelity on held-out text",
-                "words": " ".join(report.text_measured()),
-                "rows": report.rows(),
-            }
+            report.measured.of_page(),
         ],
     }
     write_text(path, filled("report.html", about))

@@ -6,13 +6,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from study_cases import Made
+from study_cases import MEASURES, Made
 
 from llm_wsae import EvaluateConfig, choose_weights, evaluate, make_arms
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.lab.studies.report import StudyReport
-from llm_wsae.lab.studies.results import MEASURES
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.frame import filled

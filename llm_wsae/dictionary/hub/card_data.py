@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.outside import integer, mapping, number, pair, text
+from llm_wsae.outside import integer, mapping, number, text
 
 _SITE = re.compile(r"[\w.]+", re.ASCII)
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
@@ -35,13 +35,9 @@ class Facts:
     package_version: str | None
     """Version of this package that saved it."""
 
-    def metric(self, name: str, group: str = "fidelity") -> float | None:
-        """A measured number."""
-        return number(mapping(self.info.metrics.get(group)).get(name))
-
-    def interval(self, name: str, group: str = "fidelity") -> tuple[float, float] | None:
-        """The 95 % interval of a measured number."""
-        return pair(mapping(self.info.metrics.get(group)).get(f"{name}_interval"))
+    def metric(self, name: str) -> float | None:
+        """A number of its fidelity."""
+        return number(mapping(self.info.metrics.get("fidelity")).get(name))
 
     @property
     def model(self) -> str | None:

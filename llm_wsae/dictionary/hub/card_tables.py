@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from llm_wsae.dictionary.folder import EXPLANATIONS
 from llm_wsae.dictionary.hub.card_data import Facts
-from llm_wsae.outside import integer, mapping, number, pair, text
+from llm_wsae.outside import integer, mapping, text
+from llm_wsae.statistics.measures import FIDELITY, MEASURES, score_text
 from llm_wsae.terminal import markdown
 
 _LONGEST = 200  # characters of a foreign text
@@ -16,25 +17,7 @@ _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
 _UNTRAINED = ("raw dimensions", "frozen random")
 _HALF_RANDOM = ("frozen decoder", "frozen encoder")
 _NOT_LEARNT = "none"
-MEASURES = {
-    "eligible_share": "share of the latents that fire in enough contexts to be scored",
-    "purity": "share of the most frequent token among the contexts that excite a latent most "
-    "(control: among random contexts)",
-    "coherence": "mean cosine of their meanings minus that of random contexts",
-    "detection": "probability that another context in which the latent fires resembles them more "
-    "than one in which it is silent (0.5: they have nothing in common)",
-    "detection_without_tokens": "the same without contexts that share a token with them",
-    "probe_1": "area under the ROC curve of known concepts from the best latent (control: from the "
-    "best dimension)",
-    "probe_5": "from the best five",
-    "selectivity": "how much more a concept's own probe loses than those of others when its best "
-    "five latents are removed; mean over families of concepts",
-    "spill": "what the five other concepts that are hit hardest lose where the own probe has lost "
-    "0.05 (lower is better)",
-    "absorbed": "share of words whose first letter one other latent speaks for, while its own are "
-    "silent; mean over letters (lower is better; by probes of our own, not SAEBench's number)",
-    "selectivity_letters": "selectivity of first letters of words alone, one of those families",
-}
+_SHOWN = [measure for measure in FIDELITY if measure.card]
 
 
 def escape(value: str) -> str:
@@ -74,7 +57,7 @@ def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
 def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
     """What each dictionary is and how faithful it is to the model."""
     header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
-    header += ["FVU", "CE recovered", "KL", "L0", "dead %", "dense %"]
+    header += [measure.title for measure in _SHOWN]
     return markdown([header, *map(_row, dictionaries)], left=4)
 
 
@@ -85,12 +68,7 @@ def _row(d: Facts) -> list[str]:
         escape(d.sparsity),
         escape(rule_words(d)),
         _NONE if is_plain(d) or d.info.rule == _NOT_LEARNT else f"{d.info.alpha:g}",
-        with_interval(d.metric("fvu"), d.interval("fvu")),
-        with_interval(d.metric("ce_recovered"), d.interval("ce_recovered")),
-        with_interval(d.metric("kl"), d.interval("kl")),
-        _figure(d.metric("l0"), 1),
-        _figure(d.metric("dead_share"), 1, 100.0),
-        _figure(d.metric("dense_share"), 1, 100.0),
+        *(measure.text(mapping(d.info.metrics.get("fidelity"))) or _NONE for measure in _SHOWN),
     ]
 
 
@@ -99,14 +77,7 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
     if not measured:
         return ["Their fidelity was not measured; `llm-wsae evaluate --keep` measures it."]
-    notes = [
-        "FVU: fraction of the activations' variance that the reconstruction misses. CE recovered: "
-        "share of the model's next-token ability that remains when it continues from the "
-        "reconstruction (1: all of it; 0: no better than zeros in its place), with its 95 % "
-        "interval over documents. KL: how far that moves the predictions, in nats. L0: active "
-        "latents per token. "
-        "Dead: latents that never fired on this text; dense: on more than a tenth of the tokens."
-    ]
+    notes = ["; ".join(f"{one.title}: {one.meaning}" for one in _SHOWN) + "."]
     beside = [d.sae_id.partition(", ")[0] for d in measured if d.info.rule == _NOT_LEARNT]
     if any(name in _UNTRAINED for name in beside):
         notes[0] += (
@@ -153,15 +124,15 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
     """Every dictionary's monosemanticity: what the measures mean, and a table with a column for
     each, the control in brackets.
 
-    A measure is a number, or an object with ``value`` and optionally ``interval`` and ``control``.
     Empty if no dictionary has one.
     """
     scores = {d.sae_id: mapping(d.info.metrics.get("monosemanticity")) for d in dictionaries}
     cells = {
-        sae_id: {name: cell for name, value in found.items() if (cell := score(value))}
+        sae_id: {name: cell for name in found if (cell := score_text(found, name))}
         for sae_id, found in scores.items()
     }
     names = list(dict.fromkeys(name for found in cells.values() for name in found))
+    names = [name for name in MEASURES if name in names] + [n for n in names if n not in MEASURES]
     if not names:
         return []
     rows = [
@@ -169,11 +140,13 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
         for sae_id, found in cells.items()
         if found
     ]
-    spelt = {name: escape(name.replace("_", " ")) for name in names}
-    known = [f"{spelt[name]}: {MEASURES[name]}" for name in names if name in MEASURES]
+    known = [MEASURES[name] for name in names if name in MEASURES]
+    meanings = "; ".join(f"{one.title}: {one.meaning}" for one in known)
+    titles = [one.title for one in known]
+    titles += [escape(name.replace("_", " ")) for name in names if name not in MEASURES]
     intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
-    notes = [intervals + "; ".join(known) + "."] if known else []
-    return [*notes, markdown([["dictionary", *spelt.values()], *rows])]
+    notes = [f"{intervals}{meanings}."] if known else []
+    return [*notes, markdown([["dictionary", *titles], *rows])]
 
 
 def explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
@@ -190,7 +163,7 @@ def explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
                 f"`{d.sae_id}`",
                 escape(text(found.get("explainer")) or _NONE),
                 f"{latents:,}",
-                *(score(found.get(name)) or _NONE for name in _JUDGED),
+                *(score_text(found, name) or _NONE for name in _JUDGED),
                 _count(unread) + (f" of {questions:,}" if questions else ""),
             ]
         )
@@ -207,26 +180,8 @@ def explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
     ]
 
 
-def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    """``0.986 [0.984, 0.987]``."""
-    if value is None or interval is None:
-        return _figure(value, 3)
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-
-
-def score(value: object) -> str:
-    """A measure as text, with its interval and its control; empty if it is none."""
-    found = mapping(value)
-    number_here = number(found.get("value") if found else value)
-    if number_here is None:
-        return ""
-    control = number(found.get("control"))
-    bracket = "" if control is None else f" (control {control:.3f})"
-    return with_interval(number_here, pair(found.get("interval"))) + bracket
-
-
-def _figure(value: float | None, digits: int, factor: float = 1.0) -> str:
-    return _NONE if value is None else f"{factor * value:.{digits}f}"
+def _figure(value: float | None, digits: int) -> str:
+    return _NONE if value is None else f"{value:.{digits}f}"
 
 
 def _count(value: int | None) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.measures import FIDELITY
 from llm_wsae.statistics.uncertainty import Interval
-from llm_wsae.terminal import aligned
+from llm_wsae.terminal import Table
 
 _PER_ITEM = (  # long lists
     "fvu_per_dimension",
@@ -16,33 +17,6 @@ _PER_ITEM = (  # long lists
     "kl_per_document",
     "ce_increase_per_document",
 )
-COLUMNS = {
-    "FVU": "fraction of the activations' variance that the reconstruction misses (0: perfect)",
-    "CE recovered": "share of the model's next-token prediction that survives when the "
-    "reconstruction replaces the activations (1: all; 0: no better than zeros), with its 95 % "
-    "interval",
-    "KL": "mean divergence between the model's predictions with and without that replacement, in "
-    "nats (0: none)",
-    "L0": "mean number of active latents per token",
-    "dead %": "latents that never fire on this text",
-    "dense %": "latents that fire on more than 10 % of the tokens",
-    "cosine": "mean cosine between activation and reconstruction (1: perfect)",
-    "vanished %": "firings that are gone when the reconstruction is encoded again",
-    "shrunk %": "strength that the other firings lose on that way (below 0: they grow)",
-    "false": "latents per token that appear on that way",
-}
-
-OF_PAGE = {
-    key: {"title": title, "meaning": COLUMNS[title], "scale": scale, "lower": lower}
-    for key, title, scale, lower in (
-        ("l0", "L0", "log", False),
-        ("fvu", "FVU", "log", True),
-        ("ce_recovered", "CE recovered", "lost", False),
-        ("kl", "KL", "log", True),
-    )
-}
-"""Measures that ``pages/report.html`` draws, with the scales of their axes and whether lower is
-better."""
 
 
 @dataclass(frozen=True)
@@ -180,23 +154,28 @@ class Report:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
         write_json(path, self.to_dict())
 
-    def rows(self) -> list[list[str]]:
-        """The numbers as cells; the first row is the head."""
+    @property
+    def measured(self) -> Table:
+        """The numbers, what they mean, and the text that they were measured on."""
         found = list(self.dictionaries.values())
-        several = len({f.site for f in found}) > 1
-        header = ["dictionary", *(["site"] if several else []), *COLUMNS]
-        return [header, *([f.name, *([f.site] if several else []), *_cells(f)] for f in found)]
+        named = ["dictionary", *(["site"] if len({f.site for f in found}) > 1 else [])]
+        rows = [
+            [f.name, f.site][: len(named)] + [one.cell(f.summary()) for one in FIDELITY]
+            for f in found
+        ]
+        return Table(
+            [[*named, *(one.title for one in FIDELITY)], *rows],
+            left=len(named),
+            meanings={one.title: one.meaning for one in FIDELITY},
+            words=self._text_measured(),
+            title=f"Fidelity on {self.text}",
+        )
 
     def table(self) -> str:
         """A table for people, with the meaning of each column below it."""
-        rows = self.rows()
-        text = [aligned(rows, left=len(rows[0]) - len(COLUMNS)), ""]
-        width = max(map(len, COLUMNS))
-        text += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
-        text += ["", *self.text_measured()]
-        return "\n".join(text)
+        return self.measured.text()
 
-    def text_measured(self) -> list[str]:
+    def _text_measured(self) -> list[str]:
         """Sentences on the text that was measured on, and what to know of it."""
         found = list(self.dictionaries.values())
         lines = [
@@ -211,19 +190,3 @@ class Report:
                 f"zeros in their place; {one.massive_rows} massive activations left out."
             )
         return lines + [f"note: {note}" for note in self.notes]
-
-
-def _cells(f: Fidelity) -> list[str]:
-    low, high = f.ce_recovered_interval
-    return [
-        f"{f.fvu:.3f}",
-        f"{f.ce_recovered:.3f} [{low:.3f}, {high:.3f}]",
-        f"{f.kl:.3f}",
-        f"{f.l0:.1f}",
-        f"{100 * f.dead_share:.1f}",
-        f"{100 * f.dense_share:.1f}",
-        f"{f.cosine:.3f}",
-        f"{100 * f.vanished:.1f}",
-        f"{100 * f.shrunk:+.1f}",
-        f"{f.false_latents:.2f}",
-    ]

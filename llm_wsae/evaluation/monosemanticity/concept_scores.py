@@ -31,13 +31,13 @@ from llm_wsae.evaluation.monosemanticity.removal import (
     selectivity,
     spill,
 )
-from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.evaluation.monosemanticity.unit_tables import (
     DenseTable,
     SparseTable,
     Table,
     Units,
 )
+from llm_wsae.statistics.measures import LETTER
 
 HALVES = 2
 

@@ -27,19 +27,18 @@ from llm_wsae.evaluation.monosemanticity.firings import (
 from llm_wsae.evaluation.monosemanticity.window_embeddings import WindowEmbeddings
 from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
-SCORES = {
-    "purity": "share of the most frequent token among a latent's top contexts (1: one token)",
-    "purity_sampled": "the same among contexts sampled over all quantiles of its activation",
-    "entropy": "entropy of the tokens of the top contexts, in bits (0: one token)",
-    "entropy_sampled": "the same for the sampled contexts",
-    "coherence": "mean cosine between the sentence embeddings of a latent's top contexts, minus "
-    "that of random contexts (0: nothing in common)",
-    "coherence_sampled": "the same for the sampled contexts",
-    "detection": "probability that a context where the latent fires is closer to the centroid of "
-    "its top contexts than one of the same genre where it is silent, both from other documents "
-    "than those of the top contexts (0.5: chance; 1: perfect)",
-    "detection_without_tokens": "the same without contexts whose token is one of the top contexts'",
-}
+SCORES = (
+    "purity",
+    "purity_sampled",
+    "entropy",
+    "entropy_sampled",
+    "coherence",
+    "coherence_sampled",
+    "detection",
+    "detection_without_tokens",
+)
+"""Of a latent's top contexts (``statistics.measures``; ``entropy`` is that of their tokens, in
+bits), and ``sampled`` over all quantiles of its activation."""
 RESAMPLED = "detection_resampled"
 """Detection of every latent on resamplings of the documents, beside its scores."""
 _RESAMPLINGS = 100

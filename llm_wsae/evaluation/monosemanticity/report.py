@@ -9,32 +9,9 @@ from torch import Tensor
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
-from llm_wsae.evaluation.monosemanticity.latent_scores import SCORES
-from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.statistics.documents import TextSize
-from llm_wsae.terminal import aligned, printable
-
-COLUMNS = {
-    "eligible %": "latents that fire in enough contexts to be scored; the next four columns are "
-    "means over them",
-    "purity": SCORES["purity"],
-    "coherence": SCORES["coherence"],
-    "detection": SCORES["detection"] + "; with its 95 % interval over latents and documents",
-    "no token": SCORES["detection_without_tokens"] + " (share of all latents that have this score)",
-    "probe 1": "area under the ROC curve when a concept is predicted from its best latent, mean "
-    "over families of concepts (0.5: chance; 1: perfect)",
-    "probe 5": "the same from the best five latents",
-    "selective": "drop in accuracy of a concept's dense probe when its best five latents are "
-    "removed, minus the mean drop of the other concepts' probes; mean over families of concepts, "
-    "with its 95 % interval over them (higher is better)",
-    "letters": "the same over first letters of words alone, one of those families",
-    "spill": "drop in accuracy of the five other concepts' probes that are hit hardest, when the "
-    "own has dropped by 0.05; mean over families, with its 95 % interval (lower is better)",
-    "absorbed %": "words whose first letter the activations show, while its latents are silent and "
-    "one other latent speaks for it; mean over letters, with its 95 % interval over them (lower is "
-    "better; by probes of our own, not SAEBench's number)",
-    "dense %": "latents that fire on more than 10 % of the tokens",
-}
+from llm_wsae.statistics.measures import LETTER, MONOSEMANTICITY
+from llm_wsae.terminal import Table, printable
 
 
 @dataclass(frozen=True)
@@ -111,13 +88,19 @@ class MonosemanticReport:
 
     def table(self) -> str:
         """A table for people, with the meaning of each column below it."""
-        rows = [[name, *_cells(scores)] for name, scores in self.dictionaries.items()]
-        width = max(map(len, COLUMNS))
+        numbers = {name: card_numbers(self, name) for name in self.dictionaries}
+        rows = [
+            [name, *(one.cell(own) for one in MONOSEMANTICITY)] for name, own in numbers.items()
+        ]
+        return Table(
+            [["dictionary", *(one.title for one in MONOSEMANTICITY)], *rows],
+            meanings={one.title: one.meaning for one in MONOSEMANTICITY},
+            words=self._words(),
+        ).text()
+
+    def _words(self) -> list[str]:
         size = TextSize(self.num_rows, self.num_documents, self.effective_documents)
-        lines = [aligned([["dictionary", *COLUMNS], *rows], left=1), ""]
-        lines += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
-        lines += [
-            "",
+        lines = [
             f"{size.text(self.text)}, in {self.num_contexts:,} contexts; the purity of random "
             f"contexts is {self.chance['purity']:.3f}.",
         ]
@@ -135,54 +118,11 @@ class MonosemanticReport:
                 f"mean cosine of matched latents): {found['pw_mcc']:.3f} over all latents, "
                 f"{found['pw_mcc_alive']:.3f} over those that fired."
             )
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return lines + [f"note: {note}" for note in self.notes]
 
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 5) for value in values.tolist()]
-
-
-def _cells(scores: DictionaryScores) -> list[str]:
-    def shown(mean: Mean, interval: bool = False) -> str:
-        low, high = mean.interval
-        return f"{mean.mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if interval else "")
-
-    latents, concepts = scores.latents, scores.concepts.means
-    other = latents["detection_without_tokens"]
-    return [
-        f"{100 * scores.eligible_share:.1f}",
-        shown(latents["purity"]),
-        shown(latents["coherence"]),
-        shown(latents["detection"], interval=True),
-        f"{shown(other)} ({100 * other.share:.1f} %)",
-        shown(concepts["best_1"]),
-        shown(concepts["best_5"]),
-        shown(concepts["selectivity"], interval=True),
-        _NONE if (letters := _letters(scores)) is None else f"{letters:.3f}",
-        shown(concepts["spill"], interval=True),
-        _absorbed(concepts["absorbed"]),
-        f"{100 * scores.dense_share:.1f}",
-    ]
-
-
-def _letters(scores: DictionaryScores) -> float | None:
-    """Selectivity of first letters alone."""
-    letters = scores.concepts.families.get(LETTER)
-    return letters["selectivity"] if letters else None
-
-
-def _absorbed(mean: Mean) -> str:
-    if not mean.count:
-        return _NONE
-    low, high = mean.interval
-    return f"{100 * mean.mean:.1f} [{100 * max(low, 0):.1f}, {100 * high:.1f}]"
-
-
-_NONE = "–"
-_OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")
-_OF_CONCEPTS = {"probe_1": "best_1", "probe_5": "best_5"} | {
-    key: key for key in ("selectivity", "spill", "absorbed")
-}
 
 
 def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
@@ -190,19 +130,17 @@ def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
     there is one, its ``control``: the purity of random contexts, or probes on the best
     dimensions."""
     scores = report.dictionaries[name]
-    dimensions = report.sites[scores.site]["means"]
-    controls = {"purity": report.chance["purity"]}
-    controls |= {key: dimensions[key] for key in _OF_CONCEPTS.values() if key in dimensions}
-
-    def entry(key: str, mean: Mean) -> dict[str, Any]:
-        control = {"control": controls[key]} if key in controls else {}
-        return {"value": mean.mean, "interval": mean.interval, **control}
-
-    return plain(
-        {
-            "eligible_share": scores.eligible_share,
-            **{key: entry(key, scores.latents[key]) for key in _OF_LATENTS},
-            **{name: entry(key, scores.concepts.means[key]) for name, key in _OF_CONCEPTS.items()},
-            "selectivity_letters": _letters(scores),
-        }
-    )
+    controls = {"purity": report.chance["purity"], **report.sites[scores.site]["means"]}
+    letters = scores.concepts.families.get(LETTER)
+    found: dict[str, Any] = {
+        "eligible_share": scores.eligible_share,
+        "selectivity_letters": letters["selectivity"] if letters else None,
+    }
+    for one in MONOSEMANTICITY:
+        means = scores.latents if one.source == "latents" else scores.concepts.means
+        if (mean := means.get(one.name)) is not None:
+            found[one.key] = {"value": mean.mean, "interval": mean.interval}
+            if one.name in controls:
+                found[one.key]["control"] = controls[one.name]
+    found["detection_without_tokens"]["share"] = scores.latents["detection_without_tokens"].share
+    return plain(found)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts, with_enough
+from llm_wsae.statistics.measures import LETTER
 
-LETTER = "letter"
-"""Family of the first letters of words; the names of its concepts begin with it."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CLOSERS = "\"'”’»)]}"
 _OPENERS = "\"'“‘«([{-–—*"

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from llm_wsae.lab.studies.inference import Estimate, compared
 from llm_wsae.lab.studies.plan import PLAIN
-from llm_wsae.lab.studies.results import ALL_MEASURES, Result, deciding
+from llm_wsae.lab.studies.results import Result, deciding
+from llm_wsae.statistics.measures import STUDIED
 from llm_wsae.statistics.uncertainty import LEVEL, holm
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "not shown"
@@ -73,7 +74,7 @@ def _beside(kind: _Kind, groups: Mapping[_Kind, _BySeed]) -> Compared:
 
 def _differences(own: _BySeed, other: _BySeed) -> dict[str, Estimate]:
     found = {}
-    for measure in ALL_MEASURES:
+    for measure in STUDIED:
         values = ({s: r.values[measure] for s, r in one.items() if measure in r.values}
                   for one in (own, other))  # fmt: skip
         difference = compared(*values)
@@ -109,7 +110,7 @@ def _p(one: Compared, measure: str) -> float:
 
 def is_gain(measure: str, estimate: Estimate) -> bool:
     """Whether a difference is in the better direction."""
-    sign = -1 if ALL_MEASURES[measure].lower_is_better else 1
+    sign = -1 if STUDIED[measure].lower_is_better else 1
     return sign * estimate.difference > 0
 
 

@@ -11,19 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from llm_wsae.evaluation.fidelity.report import OF_PAGE
 from llm_wsae.lab.studies.comparison import BETTER, WORSE, Compared
 from llm_wsae.lab.studies.inference import Estimate
 from llm_wsae.lab.studies.plan import PLAIN
-from llm_wsae.lab.studies.results import ALL_MEASURES, Result
+from llm_wsae.lab.studies.results import Result
 from llm_wsae.pages.drawing import BLUE, GREY, INK, PALETTE, save, tidy
+from llm_wsae.statistics.measures import DRAWN, L0, STUDIED
 
 _COLOURS = {BETTER: BLUE, WORSE: PALETTE[1]}
 _LEGEND = (
     "Filled: the rule. Hollow: its control. Bars are 95 % intervals. The scale is logarithmic far "
     "from 0."
 )
-_FIDELITY = ("fvu", "ce_recovered", "kl")
+_FIDELITY = [measure.key for measure in DRAWN]
 
 
 def plot_differences(
@@ -87,7 +87,8 @@ def figures_of_page(
             for r in results
             if not r.is_baseline
         ],
-        "measures": OF_PAGE | {name: _of_page(name) for name in measures},
+        "measures": {m.key: m.of_page() for m in (*DRAWN, L0)}
+        | {name: STUDIED[name].of_page() for name in measures},
         "curves": [
             {"title": "Fidelity", "across": "l0", "up": _FIDELITY},
             {"title": "Monosemanticity", "across": "l0", "up": others},
@@ -124,18 +125,12 @@ def _controls(compared: Sequence[Compared]) -> Mapping[tuple[str | None, int], C
 
 
 def _title(measure: str) -> str:
-    one = ALL_MEASURES[measure]
+    one = STUDIED[measure]
     return f"{one.title}\n(lower is better)" if one.lower_is_better else one.title
 
 
-def _of_page(measure: str) -> dict[str, Any]:
-    one = ALL_MEASURES[measure]
-    own = {"title": one.title, "meaning": one.meaning, "lower": one.lower_is_better}
-    return OF_PAGE.get(measure, {}) | own
-
-
 def _words(one: Compared) -> str:
-    said = [f"{ALL_MEASURES[measure].title} {word}" for measure, word in one.verdicts.items()]
+    said = [f"{STUDIED[measure].title} {word}" for measure, word in one.verdicts.items()]
     return ", ".join(said)
 
 

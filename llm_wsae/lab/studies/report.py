@@ -1,7 +1,7 @@
 """The report of a study: verdicts, tables, JSON, a figure, and a page of all of them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,16 @@ from llm_wsae.lab.studies.comparison import Compared, compare
 from llm_wsae.lab.studies.figures import figures_of_page, plot_differences
 from llm_wsae.lab.studies.plan import PLAIN
 from llm_wsae.lab.studies.report_tables import (
-    Table,
     dictionary_rows,
     difference_rows,
     difference_text,
     estimate_text,
     measures_of,
 )
-from llm_wsae.lab.studies.results import ALL_MEASURES, Result, deciding
+from llm_wsae.lab.studies.results import Result, deciding
 from llm_wsae.pages.frame import filled
-from llm_wsae.terminal import aligned, markdown
+from llm_wsae.statistics.measures import STUDIED
+from llm_wsae.terminal import Table, aligned
 
 REPORT_FILES = REPORT, MARKDOWN, PAGE, DIFFERENCES = (
     "report.json",
@@ -32,6 +32,7 @@ _QUESTION = "Is a dictionary with weights better than a plain one of the same k?
 _HOW_TO_READ = (
     "Each value less that of the plain dictionary of the same k and seed. Square brackets hold the "
     "95 % interval, over seeds and over documents, families of concepts or planted features. "
+    "Differences of KL are shares of the plain dictionary's. "
     "Latents that fire on more than 10 % of the tokens count in none but KL. Verdicts are on {}, "
     "corrected together for everything tried in this folder (Holm): better than plain and than the "
     "control, worse than plain, or not shown. Fewer latents per token change every measure, too: "
@@ -77,7 +78,7 @@ class StudyReport:
                 "sentences": self.sentences(),
                 "compared": {one.name: one for one in self.compared},
                 "dictionaries": {result.name: result for result in self.results},
-                "measures": ALL_MEASURES,
+                "measures": STUDIED,
                 "basis": self.basis,
                 "versions": versions(),
             }
@@ -107,9 +108,8 @@ class StudyReport:
         parts = [f"# {self._title()}"]
         parts += [f"- {sentence}" for sentence in self.sentences()]
         parts += [f"![Differences from plain dictionaries]({DIFFERENCES})"]
-        for table in self._tables():
-            parts += [f"## {table.title}", table.words, markdown(table.rows)]
-        measures = [ALL_MEASURES[name] for name in self._measures]
+        parts += [table.markdown() for table in self._tables()]
+        measures = [STUDIED[name] for name in self._measures]
         parts += ["\n".join(f"- {one.title}: {one.meaning}" for one in measures)]
         return "\n\n".join(parts) + "\n"
 
@@ -125,7 +125,7 @@ class StudyReport:
                 {"series": numbers[one.label], "name": one.name, "text": self._evidence(one)}
                 for one in self._claims()
             ],
-            "tables": [asdict(table) for table in self._tables()],
+            "tables": [table.of_page() for table in self._tables()],
         }
         return filled("report.html", figures | about)
 
@@ -156,15 +156,19 @@ class StudyReport:
         """Those of the Markdown and of the page."""
         return [
             Table(
-                "Differences from plain dictionaries of the same k",
                 difference_rows(self.compared, self._measures),
-                self._how_to_read(),
+                words=[self._how_to_read()],
+                title="Differences from plain dictionaries of the same k",
             ),
-            Table("Dictionaries", dictionary_rows(self.results, self._measures), _BASELINES),
+            Table(
+                dictionary_rows(self.results, self._measures),
+                words=[_BASELINES],
+                title="Dictionaries",
+            ),
         ]
 
     def _how_to_read(self) -> str:
-        titles = [ALL_MEASURES[measure].title for measure in deciding(self.results)]
+        titles = [STUDIED[measure].title for measure in deciding(self.results)]
         words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
         halved = {r.label for r in self.results if r.control is not None and r.share < 1}
         return f"{words} {_AFTER_FIRST.format(', '.join(sorted(halved)))}" if halved else words
@@ -181,7 +185,7 @@ class StudyReport:
         """The verdicts, and what they rest on."""
         parts = []
         for measure, p in one.adjusted.items():
-            text = f"{ALL_MEASURES[measure].title} {difference_text(one, measure)}, p {p:.2g}"
+            text = f"{STUDIED[measure].title} {difference_text(one, measure)}, p {p:.2g}"
             if measure in one.against_control:
                 against = estimate_text(one.against_control[measure], measure)
                 text += f", {against} beside its control"

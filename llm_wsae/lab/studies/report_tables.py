@@ -1,34 +1,24 @@
 """The tables of a study's report, as rows of cells; the first row is the head."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from llm_wsae.lab.studies.comparison import Compared
 from llm_wsae.lab.studies.inference import Estimate
-from llm_wsae.lab.studies.results import ALL_MEASURES, Result
+from llm_wsae.lab.studies.results import Result
+from llm_wsae.statistics.measures import STUDIED
 
 Rows = list[list[str]]
 _NONE = "–"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table under its title."""
-
-    title: str
-    rows: Rows
-    words: str
-    """What to know before reading it."""
-
-
 def measures_of(results: Sequence[Result]) -> list[str]:
     """Those that some dictionary has."""
-    return [m for m in ALL_MEASURES if any(m in result.values for result in results)]
+    return [m for m in STUDIED if any(m in result.values for result in results)]
 
 
 def difference_rows(compared: Sequence[Compared], measures: Sequence[str]) -> Rows:
     """Differences from plain dictionaries, with the verdict of a measure that decides."""
-    rows = [["weights", "k", "seeds", *(ALL_MEASURES[m].title for m in measures)]]
+    rows = [["weights", "k", "seeds", *(STUDIED[m].title for m in measures)]]
     for one in compared:
         cells = [difference_text(one, measure) for measure in measures]
         rows.append([one.label, str(one.k), str(len(one.seeds)), *cells])
@@ -47,7 +37,7 @@ def estimate_text(estimate: Estimate | None, measure: str) -> str:
     if estimate is None:
         return _NONE
     numbers = (estimate.difference, *estimate.interval)
-    if ALL_MEASURES[measure].source == "fidelity":
+    if STUDIED[measure].per_document:
         by, low, high = (f"{100 * number:+.1f}" for number in numbers)
         return f"{by} % [{low}, {high}]"
     by, low, high = (f"{number:+.4f}" for number in numbers)
@@ -57,7 +47,7 @@ def estimate_text(estimate: Estimate | None, measure: str) -> str:
 def dictionary_rows(results: Sequence[Result], measures: Sequence[str]) -> Rows:
     """Means over seeds of every label and k."""
     rows = [["weights", "k", "seeds", "L0", "L0 not dense", "CE recovered", "FVU", "dense %",
-             "dead %", "scored %", *(ALL_MEASURES[m].title for m in measures)]]  # fmt: skip
+             "dead %", "scored %", *(STUDIED[m].title for m in measures)]]  # fmt: skip
     for (label, k), own in _grouped(results).items():
         shares = {name: _mean(r.shares[name] for r in own) for name in own[0].shares}
         rows.append(

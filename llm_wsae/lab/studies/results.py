@@ -1,9 +1,9 @@
 """What a study keeps of each dictionary: one JSON file, from which every report is made."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,107 +14,15 @@ from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
-from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.lab.planting.recovery import PlantRecovery
 from llm_wsae.lab.studies.plan import BASELINES, PlannedArm
 from llm_wsae.lab.studies.values import Value
 from llm_wsae.machine.hardware import processor_name
 from llm_wsae.outside import typed
 from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.measures import STUDIED, Measure
 from llm_wsae.training.config import Lengths
 
-
-@dataclass(frozen=True)
-class Measure:
-    """One thing to compare."""
-
-    title: str
-    meaning: str
-    source: Literal["fidelity", "latents", "concepts", "plants"]
-    key: str
-    lower_is_better: bool = False
-    unscored: float | None = None
-    """Value of a latent that fires too rarely to be scored; None excludes it from the mean."""
-    family: str | None = None
-    """Of concepts: the only family that counts, concept by concept. None: all families, each
-    counted once, whatever its number of concepts."""
-
-
-MEASURES = {
-    "kl": Measure(
-        "KL",
-        "KL divergence of the predictions with the reconstruction from those without it; "
-        "differences are shares of the plain dictionary's: lower is better",
-        "fidelity",
-        "kl",
-        lower_is_better=True,
-    ),
-    "detection": Measure(
-        "detection",
-        "probability that a sampled context of a latent is more similar to its top contexts than "
-        "one of the same genre in which it is silent, all from different documents",
-        "latents",
-        "detection",
-    ),
-    "spill": Measure(
-        "spill",
-        "drop in accuracy of the five other concepts' probes that are hit hardest, where removing "
-        "latents has cost the concept's own probe 5 points: lower is better",
-        "concepts",
-        "spill",
-        lower_is_better=True,
-    ),
-    "detection_all": Measure(
-        "detection, all latents",
-        "detection, counting dense latents and those that cannot be scored as chance (0.5): "
-        "weights change which can be scored",
-        "latents",
-        "detection",
-        unscored=0.5,
-    ),
-    "selectivity": Measure(
-        "selectivity",
-        "how much more the probe of a concept loses than those of the other concepts when its 5 "
-        "best latents are removed; mean over families of concepts, of which first letters are one",
-        "concepts",
-        "selectivity",
-    ),
-    "absorbed": Measure(
-        "absorbed",
-        "share of words whose first letter the activations show, while its latents are silent and "
-        "one other speaks for it; mean over letters: lower is better; not SAEBench's number",
-        "concepts",
-        "absorbed",
-        lower_is_better=True,
-        family=LETTER,
-    ),
-    "purity": Measure(
-        "purity", "share of a latent's most frequent token in its top contexts", "latents", "purity"
-    ),
-    "probe_1": Measure(
-        "1-latent probe",
-        "area under the ROC curve of a concept's best latent",
-        "concepts",
-        "best_1",
-    ),
-}
-PLANTED: dict[str, Measure] = {
-    "planted_f1": Measure(
-        "F1 of plants",
-        "mean F1 of a planted feature's best latent, on rows that no dictionary was trained on",
-        "plants",
-        "f1",
-    ),
-    "planted_recovered": Measure(
-        "recovered plants",
-        "share of the planted features with a latent whose firing matches theirs (F1 of at least "
-        "0.8)",
-        "plants",
-        "recovered",
-    ),
-}
-"""Measures of a study with planted features, in addition."""
-ALL_MEASURES = MEASURES | PLANTED
 _WAY_OUT = "delete it to measure that dictionary again"
 
 
@@ -181,7 +89,7 @@ def record_of(
             "identity": planned.identity(lengths),
             "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": fidelity.summary(),
-            "kl_per_document": [round(kl, 2) for kl in fidelity.kl_per_document],
+            **_per_document(fidelity),
             "scores": scores.to_dict(),
             "latents": {
                 "all": {name: _over_latents(v) for name, v in latents.items()},
@@ -229,7 +137,7 @@ def _result(record: dict[str, Any]) -> Result:
         control=record["control"],
         k=record["k"],
         seed=record["seed"],
-        values=_values(record) | _of_plants(record.get("planted")),
+        values=_values(record),
         ce_recovered=fidelity["ce_recovered"],
         fvu=fidelity["fvu"],
         shares={key: scores[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
@@ -251,56 +159,57 @@ def _over_latents(values: Tensor) -> dict[str, float]:
     return {"mean": float(there.mean() if count else torch.nan), "variance": variance, "n": count}
 
 
+def _per_document(fidelity: Fidelity) -> dict[str, list[float]]:
+    """Sums over the predictions of each document, of the measures that have them."""
+    keys = [f"{one.key}_per_document" for one in STUDIED.values() if one.per_document]
+    return {key: [round(value, 2) for value in getattr(fidelity, key)] for key in keys}
+
+
 def _values(record: Mapping[str, Any]) -> dict[str, Value]:
-    latents, scores = record["latents"]["not_dense"], record["scores"]
-    documents = tuple(record["kl_per_document"])
-    found = {"kl": Value(record["fidelity"]["kl"], documents=documents)}
-    for name, measure in MEASURES.items():
-        if measure.source == "latents" and (one := latents[measure.key])["variance"] is not None:
-            drawn = record["latents"]["resampled"]["not_dense"]
-            drawn = drawn if measure.key == "detection" else None
-            found[name] = _with_unscored(measure, one, scores["d_sae"], drawn)
+    """What the measures of a study found, as far as they are defined."""
+    found: dict[str, Value | None] = {}
+    for key, measure in STUDIED.items():
+        if measure.source == "fidelity":
+            documents = record[f"{key}_per_document"] if measure.per_document else None
+            found[key] = Value(
+                record["fidelity"][key], documents=None if documents is None else tuple(documents)
+            )
+        elif measure.source == "latents":
+            found[key] = _of_latents(measure, record["latents"], record["scores"]["d_sae"])
         elif measure.source == "concepts":
-            items = _items(measure, scores["concepts_not_dense"])
-            if items:
-                found[name] = Value(sum(items.values()) / len(items), items)
-    return found
+            found[key] = _mean_of(_items(measure, record["scores"]["concepts_not_dense"]))
+        elif (planted := record.get("planted")) is not None:
+            found[key] = _mean_of(
+                {str(n): one for n, one in enumerate(planted["plants"][measure.name])}
+            )
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _items(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float]:
+def _items(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float | None]:
     """What a measure of concepts is the mean of: families, or the concepts of one of them."""
     parts = summary["families"]
     if measure.family is not None:
         named = f"{measure.family} "
         parts = {c: numbers for c, numbers in summary["concepts"].items() if c.startswith(named)}
-    items = {part: numbers[measure.key] for part, numbers in parts.items()}
-    return {part: value for part, value in items.items() if value is not None}
+    return {part: numbers[measure.name] for part, numbers in parts.items()}
 
 
-def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:
-    if planted is None:
-        return {}
-    found = {}
-    for name, measure in PLANTED.items():
-        column = planted["plants"][measure.key]
-        items = {str(plant): value for plant, value in enumerate(column) if value is not None}
-        if items:
-            found[name] = Value(sum(items.values()) / len(items), items)
-    return found
+def _mean_of(items: Mapping[str, float | None]) -> Value | None:
+    known = {item: value for item, value in items.items() if value is not None}
+    return Value(sum(known.values()) / len(known), known) if known else None
 
 
-def _with_unscored(
-    measure: Measure,
-    scored: Mapping[str, float],
-    d_sae: int,
-    resampled: Sequence[float | None] | None,
-) -> Value:
+def _of_latents(measure: Measure, latents: Mapping[str, Any], d_sae: int) -> Value | None:
     """The mean over all latents, those without a score counted as ``measure.unscored``."""
+    scored = latents["not_dense"][measure.name]
+    if scored["variance"] is None:
+        return None
     share, rest = 1.0, 0.0
     if measure.unscored is not None:
         share = scored["n"] / d_sae
         rest = (1 - share) * measure.unscored
     drawn = None
-    if resampled is not None:
-        drawn = tuple(None if value is None else rest + share * value for value in resampled)
+    if measure.name == "detection":
+        values = latents["resampled"]["not_dense"]
+        drawn = tuple(None if value is None else rest + share * value for value in values)
     return Value(rest + share * scored["mean"], resampled=drawn)

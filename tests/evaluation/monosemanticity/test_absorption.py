@@ -12,8 +12,8 @@ from llm_wsae.evaluation.monosemanticity.concept_scores import (
 )
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.evaluation.monosemanticity.probing import splits
-from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.evaluation.monosemanticity.unit_tables import DenseTable, SparseTable, Units
+from llm_wsae.statistics.measures import LETTER
 
 UNITS, D_IN, D_SAE = 6000, 8, 20
 LETTER_LATENT, WORD_LATENT, OTHERS = 3, 7, range(10, D_SAE)

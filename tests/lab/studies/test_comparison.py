@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 from matplotlib.image import imread
-from study_cases import KS, SEEDS, Made
+from study_cases import KS, MEASURES, SEEDS, Made
 
 from llm_wsae.artifact.files import write_json
 from llm_wsae.lab.studies.comparison import BETTER, NOT_SHOWN, WORSE, compare
 from llm_wsae.lab.studies.figures import figures_of_page
 from llm_wsae.lab.studies.plan import BASELINES
 from llm_wsae.lab.studies.report import StudyReport
-from llm_wsae.lab.studies.results import MEASURES, read_result
+from llm_wsae.lab.studies.results import read_result
 from llm_wsae.lab.studies.values import Value
 
 SITE = "blocks.1.hook_resid_post"

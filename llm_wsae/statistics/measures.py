@@ -1,0 +1,316 @@
+"""What is measured of a dictionary: one list for tables, model cards, pages and studies.
+
+To add a measure, compute it where its neighbours are computed and add it to the list here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llm_wsae.outside import mapping, number, pair
+
+LETTER = "letter"
+"""The family of concepts "the word begins with this letter"; their names begin with it."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure, and where and how it is shown."""
+
+    key: str
+    """Its name in JSON."""
+    title: str
+    meaning: str
+    source: Literal["fidelity", "dictionary", "latents", "concepts", "plants"]
+    """Whether it says how faithful a dictionary is, or something else of all of it; or is a mean
+    over latents, concepts or planted features."""
+    of: str = ""
+    """Its name in the scores of latents, concepts or plants, if that is another."""
+    lower_is_better: bool = False
+    digits: int = 3
+    percent: bool = False
+    """Shown in per cent; JSON holds the share."""
+    interval: bool = False
+    """A table in a terminal shows its 95 % interval, where there is little room."""
+    tables: bool = True
+    """Tables of ``evaluate`` show it."""
+    card: bool = True
+    """Model cards show it."""
+    scale: Literal["log", "lost"] | None = None
+    """Of fidelity: reports as pages draw it, with this axis (``lost``: logarithm of 1 minus it)."""
+    study: bool = False
+    """Studies compare it."""
+    per_document: bool = False
+    """Known for each document. A study's differences are then shares of the plain dictionary's."""
+    unscored: float | None = None
+    """Value of a latent that fires too rarely to be scored; None leaves it out of the mean."""
+    family: str | None = None
+    """The only family of concepts that counts, concept by concept. None: the mean of all families'
+    means."""
+
+    @property
+    def name(self) -> str:
+        """In the scores of latents, concepts or plants."""
+        return self.of or self.key
+
+    def figure(self, value: float) -> str:
+        """A number alone."""
+        return f"{100 * value if self.percent else value:.{self.digits}f}"
+
+    def cell(self, record: Mapping[str, Any]) -> str:
+        """Its number in a record, short enough for a table in a terminal."""
+        return self._text(record, self.interval, beside=False) or "–"
+
+    def text(self, record: Mapping[str, Any]) -> str:
+        """Its number in a record, with all that is known beside it; empty if there is none.
+
+        A record holds the number, with an interval under ``{key}_interval``, or an object with
+        ``value`` and optionally ``interval``, ``control`` and ``share``.
+        """
+        return self._text(record, interval=True, beside=True)
+
+    def of_page(self) -> dict[str, Any]:
+        """What ``pages/report.html`` is told of it."""
+        return {
+            "title": self.title,
+            "meaning": self.meaning,
+            "scale": self.scale,
+            "lower": self.lower_is_better,
+        }
+
+    def _text(self, record: Mapping[str, Any], interval: bool, beside: bool) -> str:
+        alone = {"value": record.get(self.key), "interval": record.get(f"{self.key}_interval")}
+        found = mapping(record.get(self.key)) or alone
+        value, ends = number(found.get("value")), pair(found.get("interval"))
+        if value is None:
+            return ""
+        shown = self.figure(value)
+        if interval and ends is not None:
+            shown += f" [{self.figure(ends[0])}, {self.figure(ends[1])}]"
+        if beside and (control := number(found.get("control"))) is not None:
+            shown += f" (control {self.figure(control)})"
+        if (share := number(found.get("share"))) is not None:
+            shown += f" ({100 * share:.1f} %)"
+        return shown
+
+
+_ALL = (
+    Measure(
+        "fvu",
+        "FVU",
+        "fraction of the activations' variance that the reconstruction misses (0: perfect)",
+        "fidelity",
+        lower_is_better=True,
+        scale="log",
+    ),
+    Measure(
+        "ce_recovered",
+        "CE recovered",
+        "share of the model's next-token prediction that survives when the reconstruction replaces "
+        "the activations (1: all; 0: no better than zeros), with its 95 % interval",
+        "fidelity",
+        interval=True,
+        scale="lost",
+    ),
+    Measure(
+        "kl",
+        "KL",
+        "mean divergence between the model's predictions with and without that replacement, in "
+        "nats (0: none)",
+        "fidelity",
+        lower_is_better=True,
+        scale="log",
+        study=True,
+        per_document=True,
+    ),
+    Measure(
+        "l0", "L0", "mean number of active latents per token", "fidelity", digits=1, scale="log"
+    ),
+    Measure(
+        "dead_share",
+        "dead %",
+        "latents that never fire on this text",
+        "fidelity",
+        lower_is_better=True,
+        digits=1,
+        percent=True,
+    ),
+    Measure(
+        "dense_share",
+        "dense %",
+        "latents that fire on more than 10 % of the tokens",
+        "fidelity",
+        lower_is_better=True,
+        digits=1,
+        percent=True,
+    ),
+    Measure(
+        "cosine",
+        "cosine",
+        "mean cosine between activation and reconstruction (1: perfect)",
+        "fidelity",
+        card=False,
+    ),
+    Measure(
+        "vanished",
+        "vanished %",
+        "firings that are gone when the reconstruction is encoded again",
+        "fidelity",
+        lower_is_better=True,
+        digits=1,
+        percent=True,
+        card=False,
+    ),
+    Measure(
+        "shrunk",
+        "shrunk %",
+        "strength that the other firings lose on that way (below 0: they grow)",
+        "fidelity",
+        lower_is_better=True,
+        digits=1,
+        percent=True,
+        card=False,
+    ),
+    Measure(
+        "false_latents",
+        "false",
+        "latents per token that appear on that way",
+        "fidelity",
+        lower_is_better=True,
+        digits=2,
+        card=False,
+    ),
+    Measure(
+        "eligible_share",
+        "eligible %",
+        "latents that fire in enough contexts to be scored; the other scores of latents are means "
+        "over them",
+        "dictionary",
+        digits=1,
+        percent=True,
+    ),
+    Measure(
+        "detection",
+        "detection",
+        "probability that a context where the latent fires is closer in meaning to its top "
+        "contexts than one of the same genre where it is silent, both from other documents than "
+        "those of the top contexts (0.5: chance; 1: perfect)",
+        "latents",
+        interval=True,
+        study=True,
+    ),
+    Measure(
+        "detection_all",
+        "detection, all latents",
+        "detection, counting dense latents and those that cannot be scored as chance (0.5), "
+        "because weights change which can be scored",
+        "latents",
+        of="detection",
+        tables=False,
+        card=False,
+        study=True,
+        unscored=0.5,
+    ),
+    Measure(
+        "detection_without_tokens",
+        "detection, other tokens",
+        "detection without contexts whose token is one of the top contexts' (share of all latents "
+        "that have this score)",
+        "latents",
+    ),
+    Measure(
+        "spill",
+        "spill",
+        "drop in accuracy of the five other concepts' probes that are hit hardest, when removing "
+        "latents has cost the concept's own probe 0.05; mean over families (lower is better)",
+        "concepts",
+        lower_is_better=True,
+        interval=True,
+        study=True,
+    ),
+    Measure(
+        "selectivity",
+        "selectivity",
+        "drop in accuracy of a concept's dense probe when its best five latents are removed, minus "
+        "the mean drop of the other concepts' probes; mean over families of concepts",
+        "concepts",
+        interval=True,
+        study=True,
+    ),
+    Measure(
+        "selectivity_letters",
+        "letters",
+        "selectivity of first letters of words alone, one of those families",
+        "concepts",
+    ),
+    Measure(
+        "absorbed",
+        "absorbed",
+        "share of words whose first letter the activations show, while its latents are silent and "
+        "one other latent speaks for it; mean over letters (lower is better; by probes of our own, "
+        "not SAEBench's number)",
+        "concepts",
+        lower_is_better=True,
+        interval=True,
+        study=True,
+        family=LETTER,
+    ),
+    Measure(
+        "purity",
+        "purity",
+        "share of the most frequent token among a latent's top contexts (1: one token; control: "
+        "among random contexts)",
+        "latents",
+        study=True,
+    ),
+    Measure(
+        "coherence",
+        "coherence",
+        "mean cosine between the sentence embeddings of a latent's top contexts, minus that of "
+        "random contexts (0: nothing in common)",
+        "latents",
+    ),
+    Measure(
+        "probe_1",
+        "probe 1",
+        "area under the ROC curve when a concept is predicted from its best latent (control: from "
+        "its best dimension); mean over families of concepts (0.5: chance; 1: perfect)",
+        "concepts",
+        of="best_1",
+        study=True,
+    ),
+    Measure("probe_5", "probe 5", "the same from the best five", "concepts", of="best_5"),
+    Measure(
+        "planted_f1",
+        "F1 of plants",
+        "mean F1 of a planted feature's best latent, on rows that no dictionary was trained on",
+        "plants",
+        of="f1",
+        study=True,
+    ),
+    Measure(
+        "planted_recovered",
+        "recovered plants",
+        "share of the planted features with a latent whose firing matches theirs (F1 of at least "
+        "0.8)",
+        "plants",
+        of="recovered",
+        study=True,
+    ),
+)
+MEASURES = {one.key: one for one in _ALL}
+"""All measures by their keys, in the order in which they are shown."""
+FIDELITY = [one for one in _ALL if one.source == "fidelity"]
+MONOSEMANTICITY = [
+    one for one in _ALL if one.source in ("dictionary", "latents", "concepts") and one.tables
+]
+STUDIED = {one.key: one for one in _ALL if one.study}
+L0 = MEASURES["l0"]
+DRAWN = [one for one in FIDELITY if one.scale is not None and one is not L0]
+"""What reports as pages draw, against L0."""
+
+
+def score_text(record: Mapping[str, Any], key: str) -> str:
+    """``Measure.text`` of a measure that another tool may have given a name of its own."""
+    own = MEASURES.get(key) or Measure(key, key, "", "latents")
+    return own.text(record)
