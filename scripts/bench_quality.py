@@ -25,7 +25,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
-from llm_wsae.sparse.backends.reference import BETAS, EPSILON
+from llm_wsae.sparse.codes import BETAS, EPSILON
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
 from llm_wsae.training.export import folded

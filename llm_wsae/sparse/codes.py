@@ -1,7 +1,8 @@
-"""Sparse codes: which latents are active in each row, and how much.
+"""What the sparse operations take and return: codes, gradients, weights with Adam's moments.
 
-``Codes`` has the same number of slots in every row and is what users see. ``RaggedCodes`` is what
-the operations work on: rows may differ in length, as they do in ReLU, JumpReLU and BatchTopK.
+Codes say which latents are active in each row, and how much. ``Codes`` has the same number of slots
+in every row and is what users see. ``RaggedCodes`` is what the operations work on: rows may differ
+in length, as they do in ReLU, JumpReLU and BatchTopK.
 
 Where a threshold decides which latents are active, a GPU finds out how many there are, and waiting
 for that number before the step continues would leave it idle. So every row gets as many slots as
@@ -14,6 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -22,6 +24,17 @@ from llm_wsae.machine.hardware import DeferredScalar
 T = TypeVar("T")
 _FEWEST = 64
 _SPARE = 1.25  # of what the longest row needed: the next batch's may need more
+
+BETAS = (0.9, 0.999)
+"""Of Adam, as in torch.optim.Adam."""
+EPSILON = 1e-15
+"""Of Adam. torch's 1e-8 is no small number beside the gradients of a loss that is a mean over
+dimensions, where its weights are steep: dimensions that count little would hardly move."""
+SMALLEST_NORM = 1e-8
+"""A decoder row is divided by its norm, or by this if it is smaller."""
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""By the encoder [d_sae, d_in], the decoder [d_sae, d_in] and the encoder's bias [d_sae]."""
 
 
 class Codes(NamedTuple):
@@ -55,6 +68,26 @@ class RaggedCodes(NamedTuple):
         return numbers.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
 
 
+class Product(NamedTuple):
+    """The encoder's matrix product, all in one dtype."""
+
+    x: Float[Tensor, "batch d_in"]
+    encoder: Float[Tensor, "d_sae d_in"]
+    bias: Float[Tensor, " d_sae"]
+
+    def pre(self, rows: slice = slice(None)) -> Float[Tensor, "rows d_sae"]:
+        """Pre-activations x·encoderᵀ + bias of some rows."""
+        return torch.addmm(self.bias, self.x[rows], self.encoder.T)
+
+    def contiguous(self) -> "Product":
+        """The same with all parts contiguous in memory."""
+        return Product(*(part.contiguous() for part in self))
+
+    def tiles(self, rows: int) -> list["Product"]:
+        """The products of so many rows at a time; one even if there is no row."""
+        return [self._replace(x=tile) for tile in self.x.split(rows)]
+
+
 class SubsetGradients(NamedTuple):
     """Gradients by the weights of some latents only."""
 
@@ -69,6 +102,11 @@ class SubsetGradients(NamedTuple):
         places = torch.full((d_sae,), -1, dtype=dtype, device=self.latents.device)
         places[self.latents] = torch.arange(len(self.latents), dtype=dtype, device=places.device)
         return places
+
+    def add_to(self, sums: Gradients) -> None:
+        """Add them to the gradients by the weights of all latents."""
+        for dense, part in zip(sums, self[1:], strict=True):
+            dense.index_add_(0, self.latents, part)
 
 
 class SparseGradients(NamedTuple):
@@ -86,6 +124,19 @@ class SparseGradients(NamedTuple):
     """What else some latents get."""
 
 
+class Latents(NamedTuple):
+    """The weights of all latents and their moments in Adam; a step updates them in place."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    decoder: Float[Tensor, "d_sae d_in"]
+    encoder_mean: Float[Tensor, "d_sae d_in"]
+    decoder_mean: Float[Tensor, "d_sae d_in"]
+    encoder_square: Float[Tensor, "d_sae d_in"]
+    decoder_square: Float[Tensor, "d_sae d_in"]
+    encoder_fast: Float[Tensor, "d_sae d_in"] | None = None
+    """What the new encoder is copied to, in its dtype, for the next step's product."""
+
+
 class RawRows(NamedTuple):
     """What leads to the raw rows v and e of latents whose rows are v/L and L·e (see
     ``training.free_lengths``)."""
@@ -96,6 +147,16 @@ class RawRows(NamedTuple):
     """The encoder's bias, L times a raw one; it is only read."""
     along: Float[Tensor, "d_sae d_in"] | None = None
     """Gradient of L by v, where L is not the norm of v; None is v/L."""
+
+
+class Target(NamedTuple):
+    """What a batch is reconstructed with, and what counts of the difference from it."""
+
+    decoder: Float[Tensor, "d_sae d_in"]
+    bias: Float[Tensor, " d_in"]
+    x: Float[Tensor, "batch d_in"]
+    row_weights: Float[Tensor, " batch"]
+    column_weights: Float[Tensor, " d_in"]
 
 
 class Reconstruction(NamedTuple):
@@ -157,8 +218,18 @@ def joined(parts: Sequence[RaggedCodes]) -> RaggedCodes:
 
 def keep_slots(codes: RaggedCodes, keep: Bool[Tensor, " active"]) -> RaggedCodes:
     """The codes with only the slots for which ``keep`` is true."""
-    before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    before = offsets_of(keep)
     return RaggedCodes(codes.indices[keep], codes.values[keep], before[codes.offsets])
+
+
+def offsets_of(counts: Int[Tensor, " rows"] | Bool[Tensor, " rows"]) -> Int[Tensor, " more"]:
+    """Where each row begins, and where the last one ends, from how long they are."""
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """Of sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class SlotCapacity:
@@ -170,7 +241,7 @@ class SlotCapacity:
 
     def report(self, counts: Int[Tensor, " rows"]) -> None:
         """Take in how many entries the rows have, including those without a slot."""
-        self._longest = DeferredScalar(torch.nn.functional.pad(counts, (0, 1)).max())
+        self._longest = DeferredScalar(F.pad(counts, (0, 1)).max())
 
     def enough(self) -> bool:
         """Whether all entries had a slot. If not, the next ones will, if they are as many."""

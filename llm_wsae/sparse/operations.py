@@ -7,6 +7,8 @@ decoder), because every operation reads or writes whole latents.
 Every operation picks an implementation when it is called, by device, dtype and whether autograd is
 on: ``triton`` on CUDA and ``cpu`` on the CPU where they are available and the numbers are float32
 (or bfloat16, for the encoder's product), else ``pytorch``. ``using`` overrides the choice.
+Ties may be broken differently, and sums added in another order; the tests compare all of them with
+a dense reference.
 
 AuxK's two, ``encode_dead`` and ``dead_gradients``, use dense products over the dead latents: those
 are few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
@@ -19,33 +21,33 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llm_wsae.sparse.backends import cpu, pytorch, reference
-from llm_wsae.sparse.backends.reference import Gradients
+from llm_wsae.sparse.backends import cpu, pytorch
 from llm_wsae.sparse.codes import (
     Codes,
+    Gradients,
+    Latents,
+    Product,
     RaggedCodes,
     RawRows,
     Reconstruction,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
+    Target,
 )
 
-Name = Literal["reference", "pytorch", "cpu", "triton"]
-
-_forced: ContextVar[Name | None] = ContextVar("implementation", default=None)
+_forced: ContextVar[ModuleType | None] = ContextVar("implementation", default=None)
 
 
 @contextmanager
-def using(name: Name) -> Iterator[None]:
-    """Within the block every operation uses the named implementation; for tests."""
-    before = _forced.set(name)
+def using(implementation: ModuleType) -> Iterator[None]:
+    """Within the block every operation uses this implementation; for tests."""
+    before = _forced.set(implementation)
     try:
         yield
     finally:
@@ -63,7 +65,8 @@ def encode_topk(
     ``x``, ``encoder`` and ``bias`` share one dtype, that of the matrix product; values come back in
     float32, or float64 for float64 inputs.
     """
-    return _for_products(x, encoder, bias).encode_topk(x, encoder, bias, k)
+    product = Product(x, encoder, bias)
+    return _for_products(*product).encode_topk(product, k)
 
 
 def encode_above(
@@ -81,7 +84,8 @@ def encode_above(
     With ``capacity`` nothing waits for the device, and the codes are complete only if
     ``capacity.enough()`` then says so; if not, call again.
     """
-    return _for_products(x, encoder, bias).encode_above(x, encoder, bias, threshold, capacity)
+    product = Product(x, encoder, bias)
+    return _for_products(*product).encode_above(product, threshold, capacity)
 
 
 def encode_batch_topk(
@@ -98,8 +102,8 @@ def encode_batch_topk(
     ``guess``, the smallest value of the previous step, makes it fast when it is just below the
     smallest value of this step; it never changes the result. Dtypes as in ``encode_topk``.
     """
-    implementation = _for_products(x, encoder, bias)
-    return implementation.encode_batch_topk(x, encoder, bias, k, guess, kept)
+    product = Product(x, encoder, bias)
+    return _for_products(*product).encode_batch_topk(product, k, guess, kept)
 
 
 def exact_values(
@@ -134,7 +138,8 @@ def encode_dead(
     Latents that are not ``dead`` are 0 in all rows; None says that all are dead. In the dtype of
     ``x``, ``encoder`` and ``bias``, for the products that follow.
     """
-    return _for_products(x, encoder, bias).encode_dead(x, encoder, bias, dead, k)
+    product = Product(x, encoder, bias)
+    return _for_products(*product).encode_dead(product, dead, k)
 
 
 def dead_gradients(
@@ -150,8 +155,8 @@ def dead_gradients(
     by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows. All inputs share one
     dtype, that of the products; the sums are float32, or float64 for float64 inputs.
     """
-    implementation = _for_products(active, x, decoder, output_gradient)
-    implementation.dead_gradients(active, x, decoder, output_gradient, sums)
+    given = (active, x, decoder, output_gradient)
+    _for_products(*given).dead_gradients(*given, sums)
 
 
 def decode(
@@ -190,31 +195,20 @@ def reconstruct(
     The gradient is that of ½ Σ column_weights · residual², in the dtype ``fast``; the weights may
     have any dtype. An implementation may do it all in one pass over the rows.
     """
-    implementation = _for_sums(codes.values, decoder, bias, x)
-    row_weights, column_weights = row_weights.to(x.dtype), column_weights.to(x.dtype)
-    if hasattr(implementation, "reconstruct"):
-        at_once = implementation.reconstruct
-        return at_once(codes, decoder, bias, x, row_weights, column_weights, fast)
-    residual = implementation.decode(codes, decoder, bias).sub_(x).mul_(row_weights[:, None])
-    gradient = residual * column_weights
-    by_value = implementation.value_gradients(codes, decoder, gradient)
-    return Reconstruction(residual, gradient.to(fast), by_value, (residual * gradient).sum(1))
+    target = Target(decoder, bias, x, row_weights.to(x.dtype), column_weights.to(x.dtype))
+    return _for_sums(codes.values, decoder, bias, x).reconstruct(codes, target, fast)
 
 
-def weight_gradients(
-    gradients: SparseGradients, d_sae: int
-) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
+def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
     """Gradients by encoder, decoder and encoder bias, from one grouping of the slots by latent.
 
     For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
     Σ by_value; 0 for one that never occurs. ``gradients.more`` is added.
     """
     implementation = _for_sums(gradients.codes.values, gradients.by_value)
-    sums = implementation.weight_gradients(gradients, d_sae)
+    sums: Gradients = implementation.weight_gradients(gradients, d_sae)
     if gradients.more is not None:
-        latents, *more = gradients.more
-        for dense, part in zip(sums, more, strict=True):
-            dense.index_add_(0, latents, part)
+        gradients.more.add_to(sums)
     return sums
 
 
@@ -223,70 +217,32 @@ def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
     return _for_sums(codes.values).firing_counts(codes, d_sae)
 
 
-def sparse_adam(
-    gradients: SparseGradients,
-    rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+def adam(
+    latents: Latents,
+    gradients: SparseGradients | Gradients,
     step: int,
     learning_rate: float,
-    encoder_fast: Float[Tensor, "d_sae d_in"] | None,
     raw: RawRows | None = None,
 ) -> Float[Tensor, " d_sae"]:
-    """``adam_rows`` with the gradients of ``weight_gradients``, or ``adam_raw_rows`` if there are
-    raw ones; returns the gradient by the encoder's bias.
-
-    An implementation may sum a latent's gradients where they are used and never hold all of them.
-    """
-    state = (*rows, *means, *squares)
-    implementation = _for_sums(gradients.codes.values, gradients.by_value, *state)
-    given = (means, squares, step, learning_rate, encoder_fast)
-    if hasattr(implementation, "sparse_adam"):
-        return implementation.sparse_adam(gradients, rows, *given, raw)
-    sums = weight_gradients(gradients, len(rows[0]))
-    if raw is None:
-        implementation.adam_rows(rows, sums[:2], *given)
-    else:
-        adam_raw_rows(rows, sums, *given, raw)
-    return sums[2]
-
-
-def adam_rows(
-    rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    gradients: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    step: int,
-    learning_rate: float,
-    encoder_fast: Float[Tensor, "d_sae d_in"] | None,
-) -> None:
     """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1.
 
-    Every pair is (encoder, decoder). ``means`` and ``squares`` are Adam's moments and ``step``
-    counts from 1; the result is that of torch.optim.Adam with ``reference.BETAS`` and
-    ``reference.EPSILON``. The new encoder is also written to ``encoder_fast`` in its dtype, for the
-    next step's product.
+    ``step`` counts from 1; the result is that of torch.optim.Adam with ``codes.BETAS`` and
+    ``codes.EPSILON``. With ``raw``, the raw rows v and e move, and with them L, the norm of v, and
+    the rows v/L and L·e that are seen. Biases do not move: the gradient by the encoder's is
+    returned.
+
+    An implementation may sum a latent's sparse gradients where they are used and never hold all of
+    them. Raw rows whose gradients are dense are moved by plain torch on every device.
     """
-    implementation = _for_sums(*rows, *gradients, *means, *squares)
-    implementation.adam_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast)
-
-
-def adam_raw_rows(
-    rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    gradients: Gradients,
-    means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    step: int,
-    learning_rate: float,
-    encoder_fast: Float[Tensor, "d_sae d_in"] | None,
-    raw: RawRows,
-) -> None:
-    """``adam_rows`` by which the raw rows v and e move, and with them L and the rows v/L and L·e.
-
-    ``gradients`` are by encoder, decoder and encoder bias, as they are seen; the bias does not
-    move. The new L is the norm of v. Of plain torch on every device.
-    """
-    pytorch.adam_raw_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast, raw)
+    weights = latents[:6]
+    if isinstance(gradients, SparseGradients):
+        implementation = _for_sums(gradients.codes.values, gradients.by_value, *weights)
+        return implementation.sparse_adam(latents, gradients, step, learning_rate, raw)
+    if raw is not None:
+        pytorch.adam_raw(latents, gradients, step, learning_rate, raw)
+    else:
+        _for_sums(*weights, *gradients[:2]).adam(latents, gradients, step, learning_rate)
+    return gradients[2]
 
 
 def _for_products(*tensors: Tensor) -> ModuleType:
@@ -298,22 +254,17 @@ def _for_sums(*tensors: Tensor) -> ModuleType:
 
 
 def _implementation(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> ModuleType:
-    name = _forced.get() or _choice(tensors, fast)
-    if name == "triton":
+    if (forced := _forced.get()) is not None:
+        return forced
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if differentiated or any(tensor.dtype not in fast for tensor in tensors):
+        return pytorch
+    device = tensors[0].device.type
+    if device == "cuda" and _triton_is_there():
         from llm_wsae.sparse.backends.triton import operations as triton
 
         return triton
-    return {"reference": reference, "pytorch": pytorch, "cpu": cpu}[name]
-
-
-def _choice(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> Name:
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if differentiated or any(tensor.dtype not in fast for tensor in tensors):
-        return "pytorch"
-    device = tensors[0].device.type
-    if device == "cuda" and _triton_is_there():
-        return "triton"
-    return "cpu" if device == "cpu" and cpu.available() else "pytorch"
+    return cpu if device == "cpu" and cpu.available() else pytorch
 
 
 @cache

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.backends.reference import Gradients
-from llm_wsae.sparse.codes import RawRows, SparseGradients
-from llm_wsae.sparse.operations import adam_raw_rows, sparse_adam
+from llm_wsae.sparse.codes import Gradients, RawRows, SparseGradients
+from llm_wsae.sparse.operations import adam
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parameters import Parameters
 
@@ -37,15 +36,9 @@ class FreeLengths(Optimiser):
     ) -> None:
         """See ``Optimiser.step``."""
         self._steps += 1
-        encoder, decoder, bias, _ = self._parameters
-        before = self._lengths.clone()
-        moments, now = (self._means[:2], self._squares[:2]), (self._steps, learning_rate)
-        given = (*moments, *now, self._encoder_fast, RawRows(self._lengths, bias))
-        if isinstance(by_weights, SparseGradients):
-            by_bias = sparse_adam(by_weights, (encoder, decoder), *given)
-        else:
-            by_bias = by_weights[2]
-            adam_raw_rows((encoder, decoder), by_weights, *given)
+        bias, before = self._parameters.encoder_bias, self._lengths.clone()
+        raw = RawRows(self._lengths, bias)
+        by_bias = adam(self._latents(), by_weights, self._steps, learning_rate, raw)
         bias.div_(before)
         self._move_biases(by_bias * before, by_decoder_bias, learning_rate)
         bias.mul_(self._lengths)

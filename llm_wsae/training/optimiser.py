@@ -1,17 +1,15 @@
 """Adam for one arm.
 
-Encoder and decoder are updated in one pass by ``sparse_adam`` or ``adam_rows``, which also keep
-decoder rows at norm 1 and write the encoder in the number format of the next step's product. The
-biases are small.
+Encoder and decoder are updated in one pass by ``operations.adam``, which also keeps decoder rows at
+norm 1 and writes the encoder in the number format of the next step's product. The biases are small.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.backends.reference import BETAS, EPSILON, Gradients
-from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.sparse.operations import adam_rows, sparse_adam
+from llm_wsae.sparse.codes import BETAS, EPSILON, Gradients, Latents, SparseGradients
+from llm_wsae.sparse.operations import adam
 from llm_wsae.training.parameters import Parameters
 
 PAIR_BYTES = 2 * 3 * 4
@@ -53,14 +51,12 @@ class Optimiser:
         ``by_weights`` as in ``Step``.
         """
         self._steps += 1
-        rows, moments = self._parameters[:2], (self._means[:2], self._squares[:2])
-        now = (self._steps, learning_rate)
-        if isinstance(by_weights, SparseGradients):
-            by_bias = sparse_adam(by_weights, rows, *moments, *now, self._encoder_fast)
-        else:
-            by_encoder, by_decoder, by_bias = by_weights
-            adam_rows(rows, (by_encoder, by_decoder), *moments, *now, self._encoder_fast)
+        by_bias = adam(self._latents(), by_weights, self._steps, learning_rate)
         self._move_biases(by_bias, by_decoder_bias, learning_rate)
+
+    def _latents(self) -> Latents:
+        moments = (*self._means[:2], *self._squares[:2])
+        return Latents(*self._parameters[:2], *moments, self._encoder_fast)
 
     def _move_biases(
         self,

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.backends.reference import Gradients
-from llm_wsae.sparse.codes import SparseGradients
+from llm_wsae.sparse.codes import Gradients, SparseGradients
 from llm_wsae.sparse.operations import weight_gradients
 from llm_wsae.weights.loss_weights import Gamma
 

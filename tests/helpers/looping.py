@@ -4,17 +4,22 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from itertools import product
+from operator import is_not
 from typing import Any
 
 Test = Callable[..., None]
 
 
-def over(**axes: Iterable[Any]) -> Callable[[Test], Test]:
+def over(*, one_at_a_time: bool = False, **axes: Iterable[Any]) -> Callable[[Test], Test]:
     """Run a test for every combination of the axes' values, as one item.
 
-    The other parameters of the test are fixtures. A failure says which combination it was.
+    ``one_at_a_time`` varies one axis, and the others keep their first value. The other parameters
+    of the test are fixtures. A failure says which combination it was.
     """
     combinations = list(product(*axes.values()))
+    if one_at_a_time:
+        first = combinations[0]
+        combinations = [one for one in combinations if sum(map(is_not, one, first)) < 2]
     assert combinations, "there is nothing to test"
 
     def decorate(test: Test) -> Test:

@@ -1,21 +1,58 @@
-"""Inputs for the sparse operations, random and adversarial, and what must hold of the results.
+"""Inputs for the sparse operations, random and adversarial, and the implementations to run them on.
 
-Small integers make every product exact in every dtype, and give many ties.
+Small integers make every product exact in every dtype, and give many ties. Triton's interpreter
+(``TRITON_INTERPRET=1``) is slow: there, cases are small, and one axis is varied at a time.
 """
 
+import os
+from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
+import dense_reference
+import looping
 import pytest
 import torch
 from torch import Tensor
 
+from llm_wsae.sparse import codes, operations
 from llm_wsae.sparse.backends import cpu
-from llm_wsae.sparse.codes import RaggedCodes, SubsetGradients
+from llm_wsae.sparse.codes import RaggedCodes, SubsetGradients, offsets_of
 from llm_wsae.training.parameters import Parameters
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 D_IN = 24
+CUT = {
+    "cpu": {"_TILE_ROWS": 70, "_BLOCK_BYTES": 70 * 2 * 37, "_FEW": 3},
+    "pytorch": {"_TILE_ROWS": 7, "_TILE_LATENTS": 5},
+    "triton": {"_TILE_BYTES": 1, "_FEWEST_ROWS": 2, "_PART": 32, "_SLOTS": 4, "_COLUMNS": 16,
+               "_SPAN": 4, "_HELD": 128},
+}  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
+over = partial(looping.over, one_at_a_time=INTERPRETED)
+
+
+def implementation(name: str) -> ModuleType:
+    """A backend, or the dense reference; Triton is not installed everywhere."""
+    if name == "reference":
+        return dense_reference
+    module = name if name != "triton" else "triton.operations"
+    return import_module(f"llm_wsae.sparse.backends.{module}")
+
+
+def using(name: str):
+    """Within the block every operation uses the implementation of that name."""
+    return operations.using(implementation(name))
+
+
+def cut_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make tiles so small that small inputs have several."""
+    for size, value in CUT[name].items():
+        monkeypatch.setattr(implementation(name), size, value)
+    monkeypatch.setattr(codes, "_FEWEST", 16)
 
 
 def of_all(some: SubsetGradients | None, parameters: Parameters) -> Parameters:
@@ -49,32 +86,31 @@ def whole(batch: int, d_sae: int, shift: float = 0) -> Encoding:
     return Encoding(integers(batch, D_IN), integers(d_sae, D_IN, seed=1), bias)
 
 
-def _with_zero_rows() -> Encoding:
-    x, encoder, bias = whole(70, 160)
-    x[::3] = 0
-    encoder[::5] = 0
-    return Encoding(x, encoder, bias)
+def _encodings(many: int, some: int, d_sae: int) -> dict[str, Encoding]:
+    x, encoder, bias = whole(some, d_sae)
+    one_row, one_latent = x[:1].expand(some, -1).clone(), encoder[:1].expand(d_sae, -1).clone()
+    with_zeros = Encoding(x.clone(), encoder.clone(), bias)
+    with_zeros.x[::3] = 0
+    with_zeros.encoder[::5] = 0
+    return {
+        "whole numbers": whole(many, d_sae),
+        "one row": whole(1, d_sae),
+        "empty batch": whole(0, d_sae),
+        "few latents": whole(some, 3),
+        "all negative": whole(some, d_sae, shift=-1000.0),
+        "all positive": whole(many, d_sae, shift=100.0),
+        "zero rows": with_zeros,
+        "all equal": Encoding(one_row, one_latent, bias * 0 + 9),
+        "random": Encoding(
+            random(many, D_IN), random(d_sae, D_IN, seed=1), random(d_sae, seed=2) - 4
+        ),
+    }
 
 
-def _equal_rows() -> Encoding:
-    x, encoder, bias = whole(20, 160)
-    return Encoding(x[:1].expand(20, -1).clone(), encoder[:1].expand(160, -1).clone(), bias * 0 + 9)
-
-
-ENCODINGS: dict[str, Encoding] = {
-    "whole numbers": whole(700, 160),
-    "one row": whole(1, 160),
-    "empty batch": whole(0, 160),
-    "odd width": whole(530, 157),
-    "wide": whole(33, 2053),
-    "few latents": whole(9, 3),
-    "all negative": whole(40, 160, shift=-1000.0),
-    "mostly negative": whole(600, 160, shift=-14.0),
-    "all positive": whole(600, 160, shift=100.0),
-    "zero rows": _with_zero_rows(),
-    "all equal": _equal_rows(),
-    "random": Encoding(random(700, D_IN), random(160, D_IN, seed=1), random(160, seed=2) - 4),
-}
+ENCODINGS = _encodings(3, 2, 37) if INTERPRETED else _encodings(700, 40, 160)
+if not INTERPRETED:
+    ENCODINGS["mostly negative"] = whole(600, 160, shift=-14.0)
+    ENCODINGS |= {"odd width": whole(530, 157), "wide": whole(33, 2053)}
 
 
 class Sums(NamedTuple):
@@ -87,11 +123,16 @@ class Sums(NamedTuple):
     output_gradient: Tensor
 
 
-def _sums(lengths: Tensor, d_sae: int, d_in: int, unused: float = 0.2, hot: bool = False) -> Sums:
+def _sums(
+    lengths: list[int] | Tensor,
+    d_sae: int,
+    d_in: int = D_IN,
+    unused: float = 0.2,
+    hot: bool = False,
+) -> Sums:
     """Rows of the given lengths; a share of the slots is unused, and ``hot`` latents come often."""
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
     generator = torch.Generator().manual_seed(len(lengths) + d_sae)
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    offsets[1:] = lengths.cumsum(0)
     chance = torch.ones(d_sae)
     chance[:3] = 1000 if hot else 1
     rows = [torch.multinomial(chance, n, generator=generator) for n in lengths.tolist() if n]
@@ -100,7 +141,7 @@ def _sums(lengths: Tensor, d_sae: int, d_in: int, unused: float = 0.2, hot: bool
     values[torch.rand(len(indices), generator=generator) < unused] = 0
     batch = len(lengths)
     return Sums(
-        RaggedCodes(indices, values, offsets),
+        RaggedCodes(indices, values, offsets_of(lengths)),
         random(batch, d_in, seed=3),
         random(d_sae, d_in, seed=4),
         random(d_in, seed=5),
@@ -116,28 +157,42 @@ def _lengths(batch: int, highest: int) -> Tensor:
     return lengths
 
 
-SUMS: dict[str, Sums] = {
-    "twelve a row": _sums(torch.full((300,), 12), 160, D_IN),
-    "one a row": _sums(torch.full((50,), 1), 160, D_IN),
-    "all latents": _sums(torch.full((30,), 160), 160, D_IN),
-    "ragged": _sums(_lengths(200, 40), 160, D_IN),
-    "odd width": _sums(_lengths(90, 20), 157, 37),
-    "wide": _sums(_lengths(40, 30), 400, 1031),
-    "most latents dead": _sums(_lengths(20, 3), 3000, D_IN),
-    "one latent": _sums(torch.full((40,), 1), 1, D_IN),
-    "few latents hot": _sums(torch.full((300,), 12), 160, D_IN, hot=True),
-    "nothing used": _sums(_lengths(40, 9), 160, D_IN, unused=2.0),
-    "no slots": _sums(torch.zeros(6, dtype=torch.int64), 160, D_IN),
-    "empty batch": _sums(torch.zeros(0, dtype=torch.int64), 160, D_IN),
-}
+SUMS: dict[str, Sums]
+if INTERPRETED:
+    SUMS = {
+        "ragged": _sums(_lengths(6, 9), 37),
+        "all latents": _sums([19] * 2, 19),
+        "odd width": _sums(_lengths(6, 5), 11, 37),
+        "few latents hot": _sums([4] * 16, 37, hot=True),
+        "nothing used": _sums([3] * 4, 11, unused=2.0),
+        "no slots": _sums([0] * 6, 11),
+        "empty batch": _sums([], 11),
+    }
+else:
+    SUMS = {
+        "ragged": _sums(_lengths(200, 40), 160),
+        "twelve a row": _sums([12] * 300, 160),
+        "one a row": _sums([1] * 50, 160),
+        "all latents": _sums([160] * 30, 160),
+        "odd width": _sums(_lengths(90, 20), 157, 37),
+        "wide": _sums(_lengths(40, 30), 400, 1031),
+        "most latents dead": _sums(_lengths(20, 3), 3000),
+        "one latent": _sums([1] * 40, 1),
+        "few latents hot": _sums([12] * 300, 160, hot=True),
+        "nothing used": _sums(_lengths(40, 9), 160, unused=2.0),
+        "no slots": _sums([0] * 6, 160),
+        "empty batch": _sums([], 160),
+    }
 
 
 def cast(case: NamedTuple, dtype: torch.dtype, device: str | torch.device = "cpu") -> NamedTuple:
-    """The case in another dtype, codes and all, on a device."""
+    """The case, and named tuples within it, in another dtype on a device."""
 
-    def one(part: Tensor | RaggedCodes) -> Tensor | RaggedCodes:
-        if isinstance(part, RaggedCodes):
-            return RaggedCodes(*map(one, part))
-        return part.to(device, dtype if part.is_floating_point() else part.dtype)
+    def one(part):
+        if isinstance(part, tuple):
+            return type(part)(*map(one, part))
+        if part is None:
+            return None
+        return part.to(device, dtype if part.is_floating_point() else part.dtype, copy=True)
 
     return type(case)(*map(one, case))

@@ -1,259 +1,323 @@
-"""Every implementation of every operation against the dense reference in float64."""
+"""Every implementation of every operation against the dense reference in float64.
 
+Each implementation runs as it is, and "cut": with tiles so small that small inputs have several.
+Triton runs on a card, and on the CPU in its interpreter, to which ``backends/test_triton.py`` gives
+this file.
+"""
+
+from typing import NamedTuple
+
+import dense_reference as reference
 import pytest
 import torch
-from looping import over
-from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random, whole
+from sparse_cases import (
+    BF16,
+    D_IN,
+    ENCODINGS,
+    F32,
+    F64,
+    INTERPRETED,
+    SUMS,
+    Sums,
+    cast,
+    cut_tiles,
+    integers,
+    over,
+    random,
+    using,
+    whole,
+)
 
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.backends import cpu, pytorch, reference
-from llm_wsae.sparse.backends.reference import EPSILON
+from llm_wsae.sparse.backends import cpu, pytorch
 from llm_wsae.sparse.codes import (
+    EPSILON,
     Codes,
+    Latents,
     RaggedCodes,
     RawRows,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
+    Target,
     joined,
     padded,
     ragged,
 )
 
-EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
+EXACT = {F64: F64, F32: F32, BF16: F32}
+TOLERANCE = {F64: 1e-12, F32: 5e-6, BF16: 1e-2}
+
+
+class Way(NamedTuple):
+    """One implementation and the number format that it gets."""
+
+    name: str
+    dtype: torch.dtype
+    cut: bool
+
+    @property
+    def exact(self):
+        return EXACT[self.dtype]
+
+    @property
+    def device(self):
+        return "cuda" if self.name == "triton" and not INTERPRETED else "cpu"
+
+    def cast(self, case):
+        return cast(case, self.dtype, self.device)
 
 
 def ways(*dtypes):
-    """Every implementation with every dtype it takes: C++ leaves float64 to torch."""
+    """Every implementation with every dtype that it takes; of Triton's interpreter a few."""
+    if INTERPRETED:
+        chosen = [Way("triton", F32, True), Way("triton", BF16 if BF16 in dtypes else F64, False)]
+    else:
+        chosen = [
+            Way(name, dtype, cut)
+            for name in ("pytorch", "cpu", "triton")
+            for dtype in dtypes
+            for cut in (False, True)
+            if name != "cpu" or dtype != F64
+        ]
     return [
-        pytest.param((name, dtype), id=f"{name}-{str(dtype).removeprefix('torch.')}")
-        for name in ("reference", "pytorch", "cpu")
-        for dtype in dtypes
-        if name != "cpu" or dtype != torch.float64
+        pytest.param(
+            way,
+            id=f"{way.name}-{str(way.dtype).removeprefix('torch.')}{'-cut' * way.cut}",
+            marks=[pytest.mark.gpu] if way.device == "cuda" else [],
+        )
+        for way in chosen
     ]
 
 
-def choose(way):
-    name, dtype = way
-    if name == "cpu" and not cpu.available():
+def choose(way, monkeypatch):
+    if way.name == "cpu" and not cpu.available():
         pytest.skip("there is no C++ compiler here")
-    with operations.using(name):
-        yield dtype
+    if way.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    with using(way.name):
+        if way.cut:
+            cut_tiles(way.name, monkeypatch)
+        yield way
 
 
-@pytest.fixture(params=ways(*EXACT))
-def dtype(request):
-    """Of an encoder's product, the implementation being chosen."""
-    yield from choose(request.param)
+@pytest.fixture(params=ways(F64, F32, BF16))
+def way(request, monkeypatch):
+    """Of the operations with an encoder's product."""
+    yield from choose(request.param, monkeypatch)
 
 
-@pytest.fixture(params=ways(torch.float64, torch.float32))
-def exact(request):
-    """Of sums, the implementation being chosen."""
-    yield from choose(request.param)
+@pytest.fixture(params=ways(F64, F32))
+def summing(request, monkeypatch):
+    """Of the operations on codes."""
+    yield from choose(request.param, monkeypatch)
 
 
-def encoding_of(name, dtype):
+def encoding_of(name, way):
     """The case and its exact pre-activations; equal in all dtypes, but for the random one."""
-    case = cast(ENCODINGS[name], dtype)
     x, encoder, bias = ENCODINGS[name]
-    return case, x @ encoder.T + bias, TOLERANCE[dtype] * 20 if name == "random" else 0
+    tolerance = TOLERANCE[way.dtype] * 20 if name == "random" else 0
+    return way.cast(ENCODINGS[name]), x @ encoder.T + bias, tolerance
 
 
 def assert_found(codes: RaggedCodes, pre, tolerance):
     """Slots of a row are different latents, and each has the value of its pre-activation."""
+    assert codes.indices.dtype == codes.offsets.dtype == torch.int64
+    assert codes.num_rows == len(pre) and codes.offsets[0] == 0
+    assert codes.offsets[-1] == len(codes.indices)
+    codes = RaggedCodes(*(part.cpu() for part in codes))
     used = codes.values > 0
     rows, indices, values = codes.rows()[used], codes.indices[used], codes.values[used].double()
     assert len(set(zip(rows.tolist(), indices.tolist(), strict=True))) == len(rows)
     assert ((codes.indices >= 0) & (codes.indices < pre.shape[1])).all()
     assert torch.allclose(pre[rows, indices], values, rtol=0, atol=tolerance)
+    assert not codes.values[~used].any()
 
 
-@over(k=[1, 7, 20, 159, 160], name=ENCODINGS)
-def test_encode_topk(name, k, dtype):
-    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+def assert_largest(codes: RaggedCodes, pre, count, tolerance):
+    """The positive values are the largest of all; fewer if fewer are above 0."""
+    expected = pre.flatten().topk(count).values.relu()
+    positive = codes.values[codes.values > 0].cpu().double().sort(descending=True).values
+    found = torch.zeros_like(expected)
+    found[: len(positive)] = positive
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@over(k=[7, 1, 20, 159, 160], name=ENCODINGS)
+def test_encode_topk(name, k, way):
+    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
     k = min(k, len(encoder))
     codes = operations.encode_topk(x, encoder, bias, k)
     assert codes.indices.shape == codes.values.shape == (len(x), k)
-    assert codes.values.dtype == EXACT[dtype]
+    assert codes.values.dtype == way.exact
     assert_found(ragged(codes), pre, tolerance)
-    found = codes.values.double().sort(descending=True).values
+    found = codes.values.cpu().double().sort(descending=True).values
     assert torch.allclose(found, pre.topk(k).values.relu(), rtol=0, atol=tolerance)
 
 
-@over(threshold=["zero", "whole", "high"], name=ENCODINGS)
-def test_encode_above(name, threshold, dtype):
-    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+@over(threshold=["whole", "zero", "high"], name=ENCODINGS)
+def test_encode_above(name, threshold, way):
+    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
     level = {
-        "zero": torch.zeros_like(bias),
+        "zero": torch.zeros(len(bias)),
         "whole": integers(len(bias), seed=9).abs() * 4,
-        "high": torch.full_like(bias, 1e6),
-    }[threshold].to(EXACT[dtype])
-    codes = operations.encode_above(x, encoder, bias, level)
-    assert codes.values.dtype == EXACT[dtype] and codes.offsets[-1] == len(codes.indices)
+        "high": torch.full((len(bias),), 1e6),
+    }[threshold]
+    codes = operations.encode_above(x, encoder, bias, level.to(way.device, way.exact))
+    assert codes.values.dtype == way.exact
     assert_found(codes, pre, tolerance)
     expected = torch.where(pre > level, pre, 0)
-    found = reference.dense(codes, codes.values.double(), len(bias))
+    found = reference.dense(codes, codes.values.double(), len(bias)).cpu()
     if name == "random":  # rounding may decide about an entry at the threshold
         away = (pre - level).abs() > tolerance
         expected, found = expected[away], found[away]
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@over(guess=[0.0, 8.0, 19.0, 1e6], k=[1, 7, 160], name=ENCODINGS)
-def test_encode_batch_topk(name, k, guess, dtype):
-    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+@over(guess=[0.0, 8.0, 19.0, 1e6], k=[7, 1, 160], name=ENCODINGS)
+def test_encode_batch_topk(name, k, guess, way):
+    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
     k = min(k, len(encoder))
     codes = operations.encode_batch_topk(x, encoder, bias, k, guess)
-    assert codes.values.dtype == EXACT[dtype] and codes.num_rows == len(x)
-    assert (codes.values > 0).all()
+    assert codes.values.dtype == way.exact
     assert_found(codes, pre, tolerance)
-    expected = pre.flatten().topk(k * len(x)).values.relu()
-    found = torch.zeros_like(expected)  # as many as there are positive ones, then nothing
-    found[: len(codes.values)] = codes.values.sort(descending=True).values
-    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+    assert_largest(codes, pre, k * len(x), tolerance)
 
 
-@over(share=[0.0, 0.8, 1.0], name=ENCODINGS)
-def test_encode_batch_topk_of_some_rows(name, share, dtype):
+@over(share=[0.8, 0.0, 1.0], name=ENCODINGS)
+def test_encode_batch_topk_of_some_rows(name, share, way):
     """The others count nowhere, though their pre-activations may be the largest."""
-    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
     kept = torch.rand(len(x), generator=torch.Generator().manual_seed(3)) < share
-    k = min(7, len(encoder))
-    codes = operations.encode_batch_topk(x, encoder, bias, k, torch.tensor(0.5), kept)
-    assert codes.num_rows == len(x) and kept[codes.rows()][codes.values > 0].all()
+    k, guess = min(7, len(encoder)), torch.tensor(0.5, device=x.device)
+    codes = operations.encode_batch_topk(x, encoder, bias, k, guess, kept.to(x.device))
     assert_found(codes, pre, tolerance)
-    expected = pre[kept].flatten().topk(k * int(kept.sum())).values.relu()
-    found = torch.zeros_like(expected)
-    positive = codes.values[codes.values > 0].sort(descending=True).values
-    found[: len(positive)] = positive
-    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+    assert kept[codes.rows().cpu()][codes.values.cpu() > 0].all()
+    assert_largest(codes, pre[kept], k * int(kept.sum()), tolerance)
 
 
-@over(k=[1, 7, 19, 20, 159, 160], d_sae=[160, 157])
-def test_selection_is_exact_and_keeps_the_sign(k, d_sae, dtype):
+@over(kind=["random", "tied", "zero", "negative"], k=[7, 1, 19, 20, 36, 160], d_sae=[160, 157])
+def test_selection_is_exact_and_keeps_the_sign(kind, k, d_sae, way):
+    rows, d_sae = (3, d_sae // 4) if INTERPRETED else (300, d_sae)
     k = min(k, d_sae)
-    pre = (random(300, d_sae) - 0.5).to(dtype)
+    pre = {
+        "random": random(rows, d_sae) - 0.5,
+        "tied": torch.ones(rows, d_sae).tril_(3),
+        "zero": torch.zeros(rows, d_sae),
+        "negative": torch.full((rows, d_sae), -1.0),
+    }[kind].to(way.device, way.dtype)
     best = operations.select_topk(pre, k)
-    assert best.values.dtype == dtype
+    assert best.values.dtype == way.dtype
     assert torch.equal(best.values.sort(descending=True).values, pre.topk(k).values)
     assert torch.equal(pre.gather(1, best.indices), best.values)
     assert all(len(set(row)) == k for row in best.indices.tolist())
 
 
-@over(pre=[torch.zeros(5, 160), torch.full((5, 160), -1.0), torch.ones(5, 160).tril_(3)])
-def test_selection_with_ties_picks_k_different_latents(pre):
-    best = operations.select_topk(pre, 9)
-    assert torch.equal(best.values.sort(descending=True).values, pre.topk(9).values)
-    assert all(len(set(row)) == 9 for row in best.indices.tolist())
-
-
 DEAD = ENCODINGS | {
-    "more than are counted at once": whole(3, 40_000),
+    "more than are counted at once": whole(2, 2100) if INTERPRETED else whole(3, 40_000),
     "none here": whole(5, 0),  # other processes have some
 }
 
 
-@over(share=[None, 0.0, 0.6], k=[1, 7, 80, 160], name=DEAD)
-def test_encode_dead(name, k, share, dtype):
+@over(share=[0.6, None, 0.0], k=[7, 1, 160, 80], name=DEAD)
+def test_encode_dead(name, k, share, way):
     """Those that tie with the k-th largest are all there, and nothing else is."""
-    x, encoder, bias = cast(DEAD[name], dtype)
+    x, encoder, bias = way.cast(DEAD[name])
     pre = DEAD[name].x @ DEAD[name].encoder.T + DEAD[name].bias
     dead = None
     if share is not None:
         dead = torch.rand(len(bias), generator=torch.Generator().manual_seed(k)) < share
         pre = pre * dead
+        dead = dead.to(x.device)
     found = operations.encode_dead(x, encoder, bias, dead, k)
-    assert found.dtype == dtype and found.shape == pre.shape
-    wanted = pre.relu()
+    assert found.dtype == way.dtype and found.shape == pre.shape
+    found, wanted = found.cpu().double(), pre.relu()
     smallest = wanted.topk(min(k, len(bias))).values[:, -1:]
     if name == "random":
-        tolerance = TOLERANCE[dtype] * 20
-        assert torch.allclose(found.double()[found > 0], pre[found > 0], rtol=0, atol=tolerance)
+        tolerance = TOLERANCE[way.dtype] * 20
+        assert torch.allclose(found[found > 0], pre[found > 0], rtol=0, atol=tolerance)
         assert (found[wanted > smallest + 2 * tolerance] > 0).all()
         assert not found[wanted < smallest - 2 * tolerance].any()
     else:
-        assert torch.equal(found.double(), wanted * (wanted >= smallest))
+        assert torch.equal(found, wanted * (wanted >= smallest))
 
 
 @over(name=[name for name in DEAD if name != "random"])
-def test_dead_gradients(name, dtype):
+def test_dead_gradients(name, way):
     """Of small whole numbers, so that what is added up is exact but for the last rounding."""
-    x, encoder, bias = cast(DEAD[name], dtype)
-    active = (x @ encoder.T + bias).relu()
-    by_output, some = integers(*x.shape, seed=7).to(dtype), len(bias)
-    start = (random(some, D_IN, seed=8), random(some, D_IN, seed=9), random(some, seed=10))
-    wanted, found = (
-        SubsetGradients(torch.arange(some), *(part.to(exact, copy=True) for part in start))
-        for exact in (torch.float64, EXACT[dtype])
+    x, encoder, bias = DEAD[name]
+    some = len(bias)
+    given = Target((x @ encoder.T + bias).relu(), x, encoder, integers(*x.shape, seed=7), bias)
+    start = SubsetGradients(
+        torch.arange(some), random(some, D_IN), random(some, D_IN, seed=1), random(some, seed=2)
     )
-    with operations.using("reference"):
-        wide = (active.double(), x.double(), encoder.double(), by_output.double())
-        operations.dead_gradients(*wide, wanted)
-    operations.dead_gradients(active, x, encoder, by_output, found)
+    wanted, found = cast(start, F64), cast(start, way.exact, way.device)
+    reference.dead_gradients(*given[:4], wanted)
+    operations.dead_gradients(*way.cast(given)[:4], found)
     for one, other in zip(found[1:], wanted[1:], strict=True):
-        assert_close(one, other, EXACT[dtype], TOLERANCE[dtype])
-    silent = ~(active > 0).any(0)
-    assert torch.equal(found.encoder[silent], start[0][silent].to(EXACT[dtype]))
+        assert_close(one, other, way.exact, TOLERANCE[way.dtype])
+    silent = ~(given[0] > 0).any(0)
+    assert torch.equal(found.encoder.cpu()[silent], start.encoder[silent].to(way.exact))
 
 
 def assert_close(found, expected, dtype, tolerance=None):
     assert found.dtype == dtype and found.shape == expected.shape
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     tolerance = tolerance or TOLERANCE[dtype]
-    assert torch.allclose(found.double(), expected, rtol=0, atol=tolerance * scale)
+    assert torch.allclose(found.cpu().double(), expected, rtol=0, atol=tolerance * scale)
+
+
+def assert_all_close(found, expected, dtype):
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, dtype)
+
+
+def assert_rounded(found, exact):
+    """To nearest; the interpreter cuts bits off where the card rounds."""
+    cut_off = 2**-7 if INTERPRETED and found.dtype == BF16 else 0
+    torch.testing.assert_close(found, exact.to(found.dtype), rtol=cut_off, atol=0)
 
 
 @over(name=SUMS)
-def test_decode(name, exact):
-    codes, _, decoder, bias, _ = cast(SUMS[name], exact)
+def test_decode_and_value_gradients(name, summing):
+    codes, _, decoder, bias, by_output = summing.cast(SUMS[name])
     wide = SUMS[name]
-    assert_close(
-        operations.decode(codes, decoder, bias),
-        reference.decode(wide.codes, wide.decoder, wide.bias),
-        exact,
-    )
-
-
-@over(name=SUMS)
-def test_value_gradients(name, exact):
-    codes, _, decoder, _, output_gradient = cast(SUMS[name], exact)
-    wide = SUMS[name]
-    found = operations.value_gradients(codes, decoder, output_gradient)
+    found = operations.decode(codes, decoder, bias)
+    assert_close(found, reference.decode(wide.codes, wide.decoder, wide.bias), summing.exact)
+    found = operations.value_gradients(codes, decoder, by_output)
     expected = reference.value_gradients(wide.codes, wide.decoder, wide.output_gradient)
-    assert_close(found, expected, exact)
+    assert_close(found, expected, summing.exact)
     assert not found[codes.values == 0].any()  # else clipped slots would push the encoder
 
 
-@over(fast=[torch.float32, torch.bfloat16], name=SUMS)
-def test_exact_values(name, fast, exact):
+@over(fast=[F32, BF16], name=SUMS)
+def test_exact_values(name, fast, summing):
     """Whatever the values were before, and with the encoder rounded or not."""
     wide = SUMS[name]
-    codes, x, encoder, _, _ = cast(wide, exact)
+    codes, x, encoder, _, _ = summing.cast(wide)
     bias = random(len(encoder), seed=9)
-    encoder = encoder.to(fast if exact == torch.float32 else exact)
-    found = operations.exact_values(codes, x, encoder, bias.to(exact))
-    pre = wide.x @ encoder.double().T + bias
+    encoder = encoder.to(fast if summing.exact == F32 else F64)
+    found = operations.exact_values(codes, x, encoder, bias.to(x.device, x.dtype))
+    pre = wide.x @ encoder.cpu().double().T + bias
     expected = pre[wide.codes.rows(), wide.codes.indices].relu() * (wide.codes.values > 0)
-    assert_close(found.values, expected, exact)
+    assert_close(found.values, expected, summing.exact)
     assert torch.equal(found.indices, codes.indices) and torch.equal(found.offsets, codes.offsets)
     assert not found.values[codes.values == 0].any()
 
 
-@over(fast=[torch.float32, torch.bfloat16], name=SUMS)
-def test_reconstruct(name, fast, exact):
-    case = SUMS[name]
+@over(fast=[F32, BF16], name=SUMS)
+def test_reconstruct(name, fast, summing):
+    case, fast = SUMS[name], fast if summing.exact == F32 else F64
     rows, columns = random(len(case.x), seed=7).relu(), random(case.x.shape[1], seed=8).relu()
-    wanted = (case.decoder, case.bias, case.x, rows, columns)
-    with operations.using("reference"):
-        expected = operations.reconstruct(case.codes, *wanted, torch.float64)
-    codes = cast(case, exact).codes
-    found = operations.reconstruct(codes, *(tensor.to(exact) for tensor in wanted), fast)
-    assert_close(found.residual, expected.residual, exact)
-    assert_close(found.by_value, expected.by_value, exact)
-    assert_close(found.row_errors, expected.row_errors, exact)
-    assert torch.equal(found.output_gradient, (found.residual * columns.to(exact)).to(fast))
+    wanted = Target(case.decoder, case.bias, case.x, rows, columns)
+    expected = reference.reconstruct(case.codes, wanted, F64)
+    given = summing.cast(wanted)
+    found = operations.reconstruct(summing.cast(case).codes, *given, fast)
+    assert_close(found.residual, expected.residual, summing.exact)
+    assert_close(found.by_value, expected.by_value, summing.exact)
+    assert_close(found.row_errors, expected.row_errors, summing.exact)
+    assert found.output_gradient.dtype == fast
+    assert_rounded(found.output_gradient, found.residual * given.column_weights)
 
 
 def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
@@ -269,165 +333,131 @@ def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradie
     return SparseGradients(codes, x[: len(x) // kinds], output_gradient, by_value, some)
 
 
-def narrowed(gradients: SparseGradients, dtype: torch.dtype) -> SparseGradients:
-    """The gradients in another dtype."""
-    codes, *tensors, more = gradients
-    if more is not None:
-        more = SubsetGradients(more.latents, *(part.to(dtype) for part in more[1:]))
-    codes = codes._replace(values=codes.values.to(dtype))
-    return SparseGradients(codes, *(tensor.to(dtype) for tensor in tensors), more)
+def weight_gradients(gradients: SparseGradients, d_sae: int):
+    """By the reference, with what else some latents get."""
+    sums = reference.weight_gradients(gradients, d_sae)
+    if gradients.more is not None:
+        gradients.more.add_to(sums)
+    return sums
 
 
 @over(more=[False, True], kinds=[1, 2, 5], name=SUMS)
-def test_weight_gradients(name, kinds, exact, more):
+def test_weight_gradients(name, kinds, summing, more):
     case = SUMS[name]
     if len(case.x) % kinds:
         return
     gradients, d_sae = gradients_of(case, kinds, more), len(case.decoder)
-    found = operations.weight_gradients(narrowed(gradients, exact), d_sae)
-    with operations.using("reference"):
-        expected = operations.weight_gradients(gradients, d_sae)
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, exact)
+    found = operations.weight_gradients(summing.cast(gradients), d_sae)
+    assert_all_close(found, weight_gradients(gradients, d_sae), summing.exact)
+    if name == "few latents hot" and kinds == 1:
+        again = operations.weight_gradients(summing.cast(gradients), d_sae)
+        assert all(map(torch.equal, found, again))
 
 
-def test_several_rows_of_codes_belong_to_a_row_of_x():
+def test_several_rows_of_codes_belong_to_a_row_of_x(summing):
     """Written out by hand: rows 0 and 2 of the codes are of x[0], rows 1 and 3 of x[1]."""
-    latents = torch.tensor([[0], [1], [1], [0]])
-    codes = ragged(Codes(latents, torch.ones(4, 1, dtype=torch.float64)))
+    codes = ragged(Codes(torch.tensor([[0], [1], [1], [0]]), torch.ones(4, 1)))
     x, by_output, by_value = random(2, D_IN), random(4, D_IN, seed=1), random(4, seed=2)
-    by_encoder, by_decoder, by_bias = operations.weight_gradients(
-        SparseGradients(codes, x, by_output, by_value), 2
-    )
+    gradients = SparseGradients(codes, x, by_output, by_value)
     a, b, c, d = by_value
-    close = torch.testing.assert_close
-    close(by_encoder, torch.stack([a * x[0] + d * x[1], b * x[1] + c * x[0]]))
-    close(by_decoder, torch.stack([by_output[0] + by_output[3], by_output[1] + by_output[2]]))
-    close(by_bias, torch.stack([a + d, b + c]))
+    expected = (
+        torch.stack([a * x[0] + d * x[1], b * x[1] + c * x[0]]),
+        torch.stack([by_output[0] + by_output[3], by_output[1] + by_output[2]]),
+        torch.stack([a + d, b + c]),
+    )
+    found = operations.weight_gradients(summing.cast(gradients), 2)
+    assert_all_close(found, expected, summing.exact)
 
 
-@over(fast=[torch.bfloat16, None], more=[False, True], name=SUMS)
-def test_sparse_adam(name, exact, more, fast):
-    """It is Adam with the gradients that the gradients are summed to."""
+def weights_of(case: Sums) -> Latents:
+    """Weights with moments; decoder rows have norm 1. Float64."""
+    decoder = torch.nn.functional.normalize(case.decoder, dim=1)
+    moments = (case.decoder * 0.1, case.decoder * 0.2, case.decoder**2 + 1, case.decoder**2 + 2)
+    return Latents(case.decoder.flip(0), decoder, *moments)
+
+
+@over(raw=["none", "along", "radial"], fast=[BF16, None], more=[False, True], name=SUMS)
+def test_sparse_adam(name, summing, more, fast, raw):
+    """It is Adam with the gradients that the sparse ones sum to, of rows that are rounded or not.
+
+    Of raw rows it is what dense sums give; test_free_lengths.py compares that with autograd."""
     case = SUMS[name]
+    (d_sae, width), start = case.decoder.shape, weights_of(case)
+    lengths, bias = random(d_sae, seed=1).abs() + 0.1, random(d_sae, seed=2)
+    along = random(d_sae, width, seed=3) if raw == "along" else None
+    raw_rows = None if raw == "none" else RawRows(lengths, bias, along)
     gradients = gradients_of(case, 1, more)
-    start = (
-        (case.decoder, case.decoder.flip(0)),
-        (case.decoder * 0.1,) * 2,
-        (case.decoder**2 + 1,) * 2,
-    )
-    d_sae, width = case.decoder.shape
-    expected, found = (
-        tuple(tuple(part.to(dtype, copy=True) for part in pair) for pair in start)
-        for dtype in (torch.float64, exact)
-    )
-    copy = None if fast is None else torch.zeros(d_sae, width, dtype=fast)
-    with operations.using("reference"):
-        *by_rows, wanted = operations.weight_gradients(gradients, d_sae)
-        operations.adam_rows(expected[0], tuple(by_rows), *expected[1:], 3, 0.01, None)
-    by_bias = operations.sparse_adam(narrowed(gradients, exact), *found, 3, 0.01, copy)
-    assert_close(by_bias, wanted, exact)
-    for one, other in zip(sum(found, ()), sum(expected, ()), strict=True):
-        assert_close(one, other, exact)
-    assert copy is None or torch.equal(copy, found[0][0].to(fast))
+    given, found = summing.cast(gradients), summing.cast(start)
+    if fast is not None:
+        x, by_output = given.x.to(fast), given.output_gradient.to(fast)
+        given = given._replace(x=x, output_gradient=by_output)
+        gradients = gradients._replace(x=x.cpu().double(), output_gradient=by_output.cpu().double())
+        found = found._replace(encoder_fast=torch.zeros_like(found.encoder, dtype=fast))
+    expected, sums = cast(start, F64), weight_gradients(gradients, d_sae)
+    expected_raw, found_raw = None, None
+    if raw_rows is None:
+        reference.adam(expected, sums, 3, 0.01)
+    else:
+        expected_raw, found_raw = cast(raw_rows, F64), summing.cast(raw_rows)
+        pytorch.adam_raw(expected, sums, 3, 0.01, expected_raw)
+    by_bias = operations.adam(found, given, 3, 0.01, found_raw)
+    assert_close(by_bias, sums[2], summing.exact)
+    assert_all_close(found[:6], expected[:6], summing.exact)
+    if raw_rows is not None:
+        assert_close(found_raw.lengths, expected_raw.lengths, summing.exact)
+        assert torch.equal(found_raw.bias, summing.cast(raw_rows).bias)
+    if fast is not None:
+        assert_rounded(found.encoder_fast, found.encoder)
 
 
-@over(along=[False, True], fast=[torch.bfloat16, None], more=[False, True], name=SUMS)
-def test_sparse_adam_of_raw_rows(name, exact, more, fast, along):
-    """The same as with dense sums, in float64; test_free_lengths.py compares that with autograd."""
-    case = SUMS[name]
-    gradients = gradients_of(case, 1, more)
-    d_sae, width = case.decoder.shape
-    draw = torch.Generator().manual_seed(0)
-    unit = torch.nn.functional.normalize(case.decoder, dim=1)
-    start = (
-        *(case.decoder.flip(0), unit, *(case.decoder * 0.1,) * 2, *(case.decoder**2 + 1,) * 2),
-        torch.rand(d_sae, generator=draw, dtype=torch.float64) + 0.1,
-        torch.randn(d_sae, generator=draw, dtype=torch.float64),
-        torch.randn(d_sae, width, generator=draw, dtype=torch.float64),
-    )
-    expected, found = (
-        [part.to(dtype, copy=True) for part in start] for dtype in (torch.float64, exact)
-    )
-
-    def arguments(parts, copy):
-        raw = RawRows(*parts[6:8], parts[8] if along else None)
-        pairs = [tuple(parts[i : i + 2]) for i in (0, 2, 4)]
-        return pairs[0], (*pairs[1:], 3, 0.01, copy, raw)
-
-    copy = None if fast is None else torch.zeros(d_sae, width, dtype=fast)
-    with operations.using("reference"):
-        sums = operations.weight_gradients(gradients, d_sae)
-    rows, given = arguments(expected, None)
-    operations.adam_raw_rows(rows, sums, *given)
-    rows, given = arguments(found, copy)
-    by_bias = operations.sparse_adam(narrowed(gradients, exact), rows, *given)
-    assert_close(by_bias, sums[2], exact)
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, exact)
-    assert copy is None or torch.equal(copy, found[0].to(fast))
-
-
-@over(name=SUMS)
-def test_firing_counts(name, exact):
-    codes = cast(SUMS[name], exact).codes
-    d_sae = len(SUMS[name].decoder)
-    used = codes.indices[codes.values > 0]
-    counts = operations.firing_counts(codes, d_sae)
-    assert counts.dtype == exact
-    assert torch.equal(counts.long(), torch.bincount(used, minlength=d_sae))
-
-
-def test_weight_gradients_of_rounded_rows(exact):
-    """Rows in bfloat16 make sums of what they were rounded to, in full precision."""
-    gradients, d_sae = gradients_of(SUMS["ragged"]), len(SUMS["ragged"].decoder)
-    rounded = [part.bfloat16() for part in (gradients.x, gradients.output_gradient)]
-    narrow = narrowed(gradients, exact)
-    found = operations.weight_gradients(
-        SparseGradients(narrow.codes, *rounded, narrow.by_value), d_sae
-    )
-    expected = reference.weight_gradients(
-        SparseGradients(gradients.codes, *rounded, gradients.by_value), d_sae
-    )
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, exact)
-
-
-def test_unused_slots_push_no_weight(exact):
-    """A known mistake of other implementations: zero-valued selections still move the encoder."""
-    codes = ragged(Codes(torch.tensor([[3, 5]]), torch.tensor([[2.0, 0.0]], dtype=exact)))
-    x, decoder, by_output = (random(n, D_IN, seed=n).to(exact) for n in (1, 160, 1))
-    by_value = operations.value_gradients(codes, decoder, by_output)
-    assert by_value[0] != 0 and by_value[1] == 0
-    for gradient in operations.weight_gradients(
-        SparseGradients(codes, x, by_output, by_value), 160
-    ):
-        assert gradient[3].any() and not gradient[5].any()
-
-
-@over(fast=[torch.bfloat16, None], d_in=[D_IN, 37])
-def test_adam_rows(d_in, fast, exact):
+@over(fast=[BF16, None], d_in=[D_IN, 37])
+def test_adam(d_in, fast, summing):
     """Three steps are torch's Adam, each followed by the decoder's renormalisation."""
-    start = (random(50, d_in), random(50, d_in, seed=1))
+    start = (random(9, d_in), random(9, d_in, seed=1))
     start[1][7] = 0  # a row that cannot be normalised
     expected = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     optimiser = torch.optim.Adam(expected, lr=0.01, eps=EPSILON)
-    rows, *moments = (tuple((scale * tensor).to(exact) for tensor in start) for scale in (1, 0, 0))
-    copy = None if fast is None else torch.zeros(50, d_in, dtype=fast)
+    latents = summing.cast(Latents(*start, *(torch.zeros_like(start[0]) for _ in range(4))))
+    if fast is not None:
+        latents = latents._replace(encoder_fast=torch.zeros_like(latents.encoder, dtype=fast))
     for step in (1, 2, 3):
-        gradients = [random(50, d_in, seed=10 * step + i) * 1e-3 for i in (0, 1)]
+        gradients = [random(9, d_in, seed=10 * step + i) * 1e-3 for i in (0, 1)]
         gradients[0][3] = gradients[1][7] = 0  # a latent that never fired
         for parameter, gradient in zip(expected, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
         with torch.no_grad():
             expected[1] /= expected[1].norm(dim=1, keepdim=True).clamp(min=1e-8)
-        narrow = tuple(gradient.to(exact) for gradient in gradients)
-        operations.adam_rows(rows, narrow, *moments, step, 0.01, copy)
-        for row, wanted in zip(rows, expected, strict=True):
-            torch.testing.assert_close(row.double(), wanted.data, rtol=1e-6, atol=2e-7)
-        assert copy is None or torch.equal(copy, rows[0].to(fast))
-    assert not rows[1][7].any()
+        given = tuple(
+            part.to(summing.device, summing.exact) for part in (*gradients, start[0][:, 0])
+        )
+        assert operations.adam(latents, given, step, 0.01) is given[2]
+        for row, wanted in zip(latents[:2], expected, strict=True):
+            torch.testing.assert_close(row.cpu().double(), wanted.data, rtol=1e-6, atol=2e-7)
+        if fast is not None:
+            assert_rounded(latents.encoder_fast, latents.encoder)
+    assert not latents.decoder[7].any()
+
+
+@over(name=SUMS)
+def test_firing_counts(name, summing):
+    codes, d_sae = SUMS[name].codes, len(SUMS[name].decoder)
+    counts = operations.firing_counts(summing.cast(SUMS[name]).codes, d_sae)
+    assert counts.dtype == summing.exact
+    wanted = torch.bincount(codes.indices[codes.values > 0], minlength=d_sae)
+    assert torch.equal(counts.cpu().long(), wanted)
+
+
+def test_unused_slots_push_no_weight(summing):
+    """A known mistake of other implementations: zero-valued selections still move the encoder."""
+    codes = ragged(Codes(torch.tensor([[3, 5]]), torch.tensor([[2.0, 0.0]])))
+    case = Sums(codes, random(1, D_IN), random(16, D_IN, seed=1), random(D_IN), random(1, D_IN))
+    codes, x, decoder, _, by_output = summing.cast(case)
+    by_value = operations.value_gradients(codes, decoder, by_output)
+    assert by_value[0] != 0 and by_value[1] == 0
+    gradients = SparseGradients(codes, x, by_output, by_value)
+    for gradient in operations.weight_gradients(gradients, 16):
+        assert gradient[3].any() and not gradient[5].any()
 
 
 def test_codes_end_to_end():
@@ -478,14 +508,13 @@ def test_the_choice_of_an_implementation():
     number = torch.ones(1)
     assert operations._for_sums(number) is here
     assert operations._for_products(number.bfloat16()) is here
-    assert (
-        operations._for_sums(number.bfloat16()) is operations._for_sums(number.double()) is pytorch
-    )
+    for wide in (number.bfloat16(), number.double()):
+        assert operations._for_sums(wide) is pytorch
     assert operations._for_sums(number.requires_grad_()) is pytorch
     with torch.no_grad():
         assert operations._for_sums(number) is here
-        with operations.using("reference"):
-            with operations.using("pytorch"):
+        with operations.using(reference):
+            with operations.using(pytorch):
                 assert operations._for_sums(number) is pytorch
             assert operations._for_sums(number) is reference
         assert operations._for_sums(number) is here

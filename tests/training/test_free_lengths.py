@@ -7,7 +7,7 @@ import torch
 from test_trainer import CONFIG, D_IN, MemorySource, arms_for, fvu
 
 from llm_wsae.errors import UsageError
-from llm_wsae.sparse.backends.reference import EPSILON
+from llm_wsae.sparse.codes import EPSILON
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.free_lengths import INITIAL_LENGTH, FreeLengths

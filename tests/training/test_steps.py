@@ -6,13 +6,12 @@ needs it, and what a step may hold in memory.
 
 import pytest
 import torch
-from sparse_cases import needs_compiler, of_all
+from sparse_cases import needs_compiler, of_all, using
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm_wsae.machine.hardware import DeferredScalar
-from llm_wsae.sparse.backends.reference import EPSILON
-from llm_wsae.sparse.operations import using
+from llm_wsae.sparse.codes import EPSILON
 from llm_wsae.training.architectures.relu import ReLU
 from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig

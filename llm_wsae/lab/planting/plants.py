@@ -94,7 +94,8 @@ def make_plants(
     probability = np.exp(draw.uniform(low, high, count))
     on_a_row = probability.copy()
     token = np.full(count, -1)
-    tied = np.flatnonzero(_in_every_cell(config, len(strata)))
+    of_cell = np.arange(config.per_cell) < round(config.token_share * config.per_cell)
+    tied = np.flatnonzero(np.tile(of_cell, len(strata) * len(config.strengths)))
     ids = np.array(sorted(token_counts), dtype=np.int64)
     if len(tied) > len(ids):
         raise UsageError(
@@ -129,12 +130,6 @@ def _length_of_sum(directions: np.ndarray, strength: np.ndarray, often: np.ndarr
     and a_j is ``strength``."""
     mean = (often * strength) @ directions
     return float(np.sqrt(mean @ mean + np.sum(often * (1 - often) * strength**2)))
-
-
-def _in_every_cell(config: PlantConfig, strata: int) -> np.ndarray:
-    """Which plants are tied to a token: the same share of every stratum at every strength."""
-    tied = np.arange(config.per_cell) < round(config.token_share * config.per_cell)
-    return np.tile(tied, strata * len(config.strengths))
 
 
 def _directions(

@@ -96,38 +96,54 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
             f"plants are in {source.d_in} of {source.site}"
         )
     plants, threshold = source.plants, source.statistics().massive_threshold
-    halves = [_Half(len(plants), dictionary.d_sae), _Half(len(plants), dictionary.d_sae)]
+    chosen, measured = (_Half(len(plants), dictionary.d_sae) for _ in range(2))
     for number, (rows, firings) in enumerate(source.heldout()):
         kept = rows.norm(dim=1) <= threshold
         codes = dictionary.encode_sparse(rows[kept].to(dictionary.W_enc.device))
         truth = torch.zeros(len(rows), len(plants))
         truth[firings.row, firings.plant] = torch.from_numpy(firings.strength).float()
-        halves[number % 2].add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
-    best, seen = halves[0].best(), halves[0].fires > 0
-    answered = halves[0].is_answered()
+        half = measured if number % 2 else chosen
+        half.add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
+    best = chosen.best()
     decoder = dictionary.W_dec.detach().cpu().double()[best]
-    silent = float((halves[0].active + halves[1].active == 0).double().mean())
-    return _measured(plants, halves[1], best, seen, answered, decoder, silent)
+    length, directions = decoder.norm(dim=1), plants.directions.double()
+    along = (decoder * directions).sum(1)
+    answered = chosen.fires.bool() & chosen.is_answered()  # else no latent is the best
+    sums = measured.sums(best, chosen.fires.bool(), answered)
+    fires, both = sums["fires"], sums["both"]
+    none = torch.full_like(fires, torch.nan)
+    product, power = (sums["answer"] * length).sum(), (sums["code"] * length.square()).sum()
+    explained = product.square() / power.clamp(min=1e-300) / sums["truth"].sum().clamp(min=1e-300)
+    return PlantRecovery(
+        plants=plants,
+        latent=best,
+        f1=torch.where(fires > 0, 2 * both / (fires + sums["active"]), none),
+        cosine=torch.where(answered, along / length.clamp(min=1e-300), none),
+        slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
+        vanished=torch.where(fires > 0, 1 - both / fires, none),
+        l_gt=float(1 - explained),
+        dead=float((chosen.active + measured.active == 0).double().mean()),
+    )
 
 
 class _Half:
     """Some of the held-out rows: what fires together in them, and all codes."""
 
     def __init__(self, plants: int, latents: int):
-        self.num_latents = latents
         self._together = torch.zeros(plants, latents)
         self.fires = torch.zeros(plants)
         self.active = torch.zeros(latents)
-        self.pieces: list[tuple[Codes, Tensor]] = []
+        self._pieces: list[tuple[Codes, Tensor]] = []
 
     def add(self, codes: Codes, truth: Float[Tensor, "rows plants"]) -> None:
         """Add rows: their codes, and the strength of every plant."""
-        self.pieces.append((codes, truth.to_sparse()))
+        self._pieces.append((codes, truth.to_sparse()))
+        latents = len(self.active)
         on = codes.values > 0
-        self.active += torch.bincount(codes.indices[on], minlength=self.num_latents)
+        self.active += torch.bincount(codes.indices[on], minlength=latents)
         row, plant = truth.nonzero(as_tuple=True)
         self.fires += torch.bincount(plant, minlength=len(self.fires))
-        cells = (plant[:, None] * self.num_latents + codes.indices[row])[on[row]]
+        cells = (plant[:, None] * latents + codes.indices[row])[on[row]]
         self._together.view(-1).index_add_(0, cells, torch.ones(len(cells)))
 
     def best(self) -> Int[Tensor, " plants"]:
@@ -139,51 +155,26 @@ class _Half:
         """Whether any latent is active where a plant fires."""
         return self._together.sum(1) > 0
 
-
-def _measured(
-    plants: Plants,
-    half: _Half,
-    best: Tensor,
-    seen: Tensor,
-    answered: Tensor,
-    decoder: Tensor,
-    dead: float,
-) -> PlantRecovery:
-    """What the latents that are ``best`` in the other half do in this one. Nothing is known of
-    plants that fire in none of the two, or were not ``seen`` where the latents were chosen; where
-    none was ``answered`` there, no latent is the best."""
-    along = (decoder * plants.directions.double()).sum(1)
-    length = decoder.norm(dim=1)
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, torch.zeros(len(plants), dtype=torch.float64)) + values
-
-    for codes, strength in half.pieces:
-        truth = strength.to_dense().double() * seen
-        answer = to_dense(codes, half.num_latents)[:, best].double() * (seen & answered)
-        both = (truth > 0) & (answer > 0)
-        add("fires", (truth > 0).sum(0).double())
-        add("active", (answer > 0).sum(0).double())
-        add("both", both.sum(0).double())
-        add("answer", (answer * truth).sum(0))
-        add("together", (truth.square() * both).sum(0))
-        add("truth", truth.square().sum(0))
-        add("code", answer.square().sum(0))
-    fires, both = sums["fires"], sums["both"]
-    none = torch.full_like(fires, torch.nan)
-    product, power = (sums["answer"] * length).sum(), (sums["code"] * length.square()).sum()
-    explained = product.square() / power.clamp(min=1e-300) / sums["truth"].sum().clamp(min=1e-300)
-    return PlantRecovery(
-        plants=plants,
-        latent=best,
-        f1=torch.where(fires > 0, 2 * both / (fires + sums["active"]), none),
-        cosine=torch.where(seen & answered, along / length.clamp(min=1e-300), none),
-        slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
-        vanished=torch.where(fires > 0, 1 - both / fires, none),
-        l_gt=float(1 - explained),
-        dead=dead,
-    )
+    def sums(self, best: Tensor, seen: Tensor, answered: Tensor) -> dict[str, Tensor]:
+        """Over rows, for every plant and its latent; plants that were not ``seen`` where latents
+        were chosen do not fire, and latents of those that were not ``answered`` are silent."""
+        found: dict[str, Tensor] = {}
+        for codes, strength in self._pieces:
+            truth = strength.to_dense().double() * seen
+            answer = to_dense(codes, len(self.active))[:, best].double() * answered
+            both = (truth > 0) & (answer > 0)
+            parts = {
+                "fires": (truth > 0).double(),
+                "active": (answer > 0).double(),
+                "both": both.double(),
+                "answer": answer * truth,
+                "together": truth.square() * both,
+                "truth": truth.square(),
+                "code": answer.square(),
+            }
+            for name, part in parts.items():
+                found[name] = found.get(name, 0) + part.sum(0)
+        return found
 
 
 def _mean(values: Tensor) -> float:

@@ -6,7 +6,7 @@ process, the measurement afterwards.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.data.packing import Contexts
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.store import ActivationStore
@@ -70,8 +71,9 @@ class PlantedSource:
                 f"out and fewer than {CHUNK_ROWS:,} trained on; "
                 + ("harvest more tokens" if is_small else "lower heldout-share")
             )
-        self.num_rows: int | None = (chunks - heldout) * CHUNK_ROWS
-        self._tokens = _token_of_every_row(store)
+        self._trained = (chunks - heldout) * CHUNK_ROWS
+        self.num_rows: int | None = self._trained
+        self._tokens = _of_every_row(store, lambda contexts: contexts.ids[contexts.keep])
         counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
         rows_of = None if config.dictionary is None else self._dictionary(Path(config.dictionary))
         means = self._token_means() if config.natural else None
@@ -101,15 +103,15 @@ class PlantedSource:
         return self._measure()[1]
 
     def _measure(self) -> tuple[Statistics, SecondMoment]:
-        assert self.num_rows is not None
         if self._measured is not None:
             return self._measured
         reader = self._reader(self.num_rows)
-        positions = _position_of_every_row(self.store)
+        place = _of_every_row(self.store, lambda contexts: np.nonzero(contexts.keep)[1])
+        positions = torch.from_numpy(place)
         found = Statistics(self.d_in, self.store.context_size)
         moment = SecondMoment(self.d_in)
         threshold = self.store.statistics(self.site).massive_threshold
-        total = self.num_rows
+        total = self._trained
         with tqdm(total=total, desc="plant", unit="row", unit_scale=True, leave=False) as bar:
             for start in range(0, total, _READ_ROWS):
                 stop = min(start + _READ_ROWS, total)
@@ -132,9 +134,8 @@ class PlantedSource:
 
     def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
         """The held-out rows, planted, with what fires in them; in the order of the text."""
-        assert self.num_rows is not None
         reader = self._reader()
-        for start in range(self.num_rows, reader.num_rows, CHUNK_ROWS):
+        for start in range(self._trained, reader.num_rows, CHUNK_ROWS):
             rows = torch.empty(min(CHUNK_ROWS, reader.num_rows - start), self.d_in)
             yield rows, reader.read(start, rows)
 
@@ -144,8 +145,7 @@ class PlantedSource:
     def _token_means(self) -> Float[Tensor, "tokens d_in"]:
         """Of each token that is frequent among the first rows, the mean of its rows less that of
         all rows."""
-        assert self.num_rows is not None
-        count = min(self.num_rows, _ROWS_OF_MEANS)
+        count = min(self._trained, _ROWS_OF_MEANS)
         rows = self.store.rows(self.site, 0, count).double()
         token, index, times = np.unique(
             self._tokens[:count], return_inverse=True, return_counts=True
@@ -156,22 +156,14 @@ class PlantedSource:
         return sums[frequent] / torch.from_numpy(times)[frequent, None] - rows.mean(0)
 
     def _dictionary(self, folder: Path) -> Dictionary:
-        dictionary = Dictionary.load(folder)
-        if dictionary.site != self.site:
+        dictionary, model = Dictionary.load(folder), self.store.manifest.model
+        is_other = dictionary.info.is_of_other_weights(model)
+        if is_other or (dictionary.site, dictionary.d_in) != (self.site, self.d_in):
             raise UsageError(
-                f"the dictionary in {folder} explains {dictionary.site}, so its decoder rows are "
-                f"no directions of {self.site}; name one of that site"
-            )
-        if dictionary.d_in != self.d_in:
-            raise UsageError(
-                f"the dictionary in {folder} is for {dictionary.d_in} dimensions, so its decoder "
-                f"rows cannot be planted into the {self.d_in} of {self.site}; name another"
-            )
-        made_by = self.store.manifest.model
-        if dictionary.info.is_of_other_weights(made_by):
-            raise UsageError(
-                f"the dictionary in {folder} explains another model than {made_by['name']}, so its "
-                f"decoder rows are no directions of {self.site} there; name one of the same model"
+                f"the dictionary in {folder} is for {dictionary.d_in} dimensions of "
+                f"{dictionary.site} of {'another' if is_other else 'the same'} model, so its "
+                f"decoder rows cannot be planted into the {self.d_in} of {self.site} of "
+                f"{model['name']}; name a dictionary of that site and model"
             )
         return dictionary
 
@@ -194,8 +186,7 @@ class PlantedReader:
 
         Raises as ``RowReader.read`` does.
         """
-        stored = self._reader.rows(start, start + len(out))
-        out.copy_(stored)
+        out.copy_(self._reader.rows(start, start + len(out)))
         found = self.firings(start, start + len(out))
         planted = torch.from_numpy(
             found.strength.astype(np.float32)[:, None] * self._directions[found.plant]
@@ -227,11 +218,6 @@ class PlantedReader:
         return Firings(row, plant, plants.strength.numpy()[plant] * varied)
 
 
-def _token_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
-    shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
-    return np.concatenate([contexts.ids[contexts.keep] for contexts in shards])
-
-
-def _position_of_every_row(store: ActivationStore) -> Int[Tensor, " rows"]:
-    shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
-    return torch.from_numpy(np.concatenate([np.nonzero(c.keep)[1] for c in shards]))
+def _of_every_row(store: ActivationStore, of: Callable[[Contexts], np.ndarray]) -> np.ndarray:
+    shards = range(len(store.manifest.shards))
+    return np.concatenate([of(store.contexts(shard)) for shard in shards])

@@ -9,9 +9,8 @@ and everything below follows from r: which features shrink, which vanish, and ho
 loss (on x_p) is from the loss one wants (on x).
 
 When is W_m = (W_p, 0)ᵀ the optimum (theorem 1), and the only one (theorem 3)? The paper assumes
-unit columns with non-positive interference, which allows at most 2·n_p features. We know the
-theorems from their statements; for a ReLU without a penalty on the codes, this module's tests
-establish:
+unit columns with non-positive interference, which allows at most 2·n_p features. For a ReLU without
+a penalty on the codes, this module's tests establish:
 
 - in antipodal pairs (digons) the reconstruction is exact at any sparsity, so it is optimal;
 - three features at 120° (a polygon) leave a loss on dense inputs, and W_pᵀ is not even a local
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from llm_wsae.lab.theory.optimum import Weights, gap_matrix, weighted
@@ -37,16 +37,11 @@ _SPARSEST = 0.9999
 _BISECTIONS = 40
 
 
-def interference(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n n"]:
-    """W_pᵀ W_p: off the diagonal, how strongly feature j appears as feature i."""
-    return mixing.T @ mixing
-
-
 def recovered(
     mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]
 ) -> Float[Tensor, "rows n"]:
     """r = ReLU(W_pᵀ W_p x), what the closed form recovers of the true features (theorem 1)."""
-    return (x @ interference(mixing)).relu()
+    return (x @ (mixing.T @ mixing)).relu()
 
 
 def sae_loss(
@@ -79,10 +74,7 @@ def relative_error(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -
 
 
 def sparsity_for_error(
-    mixing: Float[Tensor, "n_p n"],
-    bound: float,
-    generator: torch.Generator,
-    rows: int = 20_000,
+    mixing: Float[Tensor, "n_p n"], bound: float, generator: torch.Generator, rows: int = 20_000
 ) -> float | None:
     """The sparsity S above which the relative error stays within ``bound`` (theorem 2: it falls to
     0 as S → 1). For digons alone it is 1 − 2·bound.
@@ -91,7 +83,8 @@ def sparsity_for_error(
     None where no S suffices because even a single active feature is not recovered: columns that are
     not of unit length shrink it, and positive interference makes others appear.
     """
-    if _error_of_single_features(mixing) > bound:
+    single = torch.eye(mixing.shape[1], dtype=mixing.dtype)  # all there is as S → 1
+    if float(relative_error(mixing, single)) > bound:
         return None
     uniform = torch.rand(rows, mixing.shape[1], generator=generator, dtype=mixing.dtype)
 
@@ -108,15 +101,9 @@ def sparsity_for_error(
     return high
 
 
-def _error_of_single_features(mixing: Float[Tensor, "n_p n"]) -> float:
-    """The relative error as S → 1, exactly: Σ_j ‖e_j − ReLU(W_pᵀW_p e_j)‖² / n."""
-    gram = (mixing.T @ mixing).relu()
-    return float((torch.eye(len(gram), dtype=gram.dtype) - gram).square().sum() / len(gram))
-
-
 @dataclass(frozen=True)
 class Losses:
-    """What the closed form loses of the true features, by feature."""
+    """What the closed form loses of each true feature; NaN for one that is never active."""
 
     shrunk: Float[Tensor, " n"]
     """Of the rows where the feature is active, the share on which 0 < r < x."""
@@ -125,17 +112,12 @@ class Losses:
 
 
 def losses(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Losses:
-    """Feature shrinking and feature vanishing (Cui et al. 2026, §3.2) on given true features.
-
-    A feature that is never active has NaN.
-    """
-    r = recovered(mixing, x)
-    active = x > 0
-    count = active.sum(0)
+    """Feature shrinking and feature vanishing (Cui et al. 2026, §3.2) on given true features."""
+    r, active = recovered(mixing, x), x > 0
     # A relative margin: rounding must not count as shrinking where recovery is exact.
     shrunk = active & (r > 0) & (r < x * (1 - _TOLERANCE))
     vanished = active & (r == 0)
-    return Losses(shrunk=shrunk.sum(0) / count, vanished=vanished.sum(0) / count)
+    return Losses(shrunk.sum(0) / active.sum(0), vanished.sum(0) / active.sum(0))
 
 
 @dataclass(frozen=True)
@@ -146,10 +128,6 @@ class Assumptions:
     """Largest w_iᵀ w_j, i ≠ j: at most 0 in digon or polygon position."""
     largest_norm_error: float
     """Largest |‖w_j‖ − 1| over the columns that are not 0."""
-    num_nonzero: int
-    """Columns that are not 0, at most 2·n_p in non-positive position."""
-    limit: int
-    """2·n_p."""
     groups: tuple[tuple[int, ...], ...]
     """Groups of features that interfere with each other: one is alone, two are a digon, more a
     polygon."""
@@ -158,11 +136,6 @@ class Assumptions:
     def hold(self) -> bool:
         """Unit columns with non-positive interference."""
         return self.largest_interference <= _TOLERANCE and self.largest_norm_error <= _TOLERANCE
-
-    @property
-    def possible(self) -> bool:
-        """Whether this number of columns could be in such a position at all."""
-        return self.num_nonzero <= self.limit
 
     @property
     def only_digons(self) -> bool:
@@ -178,27 +151,13 @@ def check_assumptions(mixing: Float[Tensor, "n_p n"]) -> Assumptions:
     """
     norms = mixing.norm(dim=0)
     present = (norms > _TOLERANCE).nonzero()[:, 0]
-    gram = interference(mixing[:, present])
+    gram = mixing[:, present].T @ mixing[:, present]
     off = gram - torch.diag(gram.diagonal())
-    n = len(present)
+    others = ~torch.eye(len(present), dtype=torch.bool)
+    number, group = connected_components((off.abs() > _TOLERANCE).numpy())
+    members = [present[torch.from_numpy(group == one)].tolist() for one in range(number)]
     return Assumptions(
-        largest_interference=float(gram[~torch.eye(n, dtype=torch.bool)].max()) if n > 1 else 0.0,
-        largest_norm_error=float((norms[present] - 1).abs().max()) if n else 0.0,
-        num_nonzero=n,
-        limit=2 * len(mixing),
-        groups=_connected(off.abs() > _TOLERANCE, present.tolist()),
+        largest_interference=float(gram[others].max()) if len(present) > 1 else 0.0,
+        largest_norm_error=float((norms[present] - 1).abs().max()) if len(present) else 0.0,
+        groups=tuple(map(tuple, members)),
     )
-
-
-def _connected(linked: Tensor, names: list[int]) -> tuple[tuple[int, ...], ...]:
-    groups, left = [], set(range(len(names)))
-    while left:
-        group, border = set(), [min(left)]
-        while border:
-            one = border.pop()
-            if one in left:
-                left.remove(one)
-                group.add(one)
-                border += linked[one].nonzero()[:, 0].tolist()
-        groups.append(tuple(sorted(names[i] for i in group)))
-    return tuple(groups)

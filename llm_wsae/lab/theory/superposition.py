@@ -6,7 +6,6 @@ what it finds can be compared with x. The mixtures W_p:
 
 - ``digon_mixing``: dimensions with one feature, and dimensions with an antipodal pair (a digon),
   the position in which the closed form is exact;
-- ``low_coherence``: more unit columns than dimensions, as far from each other as descent gets them;
 - ``toy_model``: W_p trained from scratch to reconstruct x, so that nobody chose which features
   share dimensions; the toy experiment of Cui et al. 2026.
 """
@@ -18,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 _TOY_BATCH, _TOY_RATE = 512, 1e-2
-_COHERENCE_STEPS, _COHERENCE_POWER = 500, 8
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,6 @@ def digon_mixing(singles: int, digons: int) -> Float[Tensor, "n_p n"]:
         mixing[singles + i, singles + 2 * i] = 1
         mixing[singles + i, singles + 2 * i + 1] = -1
     return mixing
-
-
-def low_coherence(
-    dimensions: int, count: int, generator: torch.Generator
-) -> Float[Tensor, "dimensions count"]:
-    """Unit columns whose largest |cosine| is reduced by gradient descent on a high power of it."""
-    free = torch.randn(dimensions, count, generator=generator).requires_grad_()
-    optimiser = torch.optim.Adam([free], lr=0.02)
-    for _ in range(_COHERENCE_STEPS):
-        unit = free / free.norm(dim=0)
-        cosine = unit.T @ unit - torch.eye(count)
-        optimiser.zero_grad()
-        (cosine.abs() ** _COHERENCE_POWER).sum().backward()
-        optimiser.step()
-    with torch.no_grad():
-        return free / free.norm(dim=0)
 
 
 def toy_model(

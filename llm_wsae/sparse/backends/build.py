@@ -39,10 +39,6 @@ _WAY_OUT = "set XDG_CACHE_HOME to a folder of yours"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-class BuildFailed(Exception):
-    """Why there is no library; never leaves this package."""
-
-
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels, built if they have not been; None where that is not possible."""
@@ -50,7 +46,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(cache_folder())))
-    except (BuildFailed, LlmWsaeError, OSError, subprocess.SubprocessError) as error:
+    except (LlmWsaeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         print(
             f"llm_wsae: the fast CPU kernels could not be built ({error}), so the slower ones of "
             "torch are used; LLM_WSAE_NO_COMPILER=1 silences this",
@@ -62,22 +58,16 @@ def library() -> ctypes.CDLL | None:
 def cache_folder() -> Path:
     """Where libraries are kept: $XDG_CACHE_HOME, if that is an absolute path, else ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        root = root if root.is_absolute() else Path.home() / ".cache"
-    except RuntimeError as error:  # a user without a home
-        raise BuildFailed(f"there is no folder to keep them in: {error}") from error
+    if not root.is_absolute():
+        root = Path.home() / ".cache"  # a RuntimeError for a user without a home
     return root / "llm_wsae" / "kernels"
 
 
 def _built(folder: Path) -> Path:
     compiler = _compiler()
-    content = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
-    sources = (source.read_bytes() for source in SOURCES)
-    for part in (*sources, compiler.encode(), version, _processor().encode()):
-        content.update(hashlib.sha256(part).digest())
-    content.update(repr((_COMMON, _MACHINE)).encode())
-    key = content.hexdigest()[:32]
+    sources = [source.read_bytes() for source in SOURCES]
+    key = _digest(repr((sources, compiler, version, _processor(), _COMMON, _MACHINE)).encode())
     for own in (folder.parent, folder):
         own.mkdir(0o700, parents=True, exist_ok=True)
     _check_private(folder)
@@ -105,27 +95,27 @@ def _digest(data: bytes) -> str:
 
 
 def _check_private(folder: Path) -> None:
-    """Raises BuildFailed if somebody else could put a library into the folder, and so run code.
+    """Raises LlmWsaeError if somebody else could put a library into the folder, and so run code.
 
     If the folder is our own but others can write to it, their permission is taken away.
     """
     for own in (folder.parent, folder):
         found = own.stat()
         if found.st_uid != os.geteuid():
-            raise BuildFailed(f"{own} belongs to another user; {_WAY_OUT}")
+            raise LlmWsaeError(f"{own} belongs to another user; {_WAY_OUT}")
         if found.st_mode & _OTHERS_WRITE:
             own.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
     root = folder.parents[1]
     mode = root.stat().st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # whoever likes can rename what is in it
-        raise BuildFailed(f"everybody can write to {root}; {_WAY_OUT}")
+        raise LlmWsaeError(f"everybody can write to {root}; {_WAY_OUT}")
 
 
 def _compiler() -> str:
     for name in (os.environ.get("CXX", ""), *_COMPILERS):
         if name and (path := shutil.which(name)):
             return path
-    raise BuildFailed(f"none of {', '.join(_COMPILERS)} is installed")
+    raise LlmWsaeError(f"none of {', '.join(_COMPILERS)} is installed")
 
 
 def _compile(compiler: str, target: Path) -> None:
@@ -140,7 +130,7 @@ def _compile(compiler: str, target: Path) -> None:
         if done.returncode == 0:
             return
         complaint = complaint or next(iter(done.stderr.splitlines()), "no reason given")
-    raise BuildFailed(f"{compiler} failed: {complaint}")
+    raise LlmWsaeError(f"{compiler} failed: {complaint}")
 
 
 def _processor() -> str:

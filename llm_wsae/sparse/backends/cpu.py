@@ -2,13 +2,12 @@
 
 The encoder's product is torch's, which uses the hardware's matrix units. It is computed transposed,
 a block of latents by a tile of rows, and searched while it is in cache. Everything else is one pass
-over the rows or latents concerned.
+over the rows or latents concerned. What each operation does is said in ``operations``.
 """
 
 import ctypes
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,16 +16,23 @@ from llm_wsae.errors import UsageError
 from llm_wsae.machine.hardware import onednn_is_faster, onednn_linear
 from llm_wsae.sparse.backends import pytorch
 from llm_wsae.sparse.backends.build import library
-from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 from llm_wsae.sparse.codes import (
+    BETAS,
+    EPSILON,
+    SMALLEST_NORM,
     Codes,
+    Gradients,
+    Latents,
+    Product,
     RaggedCodes,
     RawRows,
     Reconstruction,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
+    Target,
     joined,
+    offsets_of,
 )
 
 select_topk = pytorch.select_topk
@@ -49,23 +55,21 @@ def supports(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _NAMES and available()
 
 
-def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
-    """See ``operations``."""
-    d_sae = len(encoder)
-    if k * _LARGEST_SHARE > d_sae:
-        return pytorch.encode_topk(x, encoder, bias, k)
+def encode_topk(product: Product, k: int) -> Codes:
+    if k * _LARGEST_SHARE > len(product.encoder):
+        return pytorch.encode_topk(product, k)
+    x, encoder, bias = product.contiguous()
     indices = torch.empty(len(x), k, dtype=torch.int64)
     values = _floats(len(x), k)
-    lists, bias = _Lists(3 * k + 32), bias.contiguous()
-    encoder, bounds = encoder.contiguous(), _floats(_TILE_ROWS)
+    lists, bounds = _Lists(3 * k + 32), _floats(_TILE_ROWS)
     for begin in range(0, len(x), _TILE_ROWS):
         tile = x[begin : begin + _TILE_ROWS]
-        for first, product in _blocks(tile, encoder):
+        for first, block in _blocks(tile, encoder):
             _call(
                 f"topk_{_NAMES[x.dtype]}",
-                product, bias[first:], *product.shape, first, k, *lists.all(), bounds,
+                block, bias[first:], *block.shape, first, k, *lists.all(), bounds,
             )  # fmt: skip
-            del product
+            del block
         end = begin + len(tile)
         _call(
             "finish_topk",
@@ -75,50 +79,35 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
 
 
 def encode_above(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    threshold: Tensor,
-    capacity: SlotCapacity | None = None,
+    product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
-    """See ``operations``. Ignores ``capacity``: the codes have exactly the slots they need."""
-    lists, encoder = _Lists(_FEW), encoder.contiguous()
-    return joined([lists.above(tile, encoder, bias, threshold) for tile in x.split(_TILE_ROWS)])
+    """Ignores ``capacity``: the codes have exactly the slots they need."""
+    lists, tiles = _Lists(_FEW), product.contiguous().tiles(_TILE_ROWS)
+    return joined([lists.above(tile, threshold) for tile in tiles])
 
 
 def encode_batch_topk(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    k: int,
-    guess: float | Tensor,
-    kept: Tensor | None = None,
+    product: Product, k: int, guess: float | Tensor, kept: Tensor | None = None
 ) -> RaggedCodes:
-    """See ``operations``."""
-    lists, encoder = _Lists(max(_FEW, 4 * k)), encoder.contiguous()
+    lists = _Lists(max(_FEW, 4 * k))
 
-    def above(tile: Tensor, bound: float) -> RaggedCodes:
-        return lists.above(tile, encoder, bias, _floats(len(encoder)).fill_(bound))
+    def above(tile: Product, bound: float) -> RaggedCodes:
+        return lists.above(tile, _floats(len(tile.encoder)).fill_(bound))
 
-    def encode(rows: Tensor) -> RaggedCodes:
-        wanted = min(k, len(encoder)) * len(rows)
-        return pytorch.largest_of_batch(above, rows.split(_TILE_ROWS), wanted, float(guess))
-
-    return pytorch.of_kept(encode, x, kept)
+    together = product.contiguous()
+    return pytorch.largest_of_batch(above, _TILE_ROWS, together, k, float(guess), kept)
 
 
-def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
-    """See ``operations``."""
-    active = torch.addmm(bias, x, encoder.T)
+def encode_dead(product: Product, dead: Tensor | None, k: int) -> Tensor:
+    active = product.pre()
     dead = None if dead is None else dead.contiguous()
-    _call(f"activate_dead_{_NAMES[x.dtype]}", active, dead, *active.shape, k)
+    _call(f"activate_dead_{_NAMES[active.dtype]}", active, dead, *active.shape, k)
     return active
 
 
 def dead_gradients(
     active: Tensor, x: Tensor, decoder: Tensor, output_gradient: Tensor, sums: SubsetGradients
 ) -> None:
-    """See ``operations``."""
     by_latent = output_gradient @ decoder.T
     _call(f"mask_dead_{_NAMES[x.dtype]}", active.contiguous(), by_latent, sums.bias, *active.shape)
     pytorch.add_products(by_latent, x, sums.encoder)
@@ -126,7 +115,6 @@ def dead_gradients(
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
-    """See ``operations``."""
     out = _floats(codes.num_rows, decoder.shape[1])
     given = (*_checked(codes, len(decoder)), decoder.contiguous(), bias.contiguous())
     _call("decode", *given, out, *out.shape)
@@ -134,7 +122,6 @@ def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
 
 
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
-    """See ``operations``."""
     out = torch.empty_like(codes.values)
     slots, gradient = _checked(codes, len(decoder)), output_gradient.contiguous()
     name = f"value_gradients_{_NAMES[decoder.dtype]}"
@@ -142,28 +129,15 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return out
 
 
-def reconstruct(
-    codes: RaggedCodes,
-    decoder: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    row_weights: Tensor,
-    column_weights: Tensor,
-    fast: torch.dtype,
-) -> Reconstruction:
-    """See ``operations``."""
-    result = Reconstruction.empty(codes, x, fast)
-    given = (decoder, bias, x, row_weights, column_weights)
-    _call(
-        f"reconstruct_{_NAMES[fast]}",
-        *_checked(codes, len(decoder)), *(tensor.contiguous() for tensor in given), *result,
-        *x.shape,
-    )  # fmt: skip
+def reconstruct(codes: RaggedCodes, target: Target, fast: torch.dtype) -> Reconstruction:
+    result = Reconstruction.empty(codes, target.x, fast)
+    slots, given = _checked(codes, len(target.decoder)), (one.contiguous() for one in target)
+    _call(f"reconstruct_{_NAMES[fast]}", *slots, *given, *result, *target.x.shape)
     return result
 
 
 def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``gradients.more`` is added."""
+    """Without ``gradients.more``."""
     width = gradients.x.shape[1]
     out = (_floats(d_sae, width), _floats(d_sae, width), _floats(d_sae))
     _call(f"weight_gradients_{_NAMES[gradients.x.dtype]}", *_by_latent(gradients, d_sae), *out)
@@ -171,31 +145,26 @@ def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
 
 
 def sparse_adam(
+    latents: Latents,
     gradients: SparseGradients,
-    rows: tuple[Tensor, Tensor],
-    means: tuple[Tensor, Tensor],
-    squares: tuple[Tensor, Tensor],
     step: int,
     learning_rate: float,
-    encoder_fast: Tensor | None,
     raw: RawRows | None = None,
 ) -> Tensor:
-    """See ``operations``. A latent's gradients stay in cache, so that all of them are never held.
-
-    They are nearly as much to write and to read again as Adam's moments.
-    """
-    d_sae, by_bias = len(rows[0]), _floats(len(rows[0]))
+    """A latent's gradients stay in cache, so that all of them are never held: they are nearly as
+    much to write and to read again as Adam's moments."""
+    d_sae = len(latents.encoder)
+    by_bias = _floats(d_sae)
     place = torch.full((d_sae,), -1, dtype=torch.int32)
     more: tuple[Tensor | None, ...] = (None, None, None)
     if gradients.more is not None:
         place = gradients.more.places(d_sae, torch.int32)
         more = tuple(part.contiguous() for part in gradients.more[1:])
-    with _rounded_encoder(rows[0], encoder_fast) as fast:
-        _call(
-            f"sparse_adam_{_NAMES[gradients.x.dtype]}",
-            *_by_latent(gradients, d_sae), place, *more, by_bias, *rows, *means, *squares, fast,
-            *(raw or (None, None, None)), *_adam(step, learning_rate),
-        )  # fmt: skip
+    _call(
+        f"sparse_adam_{_NAMES[gradients.x.dtype]}",
+        *_by_latent(gradients, d_sae), place, *more, by_bias, *_state(latents),
+        *(raw or (None, None, None)), *_rates(step, learning_rate),
+    )  # fmt: skip
     return by_bias
 
 
@@ -208,42 +177,23 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Tensor | int, ..
     bounds = torch.empty(d_sae + 1, dtype=torch.int64)
     slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
     _call("group_by_latent", indices, offsets, num_rows, d_sae, bounds, slots, rows)
-    x, output_gradient = (
-        gradients.x.contiguous(),
-        gradients.output_gradient.to(gradients.x.dtype).contiguous(),
-    )
-    by_value = gradients.by_value.contiguous()
+    x, by_value = gradients.x.contiguous(), gradients.by_value.contiguous()
+    output_gradient = gradients.output_gradient.to(x.dtype).contiguous()
     return bounds, slots, rows, x, output_gradient, by_value, values, batch, d_sae, width
 
 
-def adam_rows(
-    rows: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor],
-    means: tuple[Tensor, Tensor],
-    squares: tuple[Tensor, Tensor],
-    step: int,
-    learning_rate: float,
-    encoder_fast: Tensor | None,
-) -> None:
-    """See ``operations``."""
-    with _rounded_encoder(rows[0], encoder_fast) as fast:
-        _call(
-            "adam_rows",
-            *gradients, *rows[0].shape, *rows, *means, *squares, fast,
-            *_adam(step, learning_rate),
-        )  # fmt: skip
+def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> None:
+    shape, rates = latents.encoder.shape, _rates(step, learning_rate)
+    _call("adam_rows", *gradients[:2], *shape, *_state(latents), *rates)
 
 
-@contextmanager
-def _rounded_encoder(encoder: Tensor, fast: Tensor | None) -> Iterator[Tensor | None]:
-    """Where the kernel called in the block writes the new encoder, if it supports the dtype."""
-    in_kernel = fast is not None and fast.dtype == torch.bfloat16
-    yield fast if in_kernel else None
-    if fast is not None and not in_kernel:
-        fast.copy_(encoder)
+def _state(latents: Latents) -> Latents:
+    """As the kernels take them, which round the encoder to bfloat16."""
+    assert latents.encoder_fast is None or latents.encoder_fast.dtype == torch.bfloat16
+    return latents
 
 
-def _adam(step: int, learning_rate: float) -> tuple[float, ...]:
+def _rates(step: int, learning_rate: float) -> tuple[float, ...]:
     """Adam's numbers, as the kernels take them."""
     step_size, root_scale = learning_rate / (1 - BETAS[0] ** step), 1 - BETAS[1] ** step
     return step_size, 1 / math.sqrt(root_scale), *BETAS, EPSILON, SMALLEST_NORM
@@ -301,23 +251,24 @@ class _Lists:
         """As the kernels take them."""
         return self.capacity, self.latents, self.values, self.counts
 
-    def above(self, tile: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
-        """The tile's entries above their latents' thresholds; lists that are too short grow."""
-        bias, threshold = bias.contiguous(), threshold.float().contiguous()
+    def above(self, product: Product, threshold: Tensor) -> RaggedCodes:
+        """A contiguous tile's entries above their latents' thresholds; lists that are too short
+        grow."""
+        tile, encoder, bias = product
+        threshold = threshold.float().contiguous()
         while True:
-            for first, product in _blocks(tile, encoder):
+            for first, block in _blocks(tile, encoder):
                 _call(
                     f"above_{_NAMES[tile.dtype]}",
-                    product, bias[first:], threshold[first:], *product.shape, first, *self.all(),
+                    block, bias[first:], threshold[first:], *block.shape, first, *self.all(),
                 )  # fmt: skip
-                del product
+                del block
             counts = self.counts[: len(tile)]
             longest = int(counts.max()) if len(tile) else 0
             if longest < self.capacity:
                 break
             self._lengthen(longest + longest // 4 + 1)
-        offsets = torch.zeros(len(tile) + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=offsets[1:])
+        offsets = offsets_of(counts)
         indices = torch.empty(int(offsets[-1]), dtype=torch.int64)
         values = _floats(len(indices))
         lists = (self.capacity, self.latents, self.values)

@@ -3,25 +3,37 @@
 What is a sum of few rows is an embedding bag: decoding sums decoder rows over a row's latents, and
 a weight gradient sums rows over a latent's occurrences. Both weight gradients need the occurrences
 grouped by latent, so one sort serves both.
+
+What each operation does is said in ``operations``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim.adam import adam
+from torch.optim import adam as torch_adam
 
-from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 from llm_wsae.sparse.codes import (
+    BETAS,
+    EPSILON,
+    SMALLEST_NORM,
     Codes,
+    Gradients,
+    Latents,
+    Product,
     RaggedCodes,
     RawRows,
+    Reconstruction,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
+    Target,
+    exact_dtype,
     joined,
+    keep_slots,
+    offsets_of,
 )
 
 _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
@@ -32,84 +44,59 @@ _GROUP = 8  # members of a group in the two-stage selection
 _threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
 
 
-def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
-    """See ``operations``."""
-    tiles = [select_topk(torch.addmm(bias, rows, encoder.T), k) for rows in x.split(_TILE_ROWS)]
+def encode_topk(product: Product, k: int) -> Codes:
+    tiles = [select_topk(tile.pre(), k) for tile in product.tiles(_TILE_ROWS)]
     indices, values = zip(*tiles, strict=True)
-    return Codes(torch.cat(indices), torch.cat(values).to(_exact(x)).relu_())
+    return Codes(torch.cat(indices), torch.cat(values).to(exact_dtype(product.x)).relu_())
 
 
 def encode_above(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    threshold: Tensor,
-    capacity: SlotCapacity | None = None,
+    product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
-    """See ``operations``. Ignores ``capacity``: the codes have exactly the slots they need."""
-    tiles = []
-    for rows in x.split(_TILE_ROWS):
-        pre = torch.addmm(bias, rows, encoder.T)
-        tiles.append(_active(pre, pre > threshold))
-    return joined(tiles)
+    """Ignores ``capacity``: the codes have exactly the slots they need."""
+    return joined([_above(tile, threshold) for tile in product.tiles(_TILE_ROWS)])
 
 
 def encode_batch_topk(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    k: int,
-    guess: float | Tensor,
-    kept: Tensor | None = None,
+    product: Product, k: int, guess: float | Tensor, kept: Tensor | None = None
 ) -> RaggedCodes:
-    """See ``operations``."""
-
-    def above(rows: Tensor, bound: float) -> RaggedCodes:
-        pre = torch.addmm(bias, rows, encoder.T)
-        return _active(pre, pre > bound)
-
-    def encode(rows: Tensor) -> RaggedCodes:
-        wanted = min(k, len(encoder)) * len(rows)
-        return largest_of_batch(above, rows.split(_TILE_ROWS), wanted, float(guess))
-
-    return of_kept(encode, x, kept)
-
-
-def of_kept(encode: Callable[[Tensor], RaggedCodes], x: Tensor, kept: Tensor | None) -> RaggedCodes:
-    """The codes of those rows only; the others have no slots."""
-    if kept is None or bool(kept.all()):
-        return encode(x)
-    codes = encode(x[kept])
-    kept_before = F.pad(kept.cumsum(0), (1, 0))
-    return codes._replace(offsets=codes.offsets[kept_before])
+    return largest_of_batch(_above, _TILE_ROWS, product, k, float(guess), kept)
 
 
 def largest_of_batch(
-    above: Callable[[Tensor, float], RaggedCodes],
-    tiles: Sequence[Tensor],
-    wanted: int,
+    above: Callable[[Product, float], RaggedCodes],
+    tile_rows: int,
+    product: Product,
+    k: int,
     guess: float,
+    kept: Tensor | None,
 ) -> RaggedCodes:
-    """The ``wanted`` largest positive entries of all tiles, where ``above`` finds a tile's.
+    """``encode_batch_topk``, where ``above`` finds the entries of a tile.
 
-    Once that many are held, the smallest of them bounds what later tiles may add, so the candidates
-    stay few. The bound starts below the guess; if that was too high still, lower, and then at 0.
+    Once as many as are wanted are held, the smallest of them bounds what later tiles may add, so
+    the candidates stay few. The bound starts below the guess; if that was too high still, lower,
+    and then at 0.
     """
+    if kept is not None and not bool(kept.all()):
+        of_kept = product._replace(x=product.x[kept])
+        codes = largest_of_batch(above, tile_rows, of_kept, k, guess, None)
+        return codes._replace(offsets=codes.offsets[offsets_of(kept)])
+    wanted = min(k, len(product.encoder)) * len(product.x)
     for start in dict.fromkeys(max(0.0, share * guess) for share in (0.9, 0.5, 0.0)):
         bound, held, parts = start, 0, []
-        for tile in tiles:
+        for tile in product.tiles(tile_rows):
             parts.append(above(tile, bound))
             held += len(parts[-1].indices)
             if held > 2 * wanted:
-                parts = [largest(joined(parts), wanted)]
+                parts = [_largest(joined(parts), wanted)]
                 held = wanted
                 bound = float(parts[0].values.min()) if wanted else bound
         if held >= wanted:
             break
-    return largest(joined(parts), wanted)
+    return _largest(joined(parts), wanted)
 
 
-def largest(codes: RaggedCodes, count: int) -> RaggedCodes:
+def _largest(codes: RaggedCodes, count: int) -> RaggedCodes:
     """The ``count`` largest values of the codes, the first ones where they tie; all if fewer."""
     if len(codes.values) <= count:
         return codes
@@ -117,16 +104,14 @@ def largest(codes: RaggedCodes, count: int) -> RaggedCodes:
     keep = codes.values > smallest
     ties = (codes.values == smallest).nonzero().flatten()
     keep[ties[: count - int(keep.sum())]] = True
-    kept = torch.zeros(len(keep) + 1, dtype=torch.int64, device=keep.device)
-    kept[1:] = keep.cumsum(0)
-    return RaggedCodes(codes.indices[keep], codes.values[keep], kept[codes.offsets])
+    return keep_slots(codes, keep)
 
 
 def select_topk(pre: Tensor, k: int) -> Codes:
-    """See ``operations``.
+    """Two stages: the k largest entries lie in the k groups with the largest maxima.
 
-    Two stages: the k largest entries lie in the k groups with the largest maxima. A group's members
-    stand d_sae / 8 apart, so that its maximum is an elementwise maximum of contiguous runs.
+    A group's members stand d_sae / 8 apart, so that its maximum is an elementwise maximum of
+    contiguous runs.
     """
     batch, d_sae = pre.shape
     stride = d_sae // _GROUP
@@ -140,12 +125,11 @@ def select_topk(pre: Tensor, k: int) -> Codes:
     return Codes(candidates.gather(1, chosen), values)
 
 
-def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
-    """See ``operations``."""
-    active = torch.addmm(bias, x, encoder.T).relu_()
+def encode_dead(product: Product, dead: Tensor | None, k: int) -> Tensor:
+    active = product.pre().relu_()
     if dead is not None:
         active *= dead
-    if k < len(encoder):
+    if k < len(product.encoder):
         active *= active >= active.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     return active
 
@@ -153,7 +137,6 @@ def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k
 def dead_gradients(
     active: Tensor, x: Tensor, decoder: Tensor, output_gradient: Tensor, sums: SubsetGradients
 ) -> None:
-    """See ``operations``."""
     by_latent = _threshold_backward(output_gradient @ decoder.T, active, 0)
     sums.bias.add_(by_latent.sum(0, dtype=sums.bias.dtype))
     add_products(by_latent, x, sums.encoder)
@@ -171,12 +154,18 @@ def add_products(
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
-    """See ``operations``."""
     return _bags(codes.indices, decoder, codes.offsets, codes.values.to(decoder.dtype)).add_(bias)
 
 
+def reconstruct(codes: RaggedCodes, target: Target, fast: torch.dtype) -> Reconstruction:
+    decoder, bias, x, row_weights, column_weights = target
+    residual = decode(codes, decoder, bias).sub_(x).mul_(row_weights[:, None])
+    gradient = residual * column_weights
+    by_value = value_gradients(codes, decoder, gradient)
+    return Reconstruction(residual, gradient.to(fast), by_value, (residual * gradient).sum(1))
+
+
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
-    """See ``operations``."""
     gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         output_gradient,
         decoder.to(output_gradient.dtype),
@@ -189,7 +178,7 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
 
 
 def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``gradients.more`` is added."""
+    """Without ``gradients.more``."""
     codes, x, output_gradient, by_value, _ = gradients
     latents, order = codes.indices.sort(stable=True)
     rows = codes.rows()[order]
@@ -204,71 +193,67 @@ def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
-    """See ``operations``."""
     counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
     return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
 
 
-def adam_rows(
-    rows: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor],
-    means: tuple[Tensor, Tensor],
-    squares: tuple[Tensor, Tensor],
+def sparse_adam(
+    latents: Latents,
+    gradients: SparseGradients,
     step: int,
     learning_rate: float,
-    encoder_fast: Tensor | None,
-) -> None:
-    """See ``operations``."""
-    encoder, decoder = rows
-    _adam(rows, gradients, means, squares, step, learning_rate)
+    raw: RawRows | None = None,
+) -> Tensor:
+    sums = weight_gradients(gradients, len(latents.encoder))
+    if gradients.more is not None:
+        gradients.more.add_to(sums)
+    if raw is None:
+        adam(latents, sums, step, learning_rate)
+    else:
+        adam_raw(latents, sums, step, learning_rate, raw)
+    return sums[2]
+
+
+def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> None:
+    _move(latents, gradients[:2], step, learning_rate)
+    decoder = latents.decoder
     decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
-    if encoder_fast is not None:
-        encoder_fast.copy_(encoder)
+    if latents.encoder_fast is not None:
+        latents.encoder_fast.copy_(latents.encoder)
 
 
-def adam_raw_rows(
-    rows: tuple[Tensor, Tensor],
-    gradients: Gradients,
-    means: tuple[Tensor, Tensor],
-    squares: tuple[Tensor, Tensor],
-    step: int,
-    learning_rate: float,
-    encoder_fast: Tensor | None,
-    raw: RawRows,
+def adam_raw(
+    latents: Latents, gradients: Gradients, step: int, learning_rate: float, raw: RawRows
 ) -> None:
-    """See ``operations``."""
-    (encoder, decoder), (by_encoder, by_decoder, by_bias) = rows, gradients
+    """``adam`` with raw rows."""
+    (encoder, decoder), (by_encoder, by_decoder, by_bias) = latents[:2], gradients
     length = raw.lengths[:, None]
     by_length = (by_encoder * encoder).sum(1) + by_bias * raw.bias - (by_decoder * decoder).sum(1)
     along = decoder if raw.along is None else raw.along
     by_raw = torch.addcmul(by_decoder, by_length[:, None], along).div_(length)
     encoder.div_(length)
     decoder.mul_(length)
-    _adam(rows, (by_encoder * length, by_raw), means, squares, step, learning_rate)
+    _move(latents, (by_encoder * length, by_raw), step, learning_rate)
     torch.linalg.vector_norm(decoder, dim=1, out=raw.lengths).clamp_(min=SMALLEST_NORM)
     encoder.mul_(length)
     decoder.div_(length)
-    if encoder_fast is not None:
-        encoder_fast.copy_(encoder)
+    if latents.encoder_fast is not None:
+        latents.encoder_fast.copy_(encoder)
 
 
-def _adam(
-    tensors: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    step: int,
-    learning_rate: float,
+def _move(
+    latents: Latents, gradients: tuple[Tensor, Tensor], step: int, learning_rate: float
 ) -> None:
-    """One step of Adam over tensors, in place; ``step`` counts from 1."""
-    adam(
-        list(tensors),
+    """One step of Adam over encoder and decoder, in place; ``step`` counts from 1."""
+    rows = list(latents[:2])
+    torch_adam.adam(
+        rows,
         list(gradients),
-        list(means),
-        list(squares),
+        list(latents[2:4]),
+        list(latents[4:6]),
         [],
-        [torch.full((), step - 1.0, device=one.device) for one in tensors],
-        fused=tensors[0].device.type in ("cpu", "cuda"),
+        [torch.full((), step - 1.0, device=one.device) for one in rows],
+        fused=rows[0].device.type in ("cpu", "cuda"),
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],
@@ -293,12 +278,9 @@ def _bags(
     )
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _active(pre: Tensor, active: Tensor) -> RaggedCodes:
+def _above(product: Product, bound: float | Tensor) -> RaggedCodes:
+    pre = product.pre()
+    active = pre > bound
     rows, indices = active.nonzero(as_tuple=True)
-    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
-    torch.cumsum(active.sum(1), 0, out=offsets[1:])
-    return RaggedCodes(indices, pre[rows, indices].to(_exact(pre)), offsets)
+    values = pre[rows, indices].to(exact_dtype(pre))
+    return RaggedCodes(indices, values, offsets_of(active.sum(1)))

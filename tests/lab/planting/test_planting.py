@@ -235,16 +235,7 @@ def test_a_dictionary_of_another_site_or_width_is_refused(source):
 
 
 def test_a_dictionary_of_noise_recovers_nothing(few):
-    draw = torch.Generator().manual_seed(0)
-    noise = Dictionary(
-        W_enc=torch.randn(D_IN, 64, generator=draw),
-        W_dec=torch.randn(64, D_IN, generator=draw),
-        b_enc=torch.zeros(64),
-        b_dec=torch.zeros(D_IN),
-        sparsity=ReLU(),
-        info=make_info(site=str(SITE)),
-    )
-    found = measure_recovery(noise, few)
+    found = measure_recovery(make_dictionary(d_in=D_IN, d_sae=64, site=str(SITE)), few)
     assert found.recovered.tolist() == [0.0, 0.0] and float(found.f1.max()) < 0.5
 
 
@@ -292,30 +283,31 @@ def test_a_plant_that_never_fires_has_no_f1(few):
 
 
 def test_of_a_plant_that_no_latent_answers_no_latent_is_the_best(few):
-    dictionary = perfect(few, bias=0.4)
-    silent = torch.full_like(dictionary.b_enc, -1e9)
-    parts = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
-    found = measure_recovery(
-        Dictionary(**parts, b_enc=silent, sparsity=ReLU(), info=dictionary.info), few
-    )
+    found = measure_recovery(perfect(few, bias=1e9), few)
     assert found.cosine.isnan().all() and found.slope.isnan().all() and found.l_gt == 1.0
     assert (found.f1 == 0).all() and (found.vanished == 1).all()
 
 
-def test_of_a_plant_that_fires_in_one_half_alone_nothing_is_known(few, monkeypatch):
-    heldout, plants = list(few.heldout()), len(few.plants)
+def test_of_a_plant_that_fires_in_one_half_alone_nothing_is_known(few):
+    """The half where the latents are chosen: every other piece of the held-out rows."""
     dictionary = perfect(few, bias=0.4)
-    whole = measure_recovery(dictionary, few)
-    for rows, firings in heldout[::2]:  # where the latents are chosen
+    whole, heldout = measure_recovery(dictionary, few), list(few.heldout())
+    for rows, firings in heldout[::2]:
         mine = firings.plant == 0
         firings.strength[mine] = 0.0
         rows[firings.row[mine]] = 0.0
-    monkeypatch.setattr(few, "heldout", lambda: iter(heldout))
-    found = measure_recovery(dictionary, few)
+
+    class Silenced(PlantedSource):
+        def heldout(self):
+            return iter(heldout)
+
+    silenced = Silenced(few.store, SITE, replace(CONFIG, per_cell=1, strengths=(1.0,), seed=2))
+    silenced.plants = few.plants
+    found = measure_recovery(dictionary, silenced)
     for measure in ("f1", "cosine", "slope", "vanished", "recovered"):
         assert getattr(found, measure)[0].isnan()
         assert not getattr(found, measure)[1:].isnan().any()
-    assert plants > 1 and found.l_gt == pytest.approx(whole.l_gt, abs=0.1)
+    assert found.l_gt == pytest.approx(whole.l_gt, abs=0.1)
 
 
 def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
@@ -328,24 +320,24 @@ def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
     torch.testing.assert_close(cosines.amax(1), torch.ones(2))
     with pytest.raises(UsageError, match=r"\d+ latents of .* fire .* too few to plant 12"):
         PlantedSource(store, SITE, replace(config, per_cell=6))
-    parts = {"W_enc": other.W_enc[1:], "W_dec": other.W_dec[:, 1:], "b_dec": other.b_dec[1:]}
-    Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=other.info).save(
-        tmp_path / "narrow"
-    )
-    parts = {"W_enc": other.W_enc, "W_dec": other.W_dec, "b_dec": other.b_dec}
-    for name, change in (
-        ("elsewhere", {"site": "blocks.1.hook_resid_post"}),
-        ("foreign", {"model": {"weights_sha256": "0" * 64}}),
+    for name, width, change, sentence in (
+        ("narrow", 23, {}, "is for 23 dimensions .* cannot be planted into the 24 of"),
+        (
+            "elsewhere",
+            24,
+            {"site": "blocks.1.hook_resid_post"},
+            r"of blocks\.1.* of the same",
+        ),
+        ("foreign", 24, {"model": {"weights_sha256": "0" * 64}}, "of another model.*; name a dict"),
     ):
-        info = replace(other.info, **change)
-        Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=info).save(
-            tmp_path / name
-        )
-    for name, sentence in (
-        ("narrow", "is for 23 dimensions, so its decoder rows cannot"),
-        ("elsewhere", rf"explains blocks\.1.*, so its decoder rows are no directions of {SITE}"),
-        ("foreign", "explains another model than .*; name one of the same model"),
-    ):
+        Dictionary(
+            W_enc=other.W_enc[:width],
+            W_dec=other.W_dec[:, :width],
+            b_enc=other.b_enc,
+            b_dec=other.b_dec[:width],
+            sparsity=other.sparsity,
+            info=replace(other.info, **change),
+        ).save(tmp_path / name)
         with pytest.raises(UsageError, match=sentence):
             PlantedSource(store, SITE, replace(config, dictionary=str(tmp_path / name)))
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from llm_wsae.errors import UsageError
 from llm_wsae.lab.theory.closed_form import (
     check_assumptions,
-    interference,
     loss_gap,
     losses,
     recovered,
@@ -47,11 +46,6 @@ def features(mixing: torch.Tensor, sparsity: float, rows: int = 2000) -> torch.T
     return Superposition(mixing, sparsity).features(rows, generator(7))
 
 
-def with_spare_latents(mixing: torch.Tensor, spare: int) -> torch.Tensor:
-    """(W_p, 0)ᵀ."""
-    return torch.cat([mixing.T, mixing.new_zeros(spare, len(mixing))])
-
-
 def one_sparse(n: int) -> torch.Tensor:
     """Rows in which one feature is active, at three strengths."""
     eye = torch.eye(n, dtype=torch.float64)
@@ -82,20 +76,16 @@ def test_the_papers_example():
     assert found.vanished.tolist() == [0, 0, 1]
 
 
-def test_the_closed_form_dictionary_encodes_to_r_and_nothing():
-    x = features(DIGONS, 0.3)
-    dictionary = with_spare_latents(DIGONS, 3)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_digons_are_reconstructed_exactly_at_any_sparsity(sparsity):
+    """Though the true features are not recovered; spare latents stay silent."""
+    x = features(DIGONS, sparsity)
+    dictionary = torch.cat([DIGONS.T, DIGONS.new_zeros(3, 3)])  # (W_p, 0)ᵀ
     codes = (x @ DIGONS.T @ dictionary.T).relu()
     torch.testing.assert_close(codes[:, :5], recovered(DIGONS, x), rtol=0, atol=1e-12)
     assert codes[:, 5:].abs().max() == 0
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
-def test_digons_are_reconstructed_exactly_at_any_sparsity(sparsity):
-    x = features(DIGONS, sparsity)
-    assert float(sae_loss(with_spare_latents(DIGONS, 2), x @ DIGONS.T)) < 1e-28
-    if sparsity < 0.9:
-        assert float(relative_error(DIGONS, x)) > 0.1  # and yet the true features are not recovered
+    assert float(sae_loss(dictionary, x @ DIGONS.T)) < 1e-28
+    assert sparsity > 0.8 or float(relative_error(DIGONS, x)) > 0.1
 
 
 @pytest.mark.parametrize("size", [0.01, 0.1, 0.5])
@@ -109,18 +99,14 @@ def test_a_digon_optimum_is_lost_by_perturbation_and_found_again_by_descent(size
     assert float(sae_loss(descend(moved, x_p), x_p)) < 1e-6 * lost
 
 
-def test_descent_from_the_digon_optimum_stays():
-    x_p = features(DIGONS, 0.5) @ DIGONS.T
-    w = DIGONS.T.clone().requires_grad_()
-    sae_loss(w, x_p).backward()
-    assert w.grad.abs().max() < 1e-12
-
-
-def test_descent_from_random_starts_never_beats_the_digon_optimum():
+def test_descent_stays_at_the_digon_optimum_and_never_beats_it():
     x_p = features(DIGONS, 0.5, 500) @ DIGONS.T
-    best = float(sae_loss(DIGONS.T, x_p))
+    w = DIGONS.T.clone().requires_grad_()
+    best = sae_loss(w, x_p)
+    best.backward()
+    assert w.grad.abs().max() < 1e-12
     ends = [float(sae_loss(descend(normal(5, 3, seed=s), x_p, 1500), x_p)) for s in (1, 2)]
-    assert min(ends) >= best and min(ends) < 1e-3
+    assert min(ends) >= float(best) and min(ends) < 1e-3
 
 
 def test_on_dense_inputs_a_triangle_is_not_the_optimum_though_its_position_is_allowed():
@@ -229,25 +215,19 @@ def test_the_gap_is_the_quadratic_form(seed, n_p, n, sparsity):
         torch.testing.assert_close(loss_gap(mixing, x, weights), direct, rtol=1e-10, atol=1e-10)
 
 
-def test_weights_can_close_the_gap_where_dimensions_differ_only_in_scale():
+def test_weights_close_the_gap_where_dimensions_differ_in_scale_and_never_that_of_a_digon():
+    """W_pᵀΓ²W_p of a digon is γ²·(1, −1; −1, 1), which is never the identity."""
     scale = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     mixing = torch.diag(scale)
     x = features(mixing, 0.2, 200)
     assert abs(float(loss_gap(mixing, x))) > 0.01
-    assert gap_matrix(mixing, 1 / scale).abs().max() < 1e-12
     assert abs(float(loss_gap(mixing, x, 1 / scale))) < 1e-12
-    # The same as a full matrix.
-    assert gap_matrix(mixing, torch.diag(1 / scale)).abs().max() < 1e-12
-
-
-def test_no_weights_close_the_gap_of_a_digon():
-    """Γ scales W_pᵀΓ²W_p of a digon, (1, −1; −1, 1)·γ², which is never the identity."""
-    mixing = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    for weights in (1 / scale, torch.diag(1 / scale)):
+        assert gap_matrix(mixing, weights).abs().max() < 1e-12
+    digon = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     for g in (0.0, 0.5**0.5, 1.0, 3.0):
-        assert gap_matrix(mixing, torch.tensor([g], dtype=torch.float64)).norm() >= 1 - 1e-12
-    torch.testing.assert_close(
-        gap_matrix(mixing), torch.tensor([[0.0, -1.0], [-1.0, 0.0]]).double()
-    )
+        assert gap_matrix(digon, torch.tensor([g], dtype=torch.float64)).norm() >= 1 - 1e-12
+    assert gap_matrix(digon).tolist() == [[0.0, -1.0], [-1.0, 0.0]]
 
 
 def test_in_digon_position_the_gap_does_not_depend_on_the_weights():
@@ -276,7 +256,7 @@ def test_in_digons_the_optimum_is_inverse_variance():
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 9), st.booleans())
 def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
-    """Over matrices: none drawn at random, none near the optimum, and none that descent finds."""
+    """Over matrices: none drawn at random, and none near the optimum."""
     mixing = normal(n_p, n, seed=seed)
     if deficient:
         mixing[-1] = mixing[0]
@@ -291,15 +271,6 @@ def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
         for gamma in (noise, optimum + 0.01 * noise, optimum + noise):
             assert float(gap_matrix(mixing, gamma).norm()) >= best - 1e-9
             assert best_scaled_gap_norm(mixing, gamma) >= best - 1e-9
-    free = normal(n_p, n_p, seed=seed + 99).requires_grad_()
-    optimiser = torch.optim.Adam([free], lr=0.03)
-    start = float(gap_matrix(mixing, free.detach()).norm())
-    for _ in range(150):
-        optimiser.zero_grad()
-        gap_matrix(mixing, free).square().sum().backward()
-        optimiser.step()
-    end = float(gap_matrix(mixing, free.detach()).norm())
-    assert best - 1e-9 <= end <= start + 1e-9
 
 
 def test_descent_over_all_matrices_ends_at_the_optimum():
@@ -355,15 +326,13 @@ def test_weights_that_see_nothing_and_a_mixture_of_nothing():
 
 def test_the_assumptions_are_read_off_the_matrix():
     found = check_assumptions(DIGONS)
-    assert found.hold and found.only_digons and found.possible
-    assert (found.num_nonzero, found.limit) == (5, 6)
+    assert found.hold and found.only_digons
     assert found.groups == ((0,), (1, 2), (3, 4))
     assert check_assumptions(TRIANGLE).groups == ((0, 1, 2),)
-
     longer = check_assumptions(2 * DIGONS)
     assert not longer.hold and longer.largest_norm_error == pytest.approx(1)
-    padded = check_assumptions(torch.cat([DIGONS, torch.zeros(3, 4).double()], dim=1))
-    assert padded.hold and padded.num_nonzero == 5
+    padded = check_assumptions(torch.cat([torch.zeros(3, 4).double(), DIGONS], dim=1))
+    assert padded.hold and padded.groups == ((4,), (5, 6), (7, 8))
 
 
 @settings(deadline=None, max_examples=25)
@@ -371,12 +340,6 @@ def test_the_assumptions_are_read_off_the_matrix():
 def test_more_than_two_per_dimension_cannot_avoid_positive_interference(seed, n_p):
     columns = normal(n_p, 2 * n_p + 1, seed=seed)
     found = check_assumptions(columns / columns.norm(dim=0))
-    assert not found.possible and not found.hold
-    assert found.largest_interference > 1e-6
+    assert not found.hold and found.largest_interference > 1e-6
     # Twice n_p do fit: the axes and their opposites.
     assert check_assumptions(digon_mixing(0, n_p).double()).hold
-
-
-def test_interference_is_the_gram_matrix():
-    expected = torch.tensor([[1.0, 0, 0], [0, 1, -1], [0, -1, 1]], dtype=torch.float64)
-    torch.testing.assert_close(interference(EXAMPLE), expected)

@@ -1,7 +1,5 @@
 """Superposition is what it says it is."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from llm_wsae.lab.theory.closed_form import check_assumptions, recovered
 from llm_wsae.lab.theory.superposition import (
     Superposition,
     digon_mixing,
-    low_coherence,
     toy_model,
 )
 
@@ -33,31 +30,14 @@ def test_features_have_their_frequency_and_strength():
     assert float(together) == pytest.approx(0.04, abs=0.003)  # independent
 
 
-def test_features_of_probability_0_are_never_active():
-    assert Superposition(digon_mixing(1, 1), 1.0).features(50, generator()).eq(0).all()
-
-
-def test_observation_is_the_mixing():
-    data = Superposition(digon_mixing(1, 1), 0.0)
-    x = torch.tensor([[0.5, 1.0, 0.25]])
-    assert data.observe(x).tolist() == [[0.5, 0.75]]
-
-
-def test_the_digon_mixture():
+def test_what_is_observed_is_the_mixture_of_the_features():
+    data = Superposition(digon_mixing(1, 1), 1.0)
+    assert not data.features(50, generator()).any()
+    assert data.observe(torch.tensor([[0.5, 1.0, 0.25]])).tolist() == [[0.5, 0.75]]
     mixing = digon_mixing(10, 10)
     assert mixing.shape == (20, 30)
     found = check_assumptions(mixing)
     assert found.only_digons and sorted(map(len, found.groups)) == [1] * 10 + [2] * 10
-
-
-def test_low_coherence_is_near_the_bound():
-    """No 18 unit vectors in 6 dimensions are all below Welch's √((n − d)/(d(n − 1))) = 0.343."""
-    columns = low_coherence(6, 18, generator(2))
-    cosine = (columns.T @ columns - torch.eye(18)).abs()
-    assert math.sqrt(12 / (6 * 17)) <= float(cosine.max()) < 0.45
-    random = torch.randn(6, 18, generator=generator(2))
-    random /= random.norm(dim=0)
-    assert (random.T @ random - torch.eye(18)).abs().max() > 0.6
 
 
 def test_a_sparse_toy_model_learns_antipodal_pairs():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dense_reference import dense
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import (
@@ -18,8 +19,7 @@ from training_cases import (
     take_step,
 )
 
-from llm_wsae.sparse.backends.reference import EPSILON, dense
-from llm_wsae.sparse.codes import ragged
+from llm_wsae.sparse.codes import EPSILON, ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
 from llm_wsae.training.architecture import exact
 from llm_wsae.training.architectures import find_architecture

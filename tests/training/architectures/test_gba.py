@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_cases import CPU, D_IN, D_SAE, K, architecture, problem, take_step
 
-from llm_wsae.sparse.backends.reference import EPSILON
+from llm_wsae.sparse.codes import EPSILON
 from llm_wsae.training.architectures.gba import (
     AMPLITUDE,
     EVERY,

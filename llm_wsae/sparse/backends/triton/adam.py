@@ -1,48 +1,19 @@
 """Triton kernels of Adam over the weights of latents, the gradients given or made on the way.
 
 A program holds both rows of its latent whole, so that every number is read and written once.
-
-``no_type_check`` keeps the tests' shape checks off functions that are compiled from their source.
 """
 
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from llm_wsae.sparse.backends import reference
+from llm_wsae.sparse import codes
 from llm_wsae.sparse.backends.triton.sums import latent_sums
 
-_KEEP_MEAN, _KEEP_SQUARE = (tl.constexpr(beta) for beta in reference.BETAS)
-_EPSILON = tl.constexpr(reference.EPSILON)
-_SMALLEST_NORM = tl.constexpr(reference.SMALLEST_NORM)
-
-
-class State(NamedTuple):
-    """Weights and moments, all [d_sae, d_in]; pointers in the kernels."""
-
-    encoder: Tensor
-    decoder: Tensor
-    encoder_mean: Tensor
-    decoder_mean: Tensor
-    encoder_square: Tensor
-    decoder_square: Tensor
-    encoder_fast: Tensor | None
-    """What the new encoder is copied to, in its dtype, if it is wanted."""
-
-
-class More(NamedTuple):
-    """What some latents' gradients begin with; pointers in the kernels."""
-
-    place: Tensor
-    """[d_sae] which of the rows is the latent's, or -1."""
-    encoder: Tensor
-    """[some, d_in]"""
-    decoder: Tensor
-    """[some, d_in]"""
-    bias: Tensor
-    """[some]"""
+_KEEP_MEAN, _KEEP_SQUARE = (tl.constexpr(beta) for beta in codes.BETAS)
+_EPSILON = tl.constexpr(codes.EPSILON)
+_SMALLEST_NORM = tl.constexpr(codes.SMALLEST_NORM)
 
 
 class Rate(NamedTuple):
@@ -55,7 +26,6 @@ class Rate(NamedTuple):
 
 
 @triton.jit
-@no_type_check
 def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate, scale):
     """Moments updated in place; the new row, of one that is ``scale`` times what is stored; not
     stored yet."""
@@ -70,7 +40,6 @@ def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate, scale):
 
 
 @triton.jit
-@no_type_check
 def _store_encoder(state, row, at, inside):
     tl.store(state.encoder + at, row, mask=inside)
     if state.encoder_fast is not None:
@@ -79,7 +48,6 @@ def _store_encoder(state, row, at, inside):
 
 
 @triton.jit
-@no_type_check
 def _adam_raw_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside, rate):
     """The same over the raw rows length · decoder and encoder / length, which leave the decoder's
     at norm 1; the new length is the raw one's."""
@@ -105,7 +73,6 @@ def _adam_raw_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, in
 
 
 @triton.jit
-@no_type_check
 def _adam_latent(state, by_encoder, by_decoder, at, inside, rate):
     """Adam over a latent's two rows, the decoder's to norm 1, and a copy of the encoder's."""
     row = _adam_row(
@@ -120,8 +87,7 @@ def _adam_latent(state, by_encoder, by_decoder, at, inside, rate):
 
 
 @triton.jit
-@no_type_check
-def adam_rows_kernel(gradients, state, rate, d_in, BLOCK: tl.constexpr):
+def adam_kernel(gradients, state, rate, d_in, BLOCK: tl.constexpr):
     """One latent whose gradients (encoder's, decoder's) are given."""
     columns = tl.arange(0, BLOCK)
     inside = columns < d_in
@@ -132,14 +98,14 @@ def adam_rows_kernel(gradients, state, rate, d_in, BLOCK: tl.constexpr):
 
 
 @triton.jit
-@no_type_check
 def sparse_adam_kernel(
     occurrences,
     pieces,
-    more,  # or None
+    more,  # codes.SubsetGradients, or None
+    places_ptr,  # [d_sae] which of their rows is the latent's, or -1
     by_bias_ptr,  # [d_sae]
-    state,
-    raw,  # or None
+    state,  # codes.Latents
+    raw,  # codes.RawRows, or None
     rate,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,7 +118,7 @@ def sparse_adam_kernel(
         occurrences, pieces, latent, columns, SLOTS, BLOCK
     )
     if more is not None:
-        place = tl.load(more.place + latent)
+        place = tl.load(places_ptr + latent)
         if place >= 0:
             begun = place * occurrences.d_in + columns
             by_encoder += tl.load(more.encoder + begun, mask=inside, other=0)

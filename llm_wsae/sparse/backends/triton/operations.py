@@ -5,22 +5,17 @@ are found, so batch × d_sae is never held. Nothing here waits for the device, e
 ``encode_above`` without a capacity.
 
 In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of it runs on the CPU.
+What each operation does is said in ``llm_wsae.sparse.operations``.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from llm_wsae.sparse.backends import pytorch
-from llm_wsae.sparse.backends.reference import BETAS, Gradients
-from llm_wsae.sparse.backends.triton.adam import (
-    More,
-    Rate,
-    State,
-    adam_rows_kernel,
-    sparse_adam_kernel,
-)
+from llm_wsae.sparse.backends.triton.adam import Rate, adam_kernel, sparse_adam_kernel
 from llm_wsae.sparse.backends.triton.select import above_kernel, activate_dead_kernel, select_kernel
 from llm_wsae.sparse.backends.triton.sums import (
     Occurrences,
@@ -32,15 +27,24 @@ from llm_wsae.sparse.backends.triton.sums import (
     value_gradients_kernel,
 )
 from llm_wsae.sparse.codes import (
+    BETAS,
     Codes,
+    Gradients,
+    Latents,
+    Product,
     RaggedCodes,
     RawRows,
     Reconstruction,
     SlotCapacity,
     SparseGradients,
+    SubsetGradients,
+    Target,
+    exact_dtype,
+    offsets_of,
 )
 
 dead_gradients = pytorch.dead_gradients
+firing_counts = pytorch.firing_counts
 
 _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
 _FEWEST_ROWS = 128  # of a tile: fewer would idle the card
@@ -51,18 +55,18 @@ _HELD = 8192  # numbers of a tile where a program holds all columns
 _SPAN = 128  # occurrences of a latent that one program sums: dense latents delay nobody
 
 
-def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
-    """See ``operations``. Ties go to the lowest latents."""
-    batch, d_sae = len(x), len(encoder)
-    indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
-    values = torch.empty(batch, k, dtype=_exact(x), device=x.device)
-    for rows in _tiles(batch, d_sae * x.element_size()):
-        _select(torch.addmm(bias, x[rows], encoder.T), Codes(indices[rows], values[rows]), True)
+def encode_topk(product: Product, k: int) -> Codes:
+    """Ties go to the lowest latents."""
+    x = product.x
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    values = torch.empty(len(x), k, dtype=exact_dtype(x), device=x.device)
+    for rows in _tiles(product):
+        _select(product.pre(rows), Codes(indices[rows], values[rows]), True)
     return Codes(indices, values)
 
 
 def select_topk(pre: Tensor, k: int) -> Codes:
-    """See ``operations``. Ties go to the lowest latents."""
+    """Ties go to the lowest latents."""
     indices = torch.empty(len(pre), k, dtype=torch.int64, device=pre.device)
     best = Codes(indices, torch.empty_like(indices, dtype=pre.dtype))
     _select(pre.contiguous(), best, False)
@@ -70,41 +74,31 @@ def select_topk(pre: Tensor, k: int) -> Codes:
 
 
 def encode_above(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    threshold: Tensor,
-    capacity: SlotCapacity | None = None,
+    product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
-    """See ``operations``. Every row has as many slots as the capacity says; some are unused.
+    """Every row has as many slots as the capacity says; some are unused.
 
     Without ``capacity`` it waits for the device to report whether the slots were enough.
     """
     if capacity is not None:
-        return _entries_above(x, encoder, bias, threshold, capacity)
+        return _entries_above(product, threshold, capacity)
     capacity = SlotCapacity()
-    codes = _entries_above(x, encoder, bias, threshold, capacity)
-    return codes if capacity.enough() else _entries_above(x, encoder, bias, threshold, capacity)
+    return capacity.retry(lambda: _entries_above(product, threshold, capacity), lambda fits: fits)
 
 
 def encode_batch_topk(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    k: int,
-    guess: float | Tensor,
-    kept: Tensor | None = None,
+    product: Product, k: int, guess: float | Tensor, kept: Tensor | None = None
 ) -> RaggedCodes:
-    """See ``operations``. Ignores the guess: acting on it would mean waiting for the device.
+    """Ignores the guess: acting on it would mean waiting for the device.
 
     The result has batch·k slots whatever the values and however many rows are kept; excess slots
     are unused and have the value 0. Each tile keeps that many candidates.
     """
-    batch, d_sae = len(x), len(encoder)
+    x, (batch, d_sae) = product.x, (len(product.x), len(product.encoder))
     slots = min(k * batch, batch * d_sae)
     values, places = [], []
-    for rows in _tiles(batch, d_sae * x.element_size()):
-        pre = torch.addmm(bias, x[rows], encoder.T).relu_()
+    for rows in _tiles(product):
+        pre = product.pre(rows).relu_()
         if kept is not None:
             pre *= kept[rows, None]
         best = pre.flatten().topk(min(slots, pre.numel()), sorted=False)
@@ -117,13 +111,13 @@ def encode_batch_topk(
     ordered, order = torch.cat(places)[best.indices].sort()
     starts = torch.arange(batch + 1, device=x.device) * d_sae
     return RaggedCodes(
-        ordered % d_sae, best.values[order].to(_exact(x)), torch.searchsorted(ordered, starts)
+        ordered % d_sae, best.values[order].to(exact_dtype(x)), torch.searchsorted(ordered, starts)
     )
 
 
-def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
-    """See ``operations``. The cut is found and made in one pass over the product."""
-    active = torch.addmm(bias, x, encoder.T)
+def encode_dead(product: Product, dead: Tensor | None, k: int) -> Tensor:
+    """The cut is found and made in one pass over the product."""
+    active = product.pre()
     rows, width = active.shape
     _run(
         activate_dead_kernel,
@@ -134,13 +128,12 @@ def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k
         k,
         MASKED=dead is not None,
         BITS=_BITS[active.dtype],
-        BLOCK=min(1024, _power_of_two(width)),
+        BLOCK=min(1024, next_power_of_2(max(1, width))),
     )
     return active
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
-    """See ``operations``."""
     d_in = decoder.shape[1]
     out = torch.empty(codes.num_rows, d_in, dtype=codes.values.dtype, device=decoder.device)
     tile = _tile_of(d_in)
@@ -149,7 +142,6 @@ def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
 
 
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
-    """See ``operations``."""
     d_in = decoder.shape[1]
     out = torch.empty_like(codes.values)
     arguments = (*codes, decoder, output_gradient.contiguous(), out, d_in)
@@ -157,27 +149,18 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return out
 
 
-def reconstruct(
-    codes: RaggedCodes,
-    decoder: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    row_weights: Tensor,
-    column_weights: Tensor,
-    fast: torch.dtype,
-) -> Reconstruction:
-    """See ``operations``. One launch; a program holds a row whole."""
-    d_in = x.shape[1]
-    result = Reconstruction.empty(codes, x, fast)
-    given = (decoder, bias, x, row_weights, column_weights)
-    arguments = (*codes, *(one.contiguous() for one in given), *result, d_in)
+def reconstruct(codes: RaggedCodes, target: Target, fast: torch.dtype) -> Reconstruction:
+    """One launch; a program holds a row whole."""
+    batch, d_in = target.x.shape
+    result = Reconstruction.empty(codes, target.x, fast)
+    arguments = (*codes, *(one.contiguous() for one in target), *result, d_in)
     whole = _whole_rows(d_in)
-    _run(reconstruct_kernel, (len(x),), *arguments, SLOTS=_slots_beside(d_in), **whole)
+    _run(reconstruct_kernel, (batch,), *arguments, SLOTS=_slots_beside(d_in), **whole)
     return result
 
 
 def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``gradients.more`` is added."""
+    """Without ``gradients.more``."""
     d_in, (exact, device) = gradients.x.shape[1], (gradients.codes.values.dtype, gradients.x.device)
     out = _empty_sums(d_sae, d_in, exact, device)
     grid = (d_sae, _blocks(d_in))
@@ -186,25 +169,21 @@ def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
 
 
 def sparse_adam(
+    latents: Latents,
     gradients: SparseGradients,
-    rows: tuple[Tensor, Tensor],
-    means: tuple[Tensor, Tensor],
-    squares: tuple[Tensor, Tensor],
     step: int,
     learning_rate: float,
-    encoder_fast: Tensor | None,
     raw: RawRows | None = None,
 ) -> Tensor:
-    """See ``operations``. A latent's gradients never leave the program that sums them."""
-    d_sae, d_in = rows[0].shape
-    by_bias = torch.empty_like(rows[0][:, 0], memory_format=torch.contiguous_format)
-    more = None
-    if gradients.more is not None:
-        places = gradients.more.places(d_sae, torch.int64)
-        more = More(places, *(part.contiguous() for part in gradients.more[1:]))
-    state = State(*rows, *means, *squares, encoder_fast)
+    """A latent's gradients never leave the program that sums them."""
+    d_sae, d_in = latents.encoder.shape
+    by_bias = torch.empty(d_sae, dtype=latents.encoder.dtype, device=latents.encoder.device)
+    more, places = gradients.more, None
+    if more is not None:
+        more = SubsetGradients(*(part.contiguous() for part in more))
+        places = more.places(d_sae, torch.int64)
     grouped, rate = _by_latent(gradients, d_sae), _rate(step, learning_rate)
-    arguments = (*grouped, more, by_bias, state, raw, rate)
+    arguments = (*grouped, more, places, by_bias, latents, raw, rate)
     whole = _whole_rows(d_in)
     _run(sparse_adam_kernel, (d_sae,), *arguments, SLOTS=_slots_beside(d_in), **whole)
     return by_bias
@@ -223,8 +202,7 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Occurrences, Sum
     latents, order = codes.indices.where(used, d_sae).to(narrow).sort(stable=True)
     bounds = torch.searchsorted(latents.long(), torch.arange(d_sae + 1, device=device))
     span = max(_SPAN, 4 * num_slots // d_sae)  # the pieces' sums are no more than a quarter of all
-    further = torch.zeros_like(bounds)
-    torch.cumsum(((bounds.diff() - 1) // span).clamp_(min=0), 0, out=further[1:])
+    further = offsets_of(((bounds.diff() - 1) // span).clamp_(min=0))
     numbers = torch.arange(num_slots // span, device=device)
     owners = torch.searchsorted(further[1:], numbers, right=True)
     rows = (x.contiguous(), output_gradient.contiguous())
@@ -241,26 +219,11 @@ def _empty_sums(number: int, d_in: int, dtype: torch.dtype, device: torch.device
     return Sums(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
-def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
-    """See ``operations``. Sums of ones are exact in any order."""
-    counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
-    return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
-
-
-def adam_rows(
-    rows: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor],
-    means: tuple[Tensor, Tensor],
-    squares: tuple[Tensor, Tensor],
-    step: int,
-    learning_rate: float,
-    encoder_fast: Tensor | None,
-) -> None:
-    """See ``operations``. One pass: every number is read and written once."""
-    d_sae, d_in = rows[0].shape
-    state = State(*rows, *means, *squares, encoder_fast)
-    arguments = (tuple(gradients), state, _rate(step, learning_rate), d_in)
-    _run(adam_rows_kernel, (d_sae,), *arguments, **_whole_rows(d_in))
+def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> None:
+    """One pass: every number is read and written once."""
+    d_sae, d_in = latents.encoder.shape
+    arguments = (gradients[:2], latents, _rate(step, learning_rate), d_in)
+    _run(adam_kernel, (d_sae,), *arguments, **_whole_rows(d_in))
 
 
 def _rate(step: int, learning_rate: float) -> Rate:
@@ -274,7 +237,7 @@ def _select(pre: Tensor, best: Codes, clip: bool) -> None:
     """
     rows, width = pre.shape
     k = best.indices.shape[1]
-    parts = _ceil(width, _PART)
+    parts = cdiv(width, _PART)
     if parts == 1:
         _select_parts(pre, None, best, 1, clip)
     elif parts * k <= _PART:
@@ -292,8 +255,8 @@ def _select_parts(
     values: Tensor, numbers: Tensor | None, best: Codes, parts: int, clip: bool
 ) -> None:
     rows, width = values.shape
-    part = _ceil(width, parts)
-    block = max(16, _power_of_two(part))
+    part = cdiv(width, parts)
+    block = max(16, next_power_of_2(part))
     _run(
         select_kernel,
         (rows, parts),
@@ -312,21 +275,20 @@ def _select_parts(
     )
 
 
-def _entries_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, capacity: SlotCapacity
-) -> RaggedCodes:
+def _entries_above(product: Product, threshold: Tensor, capacity: SlotCapacity) -> RaggedCodes:
     """The entries above, up to each row's slots; reports to ``capacity`` how many there are."""
+    (x, encoder, _), device = product, product.x.device
     batch, d_sae = len(x), len(encoder)
     slots = min(capacity.slots, d_sae)
-    starts = torch.arange(batch + 1, device=x.device) * slots
+    starts = torch.arange(batch + 1, device=device) * slots
     # an unused slot names a latent too, and not all of them the same
-    indices = torch.arange(batch * slots, device=x.device) % d_sae
-    values = torch.zeros(batch * slots, dtype=_exact(x), device=x.device)
-    counts = torch.empty(batch, dtype=torch.int64, device=x.device)
-    for rows in _tiles(batch, d_sae * x.element_size()):
-        pre = torch.addmm(bias, x[rows], encoder.T)
+    indices = torch.arange(batch * slots, device=device) % d_sae
+    values = torch.zeros(batch * slots, dtype=exact_dtype(x), device=device)
+    counts = torch.empty(batch, dtype=torch.int64, device=device)
+    for rows in _tiles(product):
+        pre = product.pre(rows)
         arguments = (pre, threshold, starts[rows.start :], indices, values, counts[rows], d_sae)
-        _run(above_kernel, (len(pre),), *arguments, BLOCK=min(1024, _power_of_two(d_sae)))
+        _run(above_kernel, (len(pre),), *arguments, BLOCK=min(1024, next_power_of_2(d_sae)))
     capacity.report(counts)
     return RaggedCodes(indices, values, starts)
 
@@ -350,39 +312,27 @@ def _tensors(arguments: tuple) -> Iterator[Tensor]:
             yield argument
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _tiles(batch: int, row_bytes: int) -> list[slice]:
+def _tiles(product: Product) -> list[slice]:
     """Slices of rows, a power of two of them; one even if there is no row."""
-    rows = max(_FEWEST_ROWS, _power_of_two(_TILE_BYTES // row_bytes + 1) // 2)
+    batch, row_bytes = len(product.x), len(product.encoder) * product.x.element_size()
+    rows = max(_FEWEST_ROWS, next_power_of_2(_TILE_BYTES // row_bytes + 1) // 2)
     return [slice(start, min(start + rows, batch)) for start in range(0, max(1, batch), rows)]
 
 
 def _tile_of(d_in: int) -> dict[str, int]:
-    return {"SLOTS": _SLOTS, "BLOCK": min(_COLUMNS, _power_of_two(d_in))}
+    return {"SLOTS": _SLOTS, "BLOCK": min(_COLUMNS, next_power_of_2(d_in))}
 
 
 def _whole_rows(d_in: int) -> dict[str, int]:
     """For programs that hold all columns."""
-    block = _power_of_two(d_in)
+    block = next_power_of_2(d_in)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
 def _slots_beside(d_in: int) -> int:
     """How many slots such a program reads at once."""
-    return max(1, _HELD // _power_of_two(d_in))
+    return max(1, _HELD // next_power_of_2(d_in))
 
 
 def _blocks(d_in: int) -> int:
-    return _ceil(d_in, _COLUMNS)
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest one that is at least ``number``."""
-    return 1 << max(0, number - 1).bit_length()
+    return cdiv(d_in, _COLUMNS)

@@ -2,18 +2,13 @@
 
 Nothing is tuned at run time and ties have a rule, so that the same input gives the same codes.
 Offsets that are products are int64.
-
-``no_type_check`` keeps the tests' shape checks off functions that are compiled from their source.
 """
-
-from typing import no_type_check
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-@no_type_check
 def _kth_largest(keys, k, BITS: tl.constexpr):
     """The k-th largest of signed integers, found bit by bit from the top; the rest of it is 0."""
     one = tl.full((), 1, keys.dtype)
@@ -27,7 +22,6 @@ def _kth_largest(keys, k, BITS: tl.constexpr):
 
 
 @triton.jit
-@no_type_check
 def select_kernel(
     values_ptr,  # [rows, width]
     numbers_ptr,  # [rows, width] latent numbers of the values; unused unless NUMBERED
@@ -81,7 +75,6 @@ def select_kernel(
 
 
 @triton.jit
-@no_type_check
 def above_kernel(
     pre_ptr,  # [rows, width]
     threshold_ptr,  # [width]
@@ -116,7 +109,6 @@ def above_kernel(
 
 
 @triton.jit
-@no_type_check
 def _activations(pre_ptr, dead_ptr, columns, width, MASKED: tl.constexpr):
     """Pre-activations of one row, 0 where negative or where their latent is not dead."""
     inside = columns < width
@@ -129,7 +121,6 @@ def _activations(pre_ptr, dead_ptr, columns, width, MASKED: tl.constexpr):
 
 
 @triton.jit
-@no_type_check
 def activate_dead_kernel(
     pre_ptr,  # [rows, width], changed in place
     dead_ptr,  # [width]; unused unless MASKED

@@ -5,11 +5,9 @@ One program owns what it writes, so that nothing is added up in an order that th
 and results are the same every time. Offsets that are products are int64. Rows are read in tiles of
 slots × columns, so that many loads are under way at once. What a latent that occurs often has
 beyond its first occurrences is summed in pieces before.
-
-``no_type_check`` keeps the tests' shape checks off functions that are compiled from their source.
 """
 
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,7 +15,6 @@ from torch import Tensor
 
 
 @triton.jit
-@no_type_check
 def decode_kernel(
     indices_ptr,  # [active]
     values_ptr,  # [active]
@@ -52,7 +49,6 @@ def decode_kernel(
 
 
 @triton.jit
-@no_type_check
 def value_gradients_kernel(
     indices_ptr,  # [active]
     values_ptr,  # [active]
@@ -87,7 +83,6 @@ def value_gradients_kernel(
 
 
 @triton.jit
-@no_type_check
 def reconstruct_kernel(
     indices_ptr,  # [active]
     values_ptr,  # [active]
@@ -174,7 +169,6 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-@no_type_check
 def _sums_between(
     occurrences, begin, end, columns, exact: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -202,7 +196,6 @@ def _sums_between(
 
 
 @triton.jit
-@no_type_check
 def further_sums_kernel(
     occurrences,
     owners_ptr,  # [pieces] the latent whose piece it is; d_sae where there is none
@@ -231,7 +224,6 @@ def further_sums_kernel(
 
 
 @triton.jit
-@no_type_check
 def latent_sums(occurrences, pieces, latent, columns, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one latent's gradients: its first occurrences, then its further pieces."""
     inside = columns < occurrences.d_in
@@ -250,7 +242,6 @@ def latent_sums(occurrences, pieces, latent, columns, SLOTS: tl.constexpr, BLOCK
 
 
 @triton.jit
-@no_type_check
 def latent_sums_kernel(occurrences, pieces, out, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one latent's gradients, to memory."""
     latent = tl.program_id(0).to(tl.int64)
