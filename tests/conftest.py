@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jaxtyping
 import pytest
 
+pytest_plugins = ("hub_fixtures",)
 HERE = Path(__file__).parent
 CHECKED_CALLS = 20
 KERNELS = [f"llm_wsae.sparse.backends.triton.{name}" for name in ("adam", "select", "sums")]

@@ -258,7 +258,6 @@ def test_impossible_k():
     TopK(8).check(8)
 
 
-pytest_plugins = ("hub_fixtures",)
 NAME = f"tiny/{SITE}/plain-k4"
 
 

@@ -29,7 +29,6 @@ import llm_wsae
 from llm_wsae.cli import COMMANDS
 from llm_wsae.commands.parser import parse
 
-pytest_plugins = ("hub_fixtures",)
 COMMAND = re.compile(r"^(?:torchrun .*?-m llm_wsae|llm-wsae) (.+?)(?:\s+#.*)?$", re.MULTILINE)
 SMALLER = {
     '"gpt2"': '"model"',

@@ -50,7 +50,6 @@ from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
-pytest_plugins = ("hub_fixtures",)
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
 CONFIG = ExplainConfig(latents=6, examples=10, positives=8, negatives=8, batch=5, parallel=2)
 QUESTIONS = 1 + 4 + 2 + 2  # of one latent: explanation, detection, fuzzing, intruders

@@ -16,8 +16,6 @@ from llm_wsae.dictionary.hub.pulling import pull
 from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
-pytest_plugins = ("hub_fixtures",)
-
 
 def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, monkeypatch):
     push([plain, weighted], REPO)

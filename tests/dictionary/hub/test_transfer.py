@@ -30,9 +30,6 @@ from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
-pytest_plugins = ("hub_fixtures",)
-
-
 # What a push writes
 
 
