@@ -16,7 +16,7 @@ from command_line import call
 from looping import over
 
 from llm_wsae import outside
-from llm_wsae.artifact.outputs import check_file, check_folder, check_room, is_record_of
+from llm_wsae.artifact.outputs import check_file, check_room, is_record_of
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import (
@@ -171,10 +171,6 @@ def test_nothing_of_other_people_is_written_over(tmp_path):
             check_file(record, mine)
     with pytest.raises(LlmWsaeError, match="/dev/null already exists"):
         check_file(Path("/dev/null"), lambda path: True)
-    check_folder(tmp_path, ["other.json"], is_ours=False)
-    check_folder(tmp_path, ["record.json"], is_ours=True)
-    with pytest.raises(LlmWsaeError, match=r"holds record\.json, which was not written by this"):
-        check_folder(tmp_path, ["record.json"], is_ours=False)
     check_file(tmp_path / "new/folders/x.json", mine)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 

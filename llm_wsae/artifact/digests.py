@@ -1,13 +1,9 @@
 """Digests, by which a file shows that it still holds what was written.
 
-Every file that is read back is covered by one. A JSON object and a header of tensors end with their
-own digest, and so does each line of a file that grows; the files of a store and of a dictionary are
-listed, with theirs, in the JSON file beside them. A digest finds damage: a flipped bit, a torn
-write, an edit. It is no signature: whoever changes a file on purpose can compute its digest too.
-
-Files of other tools have no digest of their own. So that damage cannot make a file look like one of
-them, a digest is known by its name or by what may be left of it: a flipped bit cannot change both,
-nor can the loss of a piece.
+A JSON object and a header of tensors end with their own digest, and so does each line of a file
+that grows; other files are listed, with theirs, in the record of their folder. A digest finds
+damage: a flipped bit, a torn write, an edit. It is no signature: whoever changes a file on purpose
+can compute its digest too.
 """
 
 import hashlib
@@ -25,7 +21,6 @@ HEADER = "llm_wsae"
 """Key of the JSON object in the metadata of this package's safetensors files."""
 _DIGITS = 64
 _BLANK = "0" * _DIGITS
-_LEFT = re.compile(r"[0-9a-f]{8}|\A[0-9a-f]*\Z")  # of a digest that has lost its name
 _ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
 _LONGEST_HEADER = 100 << 20  # of a safetensors file, by its specification
@@ -51,11 +46,11 @@ def json_text(value: Any, key: str | None = KEY) -> str:
     return _dumps({**value, key: _of_value(json.loads(text))})  # as it will be read
 
 
-def check_json(text: str, key: str = KEY) -> tuple[Any, bool]:
-    """The value of a JSON text without its digest, and whether it had one.
+def check_json(text: str, key: str = KEY) -> Any:
+    """The object that ``json_text`` wrote, without its digest.
 
-    Raises Damaged if the text, to the last space, is not what ``json_text`` gave; ValueError if it
-    is not JSON.
+    Raises Damaged if the text, to the last space, is not what was written; ValueError if it is not
+    JSON.
     """
     return _checked(text, key, _dumps)
 
@@ -66,30 +61,17 @@ def json_line(value: Mapping[str, Any]) -> str:
     return _dumps_line({**value, KEY: _of_value(json.loads(_dumps_line(value)))})
 
 
-def check_line(text: str) -> tuple[Any, bool]:
+def check_line(text: str) -> Any:
     """``check_json`` for what ``json_line`` gave, with its line's end or without."""
     return _checked(text.removesuffix("\n") + "\n", KEY, _dumps_line)
 
 
-def _checked(text: str, key: str, dumps: Callable[[Any], str]) -> tuple[Any, bool]:
+def _checked(text: str, key: str, dumps: Callable[[Any], str]) -> Any:
     value = json.loads(text)
-    digest = _take_digest(value, key)
-    if digest is None:
-        return value, False
+    digest = value.pop(key, None) if isinstance(value, dict) else None
     if digest != _of_value(value) or dumps({**value, key: digest}) != text:
         raise Damaged
-    return value, True
-
-
-def _take_digest(value: Any, key: str) -> str | None:
-    """Remove the digest at the end of an object; None if there is none."""
-    if not isinstance(value, dict) or not value:
-        return None
-    last, found = next(reversed(value.items()))
-    if last != key and key not in value and not (isinstance(found, str) and _LEFT.search(found)):
-        return None
-    del value[last]
-    return str(found) if last == key else ""  # nothing of ours is behind a digest
+    return value
 
 
 def _of_value(value: Any) -> str:
@@ -130,23 +112,20 @@ def fill_header(path: Path) -> None:
         file.write(digest.encode())
 
 
-def check_header(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], bool]:
-    """The facts in a safetensors file's metadata, and whether the file has a digest.
+def check_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The facts in a safetensors file's metadata; None for another tool's file, without any.
 
-    Raises Damaged if the file is not, to the last byte, what was written; ValueError if its facts
-    are not a JSON object.
+    Raises Damaged if the file is not, to the last byte, what was written.
     """
-    if HEADER not in metadata and any(map(_ENDS_WITH_DIGEST.search, metadata.values())):
+    if HEADER not in metadata:
+        if any(map(_ENDS_WITH_DIGEST.search, metadata.values())):  # its name was damaged
+            raise Damaged
+        return None
+    facts = json.loads(metadata[HEADER])
+    digest = facts.pop(KEY, None) if isinstance(facts, dict) else None
+    if not isinstance(digest, str) or digest != _of_blocks(path, _place_of(path, digest)):
         raise Damaged
-    facts = json.loads(metadata.get(HEADER, "{}"))
-    if not isinstance(facts, dict):
-        raise ValueError(f"its {HEADER} is not a JSON object")
-    digest = _take_digest(facts, KEY)
-    if digest is None:
-        return facts, False
-    if not digest or digest != _of_blocks(path, _place_of(path, digest)):
-        raise Damaged
-    return facts, True
+    return facts
 
 
 def _place_of(path: Path, digest: str) -> int:

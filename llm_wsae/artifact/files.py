@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llm_wsae.artifact import digests
 from llm_wsae.errors import LlmWsaeError
@@ -101,27 +101,18 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-class Own(NamedTuple):
-    """What a file of this package holds, proved by its digest if it has one."""
-
-    content: Any
-    """The value of a JSON file without its digest; the facts in the header of a file of tensors."""
-    has_digest: bool
-    """A file without one is of another tool, or was edited."""
-
-
-def own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Own:
-    """Read a JSON file that ``write_json`` wrote. ``way_out`` ends the error for damage.
+def read_own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Any:
+    """Read a JSON object that ``write_json`` wrote. ``way_out`` ends the error for damage.
 
     Raises LlmWsaeError as ``read_json`` does, and if the digest is not that of the content.
     """
     with _reading_json(path, what, way_out):
-        return Own(*digests.check_json(Path(path).read_bytes().decode("utf-8"), key))
+        return digests.check_json(Path(path).read_bytes().decode("utf-8"), key)
 
 
-def read_own_json(path: Path, what: str, way_out: str = AGAIN) -> Any:
-    """The content of ``own_json``."""
-    return own_json(path, what, way_out).content
+def has_digest(path: Path) -> bool:
+    """Whether a JSON file ends with its own digest; one of another tool does not."""
+    return b'sha256": "' in path.read_bytes()[-100:]
 
 
 def save_tensors(
@@ -154,21 +145,22 @@ def load_tensors(path: Path, what: str, way_out: str = "") -> tuple[dict[str, An
 def load_own_tensors(
     path: Path, what: str, way_out: str = AGAIN
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read all of a file that ``save_own_tensors`` wrote: (tensors, facts).
+    """Read all of a file that ``save_own_tensors`` wrote: (tensors, facts). Another tool's file has
+    no facts.
 
     ``way_out`` ends the error for damage. Raises LlmWsaeError as ``load_tensors`` does, and if the
     digest is not that of the file.
     """
     with open_tensors(path, what, way_out) as file:
-        own = own_facts(file, path, what, way_out)
-        return _all_tensors(file), own.content
+        facts = own_facts(file, path, what, way_out)
+        return _all_tensors(file), facts or {}
 
 
-def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> Own:
+def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[str, Any] | None:
     """The facts in the header of a file that ``open_tensors`` has opened, after a check of all of
-    its bytes. Raises as ``load_own_tensors`` does."""
+    its bytes; None for another tool's file. Raises as ``load_own_tensors`` does."""
     with _reading_json(path, what, way_out):
-        return Own(*digests.check_header(Path(path), file.metadata() or {}))
+        return digests.check_header(Path(path), file.metadata() or {})
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """Where results will go, looked at before the work begins.
 
 A result must be writable there, and nothing of other people is replaced: a file that exists under
-its name must be empty, or an earlier result of the same kind. (Stores and dictionaries are guarded
-by the modules that write them.)
+its name must be empty, or an earlier result of the same kind.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from llm_wsae.artifact.files import read_json, write_error
@@ -33,20 +32,13 @@ def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
     _check_writable(path, path.parent)
 
 
-def check_folder(path: Path, names: Sequence[str] = (), is_ours: bool = True) -> None:
-    """Check that files can be written into a folder, which may not exist yet. If it is not one of
-    ours, it must not hold one of the ``names`` that will be written.
+def check_folder(path: Path) -> None:
+    """Check that files can be written into a folder, which may not exist yet.
 
-    Raises UsageError if the path is no folder; LlmWsaeError if it cannot be written or holds such a
-    file.
+    Raises UsageError if the path is no folder, LlmWsaeError if it cannot be written.
     """
     if _is_there(path) and not path.is_dir():
         raise UsageError(f"--out is the name of a folder, but {path} is a file")
-    if there := [] if is_ours else [name for name in names if os.path.lexists(path / name)]:
-        raise LlmWsaeError(
-            f"{path} holds {there[0]}, which was not written by this command; choose another "
-            "folder or move it"
-        )
     _check_writable(path, path)
 
 
@@ -78,6 +70,7 @@ def is_record_of(command: str) -> Callable[[Path], bool]:
 
 
 def _is_there(path: Path) -> bool:
+    """Whether there is anything of that name, be it a broken link."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

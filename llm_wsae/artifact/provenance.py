@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import read_own_json, write_json
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.artifact.files import write_json
 
 number_formats: dict[str, str] = {}
 """The number formats that this process chose, and why; part of a command's record."""
@@ -66,41 +65,6 @@ def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
     does."""
     found = {"number_formats": number_formats, "versions": versions()}
     write_json(path, {"command": command, "config": plain(config), **found})
-
-
-def check_folder(folder: Path, record: str, what: str) -> None:
-    """Raises LlmWsaeError if a folder holds files, but not the ``record`` that makes it that of
-    ``what``."""
-    if (folder / record).is_file() or not folder.exists():
-        return
-    if not folder.is_dir():
-        raise LlmWsaeError(f"{folder} is a file; choose a folder for the {what}")
-    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if others:
-        raise LlmWsaeError(
-            f"{folder} holds other files ({', '.join(others[:3])}); choose another folder for the "
-            f"{what}"
-        )
-
-
-def begin_or_resume(folder: Path, record: str, what: str, asked: dict[str, Any]) -> None:
-    """Record in an empty folder what is made there: the command, everything that decides the result
-    (``asked``) and the versions; or see that the same was asked before.
-
-    Raises LlmWsaeError if the folder holds something else. Call this under the folder's lock.
-    """
-    check_folder(folder, record, what)
-    asked = plain(asked)
-    if not (folder / record).is_file():
-        made = {"made": what, "command": command_line(), "asked": asked, "versions": versions()}
-        write_json(folder / record, made)
-        return
-    found = read_own_json(folder / record, f"record of the {what}")
-    if not isinstance(found, dict) or (found.get("made"), found.get("asked")) != (what, asked):
-        raise LlmWsaeError(
-            f"{folder} holds what another command made ({record} has other settings); choose "
-            f"another folder for the {what}, or use the same settings to resume it"
-        )
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from llm_wsae.artifact.files import AGAIN, Own, open_tensors, own_facts, own_json
+from llm_wsae.artifact.files import AGAIN, has_digest, open_tensors, own_facts, read_own_json
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards
 from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import tokens_path
@@ -173,28 +173,25 @@ def _check_folder(found: Found, folder: Path) -> None:
 
 
 def _check_json(found: Found, path: Path) -> None:
-    def read() -> Own:
-        if path.name == INFO:
-            return own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
-        return own_json(path, "record")
-
-    _record(found, path, found.check(path, read))
-
-
-def _record(found: Found, path: Path, own: Own | None) -> None:
     found.advance(_size_of(path))
-    if own is not None and not own.has_digest:
+    if not has_digest(path):
         found.without_digest.append(path)
+    elif path.name == INFO:
+        what = "dictionary's information"
+        found.check(path, lambda: read_own_json(path, what, WAY_OUT, key=OWN_DIGEST))
+    else:
+        found.check(path, lambda: read_own_json(path, "record"))
 
 
 def _check_tensors(found: Found, path: Path) -> None:
-    def read() -> Own:
+    def read() -> None:
         with open_tensors(path, "file of tensors", AGAIN) as file:
-            return own_facts(file, path, "file of tensors")
+            if own_facts(file, path, "file of tensors") is None:
+                found.without_digest.append(path)
 
-    own = found.check(path, read)
-    _record(found, path, own)
-    if own is not None and is_weights_file(path):
+    found.advance(_size_of(path))
+    found.check(path, read)
+    if path not in found.damaged and is_weights_file(path):
         found.check(path, lambda: LossWeights.load(path))
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import own_json, write_json
+from llm_wsae.artifact.files import read_own_json, write_json
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.shard_record import (
     STATISTICS,
@@ -137,7 +137,7 @@ class Manifest:
         if not path.is_file():
             raise LlmWsaeError(f"{folder} is not an activation store: it has no {MANIFEST}")
         way_out = "restore it from a copy, or harvest into another folder"
-        value = _proved_json(path, "manifest of the activation store", way_out)
+        value = read_own_json(path, "manifest of the activation store", way_out)
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise LlmWsaeError(f"{path} is not the manifest of an activation store")
         version = value.pop("format_version", None)
@@ -170,20 +170,12 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
     paths = [path for path in (folder / RECORDS).glob("*.json") if path.stem.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.stem)):  # names get longer after 99999
         way_out = "delete it to rebuild the shard"
-        value = _proved_json(path, "record of a shard", way_out)
+        value = read_own_json(path, "record of a shard", way_out)
         try:
             found[int(path.stem)] = _shard_record(manifest, int(path.stem), value)
         except Odd as odd:
             raise LlmWsaeError(f"{path} cannot be a shard's: {odd}; {way_out}") from None
     return found
-
-
-def _proved_json(path: Path, what: str, way_out: str) -> Any:
-    """A file that must have a digest."""
-    value, has_digest = own_json(path, what, way_out)
-    if not has_digest:
-        raise LlmWsaeError(f"{path} is damaged: it has no checksum; {way_out}")
-    return value
 
 
 def _manifest(value: dict[str, Any]) -> Manifest:

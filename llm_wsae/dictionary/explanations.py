@@ -75,7 +75,7 @@ def _read(folder: Path) -> dict[int, Explanation]:
         return {}
     with _reading(path):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
-        head, proven = digests.check_line(first)
+        head = digests.check_line(first)
     version = integer(mapping(head).get("format_version"))
     if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
         raise LlmWsaeError(
@@ -88,7 +88,7 @@ def _read(folder: Path) -> dict[int, Explanation]:
             "delete it"
         )
     with _reading(path):
-        if not (proven and head.get(_LINES) == _sha256(rest)):
+        if head.get(_LINES) != _sha256(rest):
             raise digests.Damaged
         lines = [json.loads(line) for line in rest.split("\n") if line]
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}

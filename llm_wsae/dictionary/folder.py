@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from llm_wsae.artifact.files import (
-    own_json,
     read_json,
+    read_own_json,
     remove_partials,
     save_tensors,
     sha256,
@@ -262,7 +262,7 @@ def _check_digests(folder: Path, saved: Any) -> None:
 def _read_info(folder: Path) -> dict[str, Any]:
     """The content of ``wsae.json``, proved."""
     path = folder / INFO
-    values, _ = own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+    values = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
     if values.get("package_version") == _UNREAD:

@@ -346,11 +346,11 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
     data = path.read_bytes() if path.exists() else b""
     for line in data.split(b"\n"):
         try:
-            entry, has_digest = digests.check_line(line.decode("utf-8"))
+            entry = digests.check_line(line.decode("utf-8"))
         except (ValueError, RecursionError):
             continue  # damaged or cut off: it is asked again
         question, answer = (mapping(entry).get(name) for name in ("question", "answer"))
-        if has_digest and isinstance(question, str) and isinstance(answer, str):
+        if isinstance(question, str) and isinstance(answer, str):
             known[question] = answer
     return known, bool(data) and not data.endswith(b"\n")
 

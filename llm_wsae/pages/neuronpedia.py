@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.artifact import provenance
+from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.artifact.files import folder_lock, remove_partials, write_text
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -116,7 +116,8 @@ def export_neuronpedia(
     belong together.
     """
     out = Path(out)
-    check_folder(out)
+    export = Artifact(out, RECORD, WHAT)
+    export.check_place()
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
     dictionary = dictionary.on_cpu()  # as the rows of a store are
@@ -144,7 +145,7 @@ def export_neuronpedia(
     }
     with folder_lock(out, "export"):
         remove_partials(out)
-        provenance.begin_or_resume(out, RECORD, WHAT, asked)
+        record = export.begin(asked)
         files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
         batches = _batches(dictionary, store, model, settings)
         for number, batch in enumerate(tqdm(batches, total=files, desc="files", unit="file")):
@@ -155,12 +156,13 @@ def export_neuronpedia(
             source = f"{dictionary.site.block}-{settings.sae_set}{suffix}"
             write_for_neuronpedia(out / "explanations", said, settings.model_id, source)
             write_for_delphi(out / "delphi" / "explanations", said, str(dictionary.site))
+        export.finish(record, [f"batch-{number}.json" for number in range(files)])
     return Export(out, files, dictionary.d_sae, len(said))
 
 
 def check_folder(out: Path) -> None:
     """Raises LlmWsaeError if a folder holds anything but an export."""
-    provenance.check_folder(out, RECORD, WHAT)
+    Artifact(out, RECORD, WHAT).check_place()
 
 
 def _check(settings: _Settings) -> None:

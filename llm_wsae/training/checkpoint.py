@@ -173,7 +173,7 @@ def load_checkpoint(
     if not path.exists():
         return Reached(0, {})
     with open_tensors(path, WHAT, WAY_OUT) as file:
-        header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT).content)
+        header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT) or {})
         with _refused(path):
             check_identity(folder, _identity(header), identity)
             reached = _reached(header, identity["num_steps"])

@@ -12,7 +12,7 @@ from looping import over
 from safetensors.torch import load_file, save_file
 
 from llm_wsae.artifact import files
-from llm_wsae.artifact.files import own_json, sha256, write_json
+from llm_wsae.artifact.files import has_digest, read_json, sha256, write_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary, keep_measurements
@@ -63,8 +63,9 @@ def content(folder):
 
 def edit_json(path, **changes):
     """With valid checksums."""
-    values, has_digest = own_json(path, "file", key=OWN_DIGEST)
-    write_json(path, {**values, **changes}, key=OWN_DIGEST if has_digest else None)
+    values, key = read_json(path, "file"), OWN_DIGEST if has_digest(path) else None
+    values.pop(OWN_DIGEST, None)
+    write_json(path, {**values, **changes}, key=key)
     if path.name == "cfg.json":
         renew_checksums(path.parent)
 

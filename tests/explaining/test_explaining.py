@@ -682,7 +682,7 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
             use()
     assert not (tmp_path / "page.html").exists() and call("verify", tmp_path / "other").code == 1
     head = path.read_text().splitlines()[0]
-    newer = digests.json_line({**digests.check_line(head)[0], "format_version": 2})
+    newer = digests.json_line({**digests.check_line(head), "format_version": 2})
     for damaged, said in ((newer, "update"), ("[]", "update"), ("{", "cannot"), ("", "cannot"),
                           (head.replace("1", "2", 1), "checksum")):  # fmt: skip
         path.write_text(damaged)
@@ -692,7 +692,7 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     assert read_explanations(folder) == {}
     dictionary.save(tmp_path / "third")
     lines = '{"latent": -1}\n{"latent": 3, "text": 7, "scores": {"detection": {}}}'
-    facts = {**digests.check_line(head)[0], "lines_sha256": sha256(lines.encode()).hexdigest()}
+    facts = {**digests.check_line(head), "lines_sha256": sha256(lines.encode()).hexdigest()}
     (tmp_path / "third/explanations.jsonl").write_text(digests.json_line(facts) + lines)
     path = tmp_path / "third/explanations.jsonl"
     assert read_explanations(path.parent) == {3: Explanation(3, None, "not known", {})}

@@ -16,7 +16,8 @@ from evaluation_cases import WordCounts
 from fuzzing import blind, flipped, frozen, parts, signed, structured
 from training_cases import CONFIG, Planted, arms_for
 
-from llm_wsae.artifact import digests, provenance
+from llm_wsae.artifact import digests
+from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.artifact.files import load_tensors, write_json
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_record
@@ -31,6 +32,7 @@ from llm_wsae.dictionary.explanations import (
     read_explanations,
 )
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
 from llm_wsae.lab.studies import jobs, runner
@@ -169,7 +171,7 @@ def of_trainings(folder: Path) -> dict[str, Kind]:
     def read_record() -> Any:
         found = read_finished(done)
         if found[1] is not None and (problem := found[1].problem(done / LOG, whole=True)):
-            raise provenance.LlmWsaeError(problem)
+            raise LlmWsaeError(problem)
         return found
 
     return {
@@ -247,25 +249,26 @@ def of_others(folder: Path) -> dict[str, Kind]:
     report = {"dictionaries": {"uniform-k4": {"per_latent": columns}}}
     write_json(folder / "report.json", {"command": "evaluate", "monosemanticity": report})
     record = folder / "export/export.json"
-    provenance.begin_or_resume(record.parent, record.name, "export", {"top": 20})
+    made = Artifact(record.parent, record.name, "export")
+    made.begin({"top": 20})
 
     def read_measured() -> Any:
         found = measured.read_tensors()
         if found is None:
-            raise provenance.LlmWsaeError("it is measured again")
+            raise LlmWsaeError("it is measured again")
         return found
 
     def read_answers() -> Any:
         found, _ = endpoint._read(answers)
         if found.items() < known.items():
-            raise provenance.LlmWsaeError("the question is asked again")
+            raise LlmWsaeError("the question is asked again")
         return found
 
     def read_scored() -> Any:
         return read_scores(folder / "report.json", {"uniform-k4": dictionary})
 
     def read_record() -> Any:
-        return provenance.begin_or_resume(record.parent, record.name, "export", {"top": 20})
+        return made.begin({"top": 20})
 
     return {
         "weights file": Kind(weights, other, lambda: LossWeights.load(weights)),
@@ -330,7 +333,7 @@ def sign_cfg(path: Path, data: bytes) -> Callable[[], object]:
     if path.name != CFG or not info.is_file():
         return lambda: None
     before = info.read_bytes()
-    value, _ = digests.check_json(before.decode(), OWN_DIGEST)
+    value = digests.check_json(before.decode(), OWN_DIGEST)
     value["sha256"][CFG] = FileRecord.of(path).sha256
     write_json(info, value, key=OWN_DIGEST)
     return lambda: info.write_bytes(before)
@@ -350,7 +353,7 @@ def test_verify_finds_what_random_damage_does(fuzz, made_world, tmp_path):
 
             def sees(place=place) -> None:
                 if problems := verify(place).problems:
-                    raise provenance.LlmWsaeError("; ".join(problems))
+                    raise LlmWsaeError("; ".join(problems))
 
             outcome = fuzz.reads("verify", f"{path.name} {number} ({done})", sees, None)
             assert outcome == "refused" or data == good, f"{path.name} {number} ({done})"

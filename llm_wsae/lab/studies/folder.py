@@ -8,12 +8,10 @@ results/<name>.json     measured dictionaries; none is measured twice
 report.json, report.md, report.html, differences.png
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import AGAIN, read_own_json
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.lab.studies.report import StudyReport
 from llm_wsae.lab.studies.results import Result, read_result
 
@@ -24,7 +22,11 @@ BASIS, FIRST, TRAINING, DICTIONARIES, RESULTS = (
     "dictionaries",
     "results",
 )
-_PARTS = {"rows", "text", "training", "fidelity", "scoring", "planted", "measures"}
+
+
+def study_in(folder: Path) -> Artifact:
+    """The study in a folder."""
+    return Artifact(folder, BASIS, "study")
 
 
 def read_report(folder: Path) -> StudyReport:
@@ -40,31 +42,4 @@ def read_results(folder: Path) -> list[Result]:
 
 def read_basis(folder: Path) -> dict[str, Any]:
     """What all dictionaries of a study share. Raises LlmWsaeError if the file is damaged."""
-    path = folder / BASIS
-    basis = read_own_json(path, "description of a study")
-    if not isinstance(basis, dict) or not all(isinstance(basis.get(p), dict) for p in _PARTS):
-        raise LlmWsaeError(
-            f"{path} is not the description of a study as this version writes it; {AGAIN}"
-        )
-    return basis
-
-
-def check_basis(folder: Path, basis: Mapping[str, Any]) -> None:
-    """Raise LlmWsaeError if the folder holds a study with other settings."""
-    if not (folder / BASIS).exists():
-        return
-    found = read_basis(folder)
-    for part, settings in basis.items():
-        own = found[part]
-        if _what_counts(own) == _what_counts(settings):
-            continue
-        names = [name for name in settings if own.get(name) != settings[name]]
-        raise LlmWsaeError(
-            f"the study in {folder} has other settings of {part} ({', '.join(names) or 'more'}), "
-            "so its dictionaries cannot be compared with these; choose another folder"
-        )
-
-
-def _what_counts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without how many tokens go through the model at once, which changes no result."""
-    return {name: value for name, value in settings.items() if name != "batch_tokens"}
+    return study_in(folder).read().request

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import folder_lock, remove_partials, write_json
-from llm_wsae.artifact.outputs import check_folder
+from llm_wsae.artifact.files import folder_lock, remove_partials
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import HELDOUT, PackConfig
 from llm_wsae.data.corpus import Corpus
@@ -28,13 +27,12 @@ from llm_wsae.lab.planting.source import PlantedSource
 from llm_wsae.lab.studies.config import StudyConfig
 from llm_wsae.lab.studies.first import after_first, needs_first, stand_ins
 from llm_wsae.lab.studies.folder import (
-    BASIS,
     DICTIONARIES,
     FIRST,
     RESULTS,
     TRAINING,
-    check_basis,
     read_report,
+    study_in,
 )
 from llm_wsae.lab.studies.jobs import StudyJobs
 from llm_wsae.lab.studies.plan import PlannedArm, baselines, plan
@@ -95,8 +93,8 @@ def study(
             the store, or a stage fails.
     """
     out = Path(out)
-    written = (*REPORT_FILES, RESULTS, DICTIONARIES, TRAINING)
-    check_folder(out, written, is_ours=(out / BASIS).is_file())
+    folder, written = study_in(out), (*REPORT_FILES, RESULTS, DICTIONARIES, TRAINING)
+    folder.check_place(*written)
     store.check_model(model.identity())
     heldout = Corpus.open(corpus, "heldout", heldout_fraction, text_column)
     packing = PackConfig(**store.manifest.packing)
@@ -119,15 +117,16 @@ def study(
     basis = _basis(store.identity(site), heldout, config, training, fidelity, scoring)
     with folder_lock(out, "study"):
         remove_partials(out, DICTIONARIES, RESULTS)
-        check_basis(out, basis)
+        if folder.is_begun():
+            folder.begin(basis)  # or refuse
         source = store.source(site) if planted is None else planted
         how = _for_frozen_too(training)
         jobs = StudyJobs(source, out, config, how, fidelity_evaluator, model.device)
         judge = partial(MonosemanticityEvaluator, model, heldout, packing, scoring, encoder)
         monosemanticity = None
-        if not (out / BASIS).exists():
+        if not folder.is_begun():
             monosemanticity = judge()  # the text may be too short: that is found before any work
-            write_json(out / BASIS, basis)
+            folder.begin(basis, *written)
         if trains_first:
             first = after_first(source, site, inputs, out / FIRST, config, training)
             arms = _planned(inputs, config, weigh, training, first)
@@ -157,13 +156,18 @@ def _basis(
             "rows": rows,
             "text": heldout.identity(),
             "training": of_training | {"architecture": config.architecture},
-            "fidelity": asdict(fidelity),
-            "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
+            "fidelity": _settings(fidelity),
+            "scoring": _settings(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
             "planted": _plants(config.plant),
             "measures": _MEASURES,
         }
     )
     return basis
+
+
+def _settings(config: EvaluateConfig | MonosemanticConfig) -> dict[str, Any]:
+    """Without how many tokens go through the model at once, which changes no result."""
+    return {name: value for name, value in asdict(config).items() if name != "batch_tokens"}
 
 
 def _planned(

@@ -57,8 +57,9 @@ def refused(hub, tmp_path):
 def edit(hub: HubServer, name: str, **changes) -> None:
     """Change keys of one of the dictionary's JSON files on the Hub, with valid checksums."""
     text = hub.store.content(REPO, f"{HERE}/{name}").decode()
-    values, has_digest = digests.check_json(text, OWN_DIGEST)
-    data = digests.json_text({**values, **changes}, OWN_DIGEST if has_digest else None).encode()
+    values = json.loads(text)
+    key = OWN_DIGEST if values.pop(OWN_DIGEST, None) else None
+    data = digests.json_text({**values, **changes}, key).encode()
     hub.store.put(REPO, f"{HERE}/{name}", data)
     if name == CFG:
         info = json.loads(hub.store.content(REPO, f"{HERE}/{INFO}"))

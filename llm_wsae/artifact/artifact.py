@@ -1,0 +1,218 @@
+"""A folder that a command makes: begun, resumed or refused, finished, verified.
+
+Its record, a JSON file with its own checksum, is written first and says what was asked for. A run
+that finds one resumes, or is refused with what differs. In the end the record lists the files with
+their sizes and checksums.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.artifact.files import read_own_json, sha256, write_json
+from llm_wsae.artifact.outputs import check_folder
+from llm_wsae.artifact.provenance import plain, versions
+from llm_wsae.errors import LlmWsaeError
+
+_FORMAT = 1
+_SAME_WEIGHTS = 1e-5  # relative: the sum of a matrix is recorded with six digits
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and checksum that a file must have."""
+
+    bytes: int
+    """Size in bytes."""
+    sha256: str
+    """SHA-256 in hex."""
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """The record of a file as it is."""
+        return cls(path.stat().st_size, sha256(path))
+
+    def has_size(self, path: Path) -> bool:
+        """Whether there is a file of that size; what it holds is not compared."""
+        return path.is_file() and path.stat().st_size == self.bytes
+
+    def problem(self, path: Path) -> str | None:
+        """What is wrong with the file at that path, in a sentence; None if nothing is."""
+        try:
+            size = path.stat().st_size
+            if size != self.bytes:
+                return f"{path} is truncated or extended: {size} bytes instead of {self.bytes}"
+            changed = sha256(path) != self.sha256
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+        return f"{path} is damaged: its checksum does not match" if changed else None
+
+    def check(self, path: Path, way_out: str) -> None:
+        """Raise LlmWsaeError, which ends with ``way_out``, unless the file at that path holds what
+        was written."""
+        if problem := self.problem(path):
+            raise LlmWsaeError(f"{problem}; {way_out}")
+
+
+@dataclass
+class Record:
+    """What the record of a folder says."""
+
+    request: dict[str, Any]
+    """Everything that decides what is made."""
+    complete: bool = False
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """By path within the folder."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What this kind of folder adds; JSON."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of one kind."""
+
+    folder: Path
+    name: str
+    """Name of its record."""
+    kind: str
+    """As a sentence names it: ``activation store``."""
+
+    @property
+    def path(self) -> Path:
+        """Where the record is."""
+        return self.folder / self.name
+
+    def is_begun(self) -> bool:
+        """Whether the folder has a record."""
+        return self.path.is_file()
+
+    def is_complete(self) -> bool:
+        """Whether what was asked for is done. Raises as ``read`` does, but not for a folder without
+        a record."""
+        return self.is_begun() and self.read().complete
+
+    def check_place(self, *names: str) -> None:
+        """Check, before any work, that the folder can be written to. If it has no record, it must
+        hold none of these ``names``; without any, nothing at all (hidden files do not count).
+
+        Raises UsageError if it is no folder, LlmWsaeError if it holds something else or cannot be
+        written.
+        """
+        check_folder(self.folder)
+        if self.is_begun() or not self.folder.is_dir():
+            return
+        found = sorted(path.name for path in self.folder.iterdir())
+        taken = [name for name in found if not name.startswith(".")]
+        if names:
+            taken = [name for name in taken if name in names]
+        if taken:
+            raise LlmWsaeError(
+                f"{self.folder} holds other files ({', '.join(taken[:3])}); choose another folder "
+                f"for the {self.kind}, or move them"
+            )
+
+    def begin(self, request: Mapping[str, Any], *names: str) -> Record:
+        """The folder's record, or a new one for this ``request``; see ``check_place``.
+
+        Call this under the folder's lock. Raises LlmWsaeError, which names each difference, if
+        something else was asked for before.
+        """
+        wanted = plain(request)
+        if not self.is_begun():
+            self.check_place(*names)
+            record = Record(wanted)
+            self.write(record)
+            return record
+        found = self.read()
+        self.check_request(found.request, wanted)
+        return found
+
+    def check_request(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """Raise LlmWsaeError, naming each difference, unless both requests are the same."""
+        if clauses := differences(found, wanted, (f"the saved {self.kind}", "this command")):
+            raise LlmWsaeError(
+                f"the {self.kind} in {self.folder} has other settings ({clauses}); choose another "
+                "folder, or use the same settings to resume it"
+            )
+
+    def finish(self, record: Record, paths: Iterable[str] = ()) -> None:
+        """Write the record of the finished folder, with the files at these ``paths`` within it."""
+        record.files |= {path: FileRecord.of(self.folder / path) for path in paths}
+        record.complete = True
+        self.write(record)
+
+    def write(self, record: Record) -> None:
+        """Replace the record."""
+        head = {"kind": self.kind, "format": _FORMAT, "versions": versions()}
+        value = {**head, **asdict(record)}
+        facts = value.pop("facts")
+        write_json(self.path, {**value, **facts})
+
+    def read(self) -> Record:
+        """The folder's record.
+
+        Raises LlmWsaeError if there is none, it is damaged, or it is of another version or kind.
+        """
+        if not self.is_begun():
+            raise LlmWsaeError(f"there is no {self.kind} in {self.folder}: it has no {self.name}")
+        way_out = "restore it from a copy, or make it again in another folder"
+        value = read_own_json(self.path, f"record of the {self.kind}", way_out)
+        if not isinstance(value, dict) or value.get("kind") != self.kind:
+            raise LlmWsaeError(
+                f"{self.path} is not the record of a finished or unfinished {self.kind} as this "
+                f"version writes it; make the {self.kind} again, in another folder"
+            )
+        if value.get("format") != _FORMAT:
+            raise LlmWsaeError(
+                f"{self.path} has the format {value.get('format')!r}, which this version does not "
+                f"read; update llm-wsae, or make the {self.kind} again, in another folder"
+            )
+        facts = {k: v for k, v in value.items() if k not in ("kind", "format", "versions")}
+        request, complete = facts.pop("request"), facts.pop("complete")
+        return Record(request, complete, files_of(facts.pop("files")), facts)
+
+
+def files_of(value: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The files that a record lists, from its JSON."""
+    return {path: FileRecord(**one) for path, one in value.items()}
+
+
+def differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str]
+) -> str:
+    """How the settings of two ``owners`` differ, in words; empty if they are the same, up to the
+    last digits of weights, which depend on the machine."""
+    return "; ".join(_differences(plain(found), plain(wanted), owners))
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str], under: str = ""
+) -> Iterator[str]:
+    first, second = owners
+    for name in sorted(found.keys() | wanted.keys()):
+        there, asked = found.get(name), wanted.get(name)
+        if there == asked or (name == "gamma_sum" and _alike(there, asked)):
+            continue
+        if isinstance(there, dict) and isinstance(asked, dict):
+            yield from _differences(there, asked, owners, f"{under}{name} ")
+        elif isinstance(there, dict):
+            yield f"{first} has {under}{name}; {second} does not"
+        elif isinstance(asked, dict):
+            yield f"{second} has {under}{name}; {first} does not"
+        else:
+            yield f"{under}{name}: {_short(there)} in {first}, {_short(asked)} in {second}"
+
+
+def _alike(there: Any, asked: Any) -> bool:
+    both = isinstance(there, float) and isinstance(asked, float)
+    return both and math.isclose(there, asked, rel_tol=_SAME_WEIGHTS)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
