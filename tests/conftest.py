@@ -71,6 +71,12 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
+def no_sync(monkeypatch):
+    """Files need not outlive a loss of power."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
 def fuzz(request, record_property):
     """Counts a fuzzer's cases; a case that goes wrong fails its test in the end."""
     from fuzzing import Fuzz

@@ -15,7 +15,7 @@ from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.cli import main
-from llm_wsae.commands.verifying import verify_store
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
@@ -106,7 +106,7 @@ def test_a_killed_process_loses_no_whole_shard(
         alone(corpus, out)
     else:
         assert run(then, make, corpus, out) == [unbroken.num_rows] * then
-    assert files(out) == files(unbroken.folder) and verify_store(out) == []
+    assert files(out) == files(unbroken.folder) and verify(out).problems == []
     for shard in there:  # none was made again
         path = out / f"tokens/{shard:05d}.safetensors"
         assert path.stat().st_mtime_ns == before[path]
@@ -147,7 +147,7 @@ def test_a_damaged_record_is_named(corpus, tmp_path):
     with pytest.raises(LlmWsaeError, match=r"00001\.json is damaged: its checksum does not match"):
         alone(corpus, out)
     path.unlink()
-    assert "28 of 250 contexts" in verify_store(out)[0]
+    assert "28 of 250 contexts" in verify(out).problems[0]
     alone(corpus, out)
 
 
@@ -170,13 +170,12 @@ def test_a_request_that_cannot_be_ends_all(corpus, tmp_path):
 def test_different_requests_are_not_one_harvest(corpus, tmp_path):
     outcomes = run(2, of_own_dtype, corpus, tmp_path / "s")
     assert len(set(outcomes)) == 1
-    assert "process 0 and process 1 run different harvests (its dtype is" in outcomes[0]
+    assert "process 1 has other settings of the harvest than process 0 (dtype:" in outcomes[0]
 
 
 def test_different_numbers_of_tokens_are_not_one_harvest(corpus, tmp_path):
     outcomes = run(2, of_own_tokens, corpus, tmp_path / "s")
-    assert len(set(outcomes)) == 1 and "run different harvests (" in outcomes[0]
-    assert "contexts, not " in outcomes[0]
+    assert len(set(outcomes)) == 1 and "than process 0 (contexts: " in outcomes[0]
 
 
 def of_own_tokens(corpus, out):

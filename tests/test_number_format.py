@@ -75,7 +75,7 @@ def test_what_was_begun_goes_on_in_its_format(made_world, tmp_path, monkeypatch)
     works(*harvest)
     works(*train)
     made = [json.loads((out / name).read_text()) for name in ("training.json", "train.json")]
-    assert made[0]["dtype"] == "float32" == Manifest.load(store).model["dtype"]
+    assert made[0]["request"]["dtype"] == "float32" == Manifest.load(store).model["dtype"]
     assert made[1]["number_formats"]["encoder"] == "float32: measured to be the faster one here"
     measured(monkeypatch, 2)
     before = content(out / "uniform-k4")

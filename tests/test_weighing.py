@@ -11,7 +11,7 @@ from several import run
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
-from llm_wsae.commands.verifying import verify_store
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data import covariance, stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -147,7 +147,7 @@ def test_what_was_measured_is_kept(model, tmp_path, store):
     assert torch.equal(
         measure_inputs(["sensitivity"], copy, SITE, model=model, config=config).fisher, first
     )
-    assert verify_store(folder) == []
+    assert verify(folder).problems == []
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
         measure_inputs(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
 
@@ -170,7 +170,7 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store,
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
     said = f"what {path} holds is measured anew, since it is damaged\n"
     assert capsys.readouterr().err.count(said) == 1
-    assert path.read_bytes() == kept and verify_store(folder) == []
+    assert path.read_bytes() == kept and verify(folder).problems == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
 
 

@@ -38,9 +38,9 @@ def export(
         sae_id_suffix: What tells dictionaries of one set and block apart there.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.pages.neuronpedia import check_folder, export_neuronpedia
+    from llm_wsae.pages.neuronpedia import export_in, export_neuronpedia
 
-    check_folder(out)
+    export_in(out).check_place()
     opened = ActivationStore.open(store)
     done = export_neuronpedia(
         dictionary,

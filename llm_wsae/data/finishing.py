@@ -3,12 +3,18 @@
 import shutil
 from pathlib import Path
 
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.artifact.files import load_tensors, save_tensors
-from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
-from llm_wsae.data.shard_record import REPAIR, STATISTICS, FileRecord, shard_paths
+from llm_wsae.data.manifest import (
+    RECORDS,
+    REPAIR,
+    STATISTICS,
+    Manifest,
+    complete_shards,
+    shard_paths,
+)
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.reading import reading
 
 NO_ROWS = "no token of these documents gives a row; lower --drop-positions"
 
@@ -26,9 +32,8 @@ def finish_store(folder: Path, manifest: Manifest) -> None:
     for site in manifest.sites:
         merged = Statistics(manifest.d_in, manifest.context_size)
         for index, shard in shards.items():
-            path = shard_paths(index, [site])[site][1]
-            shard.files[path].check(folder / path)
-            merged.merge(read_statistics(folder / path, manifest, shard.rows))
+            path = shard_paths(index, site)[1]
+            merged.merge(read_statistics(folder / path, shard.files[path]))
         path = f"{site}/{STATISTICS}"
         save_tensors(folder / path, merged.to_tensors())
         manifest.statistics[path] = FileRecord.of(folder / path)
@@ -37,13 +42,7 @@ def finish_store(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
 
 
-def read_statistics(path: Path, manifest: Manifest, rows: int) -> Statistics:
-    """The statistics in a file of a store, of that many rows.
-
-    Raises LlmWsaeError, which says what to do, if the file cannot hold those.
-    """
-    tensors, _ = load_tensors(path, "file of statistics", REPAIR)
-    with reading(path, f"statistics of {rows:,} rows", REPAIR):
-        found = Statistics.from_tensors(tensors)
-        found.check_of(manifest.d_in, manifest.context_size, rows)
-    return found
+def read_statistics(path: Path, record: FileRecord) -> Statistics:
+    """The statistics in a file of a store. Raises LlmWsaeError if it is not what was written."""
+    record.check(path, REPAIR)
+    return Statistics.from_tensors(load_tensors(path, "file of statistics", REPAIR)[0])

@@ -6,7 +6,6 @@ tokenises the next contexts ahead, another computes statistics and checksums and
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,21 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.outputs import check_room
-from llm_wsae.artifact.provenance import version_of
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.finishing import finish_store
-from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest
+from llm_wsae.data.manifest import RECORDS, TOKENS, Manifest, store_in
 from llm_wsae.data.packing import Contexts, Cursor, Packer
 from llm_wsae.data.resume import (
     begin_or_resume,
-    check_empty,
     check_size,
     shard_batches,
 )
-from llm_wsae.data.shard_record import TOKENS
 from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import MEASUREMENTS
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.machine.hardware import check_memory
 from llm_wsae.machine.processes import Processes, join
 from llm_wsae.machine.threads import prefetch
@@ -77,7 +73,9 @@ def harvest(
         for site in sites:
             model.check_site(site)
         packer = Packer.for_model(model, config)
-        manifest = _agreed(processes, manifest_of(model, corpus.identity(), sites, config))
+        manifest = manifest_of(model, corpus.identity(), sites, config)
+        asked = {**manifest.request(), "contexts": manifest.num_contexts}
+        processes.check_agreed(asked, "settings of the harvest")
         processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))
         with processes.folder_lock(out, "activation store"):
             following = processes.lead(lambda: _begin(out, manifest))
@@ -99,12 +97,11 @@ def _check_size(
 ) -> None:
     """Raises LlmWsaeError for too little text, UsageError for more than memory or disk could hold,
     before the first forward pass and before a complete store is reopened for more."""
-    if (out / MANIFEST).is_file():
+    store_in(out).check_place()
+    if store_in(out).is_begun():
         found = Manifest.load(out)
         if not found.complete or found.num_contexts >= wanted.num_contexts:
             return
-    else:
-        check_empty(out)
     row = len(wanted.sites) * wanted.d_in * getattr(torch, wanted.dtype).itemsize
     shard = wanted.contexts_per_shard * wanted.context_size * row
     check_memory(shard, torch.device("cpu"), "a shard", "lower shard-tokens and batch-tokens")
@@ -119,20 +116,6 @@ def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
     manifest, shards = begin_or_resume(out, wanted)  # refuses a foreign folder
     remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *wanted.sites)
     return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
-
-
-def _agreed(processes: Processes, manifest: Manifest) -> Manifest:
-    """Process 0's manifest; raises LlmWsaeError unless all processes have the same one."""
-    first = Manifest(**processes.lead(lambda: asdict(manifest)))
-    clauses = first.differences(manifest)
-    if first.num_contexts != manifest.num_contexts:
-        clauses.append(f"{first.num_contexts:,} contexts, not {manifest.num_contexts:,}")
-    if clauses:
-        raise LlmWsaeError(
-            f"process 0 and process {processes.rank} run different harvests "
-            f"({'; '.join(clauses)}); start all with the same command on machines of one kind"
-        )
-    return manifest
 
 
 def _write_shards(
@@ -187,7 +170,6 @@ def manifest_of(
     """The manifest of a store before it has a shard; ``corpus`` is the text's identity."""
     auto = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     return Manifest(
-        package_version=version_of("llm-wsae"),
         model=model.identity(),
         corpus=corpus,
         sites=[str(site) for site in sites],

@@ -7,47 +7,66 @@ between two runs over the same data (no times, no machine's paths), so that a ru
 and resumed ends with the same bytes as an uninterrupted one.
 """
 
-import re
-from dataclasses import asdict, dataclass, field, fields
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llm_wsae.artifact.artifact import Artifact, FileRecord, Record, files_of
 from llm_wsae.artifact.files import read_own_json, write_json
-from llm_wsae.data.config import PackConfig
-from llm_wsae.data.shard_record import (
-    STATISTICS,
-    FileRecord,
-    Odd,
-    ShardRecord,
-    is_count,
-    record_of_shard,
-    records_of_files,
-    shard_paths,
-    want,
-    want_object,
-)
-from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.model.site import Site
 
 MANIFEST = "manifest.json"
-FORMAT = "llm-wsae activation store"
-FORMAT_VERSION = 1
-_UNREAD = "0.1.0"
-"""Version of this package whose stores lack what is needed to prove and to order their rows."""
 RECORDS = "shards"
-BYTES_OF = {"bfloat16": 2, "float32": 4}
-"""Number formats of rows, and their bytes."""
-_WIDEST = 2**24  # rows, and contexts
-_MOST_DOCUMENTS = 2**31  # they are numbered in 32 bits
-_LONGEST_HEADER = 1024  # bytes before the rows of a shard; it needs about 100
+TOKENS = "tokens"
+STATISTICS = "statistics.safetensors"
+ROWS_PER_CHECK = 128
+"""Rows of a shard that share a CRC-32; the last of a shard may be fewer."""
+REPAIR = "delete it, if it is there, and run the same harvest again, which rewrites what is missing"
+_CRC = np.dtype("<u4")
+_REQUESTED = (
+    "model",
+    "corpus",
+    "sites",
+    "dtype",
+    "d_in",
+    "packing",
+    "bos_token_id",
+    "contexts_per_batch",
+    "contexts_per_shard",
+)
+"""What cannot change while a store grows."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One complete shard."""
+
+    contexts: int
+    """Number of contexts."""
+    rows: int
+    """Number of rows at each site."""
+    first: tuple[int, int]
+    """Document and offset at which its first context begins."""
+    next: tuple[int, int]
+    """Document and offset at which the next shard begins."""
+    files: dict[str, FileRecord]
+    """Its files, by path within the store."""
+    row_checks: dict[str, str]
+    """CRC-32 of each ``ROWS_PER_CHECK`` rows of a file of activations, by its path: 32-bit numbers,
+    little-endian, in base64."""
+
+    def crc32s(self, path: str) -> np.ndarray:
+        """The CRC-32s of a file of activations."""
+        return np.frombuffer(base64.b64decode(self.row_checks[path]), dtype=_CRC)
 
 
 @dataclass
 class Manifest:
-    """Everything about a store except its rows; the fields are the keys of ``manifest.json``."""
+    """Everything about a store except its rows."""
 
-    package_version: str
-    """Version of this package that began the store."""
     model: dict[str, Any]
     """``LanguageModel.identity()``."""
     corpus: dict[str, Any]
@@ -101,56 +120,38 @@ class Manifest:
             files |= shard.files
         return files
 
-    def differences(self, other: "Manifest") -> list[str]:
-        """Clauses that say how another harvest differs from this one."""
-        clauses = []
-        for name in ("model", "corpus", "packing"):
-            mine, others = getattr(self, name), getattr(other, name)
-            clauses += [
-                f"{name} {key} is {_shown(mine.get(key))}, not {_shown(others.get(key))}"
-                for key in dict.fromkeys([*mine, *others])
-                if mine.get(key) != others.get(key)
-            ]
-        names = ("sites", "dtype", "d_in", "bos_token_id")
-        for name in (*names, "contexts_per_batch", "contexts_per_shard"):
-            mine, others = getattr(self, name), getattr(other, name)
-            if mine != others:
-                clauses.append(
-                    f"its {name.replace('_', ' ')} is {_shown(mine)}, not {_shown(others)}"
-                )
-        return clauses
+    def request(self) -> dict[str, Any]:
+        """What a harvest that resumes this one must ask for too."""
+        return {name: getattr(self, name) for name in _REQUESTED}
 
     def save(self, folder: Path) -> None:
-        """Write ``manifest.json`` with a checksum over itself."""
-        value = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        write_json(folder / MANIFEST, value)
+        """Write ``manifest.json``, the store's record."""
+        shards = [{**asdict(shard), "files": list(shard.files)} for shard in self.shards]
+        facts = {"num_contexts": self.num_contexts, "shards": shards}
+        record = Record(self.request(), self.complete, self.all_files(), facts)
+        store_in(folder).write(record)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Read a store's manifest.
+        """Read a store's manifest. Raises as ``Artifact.read`` does."""
+        record = store_in(folder).read()
+        files = record.files
+        shards = [
+            _shard_from(value, {path: files.pop(path) for path in value["files"]})
+            for value in record.facts["shards"]
+        ]
+        return cls(
+            **record.request,
+            num_contexts=record.facts["num_contexts"],
+            complete=record.complete,
+            statistics=files,
+            shards=shards,
+        )
 
-        Raises LlmWsaeError if there is none, it is damaged, or it is not of this format.
-        """
-        path = folder / MANIFEST
-        if not folder.is_dir():
-            raise LlmWsaeError(f"there is no activation store {folder}")
-        if not path.is_file():
-            raise LlmWsaeError(f"{folder} is not an activation store: it has no {MANIFEST}")
-        way_out = "restore it from a copy, or harvest into another folder"
-        value = read_own_json(path, "manifest of the activation store", way_out)
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-            raise LlmWsaeError(f"{path} is not the manifest of an activation store")
-        version = value.pop("format_version", None)
-        if version != FORMAT_VERSION or value.get("package_version") == _UNREAD:
-            by = value.get("package_version")
-            raise LlmWsaeError(
-                f"{folder} has store format {shown(version)} of llm-wsae {shown(by)}, which this "
-                "version does not read; harvest again, into another folder"
-            )
-        try:
-            return _manifest(value)
-        except Odd as odd:
-            raise LlmWsaeError(f"{path} cannot be a harvest's: {odd}; {way_out}") from None
+
+def store_in(folder: Path) -> Artifact:
+    """The activation store in a folder."""
+    return Artifact(folder, MANIFEST, "activation store")
 
 
 def save_record(folder: Path, index: int, record: ShardRecord) -> None:
@@ -169,84 +170,26 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
         return found
     paths = [path for path in (folder / RECORDS).glob("*.json") if path.stem.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.stem)):  # names get longer after 99999
-        way_out = "delete it to rebuild the shard"
-        value = read_own_json(path, "record of a shard", way_out)
-        try:
-            found[int(path.stem)] = _shard_record(manifest, int(path.stem), value)
-        except Odd as odd:
-            raise LlmWsaeError(f"{path} cannot be a shard's: {odd}; {way_out}") from None
+        value = read_own_json(path, "record of a shard", "delete it to rebuild the shard")
+        found[int(path.stem)] = _shard_from(value, files_of(value["files"]))
     return found
 
 
-def _manifest(value: dict[str, Any]) -> Manifest:
-    """A manifest from JSON. Raises Odd for a value that no harvest writes."""
-    want_object(value, {own.name for own in fields(Manifest)}, "content")
-    version, corpus = value["package_version"], value["corpus"]
-    want(isinstance(version, str), "package_version", version)
-    want(isinstance(corpus, dict), "corpus", corpus)
-    want(isinstance(corpus.get("name"), str), "corpus name", corpus.get("name"))
-    for name in ("contexts_per_batch", "contexts_per_shard", "num_contexts"):
-        want(is_count(value[name], 1), name, value[name])
-    want(value["dtype"] in list(BYTES_OF), "dtype", value["dtype"])
-    want(isinstance(value["model"], dict), "model", value["model"])
-    for name in ("name", "dtype", "weights_sha256"):
-        want(isinstance(value["model"].get(name), str), f"model {name}", value["model"].get(name))
-    want(is_count(value["d_in"], 1) and value["d_in"] < _WIDEST, "d_in", value["d_in"])
-    bos = value["bos_token_id"]
-    want(bos is None or is_count(bos), "bos_token_id", bos)
-    want(type(value["complete"]) is bool, "complete", value["complete"])
-    _check_packing(value["packing"])
-    _check_sites(value["sites"])
-    want(isinstance(value["shards"], list), "shards", value["shards"])
-    manifest = Manifest(**value | {"shards": [], "statistics": {}})
-    paths = {f"{site}/{STATISTICS}" for site in manifest.sites} if manifest.complete else set()
-    manifest.statistics = records_of_files(value["statistics"], paths, "statistics")
-    manifest.shards = [
-        _shard_record(manifest, index, record) for index, record in enumerate(value["shards"])
-    ]
-    if manifest.complete:
-        want(len(manifest.shards) == manifest.num_shards, "num_contexts", manifest.num_contexts)
-        for index, shard in enumerate(manifest.shards):
-            wanted = manifest.shard_contexts(index)
-            want(shard.contexts == wanted, f"shard {index}'s contexts", shard.contexts)
-        last = manifest.shards[-1].next[0]
-        want(last < _MOST_DOCUMENTS, "last document", last)
-    return manifest
+def _shard_from(value: Mapping[str, Any], files: dict[str, FileRecord]) -> ShardRecord:
+    first, following = tuple(value["first"]), tuple(value["next"])
+    return ShardRecord(**{**value, "first": first, "next": following, "files": files})
 
 
-def _shard_record(manifest: Manifest, index: int, value: Any) -> ShardRecord:
-    most, size = manifest.contexts_per_shard, manifest.context_size
-    record = record_of_shard(value, index, manifest.sites, most, size)
-    for path, _ in shard_paths(index, manifest.sites).values():
-        bytes_of_file = record.files[path].bytes
-        header = bytes_of_file - record.rows * manifest.d_in * BYTES_OF[manifest.dtype]
-        want(0 < header < _LONGEST_HEADER, f"{path} bytes", bytes_of_file)
-    return record
+def packed(crc32s: list[int]) -> str:
+    """CRC-32s as a record has them."""
+    return base64.b64encode(np.array(crc32s, dtype=_CRC).tobytes()).decode()
 
 
-def _check_packing(packing: Any) -> None:
-    known = PackConfig.__dataclass_fields__
-    want_object(packing, set(known), "packing")
-    for name, value in packing.items():
-        want(type(value) is type(known[name].default), f"packing {name}", value)
-    try:
-        PackConfig(**packing)
-    except UsageError as error:
-        raise Odd(str(error)) from None
-    want(packing["context_size"] < _WIDEST, "packing context_size", packing["context_size"])
+def shard_paths(index: int, site: str) -> tuple[str, str]:
+    """Paths within the store of a shard's activations of a site, and of their statistics."""
+    return f"{site}/{index:05d}.safetensors", f"{site}/{index:05d}.{STATISTICS}"
 
 
-def _check_sites(sites: Any) -> None:
-    want(isinstance(sites, list) and len(sites) > 0, "sites", sites)
-    for name in sites:
-        try:
-            fits = isinstance(name, str) and str(Site.parse(name)) == name
-        except UsageError:
-            fits = False
-        want(fits and sites.count(name) == 1, "site", name)
-
-
-def _shown(value: Any) -> str:
-    """A value as shown in a sentence; a checksum shortened."""
-    long = isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value)
-    return f"'{value[:8]}…'" if long else repr(value)
+def tokens_path(index: int) -> str:
+    """Path within the store of a shard's token ids and keep-mask."""
+    return f"{TOKENS}/{index:05d}.safetensors"

@@ -343,11 +343,8 @@ def load_contexts(path: Path, first: tuple[int, int], following: tuple[int, int]
     Raises LlmWsaeError if it is missing or damaged.
     """
     tensors, metadata = load_tensors(path, "tokens of a shard")
-    try:
-        headers = json.loads(metadata["documents"]).items()
-        numbered = {int(index): header for index, header in headers}
-        ids, keep, document, offset = (tensors[name].numpy() for name in _FIELDS)
-    except (AttributeError, KeyError, ValueError) as error:
-        raise LlmWsaeError(f"{path} is not the tokens of a shard: {error}") from error
+    headers = json.loads(metadata["documents"])
+    numbered = {int(index): header for index, header in headers.items()}
+    ids, keep, document, offset = (tensors[name].numpy() for name in _FIELDS)
     cursors = Cursor(*first), Cursor(*following)
     return Contexts(ids, keep, document, offset, *cursors, numbered)

@@ -11,11 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest, complete_shards, save_record
+from llm_wsae.data.manifest import (
+    RECORDS,
+    TOKENS,
+    Manifest,
+    ShardRecord,
+    complete_shards,
+    save_record,
+    store_in,
+)
 from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
-from llm_wsae.data.shard_record import TOKENS, FileRecord, ShardRecord
 from llm_wsae.errors import LlmWsaeError
 
 _BYTES_PER_TOKEN = 8  # ordinary text has fewer
@@ -31,16 +39,13 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
-    if not (folder / MANIFEST).is_file():
-        check_empty(folder)
+    store = store_in(folder)
+    if not store.is_begun():
+        store.check_place()
         wanted.save(folder)
         return wanted, {}
     found = Manifest.load(folder)
-    if clauses := found.differences(wanted):
-        raise LlmWsaeError(
-            f"{folder} holds another harvest ({'; '.join(clauses)}); choose another "
-            "folder, or use the same settings to resume it"
-        )
+    store.check_request(found.request(), wanted.request())
     shards = complete_shards(folder, found)
     there = {i: shard for i, shard in shards.items() if _are_there(folder, shard.files)}
     per_shard = found.contexts_per_shard
@@ -68,18 +73,6 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     found.save(folder)
     _remove_unlisted(folder, found, whole)
     return found, whole
-
-
-def check_empty(folder: Path) -> None:
-    """Raises LlmWsaeError if the folder of a new store holds anything that is not hidden."""
-    if not folder.is_dir():
-        return
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if others:
-        raise LlmWsaeError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}); choose another "
-            "folder for the activation store"
-        )
 
 
 def shard_batches(

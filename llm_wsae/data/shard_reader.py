@@ -9,7 +9,6 @@ training never waits for a store to be checked and reads nothing twice.
 """
 
 import bisect
-import json
 import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -22,11 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.artifact.digests import crc32s
-from llm_wsae.data.shard_record import REPAIR, ROWS_PER_CHECK, ShardRecord
+from llm_wsae.data.manifest import REPAIR, ROWS_PER_CHECK, ShardRecord
 from llm_wsae.errors import LlmWsaeError
-
-_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-_LONGEST_HEADER = 1 << 20
 
 
 class RowShard(NamedTuple):
@@ -47,7 +43,6 @@ class RowReader:
         self._proved: dict[int, np.ndarray] = {}  # by shard: which of its rows' checksums match
         self._checks: dict[int, np.ndarray] = {}  # by shard: those checksums
         self._ends = list(accumulate(shard.record.rows for shard in shards))
-        self._offsets: dict[int, int] = {}
         self.num_rows = self._ends[-1] if self._ends else 0
         self.row_bytes = self._d_in * self.dtype.itemsize
 
@@ -85,7 +80,9 @@ class RowReader:
         """Compare rows of a shard, which have just been read, with their checksums, unless they
         have been compared before."""
         if shard not in self._proved:
-            self._begin_to_prove(shard)
+            _, name, record = self._shards[shard]
+            self._proved[shard] = np.zeros(-(-record.rows // ROWS_PER_CHECK), dtype=bool)
+            self._checks[shard] = record.crc32s(name)
         proved, stop = self._proved[shard], first + len(piece)
         for number in range(first // ROWS_PER_CHECK, -(-stop // ROWS_PER_CHECK)):
             if proved[number]:
@@ -103,22 +100,17 @@ class RowReader:
                 )
             proved[number] = True
 
-    def _begin_to_prove(self, shard: int) -> None:
-        _, name, record = self._shards[shard]
-        self._proved[shard] = np.zeros(-(-record.rows // ROWS_PER_CHECK), dtype=bool)
-        self._checks[shard] = record.crc32s(name)
-
     def _path(self, shard: int) -> Path:
         return self._shards[shard].folder / self._shards[shard].name
 
     def _read_piece(self, shard: int, first: int, piece: Tensor) -> None:
+        _, name, record = self._shards[shard]
         path, buffer = self._path(shard), bytes_of(piece)
+        header = record.files[name].bytes - record.rows * self.row_bytes
+        position = header + first * self.row_bytes
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
-                if shard not in self._offsets:
-                    self._offsets[shard] = self._data_offset(shard, handle)
-                position = self._offsets[shard] + first * self.row_bytes
                 while buffer:
                     read = os.preadv(handle, [buffer], position)
                     if read == 0:
@@ -128,30 +120,6 @@ class RowReader:
                 os.close(handle)
         except OSError as error:
             raise LlmWsaeError(f"cannot read {path}: {error.strerror}") from error
-
-    def _data_offset(self, shard: int, handle: int) -> int:
-        """Where the rows begin in a shard's file, if its size and header match the manifest."""
-        (_, name, record), path = self._shards[shard], self._path(shard)
-        size, wanted = os.fstat(handle).st_size, record.files[name].bytes
-        if size != wanted:
-            raise LlmWsaeError(
-                f"{path} is truncated or extended: {size} bytes instead of {wanted}; {REPAIR}"
-            )
-        length = int.from_bytes(os.pread(handle, 8, 0), "little")
-        entry = {
-            "dtype": _SAFETENSORS_DTYPES[self.dtype],
-            "shape": [record.rows, self._d_in],
-            "data_offsets": [0, record.rows * self.row_bytes],
-        }
-        try:
-            header = json.loads(os.pread(handle, min(length, _LONGEST_HEADER), 8))
-        except (ValueError, RecursionError):
-            header = None
-        if header != {"activations": entry}:
-            raise LlmWsaeError(
-                f"{path} does not hold the {record.rows} rows that the manifest promises; {REPAIR}"
-            )
-        return 8 + length
 
 
 def bytes_of(rows: Tensor) -> memoryview:

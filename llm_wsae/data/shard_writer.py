@@ -14,19 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.artifact.digests import crc32s
 from llm_wsae.artifact.files import save_tensors
-from llm_wsae.data.manifest import Manifest, save_record
-from llm_wsae.data.packing import Contexts, save_contexts
-from llm_wsae.data.shard_reader import bytes_of
-from llm_wsae.data.shard_record import (
+from llm_wsae.data.manifest import (
     ROWS_PER_CHECK,
-    FileRecord,
+    Manifest,
     ShardRecord,
     packed,
+    save_record,
     shard_paths,
     tokens_path,
 )
+from llm_wsae.data.packing import Contexts, save_contexts
+from llm_wsae.data.shard_reader import bytes_of
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 
@@ -125,7 +126,8 @@ class StoreWriter:
     def _write_shard(self, index: int) -> None:
         files, checks = [tokens_path(index)], {}
         save_contexts(self._folder / files[0], self._contexts)
-        for site, (path, statistics_path) in shard_paths(index, self._manifest.sites).items():
+        for site in self._manifest.sites:
+            path, statistics_path = shard_paths(index, site)
             rows = self._rows[site][: self._num_rows]
             save_tensors(self._folder / path, {"activations": rows})
             row_bytes = rows.shape[1] * rows.itemsize

@@ -23,10 +23,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.data.finishing import read_statistics
-from llm_wsae.data.manifest import Manifest, complete_shards
+from llm_wsae.data.manifest import (
+    REPAIR,
+    STATISTICS,
+    Manifest,
+    complete_shards,
+    shard_paths,
+    tokens_path,
+)
 from llm_wsae.data.packing import Contexts, load_contexts
 from llm_wsae.data.shard_reader import RowReader, RowShard
-from llm_wsae.data.shard_record import REPAIR, STATISTICS, shard_paths, tokens_path
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.model.site import Site
@@ -70,8 +76,7 @@ class ActivationStore:
     def open(cls, folder: Path | str) -> "ActivationStore":
         """Open a store.
 
-        Raises LlmWsaeError if there is none, it has another format, it is unfinished, or it holds
-        no rows.
+        Raises LlmWsaeError if there is none, it has another format, or it is unfinished.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -81,8 +86,6 @@ class ActivationStore:
                 f"the store {folder} is not complete: {there} of {manifest.num_contexts} contexts "
                 "are there; run its harvest again to resume it"
             )
-        if manifest.num_rows == 0:
-            raise LlmWsaeError(f"the store {folder} holds no rows; harvest more tokens")
         return cls(folder, manifest)
 
     def check_model(self, identity: dict[str, Any]) -> None:
@@ -99,11 +102,9 @@ class ActivationStore:
                 )
 
     def statistics(self, site: Site) -> Statistics:
-        """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged or
-        cannot be that of these rows."""
+        """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged."""
         name = f"{self._name(site)}/{STATISTICS}"
-        self.manifest.statistics[name].check(self.folder / name)
-        return read_statistics(self.folder / name, self.manifest, self.num_rows)
+        return read_statistics(self.folder / name, self.manifest.statistics[name])
 
     def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""
@@ -122,7 +123,7 @@ class ActivationStore:
         """The files of a site's rows, in their order. Raises UsageError if the store lacks it."""
         name = self._name(site)
         return [
-            RowShard(self.folder, shard_paths(index, [name])[name][0], record)
+            RowShard(self.folder, shard_paths(index, name)[0], record)
             for index, record in enumerate(self.manifest.shards)
         ]
 
@@ -207,13 +208,8 @@ class ActivationStore:
 
     def _load_tokens(self, shard: int) -> Contexts:
         record, path = self.manifest.shards[shard], self.folder / tokens_path(shard)
-        record.files[tokens_path(shard)].check(path)
-        contexts = load_contexts(path, record.first, record.next)
-        if int(contexts.keep.sum()) != record.rows:
-            raise LlmWsaeError(
-                f"{path} does not match the {record.rows} rows of its shard; {REPAIR}"
-            )
-        return contexts
+        record.files[tokens_path(shard)].check(path, REPAIR)
+        return load_contexts(path, record.first, record.next)
 
 
 class StoreSource:

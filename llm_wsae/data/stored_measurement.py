@@ -13,9 +13,6 @@ from llm_wsae.data.stores import StoresInTurn
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
-from llm_wsae.statistics.second_moment import SecondMoment
 
 MEASUREMENTS = "evidence"
 
@@ -30,7 +27,7 @@ class StoredMeasurement:
         need: str,
         settings: Mapping[str, Any] | None = None,
     ):
-        self._need, self._d_in = need, store.d_in
+        self._need = need
         rows = store.identity(site)["sha256"]
         self._header = {"rows": rows, **(settings or {})}
         # of several stores, beside what was measured of the first alone
@@ -48,7 +45,6 @@ class StoredMeasurement:
             return None
         try:
             tensors, header = load_own_tensors(self._path, self._need)
-            check_measurement(self._need, tensors, self._d_in)
         except LlmWsaeError:  # which would say to delete the file
             self._say_anew("it is damaged")
             return None
@@ -74,12 +70,3 @@ class StoredMeasurement:
             save_own_tensors(self._path, tensors, self._header)
         except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
-
-
-def check_measurement(what: str, tensors: dict[str, Tensor], d_in: int) -> None:
-    """Raise LlmWsaeError if tensors cannot be what is measured of rows of that width."""
-    if what in ("statistics", "second_moment"):
-        tensor_of(tensors, "mean", d_in)
-        (Statistics if what == "statistics" else SecondMoment).from_tensors(tensors)
-    else:
-        finite_tensor_of(tensors, what, d_in, d_in)

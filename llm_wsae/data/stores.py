@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_wsae.artifact.artifact import differences
 from llm_wsae.data.manifest import Manifest
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts
 from llm_wsae.data.shard_reader import RowShard
@@ -118,27 +119,23 @@ def _corpus_of(corpora: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _check_fit(store: ActivationStore, first: ActivationStore) -> None:
     """Raises LlmWsaeError unless rows of both can be trained on together."""
-    clauses = _in_common(store.manifest).differences(_in_common(first.manifest))
-    own, parts = store.manifest.corpus, [s.manifest.corpus.get("part") for s in (store, first)]
-    if parts[0] != parts[1]:  # what was held out of one would be trained on with the other
-        clauses.append(f"the part of {own['name']} is {parts[0]}, not {parts[1]}")
-    if clauses:
+    owners = ("the first store", "this one")
+    if clauses := differences(_in_common(first.manifest), _in_common(store.manifest), owners):
         raise LlmWsaeError(
-            f"{store.folder} does not fit {first.folder} ({'; '.join(clauses)}); use stores of one "
-            "model with the same sites and settings, and the same --part of their texts"
+            f"{store.folder} does not fit {first.folder} ({clauses}); use stores of one model with "
+            "the same sites and settings, and the same --part of their texts"
         )
 
 
-def _in_common(manifest: Manifest) -> Manifest:
-    """The manifest with nothing in which stores may differ: a model may have several names, and how
-    many contexts go through it at a time depends on the machine."""
-    return replace(
-        manifest,
-        model={key: manifest.model[key] for key in ("weights_sha256", "dtype")},
-        corpus={},
-        contexts_per_batch=1,
-        contexts_per_shard=1,
-    )
+def _in_common(manifest: Manifest) -> dict[str, Any]:
+    """What stores must have in common. A model may have several names, and how many contexts go
+    through it at a time depends on the machine."""
+    return {
+        "model": {key: manifest.model[key] for key in ("weights_sha256", "dtype")},
+        "part": manifest.corpus.get("part"),  # what was held out of one would be trained on
+        **{name: getattr(manifest, name) for name in ("sites", "dtype", "d_in", "bos_token_id")},
+        "packing": manifest.packing,
+    }
 
 
 def _check_texts(one: ActivationStore, other: ActivationStore) -> None:

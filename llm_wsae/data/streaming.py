@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.artifact.files import AGAIN, load_own_tensors, save_own_tensors
+from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
@@ -32,14 +32,12 @@ from llm_wsae.data.harvesting import kept_rows
 from llm_wsae.data.packing import Contexts, Packer
 from llm_wsae.data.resume import too_small
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
-from llm_wsae.data.stored_measurement import check_measurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.reading import reading
 from llm_wsae.statistics.second_moment import SecondMoment
 
 _PACKED_AHEAD = 4
@@ -129,15 +127,13 @@ class ActivationStreams:
     ) -> dict[str, Tensor] | None:
         """What is kept of a measurement of a site, if it is of these rows, with these settings.
 
-        Raises LlmWsaeError if it is damaged or cannot be that of rows.
+        Raises LlmWsaeError if it is damaged.
         """
         if self._folder is None or not (path := self._path(site, what)).exists():
             return None
         tensors, facts = load_own_tensors(path, f"{what} of {site}")
         if facts != plain(self.identity(site) | (settings or {})):
             return None
-        with reading(path, f"{what} of {site}", AGAIN):
-            check_measurement(what, tensors, self.d_in)
         return tensors
 
     def keep(

@@ -1,9 +1,7 @@
 """Replacing a folder by another one atomically: completely, or not at all; one writer at a time."""
 
 import fcntl
-import glob
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +16,6 @@ T = TypeVar("T")
 
 _ATTEMPTS = 100
 _BETWEEN_RENAMES = 0.001  # seconds, far longer than they take
-_BETWEEN_LOOKS = 0.005  # seconds, at a lock that another writer holds
-_LONGEST_WAIT = 600.0  # seconds; large dictionaries take minutes to write
 
 
 @contextmanager
@@ -27,36 +23,30 @@ def writing(folder: Path) -> Iterator[None]:
     """Let one process or thread at a time write to a folder that may be replaced; others wait.
 
     The lock is a file beside the folder, because a file inside would be replaced with it. Raises
-    LlmWsaeError if it cannot be made, or another writer holds it for ten minutes.
+    LlmWsaeError if it cannot be made.
     """
     folder = Path(os.path.realpath(folder))
-    path, deadline = folder.with_name(f".{folder.name}.writing"), time.monotonic() + _LONGEST_WAIT
-    while True:
+    path, holds = folder.with_name(f".{folder.name}.writing"), False
+    while not holds:
         try:
             handle = open(path, "a")  # noqa: SIM115 - held until the block ends
         except OSError as error:
             raise write_error(folder, error) or error from error
         with handle:
-            if _holds(handle.fileno(), path):
+            holds = _wait_for(handle.fileno(), path)
+            if holds:
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)  # before the lock is released
-                return
-        if time.monotonic() > deadline:
-            raise LlmWsaeError(
-                f"another process has been writing {folder} for {_LONGEST_WAIT / 60:.0f} minutes; "
-                "wait for it, or end it, and run the same command again"
-            )
-        time.sleep(_BETWEEN_LOOKS)
 
 
-def _holds(handle: int, path: Path) -> bool:
-    """Whether the lock was taken, and the file is still the one that all others look at."""
+def _wait_for(handle: int, path: Path) -> bool:
+    """Take the lock; whether the file is still the one that all others look at."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         return os.path.samestat(os.fstat(handle), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         return False
     except OSError as error:
         raise LlmWsaeError(
@@ -79,7 +69,7 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     with writing(folder):
         _clear_up(folder)
         check(folder)
-        new = _temporary(folder, "new")
+        new = _beside(folder, "new")
         try:
             yield new
             _swap(new, folder)
@@ -100,8 +90,8 @@ def retry_if_replaced(folder: Path, read: Callable[[], T]) -> T:
             return read()
         except (LlmWsaeError, OSError) as error:
             attempts += 1
-            replaced = before != _version(folder) or (before is None and _is_swapped(folder))
-            if replaced and attempts < _ATTEMPTS:
+            between_renames = before is None and _beside(folder, "old").exists()
+            if attempts < _ATTEMPTS and (between_renames or before != _version(folder)):
                 time.sleep(_BETWEEN_RENAMES)
             elif isinstance(error, OSError):
                 reason = (error.strerror or str(error)).lower()
@@ -121,43 +111,19 @@ def _version(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def _is_swapped(folder: Path) -> bool:
-    """Whether a writer is between its two renames."""
-    writers = [process for _, process in _temporaries(folder, "old")]
-    return any(process == os.getpid() or _is_running(process) for process in writers)
-
-
 def not_there(folder: Path) -> LlmWsaeError:
     """The error for a missing dictionary folder; a killed writer may have left it renamed."""
-    left = _left_aside(folder)
-    way_out = f"; a writer was killed there: rename {left} to it" if left else ""
+    left = _beside(folder, "old")
+    way_out = f"; a writer was killed there: rename {left} to it" if left.exists() else ""
     return LlmWsaeError(
         f"{folder} is not a folder, so no dictionary can be loaded from it{way_out}"
     )
 
 
-def _left_aside(folder: Path) -> Path | None:
-    """Where a writer that was killed between two renames left the old ``folder``."""
-    left = sorted(_leftovers(folder, "old"))
-    return left[-1] if left else None
-
-
-def _temporary(folder: Path, what: str) -> Path:
-    """The temporary path of this process for the ``new`` or the ``old`` folder."""
-    return folder.with_name(f".{folder.name}.{os.getpid()}.{what}")
-
-
-def _temporaries(folder: Path, what: str) -> Iterator[tuple[Path, int]]:
-    """Such paths of all processes, with the processes' numbers."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.{what}", re.ASCII)
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.{what}"):
-        if found := name.fullmatch(path.name):
-            yield path, int(found[1])
-
-
-def _leftovers(folder: Path, what: str) -> Iterator[Path]:
-    """Such paths left by processes that have ended."""
-    return (path for path, process in _temporaries(folder, what) if not _is_running(process))
+def _beside(folder: Path, what: str) -> Path:
+    """Where the ``new`` folder is written, or the ``old`` one is moved, under the lock."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f".{folder.name}.{what}")
 
 
 def clear_up(folder: Path) -> None:
@@ -168,25 +134,12 @@ def clear_up(folder: Path) -> None:
 
 
 def _clear_up(folder: Path) -> None:
-    left = _left_aside(folder)
-    if left is not None and not os.path.lexists(folder):
+    old = _beside(folder, "old")
+    if old.exists() and not os.path.lexists(folder):
         with _as_write_error(folder):
-            os.rename(left, folder)
-    for path in [*_leftovers(folder, "new"), *_leftovers(folder, "old")]:
+            os.rename(old, folder)
+    for path in (old, _beside(folder, "new")):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    """Whether another process of that id is running on this machine."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -194,7 +147,7 @@ def _swap(new: Path, folder: Path) -> None:
 
     A kill between the two renames leaves both folders intact under their temporary names.
     """
-    old = _temporary(folder, "old")
+    old = _beside(folder, "old")
     with _as_write_error(folder):
         if not folder.exists():
             os.rename(new, folder)

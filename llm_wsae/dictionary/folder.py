@@ -8,8 +8,8 @@
     explanations.jsonl        what a language model said of its latents (``explanations``), if asked
 
 The folder is written under a temporary name and renamed, so half a dictionary is never found under
-its name. Reading trusts nothing: names, shapes and dtypes in the files' headers are compared with
-``cfg.json`` before a single tensor is allocated, and every byte with its checksum.
+its name. A dictionary may come from the Hub, so reading trusts nothing: every byte is compared with
+its checksum, and what the files' headers say with ``cfg.json`` before a tensor is allocated.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +40,10 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.model.site import Site
-from llm_wsae.outside import mapping
+from llm_wsae.outside import integer, mapping
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
-_UNREAD = "0.1.0"
-"""Version of this package whose dictionaries have no digest of their configuration."""
 CFG, WEIGHTS, INFO, EXTRAS = (
     "cfg.json",
     "sae_weights.safetensors",
@@ -58,7 +56,6 @@ OWN_DIGEST = "own_sha256"
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _PROVED = (CFG, WEIGHTS, EXTRAS)
 WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
-_LARGEST_SIZE = 2**31
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
 # The version whose layout cfg.json follows: SAELens rewrites configurations of versions below 6.
@@ -265,41 +262,35 @@ def _read_info(folder: Path) -> dict[str, Any]:
     values = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
-    if values.get("package_version") == _UNREAD:
-        raise LlmWsaeError(
-            f"{folder} was saved by llm-wsae {_UNREAD}, which this version does not read; train it "
-            "again"
-        )
     return values
 
 
 def _info_of(path: Path, values: dict[str, Any]) -> DictionaryInfo:
     version = values.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise LlmWsaeError(
-            f"{path} has the format version {shown(version)}, but this package reads up to "
+            f"{path} has the format version {shown(version)}, but this package reads "
             f"{FORMAT_VERSION}; update llm-wsae"
         )
-    if not isinstance(values.get("site"), str):
-        raise LlmWsaeError(f"{path} does not say which site the dictionary belongs to")
     try:
-        Site.parse(values["site"])
-        return DictionaryInfo.from_dict(values)
+        info = DictionaryInfo.from_dict(values)
+        Site.parse(info.site)
     except LlmWsaeError as error:
         raise LlmWsaeError(f"{path}: {error}") from None
+    return info
 
 
 def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
-    cfg = read_json(path, "dictionary's configuration")
-    if not isinstance(cfg, dict):
-        raise LlmWsaeError(f"{path} is not a dictionary's configuration: it must be an object")
+    cfg = mapping(read_json(path, "dictionary's configuration"))
+    d_in, d_sae = integer(cfg.get("d_in")), integer(cfg.get("d_sae"))
     try:
         sparsity = sparsity_from_settings(cfg)
+        if d_in is None or d_sae is None or min(d_in, d_sae) < 1:
+            sizes = ", ".join(f"{name} = {shown(cfg.get(name))}" for name in ("d_in", "d_sae"))
+            raise LlmWsaeError(sizes)
+        sparsity.check(d_sae)
     except LlmWsaeError as error:
-        raise LlmWsaeError(f"{path}: {error}") from None
-    d_in, d_sae = cfg.get("d_in"), cfg.get("d_sae")
-    if not (_is_size(d_in) and _is_size(d_sae)):
-        raise LlmWsaeError(f"{path} gives d_in = {shown(d_in)} and d_sae = {shown(d_sae)}")
+        raise LlmWsaeError(f"{path} cannot be a dictionary's: {error}") from None
     # Any other value of these keys would change what the weights mean.
     expected = saelens_config(d_in, d_sae, sparsity, info)
     for key in expected.keys() - {"metadata", "dtype", "device"}:
@@ -308,15 +299,7 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
                 f"{path} has {key} = {shown(cfg.get(key))}, but a dictionary of this package is "
                 f"always saved with {expected[key]!r}"
             )
-    try:
-        sparsity.check(d_sae)
-    except UsageError as error:
-        raise LlmWsaeError(f"{path} contradicts itself: {error}") from None
     return d_in, d_sae, sparsity
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 < value < _LARGEST_SIZE
 
 
 def check_replaceable(folder: Path) -> None:
@@ -342,24 +325,24 @@ def check_keeps_measurements(folder: Path, weights: str | None = None) -> None:
     """Raises UsageError for a folder that must not be written to: other tools' files are left
     alone, and so are links, which lead into the Hub's cache. Raises LlmWsaeError if ``weights``,
     the SHA-256 of the weights that something was found out about, is not that of the folder's."""
-    retry_if_replaced(folder, lambda: _check_keeps(folder, weights))
 
+    def check() -> None:
+        if not is_dictionary(folder):
+            raise UsageError(
+                f"{folder} was not saved by this package, so measurements cannot be kept in it"
+            )
+        if (folder / INFO).is_symlink():
+            raise UsageError(
+                f"{folder / INFO} is only a link, so measurements are not kept there; copy the "
+                "dictionary first, e.g. with llm-wsae pull"
+            )
+        if weights not in (None, weights_checksum(folder)):
+            raise LlmWsaeError(
+                f"the dictionary in {folder} was replaced by another one during the work, so the "
+                "results are not kept with it; run the same command again for the new one"
+            )
 
-def _check_keeps(folder: Path, weights: str | None) -> None:
-    if not is_dictionary(folder):
-        raise UsageError(
-            f"{folder} was not saved by this package, so measurements cannot be kept in it"
-        )
-    if (folder / INFO).is_symlink():
-        raise UsageError(
-            f"{folder / INFO} is only a link, so measurements are not kept there; copy the "
-            "dictionary first, e.g. with llm-wsae pull"
-        )
-    if weights not in (None, weights_checksum(folder)):
-        raise LlmWsaeError(
-            f"the dictionary in {folder} was replaced by another one during the work, so the "
-            "results are not kept with it; run the same command again for the new one"
-        )
+    retry_if_replaced(folder, check)
 
 
 def keep_measurements(

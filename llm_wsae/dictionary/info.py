@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.outside import typed
 
 CENTRED = "center_writing_weights"
 """Key of ``model``, in TransformerLens' words: the rows of the stream had mean 0 over dimensions.
@@ -63,28 +64,15 @@ class DictionaryInfo:
     def from_dict(cls, values: dict[str, Any]) -> "DictionaryInfo":
         """The inverse of ``to_dict``; fields of a later version are ignored.
 
-        Raises TypeError if ``site`` is missing, LlmWsaeError if a field has a value of another
-        type, or the threshold leaves no row.
+        Raises LlmWsaeError if a field has a value of another type, or the threshold leaves no row.
         """
         known = {f.name for f in fields(cls)}
         found = {key: value for key, value in values.items() if key in known}
-        for key, value in found.items():
-            kinds = _KINDS.get(key, (dict,))
-            if float in kinds and type(value) is int and abs(value) < 2**63:
-                found[key] = float(value)  # JSON does not distinguish 1 from 1.0
-            elif type(value) not in kinds:
-                raise LlmWsaeError(f"{key} cannot be {shown(value)}")
-        threshold = found.get("massive_threshold")
-        if threshold is not None and not threshold > 0:  # NaN too
+        try:
+            info = typed(cls(**found))
+        except TypeError as error:
+            raise LlmWsaeError(str(error)) from None
+        threshold = info.massive_threshold
+        if threshold is not None and not threshold > 0:
             raise LlmWsaeError(f"massive_threshold cannot be {threshold}: no row would count")
-        return cls(**found)
-
-
-_NOTHING = type(None)
-_KINDS: dict[str, tuple[type, ...]] = {  # of the JSON values; all other fields are objects
-    **dict.fromkeys(("site", "name", "rule"), (str,)),
-    "alpha": (float,),
-    **dict.fromkeys(("seed", "context_size"), (int, _NOTHING)),
-    "prepend_bos": (bool, _NOTHING),
-    "massive_threshold": (float, _NOTHING),
-}
+        return info

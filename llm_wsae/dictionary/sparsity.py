@@ -99,8 +99,19 @@ class TopK:
             )
 
 
+class _Unlimited:
+    """A sparsity without a number of its own."""
+
+    def settings(self) -> dict[str, Any]:
+        """Keys of ``cfg.json``: none."""
+        return {}
+
+    def check(self, d_sae: int) -> None:
+        """Accepts any width."""
+
+
 @dataclass(frozen=True)
-class ReLU:
+class ReLU(_Unlimited):
     """Every positive pre-activation is active; an L1 penalty in training keeps them few."""
 
     architecture: ClassVar[str] = "standard"
@@ -122,16 +133,9 @@ class ReLU:
         """See ``Sparsity.encode``."""
         return padded(encode_above(rows, encoder, bias, torch.zeros_like(bias)))
 
-    def settings(self) -> dict[str, Any]:
-        """Keys of ``cfg.json``: none."""
-        return {}
-
-    def check(self, d_sae: int) -> None:
-        """Accepts any width."""
-
 
 @dataclass(frozen=True)
-class JumpReLU:
+class JumpReLU(_Unlimited):
     """Pre-activations above their latent's threshold are active (Rajamanoharan et al. 2024).
 
     JumpReLU learns the thresholds. BatchTopK and Matryoshka, which select over a whole batch in
@@ -158,13 +162,6 @@ class JumpReLU:
         """See ``Sparsity.encode``."""
         assert threshold is not None
         return padded(encode_above(rows, encoder, bias, threshold.clamp(min=0)))
-
-    def settings(self) -> dict[str, Any]:
-        """Keys of ``cfg.json``: none."""
-        return {}
-
-    def check(self, d_sae: int) -> None:
-        """Accepts any width."""
 
 
 SPARSITIES: dict[str, type[TopK] | type[ReLU] | type[JumpReLU]] = {

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_wsae.artifact import files
+from llm_wsae.artifact.artifact import differences
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import from_environment
 
@@ -75,6 +77,17 @@ class Processes:
         """
         self._counts[name] = self._counts.get(name, 0) + amount
         return self._counts[name]
+
+    def check_agreed(self, mine: dict[str, Any], what: str) -> None:
+        """Raise LlmWsaeError, naming each difference, unless all processes have the same ``what``,
+        which must be JSON."""
+        owners = ("process 0", f"process {self.rank}")
+        if clauses := differences(self.lead(lambda: plain(mine)), mine, owners):
+            raise LlmWsaeError(
+                f"process {self.rank} has other {what} than process 0 ({clauses}); start all with "
+                "the same command, on machines of one kind that share the output folder"
+            )
+        self.meet()  # so that none continues and leaves files behind
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:

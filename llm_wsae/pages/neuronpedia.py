@@ -51,8 +51,6 @@ from llm_wsae.pages.collecting import (
     windows,
 )
 
-RECORD = "export.json"
-WHAT = "export for Neuronpedia"
 LATENTS_AT_ONCE = 128
 """Latents in a file; Neuronpedia takes no more in one upload."""
 _FILES_AT_ONCE = 8  # whose contexts are read together
@@ -116,7 +114,7 @@ def export_neuronpedia(
     belong together.
     """
     out = Path(out)
-    export = Artifact(out, RECORD, WHAT)
+    export = export_in(out)
     export.check_place()
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
@@ -160,9 +158,9 @@ def export_neuronpedia(
     return Export(out, files, dictionary.d_sae, len(said))
 
 
-def check_folder(out: Path) -> None:
-    """Raises LlmWsaeError if a folder holds anything but an export."""
-    Artifact(out, RECORD, WHAT).check_place()
+def export_in(folder: Path) -> Artifact:
+    """The export in a folder."""
+    return Artifact(folder, "export.json", "export for Neuronpedia")
 
 
 def _check(settings: _Settings) -> None:

@@ -9,7 +9,7 @@ from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.tuning import CHOICE
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, recorded
+from llm_wsae.training.checkpoint import recorded, training_in
 from llm_wsae.weights.rules import Rule
 
 STORE = "store"
@@ -38,8 +38,12 @@ def check_alphas(rules: Sequence[Rule], alphas: Alphas) -> None:
 
 def begun(out: Path, sites: Sequence[Site]) -> list[Site]:
     """The sites of which something was trained, or the exponent was chosen."""
-    left = (CHECKPOINT, FINISHED, CHOICE)
-    return [site for site in sites if any((out / str(site) / name).exists() for name in left)]
+    folders = {site: out / str(site) for site in sites}
+    return [
+        site
+        for site, folder in folders.items()
+        if training_in(folder).is_begun() or (folder / CHOICE).exists()
+    ]
 
 
 def check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:

@@ -20,9 +20,8 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.machine.processes import join
 from llm_wsae.outside import typed
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
+from llm_wsae.training.checkpoint import training_in
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
-from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
@@ -132,7 +131,7 @@ def _kept(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def _is_ours(trials: Path) -> bool:
     """Whether a folder holds a training."""
-    return any((trials / name).exists() for name in (CHECKPOINT, FINISHED, LOG))
+    return training_in(trials).is_begun()
 
 
 def _check_trials(trials: Path) -> None:

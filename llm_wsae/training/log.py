@@ -5,68 +5,42 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.artifact.files import write_atomic, write_error
-from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
-_BEGINNING = b'{"step": '
 
 
-class Written(NamedTuple):
-    """What a log holds, for the checkpoint that belongs to it."""
-
-    length: int
-    """Bytes."""
-    sha256: str
-    """SHA-256 of them, in hex."""
-
-    @classmethod
-    def of(cls, data: bytes) -> "Written":
-        """What a log of that content holds."""
-        return cls(len(data), hashlib.sha256(data).hexdigest())
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Written":
-        """From a file. Raises ValueError."""
-        if not isinstance(value, dict) or value.keys() != set(cls._fields):
-            raise ValueError(f"its log is {shown(value)}")
-        if type(value["length"]) is not int or not isinstance(value["sha256"], str):
-            raise ValueError(f"its log is {shown(value)}")
-        return cls(**value)
-
-    def problem(self, path: Path, whole: bool = False) -> str | None:
-        """What is wrong with the beginning of the log at that path, or with the ``whole`` log; None
-        if nothing is."""
-        data = path.read_bytes()
-        if Written.of(data if whole else data[: self.length]) == self:
-            return None
-        return f"{path} is damaged: its checksum does not match; delete it to resume without it"
+def check_beginning(path: Path, written: FileRecord) -> bytes:
+    """The beginning of a log, which a checkpoint belongs to. Raises LlmWsaeError if it is not what
+    was written."""
+    kept = path.read_bytes()[: written.bytes]
+    if (len(kept), hashlib.sha256(kept).hexdigest()) != (written.bytes, written.sha256):
+        raise LlmWsaeError(
+            f"{path} is damaged: its checksum does not match; delete it to resume without it"
+        )
+    return kept
 
 
 class TrainingLog:
-    """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
+    """Appends to the folder's ``log.jsonl``, after removing the lines that a lost run wrote beyond
+    ``step``.
 
-    ``written`` is what the log held at that step; without it, as in checkpoints of the first
-    version, lines are believed. Raises LlmWsaeError if they changed since, or when the tracker is
-    not installed or does not start.
+    ``written`` is what the log held at that step; None at the beginning. Raises LlmWsaeError if
+    that changed since, or when the tracker is not installed or does not start.
     """
 
     def __init__(
-        self, folder: Path, step: int, tracker: str = "none", written: Written | None = None
+        self, folder: Path, step: int, tracker: str = "none", written: FileRecord | None = None
     ):
         self._path = folder / LOG
         kept = b""
-        if self._path.exists():
-            kept = self._path.read_bytes()
-            if written is None:
-                kept = b"".join(line for line in kept.splitlines(True) if _step_of(line) <= step)
-            elif problem := written.problem(self._path):
-                raise LlmWsaeError(problem)
-            else:
-                kept = kept[: written.length]
+        if written is not None and self._path.exists():
+            kept = check_beginning(self._path, written)
         write_atomic(self._path, lambda partial: partial.write_bytes(kept))
         self._digest, self._length = hashlib.sha256(kept), len(kept)
         self._send, self._end = _tracker(tracker, folder, step + 1)
@@ -77,9 +51,9 @@ class TrainingLog:
             os.fsync(file.fileno())
 
     @property
-    def written(self) -> Written:
+    def written(self) -> FileRecord:
         """What this log holds now."""
-        return Written(self._length, self._digest.hexdigest())
+        return FileRecord(self._length, self._digest.hexdigest())
 
     def write(
         self, step: int, rows: int, arms: dict[str, dict[str, float]], **speed: float
@@ -99,20 +73,6 @@ class TrainingLog:
     def close(self) -> None:
         """Let the tracker finish sending."""
         self._end()
-
-
-def is_log(path: Path) -> bool:
-    """Whether a file is a training log, or the beginning of one."""
-    with open(path, "rb") as file:
-        return _BEGINNING.startswith(file.read(len(_BEGINNING)))  # of a line perhaps half-written
-
-
-def _step_of(line: bytes) -> int:
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        step = None  # a killed process left the line half-written
-    return step if type(step) is int and line.endswith(b"\n") else 2**62
 
 
 def _tracker(

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm_wsae.artifact.files import remove_partials, write_json
+from llm_wsae.artifact.artifact import FileRecord
+from llm_wsae.artifact.files import remove_partials
+from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource
-from llm_wsae.dictionary.folder import check_replaceable, weights_checksum
+from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable, weights_checksum
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.number_format import fast_dtype, name_of
 from llm_wsae.training.arm import Arm, ArmConfig, Learnt
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
-    FINISHED,
     Reached,
-    check_identity,
+    is_finished,
     load_checkpoint,
     load_learnt,
-    read_finished,
     recorded,
     save_checkpoint,
+    training_in,
 )
 from llm_wsae.training.config import (
     RATE,
@@ -33,11 +34,13 @@ from llm_wsae.training.config import (
     learning_rate_factor,
 )
 from llm_wsae.training.export import dictionary_of
-from llm_wsae.training.log import TrainingLog, Written
+from llm_wsae.training.log import LOG, TrainingLog
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parallel.group import ProcessGroup
 
 MAX_DEAD_AFTER = 10_000_000
+NAMES = (LOG, CHECKPOINT, MANIFEST, INFO)
+"""What a folder without a training must not hold."""
 
 
 class Training:
@@ -85,7 +88,7 @@ class Training:
             arm.name: config.learning_rate or usual * arm.rate(self.lengths) for arm in arms
         }
         others = {name: rate for name, rate in self.learning_rates.items() if rate != usual}
-        spaces, finished = Spaces(device), (out / FINISHED).exists()
+        spaces, finished = Spaces(device), is_finished(out)
         self.arms = [
             Arm(
                 arm,
@@ -124,20 +127,20 @@ class Training:
         }
 
     def is_finished(self) -> bool:
-        """Whether nothing is left to do. Raises LlmWsaeError if another training was done there."""
+        """Begin or resume; whether nothing is left to do. Raises LlmWsaeError if the folder holds
+        another training."""
         remove_partials(self.out)
-        if not (self.out / FINISHED).exists():
-            return False
-        check_identity(self.out, read_finished(self.out).settings, self.identity)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
-        return True
+        record = training_in(self.out).begin(self.identity, *NAMES)
+        if record.complete:
+            (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
+        return record.complete
 
     def begin(self) -> None:
         """Take up the checkpoint, if there is one, and open the log."""
         if self.leads:
             for arm in self.arms:  # rather than when all is trained
                 check_replaceable(self.out / arm.config.name)
-        reached = load_checkpoint(self.out, self.arms, self.identity, self.group.processes)
+        reached = load_checkpoint(self.out, self.arms, self.group.processes)
         self.reached, self.last_numbers = reached.step, reached.numbers
         if self.leads:
             self.log = TrainingLog(self.out, self.reached, self.config.tracker, reached.log)
@@ -156,14 +159,14 @@ class Training:
         if self.log is not None:
             self.log.sync()
         reached = Reached(self.reached, self.last_numbers, self._logged())
-        save_checkpoint(self.out, self.arms, reached, self.identity, self.group)
+        save_checkpoint(self.out, self.arms, reached, self.group)
 
     def close(self) -> None:
         """Close the log."""
         if self.log is not None:
             self.log.close()
 
-    def _logged(self) -> Written | None:
+    def _logged(self) -> FileRecord | None:
         return None if self.log is None else self.log.written
 
     def step(self, step: int, rows: torch.Tensor) -> None:
@@ -214,10 +217,14 @@ class Training:
         self.save_dictionaries()
         logged = self._logged()
         assert logged is not None
-        names = [arm.config.name for arm in self.arms]
-        weights = {name: weights_checksum(self.out / name) for name in names}
-        record = {**self.identity, "log": logged._asdict(), "weights_sha256": weights}
-        write_json(self.out / FINISHED, record)
+        training = training_in(self.out)
+        record = training.read()
+        record.files[LOG] = logged
+        for arm in self.arms:
+            folder = self.out / arm.config.name
+            size = (folder / WEIGHTS).stat().st_size
+            record.files[f"{folder.name}/{WEIGHTS}"] = FileRecord(size, weights_checksum(folder))
+        training.finish(record)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def save_dictionaries(self) -> None:

@@ -16,20 +16,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.artifact.outputs import check_file, check_folder
-from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import INFO
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
-from llm_wsae.machine.processes import Processes, join
+from llm_wsae.machine.processes import join
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, differences
+from llm_wsae.training.checkpoint import is_finished, training_in
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.log import LOG, is_log
-from llm_wsae.training.one_site import Training
+from llm_wsae.training.log import LOG
+from llm_wsae.training.one_site import NAMES, Training
 from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.parallel.group import (
     CONTINUE,
@@ -139,13 +136,13 @@ def _train(
     with processes.together():
         with process_group(processes, device, config.shard) as group:
             # before the lock: a refused request leaves no folder
-            unfinished = [job for job in jobs if not (job.out / FINISHED).exists()]
+            unfinished = [job for job in jobs if not is_finished(job.out)]
             widths = [job.source.d_in for job in unfinished for _ in job.arms]
             check_room(widths, config, group.strategy.latent_parts)
             trainings = [Training(*job[:2], config, job.out, device, group) for job in jobs]
             for training in trainings:
                 settings = {**training.identity, "shard": config.shard}
-                _check_agreed(processes, settings, "settings")
+                processes.check_agreed(settings, "settings")
             with ExitStack() as locks:
                 for job in jobs:
                     locks.enter_context(processes.folder_lock(job.out, "training"))
@@ -168,8 +165,8 @@ def _load(folder: Path) -> Dictionary:
         if folder.is_dir():
             raise
         raise LlmWsaeError(
-            f"{error}; to train it again, delete {folder.parent / FINISHED} and run the same "
-            "command again"
+            f"{error}; to train it again, delete {training_in(folder.parent).path} and {LOG} "
+            "beside it, and run the same command again"
         ) from error
 
 
@@ -205,23 +202,7 @@ def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> No
 
 def check_out(out: Path) -> None:
     """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
-    check_folder(out)
-    ours = (out / CHECKPOINT).exists() or (out / FINISHED).exists()
-    check_file(out / LOG, lambda path: ours or is_log(path))  # if ours is damaged, that is said
-    for name, what in ((MANIFEST, "an activation store"), (INFO, "a dictionary")):
-        if (out / name).is_file():
-            raise LlmWsaeError(f"{out} is {what}; choose another folder for the training")
-
-
-def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None:
-    """Raise LlmWsaeError, naming each difference, unless all processes have the same."""
-    owners = ("process 0", f"process {processes.rank}")
-    if clauses := differences(processes.lead(lambda: mine), mine, owners):
-        raise LlmWsaeError(
-            f"process {processes.rank} has other {what} than process 0 ({clauses}); start all with "
-            "the same command, on machines of one kind that share the output folder"
-        )
-    processes.meet()  # so that none continues and leaves files behind
+    training_in(out).check_place(*NAMES)
 
 
 def _run(
@@ -237,7 +218,7 @@ def _run(
         for training in numbered.values():
             opened.callback(training.close)
             training.begin()
-            _check_agreed(group.processes, {"step": training.reached}, "checkpoints")
+            group.processes.check_agreed({"step": training.reached}, "checkpoints")
         _take_steps(numbered, batches, config, group, out)
 
 

@@ -279,12 +279,12 @@ MISTAKES = {
     "store missing": (
         1,
         ("train", "nowhere", "--site", SITE),
-        ["there is no activation store nowhere"],
+        ["there is no activation store in nowhere"],
     ),
     "store foreign": (
         1,
         ("weigh", "nothing", "--site", SITE),
-        ["nothing is not an activation store: it has no manifest.json"],
+        ["there is no activation store in nothing: it has no manifest.json"],
     ),
     "no store": (2, ("weigh", "--site", SITE), ["name at least one activation store"]),
     "store twice": (2, ("weigh", "store", "./store", "--site", SITE), ["store is listed twice"]),
@@ -422,10 +422,14 @@ def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests)
         (WEIGHING, "model/config.safetensors", f"model/config.json already exists and {left}"),
         (("evaluate", "trained/uniform-k4", *EVALUATING), "notes.json", left),
         ((*page, "--store", "store", "--model", "model"), "page.html", left),
-        ((*TRAINING, "--k", 4), "store", "store is an activation store"),
-        ((*TRAINING, "--k", 4), "trained/uniform-k4", "trained/uniform-k4 is a dictionary"),
-        ((*TRAINING, "--k", 4), "mine", "mine/log.jsonl already exists"),
-        (STUDYING, "mine", "mine holds report.md"),
+        ((*TRAINING, "--k", 4), "store", "store holds other files (manifest.json)"),
+        (
+            (*TRAINING, "--k", 4),
+            "trained/uniform-k4",
+            "k4 holds other files (wsae.json)",
+        ),
+        ((*TRAINING, "--k", 4), "mine", "mine holds other files (log.jsonl)"),
+        (STUDYING, "mine", "mine holds other files (report.md)"),
     ):
         with subtests.test(f"{command[0]} {out}"):
             refused(1, *command, "--out", out, said=[said])
@@ -449,22 +453,28 @@ def test_what_one_may_not_read_or_write(refused, world, tmp_path):
 def test_a_store_of_another_model_or_form(refused):
     harvest = (*HARVESTING, "--out", "store", "--dtype", "float32")
     sentence = refused(1, *harvest, "--model", "other",
-                       said=["store holds another harvest", "model name is 'model', not 'other'",
+                       said=["store has other settings (", 'model name: "model" in the saved',
                              "choose another folder"])  # fmt: skip
     assert len(sentence) < 400
     refused(1, *HARVESTING, "--out", "store", "--dtype", "bfloat16",
-            said=["its dtype is 'float32', not 'bfloat16'"])  # fmt: skip
-    refused(1, *harvest, "--context-size", 8, said=["packing context_size is 16, not 8"])
+            said=['dtype: "float32" in the saved activation store, "bfloat16"'])  # fmt: skip
+    refused(
+        1,
+        *harvest,
+        "--context-size",
+        8,
+        said=["packing context_size: 16 in the saved"],
+    )
     refused(1, *harvest, "--tokens", 100, said=["already holds 5,008 tokens", "112 requested"])
 
 
 def test_a_training_with_other_settings(refused):
     sentence = refused(1, *TRAINING, "--k", 5, "--out", "trained", "--shuffle-seed", 3,
-                       said=["trained holds a training with other settings",
+                       said=["the training in trained has other settings",
                              "the saved training has arms uniform-k4; this command does not",
                              "this command has arms uniform-k5; the saved training does not",
                              "seed: 0 in the saved training, 3 in this command"])  # fmt: skip
-    assert sentence.endswith("choose another folder, or delete that one")
+    assert sentence.endswith("or use the same settings to resume it")
 
 
 def test_two_harvests_into_one_folder(refused, world, tmp_path):

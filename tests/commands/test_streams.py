@@ -14,13 +14,13 @@ from tiny import write_jsonl
 
 import llm_wsae.pipeline.run
 import llm_wsae.pipeline.tuning
-from llm_wsae.artifact.files import load_tensors, read_own_json, save_own_tensors
+from llm_wsae.artifact.files import load_tensors, read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator, summary
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline import planning
-from llm_wsae.training.checkpoint import CHECKPOINT
+from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 from llm_wsae.training.one_site import Training
 
 SITES = ("blocks.0.hook_resid_post", SITE)
@@ -97,14 +97,11 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
     assert "statistics:" not in again.err and "train 10" not in again.err
     before = content(out)
-    record, stopped = out / SITES[0] / "training.json", out / SITES[0] / "checkpoint.safetensors"
-    identity = read_own_json(record, "record")
-    identity.pop("log")
-    for is_finished in (True, False):
-        if not is_finished:
-            record.unlink()
-            save_own_tensors(stopped, {}, {"identity": identity})
-            before = content(out)
+    training = training_in(out / SITES[0])
+    record = training.read()
+    for record.complete in (True, False):
+        training.write(record)
+        before = content(out)
         refused = call("run", *model_and_corpus, *STORED, "--site", *SITES, "--out", out)
         assert refused.code == 2 and content(out) == before and "harvest:" not in refused.err
         assert f"training of {SITES[0]} on a stream; add --stream to go on" in refused.err

@@ -15,7 +15,7 @@ from places import ROOT
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.artifact.files import folder_lock
-from llm_wsae.commands.verifying import verify_store
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data import covariance
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -155,7 +155,7 @@ def test_sigkill_at_any_instant_ends_with_the_same_bytes(text, tmp_path):
     shards = list(map(int, out.stdout.split()))
     assert len(shards) >= 2 and any(0 < n < 9 for n in shards), shards
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert verify_store(tmp_path / "killed") == []
+    assert verify(tmp_path / "killed").problems == []
 
 
 def test_what_a_killed_writer_left_is_removed(model, corpus, unbroken, tmp_path):
@@ -206,7 +206,7 @@ def test_the_covariance_is_there_when_a_harvest_ends(
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(covariance, "_sums_of_parts", stop)
         harvest(model, corpus, SITES, out, CONFIG)
-    assert verify_store(out) == [] and not (out / "evidence").exists()
+    assert verify(out).problems == [] and not (out / "evidence").exists()
     store = harvest(stop_after(0), corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
     monkeypatch.setattr(covariance, "_sums_of_parts", stop)
@@ -226,12 +226,15 @@ def test_another_harvest_into_the_folder_is_refused(model, corpus, text, unbroke
             harvest(model, corpus, sites, unbroken.folder, replace(CONFIG, **changes))
         assert files(unbroken.folder) == before
 
-    refused("model weights_sha256 is", model=tiny_model(seed=5))
-    refused("corpus part is 'train', not 'all'", corpus=Corpus.open(str(text), "all"))
-    refused(r"its sites is \['blocks.0.hook_resid_pre', 'blocks.1", sites=SITES[:1])
-    refused("its dtype is 'float32', not 'bfloat16'", dtype="bfloat16")
-    refused("packing context_size is 12, not 13", context_size=13)
-    refused("contexts per shard is 28, not 16", shard_tokens=192)
+    refused("model weights_sha256: .* in the saved activation store", model=tiny_model(seed=5))
+    refused(
+        'corpus part: "train" in the saved activation store, "all" in',
+        corpus=Corpus.open(str(text), "all"),
+    )
+    refused(r"sites: \[.blocks.0.hook_resid_pre", sites=SITES[:1])
+    refused('dtype: "float32" in the saved activation store, "bf', dtype="bfloat16")
+    refused("packing context_size: 12 in .*, 13 in", context_size=13)
+    refused("contexts_per_shard: 28 in .*, 16 in", shard_tokens=192)
 
 
 def test_other_files_and_a_second_process_are_refused(model, corpus, tmp_path):
@@ -315,7 +318,7 @@ def test_a_corpus_that_ends_early_can_still_be_completed(model, text, tmp_path):
     with pytest.raises(LlmWsaeError, match=f"or request {there} tokens"):
         harvest(model, corpus, SITES, out, replace(CONFIG, tokens=100_000))
     store = harvest(model, corpus, SITES, out, replace(CONFIG, tokens=there))
-    assert store.manifest.num_contexts * 12 == there and verify_store(out) == []
+    assert store.manifest.num_contexts * 12 == there and verify(out).problems == []
     harvest(model, corpus, SITES, tmp_path / "t", replace(CONFIG, tokens=there))
     assert files(out) == files(tmp_path / "t")
 
@@ -338,7 +341,7 @@ def test_rows_that_are_not_finite_name_site_shard_and_number(model, corpus, tmp_
         harvest(broken, corpus, SITES, tmp_path / "s", CONFIG)
     manifest = Manifest.load(tmp_path / "s")
     assert list(complete_shards(tmp_path / "s", manifest)) == [0] and not manifest.complete
-    assert [p for p in verify_store(tmp_path / "s") if "not complete" not in p] == []
+    assert [p for p in verify(tmp_path / "s").problems if "not complete" not in p] == []
 
 
 def test_a_full_disk_is_one_sentence_and_whole_shards_stay(model, corpus, unbroken, tmp_path):
@@ -357,7 +360,7 @@ def test_a_full_disk_is_one_sentence_and_whole_shards_stay(model, corpus, unbrok
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.rglob("*.partial"))
     assert list(complete_shards(tmp_path / "s", Manifest.load(tmp_path / "s"))) == [0]
-    assert all("not complete" in problem for problem in verify_store(tmp_path / "s"))
+    assert all("not complete" in problem for problem in verify(tmp_path / "s").problems)
     harvest(model, corpus, SITES, tmp_path / "s", CONFIG)
     assert files(tmp_path / "s") == files(unbroken.folder)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from places import ROOT
 from safetensors.torch import save_file
 
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.data import shuffling as module
-from llm_wsae.data.manifest import BYTES_OF, Manifest
+from llm_wsae.data.manifest import ROWS_PER_CHECK, Manifest, ShardRecord, packed
 from llm_wsae.data.shard_reader import RowReader
-from llm_wsae.data.shard_record import ROWS_PER_CHECK, FileRecord, ShardRecord, packed
 from llm_wsae.data.shuffling import ActivationSource, SharedSource, cut, shuffled_batches
 from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.errors import UsageError
@@ -48,9 +48,10 @@ def manifest_of(folder, shard_rows, d_in, dtype):
     for index, rows in enumerate(shard_rows):
         name = file_of(index)
         files = {name: FileRecord.of(folder / name)}
-        own = {name: packed(checks_of(folder / name, ROWS_PER_CHECK * d_in * BYTES_OF[dtype]))}
+        size = ROWS_PER_CHECK * d_in * getattr(torch, dtype).itemsize
+        own = {name: packed(checks_of(folder / name, size))}
         shards.append(ShardRecord(1, rows, (0, 0), (0, 0), files, own))
-    manifest = Manifest("", {}, {}, [SITE], dtype, d_in, {"context_size": 4}, None, 1, 1, 1)
+    manifest = Manifest({}, {}, [SITE], dtype, d_in, {"context_size": 4}, None, 1, 1, 1)
     manifest.shards, manifest.complete = shards, True
     return manifest
 

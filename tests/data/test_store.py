@@ -7,15 +7,13 @@ import pytest
 import torch
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae.artifact.files import load_tensors, read_own_json, save_tensors, write_json
-from llm_wsae.commands.verifying import verify_store
+from llm_wsae.artifact.files import load_tensors, save_tensors
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data import shard_writer
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest
-from llm_wsae.data.packing import load_contexts
-from llm_wsae.data.shard_record import FileRecord
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
@@ -79,8 +77,9 @@ def test_rows_are_those_of_the_model_and_sites_are_sorted(made, model, corpus):
 
 def test_manifest_says_what_the_rows_are(made, model, corpus):
     value = json.loads((made.folder / MANIFEST).read_text())
-    assert value["model"] == model.identity() and value["corpus"] == corpus.identity()
-    assert value["packing"] == {
+    request = value["request"]
+    assert request["model"] == model.identity() and request["corpus"] == corpus.identity()
+    assert request["packing"] == {
         "context_size": 12,
         "prepend_bos": True,
         "one_document_per_context": False,
@@ -151,56 +150,28 @@ def test_unknown_site_is_named(made):
         made.rows(SITES[0], 5, 100_000)
 
 
-def test_verify_finds_nothing_in_a_whole_store(made):
-    assert verify_store(made.folder) == []
-
-
-def test_verify_names_every_flipped_byte(store):
+def test_verify_names_every_damaged_file(store):
+    assert verify(store.folder).problems == []
     for name in store.manifest.all_files():
         path = store.folder / name
         content = path.read_bytes()
-        at = len(content) * 2 // 3
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        problem, way_out = verify_store(store.folder)
-        assert problem == f"{path} is damaged: its checksum does not match"
-        assert way_out.startswith("delete the damaged files and run the same harvest again")
-        path.write_bytes(content)
-    path = store.folder / MANIFEST
-    path.write_text(path.read_text().replace('"context_size": 12', '"context_size": 13'))
-    with pytest.raises(LlmWsaeError, match=r"manifest\.json is damaged"):
-        verify_store(store.folder)
-
-
-def test_verify_names_tokens_that_cannot_be_read(store):
-    """One bit of the length of the header, of a dtype, a shape or the number of a document."""
-    path = store.folder / "tokens" / "00000.safetensors"
-    content = path.read_bytes()
-    for before in (b"", b'"dtype":"', b'"shape":[', b'{\\"'):
-        at = content.index(before) + len(before)
-        for bit in range(8):
-            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
-            problem, _ = verify_store(store.folder)
+        for at in (0, 9, len(content) * 2 // 3):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            problem, way_out = verify(store.folder).problems
             assert problem == f"{path} is damaged: its checksum does not match"
-
-
-def test_verify_names_truncated_and_missing_files(store):
+            assert way_out.startswith("delete the damaged files and run the same harvest again")
+        path.write_bytes(content)
     site = store.folder / str(SITES[0])
     content = (site / "00001.safetensors").read_bytes()
     (site / "00001.safetensors").write_bytes(content[:-100])
     (store.folder / "tokens" / "00002.safetensors").unlink()
-    *problems, _ = verify_store(store.folder)
+    *problems, _ = verify(store.folder).problems
     assert len(problems) == 2
     assert any("00001.safetensors is truncated" in p for p in problems)
     assert any("tokens/00002.safetensors is missing" in p for p in problems)
-
-
-def test_verify_compares_the_keep_mask_with_the_rows(store):
-    manifest = store.manifest
-    first = manifest.shards[0]
-    manifest.shards[0] = type(first)(**{**vars(first), "rows": first.rows - 1})
-    manifest.save(store.folder)
-    problem, _ = verify_store(store.folder)
-    assert "tokens/00000.safetensors holds 28 contexts" in problem
+    path = store.folder / MANIFEST
+    path.write_text(path.read_text().replace('"context_size": 12', '"context_size": 13'))
+    assert any("manifest.json is damaged" in p for p in verify(store.folder).problems)
 
 
 def test_reading_damaged_shards_is_one_sentence(store):
@@ -212,9 +183,6 @@ def test_reading_damaged_shards_is_one_sentence(store):
     with pytest.raises(LlmWsaeError, match=r"00001\.safetensors is truncated"):
         store.rows(site, 0, store.num_rows)
     assert len(store.rows(site, 0, first)) == first
-    path.write_bytes((b"nonsense" * len(content))[: len(content)])
-    with pytest.raises(LlmWsaeError, match="does not hold the"):
-        store.rows(site, 0, store.num_rows)
     path.unlink()
     with pytest.raises(LlmWsaeError, match=r"cannot read .*00001\.safetensors"):
         store.rows(site, 0, store.num_rows)
@@ -225,45 +193,12 @@ def test_reading_damaged_shards_is_one_sentence(store):
         next(store.source(site).batches(8, seed=0))
 
 
-def test_statistics_of_other_rows_with_a_checksum_that_matches(store, tmp_path):
-    name = f"{SITES[0]}/statistics.safetensors"
-    path, way_out = store.folder / name, "run the same harvest again"
-    whole, shard = path.read_bytes(), path.with_name("00000.statistics.safetensors").read_bytes()
-    torn = load_tensors(path, "statistics")[0] | {"m2": torch.full((16,), torch.nan).double()}
-    save_tensors(tmp_path / "torn", torn)
-    for written, said in (
-        (shard, f"they are of {store.manifest.shards[0].rows} rows, not of {store.num_rows}"),
-        ((tmp_path / "torn").read_bytes(), "their tensor 'm2' holds NaN or infinite numbers"),
-        (whole[:-50], "is not a readable file of statistics"),
-    ):
-        path.write_bytes(written)
-        store.manifest.statistics[name] = FileRecord.of(path)
-        with pytest.raises(LlmWsaeError) as refusal:
-            store.statistics(SITES[0])
-        for part in (path, said, way_out):
-            assert str(part) in str(refusal.value)
-
-
 def test_foreign_folders_are_named(store, tmp_path):
-    with pytest.raises(LlmWsaeError, match="there is no activation store"):
+    with pytest.raises(LlmWsaeError, match=r"there is no activation store in .*no manifest\.json"):
         ActivationStore.open(tmp_path / "nowhere")
-    with pytest.raises(LlmWsaeError, match=r"it has no manifest\.json"):
-        ActivationStore.open(tmp_path)
     path = store.folder / MANIFEST
-    value = read_own_json(path, "manifest")
-    for change, message in [
-        (
-            {"format_version": 3},
-            "has store format 3 of llm-wsae .*, which this version",
-        ),
-        ({"format_version": 2}, "has store format 2"),
-        ({"format": "other"}, "is not the manifest of an activation store"),
-    ]:
-        write_json(path, {**value, **change})
-        with pytest.raises(LlmWsaeError, match=message):
-            ActivationStore.open(store.folder)
     path.write_text("{")
-    with pytest.raises(LlmWsaeError, match="is not a readable manifest"):
+    with pytest.raises(LlmWsaeError, match="is not a readable record of the activation store"):
         ActivationStore.open(store.folder)
 
 
@@ -272,7 +207,7 @@ def test_an_incomplete_store_is_refused(store):
     store.manifest.save(store.folder)
     with pytest.raises(LlmWsaeError, match="is not complete: 84 of 84 contexts"):
         ActivationStore.open(store.folder)
-    assert "is not complete" in verify_store(store.folder)[0]
+    assert "is not complete" in verify(store.folder).problems[0]
 
 
 def test_batches_behind_a_failed_one_never_complete_its_shard(store, tmp_path):
@@ -303,18 +238,3 @@ def test_documents_of_a_shard(made, corpus):
     assert [int(key) for key in headers] == present
     documents = {s.document: s for s in corpus.sections(None)}
     assert headers == {str(number): documents[number].header() for number in present}
-
-
-def test_tokens_that_no_harvest_writes(made, tmp_path):
-    """Whatever their checksum says."""
-    tensors, _ = load_tensors(made.folder / "tokens/00001.safetensors", "tokens")
-    for documents in ("{", "[]", '{"x": {}}'):
-        save_tensors(tmp_path / "t", tensors, {"documents": documents})
-        with pytest.raises(LlmWsaeError, match="t is not the tokens of a shard"):
-            load_contexts(tmp_path / "t", (0, 0), (1, 0))
-
-
-def test_a_store_without_rows_is_refused(store, monkeypatch):
-    monkeypatch.setattr(Manifest, "num_rows", 0)  # as an early version could harvest
-    with pytest.raises(LlmWsaeError, match="holds no rows; harvest more tokens"):
-        ActivationStore.open(store.folder)

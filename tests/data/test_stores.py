@@ -162,11 +162,11 @@ def test_what_cannot_be_read_together_is_refused(model, folders, tmp_path):
         open_stores([])
     with pytest.raises(UsageError, match="is listed twice; name each store once"):
         open_stores([first, second, first])
-    with pytest.raises(LlmWsaeError, match=r"does not fit .*packing context_size is 8, not 16"):
+    with pytest.raises(LlmWsaeError, match=r"does not fit .*packing context_size: 16 in the first"):
         open_stores([first, other("short", context_size=8)])
     with pytest.raises(LlmWsaeError, match=r"does not fit .*model weights_sha256"):
         open_stores([first, other("model", model=tiny_model(seed=5))])
-    with pytest.raises(LlmWsaeError, match=r"part of text2\.jsonl is heldout, not train"):
+    with pytest.raises(LlmWsaeError, match=r"part: .train. in the first store, .heldout."):
         open_stores([first, other("heldout", part="heldout", tokens=500)])
 
 

@@ -26,7 +26,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine import hardware
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
+from llm_wsae.training.checkpoint import CHECKPOINT, is_finished
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train, train_sites
 from llm_wsae.weights.choosing import choose_weights
@@ -263,7 +263,7 @@ def test_a_site_whose_checkpoint_is_newer_waits(streams, tmp_path):
     shutil.copytree(tmp_path / "23" / second, half / second)
     train_sites(streams, arms, TRAIN, half)
     assert files(half) == files(tmp_path / "whole")
-    assert not list(half.rglob(CHECKPOINT)) and len(list(half.rglob(FINISHED))) == 2
+    assert not list(half.rglob(CHECKPOINT)) and all(is_finished(half / str(site)) for site in SITES)
 
 
 def test_statistics_are_kept_and_read_back(model, corpus, tmp_path):
@@ -318,7 +318,7 @@ def test_sensitivity_is_measured_once_and_its_last_digits_do_not_matter(model, c
             continue
         with pytest.raises(LlmWsaeError, match=r"other settings .*gamma_sum"):
             train_sites(streams, nearly, TRAIN, tmp_path / "t")
-    assert (tmp_path / "t" / str(SITES[1]) / FINISHED).exists()
+    assert is_finished(tmp_path / "t" / str(SITES[1]))
 
 
 def test_it_says_when_the_text_is_read_again(streams, capsys):

@@ -1,9 +1,7 @@
 import importlib.util
 import json
-import os
 import shutil
 import struct
-import subprocess
 import threading
 
 import pytest
@@ -143,23 +141,19 @@ def test_a_dictionary_replaces_a_dictionary(folder):
 
 
 def test_what_a_killed_writer_left_is_cleared_up(folder):
-    """Killed between its two renames, or before; by the number of a process that lives no more."""
-    ended = subprocess.Popen(["true"])
-    ended.wait()
+    """Killed between its two renames, or before."""
     before = content(folder)
-    old, new = (folder.with_name(f".plain.{ended.pid}.{what}") for what in ("old", "new"))
+    old, new = (folder.with_name(f".plain.{what}") for what in ("old", "new"))
     folder.rename(old)
     make(seed=3).save(new)
     with pytest.raises(LlmWsaeError, match=rf"a writer was killed there: rename {old} to it"):
         Dictionary.load(folder)
-    theirs = folder.with_name(f".plain.{os.getppid()}.new")  # of a process that lives
-    theirs.mkdir()
     with pytest.raises(LlmWsaeError, match="NaN or infinite"):
         other = make()
         other.W_dec[0] = torch.nan
         other.save(folder)
     make(ReLU(), seed=9).save(folder)
-    assert sorted(path.name for path in folder.parent.iterdir()) == [theirs.name, "plain"]
+    assert [path.name for path in folder.parent.iterdir()] == ["plain"]
     assert content(folder) != before
     folder.rename(old)
     (old / "mine.txt").touch()  # whatever came to it is not lost
@@ -238,7 +232,7 @@ def test_format_of_the_future(folder):
     edit_json(folder / "wsae.json", format_version=1)
     assert Dictionary.load(folder).info == INFO
     edit_json(folder / "wsae.json", site=None)
-    with pytest.raises(LlmWsaeError, match="which site"):
+    with pytest.raises(LlmWsaeError, match=r"wsae\.json: its site is None"):
         Dictionary.load(folder)
 
 
@@ -279,7 +273,7 @@ def test_nothing_is_kept_in_a_dictionary_that_was_replaced(folder):
 @over(threshold=[0, 0.0, -1.0, float("nan")])
 def test_a_threshold_that_leaves_no_row(folder, threshold):
     edit_json(folder / "wsae.json", massive_threshold=threshold)
-    with pytest.raises(LlmWsaeError, match=r"wsae.json: massive_threshold cannot be"):
+    with pytest.raises(LlmWsaeError, match=r"wsae\.json: .*massive_threshold"):
         Dictionary.load(folder)
 
 

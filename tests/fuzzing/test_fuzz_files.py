@@ -1,7 +1,5 @@
 """Damage to every kind of file that the program writes and later reads."""
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +11,21 @@ import pytest
 import torch
 from command_line import SITE, works
 from evaluation_cases import WordCounts
-from fuzzing import blind, flipped, frozen, parts, signed, structured
+from fuzzing import blind, flipped, frozen, structured
 from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae.artifact import digests
 from llm_wsae.artifact.artifact import Artifact
-from llm_wsae.artifact.files import load_tensors, write_json
+from llm_wsae.artifact.files import write_json
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_record
-from llm_wsae.data.shard_record import FileRecord, tokens_path
+from llm_wsae.data.finishing import read_statistics
+from llm_wsae.data.manifest import (
+    MANIFEST,
+    Manifest,
+    complete_shards,
+    save_record,
+    tokens_path,
+)
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -31,7 +35,6 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
@@ -45,7 +48,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
 from llm_wsae.pipeline import tuning
 from llm_wsae.training.arm import Arm
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
+from llm_wsae.training.checkpoint import CHECKPOINT, load_checkpoint, training_in
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG, TrainingLog
 from llm_wsae.training.trainer import Interrupted, train
@@ -67,9 +70,8 @@ class Kind:
 
 
 @pytest.fixture(autouse=True)
-def in_haste(monkeypatch):
+def in_haste(no_sync):
     """Thousands of files are written; none must outlive a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +123,7 @@ def of_stores(folder: Path) -> dict[str, Kind]:
 
     def read_shards_statistics() -> Any:
         path = rows / "00000.statistics.safetensors"
-        store.manifest.all_files()[f"{SITE}/{path.name}"].check(path)
-        return load_tensors(path, "statistics")
+        return read_statistics(path, store.manifest.all_files()[f"{SITE}/{path.name}"]).to_tensors()
 
     def read_shards() -> Any:
         return complete_shards(unfinished, Manifest.load(unfinished))
@@ -162,21 +163,20 @@ def of_trainings(folder: Path) -> dict[str, Kind]:
     shutil.copytree(stopped, done)
     train((source := Planted()), arms_for(source)[:2], SHORT, done)
     read_checkpoint = checkpoint_reader(stopped)
-    written = read_checkpoint()[0].log
+    written, record = read_checkpoint()[0].log, training_in(done).path
 
     def read_log() -> bytes:
         TrainingLog(stopped, 31, written=written)  # what a resumed training goes on from
         return (stopped / LOG).read_bytes()
 
     def read_record() -> Any:
-        found = read_finished(done)
-        if found[1] is not None and (problem := found[1].problem(done / LOG, whole=True)):
-            raise LlmWsaeError(problem)
+        found = training_in(done).read()
+        found.files[LOG].check(done / LOG, "delete it")
         return found
 
     return {
         "training, checkpoint": Kind(stopped / CHECKPOINT, stopped / CHECKPOINT, read_checkpoint),
-        "training, record": Kind(done / FINISHED, folder / "trained" / FINISHED, read_record),
+        "training, record": Kind(record, folder / "trained" / record.name, read_record),
         "training, log": Kind(stopped / LOG, done / LOG, read_log),
         "training, log of a finished one": Kind(done / LOG, stopped / LOG, read_record),
     }
@@ -184,8 +184,6 @@ def of_trainings(folder: Path) -> dict[str, Kind]:
 
 def checkpoint_reader(stopped: Path) -> Callable[[], Any]:
     """Restores fresh arms from the checkpoint: how far it had come, and their state."""
-    header = parts((stopped / CHECKPOINT).read_bytes())[0]["__metadata__"]["llm_wsae"]
-    identity = json.loads(header)["identity"]
     configs = arms_for(Planted(2000))[:2]
     fresh = [Arm(arm, 16, 64, torch.device("cpu")) for arm in configs]
     start = [{name: t.clone() for name, t in arm.state().items()} for arm in fresh]
@@ -193,7 +191,7 @@ def checkpoint_reader(stopped: Path) -> Callable[[], Any]:
     def read() -> Any:
         for arm, state in zip(fresh, start, strict=True):
             arm.load_state({name: tensor.clone() for name, tensor in state.items()})
-        reached = load_checkpoint(stopped, fresh, identity, Processes())
+        reached = load_checkpoint(stopped, fresh, Processes())
         return reached, [arm.state() for arm in fresh]
 
     return read
@@ -309,34 +307,6 @@ def test_every_bit(kinds, fuzz):
             kind.path.write_bytes(flipped(good, bit))
             fuzz.reads(f"{name}, every bit", f"bit {bit}", kind.read, whole)
         kind.path.write_bytes(good)
-
-
-def test_odd_values_with_a_valid_checksum(kinds, fuzz):
-    """Whoever writes them: they are refused, or stand for what they say."""
-    for name, kind in kinds.items():
-        good = kind.path.read_bytes()
-        for number, draw in fuzz.cases(f"{name}, signed", USUAL // 2):
-            other = signed(kind.path, good, draw)
-            if other is None:
-                break
-            done, data = other
-            kind.path.write_bytes(data)
-            undo = sign_cfg(kind.path, data)
-            fuzz.reads("odd values, valid checksum", f"{name} {number} ({done})", kind.read, None)
-            undo()
-        kind.path.write_bytes(good)
-
-
-def sign_cfg(path: Path, data: bytes) -> Callable[[], object]:
-    """Write the digest of another ``cfg.json`` where it belongs; undo it with what is given."""
-    info = path.parent / INFO
-    if path.name != CFG or not info.is_file():
-        return lambda: None
-    before = info.read_bytes()
-    value = digests.check_json(before.decode(), OWN_DIGEST)
-    value["sha256"][CFG] = FileRecord.of(path).sha256
-    write_json(info, value, key=OWN_DIGEST)
-    return lambda: info.write_bytes(before)
 
 
 def test_verify_finds_what_random_damage_does(fuzz, made_world, tmp_path):

@@ -19,7 +19,7 @@ from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
 
-from llm_wsae.dictionary.atomic_folder import _left_aside
+from llm_wsae.dictionary.atomic_folder import _beside
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import keep_measurements
@@ -72,8 +72,8 @@ def dictionary(folder: Path) -> Any:
     try:
         return frozen(Dictionary.load(folder))
     except LlmWsaeError as error:
-        left = _left_aside(folder.absolute())
-        assert left is not None and f"rename {folder.parent / left.name} to it" in str(error)
+        left = _beside(folder, "old")
+        assert f"rename {left} to it" in str(error)
         return frozen(Dictionary.load(left))
 
 
@@ -137,9 +137,8 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
     }
 
 
-def test_kills(made_world, tmp_path, monkeypatch, fuzz):
+def test_kills(made_world, tmp_path, monkeypatch, no_sync, fuzz):
     torch.set_num_threads(1)  # no pool of threads that a fork would lose
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the kernel lives on
     for name in ("model", "store", "trained"):
         shutil.copytree(made_world / name, tmp_path / name)
     shutil.copy(made_world / "text.jsonl", tmp_path)

@@ -16,7 +16,6 @@ import torch
 from fuzzing import SECONDS, Fuzz, fork
 from small_dictionaries import make_dictionary
 
-from llm_wsae.artifact import files
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import check_folder, keep_measurements
@@ -86,8 +85,7 @@ def process(
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_two_writers(part, tmp_path, monkeypatch, fuzz: Fuzz):
-    monkeypatch.setattr(files, "_sync", lambda path: None)  # nobody cuts the power here
+def test_two_writers(part, tmp_path, no_sync, fuzz: Fuzz):
     mine = make_dictionary("plain-k4")
     other = make_dictionary("plain-k4")
     other.b_dec.data += 1

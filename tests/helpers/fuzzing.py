@@ -24,9 +24,7 @@ import torch
 from mutations import OTHER_VALUES, REMOVED
 from tqdm import tqdm
 
-from llm_wsae.artifact import digests
 from llm_wsae.cli import _explained
-from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 
 OUTCOMES = ("tried", "refused", "harmless", "different", "traceback", "code", "lost")
 _SHOWN = 10  # failures in a message
@@ -242,38 +240,6 @@ def structured(path: Path, data: bytes, draw: random.Random) -> tuple[str, bytes
         if facts is not None and not (isinstance(kept, dict) and "llm_wsae" in kept):
             return "nothing", data  # without its digest it is another tool's file
     return f"header: {done}", joined(header, body)
-
-
-def signed(path: Path, good: bytes, draw: random.Random) -> tuple[str, bytes] | None:
-    """A file with one other value and the digest that belongs to it; None if it has none."""
-    if path.suffix == ".json":
-        key = OWN_DIGEST if path.name == INFO else digests.KEY
-        value = digests.check_json(good.decode(), key)
-        done = change(value, draw)
-        if not isinstance(value, dict) or key in value:
-            return "nothing", good
-        return done, digests.json_text(value, None if path.name == CFG else key).encode()
-    if path.suffix == ".jsonl":
-        lines = good.decode().splitlines()
-        try:
-            value = digests.check_line(lines[0])
-        except digests.Damaged:  # a log has none
-            return None
-        done = change(value, draw)
-        first = digests.json_line(value) if digests.KEY not in value else lines[0] + "\n"
-        return done, (first + "\n".join(lines[1:]) + "\n").encode()
-    if path.suffix != ".safetensors" or b"llm_wsae" not in good[:20_000]:
-        return None
-    header, body = parts(good)
-    facts = json.loads(header["__metadata__"]["llm_wsae"])
-    del facts[digests.KEY]
-    done = change(facts if draw.random() < 0.7 else header, draw)
-    if digests.KEY in facts or not isinstance(header.get("__metadata__"), dict):
-        return "nothing", good
-    header["__metadata__"].update(digests.blank_header(facts))
-    path.write_bytes(joined(header, body))
-    digests.fill_header(path)
-    return done, path.read_bytes()
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], bytes]:

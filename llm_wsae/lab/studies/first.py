@@ -18,7 +18,7 @@ from llm_wsae.lab.planting.source import PlantedSource
 from llm_wsae.lab.studies.config import StudyConfig
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import FINISHED
+from llm_wsae.training.checkpoint import is_finished
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.choosing import weights_from_rule
@@ -63,7 +63,7 @@ def after_first(
     half = on_share(training, source, SHARE)
     for seed in dict.fromkeys(config.seeds):
         own = folder / f"s{seed}"
-        known = sorted(own.glob(f"*/{INFO}")) if (own / FINISHED).exists() else []
+        known = sorted(own.glob(f"*/{INFO}")) if is_finished(own) else []
         if known:
             first = Dictionary.load(known[0].parent)
         else:
@@ -79,7 +79,7 @@ def _k_so_far(folder: Path) -> int | None:
     """The k of the first dictionaries that are there. What is trained with weights from them has
     one label, so they are to be alike, whatever k a command that adds seeds asks for."""
     for path in sorted(folder.glob(f"*/*/{INFO}")):
-        if (path.parents[1] / FINISHED).exists():
+        if is_finished(path.parents[1]):
             return Dictionary.load(path.parent).info.training.get("k")
     return None
 

@@ -31,7 +31,7 @@ from llm_wsae.lab.studies.first import on_share
 from llm_wsae.lab.studies.folder import DICTIONARIES, RESULTS, TRAINING
 from llm_wsae.lab.studies.plan import RAW, PlannedArm
 from llm_wsae.lab.studies.results import read_record, record_of
-from llm_wsae.training.checkpoint import FINISHED
+from llm_wsae.training.checkpoint import is_finished
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.export import origin_of
 from llm_wsae.training.trainer import train
@@ -121,7 +121,7 @@ class StudyJobs:
     def _collect(self) -> None:
         """Move finished dictionaries out of the groups in which they were trained."""
         for folder in self._group_folders():
-            if not (folder / FINISHED).exists():
+            if not is_finished(folder):
                 continue
             for name in _names_in(folder):
                 target = self.out / DICTIONARIES / name

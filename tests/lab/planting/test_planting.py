@@ -38,7 +38,7 @@ def write_store(folder, scale=1.0):
     packing |= {"drop_special": False, "one_document_per_context": False}
     model = dict.fromkeys(("name", "dtype", "weights_sha256"), "")
     manifest = Manifest(
-        "", model, {"name": ""}, [str(SITE)], "float32", D_IN, packing, None, 40, 40, SHARDS * 40
+        model, {"name": ""}, [str(SITE)], "float32", D_IN, packing, None, 40, 40, SHARDS * 40
     )
     (folder / str(SITE)).mkdir(parents=True)
     (folder / "tokens").mkdir()

@@ -17,13 +17,12 @@ import torch
 from looping import over
 from places import ROOT
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from training_cases import ARCHITECTURES, CONFIG, CPU, NAMES, Planted, arms_for
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
@@ -150,27 +149,6 @@ def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
     ours, theirs = ((p / "log.jsonl").read_text().splitlines() for p in (broken, whole))
     for one, other in zip(ours, theirs, strict=True):
         assert json.loads(one)["arms"] == json.loads(other)["arms"]
-
-
-def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path):
-    """Their settings do not name one, and it is TopK or ReLU."""
-    source = trained[0]
-    arms = make_arms([arms_for(source)[0].weights], (2,), (0.1,))
-    with pytest.raises(Interrupted):
-        train(Planted(stop_after=20), arms, CONFIG, tmp_path)
-    path = tmp_path / "checkpoint.safetensors"
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["llm_wsae"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for arm in header["identity"]["arms"].values():
-        assert arm.pop("architecture") is None
-    del header["sha256"]
-    save_file(tensors, path, {"llm_wsae": json.dumps(header)})
-    with pytest.raises(Interrupted, match="stopped after step 30 of"):
-        train(Planted(stop_after=30), arms, CONFIG, tmp_path)
-    other = make_arms([arms[0].weights], (2,), architectures=("jumprelu",))
-    with pytest.raises(LlmWsaeError, match="this command has arms uniform-jumprelu-k2; the saved"):
-        train(Planted(), other, CONFIG, tmp_path)
 
 
 @over(name=[name for name in NAMES if "gba" not in name])  # whose thresholds fall until they fire
