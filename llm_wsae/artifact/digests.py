@@ -11,19 +11,18 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "sha256"
 HEADER = "llm_wsae"
 """Key of the JSON object in the metadata of this package's safetensors files."""
-_DIGITS = 64
-_BLANK = "0" * _DIGITS
 _ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
-_LONGEST_HEADER = 100 << 20  # of a safetensors file, by its specification
 
 
 class Damaged(ValueError):
@@ -90,32 +89,38 @@ def _dumps_line(value: Any) -> str:
 # --- Files of tensors
 
 
-def blank_header(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a safetensors file with these facts (JSON) and room for its digest."""
+def header(facts: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """The metadata of a safetensors file with these facts (JSON) and the digest of all of it."""
     assert KEY not in facts
-    return {HEADER: json.dumps({**facts, KEY: _BLANK})}
+    return {HEADER: json.dumps({**facts, KEY: digest})}
 
 
-def fill_header(path: Path) -> None:
-    """Write a file's digest into its header, which ``blank_header`` made.
+def of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, "Tensor"]]) -> str:
+    """The digest of facts and of tensors on the CPU, by name, which are taken one at a time.
 
-    It is the SHA-256 of the CRC-32s (big-endian) of the file's consecutive blocks of 4 MiB, its own
-    digits counted as zeros. Training waits while a checkpoint is written: hence a cheap checksum on
-    all cores, while the disk syncs. The digest itself, written last, is not synced here.
+    It is the SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its
+    consecutive 4 MiB: training waits while a checkpoint is written, hence a cheap checksum on all
+    cores.
     """
-    at = _place_of(path, _BLANK)
-    with open(path, "r+b") as file, ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(os.fsync, file.fileno())
-        digest = _of_blocks(path, at)
-        synced.result()
-        file.seek(at)
-        file.write(digest.encode())
+    import torch
+
+    whole = hashlib.sha256(json.dumps(json.loads(json.dumps(facts)), sort_keys=True).encode())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, tensor in tensors:
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            pieces = [data[start : start + _BLOCK] for start in range(0, len(data), _BLOCK)]
+            checks = list(pool.map(zlib.crc32, pieces))
+            shown = json.dumps([name, str(tensor.dtype), list(tensor.shape), checks])
+            whole.update(shown.encode())
+    return whole.hexdigest()
 
 
-def check_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def check_header(
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, "Tensor"]]
+) -> dict[str, Any] | None:
     """The facts in a safetensors file's metadata; None for another tool's file, without any.
 
-    Raises Damaged if the file is not, to the last byte, what was written.
+    Raises Damaged if the file is not what was written.
     """
     if HEADER not in metadata:
         if any(map(_ENDS_WITH_DIGEST.search, metadata.values())):  # its name was damaged
@@ -123,40 +128,9 @@ def check_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
         return None
     facts = json.loads(metadata[HEADER])
     digest = facts.pop(KEY, None) if isinstance(facts, dict) else None
-    if not isinstance(digest, str) or digest != _of_blocks(path, _place_of(path, digest)):
+    if digest is None or digest != of_tensors(facts, tensors):
         raise Damaged
     return facts
-
-
-def _place_of(path: Path, digest: str) -> int:
-    """Where in a file the digits of its digest are: a JSON string within the JSON header."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, _LONGEST_HEADER))
-    entry = json.dumps(json.dumps({KEY: digest})[1:-1])[1:-1].encode()
-    at = header.rfind(entry)
-    if at < 0:
-        raise Damaged
-    return 8 + at + entry.index(digest.encode())
-
-
-def _of_blocks(path: Path, blank: int) -> str:
-    """The digest of a file's blocks, the digits from ``blank`` on counted as zeros."""
-
-    def of_block(start: int) -> bytes:
-        with open(path, "rb") as file:
-            file.seek(start)
-            data = file.read(_BLOCK)
-        first, stop = max(blank - start, 0), min(blank + _DIGITS - start, len(data))
-        if first < stop:
-            data = data[:first] + _BLANK.encode()[: stop - first] + data[stop:]
-        return zlib.crc32(data).to_bytes(4)
-
-    starts = range(0, path.stat().st_size, _BLOCK)
-    if len(starts) == 1:
-        return hashlib.sha256(of_block(0)).hexdigest()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256(b"".join(pool.map(of_block, starts))).hexdigest()
 
 
 # --- Rows

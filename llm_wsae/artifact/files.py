@@ -119,17 +119,14 @@ def save_tensors(
     path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically (tensors are made contiguous on the CPU)."""
-    write_atomic(path, lambda partial: _save(partial, tensors, metadata))
+    write_atomic(path, lambda partial: _save(partial, _on_cpu(tensors), metadata))
 
 
 def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically, with facts (JSON) and its own digest in its header."""
-
-    def write(partial: Path) -> None:
-        _save(partial, tensors, digests.blank_header(facts))
-        digests.fill_header(partial)
-
-    write_atomic(path, write)
+    """Write a safetensors file atomically, with facts (JSON) and a digest in its header."""
+    ready = _on_cpu(tensors)
+    header = digests.header(facts, digests.of_tensors(facts, sorted(ready.items())))
+    write_atomic(path, lambda partial: _save(partial, ready, header))
 
 
 def load_tensors(path: Path, what: str, way_out: str = "") -> tuple[dict[str, Any], dict[str, str]]:
@@ -139,7 +136,7 @@ def load_tensors(path: Path, what: str, way_out: str = "") -> tuple[dict[str, An
     Raises LlmWsaeError if the file is missing, truncated or not safetensors.
     """
     with open_tensors(path, what, way_out) as file:
-        return _all_tensors(file), file.metadata() or {}
+        return dict(each_tensor(file)), file.metadata() or {}
 
 
 def load_own_tensors(
@@ -153,14 +150,14 @@ def load_own_tensors(
     """
     with open_tensors(path, what, way_out) as file:
         facts = own_facts(file, path, what, way_out)
-        return _all_tensors(file), facts or {}
+        return dict(each_tensor(file)), facts or {}
 
 
 def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[str, Any] | None:
     """The facts in the header of a file that ``open_tensors`` has opened, after a check of all of
-    its bytes; None for another tool's file. Raises as ``load_own_tensors`` does."""
+    its content; None for another tool's file. Raises as ``load_own_tensors`` does."""
     with _reading_json(path, what, way_out):
-        return digests.check_header(Path(path), file.metadata() or {})
+        return digests.check_header(file.metadata() or {}, each_tensor(file))
 
 
 @contextmanager
@@ -270,18 +267,22 @@ def _then(way_out: str) -> str:
     return f"; {way_out}" if way_out else ""
 
 
+def _on_cpu(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def _save(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
     from safetensors.torch import save_file
 
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.touch()  # with the permissions of any new file: safetensors leaves a private one there
     mode = path.stat().st_mode
-    save_file(ready, path, metadata=metadata)
+    save_file(tensors, path, metadata=metadata)
     path.chmod(mode)
 
 
-def _all_tensors(file: Any) -> dict[str, Any]:
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+def each_tensor(file: Any) -> Iterator[tuple[str, Any]]:
+    """Name and tensor of a file that ``open_tensors`` has opened, one at a time."""
+    return ((name, file.get_tensor(name)) for name in sorted(file.keys()))
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -56,15 +56,16 @@ class Found:
     kind: str
     """``store``, ``dictionary``, ``training``, ``study``, ``run``, ``export``, ``record``,
     ``weights file`` or ``folder of pulled dictionaries``."""
-    advance: Callable[[int], object] = field(default=lambda size: None, repr=False)
-    """Told the bytes of every file that was checked."""
     problems: list[str] = field(default_factory=list)
     """A sentence for each fault, which also says what to do."""
     without_digest: list[Path] = field(default_factory=list)
     """Files that have none."""
+    bar: tqdm = field(default_factory=lambda: tqdm(disable=True), repr=False)
+    """Counts the files that were checked."""
 
     def check(self, work: Callable[[], T]) -> T | None:
         """What the work gives; None if it fails, which is one more problem."""
+        self.bar.update()
         try:
             return work()
         except LlmWsaeError as error:
@@ -85,16 +86,8 @@ def verify(path: Path | str, site: str | None = None) -> Found:
         kind = _kind(path, {entry.name for entry in path.iterdir()})
     else:
         raise LlmWsaeError(f"there is no file or folder {path}")
-    bar = tqdm(
-        total=_size_of(path),
-        desc="verify",
-        unit="B",
-        unit_scale=True,
-        dynamic_ncols=True,
-        delay=_SHORT,
-    )
-    with bar:
-        found = Found(kind, advance=bar.update)
+    with tqdm(desc="verify", unit="file", dynamic_ncols=True, delay=_SHORT) as bar:
+        found = Found(kind, bar=bar)
         if kind == "weights file":
             _check_tensors(found, path)
             if path in found.without_digest:
@@ -105,14 +98,7 @@ def verify(path: Path | str, site: str | None = None) -> Found:
             _check_dictionary(found, path, site)
         else:
             _check_folder(found, path)
-        bar.update(bar.total - bar.n)  # figures, pages and logs are not counted one by one
     return found
-
-
-def _size_of(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder and in those below."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def _kind_of_file(path: Path) -> str:
@@ -174,7 +160,6 @@ def _check_folder(found: Found, folder: Path, listed: frozenset[Path] = frozense
 
 def _check_json(found: Found, path: Path) -> frozenset[Path]:
     """Check a JSON file, and the files that it lists if it is the record of a folder."""
-    found.advance(_size_of(path))
     if not has_digest(path):
         found.without_digest.append(path)
         return frozenset()
@@ -197,13 +182,13 @@ def _check_json(found: Found, path: Path) -> frozenset[Path]:
 def _check_listed(
     found: Found, folder: Path, files: Mapping[str, FileRecord], way_out: str
 ) -> frozenset[Path]:
-    problems = []
+    before = len(found.problems)
     for name, record in files.items():
+        found.bar.update()
         if problem := record.problem(folder / name):
-            problems.append(problem)
-        found.advance(record.bytes)
-    if problems:
-        found.problems += [*problems, way_out]
+            found.problems.append(problem)
+    if len(found.problems) > before:
+        found.problems.append(way_out)
     return frozenset(folder / name for name in files)
 
 
@@ -229,7 +214,6 @@ def _check_tensors(found: Found, path: Path) -> None:
             if own_facts(file, path, "file of tensors") is None:
                 found.without_digest.append(path)
 
-    found.advance(_size_of(path))
     found.check(read)
 
 
@@ -241,7 +225,6 @@ def _check_dictionary(found: Found, folder: Path, site: str | None) -> None:
     elif found.check(lambda: Dictionary.load(folder, site=site)):
         layout = layout_of(names)
         found.without_digest += [folder / name for name in layout.files] if layout else []
-    found.advance(_size_of(folder))
 
 
 def _check_log(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,6 @@ from llm_wsae.artifact.files import way_out, write_error
 from llm_wsae.errors import LlmWsaeError
 
 T = TypeVar("T")
-
-_ATTEMPTS = 100
-_BETWEEN_RENAMES = 0.001  # seconds, far longer than they take
 
 
 @contextmanager
@@ -79,27 +75,26 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
 
 def retry_if_replaced(folder: Path, read: Callable[[], T]) -> T:
     """What ``read`` finds in a folder; once more if the folder was replaced meanwhile, so that
-    ``read`` found files of two folders, or none.
+    ``read`` found files of two folders, or none. A folder that a killed writer left renamed is
+    restored.
 
     Raises what ``read`` raises, LlmWsaeError where that is an error of the operating system.
     """
-    attempts = 0
     while True:
         before = _version(folder)
         try:
             return read()
         except (LlmWsaeError, OSError) as error:
-            attempts += 1
-            between_renames = before is None and _beside(folder, "old").exists()
-            if attempts < _ATTEMPTS and (between_renames or before != _version(folder)):
-                time.sleep(_BETWEEN_RENAMES)
-            elif isinstance(error, OSError):
-                reason = (error.strerror or str(error)).lower()
-                raise LlmWsaeError(
-                    f"{folder}: {reason}; {way_out(error, 'check it, and try again')}"
-                ) from error
-            else:
+            if before is None and _beside(folder, "old").exists():
+                clear_up(folder)
+            if before != _version(folder):
+                continue
+            if not isinstance(error, OSError):
                 raise
+            reason = (error.strerror or str(error)).lower()
+            raise LlmWsaeError(
+                f"{folder}: {reason}; {way_out(error, 'check it, and try again')}"
+            ) from error
 
 
 def _version(folder: Path) -> tuple[int, int] | None:
@@ -112,12 +107,8 @@ def _version(folder: Path) -> tuple[int, int] | None:
 
 
 def not_there(folder: Path) -> LlmWsaeError:
-    """The error for a missing dictionary folder; a killed writer may have left it renamed."""
-    left = _beside(folder, "old")
-    way_out = f"; a writer was killed there: rename {left} to it" if left.exists() else ""
-    return LlmWsaeError(
-        f"{folder} is not a folder, so no dictionary can be loaded from it{way_out}"
-    )
+    """The error for a missing dictionary folder."""
+    return LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
 
 
 def _beside(folder: Path, what: str) -> Path:

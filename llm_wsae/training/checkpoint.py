@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact import digests
 from llm_wsae.artifact.artifact import Artifact, FileRecord
-from llm_wsae.artifact.digests import HEADER, blank_header, fill_header
 from llm_wsae.artifact.files import (
+    each_tensor,
     open_tensors,
     own_facts,
     save_own_tensors,
@@ -59,7 +60,7 @@ def save_rows(
     All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
     cannot write.
     """
-    header, places = _layout(parts, blank_header(facts))
+    header, places = _layout(parts, digests.header(facts, "0" * 64))
 
     def write(partial: Path) -> None:
         if processes.leads:
@@ -69,7 +70,10 @@ def save_rows(
         _write(common, parts, places, begin, processes.leads)
         processes.meet()
         if processes.leads:
-            fill_header(partial)
+            with open_tensors(partial, WHAT) as file:
+                digest = digests.of_tensors(facts, each_tensor(file))
+            with open(partial, "r+b") as own:
+                own.write(_layout(parts, digests.header(facts, digest))[0])
 
     if processes.leads:
         write_atomic(path, write)
@@ -214,7 +218,7 @@ def load_learnt(folder: Path, arm: Arm) -> Learnt:
 def log_at_checkpoint(folder: Path) -> FileRecord | None:
     """What the log held at the folder's checkpoint, the bytes of which are not checked here."""
     with open_tensors(folder / CHECKPOINT, WHAT) as file:
-        return _log(json.loads(file.metadata()[HEADER]))
+        return _log(json.loads(file.metadata()[digests.HEADER]))
 
 
 def _log(header: Mapping[str, Any]) -> FileRecord | None:

@@ -19,11 +19,9 @@ from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
 
-from llm_wsae.dictionary.atomic_folder import _beside
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.errors import LlmWsaeError
 
 KILLED = 77
 USUAL = 2
@@ -68,13 +66,8 @@ def trained() -> dict[str, bytes]:
 
 
 def dictionary(folder: Path) -> Any:
-    """One that is there, or that a kill between two renames left aside, which the error names."""
-    try:
-        return frozen(Dictionary.load(folder))
-    except LlmWsaeError as error:
-        left = _beside(folder, "old")
-        assert f"rename {left} to it" in str(error)
-        return frozen(Dictionary.load(left))
+    """One that is there, or that a kill between two renames left aside."""
+    return frozen(Dictionary.load(folder))
 
 
 def done(*words: Any) -> Callable[[], Any]:
