@@ -29,18 +29,14 @@ COLUMNS = {
 }
 SAME = "all values are the same"
 ROWS = {  # how kinds begin: what is shown of them, and what harmless means
-    "dictionary, .*every bit": ("every bit of a dictionary's JSON files", SAME),
-    "training, .*every bit": ("every bit of a checkpoint's header", SAME),
     "dictionary": ("dictionaries: all four files", SAME),
     "explanations": ("explanations", SAME),
-    "store, batches": ("stores, read as a training does", "the batches are the same"),
     "store": ("stores: manifest, records, rows, tokens, statistics", SAME),
     "training": ("trainings: checkpoint, record, log", "arms, step and log are the same"),
     "study|choice": ("studies: all files", SAME),
     "weights|measurement": ("weights files and kept measurements", SAME),
     "planted|report|record|sums|firings": ("planted results, reports, records, firings", SAME),
     "answers": ("answers of a language model", "all are there or asked again"),
-    "odd values": ("odd values with a valid checksum", "it is read as what it says"),
     "verify": ("`verify` on a store and a training", "the bytes are the same"),
     "model": (
         "model folders, also with code",

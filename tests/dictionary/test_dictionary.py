@@ -14,7 +14,6 @@ from llm_wsae.dictionary import dictionary as module
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import (
-    SPARSITIES,
     JumpReLU,
     ReLU,
     TopK,
@@ -91,6 +90,8 @@ def test_unused_slots_add_nothing():
     codes = Codes(torch.tensor([[3, 7, 7]]), torch.tensor([[2.0, 0.0, 0.0]]))
     expected = 2 * dictionary.W_dec[3] + dictionary.b_dec
     torch.testing.assert_close(dictionary.decode(codes)[0], expected)
+    codes = Codes(torch.tensor([[0, 0, 3]]), torch.tensor([[2.0, 0.0, 0.0]]))
+    assert to_dense(codes, 4).tolist() == [[2, 0, 0, 0]]
 
 
 def test_encoding_never_subtracts_the_decoder_bias():
@@ -120,50 +121,31 @@ def test_nan_rows_are_an_error():
                 run(x)
 
 
-def test_wrong_width_is_a_sentence():
+def test_what_does_not_fit_is_a_sentence():
     dictionary = make(TopK(5))
     with pytest.raises(UsageError, match=r"13 wide, but this dictionary reads 12 dimensions"):
         dictionary.encode(torch.zeros(3, 13))
     with pytest.raises(UsageError, match=r"79 wide, but this dictionary has 80"):
         dictionary.decode(torch.zeros(3, 79))
-
-
-def test_tensors_that_do_not_fit_each_other():
-    good = make(JumpReLU())
-    for name, shape in (
-        ("W_dec", (D_IN, D_SAE)),
-        ("b_enc", (D_IN,)),
-        ("b_dec", (D_SAE,)),
-        ("threshold", (D_IN,)),
-    ):
-        parts = {**dict(good.named_parameters()), name: torch.zeros(shape)}
-        with pytest.raises(UsageError, match=f"{name} has the shape"):
-            Dictionary(**parts, sparsity=JumpReLU(), info=good.info)
-
-
-def test_a_threshold_belongs_to_jumprelu():
-    parts = dict(make(TopK(5)).named_parameters())
-    assert "threshold" not in parts and make(TopK(5)).threshold is None
-    info = make(TopK(5)).info
-    with pytest.raises(UsageError, match="the jumprelu architecture needs a threshold"):
-        Dictionary(**parts, sparsity=JumpReLU(), info=info)
-    for sparsity in (TopK(5), ReLU()):
-        with pytest.raises(UsageError, match="architecture has no threshold"):
-            Dictionary(**parts, threshold=torch.zeros(D_SAE), sparsity=sparsity, info=info)
-
-
-def test_misspelt_site():
-    with pytest.raises(UsageError, match="not a site"):
-        Dictionary(
-            **dict(make(ReLU()).named_parameters()),
-            sparsity=ReLU(),
-            info=DictionaryInfo(site="blocks.1.hook_resid"),
-        )
-
-
-def test_k_larger_than_the_dictionary():
     with pytest.raises(UsageError, match="k = 81 active latents is more"):
         make(TopK(81))
+    with pytest.raises(UsageError, match="at least 1"):
+        TopK(0)
+    good, zeros, site = make(JumpReLU()), torch.zeros, "blocks.1.hook_resid"
+    plain = dict(dictionary.named_parameters())
+    for sparsity, tensors, info, sentence in (
+        (JumpReLU(), {"W_dec": zeros(D_IN, D_SAE)}, good.info, "W_dec has the shape"),
+        (JumpReLU(), {"b_enc": zeros(D_IN)}, good.info, "b_enc has the shape"),
+        (JumpReLU(), {"b_dec": zeros(D_SAE)}, good.info, "b_dec has the shape"),
+        (JumpReLU(), {"threshold": zeros(D_IN)}, good.info, "threshold has the shape"),
+        (JumpReLU(), {"threshold": None}, good.info, "the jumprelu architecture needs a thre"),
+        (TopK(5), {"threshold": zeros(D_SAE)}, good.info, "architecture has no threshold"),
+        (ReLU(), {"threshold": zeros(D_SAE)}, good.info, "architecture has no threshold"),
+        (ReLU(), {"threshold": None}, DictionaryInfo(site=site), "not a site"),
+    ):
+        parts = {**plain, "threshold": good.threshold, **tensors}
+        with pytest.raises(UsageError, match=sentence):
+            Dictionary(**parts, sparsity=sparsity, info=info)
 
 
 @over(sparsity=EXAMPLES)
@@ -227,35 +209,15 @@ def test_encoding_selects_as_from_all_pre_activations():
         torch.testing.assert_close(to_dense(codes, D_SAE), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_unused_slots_leave_other_latents_alone():
-    codes = Codes(torch.tensor([[0, 0, 3]]), torch.tensor([[2.0, 0.0, 0.0]]))
-    assert to_dense(codes, 4).tolist() == [[2, 0, 0, 0]]
-
-
 def test_settings_lead_back_to_the_same_sparsity():
-    for sparsity in (TopK(5), ReLU(), JumpReLU()):
+    for sparsity in EXAMPLES:
         cfg = {"architecture": sparsity.architecture, **sparsity.settings()}
         assert sparsity_from_settings(cfg) == sparsity
-    assert {"topk", "standard", "jumprelu"} == set(SPARSITIES)
-
-
-def test_unknown_architecture_names_the_known_ones():
     with pytest.raises(LlmWsaeError, match=r"'gated'.*'topk'.*'standard'.*'jumprelu'"):
         sparsity_from_settings({"architecture": "gated"})
-
-
-def test_bad_k_in_a_file():
     for k in (None, 0, -1, 2.5, "3", True):
         with pytest.raises(LlmWsaeError, match=f"k is {k!r}, but .* needs a positive integer"):
             sparsity_from_settings({"architecture": "topk", "k": k})
-
-
-def test_impossible_k():
-    with pytest.raises(UsageError, match="at least 1"):
-        TopK(0)
-    with pytest.raises(UsageError, match="more than the dictionary's 8 latents"):
-        TopK(9).check(8)
-    TopK(8).check(8)
 
 
 NAME = f"tiny/{SITE}/plain-k4"
@@ -276,13 +238,10 @@ def clone(tmp_path, monkeypatch):
     return root
 
 
-def test_beside_an_editable_installation(clone, monkeypatch):
-    monkeypatch.setattr(module, "_PACKAGE", clone / "llm_wsae")
-    found = load_pretrained(NAME)
-    assert torch.equal(found.W_enc, make_dictionary().W_enc)
-
-
 def test_in_a_clone_that_one_works_in(clone, monkeypatch):
+    with monkeypatch.context() as beside_an_editable_installation:
+        beside_an_editable_installation.setattr(module, "_PACKAGE", clone / "llm_wsae")
+        assert torch.equal(load_pretrained(NAME).W_enc, make_dictionary().W_enc)
     (clone / "notebooks").mkdir()
     for folder in (clone, clone / "notebooks"):
         monkeypatch.chdir(folder)

@@ -15,7 +15,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,56 +202,7 @@ _BLIND: dict[str, Callable[[bytes, random.Random, bytes], bytes]] = {
 }
 
 
-# --- Damage by somebody who knows what a file is
-
-
-def structured(path: Path, data: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """(what was done, the bytes): one value of JSON, in a file, a line or a header, exchanged,
-    removed, renamed or repeated; or the header of tensors moved. Its digest stays as it was."""
-    if path.suffix == ".json":
-        value = json.loads(data)
-        done = change(value, draw)
-        return done, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-    if path.suffix == ".jsonl":
-        lines = data.splitlines(keepends=True)
-        at = draw.randrange(len(lines))
-        how = draw.choice(("lost", "twice", "exchanged", "changed"))
-        if how == "changed":
-            value = json.loads(lines[at])
-            done = change(value, draw)
-            lines[at] = (json.dumps(value, ensure_ascii=False) + "\n").encode()
-            return f"line {at}: {done}", b"".join(lines)
-        if how == "exchanged":
-            lines[0], lines[at] = lines[at], lines[0]
-        else:
-            lines[at : at + 1] = [lines[at]] * (0 if how == "lost" else 2)
-        return f"line {at} {how}", b"".join(lines)
-    assert path.suffix == ".safetensors"
-    header, body = parts(data)
-    facts = header.get("__metadata__", {}).get("llm_wsae")
-    if facts is not None and draw.random() < 0.5:
-        value = json.loads(facts)
-        done = change(value, draw)
-        header["__metadata__"]["llm_wsae"] = json.dumps(value)
-    else:
-        done = change(header, draw)
-        kept = header.get("__metadata__")
-        if facts is not None and not (isinstance(kept, dict) and "llm_wsae" in kept):
-            return "nothing", data  # without its digest it is another tool's file
-    return f"header: {done}", joined(header, body)
-
-
-def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and tensors of a safetensors file."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def joined(header: dict[str, Any], body: bytes) -> bytes:
-    """The file of them."""
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + body
+# --- Damage to values of JSON
 
 
 def change(value: Any, draw: random.Random) -> str:
