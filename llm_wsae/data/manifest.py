@@ -92,7 +92,7 @@ class Manifest:
     statistics: dict[str, FileRecord] = field(default_factory=dict)
     """The files with the statistics of all rows of each site, by path within the store."""
     shards: list[ShardRecord] = field(default_factory=list)
-    """The shards; of an incomplete store only some, see ``complete_shards``."""
+    """The shards of a complete store; of another, see ``complete_shards``."""
 
     @property
     def context_size(self) -> int:
@@ -165,9 +165,9 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
 
     Raises LlmWsaeError if a record is damaged.
     """
-    found = dict(enumerate(manifest.shards))
     if manifest.complete:
-        return found
+        return dict(enumerate(manifest.shards))
+    found = {}
     paths = [path for path in (folder / RECORDS).glob("*.json") if path.stem.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.stem)):  # names get longer after 99999
         value = read_own_json(path, "record of a shard", "delete it to rebuild the shard")

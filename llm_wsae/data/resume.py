@@ -8,7 +8,6 @@ earlier shard.
 import bisect
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 
 from llm_wsae.artifact.artifact import FileRecord
@@ -64,12 +63,9 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
             return found, shards
     found.num_contexts = wanted.num_contexts
     whole = {i: shard for i, shard in there.items() if shard.contexts == found.shard_contexts(i)}
-    first_lost = next(i for i in count() if i not in whole)
-    for i in range(first_lost, len(found.shards)):  # the manifest lists only those before
-        if i in whole:
-            save_record(folder, i, whole[i])
-    found.shards = [whole[i] for i in range(min(first_lost, len(found.shards)))]
-    found.statistics, found.complete = {}, False
+    for i in whole if found.complete else ():  # back to records of their own
+        save_record(folder, i, whole[i])
+    found.shards, found.statistics, found.complete = [], {}, False
     found.save(folder)
     _remove_unlisted(folder, found, whole)
     return found, whole

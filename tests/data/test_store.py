@@ -13,7 +13,7 @@ from llm_wsae.data import shard_writer
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.manifest import MANIFEST, Manifest
+from llm_wsae.data.manifest import MANIFEST, Manifest, save_record
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
@@ -203,9 +203,10 @@ def test_foreign_folders_are_named(store, tmp_path):
 
 
 def test_an_incomplete_store_is_refused(store):
-    store.manifest.complete, store.manifest.statistics = False, {}
+    save_record(store.folder, 1, store.manifest.shards[1])
+    store.manifest.complete, store.manifest.statistics, store.manifest.shards = False, {}, []
     store.manifest.save(store.folder)
-    with pytest.raises(LlmWsaeError, match="is not complete: 84 of 84 contexts"):
+    with pytest.raises(LlmWsaeError, match="is not complete: 28 of 84 contexts"):
         ActivationStore.open(store.folder)
     assert "is not complete" in verify(store.folder).problems[0]
 
