@@ -13,10 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 KEY = "sha256"
 HEADER = "llm_wsae"
@@ -95,7 +92,7 @@ def header(facts: Mapping[str, Any], digest: str) -> dict[str, str]:
     return {HEADER: json.dumps({**facts, KEY: digest})}
 
 
-def of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, "Tensor"]]) -> str:
+def of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any]]) -> str:
     """The digest of facts and of tensors on the CPU, by name, which are taken one at a time.
 
     It is the SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its
@@ -116,7 +113,7 @@ def of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, "Tensor"]]
 
 
 def check_header(
-    metadata: Mapping[str, str], tensors: Iterable[tuple[str, "Tensor"]]
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, Any]]
 ) -> dict[str, Any] | None:
     """The facts in a safetensors file's metadata; None for another tool's file, without any.
 

@@ -8,7 +8,7 @@ One of another tool, which has none, is only read, and named in the answer.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.lab.studies.folder import BASIS, read_results, study_in
 from llm_wsae.pages.neuronpedia import export_in
-from llm_wsae.training.checkpoint import CHECKPOINT, log_at_checkpoint, training_in
+from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 from llm_wsae.training.log import LOG, check_beginning
 from llm_wsae.weights.loss_weights import LossWeights
 
@@ -151,9 +151,9 @@ def _check_folder(found: Found, folder: Path, listed: frozenset[Path] = frozense
             if not is_store or path.name == MEASUREMENTS:  # the others were listed
                 _check_folder(found, path, listed)
         elif path.suffix == ".safetensors" and path not in listed:
-            _check_tensors(found, path)
-    if (folder / CHECKPOINT).is_file() and (folder / LOG).is_file():
-        found.check(lambda: _check_log(folder))
+            facts = _check_tensors(found, path)
+            if path.name == CHECKPOINT and facts:
+                _check_log(found, folder, facts["log"])
     if (folder / BASIS).is_file() and not found.problems:
         found.check(lambda: read_results(folder))
 
@@ -208,13 +208,23 @@ def _check_store(found: Found, folder: Path) -> frozenset[Path]:
     return _check_listed(found, folder, files, way_out)
 
 
-def _check_tensors(found: Found, path: Path) -> None:
-    def read() -> None:
-        with open_tensors(path, "file of tensors", AGAIN) as file:
-            if own_facts(file, path, "file of tensors") is None:
-                found.without_digest.append(path)
+def _check_tensors(found: Found, path: Path) -> dict[str, Any] | None:
+    """Check a file that has a digest of its own; its facts."""
 
-    found.check(read)
+    def read() -> dict[str, Any] | None:
+        with open_tensors(path, "file of tensors", AGAIN) as file:
+            facts = own_facts(file, path, "file of tensors")
+        if facts is None:
+            found.without_digest.append(path)
+        return facts
+
+    return found.check(read)
+
+
+def _check_log(found: Found, folder: Path, written: Mapping[str, Any] | None) -> None:
+    """The log of an unfinished training, as far as its checkpoint reaches."""
+    if written is not None and (folder / LOG).is_file():
+        found.check(lambda: check_beginning(folder / LOG, FileRecord(**written)))
 
 
 def _check_dictionary(found: Found, folder: Path, site: str | None) -> None:
@@ -225,9 +235,3 @@ def _check_dictionary(found: Found, folder: Path, site: str | None) -> None:
     elif found.check(lambda: Dictionary.load(folder, site=site)):
         layout = layout_of(names)
         found.without_digest += [folder / name for name in layout.files] if layout else []
-
-
-def _check_log(folder: Path) -> None:
-    """The log of an unfinished training, as far as its checkpoint reaches."""
-    if written := log_at_checkpoint(folder):
-        check_beginning(folder / LOG, written)

@@ -193,7 +193,8 @@ def load_checkpoint(folder: Path, arms: Sequence[Arm], processes: Processes) -> 
             raise LlmWsaeError(f"{path} is damaged: it has no checksum; {WAY_OUT}")
         for arm in arms:
             arm.load_state(_own_state(file, arm))
-    return Reached(header["step"], header["numbers"], _log(header))
+    log = None if header["log"] is None else FileRecord(**header["log"])
+    return Reached(header["step"], header["numbers"], log)
 
 
 def load_learnt(folder: Path, arm: Arm) -> Learnt:
@@ -213,16 +214,6 @@ def load_learnt(folder: Path, arm: Arm) -> Learnt:
         parameters = Parameters(*map(read, Parameters._fields))
         architecture.load_state({name: read(name) for name in arm.architecture.state()})
     return Learnt(parameters, architecture)
-
-
-def log_at_checkpoint(folder: Path) -> FileRecord | None:
-    """What the log held at the folder's checkpoint, the bytes of which are not checked here."""
-    with open_tensors(folder / CHECKPOINT, WHAT) as file:
-        return _log(json.loads(file.metadata()[digests.HEADER]))
-
-
-def _log(header: Mapping[str, Any]) -> FileRecord | None:
-    return None if header["log"] is None else FileRecord(**header["log"])
 
 
 def _names(file: Any, arm: Arm) -> list[str]:
