@@ -10,7 +10,6 @@ import torch
 from several import run
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data import covariance, stored_measurement
 from llm_wsae.data.config import HarvestConfig
@@ -25,7 +24,7 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.statistics.second_moment import shrunk
 from llm_wsae.weights import weighing
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
@@ -33,7 +32,6 @@ from llm_wsae.weights.weighing import (
     fisher_information,
     fisher_of,
     measure_inputs,
-    settings_of_fisher,
     used_decoder,
 )
 
@@ -188,35 +186,6 @@ def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(tmp_path, s
         with pytest.raises(LlmWsaeError, match=sentence):
             measure_inputs([rule], copy, SITE)
     assert not (folder / "evidence").exists()
-
-
-def test_a_measurement_that_cannot_be_is_measured_again(model, tmp_path, store):
-    """Whoever writes a file can write a checksum that matches."""
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    copy, config = ActivationStore.open(folder), RuleInputConfig(sensitivity_tokens=50)
-    rules = ("whitening", "sensitivity")
-    first = measure_inputs(rules, copy, SITE, model=model, config=config)
-    nothing = torch.full((16, 16), torch.nan)
-    for need, odd in (
-        ("second_moment", {"scatter": nothing}),
-        ("second_moment", {"scatter": torch.ones(9, 9)}),
-        ("second_moment", SecondMoment(9).to_tensors()),
-        ("second_moment", {"count": torch.tensor([-1])}),
-        ("fisher", {"fisher": nothing}),
-        ("fisher", {"fisher": torch.ones(9, 9)}),
-        ("fisher", {"fisher": torch.ones(16)}),
-        ("fisher", {"fisher": torch.ones(16, 16).long()}),
-    ):
-        path = folder / "evidence" / f"{SITE}.{need}.safetensors"
-        tensors, facts = load_own_tensors(path, need)
-        save_own_tensors(path, tensors | odd, facts)
-        settings = settings_of_fisher(config) if need == "fisher" else None
-        kept = StoredMeasurement(copy, SITE, need, settings)
-        assert kept.read_tensors() is None
-        again = measure_inputs(rules, copy, SITE, model=model, config=config)
-        assert torch.equal(again.covariance, first.covariance)
-        assert torch.equal(again.fisher, first.fisher)
-        assert kept.read_tensors() is not None
 
 
 @pytest.mark.parametrize("is_full", [False, True])
