@@ -81,7 +81,6 @@ def test_a_damaged_or_foreign_record_is_one_sentence(artifact):
         with pytest.raises(LlmWsaeError, match=sentence):
             artifact.read()
     for value, sentence in (
-        ([], "is not the record of"),
         ({"kind": "other thing"}, "is not the record of"),
         ({"kind": "made thing", "format": 9}, "has the format 9, which this version does not"),
     ):
