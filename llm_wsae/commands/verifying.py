@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import Artifact, FileRecord
-from llm_wsae.artifact.files import AGAIN, has_digest, open_tensors, own_facts, read_own_json
+from llm_wsae.artifact.files import (
+    AGAIN,
+    has_digest,
+    open_tensors,
+    own_facts,
+    read_json,
+    read_own_json,
+)
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, store_in
 from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -46,6 +53,7 @@ _OF_RUN = (MANIFEST, training_in(Path()).name)
 """Of the folders in that of a run: its store, or the training of a site."""
 _OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
 """Files whose digests are in another file, or that only their folder explains."""
+_MEND = "delete the damaged files and run the same harvest again, which rewrites those missing"
 _SHORT = 1.0  # seconds of work that need no bar
 
 
@@ -160,15 +168,15 @@ def _check_folder(found: Found, folder: Path, listed: frozenset[Path] = frozense
 
 def _check_json(found: Found, path: Path) -> frozenset[Path]:
     """Check a JSON file, and the files that it lists if it is the record of a folder."""
-    if not has_digest(path):
-        found.without_digest.append(path)
-        return frozenset()
     if path.name == INFO:
         what = "dictionary's information"
         found.check(lambda: read_own_json(path, what, WAY_OUT, key=OWN_DIGEST))
         return frozenset()
     if path.name not in _ARTIFACTS:
-        found.check(lambda: read_own_json(path, "record"))
+        if has_digest(path):
+            found.check(lambda: read_own_json(path, "record"))
+        elif found.check(lambda: read_json(path, "record")) is not None:
+            found.without_digest.append(path)
         return frozenset()
     record = found.check(_ARTIFACTS[path.name](path.parent).read)
     if record is None:
@@ -204,8 +212,7 @@ def _check_store(found: Found, folder: Path) -> frozenset[Path]:
     files = dict(manifest.statistics)
     for shard in shards.values():
         files |= shard.files
-    way_out = "delete the damaged files and run the same harvest again, which rewrites the missing"
-    return _check_listed(found, folder, files, way_out)
+    return _check_listed(found, folder, files, _MEND)
 
 
 def _check_tensors(found: Found, path: Path) -> dict[str, Any] | None:

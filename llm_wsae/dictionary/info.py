@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.outside import typed
+from llm_wsae.outside import reason, typed
 
 CENTRED = "center_writing_weights"
 """Key of ``model``, in TransformerLens' words: the rows of the stream had mean 0 over dimensions.
@@ -71,7 +71,7 @@ class DictionaryInfo:
         try:
             info = typed(cls(**found))
         except TypeError as error:
-            raise LlmWsaeError(str(error)) from None
+            raise LlmWsaeError(reason(error)) from None
         threshold = info.massive_threshold
         if threshold is not None and not threshold > 0:
             raise LlmWsaeError(f"massive_threshold cannot be {threshold}: no row would count")

@@ -301,8 +301,9 @@ def test_verify_finds_what_random_damage_does(fuzz, made_world, tmp_path):
             path.write_bytes(data)
 
             def sees(place=place) -> None:
-                if problems := verify(place).problems:
-                    raise LlmWsaeError("; ".join(problems))
+                found = verify(place)
+                if named := [*found.problems, *map(str, found.without_digest)]:
+                    raise LlmWsaeError("; ".join(named))
 
             outcome = fuzz.reads("verify", f"{path.name} {number} ({done})", sees, None)
             assert outcome == "refused" or data == good, f"{path.name} {number} ({done})"

@@ -254,7 +254,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(world, store,
     (mine / "notes.txt").write_text("mine")
     for words, said in (
         ((*ask, "--out", mine), "holds other files (notes.txt)"),
-        ((*ask, "--out", mine / "notes.txt"), "is a file; choose a folder"),
+        ((*ask, "--out", mine / "notes.txt"), "is the name of a folder"),
         ((*ask, "--out", tmp_path / "new", "--top", 0), "must be at least 1"),
         ((*ask, "--out", tmp_path / "new", "--contexts", 0), "must be at least 1"),
         ((*ask, "--out", tmp_path / "new", "--sae-set", "a/b"), "part of an address"),

@@ -516,7 +516,7 @@ def test_a_study_resumes_where_another_processor_rounds_differently(
     path = out / "results/variance-a-0.25-k4.json"
     record = read_own_json(path, "result")
     record["identity"]["gamma_sum"] *= 1.0001
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     study(out)
     assert trained == []
 
@@ -527,7 +527,7 @@ def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
     path = out / "results/variance-a-0.25-k4.json"
     record = read_own_json(path, "result")
     record["identity"]["gamma_sum"] += 1
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     with pytest.raises(LlmWsaeError, match="is the result of other weights with the same name"):
         study(out)
     path.unlink()
