@@ -27,6 +27,7 @@ def bench_train(device: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", CARD])
 def test_the_table_of_the_training_step(device):
     """Ours, rows of length 1, four arms and the floor: each row has a time above 0, and the floor's
@@ -41,6 +42,7 @@ def test_the_table_of_the_training_step(device):
     assert abs(floor - matmul - adam) < 0.02 * floor  # printed with three digits
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_benchmark_says_so():
     done = bench_train("cuda")

@@ -91,6 +91,7 @@ def test_every_script_on_the_pages_is_there():
     assert scripts and all((ROOT / script).is_file() for script in scripts)
 
 
+@pytest.mark.slow
 def test_the_pages_of_the_commands_run(world, hub):
     """In the order in which one command needs another's output."""
     small = {
@@ -284,11 +285,13 @@ def site():
     return {path: Page(path) for path in sorted(SITE.rglob("*.html"))}
 
 
+@pytest.mark.slow
 def test_every_page_is_built(site):
     built = {path.relative_to(SITE).with_suffix(".md").as_posix() for path in site}
     assert {path.relative_to(DOCS).as_posix() for path in PAGES} <= built
 
 
+@pytest.mark.slow
 def test_no_link_is_dead(site):
     dead = []
     for path, page in site.items():
@@ -311,6 +314,7 @@ def test_no_link_is_dead(site):
     assert dead == []
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_another_host(site):
     for path, page in site.items():
         assert not [load for load in page.loads if urlsplit(load).netloc], path

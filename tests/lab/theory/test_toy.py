@@ -18,9 +18,8 @@ NAMES = ["uniform", "variance-a0.5", "whitening-a0.5", "random directions", "clo
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(toy, "_TRAIN_ROWS", 4000)
-    monkeypatch.setattr(toy, "_TEST_ROWS", 2000)
-    monkeypatch.setattr(toy, "_MODEL_STEPS", 100)
+    for name, size in {"_TRAIN_ROWS": 4000, "_TEST_ROWS": 2000, "_MODEL_STEPS": 100}.items():
+        monkeypatch.setattr(toy, name, size)
 
 
 def test_rows_in_memory_are_a_source():
@@ -39,6 +38,7 @@ def test_rows_in_memory_are_a_source():
     assert source.identity() != MemorySource(rows + 1, SITE).identity()
 
 
+@pytest.mark.slow
 def test_every_dictionary_is_compared_with_the_truth_and_a_finished_one_is_only_read(
     small, tmp_path
 ):
@@ -63,16 +63,13 @@ def test_every_dictionary_is_compared_with_the_truth_and_a_finished_one_is_only_
     assert other.code == 1 and "num_steps" in other.err.replace(" ", "_")
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
+def test_what_cannot_be_run_is_refused(tmp_path):
+    for words, said in (
         (("--sparsity", 1), "there is no feature to find"),
         (("--sparsity", 1.5), "sparsity"),
         (("--rule", "sensitivity"), "cannot measure what the rule sensitivity reads"),
         (("--rule", "varance"), "varance"),
         (("--steps", 0), "steps"),
-    ],
-)
-def test_what_cannot_be_run_is_refused(tmp_path, words, said):
-    result = call("theory", *words, "--out", tmp_path / "out")
-    assert result.code == 2 and said in result.err and not (tmp_path / "out").exists()
+    ):
+        result = call("theory", *words, "--out", tmp_path / "out")
+        assert result.code == 2 and said in result.err and not (tmp_path / "out").exists()

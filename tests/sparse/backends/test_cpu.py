@@ -172,6 +172,7 @@ def outcome(process):
     return available == "True", complaint
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_library_is_built_once_and_kept(tmp_path):
     """Also by two processes at once; only whole libraries are ever in the cache."""
@@ -183,6 +184,7 @@ def test_the_library_is_built_once_and_kept(tmp_path):
     assert library.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_without_kernels_the_plain_operations_take_over(tmp_path):
     """One sentence says why, unless one asked for it."""
     compiler, blocked, asked = tmp_path / "g++", tmp_path / "blocked", tmp_path / "asked"

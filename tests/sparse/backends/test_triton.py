@@ -247,6 +247,7 @@ def test_a_step_that_lacked_room_is_made_again(triton, l1):
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_all_of_this_in_the_interpreter():
         operations_too = Path(__file__).parents[1] / "test_operations.py"
         run = subprocess.run(
@@ -260,7 +261,8 @@ if not INTERPRETED:
         outcome = run.stdout.splitlines()[-1]
         assert int(re.match(r"(\d+) passed", outcome)[1]) > 40 and "skipped" not in outcome
 
-    @pytest.mark.parametrize(("d_in", "dtype"), [(D_IN, torch.float32), (768, torch.bfloat16)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("d_in", "dtype"), [(200, torch.float32), (768, torch.bfloat16)])
     def test_the_kernels_compile_for_a_card_without_one(monkeypatch, tmp_path, dtype, d_in):
         """To machine code for an H100, specialised as each launch would be."""
         from triton import runtime
