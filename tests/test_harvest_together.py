@@ -74,19 +74,16 @@ def whole(out):
     return sorted(complete_shards(out, Manifest.load(out)))
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path, size):
+def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path):
     out = tmp_path / "s"
-    assert run(size, make, corpus, out) == [unbroken.num_rows] * size
+    assert run(3, make, corpus, out) == [unbroken.num_rows] * 3
     assert files(out) == files(unbroken.folder)
     when = (out / "manifest.json").stat().st_mtime_ns
-    assert run(size, make, corpus, out) == [unbroken.num_rows] * size  # nothing is left to do
+    assert run(3, make, corpus, out) == [unbroken.num_rows] * 3  # nothing is left to do
     assert when == (out / "manifest.json").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize(
-    "unlucky, forwards, other, then", [(0, 9, 5, 2), (1, 2, 4, 1), (1, 2, 4, 3)]
-)
+@pytest.mark.parametrize("unlucky, forwards, other, then", [(0, 9, 5, 2), (1, 2, 4, 1)])
 def test_a_killed_process_loses_no_whole_shard(
     corpus, unbroken, tmp_path, unlucky, forwards, other, then
 ):
@@ -161,41 +158,20 @@ def test_an_error_of_one_process_ends_all_with_its_sentence(corpus, tmp_path, wh
     assert second is None if what is crash else second == first
 
 
-def test_a_request_that_cannot_be_ends_all(corpus, tmp_path):
-    config = replace(CONFIG, context_size=65)
-    for outcome in run(2, make, corpus, tmp_path / "s", config):
-        assert outcome.startswith("UsageError: contexts of 65 tokens are too long")
+DIFFERENT = [
+    ("tokens", (1000, 2000), "than process 0 (contexts: "),
+    ("dtype", ("float32", "bfloat16"), "than process 0 (dtype:"),
+]
 
 
-def test_different_requests_are_not_one_harvest(corpus, tmp_path):
-    outcomes = run(2, of_own_dtype, corpus, tmp_path / "s")
-    assert len(set(outcomes)) == 1
-    assert "process 1 has other settings of the harvest than process 0 (dtype:" in outcomes[0]
+def of_own(corpus, out, name, values):
+    return make(corpus, out, replace(CONFIG, **{name: values[int(os.environ["RANK"])]}))
 
 
-def test_different_numbers_of_tokens_are_not_one_harvest(corpus, tmp_path):
-    outcomes = run(2, of_own_tokens, corpus, tmp_path / "s")
-    assert len(set(outcomes)) == 1 and "than process 0 (contexts: " in outcomes[0]
-
-
-def of_own_tokens(corpus, out):
-    return make(corpus, out, replace(CONFIG, tokens=[1000, 2000][int(os.environ["RANK"])]))
-
-
-def of_own_dtype(corpus, out):
-    return make(
-        corpus, out, replace(CONFIG, dtype=["float32", "bfloat16"][int(os.environ["RANK"])])
-    )
-
-
-def test_a_corpus_that_ends_early_can_still_be_completed(corpus, tmp_path):
-    outcomes = run(2, make, corpus, tmp_path / "s", replace(CONFIG, tokens=100_000))
-    assert len(set(outcomes)) == 1 and "or request" in outcomes[0]
-    tokens = int(outcomes[0].split("or request ")[1].split()[0])
-    run(2, make, corpus, tmp_path / "s", replace(CONFIG, tokens=tokens))
-    config = replace(CONFIG, tokens=tokens)
-    alone(corpus, tmp_path / "t", config=config)
-    assert files(tmp_path / "s") == files(tmp_path / "t")
+@pytest.mark.parametrize("name, values, sentence", DIFFERENT)
+def test_different_requests_are_not_one_harvest(corpus, tmp_path, name, values, sentence):
+    outcomes = run(2, of_own, corpus, tmp_path / "s", name, values)
+    assert len(set(outcomes)) == 1 and sentence in outcomes[0]
 
 
 @pytest.mark.parametrize("killed", [[], [0]])

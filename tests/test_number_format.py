@@ -39,14 +39,6 @@ def test_the_faster_one_is_chosen_and_a_tie_takes_less_memory(
     assert reason.startswith(f"{name_of(faster)}: measured to be")
 
 
-def test_kinds_are_judged_by_their_own_products(monkeypatch):
-    measured(monkeypatch, 2)
-    slow = {torch.float32: 1e-3, torch.bfloat16: 2e-3}
-    found = number_format.product_seconds() | {"encoder": slow}
-    monkeypatch.setattr(number_format, "product_seconds", lambda: found)
-    assert fast_dtype(CPU) == torch.bfloat16 and fast_dtype(CPU, "encoder") == torch.float32
-
-
 def test_the_measurement_takes_little_and_leaves_the_threads():
     number_format.product_seconds.cache_clear()
     threads = torch.get_num_threads()

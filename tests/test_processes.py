@@ -20,46 +20,31 @@ def work():
     rank = all_of_us.rank
     with all_of_us.together():
         led = [all_of_us.lead(lambda: {"rank": rank, "text": "ü"}), all_of_us.lead(lambda: None)]
-        all_of_us.meet()
-        all_of_us.count("steps", 10 + rank)
-        all_of_us.meet()
-        total = all_of_us.count("steps", 0)
-    return [all_of_us.size, all_of_us.leads, processes.leads(), led, total]
+        ranks = all_of_us.gather(rank)
+    return [all_of_us.leads, processes.leads(), led, ranks]
 
 
 def test_who_does_what():
     led = [{"rank": 0, "text": "ü"}, None]
-    assert run(3, work) == [[3, rank == 0, rank == 0, led, 33] for rank in range(3)]
+    assert run(3, work) == [[rank == 0, rank == 0, led, [0, 1, 2]] for rank in range(3)]
 
 
-def fails_then_works():
+def fails(kind):
     all_of_us = join()
-    caught = []
-    for kind in (UsageError, LlmWsaeError):
-        try:
-            with all_of_us.together():
-                if all_of_us.rank == 1:
-                    raise kind(f"no {kind.__name__}")
-                all_of_us.meet()
-        except LlmWsaeError as error:
-            caught.append([type(error).__name__, str(error)])
-    with all_of_us.together():
-        caught.append(all_of_us.count("steps", 0))  # nothing is left of the pieces before
-    return [caught, may_speak()]
+    try:
+        with all_of_us.together():
+            if all_of_us.rank == 1:
+                raise kind(f"no {kind.__name__}")
+            all_of_us.meet()
+    except LlmWsaeError as error:
+        return [f"{type(error).__name__}: {error}", may_speak()]
 
 
-def test_an_error_reaches_all_with_its_exit_code_and_is_said_once():
-    outcomes = run(2, fails_then_works)
-    expected = [["UsageError", "no UsageError"], ["LlmWsaeError", "no LlmWsaeError"], 0]
-    assert [caught for caught, _ in outcomes] == [expected, expected]
+@pytest.mark.parametrize("kind", [UsageError, LlmWsaeError])
+def test_an_error_reaches_all_with_its_exit_code_and_is_said_once(kind):
+    outcomes = run(2, fails, kind)
+    assert [said for said, _ in outcomes] == 2 * [f"{kind.__name__}: no {kind.__name__}"]
     assert sorted(speaks for _, speaks in outcomes) == [False, True]
-
-
-def test_processes_that_share_gpus_need_their_numbers():
-    """As of ``srun`` alone, which sets no LOCAL_RANK; refused before any other is waited for."""
-    connected = collectives(object.__new__(Several), torch.device("cuda"))
-    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
-        connected.__enter__()
 
 
 def dies_while_the_other_waits():
@@ -76,16 +61,22 @@ def test_who_waits_for_a_killed_process_is_told():
     assert killed is None
 
 
+def test_processes_that_share_gpus_need_their_numbers():
+    """As of ``srun`` alone, which sets no LOCAL_RANK; refused before any other is waited for."""
+    connected = collectives(object.__new__(Several), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
+        connected.__enter__()
+
+
 def test_one_process_needs_nothing(tmp_path, monkeypatch):
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     alone = join.__wrapped__()
     assert (alone.rank, alone.size, alone.leads, may_speak()) == (0, 1, True, True)
     with alone.together(), alone.folder_lock(tmp_path, "store"):
-        assert alone.lead(lambda: 3) == 3 and alone.count("n", 2) + alone.count("n", 2) == 6
-    with alone.together():
-        assert alone.count("n", 1) == 1
-    monkeypatch.setattr(os, "environ", {**os.environ, **dict.fromkeys(ENVIRONMENT, "1")})
+        assert alone.lead(lambda: 3) == 3 and alone.gather(3) == [3]
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "1")
     assert type(join.__wrapped__()) is Processes  # a launcher that starts one
 
 

@@ -25,7 +25,6 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import shrunk
-from llm_wsae.weights import weighing
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
 from llm_wsae.weights.weighing import (
@@ -80,7 +79,7 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
 
 
 def test_fewer_contexts_than_shards_are_measured_without_empty_passes(model, store):
-    pieces = list(weighing._pieces(store, 1, 8))
+    pieces = list(store.some_text(1))
     assert [len(ids) for ids, _ in pieces] == [1] and len(store.manifest.shards) > 1
     assert fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=1)).isfinite().all()
 

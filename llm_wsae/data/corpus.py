@@ -1,14 +1,9 @@
-"""Text from wherever it is: one numbered sequence of documents, part of which is held out.
+"""Text from anywhere: one numbered sequence of documents, part of which is held out.
 
-A corpus is named by one string: a local file or folder, an installed text package, a Hub dataset,
-or several of these joined by ``+``. Whatever it is, every reading gives the same sequence of
-documents, so that a number identifies a document and a stopped run can resume.
-
-Held-out text is split off by document: a hash of the document's *name* decides. The name does not
-depend on the document's place in the sequence. So a document that is held out of ``a+b`` is held
-out of ``a`` as well, and a corpus that grows moves no document from one side to the other.
-
-What is trained or measured on is drawn over the documents of a part (``sections``).
+Every reading gives the same sequence, so that a number identifies a document and a stopped run can
+resume. A hash of a document's *name* decides whether it is held out. So a document that is held out
+of ``a+b`` is held out of ``a`` as well, and a corpus that grows moves no document from one side to
+the other.
 """
 
 import hashlib
@@ -20,7 +15,7 @@ from typing import Any
 
 from llm_wsae.data.config import HELDOUT
 from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
-from llm_wsae.data.sections import Section, SectionSize, in_rounds
+from llm_wsae.data.sections import Section, SectionSize, in_rounds, in_turn
 from llm_wsae.data.text_sources import (
     SUFFIXES,
     TEXT_PACKAGES,
@@ -201,19 +196,9 @@ class _Mixture:
 
     def documents(self, start: int) -> Iterator[RawDocument]:
         # Whose turn it is depends on all documents before, so skipped ones are read as well.
-        return islice(self._in_turn(), start, None)
-
-    def _in_turn(self) -> Iterator[RawDocument]:
         readers = [source.documents(0) for source in self.sources]
-        given = {number: 0 for number in range(len(readers))}
-        while given:
-            number = min(given, key=given.__getitem__)
-            document = next(readers[number], None)
-            if document is None:
-                del given[number]
-            else:
-                given[number] += max(1, len(document.text))
-                yield document
+        turns = in_turn(readers, lambda document: len(document.text))
+        return (document for _, document in islice(turns, start, None))
 
 
 def is_heldout(name: str, fraction: float) -> bool:

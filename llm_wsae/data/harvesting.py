@@ -83,8 +83,7 @@ def harvest(
                 if processes.leads:
                     tqdm.write(f"{out} is already complete", file=sys.stderr)
             else:
-                whole = {int(index): Cursor(*cursor) for index, cursor in following.items()}
-                _write_shards(model, packer, corpus, out, manifest, whole, processes)
+                _write_shards(model, packer, corpus, out, manifest, following, processes)
                 processes.lead(lambda: finish_store(out, Manifest.load(out)))
         store = ActivationStore.open(out)
         for site in store.sites:
@@ -111,11 +110,11 @@ def _check_size(
     check_size(packer, corpus, config)
 
 
-def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
+def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
     """Where the text continues after each complete shard; None if the store is complete."""
     manifest, shards = begin_or_resume(out, wanted)  # refuses a foreign folder
     remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *wanted.sites)
-    return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
+    return None if manifest.complete else {i: Cursor(*shard.next) for i, shard in shards.items()}
 
 
 def _write_shards(
@@ -130,14 +129,14 @@ def _write_shards(
     """Write this process's share of the shards that are missing."""
     sites = [Site.parse(name) for name in manifest.sites]
     missing = [i for i in range(manifest.num_shards) if i not in whole]
-    lacking = sum(map(manifest.shard_contexts, missing)) * manifest.context_size
-    total = manifest.num_contexts * manifest.context_size
-    batches = shard_batches(
-        packer, corpus, manifest, whole, missing[processes.rank :: processes.size]
-    )
+    own = missing[processes.rank :: processes.size]
+    batches = shard_batches(packer, corpus, manifest, whole, own)
+    lacking = sum(map(manifest.shard_contexts, own)) * manifest.context_size
+    there = sum(map(manifest.shard_contexts, whole)) * manifest.context_size
+    # of several processes, the one that leads shows its own part
     bar = tqdm(
-        total=total,
-        initial=total - lacking,
+        total=there + lacking,
+        initial=there,
         desc="harvest",
         unit="tok",
         unit_scale=True,
@@ -148,11 +147,9 @@ def _write_shards(
         for shard, contexts in prefetch(batches, _PACKED_AHEAD):
             rows = kept_rows(model, contexts, sites)
             writer.add(shard, contexts, {str(site): rows[site] for site in sites})
-            done = processes.count("tokens", contexts.ids.size)
-            bar.update(total - lacking + done - bar.n)
+            bar.update(contexts.ids.size)
         writer.wait()
         processes.meet()
-        bar.update(total - bar.n)
 
 
 def kept_rows(

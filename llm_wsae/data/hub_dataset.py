@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llm_wsae.data.text_sources import RawDocument, text_column_of
+from llm_wsae.data.text_sources import RawDocument, document_of, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import check_revision, check_token
 
@@ -37,12 +37,7 @@ class HubDataset:
 
     def _find_revision(self) -> str | None:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            OfflineModeIsEnabled,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import errors as hub
         from huggingface_hub.utils import httpx
 
         check_token()
@@ -53,22 +48,22 @@ class HubDataset:
                 f"there is no file or text package {self._id!r}, and the Hub cannot be reached to "
                 "look for a dataset of that name; check the name and the network"
             ) from error
-        except HFValidationError as error:
+        except hub.HFValidationError as error:
             raise UsageError(
                 f"there is no file or text package {self._id!r}, and the Hub has no such names"
             ) from error
-        except RevisionNotFoundError as error:
+        except hub.RevisionNotFoundError as error:
             raise UsageError(
                 f"the Hub dataset {self._id} has no revision {self._asked!r}"
             ) from error
-        except HfHubHTTPError as error:
+        except hub.HfHubHTTPError as error:
             status = error.response.status_code
             if status == 429 or status >= 500:  # without a revision no later run could resume
                 raise LlmWsaeError(
                     f"the Hub failed with status {status} when it was asked for the dataset "
                     f"{self._id}; run the same command again later"
                 ) from error
-        except (OfflineModeIsEnabled, OSError):
+        except (hub.OfflineModeIsEnabled, OSError):
             pass
         # Loading says what is wrong, or finds the dataset in the cache.
         return self._asked
@@ -80,24 +75,17 @@ class HubDataset:
             splits = datasets.load_dataset(
                 self._id, self._config, revision=self._revision, streaming=True
             )
-        except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, OSError) as error:
+        except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
             raise UsageError(
                 f"there is no file, text package or reachable Hub dataset {self._id!r} "
                 f"({_first_line(error)})"
             ) from error
-        except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # e.g. a script
-            raise UsageError(
-                f"the Hub dataset {self._id} cannot be read ({_first_line(error)}); choose one "
-                "that is stored as parquet or JSON lines"
-            ) from error
-        except ValueError as error:  # a missing or unknown configuration; datasets lists them
-            if "zstd" in str(error):
-                raise UsageError(
-                    f"the Hub dataset {self._id} is compressed with zstd; pip install zstandard"
-                ) from error
+        except (RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+            # a script, or a missing or unknown configuration, of which datasets lists those known
+            missing = "; pip install zstandard" if "zstd" in str(error) else ""
             raise UsageError(
                 f"the Hub dataset {self._id} cannot be opened as {self.name!r} (a configuration "
-                f"goes after a colon): {_first_line(error, 300)}"
+                f"goes after a colon): {_first_line(error, 300)}{missing}"
             ) from error
         if "train" not in splits and len(splits) > 1:
             raise UsageError(
@@ -118,9 +106,10 @@ class HubDataset:
         column, index = None, start
         try:
             for index, row in enumerate(rows, start):
-                column = column or text_column_of(self._example(row), self._text_column, self.name)
-                labels = {key: value for key, value in row.items() if key != column}
-                yield RawDocument(str(index), row[column] or "", labels)
+                column = column or text_column_of(
+                    [self._example(row)], self._text_column, self.name
+                )
+                yield document_of(str(index), row, column, f"{self.name}, document {index}")
         except (httpx.TransportError, OSError) as error:
             raise LlmWsaeError(
                 f"the Hub dataset {self.name} broke off near document {index} "

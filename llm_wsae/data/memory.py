@@ -25,10 +25,10 @@ class MemorySource:
         self._rows = rows.float().cpu().contiguous()
 
     def batches(
-        self, batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """Endless shuffled batches from number ``start`` on."""
-        return shuffled_batches(_Reader(self._rows), batch_size, seed, start)
+        return shuffled_batches(_Reader(self._rows), batch_size, seed, start, part=part)
 
     def statistics(self) -> Statistics:
         """The statistics of all rows."""

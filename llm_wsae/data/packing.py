@@ -1,12 +1,10 @@
 """From documents to contexts: packed token ids, every position of which leads back to its text.
 
-Documents give their text in sections of about two contexts, taking turns (``data.sections``), so
-that few contexts are already of many documents. The tokens of all sections, each followed by the
-tokenizer's end-of-sequence token, form one long stream, which is cut into pieces of equal length.
-Each piece, after a beginning-of-sequence token, is a context. A place in the stream is a cursor
-(section, offset in it). Packing from a cursor gives exactly the contexts that packing from the
-beginning gives there, so that a stopped run can resume where it was. All work on tokens is
-vectorised.
+Documents give their text in sections of about two contexts, taking turns (``data.sections``). The
+tokens of all sections, each followed by the tokenizer's end-of-sequence token, form one stream,
+which is cut into pieces of equal length. Each piece, after a beginning-of-sequence token, is a
+context. A place in the stream is a cursor (section, offset in it). Packing from a cursor gives
+exactly the contexts that packing from the beginning gives there, so that a stopped run can resume.
 """
 
 import json
@@ -120,6 +118,7 @@ class Packer:
                     f"has {vocab_size} embeddings; give its own tokenizer"
                 )
         self._config = config
+        self._one_each = config.one_document_per_context
         self.content_size = config.context_size - (self._bos is not None)
         """Positions of a context that text can fill."""
 
@@ -157,10 +156,7 @@ class Packer:
         has its own context). Raises LlmWsaeError if the tokenizer returns an id that the model does
         not have, or the corpus cannot be read.
         """
-        pack = self._one_each if self._config.one_document_per_context else self._packed
-        return pack(corpus, _sizes(block_size, limit), start)
-
-    def _packed(self, corpus: Corpus, sizes: Iterator[int], start: Cursor) -> Iterator[Contexts]:
+        sizes = _sizes(block_size, limit)
         wanted = next(sizes, None)
         if wanted is None:
             return
@@ -169,9 +165,10 @@ class Packer:
         headers: dict[int, dict[str, Any]] = {}
         for sections, tokens in self._tokenised(corpus, start):
             for section, ids in zip(sections, tokens, strict=True):
-                parts.append(self._stream(section, ids, start))
-                pending += len(parts[-1].ids)
-                headers[section.document] = section.header()
+                if len(ids) or not self._one_each:
+                    parts.append(self._stream(section, ids, start))
+                    pending += len(parts[-1].ids)
+                    headers[section.document] = section.header()
             if pending < wanted * self.content_size:
                 continue
             stream = _joined(parts)
@@ -184,32 +181,10 @@ class Packer:
                 if wanted is None:
                     return
             parts = [stream]
-            headers = {i: headers[i] for i in np.unique(stream.document).tolist()}
+            headers = {i: headers[i] for i in np.unique(stream.document).tolist() if i in headers}
         rest = pending // self.content_size * self.content_size
         if rest:
             yield self._cut(_joined(parts).cut(0, rest), start, headers)
-
-    def _one_each(self, corpus: Corpus, sizes: Iterator[int], start: Cursor) -> Iterator[Contexts]:
-        wanted = next(sizes, None)
-        if wanted is None:
-            return
-        rows: list[_Stream] = []
-        headers: dict[int, dict[str, Any]] = {}
-        for sections, tokens in self._tokenised(corpus, start):
-            for section, ids in zip(sections, tokens, strict=True):
-                if len(ids) == 0:
-                    continue
-                headers[section.document] = section.header()
-                rows.append(self._padded(self._stream(section, ids, BEGINNING)))
-                if len(rows) == wanted:
-                    block = self._cut(_joined(rows), start, headers)
-                    yield block
-                    rows, headers, start = [], {}, block.next
-                    wanted = next(sizes, None)
-                    if wanted is None:
-                        return
-        if rows:
-            yield self._cut(_joined(rows), start, headers)
 
     def _padded(self, row: _Stream) -> _Stream:
         """The first tokens of a document without separator, padded to the size of a context.
@@ -228,8 +203,8 @@ class Packer:
     ) -> Iterator[tuple[list[Section], list[np.ndarray]]]:
         sections: list[Section] = []
         length, enough = 0, _CHARACTERS_AT_FIRST
-        whole = self._config.one_document_per_context
-        for section in corpus.sections(None if whole else self._two_contexts, start.section):
+        size = None if self._one_each else self._two_contexts
+        for section in corpus.sections(size, start.section):
             sections.append(section)
             length += len(section.text)
             if len(sections) >= _SECTIONS_AT_ONCE or length >= enough:
@@ -267,17 +242,18 @@ class Packer:
     def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> _Stream:
         """A section's part of the stream, from the cursor on if that is within the section."""
         length = len(ids)
-        packed = not self._config.one_document_per_context
-        if packed and self._separator is not None:
+        if self._separator is not None and not self._one_each:
             ids = np.append(ids, np.int32(self._separator))
         offset = np.arange(len(ids), dtype=np.int32)
         index, document = (np.full_like(offset, n) for n in (section.index, section.document))
         stream = _Stream(ids, index, document, offset, offset >= length)
+        if self._one_each:
+            return self._padded(stream)
         return stream.cut(start.offset if section.index == start.section else 0, None)
 
     def _cut(self, stream: _Stream, first: Cursor, headers: dict[int, dict[str, Any]]) -> Contexts:
         """Whole contexts of a stream whose length is a multiple of ``content_size``."""
-        if self._config.one_document_per_context:
+        if self._one_each:
             following = Cursor(int(stream.section.max()) + 1, 0)
         else:
             following = Cursor(int(stream.section[-1]), int(stream.offset[-1]) + 1)
@@ -299,7 +275,7 @@ class Packer:
             )
         keep = np.ones(ids.shape, dtype=bool)
         keep[:, : self._config.drop_positions] = False
-        if self._config.one_document_per_context:
+        if self._one_each:
             keep &= ~separator  # the only separators are padding
         if self._config.drop_special:
             keep &= ~(separator | np.isin(ids, self._special))

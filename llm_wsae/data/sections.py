@@ -8,7 +8,7 @@ their text in rounds: each document of a window gives a section before any gives
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ WINDOW_DOCUMENTS = 512
 _WINDOW_CHARACTERS = 1 << 26
 _BREAKS = ("\n\n", "\n", ". ")  # where a section may end, the best first
 
+T = TypeVar("T")
 SectionSize = Callable[[Sequence[str]], int]
 """How many characters a section of some documents should have, from their texts."""
 
@@ -49,20 +50,25 @@ def in_rounds(
     Sources take turns so that, until one ends, each gives about as much text as the others.
     """
     readers = [_rounds(source, size) for source in sources]
-    given = dict.fromkeys(range(len(readers)), 0)
     documents: dict[tuple[int, int], int] = {}
-    index = 0
+    for index, (number, found) in enumerate(in_turn(readers, lambda one: len(one[2]))):
+        place, document, text = found
+        own = documents.setdefault((number, place), len(documents))
+        yield Section(index, own, document.name, text, document.labels)
+
+
+def in_turn(readers: Sequence[Iterator[T]], length: Callable[[T], int]) -> Iterator[tuple[int, T]]:
+    """What the readers give, with the number of the reader: the next one comes from the reader that
+    has given the least so far."""
+    given = dict.fromkeys(range(len(readers)), 0)
     while given:
         number = min(given, key=given.__getitem__)
         found = next(readers[number], None)
         if found is None:
             del given[number]
-            continue
-        place, document, text = found
-        given[number] += len(text)
-        own = documents.setdefault((number, place), len(documents))
-        yield Section(index, own, document.name, text, document.labels)
-        index += 1
+        else:
+            given[number] += max(1, length(found))
+            yield number, found
 
 
 def _rounds(

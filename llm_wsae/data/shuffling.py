@@ -1,21 +1,18 @@
 """Shuffled batches from a sequence of rows that is far larger than memory.
 
-Training needs rows in random order; a disk is fast in long runs. So the store is divided into
-chunks of 1024 consecutive rows. In each epoch the chunks are put in a random order, as many as fit
-into ``window_bytes`` are read together, and the rows of such a window are shuffled. The windows of
-all epochs form one endless sequence of rows, and batch number b is rows b·B to (b+1)·B − 1 of it.
-All randomness is drawn from (seed, epoch, window), so resuming at a batch means computing which
-window it begins in and reading that one.
-
-At most three windows are in memory: one is cut into batches while the next is read and shuffled.
+The store is divided into chunks of 1024 consecutive rows. In each epoch the chunks are put in a
+random order, as many as fit into ``window_bytes`` are read together, and the rows of such a window
+are shuffled. The windows of all epochs form one sequence of rows, and batch number b is rows b·B
+to (b+1)·B − 1 of it. All randomness is drawn from (seed, epoch, window), so resuming at a batch
+means reading the window that it begins in. At most three windows are in memory.
 
 Processes that share the rows of each batch each read a run of every chunk. Together they have the
-batch of a single process, and each has about as many of its rows as the others: a window's rows
-fall into batches by chance.
+batch of a single process.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,8 +22,10 @@ from torch import Tensor
 
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.threads import prefetch
+from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 
 CHUNK_ROWS = 1024
 WINDOW_BYTES = 256 << 20
@@ -56,8 +55,11 @@ class ActivationSource(Protocol):
     num_rows: int | None
     """Rows in one epoch, None if unknown."""
 
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-        """Endless batches [batch_size, d_in] from number ``start`` on."""
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Tensor]:
+        """Endless batches [batch_size, d_in] from number ``start`` on; of each, only the rows of
+        ``part`` (its number, of how many)."""
 
     def statistics(self) -> Statistics:
         """Statistics of the rows."""
@@ -67,20 +69,18 @@ class ActivationSource(Protocol):
 
 
 @runtime_checkable
-class SharedSource(ActivationSource, Protocol):
-    """A source that can read a part of every batch without reading the rest."""
-
-    def batches_of_part(
-        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
-    ) -> Iterator[Tensor]:
-        """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
-
-
-@runtime_checkable
-class JointSource(Protocol):
-    """The rows of several sites, read together."""
+class SiteRows(Protocol):
+    """The rows of one or several sites: a store, or a stream."""
 
     sites: list[Site]
+    d_in: int
+    in_step: bool
+    """Whether the sites are to be trained together, since their rows come from the same forward
+    passes."""
+
+    @property
+    def model(self) -> LanguageModel | None:
+        """What makes the rows; None for those of a store."""
 
     def source(self, site: Site) -> ActivationSource:
         """One of the sites by itself."""
@@ -88,7 +88,46 @@ class JointSource(Protocol):
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Endless batches, as those of ``SharedSource``, one for each site."""
+        """Endless batches, as those of a source, one for each site."""
+
+    def statistics(self, site: Site) -> Statistics:
+        """Statistics of the rows."""
+
+    def second_moment(self, site: Site) -> SecondMoment:
+        """Covariance sums of the rows that are not massive."""
+
+    def check_model(self, identity: dict[str, Any]) -> None:
+        """Raises LlmWsaeError if a model of that ``identity()`` did not make the rows."""
+
+    def evidence(self, site: Site, need: str) -> tuple[Path | None, dict[str, Any]]:
+        """The file in which a measurement of these rows is kept, and what identifies them."""
+
+    def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """About so many tokens of the rows' text: ids and which of them give a row, each
+        [contexts, positions]."""
+
+
+@runtime_checkable
+class SharedSource(ActivationSource, Protocol):
+    """A source that can read a part of every batch without reading the rest."""
+
+    def batches_of_part(
+        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """As ``batches``."""
+
+
+JointSource = SiteRows
+
+
+class ReadInParts:
+    """What makes a source a ``SharedSource``."""
+
+    def batches_of_part(
+        self: Any, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """As ``batches``."""
+        return self.batches(batch_size, seed, start, part)
 
 
 class Share:

@@ -12,7 +12,7 @@ import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.finishing import read_statistics
 from llm_wsae.data.manifest import (
     REPAIR,
@@ -33,13 +34,16 @@ from llm_wsae.data.manifest import (
 )
 from llm_wsae.data.packing import Contexts, load_contexts
 from llm_wsae.data.shard_reader import RowReader, RowShard
-from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
+from llm_wsae.data.shuffling import WINDOW_BYTES, ReadInParts, shuffled_batches
+from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 
 _SHARDS_OF_TOKENS_KEPT = 8
+_CONTEXTS_AT_ONCE = 8  # of the text that is read for a measurement
 
 
 class Located(NamedTuple):
@@ -61,8 +65,12 @@ class Located(NamedTuple):
 class ActivationStore:
     """A complete activation store on disk; open one with ``open``."""
 
+    in_step = False
+    model = None
+
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
+        self.stores: Sequence[ActivationStore] = [self]
         self.manifest = manifest
         self.sites = [Site.parse(name) for name in manifest.sites]
         self.d_in = manifest.d_in
@@ -105,6 +113,39 @@ class ActivationStore:
         """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged."""
         name = f"{self._name(site)}/{STATISTICS}"
         return read_statistics(self.folder / name, self.manifest.statistics[name])
+
+    def second_moment(self, site: Site) -> SecondMoment:
+        """The covariance sums of the rows that are not massive: those kept in the store, or else
+        measured in one pass, by all processes of this run, and kept."""
+        return second_moment_of(self, site)
+
+    def evidence(self, site: Site, need: str) -> tuple[Path, dict[str, Any]]:
+        """The file in which a measurement of these rows is kept, and what identifies them."""
+        name = f"{site}.{need}.safetensors"
+        return self.folder / MEASUREMENTS / name, {"rows": self.identity(site)["sha256"]}
+
+    def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token ids, and which of them give a row, of about ``tokens`` rows in complete contexts
+        spread evenly over the store, a few contexts at a time."""
+        total = self.manifest.num_contexts
+        wanted = max(1, min(total, -(-min(tokens, self.num_rows) * total // self.num_rows)))
+        chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
+        for shard in range(len(self.manifest.shards)):
+            contexts = self.contexts(shard)
+            ids, keep = torch.from_numpy(contexts.ids), torch.from_numpy(contexts.keep)
+            first = self.first_context(shard)
+            here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
+            for batch in here.split(_CONTEXTS_AT_ONCE) if len(here) else ():
+                yield ids[batch].long(), keep[batch]
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
+        """The batches of all sites: the same rows of the text in each."""
+        sources = (self.source(site) for site in self.sites)
+        return zip(
+            *(source.batches(batch_size, seed, start, part) for source in sources), strict=True
+        )
 
     def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""
@@ -212,7 +253,7 @@ class ActivationStore:
         return load_contexts(path, record.first, record.next)
 
 
-class StoreSource:
+class StoreSource(ReadInParts):
     """The rows of one site of a store, as an ActivationSource."""
 
     def __init__(self, store: ActivationStore, site: Site, window_bytes: int = WINDOW_BYTES):
@@ -225,20 +266,13 @@ class StoreSource:
         self._identity = store.identity(site)
 
     def batches(
-        self, batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless shuffled batches of the rows from batch ``start`` on, read ahead.
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Endless shuffled batches of the rows from batch ``start`` on, read ahead; of each, only
+        the rows of ``part`` (its number, of how many) are read.
 
         Which rows are in a batch depends only on the seed, the batch size and ``window_bytes``.
         """
-        reader = self.store.reader(self.site)
-        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes)
-
-    def batches_of_part(
-        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The same batches; of each, only the rows of ``part`` (its number, of how many) are
-        read."""
         reader = self.store.reader(self.site)
         return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
 

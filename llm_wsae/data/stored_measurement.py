@@ -1,4 +1,5 @@
-"""What was measured of a store for weight rules, kept in its folder ``evidence``."""
+"""What was measured of rows for weight rules, kept in the folder ``evidence`` of a store, or in the
+folder of the training that a stream goes into."""
 
 import sys
 from collections.abc import Mapping
@@ -8,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
-from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stores import StoresInTurn
+from llm_wsae.artifact.provenance import plain
+from llm_wsae.data.shuffling import SiteRows
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads
 from llm_wsae.model.site import Site
@@ -18,21 +19,18 @@ MEASUREMENTS = "evidence"
 
 
 class StoredMeasurement:
-    """A measurement in the store's folder, valid only for the same rows and settings."""
+    """A measurement that is kept on disk, valid only for the same rows and settings."""
 
     def __init__(
         self,
-        store: ActivationStore,
+        rows: SiteRows,
         site: Site,
         need: str,
         settings: Mapping[str, Any] | None = None,
     ):
         self._need = need
-        rows = store.identity(site)["sha256"]
-        self._header = {"rows": rows, **(settings or {})}
-        # of several stores, beside what was measured of the first alone
-        several = f".{rows[:16]}" if isinstance(store, StoresInTurn) else ""
-        self._path = store.folder / MEASUREMENTS / f"{site}.{need}{several}.safetensors"
+        self._path, self._rows = rows.evidence(site, need)
+        self._header = plain({**self._rows, **(settings or {})})
 
     def read(self) -> Tensor | None:
         """What was measured; None if it was not, is damaged, or is of other rows or settings."""
@@ -41,14 +39,14 @@ class StoredMeasurement:
 
     def read_tensors(self) -> dict[str, Tensor] | None:
         """The same of a measurement that has several tensors, by name."""
-        if not self._path.exists():
+        if self._path is None or not self._path.exists():
             return None
         try:
             tensors, header = load_own_tensors(self._path, self._need)
         except LlmWsaeError:  # which would say to delete the file
             self._say_anew("it is damaged")
             return None
-        if header.get("rows") != self._header["rows"]:
+        if any(header.get(name) != value for name, value in plain(self._rows).items()):
             self._say_anew("it is of other rows")
             return None
         return tensors if header == self._header else None
@@ -64,7 +62,7 @@ class StoredMeasurement:
 
     def write_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The same of several tensors."""
-        if not leads():  # rank 0 could not keep them either
+        if self._path is None or not leads():
             return
         try:
             save_own_tensors(self._path, tensors, self._header)

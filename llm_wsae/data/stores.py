@@ -76,6 +76,11 @@ class StoresInTurn(ActivationStore):
             first.merge(other)
         return first
 
+    def evidence(self, site: Site, need: str) -> tuple[Path, dict[str, Any]]:
+        """Beside what was measured of the first store alone."""
+        path, rows = super().evidence(site, need)
+        return path.with_name(f"{site}.{need}.{rows['rows'][:16]}.safetensors"), rows
+
     def row_shards(self, site: Site) -> list[RowShard]:
         """The files of a site's rows, in their order. Raises UsageError if the stores lack it."""
         return [shard for store in self.stores for shard in store.row_shards(site)]

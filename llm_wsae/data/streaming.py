@@ -1,17 +1,14 @@
 """Rows of one or several sites directly from a model into training; no row goes to disk.
 
 A corpus is read from its beginning, again and again. ``buffer_tokens`` of it at a time go through
-the model once, whatever the number of sites, and the rows of such a buffer are shuffled: two rows
-whose tokens lie further apart than a buffer never change places. Which rows are in batch number b
-depends only on the text, the settings and a seed, so a training resumes by tokenising up to its
-batch, without forward passes.
-
-Processes that share the rows of each batch each run the model on every W-th forward pass of a
-buffer. Together they have the batch of a single process.
+the model once, and the rows of such a buffer are shuffled. Which rows are in batch number b depends
+only on the text, the settings and a seed, so a training resumes by tokenising up to its batch,
+without forward passes. Processes that share the rows of each batch each run the model on every W-th
+forward pass of a buffer.
 """
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
@@ -23,15 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
-from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.finishing import NO_ROWS
 from llm_wsae.data.harvesting import kept_rows
 from llm_wsae.data.packing import Contexts, Packer
 from llm_wsae.data.resume import too_small
-from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
+from llm_wsae.data.shuffling import ReadInParts, Share, cut, shuffle, shuffled_share
+from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads
 from llm_wsae.machine.threads import prefetch
@@ -45,6 +41,8 @@ _PACKED_AHEAD = 4
 
 class ActivationStreams:
     """The rows of several sites from the same forward passes, in the same order."""
+
+    in_step = True
 
     def __init__(
         self,
@@ -64,8 +62,7 @@ class ActivationStreams:
         self.model, self.corpus, self.config = model, corpus, config
         self._packer = Packer.for_model(model, config)
         self._folder = folder
-        self._statistics: dict[Site, Statistics] = {}
-        self._second_moments: dict[Site, SecondMoment] = {}
+        self._known: dict[str, dict[Site, Any]] = {}
 
     def source(self, site: Site) -> "StreamedSite":
         """One of the sites as an ActivationSource."""
@@ -89,64 +86,25 @@ class ActivationStreams:
 
         Raises LlmWsaeError, before they are kept, if the corpus fills no context.
         """
-        if not self._statistics and not self._read():
-            new = {one: Statistics(self.d_in, self.config.context_size) for one in self.sites}
-            seen = 0
-            for contexts, rows in self._first_rows("statistics"):
-                seen += len(contexts.keep)
-                positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
-                for one, own in rows.items():
-                    new[one].update(own, positions)
-            if not any(found.count for found in new.values()):
-                raise _without_rows(self.corpus, seen, self.config.context_size)
-            self._statistics = new
-            for one, found in new.items():
-                self.keep(one, "statistics", found.to_tensors())
-        return self._statistics[site]
+        return self._measured("statistics", Statistics, self._new_statistics)[site]
 
     def second_moment(self, site: Site) -> SecondMoment:
         """The covariance sums of the same rows without massive ones, from a second pass."""
-        threshold = {one: self.statistics(one).massive_threshold for one in self.sites}
-        if not self._second_moments:
-            new = {one: SecondMoment(self.d_in) for one in self.sites}
-            for _, rows in self._first_rows("covariance"):
-                for one, own in rows.items():
-                    new[one].update(own[own.float().norm(dim=1) <= threshold[one]])
-            self._second_moments = new
-            for one, found in new.items():
-                self.keep(one, "second_moment", found.to_tensors())
-        return self._second_moments[site]
+        return self._measured("second_moment", SecondMoment, self._new_second_moments)[site]
 
-    def first_contexts(self, tokens: int) -> Iterator[Contexts]:
-        """The contexts of about the first ``tokens`` tokens, a forward pass at a time."""
-        limit = max(1, tokens // self.config.context_size)
-        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
+    def check_model(self, identity: dict[str, Any]) -> None:
+        """They are always those of their own model."""
 
-    def kept(
-        self, site: Site, what: str, settings: dict[str, Any] | None = None
-    ) -> dict[str, Tensor] | None:
-        """What is kept of a measurement of a site, if it is of these rows, with these settings.
+    def evidence(self, site: Site, need: str) -> tuple[Path | None, dict[str, Any]]:
+        """The file in which a measurement of these rows is kept, and what identifies them."""
+        path = None if self._folder is None else self._folder / f"{site}.{need}.safetensors"
+        return path, self.identity(site)
 
-        Raises LlmWsaeError if it is damaged.
-        """
-        if self._folder is None or not (path := self._path(site, what)).exists():
-            return None
-        tensors, facts = load_own_tensors(path, f"{what} of {site}")
-        if facts != plain(self.identity(site) | (settings or {})):
-            return None
-        return tensors
-
-    def keep(
-        self,
-        site: Site,
-        what: str,
-        tensors: dict[str, Tensor],
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        """Keep a measurement of a site, if there is a folder for it."""
-        if self._folder is not None and leads():
-            facts = self.identity(site) | (settings or {})
-            save_own_tensors(self._path(site, what), tensors, facts)
+    def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids of about the first ``tokens`` tokens, and which of them give a row, a forward pass at
+        a time."""
+        for contexts in self._first_contexts(tokens):
+            yield torch.from_numpy(contexts.ids).long(), torch.from_numpy(contexts.keep)
 
     def identity(self, site: Site) -> dict[str, Any]:
         """JSON values that identify a site's rows in this order."""
@@ -231,7 +189,7 @@ class ActivationStreams:
             dynamic_ncols=True,
             disable=not leads(),
         ) as bar:
-            for contexts in self.first_contexts(self.config.statistics_tokens):
+            for contexts in self._first_contexts(self.config.statistics_tokens):
                 yield contexts, self._rows(contexts)
                 bar.update(contexts.ids.size)
 
@@ -247,27 +205,45 @@ class ActivationStreams:
                 )
         return rows
 
-    def _path(self, site: Site, what: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{site}.{what}.safetensors"
+    def _first_contexts(self, tokens: int) -> Iterator[Contexts]:
+        limit = max(1, tokens // self.config.context_size)
+        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
 
-    def _read(self) -> bool:
-        """Take the statistics that are kept, if they are of these rows at every site."""
-        statistics, moments = {}, {}
-        for site in self.sites:
-            if (tensors := self.kept(site, "statistics")) is not None:
-                statistics[site] = Statistics.from_tensors(tensors)
-            if (tensors := self.kept(site, "second_moment")) is not None:
-                moments[site] = SecondMoment.from_tensors(tensors)
-        if statistics.keys() != set(self.sites):
-            return False
-        self._statistics = statistics
-        if moments.keys() == set(self.sites):
-            self._second_moments = moments
-        return True
+    def _measured(self, need: str, kind: Any, measure: Callable[[], dict[Site, Any]]) -> Any:
+        """A measurement of every site, as it is kept or else from a pass over the first tokens."""
+        if need not in self._known:
+            files = {site: StoredMeasurement(self, site, need) for site in self.sites}
+            kept = {site: file.read_tensors() for site, file in files.items()}
+            if None in kept.values():
+                self._known[need] = measure()
+                for site, found in self._known[need].items():
+                    files[site].write_tensors(found.to_tensors())
+            else:
+                self._known[need] = {site: kind.from_tensors(own) for site, own in kept.items()}
+        return self._known[need]
+
+    def _new_statistics(self) -> dict[Site, Statistics]:
+        new = {site: Statistics(self.d_in, self.config.context_size) for site in self.sites}
+        seen = 0
+        for contexts, rows in self._first_rows("statistics"):
+            seen += len(contexts.keep)
+            positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
+            for site, own in rows.items():
+                new[site].update(own, positions)
+        if not any(found.count for found in new.values()):
+            raise _without_rows(self.corpus, seen, self.config.context_size)
+        return new
+
+    def _new_second_moments(self) -> dict[Site, SecondMoment]:
+        threshold = {site: self.statistics(site).massive_threshold for site in self.sites}
+        new = {site: SecondMoment(self.d_in) for site in self.sites}
+        for _, rows in self._first_rows("covariance"):
+            for site, own in rows.items():
+                new[site].update(own[own.float().norm(dim=1) <= threshold[site]])
+        return new
 
 
-class StreamedSite:
+class StreamedSite(ReadInParts):
     """One site of a stream, as an ActivationSource. Of several, its own batches leave the rows of
     the others unused."""
 
@@ -278,18 +254,12 @@ class StreamedSite:
         self.prepends_bos = streams.config.prepend_bos and has_bos
 
     def batches(
-        self, batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """Endless shuffled batches from number ``start`` on, in the model's dtype.
 
         Raises as ``ActivationStreams.batches``.
         """
-        return self.batches_of_part(batch_size, seed, start, (0, 1))
-
-    def batches_of_part(
-        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
         streams = self._streams
         if streams.sites != [self.site]:
             streams = ActivationStreams(streams.model, streams.corpus, [self.site], streams.config)
@@ -305,11 +275,8 @@ class StreamedSite:
 
 
 class ActivationStream(StreamedSite):
-    """A stream of one site.
-
-    While the rows of a buffer are trained on, a GPU computes the next one in the background: do not
-    use the model for anything else meanwhile.
-    """
+    """A stream of one site. While a buffer is trained on, a GPU computes the next one in the
+    background: do not use the model for anything else meanwhile."""
 
     def __init__(
         self,

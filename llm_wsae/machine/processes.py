@@ -1,18 +1,18 @@
 """One run in several processes, as ``torchrun`` starts them, on torch.distributed.
 
-The processes of a run have the ranks 0 to size − 1. Without a launcher there is one process, and
-nothing here costs anything; torch is needed only when there are several.
+Without a launcher there is one process, and nothing here costs anything; torch is needed only when
+there are several.
 
 When a process fails, its connections close, which ends the waiting of the others at once. They
-raise the sentence that it left in the launcher's key-value store, or one that says that it left
-none. Of processes that others do not wait for, the launcher takes care.
+raise the sentence that it left in the launcher's key-value store, or say that it left none.
+Processes that wait for no other are ended by the launcher.
 """
 
 import functools
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,9 +45,6 @@ class Processes:
     size = 1
     """Number of processes."""
 
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-
     @property
     def leads(self) -> bool:
         """Whether this is rank 0, which shows progress and writes files."""
@@ -58,25 +55,20 @@ class Processes:
         """A piece of work that all processes start and end together.
 
         An error in one process ends it for all: the others raise the same sentence (as a
-        LlmWsaeError with the same exit code) when they next wait or ``count``.
+        LlmWsaeError with the same exit code) when they next wait.
         """
-        self._counts.clear()
         yield
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Do the work on rank 0 only; all processes return its result, which must be JSON."""
+        """Do the work on rank 0 only; all processes return its result."""
         return work()
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        return [value]
 
     def meet(self) -> None:
         """Wait until all processes have called this."""
-
-    def count(self, name: str, amount: int) -> int:
-        """Add to a sum over all processes in this piece of work; returns the sum so far.
-
-        For long loops: it raises the error of another process, if there is one.
-        """
-        self._counts[name] = self._counts.get(name, 0) + amount
-        return self._counts[name]
 
     def check_agreed(self, mine: dict[str, Any], what: str) -> None:
         """Raise LlmWsaeError, naming each difference, unless all processes have the same ``what``,
@@ -104,47 +96,42 @@ class Several(Processes):
 
     def __init__(self, store: "distributed.Store", rank: int, size: int):
         self.rank, self.size, self._store = rank, size, store
-        self._piece = 0  # counts pieces of work; the same in all processes
-        self._turn = 0  # counts results of rank 0 within a piece; likewise
-        self._group: Any = None  # what connects the processes
 
     @contextmanager
     def together(self) -> Iterator[None]:
         from torch import distributed
 
-        self._piece, self._turn = self._piece + 1, 0
-        self._connect()
         try:
+            self.meet()
             yield
             self.meet()
         except BaseException as error:
-            self._report(error)
-            distributed.destroy_process_group(self._group)  # wakes those that wait for this one
-            self._group = None
+            self._leave(error)
+            if group := self.__dict__.pop("_group", None):
+                distributed.destroy_process_group(group)  # wakes those that wait for this one
             raise
 
     def lead(self, work: Callable[[], T]) -> T:
-        self._turn += 1
-        key = f"{self._piece}/result/{self._turn}"
-        result = json.dumps(work()) if self.leads else ""
+        from torch import distributed
+
+        result: list[Any] = [work() if self.leads else None]
         with self.explained():
-            if self.leads:
-                self._store.set(key, result)
-            self.meet()
-            return json.loads(self._store.get(key))
+            distributed.broadcast_object_list(result, group=self._group)
+        return result[0]
+
+    def gather(self, value: T) -> list[T]:
+        from torch import distributed
+
+        values: list[Any] = [None] * self.size
+        with self.explained():
+            distributed.all_gather_object(values, value, group=self._group)
+        return values
 
     def meet(self) -> None:
         from torch import distributed
 
-        self._connect()
         with self.explained():
             distributed.barrier(self._group)
-
-    def count(self, name: str, amount: int) -> int:
-        with self.explained():
-            if self._store.check([self._error]):
-                raise self._reported()
-            return self._store.add(f"{self._piece}/{name}", amount)
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
@@ -171,52 +158,34 @@ class Several(Processes):
             yield
         except RuntimeError as error:  # of torch.distributed
             try:
-                self._store.wait([self._error], timedelta(seconds=_LINGER_SECONDS))
-                reported = self._reported()
+                self._store.wait(["error"], timedelta(seconds=_LINGER_SECONDS))
+                sentence, code = json.loads(self._store.get("error"))
             except RuntimeError:
-                reported = LlmWsaeError(
+                raise LlmWsaeError(
                     f"another process of this run exited without an error message "
                     f"({_first_line(error)}); run the same command again to resume"
-                )
-            raise reported from error
+                ) from error
+            kind = UsageError if code == UsageError.exit_code else LlmWsaeError
+            raise kind(sentence) from error
 
-    def _connect(self) -> None:
-        """Wait for all processes, and connect them, if they are not."""
+    @functools.cached_property
+    def _group(self) -> Any:
+        """What connects all processes, once they have all come."""
         from torch import distributed
 
-        if self._group is not None:
-            return
-        with self.explained():
-            if not distributed.is_initialized():  # otherwise by the caller, whose own it stays
-                distributed.init_process_group(
-                    "gloo",
-                    store=self._store,
-                    rank=self.rank,
-                    world_size=self.size,
-                    timeout=_TIMEOUT,
-                )
-            self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        if not distributed.is_initialized():  # otherwise by the caller, whose own it stays
+            distributed.init_process_group(
+                "gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT
+            )
+        return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
-    @property
-    def _error(self) -> str:
-        """Where the first error of this piece of work is left."""
-        return f"{self._piece}/error"
-
-    def _reported(self) -> LlmWsaeError:
-        found = json.loads(self._store.get(self._error))
-        kind = UsageError if found["exit_code"] == UsageError.exit_code else LlmWsaeError
-        return kind(found["sentence"])
-
-    def _report(self, error: BaseException) -> None:
-        """Leave this error for the others, if it is the first of this piece of work."""
+    def _leave(self, error: BaseException) -> None:
+        """Leave this error for the others, if it is the first."""
         sentence, code = f"process {self.rank} ended: {error!r}", LlmWsaeError.exit_code
         if isinstance(error, LlmWsaeError):
             sentence, code = str(error), error.exit_code
-        try:
-            value = json.dumps({"sentence": sentence, "exit_code": code})
-            self._store.compare_set(self._error, "", value)
-        except RuntimeError:
-            pass  # the store has closed, and nobody could read this
+        with suppress(RuntimeError):  # the store has closed, and nobody could read this
+            self._store.compare_set("error", "", json.dumps([sentence, code]))
 
 
 class Collectives:

@@ -1,8 +1,7 @@
 """Work in threads: ``map`` over the cores, and the next items computed while one is used.
 
-A small model's forward pass is many small operations. Splitting each of them over all cores leaves
-cores waiting for each other after every one, and a batch's activations overflow the caches.
-Contexts do not depend on each other, so each core may as well take its own (``parallel_map``).
+A small model's forward pass is many small operations. If each is split over all cores, cores
+wait for each other after every one; so each takes contexts of its own (``parallel_map``).
 """
 
 from collections import deque

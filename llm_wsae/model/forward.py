@@ -1,19 +1,14 @@
 """Forward passes through the model's own modules: record at sites, stop early, resume at a site.
 
-The model runs as transformers wrote it (its masks and position handling; its attention kernels, but
-for what ``attention`` says); only the ends of its blocks are hooked. Every hook and patch is
-removed when the call ends, also after an error.
+The model runs as transformers wrote it; only the ends of its blocks are hooked. Every hook and
+patch is removed when the call ends, also after an error. To stop, the hook at the last wanted site
+raises a private exception.
 
-Stopping: the hook at the last wanted site raises a private exception, so nothing after it is
-computed.
-
-Resuming at a site: the embeddings are computed as usual (they are a lookup, and the model derives
-masks and positions with them), the blocks before the site pass their input through unchanged, and
-the given activations enter at the site. ``mid`` needs care: the stream between attention and MLP is
-read twice, by the norm before the MLP and by the residual branch around it. Replacing only the
-norm's input, as a TransformerLens hook on ``ln2.hook_in`` does, leaves the original activation in
-the residual branch. Here the activation enters as the *block's* input while the attention is made
-to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
+To resume at a site, the blocks before it pass their input through unchanged, and the given
+activations enter at the site. ``mid`` needs care: the stream between attention and MLP is read
+twice, by the norm before the MLP and by the residual branch around it. A TransformerLens hook on
+``ln2.hook_in`` replaces only the first. Here the activation enters as the *block's* input while the
+attention is made to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
 """
 
 import contextlib
@@ -158,13 +153,13 @@ class Blocks:
                 self.check_overwriting(site)
         with contextlib.ExitStack() as hooks:
             for site, visit in visits.items():
-                block = self._blocks[site.block]
-                if site.point == "post":
-                    hooks.callback(block.register_forward_hook(_replacing(visit)).remove)
-                elif site.point == "pre":
-                    _pre_hook(hooks, block, _shown(visit))
+                module, at_input = self._place(site)
+                if at_input:
+                    _pre_hook(
+                        hooks, module, _shown(overwriting(visit) if site.point == "mid" else visit)
+                    )
                 else:
-                    _pre_hook(hooks, self._part(site.block, self._mid), _shown(overwriting(visit)))
+                    hooks.callback(module.register_forward_hook(_replacing(visit)).remove)
             self._visitors += 1
             try:
                 yield
@@ -217,6 +212,12 @@ class Blocks:
                 _pre_hook(patches, self._part(site.block, self._mid), _same_as(given, site))
             yield
 
+    def _place(self, site: Site) -> tuple[nn.Module, bool]:
+        """The module that a site is at, and whether it is at its input or else at its output."""
+        if site.point == "mid":
+            return self._part(site.block, self._mid), True
+        return self._blocks[site.block], site.point == "pre"
+
     def _part(self, block: int, path: str | None) -> nn.Module:
         """A part of a block that has a ``mid``."""
         assert path is not None
@@ -226,13 +227,12 @@ class Blocks:
         self, hooks: contextlib.ExitStack, site: Site, record: Callable[[Tensor], None]
     ) -> None:
         """Call ``record`` with the stream at ``site`` in every forward pass."""
-        block = self._blocks[site.block]
-        if site.point == "post":
-            handle = block.register_forward_hook(lambda _, args, output: record(_first(output)))
-            hooks.callback(handle.remove)
-        else:
-            module = block if site.point == "pre" else self._part(site.block, self._mid)
+        module, at_input = self._place(site)
+        if at_input:
             _pre_hook(hooks, module, lambda args, kwargs: record(_hidden_of(args, kwargs)))
+        else:
+            handle = module.register_forward_hook(lambda _, args, output: record(_first(output)))
+            hooks.callback(handle.remove)
 
     def _learn_forms(self) -> None:
         """Find out once whether blocks and attentions return a tensor (0) or a tuple (its length).

@@ -1,12 +1,10 @@
 """Norms and gates of a model on a CPU: one pass of memory each.
 
-transformers computes an RMS norm in six operations or more and the gate of an MLP in two, each of
-which reads and writes all numbers. In bfloat16 the kernels round where transformers does, so that
-nearly all numbers are the same; in float32 they are equal up to the order of a sum.
-
-A module is given the faster forward only if that finds the same in random rows. Passes with
-gradients use its own. It becomes one of a subclass: a forward of its own would keep the model in
-memory, and stay behind when it is copied.
+transformers computes an RMS norm in six operations or more and the gate of an MLP in two. In
+bfloat16 the kernels here round where transformers does; in float32 they are equal up to the order
+of a sum. A module is given the faster forward only if that finds the same in random rows. It
+becomes one of a subclass: a forward of its own would keep the model in memory, and stay behind when
+it is copied.
 """
 
 import functools

@@ -1,15 +1,10 @@
-"""The language model whose residual stream is explained.
+"""The language model whose residual stream is explained: activations at sites, logits, logits with
+the activation at a site replaced, embeddings, identity. Names and meanings are TransformerLens'.
 
-One class gives the rest of the package what it needs of a model: activations at sites, logits,
-logits with the activation at a site replaced, embeddings, identity. Names and meanings are
-TransformerLens'. The forward passes are the model's own: harvesting is as fast as a bare Hugging
-Face forward that stops at the site, and returns the numbers of ``hidden_states``: exactly, or up to
-rounding if ``load`` put faster norms, gates and attention into the model.
-
-TransformerLens' bridge rewires the model that it is given: it replaces submodules and forces eager
-attention. A live model that a caller passes in belongs to the caller. So both work on a copy of the
-module structure whose parameters occupy the same memory: there is no second set of weights, and
-what is done to one model's structure does not show in the other.
+The forward passes are the model's own. They give the numbers of ``hidden_states``: exactly, or up
+to rounding if ``load`` put faster norms, gates and attention into the model. A live model that a
+caller passes in belongs to the caller, and TransformerLens' bridge rewires the model that it gets.
+So both work on a copy of the module structure over the same parameter memory.
 """
 
 import copy

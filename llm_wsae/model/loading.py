@@ -7,6 +7,7 @@ one waits for a network that is not needed, and without changing the process's e
 
 import atexit
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -14,9 +15,8 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import huggingface_hub as hub
 import torch
@@ -29,7 +29,6 @@ from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.machine.hardware import check_memory
-from llm_wsae.model.folder_checks import check_numbers_of, check_tokenizer, check_weights
 from llm_wsae.model.gguf_reading import gguf_read_once
 from llm_wsae.outside import (
     check_revision,
@@ -41,20 +40,19 @@ from llm_wsae.outside import (
     reason,
 )
 
-_LARGEST = 2**31  # of any number in a configuration
-# How many parts a model may have; sizes, such as vocab_size_per_layer_input, do not count any.
-_MOST = {re.compile("(layer|head)s?$"): 10_000, re.compile("experts?$"): 2**16}
+_MOST_BLOCKS = 10_000
 _KERNELS = ("_attn_implementation", "_experts_implementation")
+_NUMBERS_PER_BYTE = (
+    8  # packed weights have four, and an embedding that is also the head counts twice
+)
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A model of transformers and its name."""
 
     hf_model: Any
-    """The Hugging Face causal language model, on the CPU unless it is spread."""
+    """On the CPU unless it is spread."""
     tokenizer: Any
-    """Its tokenizer."""
     name: str
     """Hub id, or the bare name of the file or folder, independent of its location."""
     revision: str | None
@@ -77,54 +75,54 @@ def load_model(
     model cannot be downloaded or read.
     """
     path = local_path(model, "model")
-    if path.suffix == ".gguf" or path.is_dir():
-        if revision is not None:
-            raise UsageError(
-                f"{model} is a local model, which has no revision; omit revision {revision!r}"
-            )
-        source, options, commit = _local_source(model, path)
-        name = path.resolve().name
-    elif _looks_like_path(model):
+    is_local = path.suffix == ".gguf" or path.is_dir()
+    if is_local:
+        source, options, commit = _local_source(model, path, revision)
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise UsageError(
             f"there is no model at {model}; give a folder with config.json and weights, a .gguf "
             "file or a Hub id such as gpt2"
         )
     else:
         source, options, commit = hub_source(model, revision, download)
-        name = model
     options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
-    weights = _dense_weights() if "gguf_file" in options else {}
+    weights: dict[str, Any] = {}
     if spread:
-        weights |= {"device_map": "auto", "offload_folder": _offload_folder()}
+        weights = {"device_map": "auto", "offload_folder": _offload_folder()}
     with parsing(f"{model} cannot be loaded as a causal language model"):
         try:
             with quiet(progress_bars=not options["local_files_only"]), gguf_read_once():
-                stored = gguf_sizes(path) if "gguf_file" in options else None
                 config = checked_config(source, options)
-                if stored is not None:
-                    tensors, numbers = stored
-                    check_numbers_of(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
-                    needed = numbers * dtype.itemsize
-                    check_memory(needed, torch.device("cpu"), "the model", "take a smaller one")
-                elif path.is_dir():
+                if path.suffix == ".gguf":
+                    _check_gguf(path, config, dtype)
+                    weights |= _dense_weights()
+                elif is_local:
                     check_weights(config, path, AutoModelForCausalLM)
-                check_tokenizer(source, options)
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    config=config,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    **options,
-                    **weights,
-                )
-                # its annotations do not know that loading info makes it a pair
-                hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
-                _check_complete(model, report)
-                check_causal(model, hf_model)
+                hf_model = _checked_model(model, source, config, dtype, options | weights)
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _explained(error, model, revision) from error
-    return Loaded(hf_model=hf_model, tokenizer=tokenizer, name=name, revision=commit)
+    return Loaded(hf_model, tokenizer, path.resolve().name if is_local else model, commit)
+
+
+def _checked_model(
+    model: str, source: str, config: Any, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
+    """The model. Raises LlmWsaeError for missing weights, which transformers fills with random
+    numbers; UsageError if it is not causal."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, output_loading_info=True, **options
+    )
+    # its annotations do not know that loading info makes it a pair
+    hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LlmWsaeError(
+            f"the weights of {model} are incomplete: {missing[0]}{more} missing; download it "
+            "again, or give a model whose weights fit its config.json"
+        )
+    check_causal(model, hf_model)
+    return hf_model
 
 
 @functools.cache
@@ -138,14 +136,12 @@ def _offload_folder() -> str:
 def checked_config(source: str, options: dict[str, Any]) -> Any:
     """The configuration of a model, before anything of the sizes in it is built.
 
-    Raises ValueError for sizes that no model has, and for a configuration that names code to
-    fetch: transformers would run an attention kernel from the Hub where it can.
+    Raises ValueError if it has more blocks than any model, or names code to fetch: transformers
+    would run an attention kernel from the Hub where it can.
     """
     config = AutoConfig.from_pretrained(source, **options)
-    for name, value in _entries(config.to_dict()):
-        most = next((m for part, m in _MOST.items() if part.search(name)), _LARGEST)
-        if isinstance(value, int) and abs(value) > most:
-            raise ValueError(f"its configuration has {name} = {shown(value)}, which is too large")
+    if (blocks := getattr(config, "num_hidden_layers", 0)) > _MOST_BLOCKS:
+        raise ValueError(f"its configuration has {shown(blocks)} blocks, which is too many")
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for kernel in (getattr(part, name, None) for name in _KERNELS):
             if kernel is not None and "/" in str(kernel):
@@ -153,25 +149,35 @@ def checked_config(source: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a JSON object, however deep, with its name."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _entries(item, str(key))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _entries(item, name)
-    else:
-        yield name, value
+def check_weights(config: Any, folder: Path, kind: Any) -> None:
+    """Raises ValueError if a configuration asks for far more numbers than the weights in its folder
+    can hold: transformers would allocate them before it misses any.
+
+    ``kind`` is the class of transformers that will load it.
+    """
+    files = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
+    stored = sum(path.stat().st_size for path in files)
+    if stored:  # otherwise transformers says what is missing
+        _check_numbers(config, kind, stored, _NUMBERS_PER_BYTE * stored, "weights")
 
 
-def _check_complete(model: str, report: dict[str, Any]) -> None:
-    """Raises LlmWsaeError for missing weights, which transformers fills with random numbers."""
-    if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise LlmWsaeError(
-            f"the weights of {model} are incomplete: {missing[0]}{more} missing; download it "
-            "again, or give a model whose weights fit its config.json"
+def _check_gguf(path: Path, config: Any, dtype: torch.dtype) -> None:
+    """The same of a .gguf file; UsageError if its numbers do not fit into memory."""
+    tensors, numbers = gguf_sizes(path)
+    _check_numbers(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
+    needed = numbers * dtype.itemsize
+    check_memory(needed, torch.device("cpu"), "the model", "take a smaller one")
+
+
+def _check_numbers(config: Any, kind: Any, blocks: int, most: int, what: str) -> None:
+    if (wanted := getattr(config, "num_hidden_layers", 0)) > blocks:
+        raise ValueError(f"its {what} are too few for {wanted:,} blocks")
+    with torch.device("meta"):
+        built = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
+    wanted = sum(parameter.numel() for parameter in built.parameters())
+    if wanted > most:
+        raise ValueError(
+            f"its configuration needs {wanted:,} numbers, but its {what} hold at most {most:,}"
         )
 
 
@@ -191,13 +197,27 @@ def check_causal(model: str, hf_model: Any) -> None:
 _Source = tuple[str, dict[str, Any], str | None]
 
 
-def _local_source(model: str, path: Path) -> _Source:
+def _local_source(model: str, path: Path, revision: str | None) -> _Source:
     options: dict[str, Any] = {"local_files_only": True}
-    if path.suffix != ".gguf":
-        _check_folder(model, path)
-        return str(path), options, None
-    _check_gguf(model, path)
-    return str(path.parent), options | {"gguf_file": path.name}, None
+    if revision is not None:
+        raise UsageError(
+            f"{model} is a local model, which has no revision; omit revision {revision!r}"
+        )
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"there is no file {model}")
+        if importlib.util.find_spec("gguf") is None:
+            raise LlmWsaeError(
+                f"reading {path.name} needs the gguf package: pip install 'llm-wsae[gguf]'"
+            )
+        return str(path.parent), options | {"gguf_file": path.name}, None
+    if not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        way_out = f"give its file {files[0]}" if files else "give one with config.json and weights"
+        raise UsageError(
+            f"the folder {model} holds no config.json, so it is not a model; {way_out}"
+        )
+    return str(path), options, None
 
 
 def hub_source(model: str, revision: str | None, download: bool = True) -> _Source:
@@ -223,34 +243,9 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
         return model, options | {"local_files_only": True}, commit
 
 
-def _check_folder(model: str, path: Path) -> None:
-    if (path / "config.json").is_file():
-        return
-    files = sorted(file.name for file in path.glob("*.gguf"))
-    raise UsageError(
-        f"the folder {model} holds no config.json, so it is not a model; "
-        + (f"give its file {path / files[0]}" if files else "give one with config.json and weights")
-    )
-
-
-def _check_gguf(model: str, path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"there is no file {model}")
-    if importlib.util.find_spec("gguf") is None:
-        raise LlmWsaeError(
-            f"reading {path.name} needs the gguf package: pip install 'llm-wsae[gguf]'"
-        )
-
-
-def _looks_like_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
-
-
 def _dense_weights() -> dict[str, Any]:
-    """Request ordinary dense Linear modules where transformers can keep GGUF weights packed.
-
-    Packed weights are multiplied in float32 by a downloaded kernel, which is slower than bfloat16.
-    """
+    """Request ordinary dense Linear modules where transformers can keep GGUF weights packed: those
+    are multiplied in float32 by a downloaded kernel, which is slower than bfloat16."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
@@ -281,31 +276,27 @@ def quiet(progress_bars: bool) -> Iterator[None]:
 
 def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeError:
     """One sentence for what transformers reports in a paragraph."""
-    chain = _chain(error)
     text = " ".join(str(error).split())
-    if any(isinstance(e, hub_errors.GatedRepoError) for e in chain):
+    if _caused_by(error, hub_errors.GatedRepoError):
         return LlmWsaeError(
             f"{model} is gated: accept its licence on the Hub and log in with `hf auth login`"
         )
-    if any(isinstance(e, hub_errors.RevisionNotFoundError) for e in chain):
+    if _caused_by(error, hub_errors.RevisionNotFoundError):
         return UsageError(f"{model} has no revision {revision!r} on the Hub")
-    unknown = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
-    if any(isinstance(e, unknown) for e in chain) or "Repo id must" in text:
+    if _caused_by(error, hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
         return UsageError(
             f"there is no model {model!r}: not a local folder or .gguf file, and the Hub has no "
             "such model (private ones need `hf auth login`)"
         )
-    if any(isinstance(e, hub_errors.LocalEntryNotFoundError) for e in chain) or (
-        "couldn't connect" in text or "offline mode" in text
-    ):
+    offline = "couldn't connect" in text or "offline mode" in text
+    if offline or _caused_by(error, hub_errors.LocalEntryNotFoundError):
         return LlmWsaeError(
             f"{model!r} is neither a local folder or .gguf file nor in the Hub's local cache, and "
             "the Hub cannot be reached; check the name and the network"
         )
-    if "Unrecognized configuration class" in text:
+    if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", text):
         return UsageError(
-            f"{model} is not a causal language model (its configuration is "
-            f"{_between(text, 'configuration class ', ' for')})"
+            f"{model} is not a causal language model (its configuration is {found[1]})"
         )
     if isinstance(error, ValueError) and "custom code" in text:
         return UsageError(
@@ -317,15 +308,8 @@ def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeErr
     return LlmWsaeError(f"{model} cannot be loaded as a causal language model: {reason(error)}")
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and its causes."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
-
-
-def _between(text: str, before: str, after: str) -> str:
-    dotted = text.split(before, 1)[-1].split(after, 1)[0]
-    return dotted.strip("<>'").split(".")[-1].rstrip("'>")
+def _caused_by(error: BaseException | None, *kinds: type[BaseException]) -> bool:
+    """Whether the error or one of its causes is of these kinds."""
+    if error is None or isinstance(error, kinds):
+        return error is not None
+    return _caused_by(error.__cause__ or error.__context__, *kinds)

@@ -1,10 +1,8 @@
 """Where a model's modules are: TransformerLens' map of the architecture, read without booting it.
 
-TransformerLens describes every architecture it supports by an adapter: which module is the list of
-blocks, which the final norm, and which module's input is its ``hook_resid_mid``. These answers are
-used here, so that a site means exactly what it means there, while the model's own modules run. An
-architecture it does not know still has an obvious list of blocks; only ``hook_resid_mid``, which
-needs knowledge of a block's inside, is then unavailable.
+So a site means exactly what it means there, while the model's own modules run. An architecture that
+TransformerLens does not know still has an obvious list of blocks; only ``hook_resid_mid`` is then
+unavailable.
 """
 
 import warnings

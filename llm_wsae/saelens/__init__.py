@@ -17,23 +17,9 @@ SAELens is imported only then: importing this module does not need it.
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-
-if TYPE_CHECKING:
-    from llm_wsae.saelens.training import (
-        WeightedBatchTopKTrainingSAE,
-        WeightedBatchTopKTrainingSAEConfig,
-        WeightedJumpReLUTrainingSAE,
-        WeightedJumpReLUTrainingSAEConfig,
-        WeightedMatryoshkaBatchTopKTrainingSAE,
-        WeightedMatryoshkaBatchTopKTrainingSAEConfig,
-        WeightedStandardTrainingSAE,
-        WeightedStandardTrainingSAEConfig,
-        WeightedTopKTrainingSAE,
-        WeightedTopKTrainingSAEConfig,
-    )
 
 __all__ = [
     "WeightedBatchTopKTrainingSAE",

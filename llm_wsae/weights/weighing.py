@@ -1,9 +1,8 @@
 """Measures what weight rules need beyond the statistics: covariance, Fisher information, a decoder.
 
-Everything is measured on the text of an activation store, which holds the token ids behind every
-row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
-store's folder ``evidence`` and read from there the next time that the same is measured; what is
-measured of a stream is kept in the training's folder.
+Everything is measured on the text of the rows, so that rules see what the dictionaries will be
+trained on. What took minutes is kept in the store's folder ``evidence``, or in the folder of the
+training that a stream goes into, and read from there the next time.
 
 The Fisher information of the next-token distribution says how much the model's predictions depend
 on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from
@@ -23,10 +22,8 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.covariance import second_moment_of
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.shuffling import SiteRows
 from llm_wsae.data.stored_measurement import StoredMeasurement
-from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join
@@ -38,7 +35,6 @@ from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
 from llm_wsae.weights.rules import Rule
 
-_CONTEXTS_AT_ONCE = 8
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
 
@@ -53,7 +49,7 @@ class Moments(Protocol):
 
 def measure_inputs(
     rules: Iterable[Rule | str],
-    store: ActivationStore,
+    rows: SiteRows,
     site: Site,
     *,
     model: LanguageModel | None = None,
@@ -63,20 +59,21 @@ def measure_inputs(
 ) -> RuleInputs:
     """The statistics of a site, and what the rules need in addition.
 
-    Statistics and covariance are those of ``planted``, if features are planted into the rows.
-    Fisher information is read from the store if it is kept there, or else measured if a ``model``
-    is given. What cannot be measured without a model or dictionary is omitted: the rule will name
-    it. Under ``torchrun`` all processes make the same call: they sum the covariance together, and
-    rank 0 measures the rest before the others read it. Raises UsageError for a dictionary of
-    another site; LlmWsaeError for a model that did not make the store.
+    ``rows``: a store, or the streams of a model. Statistics and covariance are those of
+    ``planted``, if features are planted into the rows. Fisher information is read if it is kept, or
+    else measured if a ``model`` is given; a stream has its own. What cannot be measured without a
+    model or dictionary is omitted: the rule will name it. Under ``torchrun`` all processes make the
+    same call: they sum the covariance together, and rank 0 measures the rest before the others read
+    it. Raises UsageError for a dictionary of another site; LlmWsaeError for a model that did not
+    make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
     processes = join()
     with processes.together():
-        statistics = store.statistics(site) if planted is None else planted.statistics()
+        statistics = rows.statistics(site) if planted is None else planted.statistics()
         inputs = _beginning(statistics, needs)
         if "second_moment" in needs:
-            moment = second_moment_of(store, site) if planted is None else planted.second_moment()
+            moment = rows.second_moment(site) if planted is None else planted.second_moment()
             inputs = replace(inputs, second_moment=moment)
         if not processes.leads:
             processes.meet()  # rank 0 has measured, and kept what the others read
@@ -84,7 +81,7 @@ def measure_inputs(
             decoder, energy = used_decoder(dictionary, site, inputs.statistics)
             inputs = replace(inputs, decoder=decoder, energy=energy)
         if "fisher" in needs:
-            inputs = replace(inputs, fisher=_kept_fisher(store, site, model, config))
+            inputs = replace(inputs, fisher=_kept_fisher(rows, site, model, config))
         if processes.leads:
             processes.meet()
     return inputs
@@ -92,32 +89,16 @@ def measure_inputs(
 
 def measure_stream_inputs(
     rules: Iterable[Rule | str],
-    streams: ActivationStreams,
+    streams: SiteRows,
     site: Site,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> RuleInputs:
-    """The same of a site of a stream, from its first tokens.
-
-    Raises UsageError for a rule that needs a dictionary.
-    """
+    """As ``measure_inputs``; raises UsageError for a rule that needs a dictionary."""
     parsed = [Rule.of(rule) for rule in rules]
-    needs = {rule.need for rule in parsed}
     for rule in parsed:
         if rule.need == "dictionary":
             raise rule.missing_input()
-    inputs = _beginning(streams.statistics(site), needs)
-    if "second_moment" in needs:
-        inputs = replace(inputs, second_moment=streams.second_moment(site))
-    if "fisher" in needs:
-        settings = settings_of_fisher(config)
-        kept = streams.kept(site, "fisher", settings)
-        if kept is None:
-            blocks = streams.first_contexts(config.sensitivity_tokens)
-            contexts = ((torch.from_numpy(b.ids).long(), torch.from_numpy(b.keep)) for b in blocks)
-            kept = {"fisher": fisher_information(streams.model, contexts, site, config.seed)}
-            streams.keep(site, "fisher", kept, settings)
-        inputs = replace(inputs, fisher=kept["fisher"])
-    return inputs
+    return measure_inputs(parsed, streams, site, config=config)
 
 
 def settings_of_fisher(config: RuleInputConfig) -> dict[str, int]:
@@ -135,14 +116,14 @@ def _beginning(statistics: Statistics, needs: Collection[Need | None]) -> RuleIn
 
 
 def _kept_fisher(
-    store: ActivationStore, site: Site, model: LanguageModel | None, config: RuleInputConfig
+    rows: SiteRows, site: Site, model: LanguageModel | None, config: RuleInputConfig
 ) -> Tensor | None:
-    """The measurement kept in the store, or made with the model and then kept; else None."""
-    kept = StoredMeasurement(store, site, "fisher", settings_of_fisher(config))
-    found = kept.read()
+    """The measurement that is kept, or made with the model and then kept; else None."""
+    kept = StoredMeasurement(rows, site, "fisher", settings_of_fisher(config))
+    found, model = kept.read(), model or rows.model
     if found is not None or model is None:
         return found
-    measured = fisher_of(model, store, site, config)
+    measured = fisher_of(model, rows, site, config)
     kept.write(measured)
     return measured
 
@@ -172,39 +153,24 @@ def used_decoder(
 
 def fisher_of(
     model: LanguageModel,
-    store: ActivationStore,
+    rows: SiteRows,
     site: Site,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> Float[Tensor, "d_in d_in"]:
-    """Fisher information of the model's predictions at the site, on the store's text (float64).
+    """Fisher information of the model's predictions at the site, on the rows' text (float64).
 
-    Raises LlmWsaeError for a model that did not make the store.
+    Raises LlmWsaeError for a model that did not make a store.
     """
-    store.check_model(model.identity())
-    tokens = min(config.sensitivity_tokens, store.num_rows)
+    rows.check_model(model.identity())
+    tokens = min(config.sensitivity_tokens, rows.statistics(site).count)
 
     def contexts() -> Iterator[tuple[Tensor, Tensor]]:
         with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
-            for ids, keep in _pieces(store, tokens, _CONTEXTS_AT_ONCE):
+            for ids, keep in rows.some_text(config.sensitivity_tokens):
                 yield ids, keep
                 bar.update(int(keep.sum()))
 
     return fisher_information(model, contexts(), site, config.seed)
-
-
-def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids, and which positions are kept, of about ``tokens`` rows in complete contexts spread
-    evenly over the store, a few contexts at a time."""
-    total = store.manifest.num_contexts
-    wanted = max(1, min(total, -(-tokens * total // max(store.num_rows, 1))))
-    chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
-    for shard in range(len(store.manifest.shards)):
-        contexts = store.contexts(shard)
-        ids, keep = torch.from_numpy(contexts.ids), torch.from_numpy(contexts.keep)
-        first = store.first_context(shard)
-        here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
-        for batch in here.split(at_once) if len(here) else ():
-            yield ids[batch].long(), keep[batch]
 
 
 def fisher_information(

@@ -1,7 +1,6 @@
 """Loading by name: what a model's or a site's name means, and one sentence for each way in which it
 leads nowhere."""
 
-import contextlib
 import importlib.util
 import json
 import socket
@@ -12,37 +11,47 @@ import torch
 import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import httpx
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, tiny_hf_model, tiny_tokenizer
+from small_dictionaries import make_dictionary
+from tiny import VOCAB, tiny_encoder, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting.sentence import token_ids
 from llm_wsae.machine.hardware import choose_device, exact_dtype
 from llm_wsae.machine.number_format import fast_dtype
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.loading import _explained, checked_config
-from llm_wsae.model.site import POINTS, Site
+from llm_wsae.model.loading import _explained
+from llm_wsae.model.site import Site
 
 
-def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch):
-    hf_model = tiny_hf_model("llama").eval()
-    ids = torch.arange(VOCAB).view(4, -1)
-    hf_model.save_pretrained(tmp_path / "my-llama")
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama with its tokenizer."""
+    tiny_hf_model("llama").save_pretrained(tmp_path / "my-llama")
     tiny_tokenizer().save_pretrained(tmp_path / "my-llama")
+    return tmp_path / "my-llama"
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_local_folder_loads_without_touching_the_network(folder, monkeypatch):
+    ids = torch.arange(VOCAB).view(4, -1)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    model = LanguageModel.load(str(tmp_path / "my-llama"), dtype="float32")
+    model = LanguageModel.load(str(folder), dtype="float32")
     assert (model.name, model.revision, model.dtype) == ("my-llama", None, torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(ids), hf_model(ids).logits)
+        expected = tiny_hf_model("llama").eval()(ids).logits
+    torch.testing.assert_close(model.logits(ids), expected)
     for half in ("bfloat16", torch.bfloat16):
-        assert LanguageModel.load(str(tmp_path / "my-llama"), dtype=half).dtype == torch.bfloat16
+        assert LanguageModel.load(str(folder), dtype=half).dtype == torch.bfloat16
     model.bridge()(ids)
 
 
@@ -104,22 +113,36 @@ def test_folders_that_hold_no_causal_model(tmp_path):
     refused(LlmWsaeError, "cannot be loaded as a causal language model")
 
 
-def test_weights_that_are_not_whole(tmp_path):
-    """transformers would put random numbers in their place."""
-    tiny_hf_model("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+def test_weights_that_do_not_fit_the_configuration(folder):
+    """transformers would put random numbers in the place of missing ones."""
+
+    def refused(sentence):
+        with pytest.raises(LlmWsaeError, match=sentence) as caught:
+            LanguageModel.load(str(folder))
+        assert "\n" not in str(caught.value)
+
+    file = folder / "model.safetensors"
     whole = load_file(file)
     lost = sorted(name for name in whole if ".layers.1.mlp." in name)
     save_file({k: v for k, v in whole.items() if k not in lost}, file, {"format": "pt"})
-    with pytest.raises(LlmWsaeError, match=f"are incomplete: {lost[0]} and 2 more missing"):
-        LanguageModel.load(str(tmp_path))
+    refused(f"are incomplete: {lost[0]} and 2 more missing")
     save_file(whole | {lost[0]: torch.zeros(3, 3)}, file, {"format": "pt"})
-    with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal") as caught:
-        LanguageModel.load(str(tmp_path))
-    assert "\n" not in str(caught.value)
+    refused("cannot be loaded as a causal")
     save_file(whole, file, {"format": "pt"})
-    LanguageModel.load(str(tmp_path))
+    LanguageModel.load(str(folder))
+    change(folder / "config.json", vocab_size=200_000, hidden_size=4096)
+    refused(r"needs 1,6\d\d,\d+,\d+ numbers, but its weights hold")
+    change(folder / "config.json", num_hidden_layers=9999, hidden_size=16, vocab_size=52)
+    file.write_bytes(file.read_bytes()[:5000])
+    refused("too few for 9,999 blocks")
+
+
+def test_a_tokenizer_that_gives_up_on_a_text(folder):
+    split = {"type": "Split", "pattern": {"Regex": "(w+)+$"}, "behavior": "Isolated"}
+    change(folder / "tokenizer.json", pre_tokenizer=split | {"invert": False})
+    model = LanguageModel.load(str(folder))
+    with pytest.raises(LlmWsaeError, match="the tokenizer of my-llama cannot read the text"):
+        token_ids(model, make_dictionary("plain-k4"), "w" * 40 + "!")
 
 
 DAMAGES = {
@@ -134,106 +157,62 @@ DAMAGES = {
 }  # fmt: skip
 
 
-def test_damaged_folders_are_refused_in_a_sentence(tmp_path):
+def test_damaged_folders_are_refused_in_a_sentence(folder):
     """Whatever the parsers of others raise; and nothing of an impossible size is built."""
-    tiny_hf_model("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
 
     def refused(path, content, what):
         before = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(LlmWsaeError) as caught:
-            LanguageModel.load(str(tmp_path))
-        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value), what
+            LanguageModel.load(str(folder))
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value), what
         path.write_bytes(before)
 
     for name, changes in DAMAGES.items():
-        path = tmp_path / name
+        path = folder / name
         for content in (b"null", b"[]", path.read_bytes()[:40], b"[" * 100_000):
             refused(path, content, (name, content[:9]))
         whole = json.loads(path.read_text())
         for change in changes:
             refused(path, json.dumps(whole | change).encode(), change)
-    weights = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    pickled = tmp_path / "pytorch_model.bin"
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    pickled = folder / "pytorch_model.bin"
     torch.save(weights, pickled)
-    LanguageModel.load(str(tmp_path))
+    LanguageModel.load(str(folder))
     for content in (b"", b"\x80\2cposix\nsystem\n(S'true'\ntR.", pickled.read_bytes()[:-300]):
         refused(pickled, content, content[:9])
 
 
-def test_only_numbers_of_parts_are_held_to_those_that_models_have(tmp_path):
-    def sizes(config, **changes):
-        config.save_pretrained(tmp_path)
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        return checked_config(str(tmp_path), {})
-
-    t = transformers
-    assert sizes(t.Gemma4TextConfig()).vocab_size_per_layer_input == 262_144
-    assert sizes(t.DogeConfig()).num_experts == 16_384
-    qwen = t.Qwen2MoeConfig(shared_expert_intermediate_size=20_480)  # as the 57B-A14B has
-    assert sizes(qwen).shared_expert_intermediate_size == 20_480
-    for config, name, number in (
-        (t.GPT2Config(), "n_layer", 10_001),
-        (qwen, "num_attention_heads", 10**6),
-        (qwen, "num_experts", 2**16 + 1),
-        (t.DogeConfig(), "shared_expert_intermediate_size", 2**31 + 1),
-        (t.LlamaConfig(), "num_hidden_layers", 10**9),
-        (t.BertConfig(), "num_hidden_layers", 10**9),
-    ):
-        with pytest.raises(ValueError, match=f"has {name} = {number}, which is too large"):
-            sizes(config, **{name: number})
-
-
-def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+def test_code_that_comes_with_a_model_is_never_run(folder, monkeypatch):
     """Nor is anybody asked whether it may be."""
-    tiny_hf_model("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
+    (folder / "theirs.py").write_text("raise SystemExit('it ran')")
     monkeypatch.setattr("builtins.input", lambda *_: "yes")
     classes = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}
     classes |= {"AutoTokenizer": ["theirs.T", None]}
     for name, kind in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
-        path = tmp_path / name
+        path = folder / name
         before = path.read_text()
-        path.write_text(json.dumps(json.loads(before) | {kind: "Theirs", "auto_map": classes}))
+        change(path, auto_map=classes, **{kind: "Theirs"})
         with pytest.raises(LlmWsaeError, match="comes with its own model code, which is not run"):
-            LanguageModel.load(str(tmp_path))
+            LanguageModel.load(str(folder))
         path.write_text(before)
 
 
-def test_encoders_predict_no_next_token(tmp_path):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.BertConfig(**sizes)
-    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
-    tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(
-        UsageError, match="bert is an encoder, in which tokens attend to later ones"
-    ):
-        LanguageModel.load(str(tmp_path / "bert"))
-    config.is_decoder = True
-    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
-    tiny_tokenizer().save_pretrained(tmp_path / "decoder")
-    with contextlib.suppress(UsageError):  # whatever else may be wrong with it
-        assert LanguageModel.load(str(tmp_path / "decoder"))
+def test_an_encoder_predicts_no_next_token(folder):
+    config = tiny_encoder()[0].config
+    transformers.BertLMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(UsageError, match="is an encoder, in which tokens attend to later ones"):
+        LanguageModel.load(str(folder))
 
 
-def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
+def test_gguf_files_that_cannot_be_read(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "broken.gguf"
     for content in (b"", b"not gguf" * 99, b"GGUF\3" + bytes(12)):  # the last: cut in its header
         path.write_bytes(content)
         with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
             LanguageModel.load(str(path))
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)
-    )
-    with pytest.raises(LlmWsaeError, match=r"needs the gguf package: pip install 'llm-wsae\[gguf"):
-        LanguageModel.load(str(path))
 
 
 def test_answers_of_the_hub_become_sentences():
@@ -309,39 +288,22 @@ def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
     assert torch.equal(model.logits(ids), logits)
 
 
-sites = st.builds(Site, st.integers(0, 200), st.sampled_from(POINTS))
-
-
-@given(sites)
-def test_name_round_trip(site):
-    assert Site.parse(str(site)) == site
-
-
-def test_order_is_the_order_of_the_forward_pass():
+def test_names_of_sites():
     names = [f"blocks.{b}.hook_resid_{p}" for b in (0, 1, 10) for p in ("pre", "mid", "post")]
     parsed = [Site.parse(name) for name in names]
-    assert sorted(reversed(parsed)) == parsed
-    assert max(parsed) == Site(10, "post")
-
-
-MISSPELT = [
-    ("blocks.9.hook_resid_pots", "'blocks.9.hook_resid_post'"),
-    ("block.12.hook_resid_mid", "'blocks.12.hook_resid_mid'"),
-    ("blocks.9.resid_pre", "'blocks.9.hook_resid_pre'"),
-    ("blocks.-1.hook_resid_post", "'blocks.1.hook_resid_post'"),
-    ("nonsense", "'blocks.0.hook_resid_pre'"),
-    ("", "'blocks.0.hook_resid_pre'"),
-]
-
-
-def test_misspelt_names_offer_the_nearest():
-    for name, offered in MISSPELT:
+    assert [str(site) for site in parsed] == names
+    assert sorted(reversed(parsed)) == parsed and max(parsed) == Site(10, "post")
+    for name, offered in (
+        ("blocks.9.hook_resid_pots", "'blocks.9.hook_resid_post'"),
+        ("block.12.hook_resid_mid", "'blocks.12.hook_resid_mid'"),
+        ("blocks.9.resid_pre", "'blocks.9.hook_resid_pre'"),
+        ("blocks.-1.hook_resid_post", "'blocks.1.hook_resid_post'"),
+        ("nonsense", "'blocks.0.hook_resid_pre'"),
+        ("", "'blocks.0.hook_resid_pre'"),
+    ):
         with pytest.raises(UsageError, match="is not a site") as caught:
             Site.parse(name)
         assert offered in str(caught.value)
-
-
-def test_check_names_the_range():
     Site(11, "post").check(12)
     with pytest.raises(UsageError, match=r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11"):
         Site(12, "pre").check(12)

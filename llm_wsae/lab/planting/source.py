@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.packing import Contexts
 from llm_wsae.data.shard_reader import RowReader
-from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
+from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, ReadInParts, shuffled_batches
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
@@ -44,7 +44,7 @@ class Firings(NamedTuple):
     """How strongly it fires, in the units of the rows."""
 
 
-class PlantedSource:
+class PlantedSource(ReadInParts):
     """One site of a store with plants in its rows, as an ActivationSource.
 
     The last rows of the store are held out of the batches and of the statistics; ``heldout`` gives
@@ -82,15 +82,10 @@ class PlantedSource:
         self._measured: tuple[Statistics, SecondMoment] | None = None
 
     def batches(
-        self, batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless shuffled batches of the rows that are not held out, float32."""
-        return self.batches_of_part(batch_size, seed, start, (0, 1))
-
-    def batches_of_part(
-        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
+        """Endless shuffled batches of the rows that are not held out, float32; of each, only the
+        rows of ``part`` (its number, of how many)."""
         reader = self._reader(self.num_rows)
         return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
 

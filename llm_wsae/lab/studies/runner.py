@@ -37,7 +37,6 @@ from llm_wsae.lab.studies.folder import (
 from llm_wsae.lab.studies.jobs import StudyJobs
 from llm_wsae.lab.studies.plan import PlannedArm, baselines, plan
 from llm_wsae.lab.studies.report import REPORT_FILES, StudyReport
-from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
@@ -157,7 +156,7 @@ def _basis(
             "text": heldout.identity(),
             "training": of_training | {"architecture": config.architecture},
             "fidelity": _settings(fidelity),
-            "scoring": _settings(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
+            "scoring": _settings(scoring),
             "planted": _plants(config.plant),
             "measures": _MEASURES,
         }

@@ -12,7 +12,7 @@ from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import Manifest
 from llm_wsae.data.packing import Contexts
 from llm_wsae.data.shard_writer import StoreWriter
-from llm_wsae.data.shuffling import CHUNK_ROWS, ActivationSource, SharedSource
+from llm_wsae.data.shuffling import CHUNK_ROWS, ActivationSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import ReLU
@@ -84,7 +84,7 @@ def test_rows_are_the_stores_plus_what_is_said_to_be_planted(store, source):
     natural = store.rows(SITE, 0, store.num_rows)
     planted = truth.float() @ source.plants.directions
     torch.testing.assert_close(rows, natural + planted, atol=1e-6, rtol=1e-5)
-    assert isinstance(source, ActivationSource) and isinstance(source, SharedSource)
+    assert isinstance(source, ActivationSource)
     assert source.prepends_bos is False
 
 
@@ -151,7 +151,7 @@ def test_resumed_or_shared_or_opened_again_batches_have_the_same_plants(store, s
     assert again.identity() == source.identity()
     for one, other in zip(whole[4:], again.batches(500, seed=3, start=4), strict=False):
         assert torch.equal(one, other)
-    parts = [islice(source.batches_of_part(500, 3, 0, (n, 3)), 12) for n in range(3)]
+    parts = [islice(source.batches(500, 3, 0, (n, 3)), 12) for n in range(3)]
     for one, *shares in zip(whole, *parts, strict=True):
         assert torch.equal(one.sort(0).values, torch.cat(shares).sort(0).values)
     other = PlantedSource(store, SITE, replace(CONFIG, seed=1))
