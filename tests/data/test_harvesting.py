@@ -336,14 +336,6 @@ def test_requests_that_cannot_be(model, corpus, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_text_that_gives_no_row_is_refused(model, tmp_path):
-    short = Corpus.open(str(write_jsonl(tmp_path / "short.jsonl", [4] * 20)), "all")
-    config = replace(CONFIG, tokens=60, one_document_per_context=True, drop_positions=8)
-    with pytest.raises(LlmWsaeError, match="gives a row; lower --drop-positions"):
-        harvest(model, short, SITES, tmp_path / "s", config)
-    assert not Manifest.load(tmp_path / "s").complete
-
-
 def test_padding_does_not_change_the_rows(model, corpus):
     config = replace(CONFIG, one_document_per_context=True)
     (block, *_) = Packer.for_model(model, config).blocks(corpus, 8)
@@ -373,9 +365,9 @@ from llm_wsae.machine.hardware import peak_memory_bytes
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.model.site import Site
 folder = Path(sys.argv[1])
-corpus = Corpus.open(str(write_jsonl(folder / "t.jsonl", [500] * 500)))
+corpus = Corpus.open(str(write_jsonl(folder / "t.jsonl", [500] * 300)))
 config = dict(context_size=64, batch_tokens=1024, shard_tokens=4096)
-for tokens in (20_000, 200_000):
+for tokens in (20_000, 120_000):
     store = harvest(tiny_model(width=64), corpus, [Site(1, "post")], folder / str(tokens),
                     HarvestConfig(tokens=tokens, **config))
     print(peak_memory_bytes() >> 20)
@@ -389,4 +381,4 @@ for tokens in (20_000, 200_000):
         check=True,
     )
     short, long = map(int, out.stdout.split())
-    assert long - short < 30  # 200,000 rows are 51 MB
+    assert long - short < 20  # 100,000 rows are 26 MB
