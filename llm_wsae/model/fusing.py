@@ -47,8 +47,8 @@ def _candidates(module: nn.Module) -> Iterator[tuple[int, type[nn.Module]]]:
     if own.__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1:
         epsilon = next((getattr(module, one) for one in _EPSILONS if hasattr(module, one)), None)
         if epsilon is not None and weight.dtype in _SAME:
-            yield len(weight), _norm(own, epsilon, one_more=False)
-            yield len(weight), _norm(own, epsilon, one_more=True)
+            yield len(weight), _norm(own, float(epsilon), one_more=False)
+            yield len(weight), _norm(own, float(epsilon), one_more=True)
     activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
     parts: list[Any] = [getattr(module, f"{one}_proj", None) for one in ("gate", "up", "down")]
     if activation is not None and all(type(part) is nn.Linear for part in parts):

@@ -149,7 +149,7 @@ DAMAGES = {
     "config.json": ({"num_hidden_layers": 10**9}, {"vocab_size": 10**30}, {"hidden_act": "x"},
                     {"dtype": "x"}, {"num_attention_heads": 0}, {"architectures": 3},
                     {"model_type": []}, {"rope_parameters": {"rope_type": None}},
-                    {"rms_norm_eps": 10**30}, {"head_dim": 0}, {"pad_token_id": 10**9},
+                    {"head_dim": 0}, {"pad_token_id": 10**9},
                     {"attention_bias": None}, {"attn_implementation": "someone/kernel"}),
     "tokenizer_config.json": ({"tokenizer_class": 3}, {"eos_token": {}}, {"bos_token": []},
                               {"model_max_length": "many"}),
