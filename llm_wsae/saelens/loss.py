@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,21 +13,17 @@ def read_weights(path: str, d_in: int) -> LossWeights:
     """The weights of a file, for rows of ``d_in`` dimensions.
 
     Raises UsageError for a file that is not named, or whose weights SAELens' training cannot use
-    (a space, annealing); LlmWsaeError for one that cannot be read, is for another number of
-    dimensions, or holds weights that are not finite, negative or all zero.
+    (a space, annealing); LlmWsaeError for one that cannot be read or is for another number of
+    dimensions.
     """
     if not path:
         raise UsageError("weights_file is not given; make one with llm-wsae weigh")
     weights = LossWeights.load(Path(path))
-    gamma = weights.gamma
-    if len(gamma) != d_in:
+    if len(weights.gamma) != d_in:
         raise LlmWsaeError(
-            f"{path} has weights for {len(gamma)} dimensions, but the rows have {d_in}; make them "
-            "from a store of the same site"
+            f"{path} has weights for {len(weights.gamma)} dimensions, but the rows have {d_in}; "
+            "make them from a store of the same site"
         )
-    negative = not weights.is_matrix and bool((gamma < 0).any())
-    if negative or not bool(torch.isfinite(gamma).all()) or not bool(gamma.any()):
-        raise LlmWsaeError(f"{path} has weights that are not finite, negative or all zero")
     if weights.config.in_space:
         raise UsageError(
             f"{path} is for training in a weighted space, but SAELens trains on the rows as they "

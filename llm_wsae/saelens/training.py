@@ -1,8 +1,7 @@
 """SAELens' training classes with a weighted error; importing this registers them.
 
-Each is SAELens' class with the mixin ``_Weighted``, which replaces the squared error that the class
-sums: that of the full reconstruction, of Matryoshka's prefixes, and of the dead latents in the
-auxiliary loss. Penalties (L1, L0) are unchanged. With γ = 1 nothing differs from SAELens.
+Each is SAELens' class with the mixin ``_Weighted``, which replaces every squared error that the
+class sums. Penalties (L1, L0) are unchanged. With γ = 1 nothing differs from SAELens.
 
 ``llm-wsae train`` excludes massive activations from the loss and SAELens does not; where they are
 first tokens, ``seqpos_slice=(1,)`` has the same effect.

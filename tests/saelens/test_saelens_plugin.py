@@ -53,8 +53,6 @@ def test_weights_come_from_the_file(tmp_path, gamma):
     [
         (None, {}, UsageError, "weights_file is not given"),
         (torch.ones(D_IN + 1), {}, LlmWsaeError, "weights for 7 dimensions, but the rows have 6"),
-        (-torch.ones(D_IN), {}, LlmWsaeError, "not finite, negative or all zero"),
-        (torch.zeros(D_IN), {}, LlmWsaeError, "all zero"),
         (torch.full((D_IN,), float("nan")), {}, LlmWsaeError, "must be finite"),
         (torch.ones(D_IN), {"place": "space"}, UsageError, "in a weighted space"),
         (torch.ones(D_IN), {"anneal": 0.5}, UsageError, "move to 1 during training"),
