@@ -131,25 +131,17 @@ def test_packing_goes_on_at_any_cursor(lengths, context_size, block_size, one_ea
         assert kept + eos * sections >= total * p.content_size
 
 
-def test_large_documents_and_batches_of_documents_give_the_same_contexts(monkeypatch):
-    from llm_wsae.data import packing
-
-    corpus = Corpus(Listed(*[200] * 30))
-    before = joined(list(packer(context_size=8).blocks(corpus, 3)), "ids")
-    monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 1000)
-    assert np.array_equal(joined(list(packer(context_size=8).blocks(corpus, 7)), "ids"), before)
+def test_blocks_of_any_size_hold_the_same_contexts():
+    """Of a text that is tokenised in several batches."""
+    corpus = Corpus(Listed(*[2000] * 30))
+    few, many = (joined(list(packer(context_size=8).blocks(corpus, n)), "ids") for n in (3, 700))
+    assert np.array_equal(few, many)
 
 
 def test_long_documents_bring_no_warning(caplog):
     logging.getLogger("transformers").addHandler(caplog.handler)
     list(packer(context_size=8).blocks(Corpus(Listed(5000)), 8))
     assert not caplog.records
-
-
-def test_contexts_one_by_one():
-    contexts = list(packer(context_size=5).contexts(Corpus(Listed(6, 1, 4))))
-    assert len(contexts) == 3
-    assert contexts[1].keep.tolist() == [False, True, True, False, True]
 
 
 def test_tokenizer_of_another_model_is_refused():
