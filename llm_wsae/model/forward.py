@@ -154,10 +154,10 @@ class Blocks:
         with contextlib.ExitStack() as hooks:
             for site, visit in visits.items():
                 module, at_input = self._place(site)
+                if site.point == "mid":
+                    visit = overwriting(visit)
                 if at_input:
-                    _pre_hook(
-                        hooks, module, _shown(overwriting(visit) if site.point == "mid" else visit)
-                    )
+                    _pre_hook(hooks, module, _shown(visit))
                 else:
                     hooks.callback(module.register_forward_hook(_replacing(visit)).remove)
             self._visitors += 1
