@@ -67,7 +67,11 @@ def measure_inputs(
     it. Raises UsageError for a dictionary of another site; LlmWsaeError for a model that did not
     make the store.
     """
-    needs = {Rule.of(rule).need for rule in rules}
+    parsed = [Rule.of(rule) for rule in rules]
+    for rule in parsed:
+        if rule.need == "dictionary" and dictionary is None and rows.model is not None:
+            raise rule.missing_input()  # nothing gives a stream one
+    needs = {rule.need for rule in parsed}
     processes = join()
     with processes.together():
         statistics = rows.statistics(site) if planted is None else planted.statistics()
@@ -93,12 +97,8 @@ def measure_stream_inputs(
     site: Site,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> RuleInputs:
-    """As ``measure_inputs``; raises UsageError for a rule that needs a dictionary."""
-    parsed = [Rule.of(rule) for rule in rules]
-    for rule in parsed:
-        if rule.need == "dictionary":
-            raise rule.missing_input()
-    return measure_inputs(parsed, streams, site, config=config)
+    """As ``measure_inputs``."""
+    return measure_inputs(rules, streams, site, config=config)
 
 
 def settings_of_fisher(config: RuleInputConfig) -> dict[str, int]:
