@@ -14,11 +14,12 @@ place.
 record alone, and where there is none, no row counts as massive.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -92,28 +93,55 @@ def check_scored(contexts: Iterable[Context]) -> None:
         )
 
 
-def batches_of(contexts: Sequence[Context], batch_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """The contexts as batches of (ids, keep), both [contexts, positions]; at least one context in
-    each."""
+def stacked(contexts: Sequence[Context]) -> tuple[Tensor, Tensor]:
+    """Their ids and which positions are kept, both [contexts, positions]."""
     ids = [torch.as_tensor(context.ids).long() for context in contexts]
     keep = [torch.as_tensor(context.keep).bool() for context in contexts]
-    size = max(1, batch_tokens // len(ids[0]))
-    return [
-        (torch.stack(ids[at : at + size]), torch.stack(keep[at : at + size]))
-        for at in range(0, len(ids), size)
-    ]
+    return torch.stack(ids), torch.stack(keep)
+
+
+class RowBatch(NamedTuple):
+    """The rows of consecutive contexts."""
+
+    contexts: slice
+    rows: slice
+    activations: dict[Site, Float[Tensor, "rows d_in"]]
+    """Of every site, in the model's dtype and on its device."""
 
 
 class ActivationCache:
-    """Activations by site and batch of contexts, in the model's dtype and on its device."""
+    """Activations of a text at any site, in the model's dtype and on its device."""
 
-    def __init__(self, model: LanguageModel, batches: Sequence[tuple[Tensor, Tensor]]):
-        """``batches`` are token ids and which positions give rows, both [contexts, positions]."""
-        self.batches = batches
+    def __init__(
+        self,
+        model: LanguageModel,
+        ids: Int[Tensor, "contexts positions"],
+        keep: Bool[Tensor, "contexts positions"],
+        batch_tokens: int,
+    ):
+        """``keep`` marks the positions that give rows. ``batch_tokens`` tokens go through the model
+        at once, at least one context."""
+        size = max(1, batch_tokens // ids.shape[1])
+        self.batches = list(zip(ids.split(size), keep.split(size), strict=True))
+        """Token ids and which positions are kept, both [contexts, positions]."""
         self._model = model
         self._bytes_left = CACHE_BYTES
         self._kept: dict[tuple[Site, int], Tensor] = {}
         self._medians: dict[Site, float] = {}
+
+    def rows(self, sites: Sequence[Site]) -> Iterator[RowBatch]:
+        """All rows at the sites, in the order of the text."""
+        contexts = rows = 0
+        for number, (_, keep) in enumerate(
+            tqdm(self.batches, desc="held-out text", unit="batch", leave=False)
+        ):
+            first, start = contexts, rows
+            contexts, rows = first + len(keep), start + int(keep.sum())
+            found = {
+                site: hidden[keep.to(hidden.device)]
+                for site, hidden in self.at(number, sites).items()
+            }
+            yield RowBatch(slice(first, contexts), slice(start, rows), found)
 
     def at(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Activations [contexts, positions, d_in] of batch ``number``; the model runs only for the
@@ -143,11 +171,9 @@ class ActivationCache:
     def median_norms(self, sites: Sequence[Site]) -> dict[Site, float]:
         """Median Euclidean norm of the rows at each site, over the whole text."""
         norms: dict[Site, list[Tensor]] = {s: [] for s in sites if s not in self._medians}
-        numbers = range(len(self.batches)) if norms else ()
-        for number in tqdm(numbers, desc="norms", unit="batch", leave=False, disable=not norms):
-            _, keep = self.batches[number]
-            for site, hidden in self.at(number, list(norms)).items():
-                norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
+        for batch in self.rows(list(norms)) if norms else ():
+            for site, rows in batch.activations.items():
+                norms[site].append(rows.float().norm(dim=1).cpu())
         self._medians |= {site: float(torch.cat(parts).median()) for site, parts in norms.items()}
         return {site: self._medians[site] for site in sites}
 

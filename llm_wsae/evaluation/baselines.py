@@ -16,7 +16,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, shown
-from llm_wsae.evaluation.activations import Context, batches_of
+from llm_wsae.evaluation.activations import ActivationCache, Context, stacked
 from llm_wsae.evaluation.checks import check_fit
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
@@ -119,13 +119,12 @@ def baselines_of(
     check_fit(dictionaries, model, "evaluate")
     sites = sorted({one.site for one in dictionaries.values()})
     size = max(1, _ROWS // len(contexts[0].ids))
-    batches = batches_of(contexts[:size], _BATCH_TOKENS)
-    read = [(model.activations(ids, sites), keep) for ids, keep in batches]
+    cache = ActivationCache(model, *stacked(contexts[:size]), _BATCH_TOKENS)
+    read = list(cache.rows(sites))
     found: dict[str, Dictionary] = {}
     for site in sites:
         like = next(one for one in dictionaries.values() if one.site == site)
-        parts = [hidden[site][keep.to(hidden[site].device)] for hidden, keep in read]
-        rows = torch.cat(parts).float().cpu()
+        rows = torch.cat([batch.activations[site] for batch in read]).float().cpu()
         norms, threshold = rows.norm(dim=1), like.info.massive_threshold
         rows = rows[norms <= (MASSIVE_RATIO * norms.median() if threshold is None else threshold)]
         if len(rows) < 2:

@@ -1,23 +1,18 @@
-"""The held-out text that latents are scored on: its contexts, its rows and their activations.
+"""The held-out text that latents are scored on: its contexts and its rows.
 
-The token ids stay in memory (a few bytes a token), so that every row leads back to its text. The
-activations are computed one batch of contexts at a time and cached (``ActivationCache``).
+The token ids stay in memory (a few bytes a token), so that every row leads back to its text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activations import ActivationCache
-from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
 
 OUTSIDE = -1  # a cell of a window that lies outside the text
 _REACH = 5  # times as much text is read as is used
@@ -116,40 +111,6 @@ class HeldoutText:
         document = self.document.flatten()
         inside = same_context & (document[cells] == document[centre])
         return cells.where(inside, OUTSIDE)
-
-
-class ContextBatch(NamedTuple):
-    """The activations of consecutive contexts."""
-
-    contexts: slice
-    rows: slice
-    activations: dict[Site, Float[Tensor, "rows d_in"]]
-    """The rows of every site, in the model's dtype and on its device."""
-
-
-class HeldoutActivations:
-    """The activations of a held-out text, a batch of contexts at a time."""
-
-    def __init__(self, model: LanguageModel, text: HeldoutText, batch_tokens: int):
-        """``batch_tokens`` tokens go through the model at once, at least one context."""
-        size = max(1, batch_tokens // text.ids.shape[1])
-        self._text = text
-        self.cache = ActivationCache(
-            model, list(zip(text.ids.split(size), text.keep.split(size), strict=True))
-        )
-
-    def batches(self, sites: Sequence[Site]) -> Iterator[ContextBatch]:
-        """All rows at the sites, in the order of the text."""
-        end = 0
-        batches = tqdm(self.cache.batches, desc="held-out text", unit="batch", leave=False)
-        for number, (ids, keep) in enumerate(batches):
-            start, end = end, end + len(ids)
-            first, last = self._text.first_row[[start, end]].tolist()
-            found = {
-                site: hidden[keep.to(hidden.device)]
-                for site, hidden in self.cache.at(number, sites).items()
-            }
-            yield ContextBatch(slice(start, end), slice(first, last), found)
 
 
 def _read(

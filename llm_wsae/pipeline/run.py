@@ -330,7 +330,7 @@ class _Run:
             site: with_raw_dimensions(own, weighed[site].statistics, k)
             for site, own in trained.items()
         }
-        for site, report in evaluator.evaluate_what_can_be(measured):
+        for site, report in evaluator.evaluate_sites(measured):
             folder, dictionaries = self.out / str(site), trained[site]
             _save_metrics(folder, dictionaries, report)
             report.write(folder / "report.json")

@@ -358,7 +358,7 @@ def profile_fails():
 
 
 def evaluation_fails():
-    evaluator.FidelityEvaluator.evaluate_what_can_be = fail
+    evaluator.FidelityEvaluator.evaluate_sites = fail
 
 
 @pytest.mark.parametrize("what", [plan_fails, judging_fails, profile_fails, evaluation_fails])
@@ -381,7 +381,7 @@ def dies_in_training():
 
 
 def dies_before_the_evaluation():
-    evaluator.FidelityEvaluator.evaluate_what_can_be = die
+    evaluator.FidelityEvaluator.evaluate_sites = die
 
 
 @pytest.mark.parametrize("rank, what", [("1", dies_in_training), ("0", dies_before_the_evaluation)])

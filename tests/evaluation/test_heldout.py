@@ -16,7 +16,7 @@ from llm_wsae.evaluation import activations as module
 from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
+from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.model.site import Site
 
@@ -99,17 +99,17 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeyp
     monkeypatch.setattr(module, "CACHE_BYTES", room)
     text = take(model, tmp_path, [(40, {})] * 12, 300)
     sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
-    activations = HeldoutActivations(model, text, batch_tokens=3 * SIZE)
-    assert not activations.cache.holds(sites)
+    activations = ActivationCache(model, text.ids, text.keep, batch_tokens=3 * SIZE)
+    assert not activations.holds(sites)
     whole = model.activations(text.ids, sites)
     for _ in range(2):
-        batches = list(activations.batches(sites))
+        batches = list(activations.rows(sites))
         assert [batch.contexts.start for batch in batches] == list(range(0, text.num_contexts, 3))
         for site in sites:
             rows = torch.cat([batch.activations[site] for batch in batches])
             expected = whole[site].flatten(0, 1)[text.cell]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
-    assert activations.cache.holds(sites) == bool(room)
+    assert activations.holds(sites) == bool(room)
     assert [batch.rows.start for batch in batches] == text.first_row[:-1:3].tolist()
 
 
@@ -127,7 +127,7 @@ def test_the_smallest_recorded_threshold_counts_and_the_text_is_measured_without
     ids = torch.randint(5, 20, (6, 8), generator=torch.Generator().manual_seed(0))
     keep = torch.ones_like(ids, dtype=torch.bool)
     keep[:, 0] = False
-    cache = ActivationCache(model, list(zip(ids.split(4), keep.split(4), strict=True)))
+    cache = ActivationCache(model, ids, keep, batch_tokens=32)
 
     def threshold(*recorded):
         return massive_thresholds({AT: [recording(r) for r in recorded]}, cache)[AT]

@@ -17,7 +17,7 @@ context counts for the document that has most of it; one that names no document 
 
 import copy
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -33,10 +33,10 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.activations import (
     ActivationCache,
     Context,
-    batches_of,
     check_scored,
     documents_of,
     massive_thresholds,
+    stacked,
     take_contexts,
 )
 from llm_wsae.evaluation.checks import (
@@ -107,7 +107,7 @@ class FidelityEvaluator:
         documents = documents_of(taken)
         self._size = TextSize.of(np.concatenate(documents))
         self._owner = owners(documents)
-        self._cache = ActivationCache(model, batches_of(taken, config.batch_tokens))
+        self._cache = ActivationCache(model, *stacked(taken), config.batch_tokens)
         self._baselines: dict[tuple[Site, float], Baselines] = {}
         self._resumable: set[Site] = set()
 
@@ -123,44 +123,34 @@ class FidelityEvaluator:
     @torch.no_grad()
     def evaluate_sites(
         self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
-    ) -> dict[Site, Report]:
+    ) -> Iterator[tuple[Site, Report]]:
         """A report for each site, the same as of its dictionaries alone, from one pass over the
         text for all sites. Sites may use the same names.
 
         Of dictionaries that must be copied to an accelerator, as many sites share a pass as have
-        room there (``sites_together``). Raises as ``evaluate`` does.
+        room there (``sites_together``). Where a pass fails, its sites are measured one after the
+        other, and what is raised in the end is the first error of these.
         """
         for own in dictionaries.values() or [{}]:
             check_fit(own, self._model, "evaluate")
         copied = [sum(map(self._copied_bytes, own.values())) for own in dictionaries.values()]
         device = self._model.device
-        reports: dict[Site, Report] = {}
-        sites = list(dictionaries)
+        passes, sites = deque[list[Site]](), list(dictionaries)
         for count in sites_together(copied, memory_of(device), free_memory(device)):
-            now, sites = sites[:count], sites[count:]
-            measured = self._read_text({site: dictionaries[site] for site in now})
-            reports |= {site: self._report(dictionaries[site], *measured) for site in now}
-            del measured  # and with it the copies of the dictionaries
-        return reports
-
-    def evaluate_what_can_be(
-        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
-    ) -> Iterator[tuple[Site, Report]]:
-        """The same, site by site; where it fails, the sites are measured one after the other, and
-        what is raised in the end is the first error of these."""
-        failure = None
-        try:
-            yield from self.evaluate_sites(dictionaries).items()
-            return
-        except LlmWsaeError as error:
-            if len(dictionaries) == 1:
-                raise
-            tqdm.write(f"{error}; the sites are evaluated one by one", file=sys.stderr)
-        for site, own in dictionaries.items():
+            passes.append(sites[:count])
+            del sites[:count]
+        failure: LlmWsaeError | None = None
+        while passes:
+            now = passes.popleft()
             try:
-                yield site, self.evaluate(own)
+                measured = self._read_text({site: dictionaries[site] for site in now})
+                yield from [(site, self._report(dictionaries[site], *measured)) for site in now]
+                del measured  # and with it the copies of the dictionaries
             except LlmWsaeError as error:
-                failure = failure or error
+                failure = failure or (error if len(now) == 1 else None)
+                if len(now) > 1:
+                    tqdm.write(f"{error}; the sites are evaluated one by one", file=sys.stderr)
+                    passes.extendleft([site] for site in reversed(now))
         if failure is not None:
             raise failure
 

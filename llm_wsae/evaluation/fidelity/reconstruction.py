@@ -1,7 +1,12 @@
-"""Streaming sums behind the reconstruction measures, in float64.
+"""Streaming sums behind the measures of reconstructions and codes, in float64.
 
 Massive rows (``massive_thresholds``) are summed separately: a handful of them would dominate every
 mean, and training leaves them out. FVU is reported both without and with them.
+
+The *round trip* decodes real codes z and encodes them again, r = encode(decode(z)). It is theorem 1
+of Cui et al. 2026 (arXiv 2506.15963) with a trained dictionary as W_p and its own codes as the true
+features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z − r)/z. A latent is
+*false* where r > 0 and z = 0.
 """
 
 import math
@@ -11,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.evaluation.fidelity.round_trip import RoundTripSums
+from llm_wsae.sparse.codes import Codes
 
+_ROWS_AT_ONCE = 256  # made dense to compare their codes
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
 HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density
 
@@ -50,7 +56,13 @@ class ReconstructionSums:
         self.massive_error = torch.zeros(d_in, dtype=torch.float64)
         self.cosine = 0.0
         self.l2_ratio = 0.0
-        self.round_trip = RoundTripSums(d_sae)
+        self.firings = torch.zeros(d_sae, dtype=torch.int64)
+        """Rows on which each latent fires."""
+        self._survivors = self._false = 0
+        self._lost = torch.zeros(d_sae, dtype=torch.float64)
+        """Of every latent, the sum of (z − r)/z over its firings that survive the round trip."""
+        self._dense: Tensor | None = None
+        """Zeros between calls; filling it anew for every few rows would cost more than the rest."""
 
     @torch.no_grad()
     def update(
@@ -61,7 +73,10 @@ class ReconstructionSums:
         reconstruction = dictionary.decode(codes)
         for x, y in zip(rows.split(_TOGETHER), reconstruction.split(_TOGETHER), strict=True):
             self._compare(exact(x), exact(y))
-        self.round_trip.update(codes, dictionary.encode_sparse(reconstruction))
+        again = dictionary.encode_sparse(reconstruction)
+        parts = [part.split(_ROWS_AT_ONCE) for part in (*codes, *again)]
+        for z_latents, z, r_latents, r in zip(*parts, strict=True):
+            self._compare_codes(Codes(z_latents, z), Codes(r_latents, r))
         return reconstruction
 
     def _compare(self, x: Tensor, y: Tensor) -> None:
@@ -71,6 +86,27 @@ class ReconstructionSums:
         # The bound only guards the quotient of an all-zero row.
         self.cosine += float(((x * y).sum(1) / (norm_x * norm_y).clamp(min=1e-300)).sum())
         self.l2_ratio += float((norm_y / norm_x.clamp(min=1e-300)).sum())
+
+    def _compare_codes(self, z: Codes, r: Codes) -> None:
+        fires = z.values > 0
+        latent, before = z.indices[fires].cpu(), z.values[fires].cpu().double()
+        after = self._at(r, z.indices)[fires].cpu().double()
+        survives = after > 0
+        self.firings += torch.bincount(latent, minlength=len(self.firings))
+        self._survivors += int(survives.sum())
+        self._false += int(((r.values > 0) & (self._at(z, r.indices) == 0)).sum())
+        self._lost.index_add_(0, latent[survives], 1 - after[survives] / before[survives])
+
+    def _at(self, codes: Codes, latents: Int[Tensor, "rows k"]) -> Float[Tensor, "rows k"]:
+        """The values that the codes give to these latents of each row, 0 where they do not name
+        them."""
+        if self._dense is None or self._dense.device != codes.values.device:
+            self._dense = codes.values.new_zeros(_ROWS_AT_ONCE, len(self.firings))
+        dense = self._dense[: len(codes.values)]
+        dense.scatter_add_(1, codes.indices, codes.values)  # unused slots add 0
+        found = dense.gather(1, latents)
+        dense.scatter_(1, codes.indices, 0.0)
+        return found
 
     @torch.no_grad()
     def update_massive(
@@ -82,29 +118,21 @@ class ReconstructionSums:
         return reconstruction
 
     @property
-    def firings(self) -> Int[Tensor, " d_sae"]:
-        """Rows on which each latent fires."""
-        return self.round_trip.fires
-
-    @property
     def density(self) -> Float[Tensor, " d_sae"]:
         """Share of the rows on which each latent fires."""
         return self.firings.double() / max(self.count, 1)
 
-    @property
-    def l0(self) -> float:
-        """Mean number of active latents in a row."""
-        return float(self.density.sum())
-
-    @property
-    def dead_share(self) -> float:
-        """Share of latents that never fired."""
-        return float((self.firings == 0).double().mean())
-
-    @property
-    def dense_share(self) -> float:
-        """Share of latents that fire on more than 10 % of the rows."""
-        return float((self.density > DENSE_DENSITY).double().mean())
+    def shares(self) -> dict[str, float]:
+        """The fields of ``Fidelity`` that are of the codes alone; NaN without firings."""
+        firings = int(self.firings.sum())
+        return {
+            "l0": float(self.density.sum()),
+            "dead_share": float((self.firings == 0).double().mean()),
+            "dense_share": float((self.density > DENSE_DENSITY).double().mean()),
+            "vanished": 1 - self._survivors / firings if firings else math.nan,
+            "shrunk": float(self._lost.sum()) / self._survivors if self._survivors else math.nan,
+            "false_latents": self._false / max(self.count, 1),
+        }
 
     def histogram(self) -> tuple[list[float], list[int]]:
         """Histogram of log10 density over the latents that fired: (bin edges, counts)."""

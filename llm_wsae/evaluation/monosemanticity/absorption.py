@@ -12,15 +12,14 @@ the letter that the dense probe recognises, the letter is *missed* if no main la
 of all other words.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.probing import PROBE_SIZES, Split, best_columns
-from llm_wsae.evaluation.monosemanticity.unit_tables import SparseTable
+from llm_wsae.evaluation.monosemanticity.probing import PROBE_SIZES, Exam, best_columns
+from llm_wsae.statistics.measures import LETTER
 
 GAIN = 0.02
 """More main latents are taken as long as they add this much area under the ROC curve."""
@@ -30,55 +29,61 @@ SHARE = 0.5
 
 def main_latents(
     correlation: Float[Tensor, "concepts d_sae"],
-    area: Mapping[int, Float[Tensor, " concepts"]],
+    area: Float[Tensor, "sizes concepts"],
     allowed: Bool[Tensor, " d_sae"],
 ) -> Int[Tensor, "concepts most"]:
     """The 1, 2 or 5 latents that correlate most, and positively, with each concept; -1 for none.
 
-    ``area`` is that of sparse probes, by their number of latents.
+    ``area`` is that of sparse probes of 1, 2 and 5 latents.
     """
     chosen = best_columns(correlation.where(correlation > 0, -torch.inf), allowed, PROBE_SIZES[-1])
     needed = torch.full((len(correlation),), PROBE_SIZES[0])
-    for size, more in pairwise(PROBE_SIZES):
-        needed = needed.where((needed < size) | (area[more] - area[size] < GAIN), more)
+    for (size, less), (more, gained) in pairwise(zip(PROBE_SIZES, area, strict=True)):
+        needed = needed.where((needed < size) | (gained - less < GAIN), more)
     return chosen.where(torch.arange(PROBE_SIZES[-1]) < needed[:, None], -1)
 
 
 def absorption(
-    main: Int[Tensor, "concepts most"],
+    exam: Exam,
+    table: Float[Tensor, "d_sae units"],
+    correlation: Float[Tensor, "concepts d_sae"],
+    area: Float[Tensor, "sizes concepts"],
     allowed: Bool[Tensor, " d_sae"],
-    table: SparseTable,
     decoder: Float[Tensor, "d_sae d_in"],
-    directions: Float[Tensor, "d_in concepts"],
-    scores: Float[Tensor, "concepts items"],
-    split: Split,
-) -> tuple[Float[Tensor, " concepts"], Float[Tensor, " concepts"]]:
-    """Shares of each concept's recognised examples that are missed, and that are absorbed by one
+) -> Float[Tensor, "2 concepts"]:
+    """Shares of each letter's recognised examples that are missed, and that are absorbed by one
     other of the ``allowed`` latents.
 
-    ``directions`` and ``scores`` are those of the dense probes, on the test units of ``split``.
-    NaN for a concept without a recognised example.
+    NaN for a concept that is no letter or without a recognised example, and where units are more
+    than one row, so that the table is not sparse.
     """
-    missed, absorbed = [], []
-    n, units = split.num_examples, table.num_units
-    contributions = decoder.float() @ directions
-    for concept, own in enumerate(main):
-        score, counts = scores[concept], split.counts[concept]
-        examples = split.items[concept, :n][(score[:n] > 0) & counts[:n]]
+    found = torch.full((2, len(exam.families)), torch.nan, dtype=torch.float64)
+    letters = [n for n, family in enumerate(exam.families) if family == LETTER]
+    if not (table.is_sparse and letters):
+        return found
+    main = main_latents(correlation, area, allowed)
+    columns, units = table.indices()
+    contributions = decoder.float() @ exam.directions[:, letters]
+    n = exam.split.num_examples
+    for number, concept in enumerate(letters):
+        score, counts = exam.scores[concept], exam.split.counts[concept]
+        examples = exam.split.items[concept, :n][(score[:n] > 0) & counts[:n]]
         apart = score[:n][counts[:n]].mean() - score[n:][counts[n:]].mean()
-        is_example = torch.zeros(units, dtype=torch.bool)
-        is_example[examples] = True
-        of_examples = is_example[table.units].nonzero().squeeze(1)
-        unit, column = table.units[of_examples], table.columns[of_examples]
-        is_main = torch.zeros(len(decoder), dtype=torch.bool)
-        is_main[own[own >= 0]] = True
-        entry_is_main = is_main[column]
-        heard = torch.zeros(units).index_add_(0, unit, entry_is_main.float()) > 0
-        speaks = table.values[of_examples] * contributions[column, concept]
-        speaks = speaks.where(allowed[column] & ~entry_is_main, -torch.inf)
-        loudest = torch.zeros(units).scatter_reduce_(0, unit, speaks, "amax")
+        is_example = _marked(examples, table.shape[1])
+        of_examples = is_example[units].nonzero().squeeze(1)
+        unit, column = units[of_examples], columns[of_examples]
+        is_main = _marked(main[concept][main[concept] >= 0], len(decoder))[column]
+        heard = torch.zeros(len(is_example)).index_add_(0, unit, is_main.float()) > 0
+        speaks = table.values()[of_examples] * contributions[column, number]
+        speaks = speaks.where(allowed[column] & ~is_main, -torch.inf)
+        loudest = torch.zeros(len(is_example)).scatter_reduce_(0, unit, speaks, "amax")
         silent = ~heard[examples]
-        missed.append(silent.double().mean())
         taken = silent & (loudest[examples] >= SHARE * apart) & (apart > 0)
-        absorbed.append(taken.double().mean())
-    return torch.stack(missed), torch.stack(absorbed)
+        found[0, concept], found[1, concept] = silent.double().mean(), taken.double().mean()
+    return found
+
+
+def _marked(numbers: Tensor, count: int) -> Bool[Tensor, " count"]:
+    marks = torch.zeros(count, dtype=torch.bool)
+    marks[numbers] = True
+    return marks

@@ -6,9 +6,8 @@ families' means, and its interval is a t-interval over families: they are the sa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from jaxtyping import Bool, Float
 from scipy import special
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.concept_scores import LatentProbes, SiteProbes
-from llm_wsae.evaluation.monosemanticity.probing import PROBE_SIZES
 from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
 
 
@@ -38,11 +35,7 @@ class ConceptSummary:
     """Scores of a dictionary on concepts, averaged and one by one."""
 
     means: dict[str, Mean]
-    """Every family counted once. ``best_1``, ``best_2``, ``best_5``: area under the ROC curve of
-    sparse probes;
-    ``selectivity``, ``own_fall``, ``others_fall``: drops in the dense probes' accuracy;
-    ``spill``, what others lose at a matched own drop; ``density`` of the removed latents; of first
-    letters alone, over letters, ``missed`` and ``absorbed``."""
+    """Every family counted once."""
     families: dict[str, dict[str, float]]
     """The same means within each family."""
     concepts: dict[str, dict[str, float]]
@@ -121,52 +114,21 @@ def latent_means(
     return found
 
 
-def summarise_concepts(
-    names: list[str], families: list[str], probes: LatentProbes
+def summarise(
+    names: Sequence[str], families: Sequence[str], columns: Mapping[str, Float[Tensor, " concepts"]]
 ) -> ConceptSummary:
     """Means over all families and over each of them."""
-    columns = {f"best_{size}": probes.sparse[size] for size in PROBE_SIZES}
-    columns |= {
-        "selectivity": probes.selectivity,
-        "own_fall": probes.own_fall,
-        "others_fall": probes.others_fall,
-        "density": probes.density,
-        "spill": probes.spill,
-        "missed": probes.missed,
-        "absorbed": probes.absorbed,
-    }
-    return ConceptSummary(
-        {name: mean_of_families(values, families) for name, values in columns.items()},
-        _family_means(families, columns),
-        _by_concept(names, columns),
-    )
-
-
-def summarise_site(names: list[str], families: list[str], probes: SiteProbes) -> dict[str, Any]:
-    """What ``MonosemanticReport.sites`` holds for a site."""
-    columns = {"dense": probes.dense, "accuracy": probes.accuracy}
-    columns |= {f"best_{size}": probes.raw[size] for size in PROBE_SIZES}
-    return {
-        "means": {name: mean_of_families(v, families).mean for name, v in columns.items()},
-        "families": _family_means(families, columns),
-        "concepts": _by_concept(names, columns),
-    }
-
-
-def _family_means(
-    families: list[str], columns: dict[str, Float[Tensor, " concepts"]]
-) -> dict[str, dict[str, float]]:
-    found = {}
+    of_families = {}
     for family in dict.fromkeys(families):
         mine = torch.tensor([one == family for one in families])
-        found[family] = {name: float(values[mine].nanmean()) for name, values in columns.items()}
-    return found
-
-
-def _by_concept(
-    names: list[str], columns: dict[str, Float[Tensor, " concepts"]]
-) -> dict[str, dict[str, float]]:
-    return {
-        concept: {name: float(values[i]) for name, values in columns.items()}
-        for i, concept in enumerate(names)
-    }
+        of_families[family] = {
+            key: float(values[mine].nanmean()) for key, values in columns.items()
+        }
+    return ConceptSummary(
+        {key: mean_of_families(values, families) for key, values in columns.items()},
+        of_families,
+        {
+            name: {key: float(values[number]) for key, values in columns.items()}
+            for number, name in enumerate(names)
+        },
+    )

@@ -13,55 +13,45 @@ the probes of the activations are shared by all dictionaries, together or one af
 """
 
 import copy
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import combinations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.evaluation.activations import massive_thresholds
-from llm_wsae.evaluation.checks import check_fit, common_packing, notes_on_weights
+from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
+from llm_wsae.evaluation.checks import check_fit, notes_on_weights
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
-from llm_wsae.evaluation.monosemanticity.averages import (
-    ConceptSummary,
-    latent_means,
-    summarise_concepts,
-    summarise_site,
-)
+from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.evaluation.monosemanticity.averages import latent_means, summarise
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
-    LatentTables,
     ProbedConcepts,
     SiteProbes,
     probe_latents,
     probe_site,
 )
 from llm_wsae.evaluation.monosemanticity.concepts import (
+    NO_UNIT,
+    Units,
     document_concepts,
     halves_of_documents,
+    units_of_documents,
+    units_of_tokens,
 )
+from llm_wsae.evaluation.monosemanticity.consistency import consistency
 from llm_wsae.evaluation.monosemanticity.latent_scores import RESAMPLED, LatentScorer
+from llm_wsae.evaluation.monosemanticity.probing import splits
 from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores, MonosemanticReport
 from llm_wsae.evaluation.monosemanticity.token_concepts import (
     folded_tokens,
     token_concepts,
-)
-from llm_wsae.evaluation.monosemanticity.unit_tables import (
-    NO_UNIT,
-    Units,
-    units_of_documents,
-    units_of_tokens,
 )
 from llm_wsae.evaluation.monosemanticity.window_embeddings import (
     Encoder,
@@ -71,28 +61,6 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
-
-_MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hours too
-
-
-def monosemanticity(
-    dictionaries: Mapping[str, Dictionary],
-    model: LanguageModel,
-    corpus: Corpus,
-    config: MonosemanticConfig,
-    encoder: Encoder | None = None,
-) -> MonosemanticReport:
-    """Score dictionaries, by name, on the text of ``corpus`` (usually its held-out part).
-
-    They may belong to several sites. ``encoder`` replaces ``config.encoder``.
-
-    Raises UsageError if there is no dictionary, one does not fit the model, they were trained on
-    differently packed text, the encoder is not available or a label is unknown; LlmWsaeError if the
-    text is too short.
-    """
-    check_fit(dictionaries, model, "score")
-    packing = common_packing(dictionaries, model.max_context)
-    return MonosemanticityEvaluator(model, corpus, packing, config, encoder).score(dictionaries)
 
 
 class MonosemanticityEvaluator:
@@ -106,7 +74,11 @@ class MonosemanticityEvaluator:
         config: MonosemanticConfig,
         encoder: Encoder | None = None,
     ):
-        """Raises as ``monosemanticity`` does."""
+        """Contexts are packed as ``packing`` says; ``encoder`` replaces ``config.encoder``.
+
+        Raises UsageError if the encoder is not available or a label is unknown; LlmWsaeError if the
+        text is too short.
+        """
         if encoder is None:
             encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
         blocks = Packer.for_model(model, packing).blocks(corpus, block_size=64)
@@ -114,20 +86,23 @@ class MonosemanticityEvaluator:
         self._model = model
         self._corpus = corpus.identity()
         self._config = config
-        self._activations = HeldoutActivations(model, text, config.batch_tokens)
+        self._activations = ActivationCache(model, text.ids, text.keep, config.batch_tokens)
         tokens = folded_tokens(text, model.tokenizer)
         embeddings = WindowEmbeddings(text, model.tokenizer, encoder, config.before, config.after)
-        self._scorer = LatentScorer.of(text, tokens, embeddings, config)
+        self._scorer = LatentScorer(text, tokens, embeddings, config)
         self._concepts = _concepts(text, model.tokenizer, config)
         self._probes: dict[tuple[Site, float], SiteProbes] = {}
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
-        """Score dictionaries by name. Raises as ``monosemanticity`` does."""
+        """Score dictionaries, by name, of any sites.
+
+        Raises UsageError if there is none or one does not fit the model.
+        """
         check_fit(dictionaries, self._model, "score")
         by_site: dict[Site, list[Dictionary]] = defaultdict(list)
         for dictionary in dictionaries.values():
             by_site[dictionary.site].append(dictionary)
-        thresholds = massive_thresholds(by_site, self._activations.cache)
+        thresholds = massive_thresholds(by_site, self._activations)
         probes = self._site_probes(thresholds)
         scores: dict[str, DictionaryScores] = {}
         for group in self._groups(dictionaries):
@@ -147,7 +122,7 @@ class MonosemanticityEvaluator:
         """Dictionaries to record together: each alone, which takes the least memory, if the
         activations are cached; otherwise all in one pass."""
         sites = {dictionary.site for dictionary in dictionaries.values()}
-        if self._activations.cache.holds(sites):
+        if self._activations.holds(sites):
             return [{name: dictionary} for name, dictionary in dictionaries.items()]
         return [dict(dictionaries)]
 
@@ -166,21 +141,17 @@ class MonosemanticityEvaluator:
         return recorders
 
     def _scores(self, name: str, recorder: Recorder, site_probes: SiteProbes) -> DictionaryScores:
-        dictionary, firings, config = recorder.dictionary, recorder.firings(), self._config
+        dictionary, firings = recorder.dictionary, recorder.firings()
         density = firings.density
         dense = density > DENSE_DENSITY
         eligible = self._scorer.eligible(firings)
         scores = self._scorer.scores(firings)
         resampled = scores.pop(RESAMPLED)
+        allowed = [torch.ones_like(dense), *([~dense] if bool(dense.any()) else [])]
         decoder = dictionary.W_dec.detach().cpu()
-        latents = LatentTables.of(self._concepts, recorder.tables(), decoder, density)
-        draws = (config.bootstraps, config.seed)
-
-        def concepts(allowed: Tensor) -> ConceptSummary:
-            probes = probe_latents(self._concepts, site_probes, latents, allowed)
-            return summarise_concepts(*_names(self._concepts), probes)
-
-        with_all = concepts(torch.ones_like(dense))
+        probed = probe_latents(site_probes, recorder.tables(), decoder, density, allowed)
+        concepts = [summarise(*_names(self._concepts), columns) for columns in probed]
+        draws = (self._config.bootstraps, self._config.seed)
         return DictionaryScores(
             name=name,
             site=str(dictionary.site),
@@ -194,8 +165,8 @@ class MonosemanticityEvaluator:
             l0=float(density.sum()),
             latents=latent_means(scores, eligible, resampled, *draws),
             latents_not_dense=latent_means(scores, eligible & ~dense, resampled, *draws),
-            concepts=with_all,
-            concepts_not_dense=concepts(~dense) if bool(dense.any()) else with_all,
+            concepts=concepts[0],
+            concepts_not_dense=concepts[-1],
             per_latent={**scores, "density": density},
             resampled=resampled,
         )
@@ -217,9 +188,11 @@ class MonosemanticityEvaluator:
             num_documents=size.documents,
             effective_documents=size.effective,
             chance=self._scorer.chance(),
-            sites={str(site): summarise_site(*names, found) for site, found in probes.items()},
+            sites={str(site): _of_site(names, found) for site, found in probes.items()},
             dictionaries={name: scores[name] for name in dictionaries},
-            consistency=_consistency(dictionaries, scores),
+            consistency=consistency(
+                dictionaries, {n: one.per_latent["density"] > 0 for n, one in scores.items()}
+            ),
             notes=[
                 *_notes(dictionaries, self._model, names, self._config.labels),
                 *size.warnings(),
@@ -247,7 +220,17 @@ def _concepts(
             document_concepts(text.headers, contexts.document, half(contexts), config.labels),
         ),
     ]
-    return [ProbedConcepts.of(units, found, config.seed) for units, found in asked if found.names]
+    return [
+        ProbedConcepts(units, found, splits(found, config.seed))
+        for units, found in asked
+        if found.names
+    ]
+
+
+def _of_site(names: tuple[list[str], list[str]], probes: SiteProbes) -> dict[str, Any]:
+    """What ``MonosemanticReport.sites`` holds for a site."""
+    found = summarise(*names, probes.columns)
+    return vars(found) | {"means": {key: one.mean for key, one in found.means.items()}}
 
 
 def _names(concepts: list[ProbedConcepts]) -> tuple[list[str], list[str]]:
@@ -256,40 +239,6 @@ def _names(concepts: list[ProbedConcepts]) -> tuple[list[str], list[str]]:
         [name for asked in concepts for name in asked.concepts.names],
         [family for asked in concepts for family in asked.concepts.families],
     )
-
-
-def _consistency(
-    dictionaries: Mapping[str, Dictionary], scores: Mapping[str, DictionaryScores]
-) -> dict[str, dict[str, Any]]:
-    """PW-MCC of every group of dictionaries that differ only in their seeds."""
-    groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for name, dictionary in dictionaries.items():
-        info = dictionary.info
-        if info.seed is not None:
-            arm = info.name.removesuffix(f"-s{info.seed}")
-            groups[f"{info.site} {arm}", _made_alike(dictionary)].setdefault(info.seed, name)
-    result = {}
-    for (group, _), members in groups.items():
-        if len(members) < 2:
-            continue
-        if group in result:  # the same arm in another training
-            group = f"{group} ({', '.join(members.values())})"
-        names = [members[seed] for seed in sorted(members)]
-        decoders = [dictionaries[name].W_dec.detach() for name in names]
-        alive = [scores[name].per_latent["density"] > 0 for name in names]
-        result[group] = {
-            "dictionaries": names,
-            "pw_mcc": pw_mcc(decoders),
-            "pw_mcc_alive": pw_mcc(decoders, alive),
-        }
-    return result
-
-
-def _made_alike(dictionary: Dictionary) -> str:
-    """What is equal between two dictionaries that differ only in their seeds."""
-    info = dictionary.info
-    training = {k: v for k, v in info.training.items() if k not in ("seed", "command", "versions")}
-    return json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)
 
 
 def _notes(
@@ -306,39 +255,3 @@ def _notes(
         if label not in families:
             notes.append(f"the text holds too few documents of any value of the label {label}")
     return notes
-
-
-def matched_cosine(one: Float[Tensor, "d_one d_in"], other: Float[Tensor, "d_other d_in"]) -> float:
-    """Mean cosine of the rows, matched one to one; unmatched rows do not count. NaN without rows.
-
-    For more than 2²⁷ pairs (11,585 rows each), only that many pairs are used, with rows of ``one``
-    drawn at random: the mean is then slightly too high, because fewer rows compete.
-    """
-    from scipy.optimize import linear_sum_assignment  # slow to import
-
-    most = max(1, _MOST_PAIRS // max(1, len(other)))
-    if len(one) > most:
-        drawn = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))[:most]
-        one = one[drawn.to(one.device)]
-    cosines = (normalize(one, dim=1) @ normalize(other, dim=1).T).cpu().double().numpy()
-    rows, columns = linear_sum_assignment(cosines, maximize=True)
-    return float(cosines[rows, columns].mean()) if len(rows) else float("nan")
-
-
-def pw_mcc(
-    decoders: Sequence[Float[Tensor, "_ d_in"]],
-    alive: Sequence[Bool[Tensor, " _"]] | None = None,
-) -> float:
-    """PW-MCC of decoders, over their ``alive`` latents only if given (dead latents match nothing).
-
-    PW-MCC is the pairwise mean correlation coefficient of Song et al. 2025 (arXiv 2505.20254): the
-    latents of two dictionaries are matched one to one so that the sum of the cosines of their
-    decoder rows is largest (the Hungarian method); the mean cosine is averaged over all pairs of
-    dictionaries. It is 1 for the same latents in any order.
-
-    NaN for fewer than two decoders.
-    """
-    if alive is not None:
-        decoders = [decoder[some] for decoder, some in zip(decoders, alive, strict=True)]
-    found = [matched_cosine(one, other) for one, other in combinations(decoders, 2)]
-    return sum(found) / len(found) if found else float("nan")

@@ -10,7 +10,6 @@ Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) gives the probe only the b
 with the largest correlation with the concept, the same order as by the F statistic.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.evaluation.monosemanticity.detection import auroc
-from llm_wsae.evaluation.monosemanticity.unit_tables import Table
 
 PROBE_SIZES = (1, 2, 5)
 _MAX_ITEMS = 1000  # test units of each class; more would add little certainty
@@ -29,8 +27,7 @@ RIDGE_DENSE, RIDGE_SPARSE = 1e-2, 1e-4
 _TINY = 1e-12
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Concepts with one half of the documents for training and the other half for testing."""
 
     positive: Float[Tensor, "units concepts"]
@@ -43,19 +40,21 @@ class Split:
     """Whether the item counts: concepts have different numbers of test units."""
     num_examples: int
 
-    def of(self, concepts: Bool[Tensor, " concepts"]) -> "Split":
-        """Of some of the concepts."""
-        training = (self.positive[:, concepts], self.negative[:, concepts])
-        return Split(*training, self.items[concepts], self.counts[concepts], self.num_examples)
-
     def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
         """The area under the ROC curve of every concept's scores."""
         n = self.num_examples
         return auroc(scores[:, :n], scores[:, n:], self.counts[:, :n], self.counts[:, n:])
 
-    def accuracy(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
-        """``accuracy`` of every concept's scores."""
-        return accuracy(scores, self.counts, self.num_examples)
+
+class Exam(NamedTuple):
+    """The concepts of one kind of units, with dense probes of a site's activations that were
+    trained on one half of the documents."""
+
+    families: list[str]
+    split: Split
+    directions: Float[Tensor, "d_in concepts"]
+    scores: Float[Tensor, "concepts items"]
+    """Of the test units; above 0 where a probe predicts an example."""
 
 
 def accuracy(
@@ -98,14 +97,16 @@ def _split(concepts: Concepts, train: Tensor, seed: int) -> Split:
     )
 
 
-def correlations(table: Table, split: Split) -> Float[Tensor, "concepts columns"]:
+def correlations(
+    table: Float[Tensor, "columns units"], split: Split
+) -> Float[Tensor, "concepts columns"]:
     """Correlation of each column with each concept on the training units; 0 for a constant."""
     n1, n0 = split.positive.sum(0).double(), split.negative.sum(0).double()
-    mean1 = table.sums(split.positive).double() / n1
-    mean0 = table.sums(split.negative).double() / n0
+    mean1 = (table @ split.positive).double() / n1
+    mean0 = (table @ split.negative).double() / n0
     share = n1 / (n1 + n0)
     mean = share * mean1 + (1 - share) * mean0
-    square = table.square_sums(split.positive + split.negative).double() / (n1 + n0)
+    square = (table.square() @ (split.positive + split.negative)).double() / (n1 + n0)
     variance = square - mean.square()
     found = (mean1 - mean0) * (share * (1 - share)).sqrt() / variance.clamp(min=_TINY).sqrt()
     return found.where(variance > 1e-6 * square, 0.0).T.float()
@@ -122,8 +123,7 @@ def best_columns(
     return best.indices.where(best.values > -torch.inf, -1)
 
 
-@dataclass(frozen=True)
-class SelectedColumns:
+class SelectedColumns(NamedTuple):
     """Columns that any concept selected, as one dense matrix, and each concept's place in it."""
 
     columns: Int[Tensor, " n"]
@@ -132,10 +132,14 @@ class SelectedColumns:
     place: Int[Tensor, "concepts count"]
 
     @classmethod
-    def of(cls, table: Table, chosen: Int[Tensor, "concepts count"]) -> "SelectedColumns":
+    def of(
+        cls, table: Float[Tensor, "columns units"], chosen: Int[Tensor, "concepts count"]
+    ) -> "SelectedColumns":
         """Take the ``chosen`` columns of a table."""
         columns = chosen[chosen >= 0].unique()
-        values = torch.nn.functional.pad(table.take(columns), (0, 1))
+        taken = table.index_select(0, columns)
+        dense = taken.to_dense() if taken.is_sparse else taken
+        values = torch.nn.functional.pad(dense.T, (0, 1)).contiguous()
         place = torch.searchsorted(columns, chosen.clamp(min=0).contiguous())
         return cls(columns, values, place.where(chosen >= 0, len(columns)))
 
@@ -157,22 +161,11 @@ def sparse_probes(taken: SelectedColumns, split: Split, size: int) -> Float[Tens
     return split.test((tested.double() * direction[:, None, :]).sum(2))
 
 
-class Probes(NamedTuple):
-    """A probe of every concept: x · direction − threshold is positive for examples."""
-
-    directions: Float[Tensor, "d_in concepts"]
-    thresholds: Float[Tensor, " concepts"]
-
-    def scores(
-        self, x: Float[Tensor, "units d_in"], split: Split
-    ) -> Float[Tensor, "concepts items"]:
-        """Every concept's probe on its test units."""
-        return (x @ self.directions - self.thresholds).T.gather(1, split.items)
-
-
-def dense_probes(x: Float[Tensor, "units d_in"], split: Split) -> Probes:
-    """A probe on all dimensions for every concept, with its threshold midway between the means of
-    the classes."""
+def dense_probes(
+    x: Float[Tensor, "units d_in"], split: Split
+) -> tuple[Float[Tensor, "d_in concepts"], Float[Tensor, "concepts items"]]:
+    """A probe on all dimensions for every concept: its direction, and x · direction − threshold of
+    its test units. The threshold is midway between the means of the classes."""
     weight = split.positive + split.negative
     directions = torch.zeros(x.shape[1], weight.shape[1], dtype=torch.float64)
     thresholds = torch.zeros(weight.shape[1], dtype=torch.float64)
@@ -186,7 +179,8 @@ def dense_probes(x: Float[Tensor, "units d_in"], split: Split) -> Probes:
         mean1, mean0 = rows.T @ (yes / yes.sum(0)), rows.T @ (no / no.sum(0))
         directions[:, mine] = _discriminant(covariance, mean1 - mean0, RIDGE_DENSE)
         thresholds[mine] = ((mean1 + mean0) / 2 * directions[:, mine]).sum(0)
-    return Probes(directions.float(), thresholds.float())
+    found = directions.float()
+    return found, (x @ found - thresholds.float()).T.gather(1, split.items)
 
 
 def _discriminant(covariance: Tensor, difference: Tensor, ridge: float) -> Tensor:

@@ -11,28 +11,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluation.heldout import ContextBatch, HeldoutActivations
+from llm_wsae.evaluation.activations import ActivationCache, RowBatch
+from llm_wsae.evaluation.monosemanticity.concepts import NO_UNIT, Units
 from llm_wsae.evaluation.monosemanticity.firings import FiringCollector, Firings
-from llm_wsae.evaluation.monosemanticity.unit_tables import (
-    NO_UNIT,
-    DenseTable,
-    SparseTable,
-    Table,
-    Units,
-)
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
 
 
 def read_units(
-    activations: HeldoutActivations, thresholds: Mapping[Site, float], kinds: Sequence[Units]
+    activations: ActivationCache, thresholds: Mapping[Site, float], kinds: Sequence[Units]
 ) -> dict[Site, list[Float[Tensor, "_ d_in"]]]:
     """For each site, the mean activations of each kind of units, float32 on the CPU.
 
     ``thresholds`` are the norms above which a row is massive; massive rows count as zeros.
     """
     found: dict[Site, list[Tensor]] = {}
-    for batch in activations.batches(list(thresholds)):
+    for batch in activations.rows(list(thresholds)):
         for site, rows in batch.activations.items():
             if site not in found:
                 found[site] = [torch.zeros(len(units.size), rows.shape[1]) for units in kinds]
@@ -59,17 +53,15 @@ class Recorder:
     ):
         """``dictionary`` and ``collector`` are on the model's device; ``threshold`` is the norm
         above which a row is massive; ``kinds`` are the units to make tables of."""
-        self.dictionary = dictionary
-        self._collector = collector
-        self._threshold = threshold
-        self._kinds = kinds
+        self.dictionary, self._collector = dictionary, collector
+        self._threshold, self._kinds = threshold, kinds
         self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in kinds]
         self._sums = [
             None if units.single else torch.zeros(len(units.size), dictionary.d_sae)
             for units in kinds
         ]
 
-    def add(self, batch: ContextBatch) -> None:
+    def add(self, batch: RowBatch) -> None:
         """Encode a batch's rows and keep what is needed of the codes."""
         rows = batch.activations[self.dictionary.site]
         codes = self.dictionary.encode_sparse(rows)
@@ -92,23 +84,24 @@ class Recorder:
         """Where its latents fire."""
         return self._collector.firings()
 
-    def tables(self) -> list[Table]:
-        """Its latents' activations for each kind of units."""
+    def tables(self) -> list[Float[Tensor, "d_sae units"]]:
+        """Its latents' activations for each kind of units: sparse where every unit is one row."""
         return [
-            _sparse(entries, len(units.size), self.dictionary.d_sae)
+            _sparse(entries, (self.dictionary.d_sae, len(units.size)))
             if sums is None
-            else DenseTable(sums / units.size[:, None])
+            else (sums / units.size[:, None]).T
             for units, entries, sums in zip(self._kinds, self._entries, self._sums, strict=True)
         ]
 
 
-def record(activations: HeldoutActivations, recorders: Sequence[Recorder]) -> None:
+def _sparse(entries: list[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
+    unit, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
+    at = torch.stack([latent, unit])
+    return torch.sparse_coo_tensor(at, value, shape, check_invariants=False).coalesce()
+
+
+def record(activations: ActivationCache, recorders: Sequence[Recorder]) -> None:
     """Pass the text to dictionaries of any of its sites, in one pass."""
-    for batch in activations.batches(sorted({one.dictionary.site for one in recorders})):
+    for batch in activations.rows(sorted({one.dictionary.site for one in recorders})):
         for recorder in recorders:
             recorder.add(batch)
-
-
-def _sparse(entries: list[tuple[Tensor, Tensor, Tensor]], units: int, d_sae: int) -> SparseTable:
-    unit, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    return SparseTable(unit, latent, value, (units, d_sae))

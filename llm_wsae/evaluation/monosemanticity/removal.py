@@ -14,58 +14,41 @@ the same own drop for every dictionary and concept.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.probing import SelectedColumns, Split, accuracy
-from llm_wsae.evaluation.monosemanticity.unit_tables import Table
+from llm_wsae.evaluation.monosemanticity.probing import Exam, SelectedColumns, accuracy
 
 HIT_HARDEST = 5
 MATCHED_FALL = 0.05
 """Own drop at which spill is read off, between removals of 0, 1, 2 and 5 latents."""
 
 
-@dataclass(frozen=True)
-class DenseProbeScores:
-    """The dense probes of one kind of units, and their scores of the test units.
-
-    ``table`` holds the latents on the same units.
-    """
-
-    table: Table
-    directions: Float[Tensor, "d_in concepts"]
-    split: Split
-    scores: Float[Tensor, "concepts items"]
-    """Above 0 where a probe predicts an example."""
-
-
 def falls(
     removed: Int[Tensor, "sets count"],
     decoder: Float[Tensor, "d_sae d_in"],
-    probed: DenseProbeScores,
+    exam: Exam,
+    table: Float[Tensor, "d_sae units"],
 ) -> Float[Tensor, "sets concepts"]:
     """Drop in accuracy of every concept's probe when one of the sets of latents is removed.
 
     -1 in a set stands for no latent.
     """
-    taken = SelectedColumns.of(probed.table, removed)
+    taken = SelectedColumns.of(table, removed)
     # What an activation of 1 of each latent adds to each concept's score; 0 for "no latent".
-    share = torch.nn.functional.pad(
-        decoder[taken.columns].float() @ probed.directions, (0, 0, 0, 1)
-    )
+    share = decoder[taken.columns].float() @ exam.directions
+    share = torch.nn.functional.pad(share, (0, 0, 0, 1))
     is_removed = torch.zeros(len(removed), len(share))
     is_removed.scatter_(1, taken.place, 1.0)
-    split = probed.split
+    split = exam.split
     after = []
-    for concept, (items, scores) in enumerate(zip(split.items, probed.scores, strict=True)):
+    for concept, (items, scores) in enumerate(zip(split.items, exam.scores, strict=True)):
         lost = (taken.values[items] * share[:, concept]) @ is_removed.T  # [items, sets]
         left = (scores[:, None] - lost).T
         after.append(accuracy(left, split.counts[concept], split.num_examples))
-    empty = torch.zeros(len(removed), 0, dtype=torch.float64)
-    return split.accuracy(probed.scores) - (torch.stack(after, 1) if after else empty)
+    return accuracy(exam.scores, split.counts, split.num_examples) - torch.stack(after, 1)
 
 
 def selectivity(

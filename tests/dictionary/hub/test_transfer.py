@@ -1,5 +1,5 @@
 """Push, pull and list with the real client against a local Hub: what arrives, what a second call
-does, how much memory it takes. Failures are in test_hub_errors.py, unsafe repositories in
+does, how much memory it takes. Failures are in test_hub_faults.py, unsafe repositories in
 test_hub_safety.py."""
 
 import dataclasses

@@ -405,9 +405,10 @@ def test_variance_keeps_its_digits_far_from_zero():
 def test_densities_and_their_histogram():
     made = ReconstructionSums(2, 5)
     made.count = 1000
-    made.round_trip.fires = torch.tensor([0, 1, 10, 150, 1000])
-    assert made.l0 == pytest.approx(1.161)
-    assert made.dead_share == 0.2 and made.dense_share == 0.4
+    made.firings = torch.tensor([0, 1, 10, 150, 1000])
+    shares = made.shares()
+    assert shares["l0"] == pytest.approx(1.161)
+    assert shares["dead_share"] == 0.2 and shares["dense_share"] == 0.4
     edges, counts = made.histogram()
     assert len(edges) == len(counts) + 1 and sum(counts) == 4
     filled = [(edges[i], n) for i, n in enumerate(counts) if n]
@@ -698,7 +699,7 @@ def test_sites_in_one_pass_have_the_reports_of_each_alone(model, contexts, monke
     resumed = counted(monkeypatch, model, "resume_to_end")
     measured = counted(monkeypatch, splicing, "next_token_sums")
     evaluator = FidelityEvaluator(model, contexts, CONFIG)
-    found = evaluator.evaluate_sites(known)
+    found = dict(evaluator.evaluate_sites(known))
     assert list(found) == list(known)
     for site, report in found.items():
         assert json.dumps(report.to_dict()) == json.dumps(alone[site].to_dict())
@@ -717,7 +718,7 @@ def test_sites_in_one_pass_have_the_reports_of_each_alone(model, contexts, monke
 
 def test_sites_whose_dictionaries_do_not_fit_on_the_device_take_turns(model, contexts, monkeypatch):
     known = of_two_sites(model, contexts)
-    together = FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known)
+    together = dict(FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known))
     monkeypatch.setattr(FidelityEvaluator, "_copied_bytes", lambda own, one: 100)
     passes = counted(monkeypatch, FidelityEvaluator, "_read_text")
     for memory, free, expected in (
@@ -730,14 +731,14 @@ def test_sites_whose_dictionaries_do_not_fit_on_the_device_take_turns(model, con
         passes.clear()
         monkeypatch.setattr(evaluator_module, "memory_of", lambda device, size=memory: size)
         monkeypatch.setattr(evaluator_module, "free_memory", lambda device, size=free: size)
-        found = FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known)
+        found = dict(FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known))
         assert [len(dictionaries) for _, dictionaries in passes] == expected
         assert [r.to_dict() for r in found.values()] == [r.to_dict() for r in together.values()]
     assert sites_together([3, 3, 5, 2, 9, 1, 1], 28, 28) == [2, 2, 1, 2]
     assert sites_together([3, 3, 5, 2, 9, 1, 1], 40, 14) == [2, 2, 1, 2]
     assert sites_together([0, 0, 0], 1, 1) == [3]
     with pytest.raises(UsageError, match="there is no dictionary to evaluate; name at least one"):
-        FidelityEvaluator(model, contexts, CONFIG).evaluate_sites({})
+        list(FidelityEvaluator(model, contexts, CONFIG).evaluate_sites({}))
 
 
 def test_memory_that_torch_keeps_for_tensors_to_come_is_free(monkeypatch):
@@ -776,7 +777,7 @@ def test_no_more_variants_are_in_memory_than_are_held_together(contexts, monkeyp
         site: {f"{name} {n}": one for name, one in own.items() for n in range(10)}
         for site, own in known.items()
     }
-    FidelityEvaluator(made, contexts, replace(CONFIG, tokens=33)).evaluate_sites(known)
+    list(FidelityEvaluator(made, contexts, replace(CONFIG, tokens=33)).evaluate_sites(known))
     of_model = batch
     assert held * batch < most[0] - of_model <= (held + 1) * batch  # the last adds up to two
 

@@ -8,8 +8,8 @@ from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK, to_dense
-from llm_wsae.evaluation.fidelity import round_trip
-from llm_wsae.evaluation.fidelity.round_trip import RoundTripSums
+from llm_wsae.evaluation.fidelity import reconstruction
+from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.lab.theory.superposition import Superposition, digon_mixing
 
 D_IN, D_SAE, ROWS = 6, 15, 240
@@ -33,31 +33,28 @@ def of_kind(kind: str) -> Dictionary:
     )
 
 
-def sums_of(one: Dictionary, rows: torch.Tensor) -> RoundTripSums:
-    found = RoundTripSums(one.d_sae)
+def shares_of(one: Dictionary, rows: torch.Tensor) -> dict[str, float]:
+    found = ReconstructionSums(one.d_in, one.d_sae)
     for batch in rows.split(50):
-        codes = one.encode_sparse(batch)
-        found.update(codes, one.encode_sparse(one.decode(codes)))
-    return found
+        found.update(one, batch)
+    return found.shares()
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu"])
 def test_every_number_is_that_of_its_definition(kind, monkeypatch):
-    monkeypatch.setattr(round_trip, "_ROWS_AT_ONCE", 30)
+    monkeypatch.setattr(reconstruction, "_ROWS_AT_ONCE", 30)
     one = of_kind(kind)
     x = 2 * torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(5))
-    found = sums_of(one, x)
+    found = shares_of(one, x)
     codes = one.encode_sparse(x)
     z = to_dense(codes, D_SAE).double()
     r = to_dense(one.encode_sparse(one.decode(codes)), D_SAE).double()
     fires, both, false = z > 0, (z > 0) & (r > 0), (z == 0) & (r > 0)
     assert both.any() and false.any() and int(fires.sum()) > int(both.sum())
-    assert torch.equal(found.fires, fires.sum(0)) and found.fires[-1] == 0
-    assert found.rows == ROWS
-    assert found.vanished_share == pytest.approx(1 - float(both.sum() / fires.sum()))
+    assert found["vanished"] == pytest.approx(1 - float(both.sum() / fires.sum()))
     shrunk = ((z - r) / z)[both].mean()
-    assert found.mean_shrunk == pytest.approx(float(shrunk), rel=1e-5)
-    assert found.false_per_row == pytest.approx(float(false.sum()) / ROWS)
+    assert found["shrunk"] == pytest.approx(float(shrunk), rel=1e-5)
+    assert found["false_latents"] == pytest.approx(float(false.sum()) / ROWS)
 
 
 def test_in_digons_the_codes_do_not_know_what_was_lost():
@@ -75,14 +72,14 @@ def test_in_digons_the_codes_do_not_know_what_was_lost():
         sparsity=ReLU(),
         info=make_dictionary().info,
     )
-    found = sums_of(one, rows)
-    assert found.vanished_share == 0 and found.false_per_row == 0
-    assert found.mean_shrunk == pytest.approx(0, abs=1e-6)
+    found = shares_of(one, rows)
+    assert found["vanished"] == 0 and found["false_latents"] == 0
+    assert found["shrunk"] == pytest.approx(0, abs=1e-6)
 
 
 def test_without_a_firing_nothing_vanishes_or_shrinks():
     silent = of_kind("relu")
     with torch.no_grad():
         silent.b_enc.fill_(-1e6)
-    found = sums_of(silent, torch.randn(10, D_IN))
-    assert math.isnan(found.vanished_share) and math.isnan(found.mean_shrunk)
+    found = shares_of(silent, torch.randn(10, D_IN))
+    assert math.isnan(found["vanished"]) and math.isnan(found["shrunk"])

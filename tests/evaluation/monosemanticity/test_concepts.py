@@ -9,13 +9,14 @@ from llm_wsae.evaluation.monosemanticity import concepts as module
 from llm_wsae.evaluation.monosemanticity.concepts import (
     document_concepts,
     halves_of_documents,
+    units_of_documents,
+    units_of_tokens,
 )
 from llm_wsae.evaluation.monosemanticity.token_concepts import (
     folded_tokens,
     token_concepts,
     token_texts,
 )
-from llm_wsae.evaluation.monosemanticity.unit_tables import units_of_documents, units_of_tokens
 
 STORY = [
     'He said: "Stop now!" Then 42 men2 left.\n"Why?" asked Bob. (They went.) end',

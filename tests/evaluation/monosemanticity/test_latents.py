@@ -27,7 +27,11 @@ from llm_wsae.evaluation.monosemanticity.firings import (
     quantile_sample,
     silent_windows,
 )
-from llm_wsae.evaluation.monosemanticity.latent_scores import LatentScorer, token_purity
+from llm_wsae.evaluation.monosemanticity.latent_scores import (
+    LatentScorer,
+    _documents,
+    token_purity,
+)
 from llm_wsae.evaluation.monosemanticity.window_embeddings import WindowEmbeddings
 from llm_wsae.sparse.codes import Codes
 
@@ -180,10 +184,10 @@ def test_purity_and_entropy_by_hand():
     token = torch.tensor([7, 7, 8, 9, 7])
     rows = torch.tensor([[0, 1, 2, 4], [0, 1, 4, -1], [0, 2, 3, -1], [-1, -1, -1, -1]])
     found = token_purity(rows, token)
-    assert found.purity[:3].tolist() == pytest.approx([3 / 4, 1, 1 / 3])
+    assert found["purity"][:3].tolist() == pytest.approx([3 / 4, 1, 1 / 3])
     expected = [-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)), 0, math.log2(3)]
-    assert found.entropy[:3].tolist() == pytest.approx(expected, abs=1e-12)
-    assert found.purity[3].isnan() and found.entropy[3].isnan()
+    assert found["entropy"][:3].tolist() == pytest.approx(expected, abs=1e-12)
+    assert found["purity"][3].isnan() and found["entropy"][3].isnan()
 
 
 def test_detection_by_hand():
@@ -224,18 +228,18 @@ CONFIG = MonosemanticConfig(top=4, sample=4, silent=200, before=0, after=0)
 def scorer(text, config=CONFIG, encoder=None):
     encoder = encoder or WordCounts()
     embeddings = WindowEmbeddings(text, Spelling(), encoder, config.before, config.after)
-    return LatentScorer.of(text, text.token, embeddings, config)
+    return LatentScorer(text, text.token, embeddings, config)
 
 
 def fired(text, codes, d_sae, one):
-    config = one.config
+    config = one._config
     return collected(
         text, codes, 10, None, one.windows, config.top, config.top + 4 * config.sample, d_sae
     )
 
 
 def test_rows_in_no_document_have_a_genre_of_their_own(text):
-    genre, drawn = scorer(text)._documents()
+    genre, drawn = _documents(text, 0)
     assert genre[-1] not in genre[:-1] and len(genre) == int(text.document_of.max()) + 2
     assert (drawn[:, -1] == 1).all() and drawn.shape[1] == len(genre)
 

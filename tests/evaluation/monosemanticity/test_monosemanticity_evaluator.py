@@ -29,21 +29,18 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation import activations
-from llm_wsae.evaluation.activations import massive_thresholds
+from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
+from llm_wsae.evaluation.checks import common_packing
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
-from llm_wsae.evaluation.monosemanticity import evaluator
+from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.evaluation.monosemanticity import consistency
 from llm_wsae.evaluation.monosemanticity.averages import mean_of_families
-from llm_wsae.evaluation.monosemanticity.evaluator import (
-    MonosemanticityEvaluator,
-    matched_cosine,
-    monosemanticity,
-    pw_mcc,
-)
+from llm_wsae.evaluation.monosemanticity.concepts import units_of_documents, units_of_tokens
+from llm_wsae.evaluation.monosemanticity.consistency import matched_cosine, pw_mcc
+from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.firings import FiringCollector
 from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
 from llm_wsae.evaluation.monosemanticity.report import card_numbers
-from llm_wsae.evaluation.monosemanticity.unit_tables import units_of_documents, units_of_tokens
 from llm_wsae.model.site import Site
 
 CONFIG = MonosemanticConfig(
@@ -62,13 +59,19 @@ def corpus(tmp_path_factory):
     return Corpus.open(str(planted_text(tmp_path_factory.mktemp("text") / "text.jsonl")), "all")
 
 
+def scored(dictionaries, model, corpus, config=CONFIG):
+    packing = common_packing(dictionaries, model.max_context)
+    evaluator = MonosemanticityEvaluator(model, corpus, packing, config, WordMeanings())
+    return evaluator.score(dictionaries)
+
+
 def both():
     return {"words": one_latent_a_word(), "four": one_latent_for_four_words()}
 
 
 @pytest.fixture(scope="module")
 def report(model, corpus):
-    return monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
+    return scored(both(), model, corpus)
 
 
 def test_what_was_read_is_reported(report):
@@ -163,9 +166,7 @@ def test_dense_latents_are_left_out_where_it_says_so(model, corpus):
     """One latent for the words of five letters fires on more than a tenth of the rows."""
     directions = torch.eye(NUM_WORDS, WIDTH)
     directions[0, :20] = 2
-    found = monosemanticity(
-        {"x": dictionary(directions, "x")}, model, corpus, CONFIG, WordMeanings()
-    ).dictionaries["x"]
+    found = scored({"x": dictionary(directions, "x")}, model, corpus).dictionaries["x"]
     assert found.dense_share == pytest.approx(1 / NUM_WORDS)
     assert found.latents["purity"].count == found.latents_not_dense["purity"].count + 1
     assert found.latents["purity"].mean < 1 == found.latents_not_dense["purity"].mean
@@ -193,15 +194,15 @@ def test_together_or_one_by_one_in_one_pass_or_several(model, corpus, report, mo
     evaluator.score(both())
     assert encoder.embedded == known  # every window once
     monkeypatch.setattr(activations, "CACHE_BYTES", 0)
-    again = monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
+    again = scored(both(), model, corpus)
     for name in both():
         same(again.dictionaries[name], report.dictionaries[name])
 
 
 def test_massive_rows_are_counted_and_left_out(corpus):
-    found = monosemanticity(
-        {"words": one_latent_a_word()}, planted_model(massive=3), corpus, CONFIG, WordMeanings()
-    ).dictionaries["words"]
+    found = scored({"words": one_latent_a_word()}, planted_model(massive=3), corpus).dictionaries[
+        "words"
+    ]
     assert 0 < found.massive_rows < 200 and found.per_latent["density"][3] == 0
     assert found.rows + found.massive_rows == pytest.approx(3000, abs=15)
     assert found.per_latent["purity"][3].isnan() and found.latents["purity"].count == NUM_WORDS - 1
@@ -210,7 +211,7 @@ def test_massive_rows_are_counted_and_left_out(corpus):
 def test_seeds_are_compared_with_each_other(model, corpus):
     named = {"one": one_latent_a_word(seed=0), "two": one_latent_a_word(seed=7),
              "other": one_latent_for_four_words()}  # fmt: skip
-    found = monosemanticity(named, model, corpus, CONFIG, WordMeanings())
+    found = scored(named, model, corpus)
     ((group, numbers),) = found.consistency.items()
     assert group == f"{SITE} words" and numbers["dictionaries"] == ["one", "two"]
     assert numbers["pw_mcc_alive"] == pytest.approx(1)
@@ -224,7 +225,7 @@ def test_only_what_was_made_alike_is_compared_over_seeds(model, corpus):
     """Other widths are other dictionaries, whatever their names; of twins one is enough."""
     small = dictionary(torch.eye(WIDTH)[:10], "words", seed=3)
     named = {"one": one_latent_a_word(seed=0), "twin": one_latent_a_word(seed=0), "small": small}
-    found = monosemanticity(named, model, corpus, CONFIG, WordMeanings())
+    found = scored(named, model, corpus)
     assert found.consistency == {}
 
 
@@ -233,16 +234,16 @@ def test_text_without_labels_has_concepts_of_tokens_only(model, tmp_path):
     lines = [json.dumps({"text": json.loads(line)["text"]}) for line in labelled]
     path = tmp_path / "bare.jsonl"
     path.write_text("\n".join(lines))
-    found = monosemanticity(
-        {"words": one_latent_a_word()}, model, Corpus.open(str(path)), CONFIG, WordMeanings()
-    ).dictionaries["words"]
+    found = scored({"words": one_latent_a_word()}, model, Corpus.open(str(path))).dictionaries[
+        "words"
+    ]
     assert found.concepts.means["best_1"].count > 0
     assert found.latents["purity"].mean == pytest.approx(1)
 
 
 def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
     silent = {"silent": dictionary(torch.zeros(5, WIDTH), "silent")}
-    report = monosemanticity(silent, model, corpus, CONFIG, WordMeanings())
+    report = scored(silent, model, corpus)
     found = report.dictionaries["silent"]
     assert (found.eligible_share, found.dead_share, found.l0) == (0, 1, 0)
     assert math.isnan(found.latents["purity"].mean) and found.latents["purity"].count == 0
@@ -256,7 +257,7 @@ def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus, monkeyp
     def fails(error, match, dictionaries, **settings):
         config = dataclasses.replace(CONFIG, **settings)
         with pytest.raises(error, match=match) as caught:
-            monosemanticity(dictionaries, model, corpus, config, WordMeanings())
+            scored(dictionaries, model, corpus, config)
         assert str(caught.value).count("\n") == 0
 
     good = one_latent_a_word()
@@ -279,7 +280,7 @@ def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus, monkeyp
 def test_other_weights_are_noted(model, corpus):
     other = one_latent_a_word()
     other.info = dataclasses.replace(other.info, model={"weights_sha256": "0" * 64})
-    found = monosemanticity({"x": other}, model, corpus, CONFIG, WordMeanings())
+    found = scored({"x": other}, model, corpus)
     assert found.notes == ["dictionary 'x' was trained on other weights than those of this planted"]
 
 
@@ -335,35 +336,21 @@ def test_activations_and_latents_are_averaged_over_units(case):
     model, text, usable = case
     kinds = [units_of_tokens(text, 300, 0), units_of_documents(text, 0)]
     assert len(kinds[0].size) == 300 and not kinds[1].single
-    activations = HeldoutActivations(model, text, batch_tokens=64)
+    activations = ActivationCache(model, text.ids, text.keep, batch_tokens=64)
     dictionary = one_latent_a_word()
-    threshold = massive_thresholds({AT: [dictionary]}, activations.cache)[AT]
+    threshold = massive_thresholds({AT: [dictionary]}, activations)[AT]
     assert threshold == pytest.approx(10)  # most rows have norm 1
     units_x = read_units(activations, {AT: threshold}, kinds)[AT]
     recorder = Recorder(dictionary, collector(text, dictionary), threshold, kinds)
     record(activations, [recorder])
-    every = torch.arange(dictionary.d_sae)
     for units, x, table in zip(kinds, units_x, recorder.tables(), strict=True):
         wanted = expected(text, usable, units)
         torch.testing.assert_close(x, wanted)
-        torch.testing.assert_close(table.take(every), wanted)
+        torch.testing.assert_close(table.to_dense().T, wanted)
     firings = recorder.firings()
     assert firings.num_rows == int(usable.sum())
     counts = torch.bincount(text.token[usable], minlength=dictionary.d_sae)
     assert torch.equal(firings.counts, counts)
-
-
-def test_a_recorder_serves_alone(case):
-    """Top contexts need no sentence encoder, no concepts and no threshold."""
-    model, text, _ = case
-    dictionary = one_latent_a_word()
-    recorder = Recorder(dictionary, collector(text, dictionary), threshold=float("inf"))
-    record(HeldoutActivations(model, text, batch_tokens=64), [recorder])
-    top = recorder.firings().top
-    assert recorder.tables() == [] and (top.rows[NUM_WORDS:] == -1).all()
-    for word in range(NUM_WORDS):
-        assert text.token[top.rows[word]].unique().tolist() == [word]
-        assert len(text.context[top.rows[word]].unique()) == 4
 
 
 def collector(text, dictionary):
@@ -394,16 +381,13 @@ def test_the_matching_is_the_best_of_all():
 def test_of_too_many_rows_some_are_matched(monkeypatch):
     one, other = decoder(0, 60), decoder(1, 60)
     whole = matched_cosine(one, other)
-    monkeypatch.setattr(evaluator, "_MOST_PAIRS", 600)  # ten rows of sixty
+    monkeypatch.setattr(consistency, "_MOST_PAIRS", 600)  # ten rows of sixty
     assert matched_cosine(one, one.flip(0)) == pytest.approx(1, abs=1e-6)
     assert whole < matched_cosine(one, other) < whole + 0.2
 
 
-def test_it_is_the_mean_over_pairs_of_alive_latents():
+def test_it_is_the_mean_over_pairs():
     parts = [decoder(seed) for seed in range(3)]
     pairs = [matched_cosine(parts[i], parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert pw_mcc(parts) == pytest.approx(sum(pairs) / 3)
-    alive = [torch.arange(6) < 4, torch.ones(6, dtype=torch.bool)]
-    assert pw_mcc(parts[:2], alive) == pytest.approx(matched_cosine(parts[0][:4], parts[1]))
-    assert math.isnan(pw_mcc(parts[:1]))
-    assert math.isnan(pw_mcc(parts[:2], [torch.zeros(6, dtype=torch.bool)] * 2))
+    assert math.isnan(pw_mcc(parts[:1])) and math.isnan(pw_mcc([part[:0] for part in parts]))

@@ -3,14 +3,14 @@ import pytest
 import torch
 
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
-    LatentTables,
     ProbedConcepts,
     probe_latents,
     probe_site,
 )
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts, Units
 from llm_wsae.evaluation.monosemanticity.probing import (
     RIDGE_DENSE,
+    Exam,
     SelectedColumns,
     best_columns,
     correlations,
@@ -18,13 +18,7 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     sparse_probes,
     splits,
 )
-from llm_wsae.evaluation.monosemanticity.removal import (
-    DenseProbeScores,
-    falls,
-    selectivity,
-    spill,
-)
-from llm_wsae.evaluation.monosemanticity.unit_tables import DenseTable, SparseTable, Units
+from llm_wsae.evaluation.monosemanticity.removal import falls, selectivity, spill
 
 UNITS, D_IN, D_SAE = 400, 6, 30
 
@@ -47,25 +41,10 @@ def planted(seed=0):
     return latents, Concepts(names, ["a", "a", "b"], positive, applies, half)
 
 
-def sparse(latents):
-    unit, column = latents.nonzero(as_tuple=True)
-    return SparseTable(unit, column, latents[unit, column], tuple(latents.shape))
-
-
 @pytest.fixture(scope="module")
 def case():
     latents, concepts = planted()
     return latents, concepts, splits(concepts, 0)
-
-
-def test_a_sparse_table_is_the_dense_one(case):
-    latents, _, _ = case
-    one, other = sparse(latents), DenseTable(latents)
-    weights = torch.rand(UNITS, 4)
-    assert torch.allclose(one.sums(weights), other.sums(weights), rtol=1e-4)
-    assert torch.allclose(one.square_sums(weights), other.square_sums(weights), rtol=1e-4)
-    columns = torch.tensor([29, 0, 4])
-    assert torch.equal(one.take(columns), other.take(columns))
 
 
 def test_training_and_testing_share_no_unit(case):
@@ -86,7 +65,7 @@ def test_correlations_equal_numpy(case):
     latents, concepts, halves = case
     latents = latents.clone()
     latents[:, 9] = 0
-    for table in (sparse(latents), DenseTable(latents)):
+    for table in (latents.T.to_sparse(), latents.T):
         found = correlations(table, halves[0])
         for c in range(3):
             mine = (concepts.applies[:, c] & concepts.half).numpy()
@@ -106,7 +85,7 @@ def test_best_columns_are_allowed_ones_in_order():
 
 def test_a_planted_label_is_found_by_its_latents(case):
     latents, _, halves = case
-    table = sparse(latents)
+    table = latents.T.to_sparse()
     for split in halves:
         chosen = best_columns(correlations(table, split).abs(), torch.ones(D_SAE).bool(), 5)
         assert int(chosen[0, 0]) == 3 and set(chosen[1, :2].tolist()) == {4, 5}
@@ -119,7 +98,7 @@ def test_a_planted_label_is_found_by_its_latents(case):
 def test_probes_equal_the_discriminant_by_hand(case):
     latents, concepts, halves = case
     x = latents[:, :D_IN] + 0.1 * torch.randn(UNITS, D_IN, generator=torch.Generator())
-    probes = dense_probes(x, halves[0])
+    directions, scores = dense_probes(x, halves[0])
     for c in range(3):
         mine = concepts.applies[:, c] & concepts.half
         rows, y = x[mine].double().numpy(), concepts.positive[mine, c].numpy()
@@ -127,21 +106,17 @@ def test_probes_equal_the_discriminant_by_hand(case):
         covariance = np.cov(rows.T, bias=True)
         covariance += RIDGE_DENSE * np.diag(np.diag(covariance))
         direction = np.linalg.solve(covariance, mean1 - mean0)
-        assert probes.directions[:, c].numpy() == pytest.approx(direction, rel=1e-4)
-        midway = float((mean1 + mean0) @ direction / 2)
-        assert float(probes.thresholds[c]) == pytest.approx(midway, rel=1e-4)
-    scores = probes.scores(x, halves[0])
-    assert torch.allclose(
-        scores[1], (x[halves[0].items[1]] @ probes.directions[:, 1]) - probes.thresholds[1]
-    )
+        assert directions[:, c].numpy() == pytest.approx(direction, rel=1e-4)
+        expected = (x[halves[0].items[c]].numpy() - (mean1 + mean0) / 2) @ direction
+        assert scores[c].numpy() == pytest.approx(expected, rel=1e-3, abs=1e-4)
     # A sparse probe of all columns is the same probe, but for the ridge.
-    few = SelectedColumns.of(DenseTable(x), torch.arange(D_IN).repeat(3, 1))
+    few = SelectedColumns.of(x.T, torch.arange(D_IN).repeat(3, 1))
     assert torch.allclose(sparse_probes(few, halves[0], D_IN), halves[0].test(scores), atol=0.02)
 
 
 def test_a_probe_without_columns_knows_nothing(case):
     latents, _, halves = case
-    taken = SelectedColumns.of(sparse(latents), torch.full((3, 2), -1))
+    taken = SelectedColumns.of(latents.T.to_sparse(), torch.full((3, 2), -1))
     assert sparse_probes(taken, halves[0], 2).tolist() == [0.5, 0.5, 0.5]
 
 
@@ -151,13 +126,13 @@ def test_falls_equal_probing_what_is_left(case):
     decoder = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(5))
     x = latents @ decoder + 0.05 * torch.randn(UNITS, D_IN, generator=torch.Generator())
     split = halves[1]
-    probes = dense_probes(x, split)
-    probed = DenseProbeScores(sparse(latents), probes.directions, split, probes.scores(x, split))
-    sets = torch.tensor([[3, 7], [4, 5], [11, -1]])
-    found = falls(sets, decoder, probed)
+    directions, scores = dense_probes(x, split)
+    exam = Exam([], split, directions, scores)
+    found = falls(torch.tensor([[3, 7], [4, 5], [11, -1]]), decoder, exam, latents.T.to_sparse())
+    thresholds = x[split.items[:, 0]].mul(directions.T).sum(1) - scores[:, 0]
 
     def accuracy(rows, c):
-        score = rows @ probes.directions[:, c] - probes.thresholds[c]
+        score = rows @ directions[:, c] - thresholds[c]
         tested = concepts.applies[:, c] & concepts.half
         truth = concepts.positive[:, c]
         right = [(score[tested & truth] > 0), (score[tested & ~truth] <= 0)]
@@ -174,42 +149,34 @@ def test_falls_equal_probing_what_is_left(case):
     assert float(others[0]) == pytest.approx(float((found[0, 1] + found[0, 2]) / 2))
 
 
-def probed(concepts):
-    units = Units(torch.arange(UNITS), torch.ones(UNITS, dtype=torch.long), torch.arange(UNITS))
-    return [ProbedConcepts.of(units, concepts, 0)]
-
-
 def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     latents, concepts = planted()
     draw = torch.Generator().manual_seed(1)
     decoder = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     x = latents @ decoder + 0.01 * torch.randn(UNITS, D_SAE, generator=draw)
-    asked, every = probed(concepts), torch.ones(D_SAE, dtype=torch.bool)
-    site = probe_site(asked, [x])
-    assert site.dense[:2].min() > 0.99 and site.accuracy[:2].min() > 0.95
-    assert 0.5 < site.raw[1][1] < site.raw[2][1] < 0.95
-    density = (latents > 0).double().mean(0)
-    planted_latents = LatentTables.of(asked, [sparse(latents)], decoder, density)
-    good = probe_latents(asked, site, planted_latents, every)
-    assert float(good.sparse[1][0]) == 1 and float(good.sparse[2][1]) == 1
-    # (the "latents" of pure chance may be those of anything)
-    assert good.own_fall[:2].min() > 0.4 and good.others_fall[:2].abs().max() < 0.1
-    turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
-    turned = LatentTables.of(asked, [DenseTable(latents @ turn.T)], turn @ decoder, density)
-    mixed = probe_latents(asked, site, turned, every)
-    assert mixed.selectivity[:2].max() < good.selectivity[:2].min() - 0.1
+    units = Units(torch.arange(UNITS), torch.ones(UNITS, dtype=torch.long), torch.arange(UNITS))
+    site = probe_site([ProbedConcepts(units, concepts, splits(concepts, 0))], [x])
+    assert site.columns["dense"][:2].min() > 0.99 and site.columns["accuracy"][:2].min() > 0.95
+    assert 0.5 < site.columns["best_1"][1] < site.columns["best_2"][1] < 0.95
+    density, every = (latents > 0).double().mean(0), torch.ones(D_SAE, dtype=torch.bool)
     without = every.clone()
     without[3] = False
-    blind = probe_latents(asked, site, planted_latents, without)
-    assert float(blind.sparse[1][0]) < 0.7 and float(blind.own_fall[0]) < 0.1
+    table = latents.T.to_sparse()
+    good, blind = probe_latents(site, [table], decoder, density, [every, without])
+    assert float(good["best_1"][0]) == 1 and float(good["best_2"][1]) == 1
+    # (the "latents" of pure chance may be those of anything)
+    assert good["own_fall"][:2].min() > 0.4 and good["others_fall"][:2].abs().max() < 0.1
+    turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
+    turned = (latents @ turn.T).T
+    (mixed,) = probe_latents(site, [turned], turn @ decoder, density, [every])
+    assert mixed["selectivity"][:2].max() < good["selectivity"][:2].min() - 0.1
+    assert float(blind["best_1"][0]) < 0.7 and float(blind["own_fall"][0]) < 0.1
 
 
 def test_no_concept_gives_empty_scores():
-    every = torch.ones(D_SAE, dtype=torch.bool)
-    site = probe_site([], [])
-    latents = LatentTables.of([], [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE))
-    found = probe_latents([], site, latents, every)
-    assert len(site.dense) == len(found.selectivity) == len(found.sparse[5]) == 0
+    site, every = probe_site([], []), torch.ones(D_SAE, dtype=torch.bool)
+    (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE), [every])
+    assert {len(values) for values in (*site.columns.values(), *found.values())} == {0}
 
 
 @pytest.mark.parametrize(
