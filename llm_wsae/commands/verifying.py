@@ -49,7 +49,16 @@ _ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     make(Path()).name: make for make in (store_in, training_in, study_in, export_in)
 }
 """By the name of the record, a folder of each kind."""
-_OF_RUN = (MANIFEST, training_in(Path()).name)
+_TRAINING = training_in(Path()).name
+_KINDS = {
+    MANIFEST: "store",
+    CFG: "dictionary",
+    BASIS: "study",
+    _TRAINING: "training",
+    PULLED: "folder of pulled dictionaries",
+    export_in(Path()).name: "export",
+}
+_OF_RUN = (MANIFEST, _TRAINING)
 """Of the folders in that of a run: its store, or the training of a site."""
 _OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
 """Files whose digests are in another file, or that only their folder explains."""
@@ -123,25 +132,14 @@ def _kind_of_file(path: Path) -> str:
 
 
 def _kind(folder: Path, names: set[str]) -> str:
-    if MANIFEST in names:
-        return "store"
-    if is_own(names) or CFG in names or layout_of(names):
+    if is_own(names) or layout_of(names):
         return "dictionary"
-    if BASIS in names:
-        return "study"
-    if training_in(folder).is_begun():
-        return "training"
+    if kind := next((kind for name, kind in _KINDS.items() if name in names), None):
+        return kind
     if any((folder / name / own).is_file() for name in names for own in _OF_RUN):
         return "run"
-    if PULLED in names:
-        return "folder of pulled dictionaries"
-    if export_in(folder).is_begun():
-        return "export"
-    raise LlmWsaeError(
-        f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "
-        f"(with a {training_in(folder).name}), a study (with a {BASIS}), pulled dictionaries (with "
-        f"a {PULLED}), an export or the folder of a run"
-    )
+    known = ", ".join(f"{kind} (with a {name})" for name, kind in _KINDS.items())
+    raise LlmWsaeError(f"{folder} holds nothing that verify knows: {known}, or the folder of a run")
 
 
 def _check_folder(found: Found, folder: Path, listed: frozenset[Path] = frozenset()) -> None:

@@ -1,13 +1,12 @@
 """How a dictionary turns pre-activations into sparse latents: one small frozen class per kind.
 
-Each kind has one task, ``select``, and knows the architecture name and the keys under which SAELens
-≥ 6 writes it to ``cfg.json``, so that both packages read the same file. To add a kind, add a class
-to ``SPARSITIES``.
+Each kind selects latents, and knows the architecture name and the keys under which SAELens ≥ 6
+writes it to ``cfg.json``, so that both packages read the same file.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,23 +17,27 @@ from llm_wsae.sparse.codes import Codes, padded
 from llm_wsae.sparse.operations import encode_above, encode_topk, select_topk
 
 
-@runtime_checkable
-class Sparsity(Protocol):
-    """What a dictionary needs of its kind of sparsity."""
+class Sparsity:
+    """A kind of sparsity. Unless it says otherwise, every pre-activation above 0, and above its
+    latent's threshold if there is one, is active."""
 
     architecture: ClassVar[str]
     """Name of the kind in SAELens' ``cfg.json``."""
-    has_threshold: ClassVar[bool]
+    has_threshold: ClassVar[bool] = False
     """Whether a dictionary of this kind has a threshold for each latent."""
 
     def select(
         self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
     ) -> Codes:
-        """The active latents of every row, from its pre-activations; all values ≥ 0.
+        """The active latents of every row, from its pre-activations; all values ≥ 0, in as many
+        slots as the fullest row needs, at least 1.
 
         ``threshold`` is given if and only if ``has_threshold``.
         """
-        ...
+        above = pre if threshold is None else torch.where(pre > threshold, pre, 0.0)
+        width = max(1, int((above > 0).sum(1).max())) if len(above) else 1
+        best = select_topk(above, width)
+        return Codes(best.indices, best.values.relu())
 
     def encode(
         self,
@@ -44,26 +47,25 @@ class Sparsity(Protocol):
         threshold: Float[Tensor, " d_sae"] | None = None,
     ) -> Codes:
         """``select`` of rows · encoderᵀ + bias, of which only a part ever exists."""
-        ...
+        least = torch.zeros_like(bias) if threshold is None else threshold.clamp(min=0)
+        return padded(encode_above(rows, encoder, bias, least))
 
     def settings(self) -> dict[str, Any]:
         """The keys of ``cfg.json`` that belong to this kind."""
-        ...
+        return {}
 
     def check(self, d_sae: int) -> None:
         """Raises UsageError if a dictionary of ``d_sae`` latents cannot have this sparsity."""
-        ...
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Sparsity):
     """The k largest pre-activations of a row are active, through a ReLU (Gao et al. 2024)."""
 
     k: int
     """Active latents per row, at most."""
 
     architecture: ClassVar[str] = "topk"
-    has_threshold: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.k < 1:
@@ -99,43 +101,15 @@ class TopK:
             )
 
 
-class _Unlimited:
-    """A sparsity without a number of its own."""
-
-    def settings(self) -> dict[str, Any]:
-        """Keys of ``cfg.json``: none."""
-        return {}
-
-    def check(self, d_sae: int) -> None:
-        """Accepts any width."""
-
-
 @dataclass(frozen=True)
-class ReLU(_Unlimited):
+class ReLU(Sparsity):
     """Every positive pre-activation is active; an L1 penalty in training keeps them few."""
 
     architecture: ClassVar[str] = "standard"
-    has_threshold: ClassVar[bool] = False
-
-    def select(
-        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
-    ) -> Codes:
-        """All positive pre-activations; as many slots as the fullest row needs, at least 1."""
-        return _positive(pre)
-
-    def encode(
-        self,
-        rows: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        threshold: Float[Tensor, " d_sae"] | None = None,
-    ) -> Codes:
-        """See ``Sparsity.encode``."""
-        return padded(encode_above(rows, encoder, bias, torch.zeros_like(bias)))
 
 
 @dataclass(frozen=True)
-class JumpReLU(_Unlimited):
+class JumpReLU(Sparsity):
     """Pre-activations above their latent's threshold are active (Rajamanoharan et al. 2024).
 
     JumpReLU learns the thresholds. BatchTopK and Matryoshka, which select over a whole batch in
@@ -145,28 +119,8 @@ class JumpReLU(_Unlimited):
     architecture: ClassVar[str] = "jumprelu"
     has_threshold: ClassVar[bool] = True
 
-    def select(
-        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
-    ) -> Codes:
-        """Positive pre-activations above the threshold; as many slots as the fullest row needs."""
-        assert threshold is not None
-        return _positive(torch.where(pre > threshold, pre, 0.0))
 
-    def encode(
-        self,
-        rows: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        threshold: Float[Tensor, " d_sae"] | None = None,
-    ) -> Codes:
-        """See ``Sparsity.encode``."""
-        assert threshold is not None
-        return padded(encode_above(rows, encoder, bias, threshold.clamp(min=0)))
-
-
-SPARSITIES: dict[str, type[TopK] | type[ReLU] | type[JumpReLU]] = {
-    kind.architecture: kind for kind in (TopK, ReLU, JumpReLU)
-}
+SPARSITIES: dict[str, type[Sparsity]] = {kind.architecture: kind for kind in (TopK, ReLU, JumpReLU)}
 
 
 def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
@@ -180,7 +134,7 @@ def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
         raise LlmWsaeError(
             f"architecture {shown(name)} is not supported; {nearest(name, SPARSITIES)}"
         )
-    if not issubclass(kind, TopK):
+    if kind is not TopK:
         return kind()
     k = cfg.get("k")
     if type(k) is not int or not 1 <= k < 2**31:
@@ -194,10 +148,3 @@ def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
         len(codes.indices), d_sae, dtype=codes.values.dtype, device=codes.values.device
     )
     return dense.scatter_add_(1, codes.indices, codes.values)  # unused slots: any index, value 0
-
-
-def _positive(pre: Tensor) -> Codes:
-    """All positive entries, in as many slots as the fullest row needs, at least 1."""
-    width = max(1, int((pre > 0).sum(1).max())) if len(pre) else 1
-    best = select_topk(pre, width)
-    return Codes(best.indices, best.values.relu())

@@ -609,7 +609,12 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
     refused(1, "verify", "torn", said=["in torn, sae_weights.safetensors changed since it was"])
     refused(1, "verify", "half", said=["half", "lacks cfg.json"])
     refused(1, "verify", "foreign", said=["foreign holds cfg.json and no dictionary"])
-    refused(1, "verify", "nothing", said=["nothing is not a store", "a training"])
+    refused(
+        1,
+        "verify",
+        "nothing",
+        said=["nothing holds nothing that verify knows: store (with a man", "training"],
+    )
     refused(1, "verify", "nowhere", said=["there is no file or folder nowhere"])
 
 

@@ -14,8 +14,6 @@ from fuzzing import blind, frozen
 from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae.artifact import digests
-from llm_wsae.artifact.artifact import Artifact
-from llm_wsae.artifact.files import write_json
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data.finishing import read_statistics
 from llm_wsae.data.manifest import (
@@ -37,15 +35,13 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
-from llm_wsae.lab.studies import jobs, runner
+from llm_wsae.lab.studies import runner
 from llm_wsae.lab.studies.config import StudyConfig
 from llm_wsae.lab.studies.folder import read_basis
 from llm_wsae.lab.studies.results import read_result
 from llm_wsae.machine.processes import Processes
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages.dashboard import read_scores
-from llm_wsae.pipeline import tuning
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, load_checkpoint, training_in
 from llm_wsae.training.config import TrainConfig
@@ -211,20 +207,10 @@ def of_studies(folder: Path) -> dict[str, Kind]:
         encoder=WordCounts(),
     )
     results = sorted(study.glob("results/*.json"))
-    group = study / "training/0123456789ab"
-    write_json(group / "group.json", {"dictionaries": ["uniform-k2", "variance-a0.5-k2"]})
-    choice = {"k": 4, "rows": 300, "kl": {"0": 0.5, "0.25": 0.25}, "alpha": 0.25}
-    write_json(study / "alpha.json", {"asked": {"k": 4}, "choice": choice})
     basis = study / "study.json"
-
-    def read_of(read: Callable, path: Path, other: Path = basis, *more: Any) -> Kind:
-        return Kind(path, other, lambda: read(path, *more))
-
     return {
-        "study, results": read_of(read_result, results[0], results[1]),
+        "study, results": Kind(results[0], results[1], lambda: read_result(results[0])),
         "study, description": Kind(basis, results[0], lambda: read_basis(study)),
-        "study, group": Kind(group / "group.json", basis, lambda: jobs._names_in(group)),
-        "choice of an exponent": read_of(tuning._read, study / "alpha.json", basis, {"k": 4}),
     }
 
 
@@ -241,13 +227,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
         line = {"question": f"{number:064}", "about": "x", "answer": f"answer {number}"}
         with open(answers, "a") as file:
             file.write(digests.json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
-    dictionary = Dictionary.load(folder / "trained/uniform-k4")
-    columns = {"detection": torch.linspace(0, 1, 64).tolist(), "purity": [None] * 64}
-    report = {"dictionaries": {"uniform-k4": {"per_latent": columns}}}
-    write_json(folder / "report.json", {"command": "evaluate", "monosemanticity": report})
-    record = folder / "export/export.json"
-    made = Artifact(record.parent, record.name, "export")
-    made.begin({"top": 20})
 
     def read_measured() -> Any:
         found = measured.read_tensors()
@@ -261,18 +240,10 @@ def of_others(folder: Path) -> dict[str, Kind]:
             raise LlmWsaeError("the question is asked again")
         return found
 
-    def read_scored() -> Any:
-        return read_scores(folder / "report.json", {"uniform-k4": dictionary})
-
-    def read_record() -> Any:
-        return made.begin({"top": 20})
-
     return {
         "weights file": Kind(weights, other, lambda: LossWeights.load(weights)),
         "measurement kept in a store": Kind(measured._path, weights, read_measured),
         "answers": Kind(answers, answers, read_answers),
-        "report with scores": Kind(folder / "report.json", record, read_scored),
-        "record of an export": Kind(record, folder / "report.json", read_record),
     }
 
 
