@@ -164,14 +164,12 @@ def test_a_reader_never_sees_two_dictionaries_mixed(world, monkeypatch):
             assert torch.equal(Dictionary.load(folder).W_enc, wanted.W_enc)
         before.save(folder)
 
-
-def test_a_reader_does_not_meet_the_systems_own_errors(world, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(dictionary_folder, "sha256", broken)
     with pytest.raises(LlmWsaeError, match="uniform-k4: input/output error; check it, and try"):
-        Dictionary.load(world / "trained/uniform-k4")
+        Dictionary.load(folder)
 
 
 # --- Checkpoints and what belongs to them

@@ -2,7 +2,6 @@ import hashlib
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, write_jsonl
@@ -150,47 +149,13 @@ def test_unknown_site_is_named(made):
         made.rows(SITES[0], 5, 100_000)
 
 
-def test_verify_names_every_damaged_file(store):
-    assert verify(store.folder).problems == []
-    for name in store.manifest.all_files():
-        path = store.folder / name
-        content = path.read_bytes()
-        for at in (0, 9, len(content) * 2 // 3):
-            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-            problem, way_out = verify(store.folder).problems
-            assert problem == f"{path} is damaged: its checksum does not match"
-            assert way_out.startswith("delete the damaged files and run the same harvest again")
-        path.write_bytes(content)
-    site = store.folder / str(SITES[0])
-    content = (site / "00001.safetensors").read_bytes()
-    (site / "00001.safetensors").write_bytes(content[:-100])
-    (store.folder / "tokens" / "00002.safetensors").unlink()
-    *problems, _ = verify(store.folder).problems
-    assert len(problems) == 2
-    assert any("00001.safetensors is truncated" in p for p in problems)
-    assert any("tokens/00002.safetensors is missing" in p for p in problems)
-    path = store.folder / MANIFEST
-    path.write_text(path.read_text().replace('"context_size": 12', '"context_size": 13'))
-    assert any("manifest.json is damaged" in p for p in verify(store.folder).problems)
-
-
-def test_reading_damaged_shards_is_one_sentence(store):
-    site = SITES[0]
-    path = store.folder / str(site) / "00001.safetensors"
-    content = path.read_bytes()
-    first = store.manifest.shards[0].rows
-    path.write_bytes(content[:-100])
-    with pytest.raises(LlmWsaeError, match=r"00001\.safetensors is truncated"):
-        store.rows(site, 0, store.num_rows)
-    assert len(store.rows(site, 0, first)) == first
+def test_a_lost_shard_leaves_the_others_readable(store):
+    path = store.folder / str(SITES[0]) / "00001.safetensors"
     path.unlink()
     with pytest.raises(LlmWsaeError, match=r"cannot read .*00001\.safetensors"):
-        store.rows(site, 0, store.num_rows)
-    header = 8 + int.from_bytes(content[:8], "little")
-    nan = np.float32("nan").tobytes()
-    path.write_bytes(content[:header] + nan + content[header + 4 :])
-    with pytest.raises(LlmWsaeError, match=r"00001\.safetensors is damaged: rows 0 to 127 are not"):
-        next(store.source(site).batches(8, seed=0))
+        store.rows(SITES[0], 0, store.num_rows)
+    first = store.manifest.shards[0].rows
+    assert len(store.rows(SITES[0], 0, first)) == first
 
 
 def test_foreign_folders_are_named(store, tmp_path):
