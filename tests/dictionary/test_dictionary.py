@@ -28,16 +28,7 @@ EXAMPLES = [TopK(5), ReLU(), JumpReLU()]
 
 
 def make(sparsity, seed=0) -> Dictionary:
-    draw = torch.Generator().manual_seed(seed)
-    return Dictionary(
-        W_enc=torch.randn(D_IN, D_SAE, generator=draw),
-        W_dec=torch.randn(D_SAE, D_IN, generator=draw),
-        b_enc=torch.randn(D_SAE, generator=draw),
-        b_dec=torch.randn(D_IN, generator=draw),
-        threshold=torch.rand(D_SAE, generator=draw) * 3 if sparsity.has_threshold else None,
-        sparsity=sparsity,
-        info=DictionaryInfo(site="blocks.1.hook_resid_post"),
-    )
+    return make_dictionary(seed=seed, d_in=D_IN, d_sae=D_SAE, sparsity=sparsity)
 
 
 def rows(*shape, seed=1):

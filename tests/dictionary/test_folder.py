@@ -8,45 +8,24 @@ import pytest
 import torch
 from looping import over
 from safetensors.torch import load_file, save_file
+from small_dictionaries import make_dictionary, make_info
 
 from llm_wsae.artifact import files
 from llm_wsae.artifact.files import has_digest, read_json, sha256, write_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary, keep_measurements
-from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 D_IN, D_SAE = 12, 80
-INFO = DictionaryInfo(
-    site="blocks.1.hook_resid_post",
-    name="variance α=0.5",
-    rule="variance",
-    alpha=0.5,
-    seed=3,
-    context_size=64,
-    prepend_bos=True,
-    massive_threshold=123.5,
-    model={"name": "tiny", "revision": None},
-    corpus={"name": "text", "tokens": 10},
-    training={"k": 5, "lr": 1e-3},
-    metrics={"fvu": 0.25},
-)
+INFO = make_info("variance α=0.5")
 
 
 def make(sparsity=TopK(5), seed=0) -> Dictionary:  # noqa: B008 - frozen
-    draw = torch.Generator().manual_seed(seed)
-    return Dictionary(
-        W_enc=torch.randn(D_IN, D_SAE, generator=draw),
-        W_dec=torch.randn(D_SAE, D_IN, generator=draw),
-        b_enc=torch.randn(D_SAE, generator=draw),
-        b_dec=torch.randn(D_IN, generator=draw),
-        threshold=torch.rand(D_SAE, generator=draw) * 3 if sparsity.has_threshold else None,
-        sparsity=sparsity,
-        info=INFO,
-        extras={"gamma": torch.rand(D_IN), "mean": torch.rand(D_IN, dtype=torch.float64)},
-    )
+    made = make_dictionary(INFO.name, seed, D_IN, D_SAE, sparsity)
+    made.extras["mean"] = torch.rand(D_IN, dtype=torch.float64)
+    return made
 
 
 @pytest.fixture
@@ -330,7 +309,7 @@ def test_configuration_has_the_keys_saelens_reads(folder):
         "k": 5,
         "rescale_acts_by_decoder_norm": False,
     }
-    assert metadata["hook_name"] == INFO.site and metadata["model_name"] == "tiny"
+    assert metadata["hook_name"] == INFO.site and metadata["model_name"] == "owner/tiny-lm"
     assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
 
 

@@ -4,7 +4,7 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.dictionary.sparsity import Sparsity, TopK
 
 SITE = "blocks.1.hook_resid_post"
 FIDELITY = {
@@ -45,7 +45,12 @@ def make_info(name: str = "plain-k4", **changes) -> DictionaryInfo:
 
 
 def make_dictionary(
-    name: str = "plain-k4", seed: int = 0, d_in: int = 12, d_sae: int = 80, **info
+    name: str = "plain-k4",
+    seed: int = 0,
+    d_in: int = 12,
+    d_sae: int = 80,
+    sparsity: Sparsity = TopK(4),  # noqa: B008 - frozen
+    **info,
 ) -> Dictionary:
     draw = torch.Generator().manual_seed(seed)
     return Dictionary(
@@ -53,7 +58,8 @@ def make_dictionary(
         W_dec=torch.randn(d_sae, d_in, generator=draw),
         b_enc=torch.randn(d_sae, generator=draw),
         b_dec=torch.randn(d_in, generator=draw),
-        sparsity=TopK(4),
+        threshold=torch.rand(d_sae, generator=draw) * 3 if sparsity.has_threshold else None,
+        sparsity=sparsity,
         info=make_info(name, **info),
         extras={
             "gamma": torch.rand(d_in, generator=draw) + 0.5,
