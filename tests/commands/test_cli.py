@@ -133,7 +133,7 @@ def test_several_stores_are_trained_on_as_one(world, model_and_corpus, tmp_path)
     refused = call("train", more, heldout, *TRAIN, "--k", 4, "--out", tmp_path / "both")
     assert refused.code == 1 and not (tmp_path / "both").exists()
     assert f"{heldout} does not fit {more} (" in refused.err
-    assert "the part of text.jsonl is heldout, not train" in refused.err
+    assert 'part: "train" in the first store, "heldout" in this one' in refused.err
 
 
 def test_weigh(world, tmp_path):
@@ -439,7 +439,7 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     assert content(tmp_path / "out") == before
     (here / "alpha.json").write_text("{}")
     again = call("run", *asked)
-    assert again.code == 1 and "is not the choice of an exponent; delete it" in again.err
+    assert again.code == 1 and "checksum does not match; delete it to choose again" in again.err
 
 
 def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tmp_path):

@@ -197,8 +197,8 @@ MISTAKES = {
     "word": ((PLAIN, "--latent", "three"), 2, "--latent"),
     "top": ((PLAIN, "--latent", 1, "--top", 0), 2, "top is 0, but must be at least 1"),
     "no dictionary": (("nowhere", "--latent", 1), 1, "nowhere is not a folder"),
-    "no store": ((PLAIN, "--latent", 1, "--store", "nowhere"), 1, "no activation store nowhere"),
-    "not a store": ((PLAIN, "--latent", 1, "--store", "model"), 1, "model is not an activation"),
+    "no store": ((PLAIN, "--latent", 1, "--store", "nowhere"), 1, "no activation store in nowhere"),
+    "not a store": ((PLAIN, "--latent", 1, "--store", "model"), 1, "no activation store in model"),
     "text without a model": (
         (PLAIN, "--text", "w1"),
         2,

@@ -683,7 +683,7 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     assert not (tmp_path / "page.html").exists() and call("verify", tmp_path / "other").code == 1
     head = path.read_text().splitlines()[0]
     newer = digests.json_line({**digests.check_line(head), "format_version": 2})
-    for damaged, said in ((newer, "update"), ("[]", "update"), ("{", "cannot"), ("", "cannot"),
+    for damaged, said in ((newer, "update"), ("[]", "checksum"), ("{", "cannot"), ("", "cannot"),
                           (head.replace("1", "2", 1), "checksum")):  # fmt: skip
         path.write_text(damaged)
         with pytest.raises(LlmWsaeError, match=said):

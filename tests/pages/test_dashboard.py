@@ -19,6 +19,7 @@ from command_line import SITE, call, works
 from small_dictionaries import make_dictionary
 
 from llm_wsae import dashboard, inspect
+from llm_wsae.artifact.files import write_json
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
@@ -135,7 +136,7 @@ def page(world):
     keep_explanations(world / PLAIN, [Explanation(5, LABEL, "a model", scores)])
     per_latent = {"detection": DETECTION, "purity": [None] * 64, "density": [0.1] * 64}
     report = {"dictionaries": {Path(PLAIN).name: {"per_latent": per_latent}}}
-    (world / "report.json").write_text(json.dumps({"monosemanticity": report}))
+    write_json(world / "report.json", {"monosemanticity": report})
     result = works(
         "dashboard", world / PLAIN, world / WEIGHTED, "--store", world / "store",
         "--model", world / "model", "--out", out, "--prompt", "one two three", "--top", TOP,
@@ -259,7 +260,7 @@ def test_text_of_a_corpus_is_harmless():
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path):
     ask = ("--store", world / "store", "--model", world / "model", "--out")
     report, scores = world / "other.json", {Path(PLAIN).name: {"per_latent": {"detection": [1]}}}
-    report.write_text(json.dumps({"monosemanticity": {"dictionaries": scores}}))
+    write_json(report, {"monosemanticity": {"dictionaries": scores}})
     for words, said in (
         (("dashboard", *ask, tmp_path / "p.html"), "name at least one dictionary"),
         (("dashboard", world / PLAIN, *ask, tmp_path / "p.txt"), "so --out cannot be"),
@@ -287,7 +288,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         result = call(*words)
         assert result.code in (1, 2) and said in result.err and result.out == ""
     scores[Path(PLAIN).name]["sha256"] = "0" * 64
-    report.write_text(json.dumps({"monosemanticity": {"dictionaries": scores}}))
+    write_json(report, {"monosemanticity": {"dictionaries": scores}})
     result = call("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report)
     assert result.code == 1 and "is about another dictionary named" in result.err
     other = Dictionary.load(world / PLAIN)
