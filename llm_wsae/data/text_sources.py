@@ -9,8 +9,8 @@ A source gives the same numbered documents on every reading (``TextSource``).
 - Packages: a small registry. To read another, add a function that lists its documents to
   ``TEXT_PACKAGES``.
 
-Lines of JSON are read here and not by the library ``datasets``: that one takes strings for dates,
-and fails where a label is a number in one row and a string in the next.
+Lines of JSON are read here and not by the library ``datasets``, which takes some strings for dates,
+so that labels would change, and needs five times as long.
 """
 
 import hashlib
