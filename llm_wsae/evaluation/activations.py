@@ -14,6 +14,7 @@ place.
 record alone, and where there is none, no row counts as massive.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -176,6 +177,13 @@ class ActivationCache:
                 norms[site].append(rows.float().norm(dim=1).cpu())
         self._medians |= {site: float(torch.cat(parts).median()) for site, parts in norms.items()}
         return {site: self._medians[site] for site in sites}
+
+
+def on_device_of(model: LanguageModel, dictionary: Dictionary) -> Dictionary:
+    """The dictionary, or a copy of it, on the model's device."""
+    if dictionary.W_enc.device == model.device:
+        return dictionary
+    return copy.deepcopy(dictionary).to(model.device)
 
 
 def massive_thresholds(

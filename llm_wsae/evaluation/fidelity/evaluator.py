@@ -15,7 +15,6 @@ Losses are summed over the contexts of each document, and intervals are over doc
 context counts for the document that has most of it; one that names no document is its own.
 """
 
-import copy
 import sys
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from llm_wsae.evaluation.activations import (
     check_scored,
     documents_of,
     massive_thresholds,
+    on_device_of,
     stacked,
     take_contexts,
 )
@@ -168,8 +168,11 @@ class FidelityEvaluator:
         with bar, self._model.prepacked():
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
-                if number == 0:
-                    self._check_resumable(ids[:1], activations)
+                # at each site: the last, where the text is resumed, says nothing of the others
+                if number == 0 and (new := sites.keys() - self._resumable):
+                    own = {site: activations[site][:1] for site in new}
+                    check_resumable(self._model, ids[:1], own)
+                    self._resumable |= new
                 clean = clean_stream(self._model, self._cache, number, max(sites), activations)
                 measured = splice_batch(sites, self._model, ids, keep, activations, clean)
                 for key, numbers in measured:
@@ -182,14 +185,6 @@ class FidelityEvaluator:
             key: per_document(torch.cat(parts).numpy(), self._owner)
             for key, parts in columns.items()
         }
-
-    def _check_resumable(self, ids: Tensor, activations: Mapping[Site, Tensor]) -> None:
-        """Check on one context that the model makes its own predictions when it is resumed at each
-        site. Where the text's predictions are resumed, at the last one, says nothing of the
-        others."""
-        if new := activations.keys() - self._resumable:
-            check_resumable(self._model, ids, {site: activations[site][:1] for site in new})
-            self._resumable |= new
 
     def _report(
         self,
@@ -232,7 +227,7 @@ class FidelityEvaluator:
     ) -> dict[Site, SiteState]:
         """The dictionaries by site, on the model's device, with baselines whose mean is known."""
         by_site = {
-            site: {name: self._on_device(one) for name, one in own.items()}
+            site: {name: on_device_of(self._model, one) for name, one in own.items()}
             for site, own in dictionaries.items()
         }
         thresholds = massive_thresholds(
@@ -249,11 +244,6 @@ class FidelityEvaluator:
             )
             for site, own in by_site.items()
         }
-
-    def _on_device(self, dictionary: Dictionary) -> Dictionary:
-        if dictionary.W_enc.device == self._model.device:
-            return dictionary
-        return copy.deepcopy(dictionary).to(self._model.device)
 
 
 def sites_together(copied: Sequence[int], memory: int, free: int) -> list[int]:

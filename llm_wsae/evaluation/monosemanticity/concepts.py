@@ -129,23 +129,20 @@ def document_concepts(
     for name in wanted:
         if name not in columns:
             raise UsageError(f"no document has a label {name!r}; {nearest(name, columns)}")
-    names: list[str] = []
-    families: list[str] = []
-    positive: list[Tensor] = []
-    applies: list[Tensor] = []
+    found: list[tuple[str, str, set[int], set[int]]] = []
     for column in dict.fromkeys(wanted) or columns:
         values = {number: own[column] for number, own in labels.items() if column in own}
-        for name, having in _divided(column, values):
-            names.append(name)
-            families.append(column)
-            positive.append(torch.isin(document, torch.tensor(sorted(having))))
-            applies.append(torch.isin(document, torch.tensor(sorted(values))))
-    empty = torch.zeros(len(document), 0, dtype=torch.bool)
+        found += [(name, column, own, set(values)) for name, own in _divided(column, values)]
+
+    def belongs(documents: list[set[int]]) -> Bool[Tensor, "units concepts"]:
+        some = [torch.isin(document, torch.tensor(sorted(own))) for own in documents]
+        return torch.stack(some, 1) if some else torch.zeros(len(document), 0, dtype=torch.bool)
+
     concepts = Concepts(
-        names,
-        families,
-        torch.stack(positive, 1) if names else empty,
-        torch.stack(applies, 1) if names else empty,
+        [name for name, *_ in found],
+        [family for _, family, *_ in found],
+        belongs([having for *_, having, _ in found]),
+        belongs([labelled for *_, labelled in found]),
         half,
     )
     return with_enough(concepts, document, _MIN_DOCUMENTS)

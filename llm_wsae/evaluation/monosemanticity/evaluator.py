@@ -12,7 +12,6 @@ A ``MonosemanticityEvaluator`` reads the text once: the forward pass, the embedd
 the probes of the activations are shared by all dictionaries, together or one after the other.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
+from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds, on_device_of
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
@@ -129,14 +128,12 @@ class MonosemanticityEvaluator:
     def _record(
         self, dictionaries: Mapping[str, Dictionary], thresholds: Mapping[Site, float]
     ) -> dict[str, Recorder]:
-        device, kinds = self._model.device, [asked.units for asked in self._concepts]
+        kinds = [asked.units for asked in self._concepts]
         recorders = {}
         for name, dictionary in dictionaries.items():
-            if dictionary.W_enc.device != device:
-                dictionary = copy.deepcopy(dictionary).to(device)
-            collector = self._scorer.collector(dictionary.d_sae, device)
-            threshold = thresholds[dictionary.site]
-            recorders[name] = Recorder(dictionary, collector, threshold, kinds)
+            collector = self._scorer.collector(dictionary.d_sae, self._model.device)
+            own, threshold = on_device_of(self._model, dictionary), thresholds[dictionary.site]
+            recorders[name] = Recorder(own, collector, threshold, kinds)
         record(self._activations, list(recorders.values()))
         return recorders
 

@@ -74,9 +74,8 @@ class FiringCollector:
         self._d_sae = d_sae
         self._device = torch.device(device)
         order = torch.randperm(text.num_rows, generator=torch.Generator().manual_seed(seed))
-        self._drawn = -order.float().to(
-            self._device
-        )  # as scores: the higher, the earlier in the draw
+        # as scores: the higher, the earlier in the draw
+        self._drawn = -order.float().to(self._device)
         self._top = _Best(d_sae, top, self._device)
         self._sample = _Best(d_sae, sample, self._device)
         self._num_rows = 0

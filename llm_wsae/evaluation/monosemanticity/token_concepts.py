@@ -6,7 +6,7 @@ comes before a token matters, so positions that give no row are read too.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,31 +19,6 @@ from llm_wsae.statistics.measures import LETTER
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CLOSERS = "\"'”’»)]}"
 _OPENERS = "\"'“‘«([{-–—*"
-
-
-class _Spelling(NamedTuple):
-    """Facts about the spelling of tokens, one number per token."""
-
-    letter: Tensor
-    """Number of the token's first visible character among a–z, -1 for any other."""
-    capital: Tensor
-    digit: Tensor
-    """Whether it contains a digit."""
-    wordlike: Tensor
-    """Whether its first visible character is a letter or a digit."""
-    joins: Tensor
-    """Whether it begins with a letter or a digit, without a space before."""
-    open_end: Tensor
-    """Whether it ends with a letter or a digit."""
-    stop: Tensor
-    """Whether it ends a sentence."""
-    between: Tensor
-    """Whether it consists of spaces, quotes and brackets only."""
-    newline: Tensor
-    straight: Tensor
-    """Number of straight double quotes."""
-    depth: Tensor
-    """Opening minus closing typographic double quotes."""
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -92,18 +67,18 @@ def token_concepts(
     place = torch.full((text.ids.numel(),), -1)
     place[cells] = torch.arange(len(cells))
     at = place[text.cell[rows]]
-    begins, wordlike, everywhere = found["begins"], facts.wordlike, torch.ones_like(linked)
-    columns = {
-        **{(f"{LETTER} {x}", LETTER): (facts.letter == i, begins) for i, x in enumerate(_LETTERS)},
-        ("capital", "capital"): (facts.capital, begins),
-        ("digit", "digit"): (facts.digit, everywhere),
-        ("sentence start", "sentence start"): (found["first"], begins),
-        ("continuation", "continuation"): (found["continues"], wordlike),
-        ("quotation", "quotation"): (found["quoted"], wordlike),
+    begins, wordlike, everywhere = found["begins"], facts["wordlike"], torch.ones_like(linked)
+    letters = {f"{LETTER} {x}": (facts["letter"] == i, begins) for i, x in enumerate(_LETTERS)}
+    columns = letters | {
+        "capital": (facts["capital"], begins),
+        "digit": (facts["digit"], everywhere),
+        "sentence start": (found["first"], begins),
+        "continuation": (found["continues"], wordlike),
+        "quotation": (found["quoted"], wordlike),
     }
     concepts = Concepts(
-        [name for name, _ in columns],
-        [family for _, family in columns],
+        list(columns),
+        [LETTER if name in letters else name for name in columns],
         torch.stack([yes[at] for yes, _ in columns.values()], 1),
         torch.stack([applies[at] for _, applies in columns.values()], 1),
         half,
@@ -111,53 +86,57 @@ def token_concepts(
     return with_enough(concepts, text.document_of[rows], 1)
 
 
-def _facts(text: HeldoutText, tokenizer: Any, cells: Tensor) -> tuple[_Spelling, Tensor]:
+_Facts = dict[str, Tensor]
+"""A number for each token, by the names that ``_spelling`` gives."""
+
+
+def _facts(text: HeldoutText, tokenizer: Any, cells: Tensor) -> tuple[_Facts, Tensor]:
     """The spelling of the tokens of documents, and whether each follows the one before."""
     ids, index = text.ids.flatten()[cells].unique(return_inverse=True)
     table = [_spelling(spelling) for spelling in token_texts(tokenizer, ids.tolist())]
-    facts = _Spelling(*(torch.tensor(column)[index] for column in zip(*table, strict=True)))
+    facts = {name: torch.tensor([row[name] for row in table])[index] for name in table[0]}
     document, offset = text.document.flatten()[cells], text.offset.flatten()[cells]
     linked = torch.zeros(len(cells), dtype=torch.bool)
     linked[1:] = (document[1:] == document[:-1]) & (offset[1:] == offset[:-1] + 1)
     return facts, linked
 
 
-def _spelling(text: str) -> tuple[int, bool, bool, bool, bool, bool, bool, bool, bool, int, int]:
+def _spelling(text: str) -> dict[str, int | bool]:
     visible = text.strip()
     first = visible[:1]
-    return (
-        _LETTERS.find(first.lower()) if first else -1,
-        first.isupper(),
-        any(character.isdigit() for character in text),
-        first.isalnum(),
-        text[:1].isalnum(),
-        text[-1:].isalnum(),
-        visible.rstrip(_CLOSERS)[-1:] in (".", "!", "?"),
-        not visible.strip(_CLOSERS + _OPENERS),
-        "\n" in text,
-        text.count('"'),
-        text.count("“") - text.count("”"),
-    )
+    return {
+        "letter": _LETTERS.find(first.lower()) if first else -1,  # its number, or -1
+        "capital": first.isupper(),
+        "digit": any(character.isdigit() for character in text),
+        "wordlike": first.isalnum(),
+        "joins": text[:1].isalnum(),  # the token before, without a space
+        "open end": text[-1:].isalnum(),
+        "stop": visible.rstrip(_CLOSERS)[-1:] in (".", "!", "?"),
+        "between": not visible.strip(_CLOSERS + _OPENERS),  # spaces, quotes and brackets only
+        "newline": "\n" in text,
+        "straight": text.count('"'),
+        "depth": text.count("“") - text.count("”"),
+    }
 
 
-def _in_sequence(facts: _Spelling, linked: Tensor, opens: Tensor) -> dict[str, Tensor]:
+def _in_sequence(facts: _Facts, linked: Tensor, opens: Tensor) -> dict[str, Tensor]:
     """What depends on the tokens before. ``opens`` marks the first token of a document."""
     number = torch.arange(len(linked))
-    before = _shifted(facts.open_end, False) & linked
-    continues = before & facts.joins
-    begins = (facts.letter >= 0) & ~continues
+    before = _shifted(facts["open end"], False) & linked
+    continues = before & facts["joins"]
+    begins = (facts["letter"] >= 0) & ~continues
     # The last token before this one that is more than space and quotes, if in the same run.
     run = number.where(~linked, 0).cummax(0).values
-    solid = _shifted(number.where(~facts.between, -1).cummax(0).values, -1)
-    newlines = facts.newline.long().cumsum(0)
-    broken = _shifted(newlines, 0) > (newlines - facts.newline.long())[solid.clamp(min=0)]
-    behind_stop = (facts.stop[solid.clamp(min=0)] | broken) & (solid >= run)
+    solid = _shifted(number.where(~facts["between"], -1).cummax(0).values, -1)
+    newlines = facts["newline"].long().cumsum(0)
+    broken = _shifted(newlines, 0) > (newlines - facts["newline"].long())[solid.clamp(min=0)]
+    behind_stop = (facts["stop"][solid.clamp(min=0)] | broken) & (solid >= run)
     first_solid = opens[run] & (solid < run)
     # Quotes are counted from the beginning of the line, so that an unpaired one does no more harm.
-    line = (number + 1).where(facts.newline, 0).cummax(0).values
+    line = (number + 1).where(facts["newline"], 0).cummax(0).values
     line = torch.maximum(_shifted(line, 0), run)
-    straight = _since(facts.straight, line) % 2 == 1
-    typographic = _since(facts.depth, line) > 0
+    straight = _since(facts["straight"], line) % 2 == 1
+    typographic = _since(facts["depth"], line) > 0
     return {
         "continues": continues,
         "begins": begins,

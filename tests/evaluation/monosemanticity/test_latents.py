@@ -41,7 +41,7 @@ def text():
     return make_text()
 
 
-def test_top_contexts_equal_brute_force_on_the_dense_matrix(text):
+def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
     codes = random_codes(text.num_rows)
     encoded = torch.ones(text.num_rows, dtype=torch.bool)
     encoded[[3, 200, 201]] = False
@@ -60,12 +60,6 @@ def test_top_contexts_equal_brute_force_on_the_dense_matrix(text):
         expected = sorted(best.values(), reverse=True)[:TOP]
         assert found.top.rows[latent].tolist() == [row for _, row in expected]
         assert found.top.values[latent].tolist() == pytest.approx([value for value, _ in expected])
-
-
-def test_the_sample_is_of_firings_in_different_contexts_and_has_their_values(text):
-    codes = random_codes(text.num_rows)
-    found, every = collected(text, codes, 7), dense(codes)
-    for latent in range(D_SAE):
         rows = found.sample.rows[latent]
         assert (rows >= 0).all() and len(text.context[rows].unique()) == SAMPLE
         assert torch.equal(found.sample.values[latent], every[rows, latent])
@@ -109,6 +103,11 @@ def test_a_latent_with_few_firings_has_few_examples(text):
     assert found.top.values[0].tolist() == [3.0, 2.0, 0.0, 0.0]
     assert sorted(found.sample.rows[0].tolist()) == [-1] * 4 + [5, 40]
     assert (found.top.rows[1:] == -1).all() and (found.sample.rows[1:] == -1).all()
+    # a quantile sample of too few is all of them, but those in top contexts
+    codes.values[[5, 40, 80, 120, 160, 200]] = torch.arange(1.0, 7.0)[:, None]
+    chosen = quantile_sample(collected(text, codes, 9, top=2, sample=6), text, 5)
+    assert chosen.rows[0].tolist() == [120, 80, 40, 5, -1]
+    assert chosen.values[0].tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
 
 
 def test_silence_is_of_whole_windows(text):
@@ -149,16 +148,6 @@ def test_a_quantile_sample_is_spread_over_the_ranks_and_leaves_out_top_contexts(
         expected = [ranked[(2 * i + 1) * len(ranked) // 10] for i in range(5)]
         assert chosen.rows[latent].tolist() == [row for _, row in expected]
         assert chosen.values[latent].tolist() == pytest.approx([value for value, _ in expected])
-
-
-def test_a_quantile_sample_of_too_few_is_all_of_them(text):
-    values = torch.zeros(text.num_rows, 1)
-    values[[5, 40, 80, 120, 160, 200]] = torch.arange(1.0, 7.0)[:, None]
-    codes = Codes(torch.zeros(text.num_rows, 1, dtype=torch.long), values)
-    found = collected(text, codes, 9, top=2, sample=6)
-    chosen = quantile_sample(found, text, 5)
-    assert chosen.rows[0].tolist() == [120, 80, 40, 5, -1]
-    assert chosen.values[0].tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
 
 
 def by_pairs(positive, negative):

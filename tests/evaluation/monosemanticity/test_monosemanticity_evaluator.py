@@ -209,8 +209,10 @@ def test_massive_rows_are_counted_and_left_out(corpus):
 
 
 def test_seeds_are_compared_with_each_other(model, corpus):
+    """Other widths are other dictionaries, whatever their names; of twins one is enough."""
     named = {"one": one_latent_a_word(seed=0), "two": one_latent_a_word(seed=7),
-             "other": one_latent_for_four_words()}  # fmt: skip
+             "twin": one_latent_a_word(seed=0), "other": one_latent_for_four_words(),
+             "small": dictionary(torch.eye(WIDTH)[:10], "words", seed=3)}  # fmt: skip
     found = scored(named, model, corpus)
     ((group, numbers),) = found.consistency.items()
     assert group == f"{SITE} words" and numbers["dictionaries"] == ["one", "two"]
@@ -219,14 +221,6 @@ def test_seeds_are_compared_with_each_other(model, corpus):
     assert f"matched latents): {numbers['pw_mcc']:.3f} over all latents" in found.table()
     strange = dataclasses.replace(found, consistency={"words\x1b]0;mine\x07": numbers}).table()
     assert "\x1b" not in strange and "\x07" not in strange
-
-
-def test_only_what_was_made_alike_is_compared_over_seeds(model, corpus):
-    """Other widths are other dictionaries, whatever their names; of twins one is enough."""
-    small = dictionary(torch.eye(WIDTH)[:10], "words", seed=3)
-    named = {"one": one_latent_a_word(seed=0), "twin": one_latent_a_word(seed=0), "small": small}
-    found = scored(named, model, corpus)
-    assert found.consistency == {}
 
 
 def test_text_without_labels_has_concepts_of_tokens_only(model, tmp_path):
@@ -275,13 +269,6 @@ def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus, monkeyp
     fails(UsageError, "blocks.5.hook_resid_pre", {"x": deep})
     with pytest.raises(UsageError, match="top is 1, but must be at least 2"):
         dataclasses.replace(CONFIG, top=1)
-
-
-def test_other_weights_are_noted(model, corpus):
-    other = one_latent_a_word()
-    other.info = dataclasses.replace(other.info, model={"weights_sha256": "0" * 64})
-    found = scored({"x": other}, model, corpus)
-    assert found.notes == ["dictionary 'x' was trained on other weights than those of this planted"]
 
 
 def test_the_report_is_json_and_a_table(report, tmp_path):
@@ -362,32 +349,27 @@ def decoder(seed, rows=6):
     return torch.randn(rows, 9, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_permuted_and_scaled_copy_agrees_perfectly():
+def test_agreement_is_the_mean_over_pairs_and_perfect_for_a_permuted_and_scaled_copy():
+    parts = [decoder(seed) for seed in range(3)]
+    pairs = [matched_cosine(parts[i], parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert pw_mcc(parts) == pytest.approx(sum(pairs) / 3)
+    assert math.isnan(pw_mcc(parts[:1])) and math.isnan(pw_mcc([part[:0] for part in parts]))
     one = decoder(0, 40)
     other = one[torch.randperm(40, generator=torch.Generator().manual_seed(1))] * 3
     assert pw_mcc([one, other]) == pytest.approx(1, abs=1e-6)
     assert pw_mcc([one, -other]) < 0.7  # a latent is not its opposite
 
 
-def test_the_matching_is_the_best_of_all():
+def test_the_matching_is_the_best_of_all(monkeypatch):
     one, other = decoder(0), decoder(1)
     cosines = normalize(one, dim=1) @ normalize(other, dim=1).T
     best = max(
         float(cosines[torch.arange(6), list(order)].mean()) for order in permutations(range(6))
     )
     assert matched_cosine(one, other) == pytest.approx(best, abs=1e-6)
-
-
-def test_of_too_many_rows_some_are_matched(monkeypatch):
+    # of too many rows, ten of sixty are matched
     one, other = decoder(0, 60), decoder(1, 60)
     whole = matched_cosine(one, other)
-    monkeypatch.setattr(consistency, "_MOST_PAIRS", 600)  # ten rows of sixty
+    monkeypatch.setattr(consistency, "_MOST_PAIRS", 600)
     assert matched_cosine(one, one.flip(0)) == pytest.approx(1, abs=1e-6)
     assert whole < matched_cosine(one, other) < whole + 0.2
-
-
-def test_it_is_the_mean_over_pairs():
-    parts = [decoder(seed) for seed in range(3)]
-    pairs = [matched_cosine(parts[i], parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert pw_mcc(parts) == pytest.approx(sum(pairs) / 3)
-    assert math.isnan(pw_mcc(parts[:1])) and math.isnan(pw_mcc([part[:0] for part in parts]))
