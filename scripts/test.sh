@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Linter, formatter, type checker, and every test that this machine can run, in an environment of
 # their own. Some tests wait for processes that they start, so there is one more worker than cores.
-# Arguments go to pytest.
+# Arguments go to pytest: -m "not slow" is a quick round.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

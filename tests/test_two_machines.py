@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import HARVEST, SITE, TRAIN, asked, content, works
+from command_line import HARVEST, SITE, TRAIN, asked, call, content, works
 from places import ROOT
-from several import torchrun
+from several import run
 
 SECONDS = 240
 
@@ -80,6 +80,10 @@ class Launchers:
         assert codes == [0, 0], [self._said(number).read_text() for number in range(2)]
 
 
+def command(*words):
+    return call(*words).code
+
+
 def test_a_training(world, tmp_path):
     words = ("train", world / "store", *TRAIN, "--k", 4, "--tokens", 200_000,
              "--checkpoint-seconds", 0.2)  # fmt: skip
@@ -88,7 +92,7 @@ def test_a_training(world, tmp_path):
     launchers.restart_second((out / "checkpoint.safetensors").exists)
     launchers.end()
     works("verify", out)
-    assert torchrun(2, *words, "--out", tmp_path / "at once").returncode == 0
+    assert run(2, command, *words, "--out", tmp_path / "at once") == [0, 0]
     weights = [
         (folder / "uniform-k4/sae_weights.safetensors").read_bytes()
         for folder in (tmp_path / "at once", out)

@@ -174,7 +174,7 @@ def test_encode_above(name, threshold, way):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@over(guess=[0.0, 8.0, 19.0, 1e6], k=[7, 1, 160], name=ENCODINGS)
+@over(guess=[0.0, 19.0, 1e6], k=[7, 160], name=ENCODINGS)
 def test_encode_batch_topk(name, k, guess, way):
     (x, encoder, bias), pre, tolerance = encoding_of(name, way)
     k = min(k, len(encoder))
