@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -314,6 +314,14 @@ def check_numbers(settings: Any, **limits: int | tuple[int, int]) -> None:
         for value in found if isinstance(found, tuple) else (found,):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_number(field.name.replace("_", "-"), value, *least_and_most)
+
+
+def check_choices(settings: Any, **allowed: Sequence[str]) -> None:
+    """Raises UsageError, naming the field, if a setting is none of the words that it may be."""
+    for name, words in allowed.items():
+        if (found := getattr(settings, name)) not in words:
+            known = f"{', '.join(words[:-1])} or {words[-1]}"
+            raise UsageError(f"{name} must be {known}, not {found!r}")
 
 
 def check_number(

@@ -35,13 +35,11 @@ from llm_wsae.artifact.files import sha256
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.streaming import ActivationStreams
-from llm_wsae.machine.processes import join
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training
-from llm_wsae.training.parallel.group import ProcessGroup
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
 
@@ -58,10 +56,8 @@ def ways(
     trainings = []
     for site in sites:
         uniform = weights_from_rule("uniform", 1.0, RuleInputs(streams.statistics(site)))
-        group, out = ProcessGroup(join()), folder / str(site)
-        arms = [ArmConfig(uniform, k=32)]
-        source = streams.source(site)
-        trainings.append(Training(source, arms, how, out, model.device, group))
+        arms, out = [ArmConfig(uniform, k=32)], folder / str(site)
+        trainings.append(Training(streams.source(site), arms, how, out, model.device))
     contexts = list(streams.first_contexts(tokens))
     batches = tokens // how.batch_size
     stream = streams.batches(how.batch_size, 0)

@@ -25,7 +25,6 @@ from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
-from llm_wsae.machine.processes import Processes
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.tuning import CANDIDATES
@@ -34,7 +33,6 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training
 from llm_wsae.training.optimiser import PAIR_BYTES
-from llm_wsae.training.parallel.group import ProcessGroup
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import Rule
@@ -264,9 +262,8 @@ def _first_steps(
 ) -> float:
     """Seconds a row of a few steps of the training; the first is not timed."""
     batches = source.batches(config.batch_size, config.shuffle_seed)
-    alone = ProcessGroup(Processes())  # also where rank 0 measures and others wait for it
-    device = choose_device(config.device)
-    training = Training(source, arms, config, folder, device, alone)
+    # alone, also where rank 0 measures and others wait for it
+    training = Training(source, arms, config, folder, choose_device(config.device))
     last, steps = training.num_steps - 1, 0
     training.step(0, next(batches))
     training.read_numbers(1)

@@ -50,8 +50,7 @@ class Architecture(ABC):
         strategy: Strategy = SINGLE,
     ):
         """``level`` is the value of ``setting``; ``strategy`` says which latents are here."""
-        self.level = level
-        self.d_sae = d_sae
+        self.level, self.d_sae, self.device = level, d_sae, device
         self.num_latents = len(strategy.own_latents(d_sae))
         self.strategy = strategy
 
@@ -64,11 +63,6 @@ class Architecture(ABC):
     def label(cls, level: int | float) -> str:
         """What the name of an arm says of it."""
         return f"{cls.name}-k{level}"
-
-    @classmethod
-    def recorded_name(cls) -> str | None:
-        """What a checkpoint calls it."""
-        return cls.name
 
     @property
     @abstractmethod

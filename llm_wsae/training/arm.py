@@ -20,12 +20,10 @@ from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
 from llm_wsae.training.config import SPACE_RATE, ArchitectureName, Lengths
-from llm_wsae.training.free_lengths import FreeLengths
-from llm_wsae.training.normaliser import Space, Spaces
+from llm_wsae.training.normaliser import Space
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters, squared
-from llm_wsae.weights.config import IN_LOSS
 from llm_wsae.weights.loss_weights import LossWeights, annealed
 
 _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the true error
@@ -107,32 +105,17 @@ class ArmConfig:
 
     def identity(self, lengths: Lengths = "auto") -> dict[str, Any]:
         """What a checkpoint must agree on, as JSON."""
-        gamma, config = self.weights.gamma.double(), self.weights.config
-        total = float(gamma.sum())
-        # of unit lengths nothing is said
-        free = {"lengths": "free"} if self.lengths(lengths) == "free" else {}
-        return free | {
+        return {
             "rule": self.weights.rule.name,
             "alpha": self.weights.alpha,
-            # a matrix comes from a decomposition, whose last digits depend on the machine; those of
-            # a vector may, too: a comparison allows for it
-            "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
-            "weights": None if config == IN_LOSS else asdict(config),
+            "gamma_sum": float(self.weights.gamma.double().sum()),
+            "weights": asdict(self.weights.config),
             "k": self.k,
             "l1": self.l1,
             "seed": self.init_seed,
-            "architecture": self.kind.recorded_name(),
+            "architecture": self.architecture,
+            "lengths": self.lengths(lengths),
         }
-
-
-@dataclass
-class Progress:
-    """Sums over the steps since they were last read; tensors, so that reading is the only sync."""
-
-    loss: Tensor
-    squared_error: Tensor
-    firings: Tensor
-    rows: Tensor
 
 
 class Learnt(NamedTuple):
@@ -159,7 +142,7 @@ class Arm:
         free lengths."""
         config.check(d_sae)
         self.config = config
-        self.space = space or Spaces(device).of(config.weights)
+        self.space = space or Space.of(config.weights, device)
         """The space in which batches are passed; None is the plain one."""
         self._full_gamma = config.weights.gamma.to(device, torch.float32)
         self.gamma = (
@@ -178,9 +161,8 @@ class Arm:
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self.lengths = config.lengths(lengths)
-        kind = FreeLengths if self.lengths == "free" else Optimiser
-        self._optimiser = kind(self.parameters)
-        self.progress = self._no_progress()
+        self._optimiser = Optimiser(self.parameters, self.lengths == "free")
+        self._sums = self._no_sums()
 
     @property
     def learnt(self) -> Learnt:
@@ -250,10 +232,10 @@ class Arm:
     def _record(self, step: Step, batch: Batch) -> None:
         own = torch.stack([batch.mask.sum(), self._squared_error(step, batch)])
         rows, squared_error = self._strategy.sum_over_rows(own)
-        self.progress.loss += step.loss * rows
-        self.progress.squared_error += squared_error
-        self.progress.firings += self._strategy.sum_over_latents(step.firings.sum())
-        self.progress.rows += rows
+        self._sums["loss"] += step.loss * rows
+        self._sums["squared_error"] += squared_error
+        self._sums["firings"] += self._strategy.sum_over_latents(step.firings.sum())
+        self._sums["rows"] += rows
 
     def _squared_error(self, step: Step, batch: Batch) -> Tensor:
         """Σ‖x − x̂‖² of the normalised rows; in a space, estimated from some of them."""
@@ -262,29 +244,29 @@ class Arm:
         error = torch.linalg.vector_norm(self.space.leave(step.residual[:_ERROR_ROWS])) ** 2
         return error * (batch.mask.sum() / batch.mask[:_ERROR_ROWS].sum().clamp(min=1))
 
-    def _no_progress(self) -> Progress:
-        exact = exact_dtype(self.gamma.device)
-        return Progress(*(self.gamma.new_zeros((), dtype=exact) for _ in range(4)))
+    def _no_sums(self) -> dict[str, Tensor]:
+        """Sums over the steps since they were last read: tensors, so that reading is the only
+        wait for the device."""
+        exact, names = exact_dtype(self.gamma.device), ("loss", "squared_error", "firings", "rows")
+        return {name: self.gamma.new_zeros((), dtype=exact) for name in names}
 
     def read_progress(self, rows_seen: int, dead_after: int, variance: float) -> dict[str, float]:
         """Means since the last call; resets the sums. ``variance`` is E‖x − mean‖² of the rows."""
-        sums, self.progress = self.progress, self._no_progress()
-        rows = max(1.0, float(sums.rows))
+        sums, self._sums = self._sums, self._no_sums()
+        rows = max(1.0, float(sums["rows"]))
         dead = self._strategy.sum_over_latents(self.dead(rows_seen, dead_after).sum())
         return {
-            "loss": float(sums.loss) / rows,
-            "fvu": float(sums.squared_error) / rows / variance,
-            "l0": float(sums.firings) / rows,
+            "loss": float(sums["loss"]) / rows,
+            "fvu": float(sums["squared_error"]) / rows / variance,
+            "l0": float(sums["firings"]) / rows,
             "dead": float(dead) / self.d_sae,
         }
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed training needs, as tensors."""
         tensors = dict(self.parameters._asdict(), last_fired=self.last_fired)
-        tensors |= self._optimiser.state()
-        tensors |= self.architecture.state()
-        tensors |= {f"progress.{name}": value for name, value in vars(self.progress).items()}
-        return tensors
+        tensors |= self._optimiser.state() | self.architecture.state()
+        return tensors | {f"progress.{name}": value for name, value in self._sums.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
@@ -294,12 +276,8 @@ class Arm:
             parameter.copy_(tensors[name])
         self._optimiser.load_state(tensors)
         self.architecture.load_state(tensors)
-        self.progress = Progress(
-            **{
-                name: tensors[f"progress.{name}"].to(now.device, now.dtype)
-                for name, now in vars(self.progress).items()
-            }
-        )
+        for name, value in self._sums.items():
+            value.copy_(tensors[f"progress.{name}"])
 
 
 def make_arms(

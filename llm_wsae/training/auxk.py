@@ -1,8 +1,8 @@
 """AuxK (Gao et al. 2024, §A.2): dead latents learn to explain what the others leave unexplained.
 
 The dead latents with the largest pre-activations reconstruct the residual, in the same weighted
-norm as the main loss. All products are dense over that subset: up to half as many of them take
-part in a row as it has dimensions, too many for sparse products to be faster.
+norm as the main loss. Up to d_in / 2 of them are active in a row, too many for sparse products to
+be faster, so all products are dense over the dead latents.
 
 To gather them, their number must be known, and asking a GPU for it means waiting. So on a GPU a
 search runs only now and then, and includes latents that may die before the search after next. Its
@@ -10,8 +10,7 @@ count is read long after it has arrived, and a mask says which latents are dead 
 
 On a CPU their number differs from step to step. For every new shape of a product oneDNN generates
 code, and keeps about a quarter of a megabyte for good. So rows of zeros round the number up to a
-multiple of 64. They change nothing: what they would displace among the largest is not positive
-either.
+multiple of 64; they change no result.
 """
 
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SubsetGradients
-from llm_wsae.sparse.operations import dead_gradients
+from llm_wsae.sparse.operations import dead_gradients, encode_dead
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, times
 from llm_wsae.weights.loss_weights import Gamma
@@ -97,7 +96,7 @@ def auxk_gradients(
     d_in / 2 dead latents with the largest pre-activations take part, or more where they tie.
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
-    num_dead = strategy.count_latents(len(indices))
+    num_dead = int(strategy.sum_over_latents(torch.tensor(len(indices))))
     if num_dead == 0:
         return None
     multiple = _MULTIPLE if residual.device.type == "cpu" else 1
@@ -117,7 +116,7 @@ def auxk_gradients(
     sums = SubsetGradients(indices, *zeros)
     for rows in tiles:
         x, mask = batch.x_fast[rows], batch.mask[rows, None]
-        active = strategy.encode_dead(x, encoder, bias, dead, k_aux)
+        active = strategy.keep_largest(encode_dead(x, encoder, bias, dead, k_aux), k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = strategy.sum_over_latents((active @ decoder).to(exact))
         error = decoded.add_(residual[rows]).mul_(mask)

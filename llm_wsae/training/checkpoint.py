@@ -31,7 +31,7 @@ from llm_wsae.artifact.files import (
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import Processes
 from llm_wsae.training.arm import Arm, Learnt
-from llm_wsae.training.parallel.group import ProcessGroup
+from llm_wsae.training.parallel.strategy import Strategy
 from llm_wsae.training.parameters import Parameters
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -156,7 +156,7 @@ class Reached(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path, arms: Sequence[Arm], reached: Reached, group: ProcessGroup
+    folder: Path, arms: Sequence[Arm], reached: Reached, strategy: Strategy
 ) -> None:
     """Replace the folder's checkpoint. Raises LlmWsaeError when it cannot be written.
 
@@ -169,12 +169,12 @@ def save_checkpoint(
     for arm in arms:
         for name, value in arm.state().items():
             part: Tensor | Rows = value
-            if group.strategy.latent_parts > 1 and _per_latent(name, value.shape):
+            if strategy.latent_parts > 1 and _per_latent(name, value.shape):
                 part = Rows(value, arm.own_latents.start, arm.d_sae)
             parts[f"{arm.config.name}/{name}"] = part
-    if group.strategy.latent_parts > 1:
-        save_rows(folder / CHECKPOINT, parts, header, group.processes)
-    elif group.processes.leads:
+    if strategy.latent_parts > 1:
+        save_rows(folder / CHECKPOINT, parts, header, strategy.processes)
+    elif strategy.processes.leads:
         save_own_tensors(folder / CHECKPOINT, parts, header)
 
 

@@ -1,10 +1,10 @@
 """The settings of a training. Free of torch, so that the command line can show them at once."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from llm_wsae.errors import UsageError
-from llm_wsae.outside import SHARE, check_numbers
+from llm_wsae.outside import SHARE, check_choices, check_numbers
 from llm_wsae.training.architectures import architecture_names
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ BESIDE_BASELINES: tuple[ArchitectureName, ...] = ("topk", "frozen-decoder", "fro
 """What a run trains unless it is told otherwise: half-random dictionaries stand beside the others,
 since what those win should be more."""
 Lengths = Literal["auto", "free", "unit"]
-"""Of decoder rows, while they are trained: any (``free_lengths``), or 1."""
+"""Of decoder rows, while they are trained: any (``optimiser``), or 1."""
 Shard = Literal["rows", "latents"]
 """What is distributed over the processes of one training."""
 
@@ -89,14 +89,13 @@ class TrainConfig:
             raise UsageError("warmup and decay are shares of the steps: together at most 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise UsageError(f"learning_rate must be a number above 0, not {self.learning_rate}")
-        if self.lengths not in ("auto", "free", "unit"):
-            raise UsageError(f"lengths must be auto, free or unit, not {self.lengths!r}")
-        if self.shard not in ("rows", "latents"):
-            raise UsageError(f"shard must be rows or latents, not {self.shard!r}")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise UsageError(f"dtype must be auto, bfloat16 or float32, not {self.dtype!r}")
-        if self.tracker not in ("none", "tensorboard", "wandb"):
-            raise UsageError(f"tracker must be none, tensorboard or wandb, not {self.tracker!r}")
+        check_choices(
+            self,
+            lengths=get_args(Lengths),
+            shard=get_args(Shard),
+            dtype=("auto", "bfloat16", "float32"),
+            tracker=("none", "tensorboard", "wandb"),
+        )
 
 
 RATE, SHARED_RATE = "learning_rate", "shared_learning_rate"

@@ -5,15 +5,17 @@ the sparse operations take over. Both compute the same loss and the same gradien
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.machine.hardware import DeferredScalar
-from llm_wsae.sparse.codes import SlotCapacity
-from llm_wsae.training.architecture import CPU, Architecture
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.sparse.codes import RaggedCodes, SlotCapacity
+from llm_wsae.sparse.operations import encode_above
+from llm_wsae.training.architecture import Architecture, exact, without_masked
+from llm_wsae.training.parallel.strategy import Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step, weighted_error
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -27,14 +29,8 @@ class DenseStart(Architecture):
     """It remembers which share of the latents was active in the last step, for the next step's will
     be about the same."""
 
-    def __init__(
-        self,
-        level: int | float,
-        d_sae: int,
-        device: torch.device = CPU,
-        strategy: Strategy = SINGLE,
-    ):
-        super().__init__(level, d_sae, device, strategy)
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self._active_share: DeferredScalar | None = None
         self._capacity = SlotCapacity()
 
@@ -54,6 +50,15 @@ class DenseStart(Architecture):
     @abstractmethod
     def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step along the active latents only, correct if there were slots enough."""
+
+    def codes_above(
+        self, parameters: Parameters, batch: Batch, threshold: Float[Tensor, " latents"]
+    ) -> RaggedCodes:
+        """The active latents of the rows that are not masked."""
+        fast = batch.x_fast.dtype
+        encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+        codes = encode_above(batch.x_fast, encoder, bias, threshold, self._capacity)
+        return exact(without_masked(codes, batch), parameters, batch)
 
     def active_share(self) -> float | None:
         """Which share of the latents was active in the last step; None before the first."""

@@ -1,6 +1,6 @@
 """Rows as the model made them → rows as the training wants them, in the space of each arm."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,19 @@ class Space:
         self.gamma = gamma.to(device, torch.float32)
         self._inverse = inverse(gamma).to(device, torch.float32)
 
+    @classmethod
+    def of(
+        cls, weights: LossWeights, device: torch.device, known: Sequence["Space | None"] = ()
+    ) -> "Space | None":
+        """The space that an arm of these weights is trained in, None for the plain one. A known
+        one is taken again: arms that share it share its product with the batch."""
+        if not weights.config.in_space:
+            return None
+        for space in known:
+            if space is not None and torch.equal(space.gamma, weights.gamma.to(space.gamma)):
+                return space
+        return cls(weights.gamma, device)
+
     def enter(self, batch: Batch) -> Batch:
         """The batch in this space; massive rows stay 0."""
         x = _transform(batch.x, self.gamma)
@@ -67,25 +80,6 @@ class Space:
     def leave(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Rows of this space, or differences of them, as normalised rows again."""
         return _transform(rows, self._inverse)
-
-
-class Spaces:
-    """The spaces of a training's arms, each distinct one once: arms that share Γ share its product
-    with the batch."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._known: list[Space] = []
-
-    def of(self, weights: LossWeights) -> Space | None:
-        """The space that an arm of these weights is trained in, None for the plain one."""
-        if not weights.config.in_space:
-            return None
-        for space in self._known:
-            if torch.equal(space.gamma, weights.gamma.to(space.gamma)):
-                return space
-        self._known.append(Space(weights.gamma, self._device))
-        return self._known[-1]
 
 
 def in_spaces(batch: Batch, spaces: Iterable[Space | None]) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable, weights_checksum
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.number_format import fast_dtype, name_of
-from llm_wsae.training.arm import Arm, ArmConfig, Learnt
+from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     Reached,
@@ -27,6 +28,7 @@ from llm_wsae.training.checkpoint import (
     training_in,
 )
 from llm_wsae.training.config import (
+    PROCEDURAL,
     RATE,
     SHARED_RATE,
     TrainConfig,
@@ -35,12 +37,13 @@ from llm_wsae.training.config import (
 )
 from llm_wsae.training.export import dictionary_of
 from llm_wsae.training.log import LOG, TrainingLog
-from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
-from llm_wsae.training.parallel.group import ProcessGroup
+from llm_wsae.training.normaliser import Normaliser, Space, in_spaces
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 
 MAX_DEAD_AFTER = 10_000_000
 NAMES = (LOG, CHECKPOINT, MANIFEST, INFO)
 """What a folder without a training must not hold."""
+_BY_OTHER_NAMES = ("tokens", "lengths", "shuffle_seed")  # in the record: num_steps, by arm, seed
 
 
 class Training:
@@ -53,78 +56,56 @@ class Training:
         config: TrainConfig,
         out: Path,
         device: torch.device,
-        group: ProcessGroup,
+        strategy: Strategy = SINGLE,
+        place: int = 0,
     ):
-        self.source, self.config, self.out, self.group = source, config, out, group
-        self.leads = group.processes.leads
-        tokens = config.tokens if config.tokens is not None else source.num_rows
-        if tokens is None:
-            raise UsageError("a stream has no end: set the number of tokens to train on")
-        self.num_steps = tokens // config.batch_size
-        if self.num_steps == 0:
-            raise UsageError(
-                f"{tokens} rows are fewer than one batch of {config.batch_size}; "
-                "harvest more tokens or lower the batch size"
-            )
-        d_sae = config.expansion * source.d_in
+        """``place`` says which rows of a batch of several sites are its own."""
+        self.source, self.config, self.out = source, config, out
+        self.strategy, self.processes, self.place = strategy, strategy.processes, place
+        self.num_steps = _num_steps(source, config)
+        d_in, d_sae = source.d_in, config.expansion * source.d_in
         for arm in arms:
             arm.check(d_sae)
-            arm.weights.check_for(source.d_in)
-        began = group.processes.lead(lambda: recorded(out))  # it goes on as it was begun
-        dtype = config.dtype
-        if dtype == "auto":
-            kept = None if began is None else began.get("dtype")
-            dtype = group.processes.lead(lambda: name_of(fast_dtype(device, "encoder", kept)))
-        fast = getattr(torch, dtype)
+            arm.weights.check_for(d_in)
+        dtype = self.processes.lead(lambda: self._dtype(device))
         self.statistics = source.statistics()
         self.statistics.check_varying()
-        self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
+        self.normaliser = Normaliser(self.statistics, device, getattr(torch, dtype), strategy)
         rows = self.num_steps * config.batch_size
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
-        self.lengths = config.lengths
         usual = config.learning_rate or default_learning_rate(d_sae)
         self.learning_rates = {
-            arm.name: config.learning_rate or usual * arm.rate(self.lengths) for arm in arms
+            arm.name: config.learning_rate or usual * arm.rate(config.lengths) for arm in arms
         }
-        others = {name: rate for name, rate in self.learning_rates.items() if rate != usual}
-        spaces, finished = Spaces(device), is_finished(out)
-        self.arms = [
-            Arm(
-                arm,
-                source.d_in,
-                d_sae,
-                device,
-                spaces.of(arm.weights),
-                group.strategy,
-                self.lengths,
-            )
-            for arm in ([] if finished else arms)
-        ]
-        """None of a training that is finished: its dictionaries are read."""
-        self.reached = 0
-        """Steps that are done."""
-        self.last_numbers: dict[str, dict[str, float]] = {}
-        self.log: TrainingLog | None = None
-        self.identity: dict[str, Any] = {
-            "rows": source.identity(),
-            "arms": {
-                arm.name: arm.identity(self.lengths)
-                | ({RATE: others[arm.name]} if arm.name in others else {})
-                for arm in arms
-            },
+        left_out = (*PROCEDURAL, *_BY_OTHER_NAMES)
+        self._settings = {k: v for k, v in asdict(config).items() if k not in left_out} | {
             "num_steps": self.num_steps,
-            "batch_size": config.batch_size,
-            "d_in": source.d_in,
+            "d_in": d_in,
             "d_sae": d_sae,
             RATE: usual,
-            "warmup": config.warmup,
-            "decay": config.decay,
-            "aux_coefficient": config.aux_coefficient,
             "dead_after": self.dead_after,
             "seed": config.shuffle_seed,
             "dtype": dtype,
         }
+        self.identity: dict[str, Any] = {
+            "rows": source.identity(),
+            "arms": {
+                arm.name: arm.identity(config.lengths)
+                | ({RATE: own} if (own := self.learning_rates[arm.name]) != usual else {})
+                for arm in arms
+            },
+            **self._settings,
+        }
+        self.arms: list[Arm] = []
+        """None of a training that is finished: its dictionaries are read."""
+        for arm in [] if is_finished(out) else arms:
+            space = Space.of(arm.weights, device, [one.space for one in self.arms])
+            self.arms.append(Arm(arm, d_in, d_sae, device, space, strategy, config.lengths))
+        self.reached = 0
+        """Steps that are done."""
+        self.last_numbers: dict[str, dict[str, float]] = {}
+        self._log: TrainingLog | None = None
 
     def is_finished(self) -> bool:
         """Begin or resume; whether nothing is left to do. Raises LlmWsaeError if the folder holds
@@ -137,13 +118,13 @@ class Training:
 
     def begin(self) -> None:
         """Take up the checkpoint, if there is one, and open the log."""
-        if self.leads:
+        if self.processes.leads:
             for arm in self.arms:  # rather than when all is trained
                 check_replaceable(self.out / arm.config.name)
-        reached = load_checkpoint(self.out, self.arms, self.group.processes)
+        reached = load_checkpoint(self.out, self.arms, self.processes)
         self.reached, self.last_numbers = reached.step, reached.numbers
-        if self.leads:
-            self.log = TrainingLog(self.out, self.reached, self.config.tracker, reached.log)
+        if self.processes.leads:
+            self._log = TrainingLog(self.out, self.reached, self.config.tracker, reached.log)
 
     def advance(self, rows: torch.Tensor, bar: tqdm) -> None:
         """The next step, on a batch of rows; its numbers are logged when that is due."""
@@ -151,23 +132,8 @@ class Training:
         self.reached += 1
         if self.reached % self.config.log_every == 0 or self.reached == self.num_steps:
             self.read_numbers(self.reached)
-            if self.log is not None:
-                self._log(self.log, bar)
-
-    def save(self) -> None:
-        """A checkpoint of the step that was reached."""
-        if self.log is not None:
-            self.log.sync()
-        reached = Reached(self.reached, self.last_numbers, self._logged())
-        save_checkpoint(self.out, self.arms, reached, self.group)
-
-    def close(self) -> None:
-        """Close the log."""
-        if self.log is not None:
-            self.log.close()
-
-    def _logged(self) -> FileRecord | None:
-        return None if self.log is None else self.log.written
+            if self._log is not None:
+                self._write_log(self._log, bar)
 
     def step(self, step: int, rows: torch.Tensor) -> None:
         """Step number ``step`` of every arm, on a batch of rows."""
@@ -177,13 +143,9 @@ class Training:
         own_batches = in_spaces(batch, [arm.space for arm in self.arms])
         for arm, own in zip(self.arms, own_batches, strict=True):
             arm.anneal(step / self.num_steps)
-            arm.step(
-                own,
-                (step + 1) * config.batch_size,
-                self.learning_rates[arm.config.name] * factor,
-                config.aux_coefficient,
-                self.dead_after,
-            )
+            rows_seen = (step + 1) * config.batch_size
+            rate = self.learning_rates[arm.config.name] * factor
+            arm.step(own, rows_seen, rate, config.aux_coefficient, self.dead_after)
 
     def read_numbers(self, step: int) -> None:
         """The numbers of every arm since the last call; waits until the device has them."""
@@ -194,12 +156,65 @@ class Training:
         }
         for name, numbers in self.last_numbers.items():
             if not math.isfinite(numbers["loss"]):
-                raise LlmWsaeError(
-                    f"the loss of {name} is {numbers['loss']} at step {step}; "
-                    "lower the learning rate (of llm-wsae train) and start again in another folder"
-                )
+                raise _not_finite(f"the loss of {name} is {numbers['loss']} at step {step}")
 
-    def _log(self, log: TrainingLog, bar: tqdm) -> None:
+    def save(self) -> None:
+        """A checkpoint of the step that was reached."""
+        if self._log is not None:
+            self._log.sync()
+        written = None if self._log is None else self._log.written
+        reached = Reached(self.reached, self.last_numbers, written)
+        save_checkpoint(self.out, self.arms, reached, self.strategy)
+
+    def finish(self) -> None:
+        """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
+        self.save_dictionaries()
+        assert self._log is not None
+        training = training_in(self.out)
+        record = training.read()
+        record.files[LOG] = self._log.written
+        for arm in self.arms:
+            folder = self.out / arm.config.name
+            size = (folder / WEIGHTS).stat().st_size
+            record.files[f"{folder.name}/{WEIGHTS}"] = FileRecord(size, weights_checksum(folder))
+        training.finish(record)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+    def save_dictionaries(self) -> None:
+        """The dictionaries as they are now; of an unfinished training they say after how many
+        steps. Rank 0 does it, after a checkpoint."""
+        settings = {**self._settings, SHARED_RATE: self._settings[RATE]}
+        if self.reached < self.num_steps:
+            settings["step"] = self.reached
+        for arm in self.arms:
+            name, whole = arm.config.name, len(arm.own_latents) == arm.d_sae
+            dictionary = dictionary_of(
+                arm,
+                self.source,
+                self.statistics,
+                self.normaliser,
+                self.last_numbers.get(name, {}),
+                {**settings, RATE: self.learning_rates[name]},
+                arm.learnt if whole else load_learnt(self.out, arm),
+            )
+            if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
+                # in latents that never fire, which the loss does not show
+                raise _not_finite(f"{name} has weights that are not finite")
+            dictionary.save(self.out / name)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _dtype(self, device: torch.device) -> str:
+        """The number format of the products; a training goes on in that in which it was begun."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        began = recorded(self.out) or {}
+        return name_of(fast_dtype(device, "encoder", began.get("dtype")))
+
+    def _write_log(self, log: TrainingLog, bar: tqdm) -> None:
         numbers, size, step = self.last_numbers, self.config.batch_size, self.reached
         done, elapsed = step * size - bar.initial, bar.format_dict["elapsed"]
         speed = done / elapsed if elapsed else 0.0
@@ -212,47 +227,20 @@ class Training:
             + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
         )
 
-    def finish(self) -> None:
-        """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
-        self.save_dictionaries()
-        logged = self._logged()
-        assert logged is not None
-        training = training_in(self.out)
-        record = training.read()
-        record.files[LOG] = logged
-        for arm in self.arms:
-            folder = self.out / arm.config.name
-            size = (folder / WEIGHTS).stat().st_size
-            record.files[f"{folder.name}/{WEIGHTS}"] = FileRecord(size, weights_checksum(folder))
-        training.finish(record)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
 
-    def save_dictionaries(self) -> None:
-        """The dictionaries as they are now; of an unfinished training they say after how many
-        steps. Rank 0 does it, after a checkpoint."""
-        settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
-        if self.reached < self.num_steps:
-            settings["step"] = self.reached
-        for arm in self.arms:
-            name = arm.config.name
-            dictionary = dictionary_of(
-                arm,
-                self.source,
-                self.statistics,
-                self.normaliser,
-                self.last_numbers.get(name, {}),
-                settings | {SHARED_RATE: settings[RATE], RATE: self.learning_rates[name]},
-                self._learnt(arm),
-            )
-            if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
-                # in latents that never fire, which the loss does not show
-                raise LlmWsaeError(
-                    f"{name} has weights that are not finite; lower the learning rate (of llm-wsae "
-                    "train) and start again in another folder"
-                )
-            dictionary.save(self.out / name)
+def _num_steps(source: ActivationSource, config: TrainConfig) -> int:
+    tokens = config.tokens if config.tokens is not None else source.num_rows
+    if tokens is None:
+        raise UsageError("a stream has no end: set the number of tokens to train on")
+    if tokens < config.batch_size:
+        raise UsageError(
+            f"{tokens} rows are fewer than one batch of {config.batch_size}; "
+            "harvest more tokens or lower the batch size"
+        )
+    return tokens // config.batch_size
 
-    def _learnt(self, arm: Arm) -> Learnt:
-        """With the latents of all processes, which have just saved them."""
-        whole = len(arm.own_latents) == arm.d_sae
-        return arm.learnt if whole else load_learnt(self.out, arm)
+
+def _not_finite(what: str) -> LlmWsaeError:
+    return LlmWsaeError(
+        f"{what}; lower the learning rate (of llm-wsae train) and start again in another folder"
+    )

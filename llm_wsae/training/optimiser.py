@@ -2,29 +2,42 @@
 
 Encoder and decoder are updated in one pass by ``operations.adam``, which also keeps decoder rows at
 norm 1 and writes the encoder in the number format of the next step's product. The biases are small.
+
+Decoder rows may have lengths of their own while they train, as SAELens' do. Then Adam moves raw
+rows v and e, and a raw bias b. With L the length of v, the latent has the decoder row v/L, the
+encoder row L·e and the bias L·b; only these are seen elsewhere. So a latent's strength is learnt
+in one number besides its rows, and the part of a gradient along the decoder row, which the division
+by L undoes, does not enter Adam's moments.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import BETAS, EPSILON, Gradients, Latents, SparseGradients
+from llm_wsae.sparse.codes import BETAS, EPSILON, Gradients, Latents, RawRows, SparseGradients
 from llm_wsae.sparse.operations import adam
 from llm_wsae.training.parameters import Parameters
 
 PAIR_BYTES = 2 * 3 * 4
 """Of a weight of the encoder and one of the decoder: each in float32, with its two moments."""
+INITIAL_LENGTH = 0.1
+"""Of free v and e, beside the rows that an arm begins with otherwise; SAELens' value."""
 
 
 class Optimiser:
     """Adam with betas (0.9, 0.999) and its moments, float32."""
 
-    def __init__(self, parameters: Parameters):
+    def __init__(self, parameters: Parameters, free_lengths: bool = False):
+        """With free lengths it weakens the encoder, in place."""
         self._parameters = parameters
         self._means = Parameters(*map(torch.zeros_like, parameters))
         self._squares = Parameters(*map(torch.zeros_like, parameters))
         self._steps = 0
         self._encoder_fast: Tensor | None = None
+        self._lengths: Tensor | None = None
+        if free_lengths:
+            self._lengths = torch.full_like(parameters.encoder_bias, INITIAL_LENGTH)
+            parameters.encoder.mul_(INITIAL_LENGTH**2)
 
     def encoder(self, dtype: torch.dtype) -> Float[Tensor, "d_sae d_in"]:
         """The encoder in the dtype of the products; float32 is the master itself."""
@@ -46,33 +59,38 @@ class Optimiser:
         by_decoder_bias: Float[Tensor, " d_in"],
         learning_rate: float,
     ) -> None:
-        """Update the parameters in place and rescale the decoder's rows to norm 1.
+        """Update the parameters in place; decoder rows have norm 1 again afterwards.
 
         ``by_weights`` as in ``Step``.
         """
         self._steps += 1
-        by_bias = adam(self._latents(), by_weights, self._steps, learning_rate)
-        self._move_biases(by_bias, by_decoder_bias, learning_rate)
-
-    def _latents(self) -> Latents:
+        bias, now = self._parameters.encoder_bias, (self._steps, learning_rate)
         moments = (*self._means[:2], *self._squares[:2])
-        return Latents(*self._parameters[:2], *moments, self._encoder_fast)
-
-    def _move_biases(
-        self,
-        by_bias: Float[Tensor, " d_sae"],
-        by_decoder_bias: Float[Tensor, " d_in"],
-        learning_rate: float,
-    ) -> None:
-        by_biases = (by_bias, by_decoder_bias)
+        latents = Latents(*self._parameters[:2], *moments, self._encoder_fast)
+        raw = before = None
+        if self._lengths is not None:
+            raw, before = RawRows(self._lengths, bias), self._lengths.clone()
+        by_bias = adam(latents, by_weights, *now, raw)
+        if before is not None:
+            bias.div_(before)
+            by_bias = by_bias * before
         for vectors in zip(
-            self._parameters[2:], by_biases, self._means[2:], self._squares[2:], strict=True
+            self._parameters[2:],
+            (by_bias, by_decoder_bias),
+            self._means[2:],
+            self._squares[2:],
+            strict=True,
         ):
-            adam_vector(*vectors, self._steps, learning_rate)
+            adam_vector(*vectors, *now)
+        if self._lengths is not None:
+            bias.mul_(self._lengths)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and the number of steps, named as in torch.optim.Adam."""
-        tensors = {}
+        """The moments and the number of steps, named as in torch.optim.Adam, and L.
+
+        The rows are kept as they are seen: the raw ones follow from them and L.
+        """
+        tensors = {} if self._lengths is None else {"decoder.length": self._lengths}
         for name in Parameters._fields:
             tensors[f"{name}.exp_avg"] = getattr(self._means, name)
             tensors[f"{name}.exp_avg_sq"] = getattr(self._squares, name)
@@ -84,6 +102,8 @@ class Optimiser:
         for name in Parameters._fields:
             getattr(self._means, name).copy_(tensors[f"{name}.exp_avg"])
             getattr(self._squares, name).copy_(tensors[f"{name}.exp_avg_sq"])
+        if self._lengths is not None:
+            self._lengths.copy_(tensors["decoder.length"])
         self._steps = int(tensors["encoder.step"])
         self._encoder_fast = None
 

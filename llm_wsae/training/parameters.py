@@ -81,36 +81,25 @@ def initial_parameters(
     dtype: torch.dtype = torch.float32,
     own: range | None = None,
 ) -> Parameters:
-    """Random unit decoder rows, the encoder equal to them, biases 0; only for latents ``own``."""
-    generator = torch.Generator().manual_seed(seed)
-    if own is None or len(own) == d_sae:
-        decoder = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
-    else:
-        decoder = _own_rows_of_randn(d_in, d_sae, generator, dtype, own)
-    d_sae = len(decoder)
-    decoder /= decoder.norm(dim=1, keepdim=True)
-    return Parameters(
-        decoder.clone().to(device),
-        decoder.to(device),
-        torch.zeros(d_sae, dtype=dtype, device=device),
-        torch.zeros(d_in, dtype=dtype, device=device),
-    )
+    """Random unit decoder rows, the encoder equal to them, biases 0; only for latents ``own``.
 
-
-def _own_rows_of_randn(
-    d_in: int, d_sae: int, generator: torch.Generator, dtype: torch.dtype, own: range
-) -> Float[Tensor, "own d_in"]:
-    """Those rows of ``torch.randn(d_sae, d_in)``, without holding the others.
-
-    torch draws normal numbers 16 at a time, so pieces of 16 rows give the numbers of the whole.
+    The rows are those of ``torch.randn(d_sae, d_in)``, without holding the others: torch draws
+    normal numbers 16 at a time, so pieces of 16 rows give the numbers of the whole.
     """
-    rows = torch.empty(len(own), d_in, dtype=dtype)
+    generator, own = torch.Generator().manual_seed(seed), own or range(d_sae)
+    decoder = torch.empty(len(own), d_in, dtype=dtype)
     for start in range(0, own.stop, _ROWS_DRAWN):
         piece = torch.randn(min(_ROWS_DRAWN, d_sae - start), d_in, generator=generator, dtype=dtype)
         first, stop = max(start, own.start), min(start + len(piece), own.stop)
         if first < stop:
-            rows[first - own.start : stop - own.start] = piece[first - start : stop - start]
-    return rows
+            decoder[first - own.start : stop - own.start] = piece[first - start : stop - start]
+    decoder /= decoder.norm(dim=1, keepdim=True)
+    return Parameters(
+        decoder.clone().to(device),
+        decoder.to(device),
+        torch.zeros(len(own), dtype=dtype, device=device),
+        torch.zeros(d_in, dtype=dtype, device=device),
+    )
 
 
 def squared(gamma: Gamma) -> Gamma:

@@ -8,10 +8,10 @@ stream also share the forward pass; each of them is a ``Training`` of its own.
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -28,14 +28,10 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.one_site import NAMES, Training
 from llm_wsae.training.optimiser import PAIR_BYTES
-from llm_wsae.training.parallel.group import (
-    CONTINUE,
-    FAIL,
-    SAVE,
-    STOP,
-    ProcessGroup,
-    process_group,
-)
+from llm_wsae.training.parallel.strategy import strategy_of
+
+_CONTINUE, _SAVE, _STOP, _FAIL = range(4)
+# What a process may want after a step; the largest one wins. One that fails has no next rows.
 
 
 class Interrupted(LlmWsaeError):
@@ -67,23 +63,16 @@ def train(
     SIGTERM. When the source fails, in whichever process, a checkpoint and the dictionaries as they
     are then are saved first.
     """
-    out = Path(out)
-    job = _Job(source, arms, out)
 
-    def batches(start: int, part: tuple[int, int]) -> Generator[tuple[Tensor, ...], None, None]:
-        number, parts = part
-        wanted = (config.batch_size, config.shuffle_seed, start)
+    def batches(start: int, part: tuple[int, int]) -> Iterator[Tensor]:
+        wanted, (number, parts) = (config.batch_size, config.shuffle_seed, start), part
         if isinstance(source, SharedSource):
-            own = source.batches_of_part(*wanted, part)
-        elif parts == 1:
-            own = source.batches(*wanted)
-        else:
-            own = (batch.tensor_split(parts)[number] for batch in source.batches(*wanted))
-        with _closing(own):
-            for batch in own:
-                yield (batch,)
+            return source.batches_of_part(*wanted, part)
+        if parts == 1:
+            return source.batches(*wanted)
+        return (batch.tensor_split(parts)[number] for batch in source.batches(*wanted))
 
-    return _train([job], batches, config, out)[0]
+    return _train([(source, arms, Path(out))], batches, config)[0]
 
 
 def train_sites(
@@ -102,59 +91,172 @@ def train_sites(
             f"the rows that are computed are of {', '.join(map(str, source.sites))}, not of "
             f"{', '.join(unknown)}"
         )
-    jobs = [_Job(source.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
+    jobs = [(source.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
+
+    def batches(start: int, part: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
+        return source.batches(config.batch_size, config.shuffle_seed, start, part)
+
     places = [source.sites.index(site) for site in arms]
-
-    def batches(start: int, part: tuple[int, int]) -> Generator[tuple[Tensor, ...], None, None]:
-        every = source.batches(config.batch_size, config.shuffle_seed, start, part)
-        with _closing(every):
-            for rows in every:
-                yield tuple(rows[place] for place in places)
-
-    return dict(zip(arms, _train(jobs, batches, config, Path(out)), strict=True))
+    return dict(zip(arms, _train(jobs, batches, config, places), strict=True))
 
 
-class _Job(NamedTuple):
-    """What is asked of one site."""
-
-    source: ActivationSource
-    arms: Sequence[ArmConfig]
-    out: Path
-
-
-_Batches = Callable[[int, tuple[int, int]], Generator[tuple[Tensor, ...], None, None]]
-"""From (number of the first batch, part of the rows): of every batch, the rows of each site."""
+_Batches = Callable[[int, tuple[int, int]], Iterator[Any]]
+"""From (number of the first batch, part of the rows): batches, or tuples of them by site."""
 
 
 def _train(
-    jobs: Sequence[_Job], batches: _Batches, config: TrainConfig, out: Path
+    jobs: Sequence[tuple[ActivationSource, Sequence[ArmConfig], Path]],
+    batches: _Batches,
+    config: TrainConfig,
+    places: Sequence[int] = (0,),
 ) -> list[dict[str, Dictionary]]:
-    for job in jobs:
-        check_arms(job.arms, job.source.d_in, config)
-        check_out(job.out)
+    """``places`` says which rows of a batch are those of each job."""
+    for source, arms, out in jobs:
+        check_arms(arms, source.d_in, config)
+        check_out(out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
-        with process_group(processes, device, config.shard) as group:
+        with strategy_of(processes, device, config.shard) as strategy:
             # before the lock: a refused request leaves no folder
-            unfinished = [job for job in jobs if not is_finished(job.out)]
-            widths = [job.source.d_in for job in unfinished for _ in job.arms]
-            check_room(widths, config, group.strategy.latent_parts)
-            trainings = [Training(*job[:2], config, job.out, device, group) for job in jobs]
-            for training in trainings:
-                settings = {**training.identity, "shard": config.shard}
-                processes.check_agreed(settings, "settings")
+            unfinished = [job for job in jobs if not is_finished(job[2])]
+            widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
+            check_room(widths, config, strategy.latent_parts)
+            trainings = [
+                Training(source, arms, config, out, device, strategy, place)
+                for (source, arms, out), place in zip(jobs, places, strict=True)
+            ]
+            settings = [{**training.identity, "shard": config.shard} for training in trainings]
+            for own in settings:
+                processes.check_agreed(own, "settings")
             with ExitStack() as locks:
-                for job in jobs:
-                    locks.enter_context(processes.folder_lock(job.out, "training"))
-                done = processes.lead(lambda: [t.is_finished() for t in trainings])
-                missing = {i: t for i, t in enumerate(trainings) if not done[i]}
+                for training in trainings:
+                    locks.enter_context(processes.folder_lock(training.out, "training"))
+                done = processes.lead(lambda: [training.is_finished() for training in trainings])
+                missing = [one for one, is_done in zip(trainings, done, strict=True) if not is_done]
                 if missing:
                     return_freed_memory()  # by the stages before, for the rows
-                    _run(missing, batches, config, group, out)
-                    for training in missing.values():
+                    _take_steps(missing, batches)
+                    for training in missing:
                         processes.lead(training.finish)
                     return_freed_memory()
-        return [{arm.name: _load(job.out / arm.name) for arm in job.arms} for job in jobs]
+        return [{arm.name: _load(out / arm.name) for arm in arms} for _, arms, out in jobs]
+
+
+def _take_steps(trainings: Sequence[Training], batches: _Batches) -> None:
+    """All steps of these sites, from their checkpoints on."""
+    with ExitStack() as opened:
+        for training in trainings:
+            opened.callback(training.close)
+            training.begin()
+            training.processes.check_agreed({"step": training.reached}, "checkpoints")
+        steps = _Steps(trainings, batches)
+        opened.callback(steps.close)
+        with _stop_signals() as steps.stopped, steps.bar:
+            wanted = steps.take()
+        steps.end(wanted)
+
+
+class _Steps:
+    """The steps of all sites, from where they stand to the end or to a signal. A site whose
+    checkpoint is newer than that of another waits for it."""
+
+    def __init__(self, trainings: Sequence[Training], batches: _Batches):
+        first, arms = trainings[0], sum(len(training.arms) for training in trainings)
+        self._trainings, self._num_steps = trainings, first.num_steps
+        self._config, self._strategy = first.config, first.strategy
+        self._processes = first.processes
+        self._done = min(training.reached for training in trainings)
+        self._rows = batches(self._done, self._strategy.row_part)
+        self._failure: LlmWsaeError | None = None  # of the rows of the next step
+        self._saved_at = time.monotonic()
+        self.stopped: list[int] = []
+        self.bar = tqdm(
+            total=self._num_steps * self._config.batch_size,
+            initial=self._done * self._config.batch_size,
+            desc=f"train {arms} arm{'s' * (arms > 1)}",
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self._processes.leads,
+        )
+
+    def take(self) -> int:
+        """Take the steps; returns what the processes agreed on at last."""
+        rows = self._fetch(self._done)
+        wanted = self._strategy.agree(lambda: _FAIL if self._failure else _CONTINUE)()
+        while self._done < self._num_steps and wanted < _STOP:
+            # before this step, so that no process begins one that another cannot take
+            following = self._fetch(self._done + 1)
+            agreed = self._strategy.agree(self._want)
+            for training in self._trainings:
+                if training.reached == self._done:
+                    training.advance(rows[training.place], self.bar)
+            self._done += 1
+            self.bar.update(self._config.batch_size)
+            wanted, rows = agreed(), following
+            if wanted >= _SAVE:
+                self._save()
+                self._saved_at = time.monotonic()
+        return wanted
+
+    def end(self, wanted: int) -> None:
+        """Raises Interrupted after a signal, LlmWsaeError if the rows of a process failed."""
+        out, size = self._trainings[0].out, self._config.batch_size
+        where = out if len(self._trainings) == 1 else out.parent
+        progress = f"stopped after step {self._done} of {self._num_steps}"
+        if wanted == _FAIL:
+            if self._done:
+                for training in self._trainings:
+                    self._processes.lead(training.save_dictionaries)
+            if self._failure is None:
+                self._processes.meet()  # raises the sentence of the process that failed
+            assert self._failure is not None
+            if not self._done:
+                raise self._failure
+            raise LlmWsaeError(
+                f"{self._failure} ({progress}, {self._done * size:,} of "
+                f"{self._num_steps * size:,} rows; the dictionaries so far are in {where}, and the "
+                "same command goes on from there)"
+            ) from self._failure
+        if wanted == _STOP:
+            raise Interrupted(
+                f"{progress}, saved in {where}; run the same command again to resume",
+                self.stopped[0] if self.stopped else signal.SIGTERM,  # that of another process
+            )
+        if self._strategy.latent_parts > 1:
+            self._save()  # from which rank 0 takes the latents of all
+
+    def close(self) -> None:
+        """End a thread that reads ahead."""
+        if (close := getattr(self._rows, "close", None)) is not None:
+            close()
+
+    def _fetch(self, step: int) -> tuple[Tensor, ...]:
+        """The rows of a step, of each site; nothing if there is no such step, or on a failure."""
+        if step >= self._num_steps:
+            return ()
+        try:
+            rows = next(self._rows)
+            return rows if isinstance(rows, tuple) else (rows,)
+        except LlmWsaeError as error:
+            self._failure = error
+        except Exception:  # whatever it is, what was trained is kept
+            if self._done and self._processes.size == 1:  # others would not come to save
+                self._save()
+            raise
+        return ()
+
+    def _want(self) -> int:
+        if self._failure is not None:
+            return _FAIL
+        if self.stopped:
+            return _STOP
+        due = time.monotonic() - self._saved_at > self._config.checkpoint_seconds
+        return _SAVE if due and self._processes.leads else _CONTINUE
+
+    def _save(self) -> None:
+        for training in self._trainings:
+            training.save()
 
 
 def _load(folder: Path) -> Dictionary:
@@ -203,126 +305,6 @@ def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> No
 def check_out(out: Path) -> None:
     """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
     training_in(out).check_place(*NAMES)
-
-
-def _run(
-    numbered: Mapping[int, Training],
-    batches: _Batches,
-    config: TrainConfig,
-    group: ProcessGroup,
-    out: Path,
-) -> None:
-    """All steps of the sites with these numbers, from their checkpoints on. A site whose checkpoint
-    is newer than that of another waits for it."""
-    with ExitStack() as opened:
-        for training in numbered.values():
-            opened.callback(training.close)
-            training.begin()
-            group.processes.check_agreed({"step": training.reached}, "checkpoints")
-        _take_steps(numbered, batches, config, group, out)
-
-
-def _take_steps(
-    numbered: Mapping[int, Training],
-    batches: _Batches,
-    config: TrainConfig,
-    group: ProcessGroup,
-    out: Path,
-) -> None:
-    """From where they stand to the end, or to a signal."""
-    trainings = list(numbered.values())
-    step = min(training.reached for training in trainings)
-    num_steps, arms = trainings[0].num_steps, sum(len(training.arms) for training in trainings)
-    bar = tqdm(
-        total=num_steps * config.batch_size,
-        initial=step * config.batch_size,
-        desc=f"train {arms} arm{'s' * (arms > 1)}",
-        unit="tok",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=not group.processes.leads,
-    )
-
-    def save() -> None:
-        for training in trainings:
-            training.save()
-
-    rows_of_all = batches(step, group.strategy.row_part)
-    failure: LlmWsaeError | None = None  # of the rows of the next step
-    saved_at = time.monotonic()
-    try:
-        with _stop_signals() as stopped, bar:
-
-            def want() -> int:
-                if failure is not None:
-                    return FAIL
-                if stopped:
-                    return STOP
-                due = time.monotonic() - saved_at > config.checkpoint_seconds
-                return SAVE if due and group.processes.leads else CONTINUE
-
-            def fetch() -> tuple[Tensor, ...]:
-                nonlocal failure
-                try:
-                    return next(rows_of_all)
-                except LlmWsaeError as error:
-                    failure = error
-                except Exception:  # whatever it is, what was trained is kept
-                    if step and group.processes.size == 1:  # others would not come to save
-                        save()
-                    raise
-                return ()
-
-            rows = fetch() if step < num_steps else ()
-            wanted = group.agree(lambda: CONTINUE if failure is None else FAIL)()
-            while step < num_steps and wanted < STOP:
-                # before this step, so that no process begins one that another cannot take
-                following = fetch() if step + 1 < num_steps else ()
-                agreed = group.agree(want)
-                for number, training in numbered.items():
-                    if training.reached == step:
-                        training.advance(rows[number], bar)
-                step += 1
-                bar.update(config.batch_size)
-                wanted, rows = agreed(), following
-                if wanted >= SAVE:
-                    save()
-                    saved_at = time.monotonic()
-        if wanted == FAIL:
-            if step:
-                for training in trainings:
-                    group.processes.lead(training.save_dictionaries)
-            if failure is None:
-                group.processes.meet()  # raises the sentence of the process that failed
-            assert failure is not None
-            if not step:
-                raise failure
-            size = config.batch_size
-            raise LlmWsaeError(
-                f"{failure} (stopped after step {step} of {num_steps}, {step * size:,} of "
-                f"{num_steps * size:,} rows; the dictionaries so far are in {out}, and the same "
-                "command goes on from there)"
-            ) from failure
-        if wanted == STOP:
-            raise Interrupted(
-                f"stopped after step {step} of {num_steps}, saved in {out}; "
-                "run the same command again to resume",
-                stopped[0] if stopped else signal.SIGTERM,  # that of another process
-            )
-        if group.strategy.latent_parts > 1:
-            save()  # from which rank 0 takes the latents of all
-    finally:
-        rows_of_all.close()
-
-
-@contextmanager
-def _closing(batches: Iterator[Any]) -> Iterator[None]:
-    """End the thread that reads ahead of these batches, if there is one."""
-    try:
-        yield
-    finally:
-        if (close := getattr(batches, "close", None)) is not None:
-            close()
 
 
 @contextmanager

@@ -27,8 +27,7 @@ from llm_wsae.weights.loss_weights import (
     LossWeights,
     stretching,
 )
-from llm_wsae.weights.matrix_rules import spectrum
-from llm_wsae.weights.rules import OWN, Rule
+from llm_wsae.weights.rules import OWN, Rule, spectrum
 
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
 MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inexact in float32
@@ -112,8 +111,6 @@ def _power_of_matrix(
     matrix: Float[Tensor, "d_in d_in"], alpha: float, clip: float | None
 ) -> Float[Tensor, "d_in d_in"]:
     values, vectors = spectrum(matrix)
-    if alpha == 0:  # exactly, not to rounding
-        return torch.eye(len(values), dtype=torch.float64)
     return (vectors * _powers(values, alpha, clip)) @ vectors.T
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from llm_wsae.errors import UsageError
-from llm_wsae.outside import check_numbers
+from llm_wsae.outside import check_choices, check_numbers
 
 Place = Literal["auto", "loss", "space"]
 Form = Literal["auto", "diagonal", "matrix"]
@@ -29,10 +29,7 @@ class WeightConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name, allowed in (("place", get_args(Place)), ("form", get_args(Form))):
-            if getattr(self, name) not in allowed:
-                words = ", ".join(allowed[:-1]) + f" or {allowed[-1]}"
-                raise UsageError(f"{name} must be {words}, not {getattr(self, name)!r}")
+        check_choices(self, place=get_args(Place), form=get_args(Form))
         if self.clip is not None and self.clip < 1:
             raise UsageError(f"clip must be a factor of at least 1, not {self.clip:g}")
         if not 0 <= self.anneal <= 1:

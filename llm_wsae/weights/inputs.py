@@ -16,6 +16,14 @@ from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 Need = Literal["dictionary", "fisher", "second_moment"]
 """What a rule may need in addition to the statistics."""
 
+BRINGS: dict[Need, tuple[str, str]] = {
+    "dictionary": ("a first dictionary", "--dictionary DICT"),
+    "fisher": ("the model", "--model M"),
+    "second_moment": ("the covariance of all rows", ""),
+}
+"""What it is, and the option of ``weigh`` that brings it; all commands measure it where it is
+empty."""
+
 
 @dataclass(frozen=True)
 class RuleInputs:
@@ -35,15 +43,9 @@ class RuleInputs:
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
         """The covariance of all usual rows, shrunk where they are few (``shrunk``), float64.
 
-        Raises LlmWsaeError if there are fewer rows than dimensions, or as many dimensions as the
-        statistics do not have.
+        Raises LlmWsaeError if there are fewer rows than dimensions.
         """
         assert self.second_moment is not None
-        if (width := len(self.second_moment.mean)) != self.statistics.d_in:
-            raise LlmWsaeError(
-                f"the covariance is of {width:,} dimensions and the statistics of "
-                f"{self.statistics.d_in:,}; measure both at the same site"
-            )
         check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
         return shrunk(self.second_moment.covariance(), self.second_moment.count)
 

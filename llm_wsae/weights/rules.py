@@ -1,9 +1,9 @@
 """Weight rules: the text ``permuted:variance`` is parsed once, into an object that does the rest.
 
 A rule estimates how monosemantic each dimension is; ``choosing.py`` turns its scores s into loss
-weights γ = s^α. Rules give one score per dimension (``score_rules.py``), a matrix
-(``matrix_rules.py``), or either. A new rule is a function in one of those files and a line in
-``RULES``, nothing else.
+weights γ = s^α. Some rules give a symmetric positive matrix S, and Γ = S^α: a diagonal Γ can only
+stretch the axes that the model happens to have, a matrix any direction. A new rule is a function
+here and a line in ``RULES``.
 
 Prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions, and
 ``rotated:RULE`` gives its matrix random eigenvectors.
@@ -13,24 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import UsageError, nearest
-from llm_wsae.weights import matrix_rules, score_rules
-from llm_wsae.weights import scores as formulae
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
-from llm_wsae.weights.inputs import Need, RuleInputs
+from llm_wsae.weights.inputs import BRINGS, Need, RuleInputs
 
 Control = Literal["permuted", "rotated"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 RuleForm = Literal["diagonal", "matrix"]
-
-_BRINGS: dict[Need, tuple[str, str]] = {
-    "dictionary": ("a first dictionary", "--dictionary DICT"),
-    "fisher": ("the model", "--model M"),
-    "second_moment": ("the covariance of all rows", ""),
-}
+EIGENVALUE_FLOOR = 1e-3
+"""Smallest eigenvalue of S, in medians of the positive ones: Γ stays invertible, and a negative
+power does not amplify the noise of the estimate. (A language model's Fisher information, whose
+smallest eigenvalue is a fifth of the median, never reaches it.)"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,7 @@ class Rule:
         return self.base == "whitening"
 
     def settings(self, config: WeightConfig) -> WeightConfig:
-        """The settings with the place that ``auto`` stands for; of ``uniform``, no settings at
-        all."""
+        """The settings with the place that ``auto`` stands for; none of them for ``uniform``."""
         if self.is_plain:
             return IN_LOSS
         return replace(config, place="loss") if config.place == "auto" else config
@@ -121,15 +117,14 @@ class Rule:
 
         Raises UsageError if the rule does not have the form.
         """
-        config = self.settings(config)
         if self.is_plain:
             return "diagonal"
-        prefers_matrix = self.has_matrix and (config.in_space or not self.has_scores)
-        if config.form == "matrix" or (config.form == "auto" and prefers_matrix):
-            self._check_matrix()
-            return "matrix"
-        self._check_scores()
-        return "diagonal"
+        form = config.form
+        if form == "auto":
+            prefers_matrix = self.has_matrix and (config.in_space or not self.has_scores)
+            form = "matrix" if prefers_matrix else "diagonal"
+        self._check(form)
+        return form
 
     def matched_control(self, config: WeightConfig) -> "Rule | None":
         """The rule that gives the same weights to other dimensions, or the same spectrum to other
@@ -143,32 +138,30 @@ class Rule:
 
         Raises UsageError if the rule scores no dimensions or needs what was not measured.
         """
-        self._check_scores()
-        self._check_inputs(inputs)
+        self._check("diagonal", inputs)
         assert self.score_fn is not None
         found = self.score_fn(inputs)
-        return found if self.control is None else found[formulae.random_order(len(found), draw)]
+        return found if self.control is None else found[_order(len(found), draw)]
 
     def matrix(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
         """The symmetric positive matrix (float64); ``draw`` is the number of the random draw.
 
         Raises UsageError if the rule has none or needs what was not measured.
         """
-        self._check_matrix()
-        self._check_inputs(inputs)
+        self._check("matrix", inputs)
         assert self.matrix_fn is not None
         found = self.matrix_fn(inputs)
         if self.control is None:
             return found
         if self.control == "rotated":
-            return matrix_rules.rotated(found, draw)
-        order = formulae.random_order(len(found), draw)
+            return rotated(found, draw)
+        order = _order(len(found), draw)
         return found[order][:, order]  # the same values and directions, on other axes
 
     def missing_input(self) -> UsageError:
         """The error for a rule whose ``need`` was not measured: what it is, and what brings it."""
         assert self.need is not None
-        what, option = _BRINGS[self.need]
+        what, option = BRINGS[self.need]
         if not option:  # all commands measure it
             return UsageError(
                 f"the rule {self.name!r} needs {what}, not their statistics alone: give it what "
@@ -179,21 +172,116 @@ class Rule:
             "and train on that file with --weights"
         )
 
-    def _check_inputs(self, inputs: RuleInputs) -> None:
-        if self.need is not None and not inputs.has(self.need):
-            raise self.missing_input()
-
-    def _check_matrix(self) -> None:
-        if not self.has_matrix:
+    def _check(self, form: RuleForm, inputs: RuleInputs | None = None) -> None:
+        """Raise UsageError if it lacks the form, or the inputs what it needs."""
+        if form == "matrix" and not self.has_matrix:
             raise UsageError(
                 f"the rule {self.name!r} has no matrix form; those with one are {_with_matrix()}"
             )
-
-    def _check_scores(self) -> None:
-        if not self.has_scores:
+        if form == "diagonal" and not self.has_scores:
             raise UsageError(
                 f"the rule {self.name!r} gives only a matrix, not a weight for each dimension"
             )
+        if inputs is not None and self.need is not None and not inputs.has(self.need):
+            raise self.missing_input()
+
+
+def uniform(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
+    """s = 1: the plain sparse autoencoder, to which every other rule is compared."""
+    return torch.ones(inputs.statistics.d_in, dtype=torch.float64)
+
+
+def variance(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
+    """s_i = Var(x_i) over all rows: the proxy of Cui et al. 2026 (arXiv 2506.15963, §5)."""
+    return inputs.statistics.variance
+
+
+def kurtosis(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
+    """s_i = E(x_i − μ_i)⁴ / Var(x_i)² of the usual rows: 3 for a Gaussian, large for something
+    rarely active (sparse coding, e.g. Olshausen & Field 1996), 0 for a constant dimension.
+
+    Not the excess (minus 3), which is negative for flat distributions and could not be a weight.
+    """
+    rows = inputs.statistics.usual_sample.double()
+    square = (rows - rows.mean(0)).square()
+    return _ratio(square.square().mean(0), square.mean(0).square())
+
+
+def participation(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
+    """s_i = 1/PR_i = Σ_j q_ij² / (Σ_j q_ij)², q_ij = E z_j²·W_ji²: one over the number of latents
+    of a first dictionary that share dimension i, each counted by how often and how strongly it
+    fires.
+
+    Proposed here, after the participation ratio of Bell and Dean 1970.
+    """
+    assert inputs.decoder is not None and inputs.energy is not None
+    q = inputs.decoder.double().square() * inputs.energy.double()[:, None]
+    return _ratio(q.square().sum(0), q.sum(0).square())
+
+
+def sensitivity(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
+    """s_i = F_ii, the diagonal of ``sensitivity_matrix``."""
+    return sensitivity_matrix(inputs).diagonal().clone()
+
+
+def sensitivity_matrix(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
+    """S = F, the Fisher information of the model's next-token distribution (Amari 1998).
+
+    With α = ½, ½‖Γδ‖² is the KL divergence that a small change δ of the activation causes, to
+    second order; a smaller power goes part of the way.
+    """
+    assert inputs.fisher is not None
+    return inputs.fisher.double()
+
+
+def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
+    """S = Σ^{−½}, Σ the covariance of the usual rows: ZCA whitening (Bell & Sejnowski 1997).
+
+    Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ halfway. At α = 1 it is, up to
+    its scale, the Γ that minimises ‖WᵀΓ²W − I‖ for independent features x, x_p = Wx, of equal
+    variance: the optimum of theorem 5 (Cui et al. 2026) over all Γ
+    (``theory.optimum.least_gap_weights``). The floor applies to the eigenvalues of Σ.
+    """
+    values, vectors = spectrum(inputs.covariance)
+    return (vectors * values.rsqrt()) @ vectors.T
+
+
+def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
+    """The same spectrum with random eigenvectors, drawn with that seed from the uniform
+    distribution over rotations and reflections."""
+    generator, size = torch.Generator().manual_seed(draw), len(matrix)
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    rotation = q * r.diagonal().sign()  # else QR's convention makes the rotation not uniform
+    return (rotation * spectrum(matrix)[0]) @ rotation.T
+
+
+def spectrum(
+    matrix: Float[Tensor, "d_in d_in"],
+) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+    """Eigenvalues in rising order, none below the floor, and eigenvectors as columns (float64).
+
+    Raises LlmWsaeError if the matrix is not finite or has no positive eigenvalue.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise LlmWsaeError("a matrix of weights holds NaN or infinite numbers; measure again")
+    values, vectors = torch.linalg.eigh(matrix.double())
+    if not float(values[-1]) > 0:
+        raise LlmWsaeError(
+            "a matrix of weights has no positive eigenvalue, so it prefers nothing; take another "
+            "rule"
+        )
+    positive = values[values > values[-1] * 1e-12]
+    return values.clamp(min=EIGENVALUE_FLOOR * float(positive.median())), vectors
+
+
+def _order(size: int, draw: int) -> Tensor:
+    """A random order of the dimensions."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(draw))
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    safe = denominator.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(denominator > 0, numerator / safe, 0.0)
 
 
 OWN = Rule("own")
@@ -202,12 +290,12 @@ OWN = Rule("own")
 RULES: dict[str, Rule] = {
     rule.base: rule
     for rule in (
-        Rule("uniform", score_rules.uniform),
-        Rule("variance", score_rules.variance),
-        Rule("kurtosis", score_rules.kurtosis),
-        Rule("participation", score_rules.participation, need="dictionary"),
-        Rule("sensitivity", score_rules.sensitivity, matrix_rules.sensitivity, need="fisher"),
-        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment"),
+        Rule("uniform", uniform),
+        Rule("variance", variance),
+        Rule("kurtosis", kurtosis),
+        Rule("participation", participation, need="dictionary"),
+        Rule("sensitivity", sensitivity, sensitivity_matrix, need="fisher"),
+        Rule("whitening", matrix_fn=whitening, need="second_moment"),
     )
 }
 """Every rule by name, without its controls."""

@@ -1,16 +1,21 @@
-"""What architectures are tested on.
+"""What trainings are tested on.
 
-A problem for the step of each, with those steps; and activations of known answer, with a short
-training on them.
+A problem for the step of each architecture, with those steps; and activations of known answer, with
+a short training on them.
 """
 
+import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import Architecture
@@ -28,6 +33,8 @@ STEPS = (
     *("topk", "batch-topk", "matryoshka", "jumprelu"),
     *(f"{name}, {way}" for name in ("relu", "gba") for way in ("dense", "sparse")),
 )
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
+"""Of gradients beside those of autograd in float64."""
 
 
 def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
@@ -47,8 +54,17 @@ def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x = (x * mask[:, None]).to(exact)
     parameters = Parameters(*(p.to(exact) for p in parameters))
-    batch = Batch(x, x.to(dtype), mask.to(exact))
-    return parameters, batch, gamma.to(exact)
+    return parameters, Batch(x, x.to(dtype), mask.to(exact)), gamma.to(exact)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The relative difference."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def largest_error(found: Any, expected: Any) -> float:
+    """The largest relative difference of several tensors."""
+    return max(error(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def log_threshold(like: Tensor) -> Tensor:
@@ -110,6 +126,8 @@ class Planted:
     num_rows: int = 30_000
     massive: bool = False
     stop_after: int | None = None
+    """The batch before which ``what`` happens: SIGTERM, if nothing else is given."""
+    what: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)
 
     d_in = 16
     site = Site.parse("blocks.3.hook_resid_post")
@@ -124,13 +142,14 @@ class Planted:
         if self.massive:
             self.rows[::500] *= 1000
 
-    def batches(self, batch_size, seed, start=0):
-        number = start
+    def batches(self, batch_size, seed, start=0, part=(0, 1)):
+        number, (own, parts) = start, part
         while True:
             if number == self.stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
+                self.what()
             draw = torch.Generator().manual_seed(seed * 100_003 + number)
-            yield self.rows[torch.randint(self.num_rows, (batch_size,), generator=draw)]
+            chosen = torch.randint(self.num_rows, (batch_size,), generator=draw)
+            yield self.rows[chosen].tensor_split(parts)[own]
             number += 1
 
     def statistics(self):
@@ -138,12 +157,35 @@ class Planted:
         return Statistics(16, 32).update(self.rows, positions)
 
     def identity(self):
-        return {"kind": "planted"}
+        return {"kind": "planted", "num_rows": self.num_rows}
 
-    def normaliser(self) -> Normaliser:
-        return Normaliser(self.statistics(), CPU, torch.float32)
+    def normaliser(self, fast: torch.dtype = torch.float32) -> Normaliser:
+        return Normaliser(self.statistics(), CPU, fast)
 
 
-def arms_for(source: Planted) -> list[ArmConfig]:
-    weights = choose_weights(source.statistics(), ("uniform",), (1.0,))
-    return make_arms(weights, (2,), (0.1,), architectures=ARCHITECTURES)
+def arms_for(
+    source: Planted,
+    rules: tuple[str, ...] = ("uniform",),
+    ks: tuple[int, ...] = (2,),
+    l1s: tuple[float, ...] = (0.1,),
+    architectures: tuple[str, ...] = ARCHITECTURES,
+) -> list[ArmConfig]:
+    weights = choose_weights(source.statistics(), rules, (0.5,))
+    return make_arms(weights, ks, l1s, architectures=architectures)
+
+
+def fvu(dictionary: Dictionary, rows: Tensor) -> float:
+    return float((rows - dictionary(rows)).square().sum() / (rows - rows.mean(0)).square().sum())
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def check_same(out: Path, expected: Path, names: Any) -> None:
+    """The weights of these dictionaries are the same bytes, and what was logged the same."""
+    for name in names:
+        file = f"{name}/sae_weights.safetensors"
+        assert (out / file).read_bytes() == (expected / file).read_bytes(), name
+    for one, other in zip(log_of(out), log_of(expected), strict=True):
+        assert one["arms"] == {name: other["arms"][name] for name in names}

@@ -6,11 +6,24 @@ needs it, and what a step may hold in memory.
 
 import pytest
 import torch
+from looping import over
 from sparse_cases import needs_compiler, of_all, using
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_cases import (
+    BATCH,
+    CPU,
+    D_IN,
+    D_SAE,
+    L1,
+    TOLERANCE,
+    K,
+    error,
+    largest_error,
+    problem,
+    take_step,
+)
 
-from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import EPSILON
 from llm_wsae.training.architectures.relu import ReLU
 from llm_wsae.training.architectures.topk import TopK
@@ -22,70 +35,35 @@ from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, 
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
 
-D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
+BACKENDS = ["pytorch", pytest.param("cpu", marks=needs_compiler)]
 
 
-def problem(dtype, seed=0):
-    """Parameters in general position and a batch with masked rows; γ has zeros in it."""
-    generator = torch.Generator().manual_seed(seed)
-    cpu = torch.device("cpu")
-    start = initial_parameters(D_IN, D_SAE, seed, cpu, torch.float64)
-    noise = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
-    parameters = Parameters(*(p + 0.05 * n for p, n in zip(start, noise, strict=True)))
-    x = torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
-    mask = (torch.rand(BATCH, generator=generator) > 0.1).double()
-    x = x * mask[:, None]
-    gamma = torch.rand(D_IN, generator=generator, dtype=torch.float64) * 2
-    gamma[:3] = 0
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    parameters = Parameters(*(p.to(exact) for p in parameters))
-    return parameters, Batch(x.to(exact), x.to(dtype), mask.to(exact)), gamma.to(exact)
-
-
-def relative_error(gradients, expected):
-    return max(
-        float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True)
-    )
-
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
-
-
-def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
+def test_relu_goes_sparse_when_few_latents_are_active():
     """The two ways agree to the precision of float32, and the number of active latents decides."""
     parameters, batch, gamma = problem(torch.float32)
-    relu = ReLU(L1, D_SAE)
-    metric = squared(gamma)
-    dense = relu.dense_step(parameters, batch, metric)
-    sparse = relu.sparse_step(parameters, batch, metric)
-    assert relative_error(sparse.gradients, dense.gradients) < 1e-5
+    dense, sparse = (
+        take_step(ReLU(L1, D_SAE), f"relu, {way}", parameters, batch, gamma)
+        for way in ("dense", "sparse")
+    )
+    assert largest_error(sparse.gradients, dense.gradients) < 1e-5
     assert float(sparse.loss) == pytest.approx(float(dense.loss), rel=1e-5)
     assert torch.equal(sparse.firings, dense.firings)
-    assert float((sparse.residual - dense.residual).norm() / dense.residual.norm()) < 1e-5
-
-    monkeypatch.setattr(relu, "dense_step", lambda *_: dense)
-    monkeypatch.setattr(relu, "sparse_step", lambda *_: sparse)
-    assert relu.step(parameters, batch, metric) is dense
-    for share, expected in ((0.02, dense), (0.01, sparse)):
-        relu.follow(torch.tensor(share), 0.1)
-        assert relu.step(parameters, batch, metric) is expected
-    for one in (dense, sparse):
-        share = float(one.firings.sum() / (batch.mask.sum() * D_SAE))
-        assert float(one.observed) == pytest.approx(share)
+    assert error(sparse.residual, dense.residual) < 1e-5
+    share = float(dense.firings.sum() / (batch.mask.sum() * D_SAE))
+    for share_before, is_sparse in ((None, False), (0.02, False), (0.01, True)):
+        relu = ReLU(L1, D_SAE)
+        if share_before is not None:
+            relu.follow(torch.tensor(share_before), 0.1)
+        step = relu.step(parameters, batch, squared(gamma))
+        assert isinstance(step.by_weights, tuple) and hasattr(step.by_weights, "codes") == is_sparse
+        assert float(step.observed) == pytest.approx(share)
 
 
 def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
     """Or it would take a dense step where the unbroken training took a sparse one."""
     _, batch, gamma = problem(torch.float32)
-    first, second, third = (
-        Arm(
-            ArmConfig(LossWeights(gamma), l1=L1, architecture="relu"),
-            D_IN,
-            D_SAE,
-            batch.x.device,
-        )
-        for _ in range(3)
-    )
+    config = ArmConfig(LossWeights(gamma), l1=L1, architecture="relu")
+    first, second, third = (Arm(config, D_IN, D_SAE, CPU) for _ in range(3))
     assert first.architecture.active_share() is None
     first.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
     state = first.state()
@@ -96,36 +74,37 @@ def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
     assert third.architecture.active_share() is None
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu"])
-@pytest.mark.parametrize("name", ["pytorch", pytest.param("cpu", marks=needs_compiler)])
+@pytest.mark.parametrize("name", BACKENDS)
+@over(architecture=["topk", "batch-topk", "matryoshka", "jumprelu"])
 def test_a_whole_step_is_that_of_the_reference(name, architecture):
     """What comes to Adam, told by its moments: of all weights, AuxK's part of the dead included."""
     _, batch, gamma = problem(torch.float32)
     moments = {}
     for one in (name, "reference"):
-        config = ArmConfig(LossWeights(gamma), K, architecture=architecture)
-        arm = Arm(config, D_IN, D_SAE, batch.x.device)
+        arm = Arm(ArmConfig(LossWeights(gamma), K, architecture=architecture), D_IN, D_SAE, CPU)
         arm.parameters.encoder[100:] *= 0.05  # positive often enough, never among the largest
         arm.last_fired[100:] = -(10**6)
         with using(one):
             arm.step(batch, BATCH, 1e-3, aux=1.0, dead_after=10**5)
         moments[one] = [arm.state()[f"{part}.exp_avg"] for part in Parameters._fields]
-    assert relative_error(moments[name], moments["reference"]) < 1e-5
+    assert largest_error(moments[name], moments["reference"]) < 1e-5
     silent = arm.last_fired < 0
     assert silent.sum() == D_SAE - 100
     assert moments[name][0][silent].any() == arm.architecture.revives_dead
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_auxk_gradients(dtype):
+def residual_of(parameters, batch, gamma):
+    return TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
+
+
+@over(dtype=TOLERANCE, num_dead=(1, 5, 100), matrix=(False, True))
+def test_auxk_gradients(dtype, num_dead, matrix):
     """Dead latents get the gradient of their loss in both matrices, and nobody else gets any."""
-    for num_dead in (1, 5, 100):
-        check_auxk(dtype, num_dead)
-
-
-def check_auxk(dtype, num_dead):
     parameters, batch, gamma = problem(dtype)
-    residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
+    if matrix:
+        draw = torch.Generator().manual_seed(2)
+        gamma = torch.randn(D_IN, D_IN, generator=draw, dtype=torch.float64).to(gamma)
+    residual = residual_of(parameters, batch, gamma)
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
     more = auxk_gradients(parameters, batch, residual, DeadLatents(dead), squared(gamma), 0.5)
     gradients = of_all(more, parameters)
@@ -140,22 +119,23 @@ def check_auxk(dtype, num_dead):
     chosen = (fast_pre >= fast_pre.topk(k_aux).values[:, -1:]) & (fast_pre > 0)
     pre = batch.x.double() @ leaves.encoder[dead].T + leaves.encoder_bias[dead]
     target = -residual.double()
-    error = (pre * chosen) @ leaves.decoder[dead] - target
-    weight = gamma.double() ** 2 * batch.mask.double()[:, None]
-    expected_loss = (error**2 * weight).sum() / (target**2 * weight).sum()
-    (0.5 * expected_loss).backward()
-    expected = Parameters(*(p.grad for p in leaves))
-    tolerance = 2 * TOLERANCE[dtype]
+    missed = (pre * chosen) @ leaves.decoder[dead] - target
+    weigh = gamma.double() if matrix else gamma.double().diag()
+
+    def weighted(rows):
+        return ((rows @ weigh.T) ** 2 * batch.mask.double()[:, None]).sum()
+
+    (0.5 * weighted(missed) / weighted(target)).backward()
     for name in ("encoder", "decoder", "encoder_bias"):
-        found, wanted = getattr(gradients, name).double(), getattr(expected, name)
-        assert float((found - wanted).norm() / wanted.norm()) < tolerance, name
-    assert expected.decoder_bias is None  # what it explains is left over by the whole step
+        found, wanted = getattr(gradients, name), getattr(leaves, name).grad
+        assert error(found, wanted) < 2 * TOLERANCE[dtype], name
+    assert leaves.decoder_bias.grad is None  # what it explains is left over by the whole step
 
 
 def test_auxk_with_latents_that_only_may_be_dead():
     """A mask over more latents gives the gradients of the dead ones."""
     parameters, batch, gamma = problem(torch.float64)
-    residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
+    residual = residual_of(parameters, batch, gamma)
     some = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:60]
     for num_dead in (0, 1, D_IN // 2, 40):
         is_dead = torch.arange(60) % 60 < num_dead
@@ -174,13 +154,12 @@ def test_auxk_with_latents_that_only_may_be_dead():
 def test_products_of_the_dead_have_few_shapes():
     """oneDNN generates code for each on a CPU, and does not free all of it."""
     parameters, batch, gamma = problem(torch.float32)
-    residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
-    sizes = set()
+    residual, sizes = residual_of(parameters, batch, gamma), set()
 
     class Watched(Strategy):
-        def encode_dead(self, x, encoder, *rest):
-            sizes.add(len(encoder))
-            return super().encode_dead(x, encoder, *rest)
+        def keep_largest(self, active, k):
+            sizes.add(active.shape[1])
+            return active
 
     for number in range(1, 70):
         found = DeadLatents(torch.arange(number))
@@ -189,44 +168,30 @@ def test_products_of_the_dead_have_few_shapes():
     assert sizes == {64, 128}
 
 
-def test_the_dead_are_the_same_whether_looked_for_now_and_then(monkeypatch):
-    """With no more looks than there need be, each read in a later step than it was taken in."""
-    now, waits = [0], []
-
-    class Asked(DeferredScalar):
-        def __init__(self, number):
-            super().__init__(number)
-            self.at = now[0]
-
-        def read(self):
-            waits.append(now[0] - self.at)
-            return super().read()
-
-    monkeypatch.setattr("llm_wsae.training.auxk.DeferredScalar", Asked)
-    always, seldom = DeadFinder(torch.device("cpu")), DeadFinder(torch.device("cpu"))
+def test_the_dead_are_the_same_whether_looked_for_now_and_then():
+    """And there are fewer searches than steps."""
+    always, seldom = DeadFinder(CPU), DeadFinder(CPU)
     seldom._waits = True
     last_fired = torch.zeros(50, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
-    looks, sizes = set(), []
+    searches, sizes = set(), []
     for rows_seen in range(64, 64 * 200, 64):
-        now[0] = rows_seen
         last_fired[torch.rand(50, generator=generator) < 0.05] = rows_seen
         expected = always.find(last_fired, rows_seen, 2048)
         found = seldom.find(last_fired, rows_seen, 2048)
         assert expected.dead is None
         assert torch.equal(found.indices[found.dead], expected.indices)
-        looks.add(seldom._until)
+        assert seldom._next is None or seldom._next.until > rows_seen  # it is read in a later step
+        searches.add(seldom._until)
         sizes.append(len(expected.indices))
-    assert max(sizes) > 5 and len(looks) < 199 / 2
-    assert waits[0] == 0 and len(waits) == len(looks)  # the first step has nothing to go by
-    assert min(waits[1:]) >= 64
+    assert max(sizes) > 5 and len(searches) < 199 / 2
 
 
 NARROW, FEW = 24, 50
 
 
 def start():
-    parameters = initial_parameters(NARROW, FEW, 0, torch.device("cpu"))
+    parameters = initial_parameters(NARROW, FEW, 0, CPU)
     parameters.encoder_bias.normal_(generator=torch.Generator().manual_seed(1))
     return parameters
 
@@ -243,8 +208,8 @@ def move(optimiser, step, rate):
     optimiser.step(tuple(by_weights), by_decoder_bias, rate)
 
 
-@pytest.mark.parametrize("name", ["pytorch", pytest.param("cpu", marks=needs_compiler)])
-def test_it_is_adam_with_the_decoder_on_the_sphere(name):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_it_is_adam_with_decoder_rows_of_norm_one(name):
     parameters = start()
     optimiser = Optimiser(parameters)
     expected = [torch.nn.Parameter(p.double()) for p in start()]
@@ -298,9 +263,7 @@ def test_a_restored_optimiser_goes_on_with_the_same_bits():
 
 
 WIDE_D_IN, WIDE_D_SAE, WIDE_BATCH, WIDE_K = 16, 16384, 2048, 4
-CPU = torch.device("cpu")
-COMPILED = pytest.param("cpu", marks=needs_compiler)
-ARCHITECTURES = ["topk", "batch-topk", "jumprelu", "matryoshka"]
+SPARSE = ["topk", "batch-topk", "jumprelu", "matryoshka"]
 
 
 class Sizes(TorchDispatchMode):
@@ -326,53 +289,45 @@ def id_of(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
-def make(architecture, fast):
-    config = ArmConfig(
-        LossWeights(torch.ones(WIDE_D_IN), RULES["uniform"]), WIDE_K, architecture=architecture
-    )
-    arm = Arm(config, WIDE_D_IN, WIDE_D_SAE, CPU)
+def sizes_of_a_step(name, architecture, fast, aux=0.0, dead_after=10**9):
+    """Of the second step: before it, BatchTopK does not know its threshold."""
+    weights = LossWeights(torch.ones(WIDE_D_IN), RULES["uniform"])
+    level = {"l1": 0.1} if architecture == "relu" else {"k": WIDE_K}
+    arm = Arm(ArmConfig(weights, **level, architecture=architecture), WIDE_D_IN, WIDE_D_SAE, CPU)
     x = torch.randn(WIDE_BATCH, WIDE_D_IN, generator=torch.Generator().manual_seed(0))
-    return arm, Batch(x, x.to(fast), torch.ones(WIDE_BATCH))
+    batch = Batch(x, x.to(fast), torch.ones(WIDE_BATCH))
+    arm.step(batch, WIDE_BATCH, 1e-3, aux, 10**9)
+    with using(name), Sizes() as sizes:
+        arm.step(batch, 2 * WIDE_BATCH, 1e-3, aux, dead_after)
+    return arm, sizes
 
 
-@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["pytorch", COMPILED])
+@pytest.mark.parametrize("name", BACKENDS)
+@over(architecture=[*SPARSE, "relu", "gba"], fast=[torch.float32, torch.bfloat16])
 def test_no_step_makes_a_dense_batch(name, architecture, fast):
-    assert largest_of_a_step(name, architecture, fast) < WIDE_BATCH * WIDE_D_SAE
+    """Not even for a moment: that would be half a gigabyte for 4096 rows and 32 k latents."""
+    _, sizes = sizes_of_a_step(name, architecture, fast)
+    assert sizes.largest < WIDE_BATCH * WIDE_D_SAE
 
 
 def test_a_step_that_makes_a_dense_batch_is_seen():
-    assert largest_of_a_step("reference", "topk", torch.float32) >= WIDE_BATCH * WIDE_D_SAE
+    _, sizes = sizes_of_a_step("reference", "topk", torch.float32)
+    assert sizes.largest >= WIDE_BATCH * WIDE_D_SAE
 
 
-def largest_of_a_step(name, architecture, fast):
-    arm, batch = make(architecture, fast)
-    arm.step(batch, WIDE_BATCH, 1e-3, 0.0, 10**9)  # BatchTopK does not yet know its threshold
-    with using(name), Sizes() as sizes:
-        arm.step(batch, 2 * WIDE_BATCH, 1e-3, 0.0, 10**9)
-    return sizes.largest
-
-
-@pytest.mark.parametrize("name", ["pytorch", COMPILED])
-def test_nor_does_one_that_revives_the_dead(name):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_step_that_revives_the_dead_makes_no_dense_batch(name):
     """Nearly all are dead: still tiles of rows, and no second copy of the gradients."""
-    arm, batch = make("topk", torch.bfloat16)
-    arm.step(batch, WIDE_BATCH, 1e-3, 0.0, 10**9)
-    with using(name), Sizes() as sizes:
-        arm.step(batch, 2 * WIDE_BATCH, 1e-3, 1 / 32, WIDE_BATCH // 2)
+    arm, sizes = sizes_of_a_step(name, "topk", torch.bfloat16, 1 / 32, WIDE_BATCH // 2)
     assert int(arm.dead(2 * WIDE_BATCH, WIDE_BATCH // 2).sum()) > WIDE_D_SAE // 2
     assert sizes.largest <= WIDE_BATCH * WIDE_D_SAE // 4
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["pytorch", COMPILED])
+@pytest.mark.parametrize("name", BACKENDS)
+@over(architecture=SPARSE)
 def test_gradients_are_never_held(name, architecture):
     """Those of all latents are as large as the weights: one is made when Adam comes to it. And the
     encoder's rounded copy is made once."""
-    arm, batch = make(architecture, torch.bfloat16)
-    arm.step(batch, WIDE_BATCH, 1e-3, 1 / 32, 10**9)
-    with using(name), Sizes() as sizes:
-        arm.step(batch, 2 * WIDE_BATCH, 1e-3, 1 / 32, 10**9)
+    _, sizes = sizes_of_a_step(name, architecture, torch.bfloat16, 1 / 32)
     held = (WIDE_D_SAE, WIDE_D_IN) in sizes.made
     assert held == (name == "pytorch")  # which makes them all, and is how that would be seen

@@ -6,6 +6,8 @@ dictionary uses a threshold instead, as in the paper: the mean over batches of t
 pre-activation that was selected. It is saved as the JumpReLU that it then is.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,8 +16,7 @@ from llm_wsae.dictionary import sparsity
 from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
-from llm_wsae.training.architecture import CPU, Architecture, exact, sparse_step
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.training.architecture import Architecture, exact, sparse_step
 from llm_wsae.training.parameters import Batch, Parameters, Step
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -33,15 +34,9 @@ class BatchTopK(Architecture):
     name = "batch-topk"
     has_free_lengths = True
 
-    def __init__(
-        self,
-        level: int | float,
-        d_sae: int,
-        device: torch.device = CPU,
-        strategy: Strategy = SINGLE,
-    ):
-        super().__init__(level, d_sae, device, strategy)
-        self.running_threshold = torch.zeros((), dtype=exact_dtype(device), device=device)
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.running_threshold = torch.zeros((), dtype=exact_dtype(self.device), device=self.device)
         self._steps = 0
 
     @property

@@ -1,11 +1,39 @@
-"""TopK whose encoder stays random: what latents read means nothing, only their bias and what they
-write are learnt (the Frozen Encoder of Korznikov et al. 2026, arXiv 2602.14111)."""
+"""Half-trained baselines: TopK whose encoder or decoder stays random.
 
-from llm_wsae.training.frozen import Frozen
+Korznikov et al. 2026 (arXiv 2602.14111) find that such dictionaries come close to trained ones in
+measures of interpretability. A weighting should win more than that. Where the encoder is random,
+what latents read means nothing: only their biases and what they write are learnt.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from llm_wsae.training.architectures.topk import LargestOfRow
+from llm_wsae.training.parameters import Parameters
+
+
+class Frozen(LargestOfRow):
+    """The biases and the other half learn. At most k active latents in every row."""
+
+    half: ClassVar[Literal["encoder", "decoder"]]
+    is_tied = True
+    is_baseline = True
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._drawn: Tensor | None = None
+
+    def tie(self, parameters: Parameters) -> None:
+        """Undo what a step did to the half; the first call, before all steps, remembers it."""
+        half: Tensor = getattr(parameters, self.half)
+        if self._drawn is None:
+            self._drawn = half.clone()
+        half.copy_(self._drawn)
 
 
 class FrozenEncoder(Frozen):
-    """A baseline. Exactly k active latents in every row, or fewer if fewer are positive."""
+    """A baseline: the Frozen Encoder of Korznikov et al."""
 
     name = "frozen-encoder"
     half = "encoder"

@@ -19,17 +19,17 @@ of some hundred steps would end while half of all latents are active. All rows h
 which their root mean square is √d_in, so the largest θ is √d_in instead of 1.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.sparse.operations import encode_above
-from llm_wsae.training.architecture import CPU, exact, sparse_step, without_masked
+from llm_wsae.training.architecture import sparse_step
 from llm_wsae.training.dense_start import DenseStart, dense_step
 from llm_wsae.training.optimiser import adam_vector
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -59,19 +59,13 @@ class GBA(DenseStart):
     span = 100.0
     """The highest target frequency over the lowest."""
 
-    def __init__(
-        self,
-        level: int | float,
-        d_sae: int,
-        device: torch.device = CPU,
-        strategy: Strategy = SINGLE,
-    ):
-        super().__init__(level, d_sae, device, strategy)
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         # latents are drawn independently, so that groups by number are random groups
-        own = strategy.own_latents(d_sae)
-        self.group = torch.arange(own.start, own.stop, device=device) % self.num_groups
-        self.target = target_frequencies(self.k, d_sae, self.num_groups, self.span).to(device)
-        self.threshold = torch.zeros(len(own), dtype=torch.float32, device=device)
+        own, target = self.strategy.own_latents(self.d_sae), (self.num_groups, self.span)
+        self.group = torch.arange(own.start, own.stop, device=self.device) % self.num_groups
+        self.target = target_frequencies(self.k, self.d_sae, *target).to(self.device)
+        self.threshold = torch.zeros(len(own), device=self.device)
         self.amplitude = torch.full_like(self.threshold, AMPLITUDE)
         self._mean, self._square = (torch.zeros_like(self.threshold) for _ in range(2))
         self._frequency, self._excess = (torch.zeros_like(self.threshold) for _ in range(2))
@@ -92,15 +86,7 @@ class GBA(DenseStart):
 
     def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The same along the active latents only."""
-        fast = batch.x_fast.dtype
-        codes = encode_above(
-            batch.x_fast,
-            parameters.encoder.to(fast),
-            parameters.encoder_bias.to(fast),
-            self.thresholds(),
-            self._capacity,
-        )
-        codes = exact(without_masked(codes, batch), parameters, batch)
+        codes = self.codes_above(parameters, batch, self.thresholds())
         step = sparse_step(codes, parameters, batch, metric, self.strategy)
         largest = torch.zeros_like(step.firings)
         largest.scatter_reduce_(0, codes.indices, codes.values.to(largest.dtype), "amax")

@@ -17,6 +17,7 @@ training of some hundred steps (SAELens learns θ itself for that reason).
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,9 +26,8 @@ from torch import Tensor
 from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.codes import SlotCapacity, SparseGradients
 from llm_wsae.sparse.operations import encode_above, firing_counts, value_gradients
-from llm_wsae.training.architecture import CPU, Architecture, exact, without_masked
+from llm_wsae.training.architecture import Architecture, exact, without_masked
 from llm_wsae.training.optimiser import adam_vector
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step, weighted_error
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -49,18 +49,10 @@ class JumpReLU(Architecture):
     name = "jumprelu"
     revives_dead = False
 
-    def __init__(
-        self,
-        level: int | float,
-        d_sae: int,
-        device: torch.device = CPU,
-        strategy: Strategy = SINGLE,
-    ):
-        super().__init__(level, d_sae, device, strategy)
-        start = math.log(initial_threshold(self.k, d_sae))
-        self.log_threshold = torch.full(
-            (self.num_latents,), start, dtype=torch.float32, device=device
-        )
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        start = math.log(initial_threshold(self.k, self.d_sae))
+        self.log_threshold = torch.full((self.num_latents,), start, device=self.device)
         self._mean = torch.zeros_like(self.log_threshold)
         self._square = torch.zeros_like(self.log_threshold)
         self._steps = 0

@@ -39,7 +39,7 @@ class Matryoshka(BatchTopK):
         """
         encoder, decoder, _, decoder_bias = parameters
         codes = self.codes(parameters, batch)
-        groups = self.strategy.own_groups(group_bounds(self.d_sae, self.prefixes))
+        groups = self._own_groups()
         active = exact(codes, parameters, batch)
         grouped = _by_group(active, groups)
 
@@ -63,6 +63,15 @@ class Matryoshka(BatchTopK):
         gradients = SparseGradients(grouped, batch.x_fast, by_output_fast, by_value)
         firings, smallest = firing_counts(active, len(encoder)), self.smallest_value(codes)
         return Step(gradients, by_decoder_bias, residual, firings, loss, smallest)
+
+    def _own_groups(self) -> list[tuple[int, int]]:
+        """This process's part of every group, counted from its first latent."""
+        own = self.strategy.own_latents(self.d_sae)
+        inside = [
+            [min(max(bound, own.start), own.stop) - own.start for bound in group]
+            for group in group_bounds(self.d_sae, self.prefixes)
+        ]
+        return [(first, stop) for first, stop in inside]
 
 
 def group_bounds(d_sae: int, prefixes: Sequence[float] = PREFIXES) -> list[tuple[int, int]]:

@@ -5,8 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary import sparsity
-from llm_wsae.sparse.operations import encode_above
-from llm_wsae.training.architecture import exact, sparse_step, without_masked
+from llm_wsae.training.architecture import sparse_step
 from llm_wsae.training.dense_start import DenseStart, dense_step
 from llm_wsae.training.parameters import Batch, Parameters, Step
 from llm_wsae.weights.loss_weights import Gamma
@@ -28,25 +27,13 @@ class ReLU(DenseStart):
     def label(cls, level: int | float) -> str:
         return f"relu-l{level:g}"
 
-    @classmethod
-    def recorded_name(cls) -> None:
-        """The first checkpoints did not name their architecture, and still resume."""
-
     @property
     def sparsity(self) -> sparsity.ReLU:
         return sparsity.ReLU()
 
     def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step along the active latents only, correct if there were slots enough."""
-        fast = batch.x_fast.dtype
-        codes = encode_above(
-            batch.x_fast,
-            parameters.encoder.to(fast),
-            parameters.encoder_bias.to(fast),
-            torch.zeros_like(parameters.encoder_bias),
-            self._capacity,
-        )
-        codes = exact(without_masked(codes, batch), parameters, batch)
+        codes = self.codes_above(parameters, batch, torch.zeros_like(parameters.encoder_bias))
         by_active = self._penalty_gradient(batch)
         step = sparse_step(codes, parameters, batch, metric, self.strategy, by_active)
         penalty = by_active * self.strategy.sum_over_latents(codes.values.sum())

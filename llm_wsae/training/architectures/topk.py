@@ -38,9 +38,5 @@ class TopK(LargestOfRow):
     def label(cls, level: int | float) -> str:
         return f"k{level}"
 
-    @classmethod
-    def recorded_name(cls) -> None:
-        """The first checkpoints did not name their architecture, and still resume."""
-
 
 ARCHITECTURE = TopK

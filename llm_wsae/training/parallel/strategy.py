@@ -4,28 +4,28 @@ A step consists of sums over rows, over latents, or over both, and of selections
 latents of a row or of a batch. An architecture's step is written once: it names what each sum goes
 over, and the strategy knows which of them must cross processes.
 
-- ``Strategy``: the ordinary case of one process, in which none must and all of this costs nothing.
-- ``DataParallel``: every process has all latents and some rows of each batch. The batch is as
-  configured, whatever the number of processes. The loss is a mean over its unmasked rows, so every
-  process divides its sums by their number in the whole batch, and the gradients only need to be
-  added up. Then all processes take the same optimiser step.
+- ``Strategy``: one process, in which no sum crosses and all of this costs nothing.
+- ``DataParallel``: every process has all latents and some rows of each batch. The loss is a mean
+  over the unmasked rows of the whole batch, so every process divides its sums by their number, and
+  the gradients only need to be added up. Then all processes take the same optimiser step.
 - ``LatentParallel``, for dictionaries that do not fit one device: every process holds a run of
-  latents, with their optimiser state and counters, and works on all rows of each batch. What
-  crosses processes is about as wide as the rows are: the largest values of each process, so that
-  the largest of all are known, and its share of the reconstruction. Everything else about a latent
-  happens where it is held.
+  latents, with their optimiser state and counters, and works on all rows of each batch. Processes
+  exchange their largest values, so that the largest of all are known, and their shares of the
+  reconstruction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
-from llm_wsae.machine.processes import Collectives
+from llm_wsae.machine.processes import Collectives, Processes, Several, collectives
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import Codes, RaggedCodes, keep_slots, ragged
+from llm_wsae.training.config import Shard
 from llm_wsae.training.parallel.largest import largest_in_rows, largest_of_all
 
 _SMALL = 1 << 16  # numbers; smaller tensors share one reduction, since each has a fixed cost
@@ -46,13 +46,21 @@ class Strategy:
     latent_parts = 1
     """How many processes share the latents."""
 
+    def __init__(self, processes: Processes | None = None):
+        self.processes = processes or Processes()
+
+    def agree(self, want: Callable[[], int]) -> Callable[[], int]:
+        """Start to agree on the largest of what all processes want; the returned function waits
+        for the answer.
+
+        ``want`` is called at the start of a step, so that the answer is there when the step ends.
+        A single process calls it at the end.
+        """
+        return want
+
     def own_latents(self, d_sae: int) -> range:
         """The latents that this process holds."""
         return range(d_sae)
-
-    def own_groups(self, groups: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This process's part of groups of latents (first, end), counted from its first latent."""
-        return groups
 
     def sum_over_rows(self, part: Tensor) -> Tensor:
         """The sum over all rows of the batch, from the sum over this process's rows."""
@@ -81,10 +89,6 @@ class Strategy:
         """Whether all processes say yes."""
         return yes
 
-    def count_latents(self, number: int) -> int:
-        """``sum_over_latents`` of a plain number."""
-        return number
-
     def topk(self, codes: Codes, k: int) -> RaggedCodes:
         """The k largest of every row among this process's latents, given its own k largest."""
         return ragged(codes)
@@ -99,16 +103,10 @@ class Strategy:
         """
         return encode(k)
 
-    def encode_dead(
-        self,
-        x: Float[Tensor, "rows d_in"],
-        encoder: Float[Tensor, "some d_in"],
-        bias: Float[Tensor, " some"],
-        dead: Bool[Tensor, " some"] | None,
-        k: int,
-    ) -> Float[Tensor, "rows some"]:
-        """Of the k largest dead latents in every row, those of this process."""
-        return operations.encode_dead(x, encoder, bias, dead, k)
+    def keep_largest(self, active: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows own"]:
+        """Of the k largest of every row, those of this process, given its own k largest; the
+        others become 0."""
+        return active
 
     def decode(
         self,
@@ -124,11 +122,35 @@ SINGLE = Strategy()
 """The strategy of one process."""
 
 
-class DataParallel(Strategy):
+class _SeveralProcesses(Strategy):
+    """What both ways of distribution share."""
+
+    def __init__(self, collectives: Collectives, processes: Processes | None = None):
+        super().__init__(processes)
+        self._collectives = collectives
+
+    def agree(self, want: Callable[[], int]) -> Callable[[], int]:
+        largest = torch.tensor(want())
+        work = self._collectives.begin_max(largest)
+
+        def agreed() -> int:
+            self._collectives.end(work)
+            return int(largest)
+
+        return agreed
+
+    def minimum(self, value: Tensor) -> Tensor:
+        return self._collectives.min_(value.clone())
+
+    def all_agree(self, yes: bool) -> bool:
+        return bool(self._collectives.min_(torch.tensor(int(yes))))
+
+
+class DataParallel(_SeveralProcesses):
     """Each process has an equal part of the rows of a batch, up to chance."""
 
-    def __init__(self, collectives: Collectives):
-        self._collectives = collectives
+    def __init__(self, collectives: Collectives, processes: Processes | None = None):
+        super().__init__(collectives, processes)
         self.row_part = (collectives.rank, collectives.size)
 
     def sum_over_rows(self, part: Tensor) -> Tensor:
@@ -143,14 +165,8 @@ class DataParallel(Strategy):
         for part, summed in zip(small, joint.split([p.numel() for p in small]), strict=True):
             part.copy_(summed.view_as(part))
 
-    def minimum(self, value: Tensor) -> Tensor:
-        return self._collectives.min_(value.clone())
-
     def largest_over_rows(self, values: Float[Tensor, " latents"]) -> Float[Tensor, " latents"]:
         return -self._collectives.min_(-values)
-
-    def all_agree(self, yes: bool) -> bool:
-        return bool(self._collectives.min_(torch.tensor(int(yes))))
 
     def batch_topk(
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
@@ -159,11 +175,11 @@ class DataParallel(Strategy):
         return largest_of_all(*given, rows_differ=True, first=_MORE_OF_ROWS * k)
 
 
-class LatentParallel(Strategy):
+class LatentParallel(_SeveralProcesses):
     """Each process has a run of consecutive latents, all of equal length."""
 
-    def __init__(self, collectives: Collectives):
-        self._collectives = collectives
+    def __init__(self, collectives: Collectives, processes: Processes | None = None):
+        super().__init__(collectives, processes)
         self.latent_parts = collectives.size
 
     def own_latents(self, d_sae: int) -> range:
@@ -177,22 +193,8 @@ class LatentParallel(Strategy):
         each = d_sae // size
         return range(rank * each, (rank + 1) * each)
 
-    def own_groups(self, groups: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        own = self.own_latents(groups[-1][1])
-        inside = [[min(max(bound, own.start), own.stop) for bound in group] for group in groups]
-        return [(first - own.start, stop - own.start) for first, stop in inside]
-
     def sum_over_latents(self, part: Tensor) -> Tensor:
         return self._collectives.sum_(part.clone())
-
-    def minimum(self, value: Tensor) -> Tensor:
-        return self._collectives.min_(value.clone())
-
-    def all_agree(self, yes: bool) -> bool:
-        return bool(self._collectives.min_(torch.tensor(int(yes))))
-
-    def count_latents(self, number: int) -> int:
-        return int(self._collectives.sum_(torch.tensor(number)))
 
     def topk(self, codes: Codes, k: int) -> RaggedCodes:
         chosen = largest_in_rows(self._collectives, codes.values, k) & (codes.values > 0)
@@ -206,16 +208,8 @@ class LatentParallel(Strategy):
             *given, rows_differ=False, first=_MORE_OF_LATENTS * k / self.latent_parts
         )
 
-    def encode_dead(
-        self,
-        x: Float[Tensor, "rows d_in"],
-        encoder: Float[Tensor, "some d_in"],
-        bias: Float[Tensor, " some"],
-        dead: Bool[Tensor, " some"] | None,
-        k: int,
-    ) -> Float[Tensor, "rows some"]:
-        active = operations.encode_dead(x, encoder, bias, dead, k)
-        own = active.topk(min(k, len(encoder)), dim=1, sorted=False).values
+    def keep_largest(self, active: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows own"]:
+        own = active.topk(min(k, active.shape[1]), dim=1, sorted=False).values
         own = torch.nn.functional.pad(own, (0, k - own.shape[1]))
         everyone = torch.cat(self._collectives.gather(own), dim=1)
         return active.mul_(active >= everyone.topk(k, dim=1).values[:, -1:])
@@ -228,3 +222,14 @@ class LatentParallel(Strategy):
     ) -> Float[Tensor, "batch d_in"]:
         part = operations.decode(codes, decoder, torch.zeros_like(bias))
         return self._collectives.sum_(part).add_(bias)
+
+
+@contextmanager
+def strategy_of(processes: Processes, device: torch.device, shard: Shard) -> Iterator[Strategy]:
+    """Connect the processes for a training on ``device``, until the block ends or fails."""
+    if not isinstance(processes, Several):
+        yield Strategy(processes)
+        return
+    kind = DataParallel if shard == "rows" else LatentParallel
+    with collectives(processes, device) as connected:
+        yield kind(connected, processes)

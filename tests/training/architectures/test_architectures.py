@@ -4,25 +4,31 @@ import pytest
 import torch
 from dense_reference import dense
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import (
     CPU,
     D_IN,
     D_SAE,
     L1,
     STEPS,
+    TOLERANCE,
     K,
     architecture,
+    error,
     log_threshold,
     problem,
     step_of,
-    take_step,
 )
 
 from llm_wsae.sparse.codes import EPSILON, ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
+from llm_wsae.training import dense_start
 from llm_wsae.training.architecture import exact
-from llm_wsae.training.architectures import find_architecture
+from llm_wsae.training.architectures import (
+    batch_topk,
+    jumprelu,
+    matryoshka,
+    topk,
+)
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.architectures.jumprelu import (
     BANDWIDTH,
@@ -34,7 +40,6 @@ from llm_wsae.training.architectures.jumprelu import (
 from llm_wsae.training.architectures.matryoshka import Matryoshka, group_bounds
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GROUPS = [(0, 8), (8, 24), (24, 56), (56, 120), (120, 256)]
 
 
@@ -132,10 +137,6 @@ def autograd(parameters: Parameters, batch: Batch, gamma: Tensor, name: str, k: 
     return loss.detach(), gradients, residual.detach(), active.sum(0), by_threshold
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 def check_gradients(name: str, dtype: torch.dtype, k: int) -> None:
     parameters, batch, gamma = problem(dtype)
     step = step_of(name, parameters, batch, gamma, k)
@@ -163,10 +164,8 @@ def test_bfloat16_picks_the_latents_and_does_not_round_their_values(name, monkey
     parameters, batch, gamma = problem(torch.bfloat16)
     expected = autograd(parameters, batch, gamma, name, K)[1].encoder
     found = error(step_of(name, parameters, batch, gamma).gradients.encoder, expected)
-    for module in ("topk", "batch_topk", "matryoshka", "jumprelu", "relu", "gba"):
-        monkeypatch.setattr(
-            f"llm_wsae.training.architectures.{module}.exact", lambda codes, *_: codes
-        )
+    for module in (topk, batch_topk, matryoshka, jumprelu, dense_start):
+        monkeypatch.setattr(module, "exact", lambda codes, *_: codes)
     rounded = error(step_of(name, parameters, batch, gamma).gradients.encoder, expected)
     assert found < rounded / 1.5
 
@@ -228,36 +227,6 @@ def test_weights_scale_the_errors_of_their_dimensions(name):
         assert float(plain.loss) == pytest.approx(error_alone, rel=1e-5)
     else:  # penalties and inner prefixes come on top
         assert float(plain.loss) > error_alone * 1.0001
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        found = result if isinstance(result, tuple | list) else [result]
-        sizes = [part.numel() for part in found if isinstance(part, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_batch_times_latents_is_never_held(name):
-    """Not even for a moment: that would be half a gigabyte for 4096 rows and 32 k latents."""
-    d_sae, batch_size = 512, 8192
-    parameters = initial_parameters(8, d_sae, 0, CPU)
-    x = torch.randn(batch_size, 8, generator=torch.Generator().manual_seed(0))
-    x[5] = 0
-    batch = Batch(x, x, (x != 0).any(1).float())
-    kind = find_architecture(name.split(",")[0])
-    made = kind(L1 if kind.setting == "l1" else 2, d_sae)
-    if name.endswith(", sparse"):
-        parameters.encoder_bias.fill_(-2.5)
-    with Largest() as largest:
-        take_step(made, name, parameters, batch, torch.ones(8))
-    assert batch_size < largest.elements < batch_size * d_sae / 3
 
 
 # --- What is each architecture's own

@@ -1,23 +1,19 @@
 """Half-trained baselines: TopK whose encoder or decoder stays random."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from training_cases import CONFIG, Planted
+from training_cases import CONFIG, Planted, arms_for, log_of
 
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.training.arm import make_arms
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.weights.choosing import choose_weights
 
 HALVES = ("encoder", "decoder")
 
 
 def arms(source, half):
-    weights = choose_weights(source.statistics(), ("uniform",), (1.0,))
-    return make_arms(weights, (2,), architectures=("topk", f"frozen-{half}"))
+    return arms_for(source, l1s=(), architectures=("topk", f"frozen-{half}"))
 
 
 def directions(dictionary, half):
@@ -39,7 +35,7 @@ def test_one_half_stays_and_the_other_learns(tmp_path, half):
     assert torch.allclose(directions(frozen, half), directions(first, half), atol=1e-6)
     moved = (directions(frozen, other) * directions(first, other)).sum(1)
     assert moved.mean() < 0.95
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["arms"]
+    last = log_of(tmp_path)[-1]["arms"]
     assert last[f"uniform-frozen-{half}-k2"]["fvu"] > 1.3 * last["uniform-k2"]["fvu"]
     closest = [
         (directions(one, "decoder") @ source.directions.T).amax(0).mean()

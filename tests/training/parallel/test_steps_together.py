@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import pytest
 import torch
+from looping import over
 from several import run
 from sparse_cases import of_all
-from training_cases import BATCH, D_SAE, STEPS, problem, step_of
+from training_cases import BATCH, CPU, D_SAE, STEPS, problem, step_of
 
 from llm_wsae.machine.processes import collectives, join
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
@@ -28,7 +28,7 @@ STRATEGIES = {"rows": DataParallel, "latents": LatentParallel}
 @contextmanager
 def strategy_of(shard: str) -> Iterator[Strategy]:
     everyone = join()
-    with everyone.together(), collectives(everyone, torch.device("cpu")) as connected:
+    with everyone.together(), collectives(everyone, CPU) as connected:
         yield STRATEGIES[shard](connected)
 
 
@@ -104,13 +104,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("size, shard, dtype, matrix", CASES)
-def test_a_step_of_several_is_that_of_one(size, shard, dtype, matrix):
-    for name in STEPS:
-        check_together(size, shard, dtype, matrix, name)
-
-
-def check_together(size, shard, dtype, matrix, name):
+@over(case=CASES, name=STEPS)
+def test_a_step_of_several_is_that_of_one(case, name):
+    size, shard, dtype, matrix = case
     alone = numbers(SINGLE, name, dtype, matrix)
     together = whole([part[name] for part in outcomes(size, shard, dtype, matrix)], shard)
     assert together.keys() == alone.keys()
@@ -124,11 +120,11 @@ def check_together(size, shard, dtype, matrix, name):
 
 
 def test_each_process_draws_its_own_of_the_initial_latents():
-    d_sae, cpu = 3 * 4096, torch.device("cpu")
+    d_sae = 3 * 4096
     for d_in in (7, 64):
-        everyone = initial_parameters(d_in, d_sae, 5, cpu)
+        everyone = initial_parameters(d_in, d_sae, 5, CPU)
         for own in (range(0, 4096), range(4096, 3 * 4096), range(5000, 5001)):
-            mine = initial_parameters(d_in, d_sae, 5, cpu, own=own)
+            mine = initial_parameters(d_in, d_sae, 5, CPU, own=own)
             for found, expected in zip(mine[:3], everyone[:3], strict=True):
                 assert torch.equal(found, expected[own.start : own.stop])
             assert torch.equal(mine.decoder_bias, everyone.decoder_bias)

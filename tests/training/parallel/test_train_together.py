@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import PAIR, TRAIN, content, make_world, works
 from several import ROOT, launched, run, torchrun
-from training_cases import ARCHITECTURES, CONFIG, Planted
+from training_cases import CONFIG, CPU, Planted, arms_for, check_same, log_of
 
 from llm_wsae.artifact.files import load_own_tensors, load_tensors, open_tensors
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -24,7 +24,6 @@ from llm_wsae.training import checkpoint
 from llm_wsae.training.arm import Arm, make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, Rows, load_learnt, save_rows
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
@@ -36,33 +35,16 @@ CLOSE = 1e-5
 float32. Sums are added up in another order, and Adam makes more of it."""
 
 
-class Unlucky(Planted):
-    """Planted rows; something happens to the unlucky process where it reads batch 24."""
-
-    def __init__(self, unlucky=None, what=None):
-        super().__init__(massive=True)
-        self.what = what if os.environ.get("RANK", "alone") == str(unlucky) else None
-
-    def batches(self, batch_size, seed, start=0):
-        for number, rows in enumerate(super().batches(batch_size, seed, start), start):
-            if number == 24 and self.what is not None:
-                self.what()
-            yield rows
-
-
 def arms():
     """Every architecture, and dictionaries trained in spaces."""
-    statistics = Unlucky().statistics()
-    plain = choose_weights(statistics, ("uniform",), (1.0,))
     matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4 + torch.eye(16)
+    space, diagonal = WeightConfig(place="space"), torch.linspace(0.5, 1.5, 16)
     spaces = [
-        LossWeights(
-            torch.linspace(0.5, 1.5, 16), RULES["variance"], 0.5, WeightConfig(place="space")
-        ),
-        LossWeights(matrix, RULES["sensitivity"], 0.5, WeightConfig(place="space")),
+        LossWeights(diagonal, RULES["variance"], 0.5, space),
+        LossWeights(matrix, RULES["sensitivity"], 0.5, space),
         LossWeights(matrix.T @ matrix, RULES["sensitivity"], 1.0),
     ]
-    return [*make_arms(plain, (2,), (0.1,), architectures=ARCHITECTURES), *make_arms(spaces, (2,))]
+    return [*arms_for(Planted(massive=True)), *make_arms(spaces, (2,))]
 
 
 ALL = tuple(arm.name for arm in arms())
@@ -70,9 +52,11 @@ FEW = ("uniform-batch-topk-k2", "uniform-jumprelu-k2", "sensitivity-matrix-a0.5-
 
 
 def make(out, config=SHORT, names=ALL, unlucky=None, what=None):
-    """One process's part."""
+    """One process's part; something happens to the unlucky one where it reads batch 24."""
     chosen = [arm for arm in arms() if arm.name in names]
-    return list(train(Unlucky(unlucky, what), chosen, config, out))
+    is_unlucky = os.environ.get("RANK", "alone") == str(unlucky)
+    source = Planted(massive=True, stop_after=24 if is_unlucky else None, what=what)
+    return list(train(source, chosen, config, out))
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +75,6 @@ def together(tmp_path_factory):
     return outs
 
 
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def check_close(out, alone, names):
     for name in names:
         assert content(out / name).keys() == content(alone / name).keys()
@@ -102,26 +82,18 @@ def check_close(out, alone, names):
         for key, tensor in expected.state_dict().items():
             error = (found.state_dict()[key] - tensor).norm() / tensor.norm()
             assert error < CLOSE, (name, key, float(error))
-        assert found.info.metrics["training"] == log(out)[-1]["arms"][name]
-    assert [line["step"] for line in log(out)] == [10, 20, 30, 40]
-    for line, expected in zip(log(out), log(alone), strict=True):
+        assert found.info.metrics["training"] == log_of(out)[-1]["arms"][name]
+    assert [line["step"] for line in log_of(out)] == [10, 20, 30, 40]
+    for line, expected in zip(log_of(out), log_of(alone), strict=True):
         assert line["rows"] == expected["rows"] and line["arms"].keys() == set(names)
         for name, numbers in line["arms"].items():
             assert numbers == pytest.approx(expected["arms"][name], rel=CLOSE), name
 
 
-def check_same(out, expected):
-    for name in FEW:
-        file = f"{name}/sae_weights.safetensors"
-        assert (out / file).read_bytes() == (expected / file).read_bytes(), name
-    for one, other in zip(log(out), log(expected), strict=True):
-        assert one["arms"] == {name: other["arms"][name] for name in FEW}
-
-
 @pytest.mark.parametrize("shard", SHARDS)
 def test_several_processes_train_the_dictionaries_of_one(alone, together, shard):
     check_close(together[shard], alone, ALL)
-    dead = [numbers["dead"] for line in log(alone) for numbers in line["arms"].values()]
+    dead = [numbers["dead"] for line in log_of(alone) for numbers in line["arms"].values()]
     assert sum(share > 0 for share in dead) > len(dead) / 4  # so AuxK had work to do
 
 
@@ -154,13 +126,13 @@ def test_a_signal_to_one_process_stops_all_and_others_can_go_on(
     config = replace(SHORT, shard=shard)
     for outcome in run(2, make, tmp_path, config, FEW, 1, terminate):
         assert outcome.startswith("Interrupted: stopped after step 24 of 40, saved in")
-    assert [line["step"] for line in log(tmp_path)] == [10, 20]
+    assert [line["step"] for line in log_of(tmp_path)] == [10, 20]
     if then == 1:
         make(tmp_path, SHORT, FEW)
     else:
         assert isinstance(run(then, make, tmp_path, config, FEW)[0], list)
     if then == 2:
-        check_same(tmp_path, together[shard])
+        check_same(tmp_path, together[shard], FEW)
     check_close(tmp_path, alone, FEW)
 
 
@@ -178,28 +150,24 @@ def test_what_one_process_began_is_ended_by_several(alone, tmp_path):
 
 
 @pytest.mark.parametrize("shard, unlucky", [("rows", 0), ("rows", 1), ("latents", 1)])
-def test_a_killed_process_ends_all_and_loses_nothing(together, tmp_path, shard, unlucky):
+@pytest.mark.parametrize("what", [die, fail])
+def test_a_process_that_is_killed_or_cannot_read_its_rows_ends_all_and_loses_nothing(
+    together, tmp_path, shard, unlucky, what
+):
     config = replace(SHORT, shard=shard, checkpoint_seconds=0.0)
-    outcomes = run(2, make, tmp_path, config, FEW, unlucky, die)
-    assert outcomes[unlucky] is None
+    outcomes = run(2, make, tmp_path, config, FEW, unlucky, what)
     said = outcomes[1 - unlucky]
-    assert "exited without an error message" in said
-    assert "run the same command again to resume" in said
-    tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
-    assert json.loads(metadata["llm_wsae"])["step"] in (22, 23)
-    assert all(t.isfinite().all() for t in tensors.values())
+    if what == die:
+        assert outcomes[unlucky] is None and "exited without an error message" in said
+        assert "run the same command again to resume" in said
+        tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
+        assert json.loads(metadata["llm_wsae"])["step"] in (22, 23)
+        assert all(t.isfinite().all() for t in tensors.values())
+    else:
+        assert said.startswith("LlmWsaeError: the moon is full (stopped after step 24 of 40, ")
+        assert outcomes == [said] * 2
     assert run(2, make, tmp_path, config, FEW)[0] == list(FEW)
-    check_same(tmp_path, together[shard])
-
-
-@pytest.mark.parametrize("shard, unlucky", [("rows", 0), ("rows", 1), ("latents", 1)])
-def test_rows_that_one_process_cannot_read_lose_no_step(together, tmp_path, shard, unlucky):
-    config = replace(SHORT, shard=shard)
-    first, second = run(2, make, tmp_path, config, FEW, unlucky, fail)
-    assert first.startswith("LlmWsaeError: the moon is full (stopped after step 24 of 40, ")
-    assert second == first
-    assert run(2, make, tmp_path, config, FEW)[0] == list(FEW)
-    check_same(tmp_path, together[shard])
+    check_same(tmp_path, together[shard], FEW)
 
 
 def test_a_crash_of_one_process_ends_all_with_its_sentence(tmp_path):
@@ -243,7 +211,7 @@ def test_a_dictionary_of_many_processes_is_made_without_the_moments(tmp_path, mo
 
     monkeypatch.setattr(checkpoint, "open_tensors", watched)
     for config in arms():
-        arm, name = Arm(config, 16, 64, torch.device("cpu")), config.name
+        arm, name = Arm(config, 16, 64, CPU), config.name
         own = {key.removeprefix(f"{name}/"): t for key, t in kept.items() if key.startswith(name)}
         arm.load_state(own)
         read.clear()
