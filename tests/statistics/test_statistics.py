@@ -23,7 +23,6 @@ from llm_wsae.statistics.coherence import (
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.statistics.uncertainty import holm
-from llm_wsae.weights.inputs import RuleInputs
 
 
 def rows_of(n, d=5, seed=0, dtype=torch.float64):
@@ -37,24 +36,19 @@ def positions_of(n, context=32):
 
 
 def test_moments_equal_scipy():
-    x = rows_of(10_001)
-    s = Statistics(5, 32).update(x, positions_of(len(x)))
-    assert s.count == len(x)
-    torch.testing.assert_close(s.mean, x.mean(0))
-    torch.testing.assert_close(s.variance, x.var(0, correction=0))
-    torch.testing.assert_close(s.skewness, torch.tensor(stats.skew(x.numpy())))
-    torch.testing.assert_close(s.excess_kurtosis, torch.tensor(stats.kurtosis(x.numpy())))
-    assert torch.equal(s.minimum, x.amin(0)) and torch.equal(s.maximum, x.amax(0))
-
-
-def test_float32_rows_give_the_moments_to_six_digits():
-    x = rows_of(50_000, dtype=torch.float32) * 100
-    s = Statistics(5, 32).update(x, positions_of(len(x)))
-    exact = x.double()
-    torch.testing.assert_close(s.mean, exact.mean(0), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(s.variance, exact.var(0, correction=0), rtol=2e-6, atol=0)
-    kurtosis = torch.tensor(stats.kurtosis(exact.numpy()))
-    torch.testing.assert_close(s.excess_kurtosis, kurtosis, rtol=1e-5, atol=1e-5)
+    """Also to six digits from float32 rows, and at a large offset."""
+    for x, rtol in (
+        (rows_of(10_001), 1e-7),
+        (rows_of(50_000, dtype=torch.float32) * 100, 1e-5),
+        (rows_of(5000) + 1e6, 1e-6),
+    ):
+        s, exact = Statistics(5, 32).update(x, positions_of(len(x))), x.double()
+        assert s.count == len(x)
+        torch.testing.assert_close(s.mean, exact.mean(0), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(s.variance, exact.var(0, correction=0), rtol=rtol, atol=0)
+        kurtosis = torch.tensor(stats.kurtosis(exact.numpy()))
+        torch.testing.assert_close(s.excess_kurtosis, kurtosis, rtol=rtol, atol=10 * rtol)
+        assert torch.equal(s.minimum, exact.amin(0)) and torch.equal(s.maximum, exact.amax(0))
 
 
 def test_powers_of_rows_that_outgrow_float32_are_finite():
@@ -67,12 +61,6 @@ def test_powers_of_rows_that_outgrow_float32_are_finite():
         again.check_varying()
 
 
-def test_large_offset_loses_nothing():
-    x = rows_of(5000) + 1e6
-    s = Statistics(5, 32).update(x, positions_of(len(x)))
-    torch.testing.assert_close(s.variance, x.var(0, correction=0), rtol=1e-8, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_constant_dimension_has_no_variance(dtype):
     """0.1 is not the rounded mean of 512 times 0.1, nor of 300 and then 411 times."""
@@ -82,20 +70,10 @@ def test_a_constant_dimension_has_no_variance(dtype):
         Statistics(3, 32).update(part, positions_of(len(part))) for part in x.split([300, 411, 989])
     )
     for s in (first.merge(second).merge(third), Statistics(3, 32).update(x, positions_of(1700))):
-        assert float(s.variance[1]) == 0 and float(s.skewness[1]) == 0
+        assert float(s.variance[1]) == 0
         assert float(s.excess_kurtosis[1]) == -3
         torch.testing.assert_close(s.variance[::2], x[:, ::2].double().var(0, correction=0))
     assert Statistics(3, 32).variance.tolist() == [0, 0, 0]
-
-
-def test_parts_that_begin_alike_are_sampled_apart():
-    """Shards of documents with one beginning, each in contexts of its own."""
-    shared, x = rows_of(20, seed=9), rows_of(3000)
-    merged = Statistics(5, 32, sample_rows=64)
-    for part in x.split(100):
-        own = torch.cat([shared, part])
-        merged.merge(Statistics(5, 32, sample_rows=64).update(own, positions_of(len(own))))
-    assert len(set(merged._priority.tolist())) == len(merged.sample) == 64
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,7 +89,7 @@ def test_merging_parts_equals_one_pass(sizes):
         part.update(x[start : start + size], p[start : start + size])
         merged.merge(part)
         start += size
-    for name in ("mean", "variance", "skewness", "excess_kurtosis", "minimum", "maximum"):
+    for name in ("mean", "variance", "excess_kurtosis", "minimum", "maximum"):
         torch.testing.assert_close(getattr(merged, name), getattr(whole, name))
     assert merged.count == whole.count
     assert torch.equal(merged._norms, whole._norms)
@@ -170,15 +148,14 @@ def test_small_samples_of_shards_merge_into_a_uniform_one():
 
 
 def test_parts_that_begin_alike_do_not_draw_the_same_rows():
-    """Shards all begin at row 0: one seed for all would sample the same places in each."""
-    numbers = torch.arange(1000.0)[:, None]
-    total = Statistics(1, 32, sample_rows=400)
+    """Shards of documents with one beginning: one seed for all would sample the same places."""
+    beginning, total = torch.arange(20.0)[:, None], Statistics(1, 32, sample_rows=400)
     for shard in range(20):
-        total.merge(
-            Statistics(1, 32, sample_rows=100).update(numbers + shard / 64, positions_of(1000))
-        )
+        rows = torch.cat([beginning, 20 + torch.arange(980.0)[:, None] + shard / 64])
+        total.merge(Statistics(1, 32, sample_rows=100).update(rows, positions_of(1000)))
     places = total.sample[:, 0].floor().unique()
     assert len(total.sample) == 400 and len(places) > 300
+    assert len(set(total._priority.tolist())) == 400
 
 
 def test_round_trip_and_bf16(tmp_path):
@@ -198,41 +175,8 @@ def test_bad_rows_are_refused():
     with pytest.raises(LlmWsaeError, match="1 of 10 rows hold NaN"):
         s.update(x, positions_of(10))
     assert s.count == 0
-    with pytest.raises(LlmWsaeError, match="lack the tensor 'mean'"):
-        Statistics.from_tensors({"count": torch.tensor([0, 1, 1])})
-
-
-def test_tensors_that_cannot_be_statistics():
-    """A checksum shows what was written, not that it makes sense."""
-    whole = Statistics(5, 32).update(rows_of(200), positions_of(200)).to_tensors()
-    nan = torch.tensor([0, 1, torch.nan, 0, 0], dtype=torch.float64)
-    for changes, sentence in (
-        ({"mean": nan}, "their tensor 'mean' holds NaN or infinite numbers"),
-        ({"m2": nan / 0}, "their tensor 'm2' holds NaN or infinite numbers"),
-        ({"m2": -whole["m2"]}, "they have a negative variance"),
-        ({"m2": whole["m2"][:4]}, r"their tensor 'm2' is float64 of shape \[4\]"),
-        ({"m2": whole["m2"].long()}, r"their tensor 'm2' is int64 of shape \[5\]"),
-        ({"mean": whole["mean"][:4]}, r"their tensor 'm2' is float64 of shape \[5\]"),
-        ({"sample": whole["sample"] * torch.inf}, "'sample' holds NaN or infinite numbers"),
-        ({"sample_priority": nan}, r"'sample_priority' is float64 of shape \[5\]"),
-        ({"count": whole["count"][:1]}, r"their tensor 'count' is int64 of shape \[1\]"),
-        ({"count": -whole["count"]}, "their tensor 'count' has a negative count"),
-        ({"count": whole["count"].double()}, r"their tensor 'count' is float64 of shape \[3\]"),
-        ({"norms": whole["norms"][:, 1:]}, "their tensor 'norms' is int64 of shape"),
-        ({"norms": 0 * whole["norms"]}, "they count 200 rows and 0 norms"),
-    ):
-        with pytest.raises(LlmWsaeError, match=sentence):
-            Statistics.from_tensors(whole | changes)
-    Statistics.from_tensors(Statistics(5, 32).to_tensors())  # of a shard without rows
-    found = Statistics.from_tensors(whole)
-    found.check_of(5, 32, 200)
-    for of, sentence in (
-        ((6, 32, 200), "they are of 5 dimensions, not of 6"),
-        ((5, 16, 200), "they are of 32 tokens per context, not of 16"),
-        ((5, 32, 1201), "they are of 200 rows, not of 1,201"),
-    ):
-        with pytest.raises(LlmWsaeError, match=sentence):
-            found.check_of(*of)
+    with pytest.raises(LlmWsaeError, match="rows have 4 dimensions, not 5"):
+        SecondMoment(5).update(rows_of(20)[:, :4])
 
 
 def test_robust_covariance_is_that_of_the_clipped_sample():
@@ -259,7 +203,7 @@ def test_coherence_is_the_mean_cosine_of_all_pairs():
         assert float(found) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
 
 
-def test_strangers_are_pairs_of_different_contexts():
+def test_coherence_of_strangers_is_over_pairs_of_different_contexts():
     x, context = draw(6, 7), torch.tensor([4, 4, 2, 7, 7, 7])
     pairs = [float(x[i] @ x[j]) for i, j in combinations(range(6), 2) if context[i] != context[j]]
     found = coherence_of_strangers(x, context)
@@ -334,31 +278,6 @@ def exchanged(parts):
 
     with ThreadPoolExecutor(len(parts)) as pool:
         return list(pool.map(one, range(len(parts))))
-
-
-def test_tensors_that_cannot_be_sums():
-    whole = SecondMoment(5).update(rows_of(200)).to_tensors()
-    ones = 1e9 * (1 - torch.eye(5, dtype=torch.float64))
-    for changes, sentence in (
-        ({"mean": whole["mean"][:4]}, r"their tensor 'scatter' is float64 of shape \[5, 5\]"),
-        ({"scatter": whole["scatter"][:4]}, r"their tensor 'scatter' is float64 of shape \[4, 5\]"),
-        ({"scatter": whole["scatter"] / 0}, "their tensor 'scatter' holds NaN or infinite"),
-        ({"scatter": -whole["scatter"]}, "they have a negative variance"),
-        ({"scatter": whole["scatter"].triu()}, "their covariances are not symmetric"),
-        ({"scatter": whole["scatter"] + ones}, "a covariance that outgrows its variances"),
-        ({"mean": whole["mean"] * torch.nan}, "their tensor 'mean' holds NaN"),
-        ({"count": whole["count"].repeat(2)}, r"their tensor 'count' is int64 of shape \[2\]"),
-        ({"count": -whole["count"]}, "their tensor 'count' has a negative count"),
-    ):
-        with pytest.raises(LlmWsaeError, match=sentence):
-            SecondMoment.from_tensors(whole | changes)
-    with pytest.raises(LlmWsaeError, match="rows have 4 dimensions, not 5"):
-        SecondMoment(5).update(rows_of(200)[:, :4])
-    other = RuleInputs(Statistics(4, 32), second_moment=SecondMoment(5).update(rows_of(200)))
-    with pytest.raises(LlmWsaeError, match="covariance is of 5 dimensions and the statistics of 4"):
-        _ = other.covariance
-    with pytest.raises(LlmWsaeError, match="they lack the tensor 'scatter'"):
-        SecondMoment.from_tensors({name: whole[name] for name in ("count", "mean")})
 
 
 def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():

@@ -257,30 +257,20 @@ def picture_size(path):
 
 
 def test_the_figures_are_drawn(tmp_path):
-    statistics = site_statistics()
-    weights = [weights_from_rule("variance", a, statistics) for a in (0.5, -0.25)]
+    statistics, path, site = site_statistics(), tmp_path / "profile.png", "blocks.1.hook_resid_post"
+    weights = [weights_from_rule("variance", alpha / 10, statistics) for alpha in range(12)]
     inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
-    weights.append(weights_from_rule("whitening", 0.5, inputs))
-    plot_profile(statistics, weights, "blocks.1.hook_resid_post", tmp_path / "profile.png")
-    width, height = picture_size(tmp_path / "profile.png")
+    matrix = weights_from_rule("whitening", 0.5, inputs)
+    plot_profile(statistics, [*weights[:2], matrix], site, path)
+    width, height = picture_size(path)
     assert width > 800 and height > 800
-    many = [weights_from_rule("variance", alpha / 10, statistics) for alpha in range(12)]
-    plot_profile(statistics, many, "blocks.1.hook_resid_post", tmp_path / "profile.png")
-    assert picture_size(tmp_path / "profile.png") == (width, height // 3 * 7)
-    numbers = {
-        "fvu": 0.2,
-        "ce_recovered": 0.9,
-        "ce_recovered_interval": (0.88, 0.92),
-        "kl": 0.3,
-        "kl_interval": (0.2, 0.4),
-    }
-    arms = {"uniform-k32": numbers, "variance-a0.5-k32": {**numbers, "fvu": 0.3}}
-    plot_fidelity(arms, "blocks.1.hook_resid_post", tmp_path / "fidelity.png")
-    size = picture_size(tmp_path / "fidelity.png")
-    assert size[0] > 800
+    plot_profile(statistics, weights, site, path)
+    assert picture_size(path) == (width, height // 3 * 7)
+    numbers = {"fvu": 0.2, "ce_recovered": 0.9, "ce_recovered_interval": (0.88, 0.92)}
+    numbers |= {"kl": 0.3, "kl_interval": (0.2, 0.4)}
     unknown = {"fvu": None, "ce_recovered": None, "ce_recovered_interval": (None, None)}
-    unknown["kl_interval"] = (None, None)
-    arms["variance-a0.5-k32"] |= unknown
-    plot_fidelity(arms, "blocks.1.hook_resid_post", tmp_path / "fidelity.png")
-    assert picture_size(tmp_path / "fidelity.png") == size
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["fidelity.png", "profile.png"]
+    unknown |= {"kl": 0.3, "kl_interval": (None, None)}
+    for second in ({**numbers, "fvu": 0.3}, unknown):
+        arms = {"uniform-k32": numbers, "variance-a0.5-k32": second}
+        plot_fidelity(arms, site, path)
+        assert picture_size(path)[0] > 800
