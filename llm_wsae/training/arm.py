@@ -49,18 +49,19 @@ class ArmConfig:
     """One of ``architecture_names()``."""
 
     def __post_init__(self) -> None:
-        if self.kind.setting == "k" and self.k is None:
+        name, takes_k = self.architecture, self.kind.setting == "k"
+        if takes_k and self.k is None:
             raise UsageError(
-                f"a {self.architecture} arm needs k; to train with an L1 penalty instead, choose "
-                "the architecture relu"
+                f"a {name} arm needs k; to train with an L1 penalty instead, choose the "
+                "architecture relu"
             )
-        if self.kind.setting == "l1" and self.k is not None:
-            raise UsageError(f"the architecture {self.architecture} takes an L1 coefficient, not k")
         check_numbers(self, l1=0)
-        if self.kind.setting == "k" and self.l1:
+        if not takes_k and self.k is not None:
+            raise UsageError(f"the architecture {name} takes an L1 coefficient, not k")
+        if takes_k and self.l1:
             raise UsageError(
-                f"the architecture {self.architecture} takes k, not an L1 coefficient; leave l1 at "
-                "0, or choose the architecture relu"
+                f"the architecture {name} takes k, not an L1 coefficient; leave l1 at 0, or choose "
+                "the architecture relu"
             )
 
     @property

@@ -145,6 +145,15 @@ class _SeveralProcesses(Strategy):
     def all_agree(self, yes: bool) -> bool:
         return bool(self._collectives.min_(torch.tensor(int(yes))))
 
+    def batch_topk(
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
+    ) -> RaggedCodes:
+        rows_differ = self.latent_parts == 1
+        first = _MORE_OF_ROWS * k if rows_differ else _MORE_OF_LATENTS * k / self.latent_parts
+        return largest_of_all(
+            self._collectives, encode, k, kept, rows_differ=rows_differ, first=first
+        )
+
 
 class DataParallel(_SeveralProcesses):
     """Each process has an equal part of the rows of a batch, up to chance."""
@@ -167,12 +176,6 @@ class DataParallel(_SeveralProcesses):
 
     def largest_over_rows(self, values: Float[Tensor, " latents"]) -> Float[Tensor, " latents"]:
         return -self._collectives.min_(-values)
-
-    def batch_topk(
-        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
-    ) -> RaggedCodes:
-        given = (self._collectives, encode, k, kept)
-        return largest_of_all(*given, rows_differ=True, first=_MORE_OF_ROWS * k)
 
 
 class LatentParallel(_SeveralProcesses):
@@ -199,14 +202,6 @@ class LatentParallel(_SeveralProcesses):
     def topk(self, codes: Codes, k: int) -> RaggedCodes:
         chosen = largest_in_rows(self._collectives, codes.values, k) & (codes.values > 0)
         return keep_slots(ragged(codes), chosen.flatten())
-
-    def batch_topk(
-        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
-    ) -> RaggedCodes:
-        given = (self._collectives, encode, k, kept)
-        return largest_of_all(
-            *given, rows_differ=False, first=_MORE_OF_LATENTS * k / self.latent_parts
-        )
 
     def keep_largest(self, active: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows own"]:
         own = active.topk(min(k, active.shape[1]), dim=1, sorted=False).values
