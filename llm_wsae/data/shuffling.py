@@ -107,29 +107,6 @@ class SiteRows(Protocol):
         [contexts, positions]."""
 
 
-@runtime_checkable
-class SharedSource(ActivationSource, Protocol):
-    """A source that can read a part of every batch without reading the rest."""
-
-    def batches_of_part(
-        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
-    ) -> Iterator[Tensor]:
-        """As ``batches``."""
-
-
-JointSource = SiteRows
-
-
-class ReadInParts:
-    """What makes a source a ``SharedSource``."""
-
-    def batches_of_part(
-        self: Any, batch_size: int, seed: int, start: int, part: tuple[int, int]
-    ) -> Iterator[Tensor]:
-        """As ``batches``."""
-        return self.batches(batch_size, seed, start, part)
-
-
 class Share:
     """Some rows of a run, in its order; length and slices are those of the complete run."""
 

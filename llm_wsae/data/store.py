@@ -34,7 +34,7 @@ from llm_wsae.data.manifest import (
 )
 from llm_wsae.data.packing import Contexts, load_contexts
 from llm_wsae.data.shard_reader import RowReader, RowShard
-from llm_wsae.data.shuffling import WINDOW_BYTES, ReadInParts, shuffled_batches
+from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.model.site import Site
@@ -253,7 +253,7 @@ class ActivationStore:
         return load_contexts(path, record.first, record.next)
 
 
-class StoreSource(ReadInParts):
+class StoreSource:
     """The rows of one site of a store, as an ActivationSource."""
 
     def __init__(self, store: ActivationStore, site: Site, window_bytes: int = WINDOW_BYTES):

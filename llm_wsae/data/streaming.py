@@ -26,7 +26,7 @@ from llm_wsae.data.finishing import NO_ROWS
 from llm_wsae.data.harvesting import kept_rows
 from llm_wsae.data.packing import Contexts, Packer
 from llm_wsae.data.resume import too_small
-from llm_wsae.data.shuffling import ReadInParts, Share, cut, shuffle, shuffled_share
+from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
 from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads
@@ -243,7 +243,7 @@ class ActivationStreams:
         return new
 
 
-class StreamedSite(ReadInParts):
+class StreamedSite:
     """One site of a stream, as an ActivationSource. Of several, its own batches leave the rows of
     the others unused."""
 

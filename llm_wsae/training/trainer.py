@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
+from llm_wsae.data.shuffling import ActivationSource, SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
@@ -55,53 +55,41 @@ def train(
 
     Under ``torchrun`` all processes make the same call and train the same dictionaries together, up
     to the order in which numbers are added; ``config.shard`` says what is distributed. They need a
-    folder that all can reach, and a run may be resumed with another number of processes. Of a
-    source that is not a ``SharedSource``, each process reads all rows.
+    folder that all can reach, and a run may be resumed with another number of processes.
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
     SIGTERM. When the source fails, in whichever process, a checkpoint and the dictionaries as they
     are then are saved first.
     """
-
-    def batches(start: int, part: tuple[int, int]) -> Iterator[Tensor]:
-        wanted, (number, parts) = (config.batch_size, config.shuffle_seed, start), part
-        if isinstance(source, SharedSource):
-            return source.batches_of_part(*wanted, part)
-        if parts == 1:
-            return source.batches(*wanted)
-        return (batch.tensor_split(parts)[number] for batch in source.batches(*wanted))
-
-    return _train([(source, arms, Path(out))], batches, config)[0]
+    return _train([(source, arms, Path(out))], source.batches, config)[0]
 
 
 def train_sites(
-    source: JointSource,
-    arms: Mapping[Site, Sequence[ArmConfig]],
-    config: TrainConfig,
-    out: Path,
+    rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]], config: TrainConfig, out: Path
 ) -> dict[Site, dict[str, Dictionary]]:
-    """Train the arms of several sites in step, on rows that are computed together.
+    """Train the arms of several sites: of a stream in step, since one forward pass gives the rows
+    of all; of a store one after the other.
 
     Each site has its own folder under ``out``, named after it, as ``train`` would fill it.
     Everything else is as for ``train``.
     """
-    if unknown := [str(site) for site in arms if site not in source.sites]:
+    if unknown := [str(site) for site in arms if site not in rows.sites]:
         raise UsageError(
-            f"the rows that are computed are of {', '.join(map(str, source.sites))}, not of "
+            f"the rows that are computed are of {', '.join(map(str, rows.sites))}, not of "
             f"{', '.join(unknown)}"
         )
-    jobs = [(source.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
+    jobs = [(rows.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
+    if rows.in_step:
+        places = [rows.sites.index(site) for site in arms]
+        trained = _train(jobs, rows.batches, config, places)
+    else:
+        trained = [train(source, own, config, folder) for source, own, folder in jobs]
+    return dict(zip(arms, trained, strict=True))
 
-    def batches(start: int, part: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
-        return source.batches(config.batch_size, config.shuffle_seed, start, part)
 
-    places = [source.sites.index(site) for site in arms]
-    return dict(zip(arms, _train(jobs, batches, config, places), strict=True))
-
-
-_Batches = Callable[[int, tuple[int, int]], Iterator[Any]]
-"""From (number of the first batch, part of the rows): batches, or tuples of them by site."""
+_Batches = Callable[[int, int, int, tuple[int, int]], Iterator[Any]]
+"""Those of a source, or of several sites."""
 
 
 def _train(
@@ -166,7 +154,8 @@ class _Steps:
         self._config, self._strategy = first.config, first.strategy
         self._processes = first.processes
         self._done = min(training.reached for training in trainings)
-        self._rows = batches(self._done, self._strategy.row_part)
+        wanted = (self._config.batch_size, self._config.shuffle_seed, self._done)
+        self._rows = batches(*wanted, self._strategy.row_part)
         self._failure: LlmWsaeError | None = None  # of the rows of the next step
         self._saved_at = time.monotonic()
         self.stopped: list[int] = []

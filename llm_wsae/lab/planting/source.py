@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.packing import Contexts
 from llm_wsae.data.shard_reader import RowReader
-from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, ReadInParts, shuffled_batches
+from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
@@ -44,7 +44,7 @@ class Firings(NamedTuple):
     """How strongly it fires, in the units of the rows."""
 
 
-class PlantedSource(ReadInParts):
+class PlantedSource:
     """One site of a store with plants in its rows, as an ActivationSource.
 
     The last rows of the store are held out of the batches and of the statistics; ``heldout`` gives
