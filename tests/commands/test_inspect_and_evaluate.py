@@ -5,6 +5,7 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,6 +38,19 @@ def dense(world):
     store = ActivationStore.open(world / "store")
     rows = store.rows(Site.parse(SITE), 0, store.num_rows).float()
     return Dictionary.load(world / PLAIN).encode(rows)
+
+
+@contextmanager
+def changed(packing=None, **model):
+    """A dictionary that says that it is of another model."""
+    one = Dictionary.load(PLAIN)
+    one.info.model.update(model)
+    one.info.store["packing"] = packing or one.info.store["packing"]
+    one.save("changed")
+    try:
+        yield
+    finally:
+        shutil.rmtree("changed")
 
 
 def test_latents_alone(inside):
@@ -119,53 +133,38 @@ def test_a_sentence(inside):
 
 def test_a_model_with_other_weights_is_warned_of(inside):
     other = LanguageModel.load("model")
-    changed = Dictionary.load(PLAIN)
-    changed.info.model["weights_sha256"] = "0" * 64
-    changed.save("changed")
-    try:
+    with changed(weights_sha256="0" * 64):
         result = works("inspect", "changed", "--latent", 0, "--model", "model")
         assert f"trained on a model whose weights differ from those of {other.name}" in result.err
         refused = call("inspect", "changed", "--latent", 0, "--store", "store")
         assert refused.code == 1 and "(other weights)" in refused.err
-    finally:
-        shutil.rmtree("changed")
 
 
 def test_a_model_that_cannot_be_loaded_hides_the_tokens_only(inside, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    changed = Dictionary.load(PLAIN)
-    changed.info.model.update(name="nobody/not-there", revision="x")
-    changed.info.store["packing"] = {"drop_positions": "1", "of the future": 2}
-    changed.save("changed")
-    try:
+    packing = {"drop_positions": "1", "of the future": 2}
+    with changed(packing, name="nobody/not-there", revision="x"):
         shown = works("inspect", "changed", "--latent", 0).out
         assert "writes to" in shown and "tokens are not shown: " in shown
         assert "nobody/not-there" in shown
         assert works("inspect", "changed", "--text", "w5 w6", "--model", "model").code == 0
         assert call("inspect", "changed", "--text", "w5").code != 0
-    finally:
-        shutil.rmtree("changed")
 
 
 def test_a_dictionary_makes_no_model_be_downloaded(inside, monkeypatch):
     """It may come from anybody, and name a model of any size."""
-    changed = Dictionary.load(PLAIN)
-    changed.info.model.update(name="some/model", revision="0" * 40)
-    changed.save("named")
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub = "huggingface_hub.HfApi.model_info"
     monkeypatch.setattr(hub, lambda *_, **__: asked.append(1) or 1 / 0)
-    try:
-        shown = works("inspect", "named", "--latent", 0).out
+    with changed(name="some/model", revision="0" * 40):
+        shown = works("inspect", "changed", "--latent", 0).out
         assert "tokens are not shown: 'some/model' is neither" in shown and "--model" in shown
-        assert call("inspect", "named", "--text", "w5").code == 2
+        assert call("inspect", "changed", "--text", "w5").code == 2
         assert not asked
         with pytest.raises(ZeroDivisionError):  # the user says so
-            call("inspect", "named", "--text", "w5", "--model", "some/model")
+            call("inspect", "changed", "--text", "w5", "--model", "some/model")
         assert asked
-    finally:
-        shutil.rmtree("named")
 
 
 def test_the_public_verb_takes_folders_or_opened_things(inside, dense, capsys):
@@ -197,8 +196,16 @@ MISTAKES = {
     "word": ((PLAIN, "--latent", "three"), 2, "--latent"),
     "top": ((PLAIN, "--latent", 1, "--top", 0), 2, "top is 0, but must be at least 1"),
     "no dictionary": (("nowhere", "--latent", 1), 1, "nowhere is not a folder"),
-    "no store": ((PLAIN, "--latent", 1, "--store", "nowhere"), 1, "no activation store in nowhere"),
-    "not a store": ((PLAIN, "--latent", 1, "--store", "model"), 1, "no activation store in model"),
+    "no store": (
+        (PLAIN, "--latent", 1, "--store", "nowhere"),
+        1,
+        "there is no activation store in nowhere",
+    ),
+    "not a store": (
+        (PLAIN, "--latent", 1, "--store", "model"),
+        1,
+        "there is no activation store in model",
+    ),
     "text without a model": (
         (PLAIN, "--text", "w1"),
         2,
@@ -313,14 +320,8 @@ def test_half_random_dictionaries_are_kept_beside_the_others(words, world, tmp_p
 def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
     words[words.index("all")] = "heldout"
     before = {name: content(tmp_path / name) for name in NAMES}
-    asked = (
-        "--score.encoder",
-        world / "encoder",
-        "--monosemantic",
-        "--score.tokens",
-        1500,
-        "--keep",
-    )
+    asked = ["--monosemantic", "--keep", "--score.tokens", 1500]
+    asked += ["--score.encoder", world / "encoder"]
     report = works(*words, *asked, "--json").json
     for name in NAMES:
         after = content(tmp_path / name)
@@ -359,13 +360,8 @@ def test_what_cannot_be_done_is_said_before_the_work(words, tmp_path, world):
 
     asked = ("--score.encoder", world / "encoder", "--monosemantic", "--score.tokens")
     fails("is not a sentence encoder", *asked, 3000, "--score.encoder", world / "model")
-    fails(
-        "no document has a label 'nmber'; did you mean 'number'",
-        *asked,
-        3000,
-        "--score.labels",
-        "nmber",
-    )
+    labels = ("--score.labels", "nmber")
+    fails("no document has a label 'nmber'; did you mean 'number'", *asked, 3000, *labels)
     fails("but 1,000,000 in at least 2 contexts are needed", *asked, 1_000_000, code=1)
     fails("--score: tokens is 0, but must be at least 1", *asked, 0)
     fails("--score.labels: only with --monosemantic; add that", "--score.labels", "number")

@@ -1,12 +1,10 @@
 """What was found about the monosemanticity of dictionaries: one JSON object, one table."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
 from llm_wsae.statistics.documents import TextSize
@@ -81,10 +79,6 @@ class MonosemanticReport:
             for name, scores in self.dictionaries.items()
         }
         return plain(vars(self) | {"dictionaries": found})
-
-    def write(self, path: Path) -> None:
-        """Write the JSON report. Raises LlmWsaeError if that is impossible."""
-        write_json(path, self.to_dict())
 
     def table(self) -> str:
         """A table for people, with the meaning of each column below it."""
