@@ -1,19 +1,16 @@
-"""The gate for what comes from outside: JSON, YAML, headers of GGUF, paths, numbers of options, the
-environment.
+"""The gate for what comes from outside: JSON, paths, numbers of options, the environment.
 
 Whoever wrote it, it has the expected type and a size that can be worked with, or it is refused with
 a sentence. Typed readers (``number``, ``text``, …) give None for a value of another type: others'
-files are shown and believed as far as they make sense. Files of other formats have parsers of their
-own in the libraries that read them; ``parsing`` turns whatever those raise into a sentence.
+files are shown and believed as far as they make sense. ``parsing`` turns whatever a library raises
+about a file into a sentence.
 """
 
 import dataclasses
 import json
 import math
-import mmap
 import os
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -32,15 +29,6 @@ SHARE = (0, 1)
 LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
-_LARGEST_YAML = 1 << 16  # characters; brackets that are never closed take a second
-# Of a GGUF header, several times what the largest models have:
-_MOST_ENTRIES = 1 << 16  # keys, and tensors
-_MOST_ITEMS = 1 << 22  # in all its lists, such as a vocabulary
-_LONGEST_TEXT = 1 << 20  # bytes; a template for a chat
-_LONGEST_ITEM = 1 << 14  # bytes of a text in a list
-_MOST_DIMENSIONS = 4
-_GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_UINT32, _GGUF_TEXT, _GGUF_LIST = 4, 8, 9
 
 
 def check_token() -> None:
@@ -113,115 +101,6 @@ def parse_json(text: str | bytes, what: str) -> Any:
         raise LlmWsaeError(f"{what} is not readable JSON: it is nested too deeply") from None
     except ValueError as error:
         raise LlmWsaeError(f"{what} is not readable JSON: {reason(error)}") from None
-
-
-def parse_yaml(text: str, what: str) -> dict[str, Any]:
-    """The object that a YAML text describes; what aliases share stays shared.
-
-    Raises LlmWsaeError for anything else, and for a large text.
-    """
-    if len(text) > _LARGEST_YAML:
-        raise LlmWsaeError(f"{what} is too large to be read")
-    import yaml  # only a push reads any
-
-    with parsing(f"{what} cannot be read"):
-        value = {} if (found := yaml.safe_load(text)) is None else found
-    if not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
-        raise LlmWsaeError(f"{what} cannot be read: it is not a list of names with values")
-    return value
-
-
-def gguf_sizes(path: Path) -> tuple[int, int]:
-    """How many tensors a GGUF file has, and how many numbers they hold.
-
-    The header is walked here because the package gguf does not see the end of a file: there it
-    reads empty arrays, so a list that is said to have 2⁴⁰ numbers fills the memory. And zeros at
-    the end of a file, which take no disk, are as many tensors as the header says. Raises ValueError
-    for counts and lengths that the file does not have, or that no model can have.
-    """
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _GgufHeader(data).sizes()
-    except struct.error:
-        raise ValueError("it ends within its header") from None
-
-
-class _GgufHeader:
-    """A walk through a header; struct.error where the file ends before it."""
-
-    def __init__(self, data: mmap.mmap):
-        self._data, self._at, self._items = data, 4, 0
-
-    def sizes(self) -> tuple[int, int]:
-        from gguf import GGML_QUANT_SIZES
-
-        if self._data[:4] != b"GGUF":
-            raise ValueError("it is not a GGUF file")
-        if (version := self._number("I")) not in (2, 3):
-            raise ValueError(f"version {version} of GGUF is not supported")
-        tensors, keys = self._count("tensors"), self._count("keys")
-        alignment = 32
-        for _ in range(keys):
-            name, kind = self._text(), self._number("I")
-            self._value(kind)
-            if name == b"general.alignment":
-                (alignment,) = struct.unpack_from("<I", self._data, self._at - 4)
-                if kind != _GGUF_UINT32 or alignment.bit_count() != 1:
-                    raise ValueError("its tensors are aligned to no power of two")
-        numbers, stored, end = 0, 0, 0
-        for _ in range(tensors):
-            self._text()
-            rank = self._count("dimensions of a tensor", _MOST_DIMENSIONS, "I")
-            size = math.prod(self._number() for _ in range(rank))
-            kind, offset = self._number("I"), self._number()
-            if kind not in GGML_QUANT_SIZES:
-                raise ValueError(f"it has a tensor of the unknown type {kind}")
-            block, block_bytes = GGML_QUANT_SIZES[kind]  # type: ignore[index]
-            length = size // block * block_bytes
-            numbers, stored, end = numbers + size, stored + length, max(end, offset + length)
-        if max(stored, end) > len(self._data) - (self._at + -self._at % alignment):
-            raise ValueError("its tensors do not fit into it; download it again")
-        return tensors, numbers
-
-    def _number(self, code: str = "Q") -> int:
-        (value,) = struct.unpack_from(f"<{code}", self._data, self._at)
-        self._at += struct.calcsize(f"<{code}")
-        return int(value)
-
-    def _count(self, what: str, most: int = _MOST_ENTRIES, code: str = "Q") -> int:
-        value = self._number(code)
-        if value > most:
-            raise ValueError(f"its header has {value:,} {what}, which is too many")
-        return value
-
-    def _text(self, longest: int = _LONGEST_TEXT) -> bytes:
-        (length,) = struct.unpack_from("<Q", self._data, self._at)
-        if length > longest:
-            raise ValueError(f"its header has a text of {length:,} bytes, which is too long")
-        begin = self._at + 8
-        self._at = begin + length
-        return self._data[begin : self._at]
-
-    def _value(self, kind: int) -> None:
-        if kind == _GGUF_TEXT:
-            self._text()
-        elif kind == _GGUF_LIST:
-            kind, length = self._number("I"), self._number()
-            self._items += length
-            if self._items > _MOST_ITEMS:
-                raise ValueError(f"its header has a list of {length:,} items, which is too long")
-            if kind == _GGUF_TEXT:
-                for _ in range(length):
-                    self._text(_LONGEST_ITEM)
-            else:
-                self._at += length * self._size(kind)
-        else:
-            self._at += self._size(kind)
-
-    def _size(self, kind: int) -> int:
-        if kind not in _GGUF_BYTES:
-            raise ValueError(f"its header has a value of the unknown type {kind}")
-        return _GGUF_BYTES[kind]
 
 
 def lines(file: IO[str], what: str) -> Iterator[str]:

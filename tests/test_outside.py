@@ -27,7 +27,6 @@ from llm_wsae.outside import (
     lines,
     local_path,
     parse_json,
-    parse_yaml,
     parsing,
     typed,
 )
@@ -38,23 +37,6 @@ def test_what_is_not_json(text):
     with pytest.raises(LlmWsaeError, match=r"^the notes is not readable JSON: ") as error:
         parse_json(text, "the notes")
     assert "\n" not in str(error.value)
-
-
-@over(
-    text=["a: [", "- a\n- b", "[a]: 1", "a: !!python/object:os.system {}", "x: " + "[" * 9000,
-          "x: " + "{" * 9000, "a: 2026-99-99", "a: \x07", "a" * (2 << 20)]
-)  # fmt: skip
-def test_what_is_not_yaml(text):
-    with pytest.raises(LlmWsaeError, match=r"^the card ") as error:
-        parse_yaml(text, "the card")
-    assert "\n" not in str(error.value)
-
-
-def test_yaml_is_read():
-    found = parse_yaml("a: &x [1, 2.5, yes]\nb: *x\nc: 2026-01-02\nd:\n", "the card")
-    assert found["a"] == found["b"] == [1, 2.5, True]
-    assert found["c"].year == 2026 and found["d"] is None
-    assert parse_yaml("", "the card") == {}
 
 
 @dataclass

@@ -29,11 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.machine.hardware import check_memory
-from llm_wsae.model.gguf_reading import gguf_read_once
+from llm_wsae.model.gguf_reading import gguf_read_once, gguf_sizes
 from llm_wsae.outside import (
     check_revision,
     check_token,
-    gguf_sizes,
     hub_is_unreachable,
     local_path,
     parsing,

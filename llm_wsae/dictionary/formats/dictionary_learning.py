@@ -2,11 +2,8 @@
 
 A pickle can run code, so it is opened only with torch's ``weights_only`` loader, which accepts
 nothing but tensors and containers, and the user is told. Before that, the archive around it is
-checked. It must be laid out as torch.save does it, so that torch's reader sees what was checked.
-Its records must be uncompressed (a compressed one could expand without end), lie apart, be no
-larger than ``config.json`` announces, and match the checksums stored with them. The file is mapped,
-not read, so a record that claims more than it has cannot cause a read beyond it; its size gives it
-away afterwards.
+written anew: its records may not be larger than ``config.json`` announces, must match the checksums
+stored with them, and torch reads the bytes that were checked.
 
 The classes, by ``dict_class``: AutoEncoder subtracts its bias from the input and is used with
 decoder columns of unit norm, AutoEncoderNew does neither; AutoEncoderTopK; GatedAutoEncoder;
@@ -14,17 +11,13 @@ BatchTopKSAE and MatryoshkaBatchTopKSAE encode with one threshold; JumpReluAutoE
 latent and does not subtract its bias.
 """
 
+import io
 import math
-import os
 import re
-import struct
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
-
-# Only the exception, which torch's loader raises; nothing here unpickles.
-from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -42,13 +35,11 @@ from llm_wsae.dictionary.formats.layout import (
     without_input_bias,
 )
 from llm_wsae.errors import LlmWsaeError, nearest, shown
-from llm_wsae.outside import integer, mapping, text
+from llm_wsae.outside import integer, mapping, parsing, text
 from llm_wsae.terminal import printable
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-_PIECE = 1 << 20  # bytes read at once
 _LARGEST_PICKLE = 1 << 20  # bytes of everything except tensors: names and shapes
-_RECORD = re.compile(r"[\w./-]+", re.ASCII)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POINT = re.compile(r"resid_(pre|mid|post)")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
@@ -151,8 +142,7 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
         **dict.fromkeys(("bias", "decoder.bias", "decoder_bias", "b_dec"), (d_in,)),
         "threshold": (d_sae,) if "W_enc" in wanted else (),
     }
-    records = _records(path, sum(8 * math.prod(shapes.get(name, (d_sae,))) for name in wanted))
-    found = _opened(path, records)
+    found = _opened(path, sum(8 * math.prod(shapes.get(name, (d_sae,))) for name in wanted))
     if missing := sorted(set(wanted) - set(found)):
         raise LlmWsaeError(f"{path} lacks the tensors {', '.join(missing)}")
     if strange := sorted(set(found) - set(wanted) - _UNUSED):
@@ -174,126 +164,41 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
     return {name: own_copy(tensor) for name, tensor in tensors.items()}
 
 
-def _records(path: Path, largest: int) -> list[int]:
-    """Sizes in bytes of the archive's tensor records, after checking all of the archive."""
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            _check_directory(file, archive.start_dir, len(entries))
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise LlmWsaeError(
-                    f"{path} is compressed, which torch.save never does, so it is not read"
-                )
-            if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
-                raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
-            _check_places(file, archive.start_dir, entries)
-            for entry in entries:
-                _check_record(archive, entry)
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        EOFError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        raise LlmWsaeError(f"{path} is not a complete file of torch.save: {error}") from error
-    return [entry.file_size for entry in entries if "/data/" in entry.filename]
-
-
-def _check_directory(file: IO[bytes], start: int, entries: int) -> None:
-    """The archive must end as torch.save ends one, without anything before, between or behind its
-    parts: elsewhere, torch's reader could find another directory than Python's.
-
-    Raises ValueError if it does not.
-    """
-    file.seek(0)
-    begins = file.read(4) == b"PK\3\4"  # or torch would take it for another format
-    end = file.seek(-22, os.SEEK_END)
-    signature, *disks, here, total, size, offset, comment = struct.unpack("<4s4H2LH", file.read(22))
-    plain = signature == b"PK\5\6" and not any(disks) and not comment and here == total
-    file.seek(max(0, end - 76))
-    longer, locator = file.read(56), file.read(20)
-    if locator[:4] == b"PK\6\7":
-        end -= 76
-        plain &= locator == struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
-        plain &= longer[:12] == struct.pack("<4sQ", b"PK\6\6", 44)
-        *disks, here, total, size, offset = struct.unpack("<2L4Q", longer[16:])
-        plain &= not any(disks) and here == total
-    if not (begins and plain and (total, offset, offset + size) == (entries, start, end)):
-        raise ValueError("its directory is not where torch.save writes one")
-
-
-def _check_places(file: IO[bytes], stop: int, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Every record must have a name of its own and bytes of its own, before the directory.
-
-    Raises ValueError if one has not.
-    """
-    after = 0
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
-        file.seek(entry.header_offset)
-        header = struct.unpack("<4s5H3L2H", file.read(30))
-        begin = entry.header_offset + 30 + sum(header[-2:])
-        longer = len(entry.extra) > 4 and entry.extra[:2] == b"\1\0"
-        sized = (
-            struct.unpack("<H", entry.extra[2:4]) == (len(entry.extra) - 4,) if longer else False
-        )
-        if (
-            header[0] != b"PK\3\4"
-            or entry.header_offset < after
-            or entry.compress_size != entry.file_size
-            or not _RECORD.fullmatch(entry.filename)
-            or (entry.extra and not sized)
-        ):
-            raise ValueError(f"its record {shown(entry.filename)} is not as torch.save writes one")
-        after = begin + entry.file_size
-    if after > stop or len({entry.filename.lower() for entry in entries}) < len(entries):
-        raise ValueError("its records are not apart")
-
-
-def _check_record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Read a record piece by piece; the archive raises if its checksum differs."""
-    if entry.CRC == 0:  # torch can be told to omit checksums
-        return
-    with archive.open(entry) as record:
-        while record.read(_PIECE):
-            pass
-
-
-def _opened(path: Path, records: list[int]) -> dict[str, Tensor]:
+def _opened(path: Path, largest: int) -> dict[str, Tensor]:
+    """What the pickle holds, by name; its tensors take at most ``largest`` bytes."""
     print(
         f"llm-wsae: {printable(str(path))} is a pickle; only tensors are taken from it (torch's "
         "weights_only loader), nothing in it is run",
         file=sys.stderr,
     )
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        UnpicklingError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        EOFError,
-        OSError,
-        MemoryError,
-        ImportError,
-    ) as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        raise LlmWsaeError(
-            f"{path} holds something other than a dictionary's tensors, or is damaged: {reason}"
-        ) from error
+    with parsing(f"{path} is not a complete file of torch.save"):
+        checked, sizes = _checked(path, largest)
+    with parsing(f"{path} holds something other than a dictionary's tensors, or is damaged"):
+        found = torch.load(checked, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and _is_plain(tensor) for name, tensor in found.items()
     ):
         raise LlmWsaeError(f"{path} is not a dictionary: it should hold tensors by name")
+    # torch believes the pickle about the size of a record, and would read beyond it.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found.values()}
-    if sorted(s.nbytes() for s in storages.values() if s.nbytes()) != sorted(filter(None, records)):
+    if sorted(s.nbytes() for s in storages.values() if s.nbytes()) != sorted(filter(None, sizes)):
         raise LlmWsaeError(f"{path} is damaged: its tensors do not have the sizes of its records")
     return found
+
+
+def _checked(path: Path, largest: int) -> tuple[IO[bytes], list[int]]:
+    """The archive, written anew in memory, and the sizes in bytes of its tensors' records."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(made, "w") as copy:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
+            raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
+            raise ValueError("two of its records have one name")
+        for entry in entries:
+            copy.writestr(entry.filename, archive.read(entry))  # raises if the checksum differs
+    made.seek(0)
+    return made, [entry.file_size for entry in entries if "/data/" in entry.filename]
 
 
 def _is_plain(tensor: Any) -> bool:

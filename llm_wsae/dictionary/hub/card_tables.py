@@ -14,8 +14,8 @@ _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
-_UNTRAINED = ("raw dimensions", "frozen random")
-_HALF_RANDOM = ("frozen decoder", "frozen encoder")
+_BASELINES = ("raw dimensions", "frozen random", "frozen decoder", "frozen encoder")
+_ENTROPIES = ("ce_clean", "ce_spliced", "ce_mean_ablated", "ce_zero_ablated", "ce_recovered_mean")
 _NOT_LEARNT = "none"
 _SHOWN = [measure for measure in FIDELITY if measure.card]
 
@@ -46,30 +46,30 @@ def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
     found: dict[str, Facts] = {}
     for d in dictionaries:
         measured = mapping(d.info.metrics.get("baselines"))
-        for name in (*_UNTRAINED, *_HALF_RANDOM):
+        for name in _BASELINES:
             if metrics := mapping(measured.get(name)):
                 info = replace(d.info, rule=_NOT_LEARNT, metrics=dict(metrics))
-                one = replace(d, sae_id=f"{name}, {d.info.site}", info=info)
-                found.setdefault(one.sae_id, replace(one, d_sae=None, sparsity="TopK", k=None))
+                sae_id = f"{name}, {d.info.site}"
+                one = replace(d, sae_id=sae_id, info=info, d_sae=None, sparsity="TopK", k=None)
+                found.setdefault(sae_id, one)
     return [*dictionaries, *found.values()]
 
 
 def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
     """What each dictionary is and how faithful it is to the model."""
     header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
-    header += [measure.title for measure in _SHOWN]
-    return markdown([header, *map(_row, dictionaries)], left=4)
-
-
-def _row(d: Facts) -> list[str]:
-    return [
-        f"`{d.sae_id}`",
-        f"{_count(d.d_in)} → {_count(d.d_sae)}",
-        escape(d.sparsity),
-        escape(rule_words(d)),
-        _NONE if is_plain(d) or d.info.rule == _NOT_LEARNT else f"{d.info.alpha:g}",
-        *(measure.text(mapping(d.info.metrics.get("fidelity"))) or _NONE for measure in _SHOWN),
+    rows = [
+        [
+            f"`{d.sae_id}`",
+            f"{_count(d.d_in)} → {_count(d.d_sae)}",
+            escape(d.sparsity),
+            escape(rule_words(d)),
+            _NONE if is_plain(d) or d.info.rule == _NOT_LEARNT else f"{d.info.alpha:g}",
+            *(one.text(mapping(d.info.metrics.get("fidelity"))) or _NONE for one in _SHOWN),
+        ]
+        for d in dictionaries
     ]
+    return markdown([[*header, *(one.title for one in _SHOWN)], *rows], left=4)
 
 
 def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
@@ -78,46 +78,36 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     if not measured:
         return ["Their fidelity was not measured; `llm-wsae evaluate --keep` measures it."]
     notes = ["; ".join(f"{one.title}: {one.meaning}" for one in _SHOWN) + "."]
-    beside = [d.sae_id.partition(", ")[0] for d in measured if d.info.rule == _NOT_LEARNT]
-    if any(name in _UNTRAINED for name in beside):
-        notes[0] += (
-            " Raw dimensions (two latents for each dimension of the activations) and frozen random "
-            "(random directions) are untrained."
+    if any(d.info.rule == _NOT_LEARNT for d in measured):
+        notes.append(
+            "Raw dimensions (two latents for each dimension of the activations) and frozen random "
+            "(random directions) are untrained; of frozen decoder and frozen encoder one half is "
+            "random, the other was trained. A number says little unless it is far from theirs."
         )
-    if any(name in _HALF_RANDOM for name in beside):
-        notes[0] += (
-            " Of frozen decoder and frozen encoder one half is random, the other was trained."
-        )
-    if beside:
-        notes[0] += " A number says little unless it is far from theirs."
-    rows = []
-    for d in measured:
-        values = [d.metric(f"ce_{name}") for name in ("clean", "spliced", "mean_ablated")]
-        values += [d.metric("ce_zero_ablated"), d.metric("ce_recovered_mean")]
-        size = [d.metric(name) for name in ("rows", "documents", "effective_documents")]
-        counted = [_NONE if number is None else f"{number:,.0f}" for number in size]
-        rows.append([f"`{d.sae_id}`", *counted, *(_figure(value, 3) for value in values)])
     header = ["cross-entropy in nats", "held-out tokens", "documents", "effective documents"]
-    header += ["model", "with the reconstruction"]
-    header += ["with the mean", "with zeros", "CE recovered against the mean"]
-    return [*notes, markdown([header, *rows]), *_massive_notes(measured)]
-
-
-def _massive_notes(measured: Sequence[Facts]) -> list[str]:
-    """What was excluded from the measurements, if anything was."""
-    told = [
-        f"`{d.sae_id}` {d.metric('massive_rows'):,.0f}, with them its FVU is "
+    header += ["model", "with the reconstruction", "with the mean", "with zeros"]
+    header += ["CE recovered against the mean"]
+    rows = [
+        [
+            f"`{d.sae_id}`",
+            *(_figure(d.metric(m), 0) for m in ("rows", "documents", "effective_documents")),
+            *(_figure(d.metric(m), 3) for m in _ENTROPIES),
+        ]
+        for d in measured
+    ]
+    notes.append(markdown([header, *rows]))
+    massive = [
+        f"`{d.sae_id}` {count:,.0f}, with them its FVU is "
         f"{_figure(d.metric('fvu_with_massive'), 3)}"
         for d in measured
-        if d.metric("massive_rows")
+        if (count := d.metric("massive_rows"))
     ]
-    if not told:
-        return []
-    return [
-        "Tokens with massive activations are excluded and keep the model's own activation: "
-        + "; ".join(told)
-        + "."
-    ]
+    if massive:
+        notes.append(
+            "Tokens with massive activations are excluded and keep the model's own activation: "
+            f"{'; '.join(massive)}."
+        )
+    return notes
 
 
 def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
@@ -126,19 +116,18 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
 
     Empty if no dictionary has one.
     """
-    scores = {d.sae_id: mapping(d.info.metrics.get("monosemanticity")) for d in dictionaries}
-    cells = {
-        sae_id: {name: cell for name in found if (cell := score_text(found, name))}
-        for sae_id, found in scores.items()
-    }
-    names = list(dict.fromkeys(name for found in cells.values() for name in found))
+    cells = {}
+    for d in dictionaries:
+        found = mapping(d.info.metrics.get("monosemanticity"))
+        if scores := {name: cell for name in found if (cell := score_text(found, name))}:
+            cells[d.sae_id] = scores
+    names = list(dict.fromkeys(name for scores in cells.values() for name in scores))
     names = [name for name in MEASURES if name in names] + [n for n in names if n not in MEASURES]
     if not names:
         return []
     rows = [
-        [f"`{sae_id}`", *(found.get(name, _NONE) for name in names)]
-        for sae_id, found in cells.items()
-        if found
+        [f"`{sae_id}`", *(scores.get(name, _NONE) for name in names)]
+        for sae_id, scores in cells.items()
     ]
     known = [MEASURES[name] for name in names if name in MEASURES]
     meanings = "; ".join(f"{one.title}: {one.meaning}" for one in known)
@@ -181,7 +170,7 @@ def explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
 
 
 def _figure(value: float | None, digits: int) -> str:
-    return _NONE if value is None else f"{value:.{digits}f}"
+    return _NONE if value is None else f"{value:,.{digits}f}"
 
 
 def _count(value: int | None) -> str:

@@ -7,7 +7,7 @@ here, which may have been paid for, is never lost.
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +27,6 @@ from llm_wsae.dictionary.folder import (
     copy_folder,
     is_dictionary,
     keep_measurements,
-    weights_checksum,
     write_folder,
 )
 from llm_wsae.dictionary.formats import reading
@@ -48,14 +47,13 @@ def pull(
 
     (One at the top level of its repository goes to ``out/<repository>``.) Each is downloaded and
     checked completely before it is copied; a foreign one is converted to this package's layout. An
-    older one, as it was pulled from the same repository, is replaced in one step, with what was
-    measured of it. If nothing but what was said or measured of it is new, that is added. Nothing
-    else there is changed. ``pull.json`` in ``out`` keeps where each came from. Returns the
-    folders by name.
+    older one, as it was pulled from the same repository, is replaced in one step. If nothing but
+    what was said or measured of it is new, that is added. ``pull.json`` in ``out`` keeps where each
+    came from. Returns the folders by name.
 
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
     damaged, unsafe or not what its checksum says, if two dictionaries would be copied into one
-    place, or if ``out`` cannot be written or holds another dictionary there, or explanations of
+    place, or if ``out`` cannot be written, or holds another dictionary there or explanations of
     older weights that were made here.
     """
     out = Path(out)
@@ -63,32 +61,64 @@ def pull(
     repository = Repository.open(repo_id, revision)
     places = _places(repository, repository.wanted(sae_id), out)
     asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
-
-    def record(place: str, said: Any, *digests: Any) -> None:
-        own = {"repo_id": repo_id, "sha256": digests, "explanations_sha256": said}
-        write_record(out / RECORD, "pull", {**asked, "pulled": {**_pulled(out), place: own}})
-
     for name, place in places.items():
         with _own_layout(repository, name) as source, folder_lock(out, "pulled dictionaries"):
-            folder, digests = out / place, _digests(source)
-            clear_up(folder)
-            recorded = _pulled(out).get(place)
-            _check_ours(folder, recorded, repo_id, digests)
-            _check_explanations(folder, recorded, weights_checksum(source))
-            known = mapping(recorded).get("explanations_sha256")
-            none_made_here = _explanations(folder) in (None, known, _explanations(source))
-            if not (is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder)):
-                here = [_digests(folder)] if is_dictionary(folder) else []
-                record(place, known, digests, *here)  # if it is killed, one of them is there
-                copy_folder(source, folder)
-            _add_what_is_new(source, folder)
-            record(place, _explanations(folder) if none_made_here else known, digests)
+            pulled = _pulled(out)
+            known = mapping(pulled.get(place))
+            ours = known.get("states") if known.get("repo_id") == repo_id else None
+
+            def record(states: list[Any], place: str = place, pulled: Any = pulled) -> None:
+                pulled[place] = {"repo_id": repo_id, "states": states}
+                write_record(out / RECORD, "pull", {**asked, "pulled": pulled})
+
+            _update(source, out / place, ours if isinstance(ours, list) else [], record)
     return {name: out / place for name, place in places.items()}
+
+
+def _update(
+    source: Path, folder: Path, ours: list[Any], record: Callable[[list[Any]], None]
+) -> None:
+    """Make the folder hold the dictionary of ``source``, if it is in one of the states in which a
+    pull left it (``ours``) or holds that dictionary already."""
+    clear_up(folder)
+    here, there = _state(folder), _state(source)
+    same = here["files"] == there["files"]
+    kept = [one for one in map(mapping, ours) if one.get("files") == here["files"]]
+    if here["files"] and not same:
+        if not kept:
+            raise LlmWsaeError(
+                f"{folder} holds a dictionary that was not pulled from this repository, or was "
+                "saved again since; choose another --out"
+            )
+        own = here["explanations"] and here not in ours
+        if own and here["files"].get(WEIGHTS) != there["files"].get(WEIGHTS):
+            raise LlmWsaeError(
+                f"{folder / EXPLANATIONS} explains the weights that were pulled before, and the "
+                "repository has others now; move it away to replace them, or choose another --out"
+            )
+    if not (same and _is_intact(folder)):
+        record([there, *kept])  # if it is killed, one of them is there
+        copy_folder(source, folder)
+    _add_what_is_new(source, folder)
+    if here["explanations"] in (None, there["explanations"]) or here in ours:
+        record([_state(folder)])
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The SHA-256 of a dictionary's files, as its description holds them, and of what was said of
+    its latents; empty if there is no dictionary."""
+    if not is_dictionary(folder):
+        return {"files": {}, "explanations": None}
+    info = read_json(folder / INFO, "dictionary's information")
+    said = folder / EXPLANATIONS
+    digest = sha256(said) if said.is_file() else None
+    return {"files": mapping(info.get("sha256")), "explanations": digest}
 
 
 @contextmanager
 def _own_layout(repository: Repository, name: str) -> Iterator[Path]:
-    """The folder of a dictionary in the cache; a foreign one is converted, into another folder."""
+    """The folder of a dictionary in the cache, checked; a foreign one is converted, into another
+    folder."""
     source = repository.dictionary_folder(name)
     if repository.layouts[name] is None:
         Site.parse(check_folder(source).site)
@@ -109,46 +139,6 @@ def _pulled(out: Path) -> dict[str, Any]:
     return dict(mapping(config.get("pulled")))
 
 
-def _digests(folder: Path) -> Any:
-    """The SHA-256 of a dictionary's files, as its description holds them."""
-    return read_json(folder / INFO, "dictionary's information").get("sha256")
-
-
-def _check_ours(folder: Path, recorded: Any, repo_id: str, digests: Any) -> None:
-    """Raises LlmWsaeError for a dictionary that is neither that of these digests nor as it was
-    pulled from the repository; the record of a pull that broke off has the digests of both that may
-    be there, the older and the newer one."""
-    if not is_dictionary(folder):
-        return
-    here, known = _digests(folder), mapping(recorded)
-    pulled = known.get("sha256")
-    pulled = pulled if isinstance(pulled, list) else [pulled]
-    ours = here is not None and known.get("repo_id") == repo_id and here in pulled
-    if not ours and here != digests:
-        raise LlmWsaeError(
-            f"{folder} holds a dictionary that was not pulled from {repo_id}, or was saved again "
-            "since; choose another --out"
-        )
-
-
-def _explanations(folder: Path) -> str | None:
-    """The SHA-256 of what was said of a dictionary's latents, if anything was."""
-    path = folder / EXPLANATIONS
-    return sha256(path) if path.is_file() else None
-
-
-def _check_explanations(folder: Path, recorded: Any, weights: Any) -> None:
-    """Raises LlmWsaeError if a dictionary of other weights would be replaced, and with it
-    explanations that no pull brought: they may have been paid for, unlike measurements."""
-    if not is_dictionary(folder) or weights_checksum(folder) == weights:
-        return
-    if _explanations(folder) not in (None, mapping(recorded).get("explanations_sha256")):
-        raise LlmWsaeError(
-            f"{folder / EXPLANATIONS} explains the weights that were pulled before, and the "
-            "repository has others now; move it away to replace them, or choose another --out"
-        )
-
-
 def _is_intact(folder: Path) -> bool:
     try:
         check_folder(folder)
@@ -167,49 +157,38 @@ def _add_what_is_new(source: Path, folder: Path) -> None:
         keep_measurements(folder, groups)
 
 
-def _place(repo_id: str, name: str) -> str:
-    """Where a dictionary goes, below ``out``."""
-    return repo_id.split("/")[-1] if name == "." else name
-
-
 def _places(repository: Repository, names: Sequence[str], out: Path) -> dict[str, str]:
     """Where each dictionary goes, below ``out``.
 
-    Raises LlmWsaeError, before anything is downloaded, if one would be in the place of another, or
-    of the record of the command, or a place holds something that was not pulled from there.
+    Raises LlmWsaeError, before any is downloaded, if one would be in the place of another or of the
+    record (whatever the case of the letters), or outside of ``out``.
     """
-    repo_id, pulled = repository.repo_id, _pulled(out)
-    places = {name: _place(repo_id, name) for name in names}
-    taken = {RECORD: f"the record {RECORD}"}
-    for name, place in sorted(places.items(), key=lambda item: item[1].count("/")):
-        path = PurePosixPath(place.casefold())  # some disks do not tell A from a
-        for above in (path, *path.parents):
-            if other := taken.get(str(above)):
+    places: dict[str, str] = {}
+    taken = {PurePosixPath(RECORD): f"the record {RECORD}"}
+    for name in names:
+        place = repository.repo_id.split("/")[-1] if name == "." else name
+        here = PurePosixPath(place.casefold())
+        for other, holder in taken.items():
+            if here.is_relative_to(other) or other.is_relative_to(here):
                 raise LlmWsaeError(
-                    f"{name} of {repo_id} would be copied into the place of {other}; pull one "
-                    f"dictionary at a time, each into a folder of its own: llm-wsae pull {repo_id} "
-                    f"{name} --out …"
+                    f"{name} of {repository.repo_id} would be copied into the place of {holder}; "
+                    "pull one dictionary at a time, each into a folder of its own: llm-wsae pull "
+                    f"{repository.repo_id} {name} --out …"
                 )
-        taken[str(path)] = name
         if not (out / place).resolve().is_relative_to(out.resolve()):
             raise LlmWsaeError(
                 f"{out / place} leads out of {out} through a link, so nothing is put there; choose "
                 "another --out"
             )
         check_replaceable(out / place)
-        own = repository.layouts[name] is None
-        digests = repository.read_json(inside(name, INFO)).get("sha256") if own else None
-        _check_ours(out / place, pulled.get(place), repo_id, digests)
-        if own:  # of a foreign one it is known when it is converted
-            _check_explanations(out / place, pulled.get(place), mapping(digests).get(WEIGHTS))
+        taken[here], places[name] = name, place
     return places
 
 
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:
     """The folder in the local cache with one dictionary, or the only one, of a repository.
 
-    By their checksums the files are those that were saved; ``reading.read`` judges their content.
-    Raises as ``pull`` does.
+    ``reading.read`` judges its content. Raises as ``pull`` does.
     """
     repository = Repository.open(repo_id, revision)
     names = repository.wanted(sae_id)
@@ -236,6 +215,9 @@ def remote_facts(repository: Repository, sae_id: str) -> Facts:
         said = repository.announced(sae_id, layout)
         info = reading.info_of(layout, said, said.site or "", PurePosixPath(sae_id).name)
         return facts(sae_id, dataclasses.asdict(said), info.to_dict())
-    prefix = "" if sae_id == "." else f"{sae_id}/"
-    cfg = repository.read_json(prefix + CFG) if prefix + CFG in repository.files else {}
-    return facts(sae_id, cfg, repository.read_json(prefix + INFO))
+    cfg = inside(sae_id, CFG)
+    return facts(
+        sae_id,
+        repository.read_json(cfg) if cfg in repository.files else {},
+        repository.read_json(inside(sae_id, INFO)),
+    )

@@ -1,49 +1,43 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
-Neither a repository nor its server is trusted. The list of files is checked before anything is
-fetched: a path that leaves the folder is refused, commits and digests must be hexadecimal, and only
-files of a dictionary (in this package's layout or a known foreign one) are ever downloaded, JSON up
-to a fixed size, tensors up to the size that the configuration announces. What arrives is compared
-with its digest in the list and, in this package's layout, with the one in ``wsae.json``.
+Neither a repository nor its server is trusted. Paths, commits and digests in the list of files are
+checked before anything is fetched, only files of a dictionary (in this package's layout or a known
+foreign one) are downloaded, and what arrives is compared with its digest in the list.
 
 Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and
 links in ``snapshots/<commit>``. Only those are written.
 """
 
-import contextlib
 import fcntl
 import functools
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+
 from llm_wsae.artifact.files import read_json, sha256
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.formats.reading import layout_of
-from llm_wsae.dictionary.hub.asking import ask, commit_of, download
-from llm_wsae.dictionary.hub.errors import hub_errors
+from llm_wsae.dictionary.hub.client import ask, download, hub_errors
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.outside import check_revision, hub_is_unreachable, integer, mapping, text
 from llm_wsae.terminal import printable
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
-LARGEST_JSON = 16 << 20
-LARGEST_EXPLANATIONS = 256 << 20  # a line of 1 kB for each of 2¹⁸ latents
-_HEADER = 1 << 20  # bytes of a safetensors header, far more than needed
-_MATRICES = 4  # of d_in × d_in numbers in the side tensors, at most
-_WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
-_MOST_LATENTS = 1 << 20
-_MOST_FILES = 100_000  # of a repository
-_MOST_PAGES = 200  # of the list of them
-_LONGEST_LIST = 600  # seconds
-_PART = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_LARGEST = {".json": 16 << 20, ".md": 4 << 20, ".jsonl": 256 << 20}  # bytes; the last: 2¹⁸ latents
+_MOST_PAGES = 100  # of the list of files, a thousand on each
+_PART = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -55,6 +49,13 @@ class RemoteFile:
     """Bytes."""
     digest: str | None
     """SHA-256 of a large file, git's id of a small one; None if only the cache was asked."""
+
+    def is_same_as(self, path: Path) -> bool:
+        """Whether a local file has this content."""
+        if self.digest is None or not path.is_file():
+            return False
+        large = len(self.digest) == 64
+        return self.digest == (sha256(path) if large else git_hash(path.read_bytes()))
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Repository:
     """The commit that it points to."""
     files: Mapping[str, RemoteFile]
     """By path in the repository."""
-    cache: Path | None
-    """The commit's folder in the local cache, if the Hub could not be asked."""
+    is_cached: bool = False
+    """Whether the Hub could not be asked, so that these are the files in the cache."""
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "Repository":
@@ -83,7 +84,7 @@ class Repository:
         with hub_errors(repo_id, revision):
             try:
                 commit, _ = head_of(repo_id, revision)
-                return cls(repo_id, revision, commit, remote_files(repo_id, commit), None)
+                return cls(repo_id, revision, commit, remote_files(repo_id, commit))
             except Exception as error:
                 cached = _cached(repo_id, revision) if hub_is_unreachable(error) else None
                 if cached is not None:
@@ -120,7 +121,7 @@ class Repository:
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A small JSON object. Raises LlmWsaeError if it is too large or not an object."""
-        value = read_json(self.fetch(path, LARGEST_JSON), f"{path} of {self._here}")
+        value = read_json(self.fetch(path), f"{path} of {self._here}")
         if not isinstance(value, dict):
             raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
         return value
@@ -131,87 +132,62 @@ class Repository:
         return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
     def dictionary_folder(self, sae_id: str) -> Path:
-        """The folder in the cache with the files of a dictionary, downloaded and compared.
+        """The folder in the cache with the files of a dictionary; ``reading.read`` judges them.
 
-        ``reading.read`` judges their content. Raises LlmWsaeError if a file is missing, larger than
-        it can be, or not the one that was saved.
+        Raises LlmWsaeError if a file is missing, and as ``fetch`` does.
         """
         layout = self.layouts[sae_id]
-        if layout is not None:
-            announced = self.announced(sae_id, layout)
-            for path in (inside(sae_id, name) for name in layout.optional):
-                if path in self.files:
-                    self.fetch(path, LARGEST_JSON)
-            limit = _largest_weights(
-                min(announced.d_in or _WIDEST, _WIDEST),
-                min(announced.d_sae or _MOST_LATENTS, _MOST_LATENTS),
-            )
-            return self.fetch(inside(sae_id, layout.weights), limit).parent
-        paths = {name: inside(sae_id, name) for name in FILES}
-        if missing := [name for name, path in paths.items() if path not in self.files]:
+        names = FILES if layout is None else layout.files
+        optional = (EXPLANATIONS,) if layout is None else layout.optional
+        if missing := [name for name in names if inside(sae_id, name) not in self.files]:
             raise LlmWsaeError(
                 f"{sae_id} of {self._here} is not a complete dictionary of this package: it lacks "
                 f"{' and '.join(missing)}"
             )
-        digests = self.read_json(paths[INFO]).get("sha256")
-        limits = self._largest_tensors(paths[CFG])
-        for name, limit in limits.items():
-            local = self.fetch(paths[name], limit)
-            saved = digests.get(name) if isinstance(digests, dict) else None
-            known = self.files[paths[name]].digest  # compared when it arrived
-            if saved != (known if known and len(known) == 64 else sha256(local)):
-                raise LlmWsaeError(
-                    f"{paths[name]} of {self._here} is not the file whose checksum its {INFO} "
-                    "holds; ask whoever pushed it to push it again"
-                )
-        if (explanations := inside(sae_id, EXPLANATIONS)) in self.files:
-            self.fetch(explanations, LARGEST_EXPLANATIONS)
+        for path in (inside(sae_id, name) for name in (*optional, *names)):
+            if path in self.files:
+                local = self.fetch(path)
         return local.parent
 
-    def fetch(self, path: str, limit: int) -> Path:
-        """A file of at most ``limit`` bytes in the local cache, compared with its checksum.
+    def fetch(self, path: str) -> Path:
+        """A file in the local cache, downloaded if necessary and compared with its checksum.
 
-        Raises LlmWsaeError if it is larger, cannot be fetched or arrives damaged; a damaged file is
-        removed from the cache, so that the next attempt fetches it again.
+        Raises LlmWsaeError if it is too large for its kind, cannot be fetched or arrives damaged.
         """
-        remote = self.files[path]
-        if remote.size > limit:
+        remote, limit = self.files[path], _LARGEST.get(PurePosixPath(path).suffix)
+        if limit is not None and remote.size > limit:
             raise LlmWsaeError(
                 f"{path} of {self._here} is not read: it has {remote.size:,} bytes, but at most "
                 f"{limit:,} are possible"
             )
-        if self.cache is not None:
-            return self.cache / path
-        with hub_errors(self.repo_id, self.revision):
-            return self._downloaded(path, remote)
-
-    def _downloaded(self, path: str, remote: RemoteFile) -> Path:
-        """A file in the cache's folder of the commit: a link, which is made if necessary."""
-        assert remote.digest is not None
         root = _cache_folder(self.repo_id)
-        link = _below(root, "snapshots", self.commit, path)
-        if not _holds(link, remote):
-            blob = _below(root, "blobs", remote.digest)
-            with open(_below(root, ".llm-wsae.lock"), "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # held until it is closed
-                if not _holds(blob, remote):
-                    self._download(path, remote, blob)
-                link.unlink(missing_ok=True)
-                link.symlink_to(os.path.relpath(blob, link.parent))
-        if self.revision != self.commit:  # so that the cache can answer offline
-            with contextlib.suppress(OSError):
-                _below(root, "refs", self.revision or "main").write_text(self.commit)
+        link = root / "snapshots" / self.commit / path
+        if self.is_cached:
+            return link
+        with hub_errors(self.repo_id, self.revision):
+            if not remote.is_same_as(link):
+                blob = root / "blobs" / str(remote.digest)
+                blob.parent.mkdir(parents=True, exist_ok=True)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                with open(root / ".llm-wsae.lock", "a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # held until it is closed
+                    if not remote.is_same_as(blob):
+                        self._download(path, remote, blob)
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(os.path.relpath(blob, link.parent))
+            if self.revision != self.commit:  # so that the cache can answer offline
+                ref = root / "refs" / (self.revision or "main")
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(self.commit)
         return link
 
     def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
         """Put a file's content at ``blob``; what a broken download left beside it is continued."""
-        from huggingface_hub.utils import tqdm
-
         partial = blob.with_name(f"{blob.name}.incomplete")
         shown_as = {"total": remote.size, "unit": "B", "unit_scale": True, "desc": printable(path)}
         with open(partial, "ab") as file, tqdm(**shown_as) as bar:
             download(self.repo_id, self.commit, path, file, remote.size, bar.update)
-        if not _holds(partial, remote):
+        if not remote.is_same_as(partial):
             partial.unlink()
             raise LlmWsaeError(
                 f"{path} of {self._here} arrived damaged: its checksum is not the one that the Hub "
@@ -219,27 +195,10 @@ class Repository:
             )
         partial.replace(blob)
 
-    def _largest_tensors(self, cfg_path: str) -> dict[str, int]:
-        """The most bytes that the two tensor files can have, by ``cfg.json``."""
-        cfg = self.read_json(cfg_path)
-        d_in, d_sae = integer(cfg.get("d_in")), integer(cfg.get("d_sae"))
-        if d_in is None or d_sae is None or min(d_in, d_sae) < 1:
-            raise LlmWsaeError(
-                f"{cfg_path} of {self._here} gives d_in = {shown(cfg.get('d_in'))} and "
-                f"d_sae = {shown(cfg.get('d_sae'))}"
-            )
-        extras = 8 * d_in * (_MATRICES * d_in + 64)
-        return {EXTRAS: extras + _HEADER, WEIGHTS: _largest_weights(d_in, d_sae)}
-
     @property
     def _here(self) -> str:
         name = f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
-        return name if self.cache is None else f"the local cache of {name}"
-
-
-def _largest_weights(d_in: int, d_sae: int) -> int:
-    """The most bytes that a file of weights can have: float64, three vectors of a gate."""
-    return 8 * (2 * d_in * d_sae + d_in + 4 * d_sae) + _HEADER
+        return f"the local cache of {name}" if self.is_cached else name
 
 
 def head_of(repo_id: str, revision: str | None = None) -> tuple[str, bool]:
@@ -247,12 +206,18 @@ def head_of(repo_id: str, revision: str | None = None) -> tuple[str, bool]:
 
     Raises as ``ask`` does, and ValueError for a name or an answer that cannot be one.
     """
-    from huggingface_hub.utils import validate_repo_id
-
     validate_repo_id(repo_id)
     at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     said = mapping(ask(f"{repo_id}{at}")[0])
     return commit_of(said.get("sha")), said.get("private") is True
+
+
+def commit_of(value: Any) -> str:
+    """The value if it is the id of a commit. Raises ValueError for anything else: a commit that a
+    server names becomes the name of a folder."""
+    if not (isinstance(value, str) and COMMIT.fullmatch(value)):
+        raise ValueError(f"{shown(value)} is not the id of a commit")
+    return value
 
 
 def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
@@ -262,67 +227,36 @@ def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
     ``ask`` does; ValueError for entries that are none.
     """
     files: dict[str, RemoteFile] = {}
-    cursor: str | None = ""
-    seen, until = {cursor}, time.monotonic() + _LONGEST_LIST
-    while cursor is not None:
-        entries, cursor = ask(f"{repo_id}/tree/{commit}", cursor or None)
-        if not isinstance(entries, list):
-            raise ValueError(f"the list of its files is {shown(entries)}")
-        files.update(map(_entry, [one for one in entries if mapping(one).get("type") == "file"]))
-        too_many = len(seen) > _MOST_PAGES or len(files) > _MOST_FILES
-        if cursor in seen or too_many or time.monotonic() > until:
-            raise LlmWsaeError(
-                f"{repo_id} lists files without an end, or more than {_MOST_FILES:,}, or too "
-                "slowly, so nothing of it is read"
-            )
-        seen.add(cursor)
-    for path in files:
-        if not all(_PART.fullmatch(part) and part not in (".", "..") for part in path.split("/")):
-            raise LlmWsaeError(
-                f"{repo_id} names a file {shown(path)}, which cannot be put into a folder safely, "
-                "so nothing of it is read"
-            )
-    return files
+    asked = {"recursive": "true"}
+    for _ in range(_MOST_PAGES):
+        entries, cursor = ask(f"{repo_id}/tree/{commit}", asked)
+        for entry in map(mapping, entries):
+            if entry.get("type") == "file":
+                files.update([_entry(repo_id, entry)])
+        if cursor is None:
+            return files
+        asked["cursor"] = cursor
+    raise LlmWsaeError(f"{repo_id} lists files without an end, so nothing of it is read")
 
 
-def _entry(said: Mapping[str, Any]) -> tuple[str, RemoteFile]:
-    """Path and file of an entry in the list. Raises ValueError if it is not of that form."""
+def _entry(repo_id: str, said: Mapping[str, Any]) -> tuple[str, RemoteFile]:
+    """Path and file of an entry in the list. Raises as ``remote_files`` does."""
     path, size = text(said.get("path")), integer(said.get("size"))
     digest = text(mapping(said.get("lfs")).get("oid", said.get("oid")))
     if path is None or size is None or size < 0 or not _DIGEST.fullmatch(digest or ""):
         raise ValueError(f"its list of files has {shown(said)}")
+    if not all(map(_PART.fullmatch, path.split("/"))):
+        raise LlmWsaeError(
+            f"{repo_id} names a file {shown(path)}, which cannot be put into a folder safely, so "
+            "nothing of it is read"
+        )
     return path, RemoteFile(size, digest)
 
 
 def _cache_folder(repo_id: str) -> Path:
     """The folder of a repository in the client's cache."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
     name = repo_folder_name(repo_id=repo_id, repo_type="model")
     return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
-
-
-def _below(root: Path, *names: str) -> Path:
-    """A path below ``root``, in a folder that is made. Raises LlmWsaeError if that is elsewhere."""
-    path = root.joinpath(*names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.parent.resolve().is_relative_to(root):
-        raise LlmWsaeError(f"{path.parent} leads out of {root}, so nothing is put there; remove it")
-    return path
-
-
-def digest_of(local: Path, remote: RemoteFile) -> str | None:
-    """The local file's digest, of the kind that the Hub reports for the remote one."""
-    from huggingface_hub.utils.sha import git_hash
-
-    if remote.digest is None:
-        return None
-    return sha256(local) if len(remote.digest) == 64 else git_hash(local.read_bytes())
-
-
-def _holds(path: Path, remote: RemoteFile) -> bool:
-    return path.is_file() and digest_of(path, remote) == remote.digest
 
 
 def inside(sae_id: str, name: str) -> str:
@@ -335,8 +269,8 @@ def _cached(repo_id: str, revision: str | None) -> Repository | None:
     root = _cache_folder(repo_id)
     try:
         named = root / "refs" / (revision or "main")
-        commit = named.read_text().strip() if named.is_file() else revision or ""
-        folder = root / "snapshots" / commit_of(commit)
+        commit = commit_of(named.read_text().strip() if named.is_file() else revision)
+        folder = root / "snapshots" / commit
         files = {
             path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size, None)
             for path in folder.rglob("*")
@@ -344,4 +278,4 @@ def _cached(repo_id: str, revision: str | None) -> Repository | None:
         }
     except (OSError, ValueError):
         return None
-    return Repository(repo_id, revision, commit, files, folder) if files else None
+    return Repository(repo_id, revision, commit, files, is_cached=True) if files else None

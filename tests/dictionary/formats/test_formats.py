@@ -312,17 +312,6 @@ def test_a_card_speaks_only_of_our_own(hub, mixed, tmp_path):
     assert len(list_dictionaries(REPO)) == 4
 
 
-def test_a_file_larger_than_announced_is_not_fetched(hub, mixed, tmp_path):
-    path = "a/topk/cfg.json"
-    cfg = json.loads(hub.store.content(REPO, path))
-    hub.store.put(REPO, path, json.dumps(cfg | {"d_in": 2, "d_sae": 3}).encode())
-    big = bytes(2 << 20)
-    hub.store.put(REPO, "a/topk/sae_weights.safetensors", big)
-    with pytest.raises(LlmWsaeError, match="at most 1,048,784 are possible"):
-        Dictionary.from_pretrained(REPO, "a/topk")
-    assert hub.count("GET", "/storage/") == 0
-
-
 def test_a_damaged_one_leaves_nothing_behind(hub, mixed, tmp_path):
     hub.store.put(REPO, "layers.3/sae.safetensors", b"not tensors")
     with pytest.raises(LlmWsaeError, match="not a readable weights file") as error:

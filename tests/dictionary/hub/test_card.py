@@ -102,10 +102,9 @@ def test_metadata_that_cannot_be_read_is_left_alone():
         with pytest.raises(LlmWsaeError, match="metadata that cannot be read, so it is left") as it:
             card(REPO, [some()], old=f"---\n{odd}\n---\nmine\n")
         assert "\n" not in str(it.value)
-    kept = "b: &b [*b]\nignore_metadata_errors: 1\nreleased: 2026-01-02\nmodel-index: x"
-    kept += "\ntags:\n  a: b"
+    kept = "b: &b [*b]\nreleased: 2026-01-02\nmodel-index: x\ntags:\n  a: b"
     metadata, body = parts(card(REPO, [some()], old=f"---\n{kept}\n---\nmine\n"))
-    assert metadata["ignore_metadata_errors"] == 1 and metadata["released"].year == 2026
+    assert metadata["released"].year == 2026
     assert "sparse-autoencoder" in metadata["tags"] and "mine" in body
     _, body = parts(card(REPO, [some()], old="mine\n\n---\n\nalso mine: [\n\n---\n"))
     assert "also mine: [" in body  # rules between paragraphs are no metadata
@@ -146,11 +145,7 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
     row = f"`frozen random, {SITE}`"
     assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
     assert body.count(f"| `frozen decoder, {SITE}` |") == 3
-    explained = ("untrained", "one half is random", "far from theirs")
-    assert all(words in body for words in explained)
-    del metrics["baselines"]["frozen decoder"]
-    _, other = parts(card(REPO, [some(metrics=metrics)]))
-    assert [words in other for words in explained] == [True, False, True]
+    assert "untrained" in body and "far from theirs" in body
     assert cells(body, row)[1:8] == ["12 → —", "TopK", "none", "—", "0.250",
                                      "0.975 [0.960, 0.990]", "6.000"]  # fmt: skip
     assert cells(body.split("## Monosemanticity")[1], row)[1:] == ["0.300"]
@@ -227,11 +222,6 @@ def test_a_card_written_again_is_the_same():
     index = {"name": "another", "results": []}
     kept, _ = parts(card(REPO, [some()], old=f"---\nmodel-index: [{index}]\n---\n"))
     assert [entry["name"] for entry in kept["model-index"]] == ["saes", "another"]
-
-
-def test_metadata_that_is_no_yaml_is_left_alone():
-    with pytest.raises(LlmWsaeError, match=r"README.md of user/saes begins with metadata that"):
-        card(REPO, [some()], old="---\na: [\n---\nmine\n")
 
 
 EVIL = "<script>alert(1)</script> | [x](javascript:alert(1)) `code` ![y](z)\n\n# head\n| a | b |"

@@ -113,9 +113,9 @@ def test_someone_else_pushes_in_between(hub, plain, weighted, monkeypatch):
 
 
 WHO = {  # token: the sentence on pulling from and on pushing to a private repository of user
-    None: ("without a token; check the name, or log in", "without a token"),
+    None: ("or you may not see it; check the name, or log in", "or needs one; log in"),
     "hf_wrongsecret": ("does not accept your token", "does not accept your token"),
-    STRANGER: ("or your token may not see it", "your token may not do that"),
+    STRANGER: ("or you may not see it", "your token may not do that"),
     READER: (None, "your token may not do that"),
 }
 
