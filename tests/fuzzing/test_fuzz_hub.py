@@ -241,6 +241,28 @@ def test_answers_of_a_hub(hub, tmp_path, monkeypatch, fuzz: Fuzz, capfd, action)
         assert sign not in said, said[max(0, said.index(sign) - 500) :][:1500]
 
 
+def test_damaged_repositories(hub, tmp_path, fuzz: Fuzz):
+    """Checksums of the Hub match what is damaged; the dictionary's own do not."""
+    make_dictionary("plain-k4").save(tmp_path / "plain")
+    whole, files = frozen(Dictionary.load(tmp_path / "plain")), content(tmp_path / "plain")
+    for name, data in files.items():
+        hub.store.put(REPO, f"{SITE}/plain-k4/{name}", data)
+    repository, out = hub.store.repositories[REPO], tmp_path / "out"
+    good = repository.branches["main"]
+
+    def read():
+        list_dictionaries(REPO)
+        return [frozen(Dictionary.load(folder)) for folder in pull(REPO, out).values()] == [whole]
+
+    for number, draw in fuzz.cases("repository", 20):
+        name = draw.choice(sorted(files))
+        done, data = blind(files[name], draw, draw.choice(sorted(files.values())))
+        hub.store.put(REPO, f"{SITE}/plain-k4/{name}", data)
+        fuzz.reads("repository", f"{number} ({name}: {done})", read, frozen(True))
+        repository.branches["main"] = good
+        shutil.rmtree(out, ignore_errors=True)
+
+
 def surroundings(place: Path) -> dict[str, bytes]:
     """All files but those of the cache and of the folder that was named."""
     return {

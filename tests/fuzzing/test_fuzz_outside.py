@@ -1,4 +1,4 @@
-"""Command lines, places, models and repositories that nobody should have: each ends in a sentence,
+"""Command lines, places and models that nobody should have: each ends in a sentence,
 no code of theirs runs, and nothing of anybody's is changed."""
 
 import contextlib
@@ -16,13 +16,8 @@ import pytest
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, nobody
 from fuzzing import Fuzz, blind, change, frozen, in_a_fork
-from hub_fixtures import REPO
-from hub_server import WRITER, HubServer
 from safetensors.torch import load_file
-from small_dictionaries import make_dictionary
 
-from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.lab.theory import toy
 from llm_wsae.model.language_model import LanguageModel
 
@@ -301,67 +296,3 @@ def pickles(folder: Path, mark: Path, fuzz: Fuzz, read) -> None:
         if mark.exists():
             fuzz.count("pickled model", "code", f"{number} ({done})")
             mark.unlink()
-
-
-# --- Repositories
-
-
-PATHS = ("../evil", "/etc/evil", "a//b", "a\\..\\b", "c:x", "a\nb", "pull.json/cfg.json", "con",
-         f"{SITE}/plain-k4/x/cfg.json", f"{SITE}/PLAIN-K4/wsae.json", "." * 300)  # fmt: skip
-
-
-def test_hostile_repositories(tmp_path, monkeypatch, fuzz):
-    """Files damaged with checksums of the Hub that match, odd names, answers that no Hub gives."""
-    make_dictionary("plain-k4").save(tmp_path / "plain")
-    whole = frozen(Dictionary.load(tmp_path / "plain"))
-    files, out = content(tmp_path / "plain"), tmp_path / "out/of"
-    with HubServer(tmp_path / "hub") as hub:
-        hub.use(monkeypatch, tmp_path / "home", WRITER)
-        hub.create(REPO)
-        for name, data in files.items():
-            hub.store.put(REPO, f"{SITE}/plain-k4/{name}", data)
-        repository = hub.store.repositories[REPO]
-        good = repository.branches["main"]
-
-        def read():
-            list_dictionaries(REPO)
-            folders = pull(REPO, out)
-            return [frozen(Dictionary.load(folder)) for folder in folders.values()]
-
-        for number, draw in fuzz.cases("repository", 20):
-            shutil.rmtree(tmp_path / "home", ignore_errors=True)
-            done = spoil(hub, files, draw)
-            around = set(content(tmp_path)) - {p for p in content(tmp_path) if p.startswith("h")}
-            fuzz.reads("repository", f"{number} ({done})", read, None)
-            left = {p for p in content(tmp_path) if not p.startswith(("h", "out/of/"))}
-            if left != around:
-                fuzz.count("repository", "lost", f"{number} ({done})", left ^ around)
-            if out.exists():
-                for found in out.rglob("wsae.json"):
-                    assert frozen(Dictionary.load(found.parent)) == whole, (number, done)
-                shutil.rmtree(out)
-            repository.branches["main"] = good
-            hub.faults.clear()
-
-
-def spoil(hub: HubServer, files: dict[str, bytes], draw: random.Random) -> str:
-    """Do something to the repository or to the Hub's next answers; what."""
-    name = draw.choice(sorted(files))
-    place, how = f"{SITE}/plain-k4/{name}", draw.choice(("file", "file", "path", "answer"))
-    if how == "file":
-        done, data = blind(files[name], draw, draw.choice(sorted(files.values())))
-        hub.store.put(REPO, place, data)
-        return f"{name}: {done}"
-    if how == "path":
-        path = draw.choice(PATHS)
-        hub.store.put(REPO, path, files[name])
-        return f"{path!r}"
-    fault = draw.choice(("fail", "cut", "corrupt"))
-    pattern = draw.choice(("/api/models/user/saes$", "/tree/", "/resolve/", "/storage/", "."))
-    if fault == "fail":
-        hub.fail("GET", pattern, draw.choice((200, 204, 301, 400, 401, 404, 418, 429, 500)), 99)
-    elif fault == "cut":
-        hub.cut("GET", pattern, draw.randint(0, 900), draw.choice((1, 99)))
-    else:
-        hub.corrupt("GET", pattern, draw.choice((1, 99)))
-    return f"{fault} {pattern}"

@@ -206,7 +206,7 @@ class Storage(Connection):
     """The host of large files: anyone with the address of one may put or get it."""
 
     def upload(self, key: str) -> None:
-        """A large file, or ``<sha256>.<number>`` for a part of one."""
+        """A large file."""
         self._guard()
         target = self.hub.store.large(key)
         partial = target.with_name(f"{key}.{threading.get_ident()}.partial")
@@ -221,7 +221,7 @@ class Storage(Connection):
                         self._break()
                     digest.update(piece)
                     file.write(piece)
-            if "." not in key and digest.hexdigest() != key:
+            if digest.hexdigest() != key:
                 raise Answer(400, "the content does not have the SHA-256 that was announced")
             partial.rename(target)
         finally:

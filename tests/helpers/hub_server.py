@@ -5,11 +5,10 @@
         subprocess.run([...], env=hub.environment(tmp_path, token=WRITER))   # another process
         hub.use(monkeypatch, tmp_path, token=WRITER)                         # or this one
 
-What it knows of models (no datasets, no Xet): create and delete a repository, whoami, model info,
-tree (in pages), paths-info, refs, create and delete branches, tags, validate-yaml, preupload, LFS
-batch with uploads in one or many parts and their verification, commits, and downloads by revision
-with ETag, Range and the redirect of large files to another host ("localhost" instead of
-"127.0.0.1"), where a token must never arrive.
+What it knows of models: create a repository, model info, the list of files (in pages), refs, create
+and delete branches, tags, preupload, LFS batch with uploads, commits, and
+downloads by revision with ETag, Range and the redirect of large files to another host ("localhost"
+instead of "127.0.0.1"), where a token must never arrive.
 
 Every repository belongs to ``user``. Three tokens: ``WRITER`` (of ``user``), ``READER`` (of
 ``user``, may not write), ``STRANGER`` (another user); any other is a wrong one.
@@ -20,7 +19,6 @@ requests that match. ``requests`` lists what was asked: (method, path).
 """
 
 import base64
-import hashlib
 import json
 import re
 import threading
@@ -28,7 +26,6 @@ from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from hub_http import Answer, Fault, Said, Storage
 from hub_store import File, Repository, Store, is_large
@@ -46,8 +43,6 @@ class HubServer:
         self.faults: list[Fault] = []
         self.leaked: list[str] = []
         """Requests that carried a token to the host of large files."""
-        self.chunk_size: int | None = None
-        """Set it to have large files uploaded in parts of that many bytes."""
         self.ignored: tuple[str, ...] = ()
         """How the names end of files that its repositories' .gitignore leaves out."""
         self.twist: Callable[[str, Said], None] | None = None
@@ -162,13 +157,6 @@ class _Handler(Storage):
 
     # The API
 
-    def whoami(self) -> None:
-        user = self._user()
-        if user is None:
-            raise Answer(401, "Invalid username or password.")
-        access = {"accessToken": {"role": user[1], "displayName": "test"}}
-        self._ok({"type": "user", "name": user[0], "fullname": user[0], "orgs": [], "auth": access})
-
     def create_repository(self) -> None:
         user, wanted = self._user(), self._json()
         if user is None:
@@ -185,13 +173,6 @@ class _Handler(Storage):
             self.hub.create(name, bool(private))
         self._ok({"url": url, "name": name, "id": name})
 
-    def delete_repository(self) -> None:
-        wanted = self._json()
-        name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
-        self._repository(name, write=True)
-        del self.hub.store.repositories[name]
-        self._ok({})
-
     def validate_yaml(self) -> None:
         content = self._json()["content"]
         valid = content.startswith("---\n") and "\n---\n" in content
@@ -207,37 +188,17 @@ class _Handler(Storage):
         facts["siblings"] = [{"rfilename": path} for path in files]
         self._ok(facts)
 
-    def tree(self, name: str, revision: str, folder: str) -> None:
+    def tree(self, name: str, revision: str) -> None:
+        """All files, in pages."""
         repository = self._repository(name)
         files = repository.commits[self._commit(repository, revision)]
-        prefix = folder.rstrip("/") + "/" if folder else ""
-        inside = {path: file for path, file in files.items() if path.startswith(prefix)}
-        if prefix and not inside:
-            raise Answer(404, f"{folder} does not exist", "EntryNotFound")
-        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        found: dict[str, dict] = {}
-        for path, file in sorted(inside.items()):
-            steps = path.removeprefix(prefix).split("/")
-            for depth in range(1, len(steps)):
-                above = prefix + "/".join(steps[:depth])
-                if deep or depth == 1:
-                    oid = hashlib.sha1(above.encode()).hexdigest()
-                    found[above] = {"type": "directory", "oid": oid, "size": 0, "path": above}
-            if deep or len(steps) == 1:
-                found[path] = file.entry(path)
+        found = [file.entry(path) for path, file in sorted(files.items())]
         start, size = int(self.query.get("cursor", ["0"])[0]), self.hub.page_size
         headers = {}
         if start + size < len(found):
             here = self.hub.endpoint + self.path.split("?")[0]
-            more = f"{here}?recursive={deep}&cursor={start + size}"
-            headers["Link"] = f'<{more}>; rel="next"'
-        self._ok(list(found.values())[start : start + size], **headers)
-
-    def paths_info(self, name: str, revision: str) -> None:
-        repository = self._repository(name)
-        files = repository.commits[self._commit(repository, revision)]
-        wanted = parse_qs(self._body().decode()).get("paths", [])
-        self._ok([files[path].entry(path) for path in wanted if path in files])
+            headers["Link"] = f'<{here}?recursive=true&cursor={start + size}>; rel="next"'
+        self._ok(found[start : start + size], **headers)
 
     def refs(self, name: str) -> None:
         repository = self._repository(name)
@@ -281,50 +242,12 @@ class _Handler(Storage):
 
     def batch(self, name: str) -> None:
         self._repository(name, write=True)
-        objects = []
-        for asked in self._json()["objects"]:
-            oid, size = asked["oid"], asked["size"]
-            if not self.hub.store.large(oid).exists():
-                asked["actions"] = self._upload_actions(name, oid, size)
-            objects.append(asked)
-        self._ok({"transfer": "basic", "objects": objects})
-
-    def _upload_actions(self, name: str, oid: str, size: int) -> dict:
-        put, chunk = f"{self.hub.storage}/storage/{oid}", self.hub.chunk_size
-        verify = {"href": f"{self.hub.endpoint}/{name}.git/info/lfs/verify", "header": {}}
-        if not chunk:
-            return {"upload": {"href": f"{put}?X-Signature=secret"}, "verify": verify}
-        header = {"chunk_size": str(chunk)}
-        for number in range(1, -(-size // chunk) + 1):
-            header[f"{number:05d}"] = f"{put}.{number:05d}?X-Signature=secret"
-        done = {"href": f"{self.hub.endpoint}/{name}.git/info/lfs/complete", "header": header}
-        return {"upload": done, "verify": verify}
-
-    def complete(self, name: str) -> None:
-        """Join the parts; the client calls this without a token, the address being a secret."""
-        assert name in self.hub.store.repositories
-        wanted, store = self._json(), self.hub.store
-        oid, digest = wanted["oid"], hashlib.sha256()
-        parts = [store.large(f"{oid}.{part['partNumber']:05d}") for part in wanted["parts"]]
-        whole = store.large(f"{oid}.whole")
-        with open(whole, "wb") as file:
-            for part in parts:
-                digest.update(data := part.read_bytes())
-                file.write(data)
-                part.unlink()
-        if digest.hexdigest() != oid:
-            whole.unlink()
-            raise Answer(400, "the parts do not make the file")
-        whole.rename(store.large(oid))
-        self._ok({})
-
-    def verify(self, name: str) -> None:
-        self._repository(name, write=True)
-        wanted = self._json()
-        place = self.hub.store.large(wanted["oid"])
-        if not place.exists() or place.stat().st_size != wanted["size"]:
-            raise Answer(404, "the object was not uploaded")
-        self._ok({})
+        wanted = self._json()["objects"]
+        for asked in wanted:
+            if not self.hub.store.large(asked["oid"]).exists():
+                put = f"{self.hub.storage}/storage/{asked['oid']}?X-Signature=secret"
+                asked["actions"] = {"upload": {"href": put}}
+        self._ok({"transfer": "basic", "objects": wanted})
 
     def commit(self, name: str, revision: str) -> None:
         """All operations or none."""
@@ -356,9 +279,6 @@ class _Handler(Storage):
             tree[value["path"]] = File(place.stat().st_size, sha256=value["oid"])
         elif key == "deletedFile":
             tree.pop(value["path"])
-        elif key == "deletedFolder":
-            for path in [path for path in tree if path.startswith(value["path"])]:
-                del tree[path]
 
     # Downloads
 
@@ -379,20 +299,15 @@ class _Handler(Storage):
 
 _NAME = r"([\w.-]+/[\w.-]+)"
 _Handler.routes = [
-    ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create_repository),
-    ("DELETE", r"/api/repos/delete", _Handler.delete_repository),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
     ("GET", rf"/api/models/{_NAME}/refs", _Handler.refs),
-    ("GET", rf"/api/models/{_NAME}/tree/([^/]+)(?:/(.*))?", _Handler.tree),
-    ("POST", rf"/api/models/{_NAME}/paths-info/([^/]+)", _Handler.paths_info),
+    ("GET", rf"/api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
     ("POST", rf"/api/models/{_NAME}/preupload/([^/]+)", _Handler.preupload),
     ("POST", rf"/api/models/{_NAME}/commit/([^/]+)", _Handler.commit),
     ("POST|DELETE", rf"/api/models/{_NAME}/(branch|tag)/([^/]+)", _Handler.reference),
     ("GET", rf"/api/models/{_NAME}(?:/revision/([^/]+))?", _Handler.model_info),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
-    ("POST", rf"/{_NAME}\.git/info/lfs/complete", _Handler.complete),
-    ("POST", rf"/{_NAME}\.git/info/lfs/verify", _Handler.verify),
     ("PUT", r"/storage/([^/]+)", _Handler.upload),
     ("GET|HEAD", r"/storage/([^/]+)", _Handler.download),
     ("GET|HEAD", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),

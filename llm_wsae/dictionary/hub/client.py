@@ -27,65 +27,51 @@ SLOWEST = 10_000
 """Bytes of a file's content that must arrive in a second, on average."""
 _LARGEST_ANSWER = 8 << 20  # bytes; a page of a listing has a thousand files
 _TRIES = 5  # of a download that brings nothing
-_LOGIN = "(`hf auth login`, or the variable HF_TOKEN)"
-_CHANGED = (
-    "{repo} was changed by someone else in the meantime, and nothing was written; run the same "
-    "command again"
-)
-_BY_STATUS = {
-    401: f"the Hub does not accept your token, or needs one; log in {_LOGIN}",
-    403: f"your token may not do that with {{repo}}; log in with one that may {_LOGIN}",
-    409: _CHANGED,
-    412: _CHANGED,
-    429: "the Hub refuses more requests for now; run the same command again later",
-}
-_FAILED = (
-    "the Hub failed with status {status}, and {repo} was left as it was; run the same command "
-    "again later"
-)
-_BY_CLASS = (  # the first that fits
+_LOGIN = "log in (`hf auth login`, or the variable HF_TOKEN)"
+_AGAIN = "run the same command again"
+_KNOWN: tuple[tuple[Any, type[LlmWsaeError], str], ...] = (  # the first class that fits
     (
         errors.OfflineModeIsEnabled,
+        LlmWsaeError,
         "HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo}, and the local cache does "
         "not hold it; unset it",
     ),
     (
         errors.HFValidationError,
+        UsageError,
         "{repo!r} cannot be the name of a repository on the Hub; give user/name",
     ),
     (
         errors.GatedRepoError,
-        f"{{repo}} is gated: accept its terms on the Hub and log in {_LOGIN}",
+        LlmWsaeError,
+        f"{{repo}} is gated: accept its terms on the Hub and {_LOGIN}",
     ),
     (
         errors.RevisionNotFoundError,
+        UsageError,
         "{repo} has no revision {revision!r}; look at its branches on the Hub",
     ),
     (
-        errors.RemoteEntryNotFoundError,
-        "{repo} lost a file while it was read; run the same command again",
-    ),
-    (
         errors.RepositoryNotFoundError,
-        "there is no repository {repo} on the Hub, or you may not see it; check the name, or log "
-        f"in as someone who may {_LOGIN}",
-    ),
-    (
-        (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL),
-        "the Hub ({hub}) cannot be reached to ask about {repo}; check the network and run the same "
-        "command again",
+        UsageError,
+        f"there is no repository {{repo}} on the Hub that you may see; check the name, or {_LOGIN}",
     ),
     (
         httpx.TransportError,
-        "the connection to the Hub broke off ({kind}), and nothing of {repo} is half written; run "
-        "the same command again",
+        LlmWsaeError,
+        "the connection to the Hub ({hub}) failed ({kind}), and nothing of {repo} is half written; "
+        f"check the network and {_AGAIN}",
     ),
 )
-_USERS_MISTAKES = (
-    errors.HFValidationError,
-    errors.RevisionNotFoundError,
-    errors.RepositoryNotFoundError,
+_CHANGED = (
+    f"{{repo}} was changed by someone else in the meantime, and nothing was written; {_AGAIN}"
 )
+_BY_STATUS = {
+    401: f"the Hub does not accept your token, or needs one; {_LOGIN}",
+    403: f"your token may not do that with {{repo}}; {_LOGIN} as someone who may",
+    409: _CHANGED,
+    412: _CHANGED,
+}
 
 
 def ask(path: str, asked: Mapping[str, str] | None = None) -> tuple[Any, str | None]:
@@ -204,24 +190,18 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError:
-    """The client wraps failures in failures, so its causes are searched for one that is known."""
+    """The client wraps failures in failures, so the causes are searched for one that is known."""
     known = {"repo": repo_id, "revision": revision, "hub": constants.ENDPOINT}
     cause: BaseException | None = error
     while cause is not None:
-        for kinds, sentence in _BY_CLASS:
+        for kinds, ours, sentence in _KNOWN:
             if isinstance(cause, kinds):
-                wrong = UsageError if isinstance(cause, _USERS_MISTAKES) else LlmWsaeError
-                return wrong(sentence.format(**known, kind=type(cause).__name__))
+                return ours(sentence.format(**known, kind=type(cause).__name__))
         if isinstance(cause, errors.HfHubHTTPError):
-            status = cause.response.status_code
-            said = " ".join(str(cause.server_message or "it gave no reason").split())
-            refused = _FAILED if status >= 500 else _BY_STATUS.get(status)
-            if refused is None:
-                return LlmWsaeError(
-                    f"the Hub refused with status {status} about {repo_id}: "
-                    f"{without_secrets(said)[:300]}"
-                )
-            return LlmWsaeError(refused.format(**known, status=status))
+            status, said = cause.response.status_code, str(cause.server_message or "")
+            said = f" ({without_secrets(' '.join(said.split()))[:300]})" if said else ""
+            other = f"the Hub answered with status {status} about {{repo}}{{said}}; {_AGAIN} later"
+            return LlmWsaeError(_BY_STATUS.get(status, other).format(**known, said=said))
         cause = cause.__cause__ or cause.__context__
     said = without_secrets(reason(error))
     if isinstance(error, OSError):

@@ -37,7 +37,7 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.fail("GET", "/api/models/", 503, times=2)
     assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
-    with pytest.raises(LlmWsaeError, match="the Hub failed with status 503"):
+    with pytest.raises(LlmWsaeError, match="the Hub answered with status 503"):
         Dictionary.from_pretrained("user/never-seen")
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
@@ -46,18 +46,17 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
     assert content(*folders.values()) == content(plain)
     with pytest.raises(LlmWsaeError) as error:
         push([plain], REPO)
-    assert "the Hub (http://127.0.0.1:9) cannot be reached" in sentence(error)
+    assert "the connection to the Hub (http://127.0.0.1:9) failed" in sentence(error)
 
 
 BREAKS = {
-    "preupload": ("fail", "POST", "/preupload/", 503, "the Hub failed with status 503"),
-    "batch": ("fail", "POST", "/objects/batch", 500, "the Hub failed with status 500"),
-    "upload": ("fail", "PUT", "/storage/", 503, "the Hub failed with status 503"),
-    "upload cut": ("cut", "PUT", "/storage/", 100, "the connection to the Hub broke off"),
+    "preupload": ("fail", "POST", "/preupload/", 503, "the Hub answered with status 503"),
+    "batch": ("fail", "POST", "/objects/batch", 500, "the Hub answered with status 500"),
+    "upload": ("fail", "PUT", "/storage/", 503, "the Hub answered with status 503"),
+    "upload cut": ("cut", "PUT", "/storage/", 100, "the connection to the Hub"),
     "upload damaged": ("corrupt", "PUT", "/storage/", 0, "the content does not have the SHA-256"),
-    "verify": ("fail", "POST", "/lfs/verify", 502, "the Hub failed with status 502"),
-    "commit": ("fail", "POST", "/commit/", 500, "the Hub failed with status 500"),
-    "limit": ("fail", "POST", "/commit/", 429, "the Hub refuses more requests for now"),
+    "commit": ("fail", "POST", "/commit/", 500, "the Hub answered with status 500"),
+    "limit": ("fail", "POST", "/commit/", 429, "the Hub answered with status 429"),
     "forbidden": ("fail", "POST", "/commit/", 403, "your token may not do that with user/saes"),
 }
 
@@ -104,7 +103,7 @@ def test_someone_else_pushes_in_between(hub, plain, weighted, monkeypatch):
         patch.setattr(HfApi, "preupload_lfs_files", slow)
         with pytest.raises(LlmWsaeError) as error:
             push([weighted], REPO)
-    assert "was changed by someone else in the meantime" in sentence(error)
+    assert "was changed by someone else" in sentence(error)
     assert "theirs.txt" in hub.store.repositories[REPO].files()
     push([weighted], REPO)
     assert {"theirs.txt", f"{SITE}/weighted-k4/cfg.json"} < set(
@@ -113,9 +112,9 @@ def test_someone_else_pushes_in_between(hub, plain, weighted, monkeypatch):
 
 
 WHO = {  # token: the sentence on pulling from and on pushing to a private repository of user
-    None: ("or you may not see it; check the name, or log in", "or needs one; log in"),
+    None: ("on the Hub that you may see; check the name", "or needs one; log in"),
     "hf_wrongsecret": ("does not accept your token", "does not accept your token"),
-    STRANGER: ("or you may not see it", "your token may not do that"),
+    STRANGER: ("that you may see", "your token may not do that"),
     READER: (None, "your token may not do that"),
 }
 

@@ -91,14 +91,6 @@ def test_what_a_user_wrote_in_the_card_stays(hub, plain):
     assert card.count("## Dictionaries") == 1
 
 
-def test_large_files_may_go_up_in_parts(hub, plain):
-    hub.chunk_size = 1000
-    push([plain], REPO)
-    stored = hub.store.content(REPO, f"{SITE}/plain-k4/sae_weights.safetensors")
-    assert stored == (plain / "sae_weights.safetensors").read_bytes()
-    assert hub.count("PUT", r"/storage/\w+\.0000") == -(-len(stored) // 1000) + 1
-
-
 def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
     push([plain], REPO)
     before = head(hub)
