@@ -110,12 +110,6 @@ def test_metadata_that_cannot_be_read_is_left_alone():
     assert "also mine: [" in body  # rules between paragraphs are no metadata
 
 
-def test_no_folder_of_the_machine_is_shown():
-    made = {"command": "llm-wsae train /home/me/secret/store --k 4 --out ~/runs/x"}
-    _, body = parts(card(REPO, [some(training=made)]))
-    assert "llm-wsae train store --k 4 --out x" in body and "secret" not in body
-
-
 def test_tables_hold_the_measured_numbers():
     plain = some("uniform-k4", rule="uniform", alpha=1.0)
     _, body = parts(card(REPO, [plain, some()]))
@@ -158,34 +152,30 @@ def test_monosemanticity_comes_with_its_controls():
         "detection_auroc": {"value": 0.8, "interval": [0.75, 0.85], "control": 0.52},
         "token_purity": 0.4,
         "note": "not a number",
+        "purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.2},
     }
     with_scores = some(metrics={"fidelity": FIDELITY, "monosemanticity": scores})
     _, body = parts(card(REPO, [with_scores, some("other-k4")]))
-    assert "| dictionary | detection auroc | token purity |" in body
+    assert "| dictionary | purity | detection auroc | token purity |" in body
     table = body.split("## Monosemanticity")[1].split("##")[0]
+    assert "purity: share of the most frequent token" in table
     assert cells(table, f"`{SITE}/plain-k4`")[1:] == [
+        "0.600 [0.500, 0.700] (control 0.200)",
         "0.800 [0.750, 0.850] (control 0.520)",
         "0.400",
     ]
     assert "other-k4" not in table and "note" not in table
 
 
-def test_measures_of_this_package_are_explained():
-    scores = {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.2}, "probe_5": None}
-    _, body = parts(card(REPO, [some(metrics={"monosemanticity": scores})]))
-    section = body.split("## Monosemanticity")[1].split("##")[0]
-    assert "purity: share of the most frequent token" in section and "probe 5" not in section
-    assert cells(section, f"`{SITE}/plain-k4`")[1:] == ["0.600 [0.500, 0.700] (control 0.200)"]
-
-
 def test_the_command_and_versions_that_made_it():
     made = {
-        "command": "llm-wsae train store --k 4 `rm`\n```",
+        "command": "llm-wsae train /home/me/secret/store --k 4 --out ~/runs/x `rm`\n```",
         "versions": {"torch": "2.6.0", "python": "3.12"},
         "num_steps": 6,
     }
     _, body = parts(card(REPO, [some(training=made)]))
-    assert "```bash\nllm-wsae train store --k 4 'rm' '''\n```" in body
+    assert "```bash\nllm-wsae train store --k 4 --out x 'rm' '''\n```" in body
+    assert "secret" not in body  # no folder of the machine is shown
     assert cells(body, "versions")[1] == "torch 2.6.0, python 3.12"
     assert body.count("```") % 2 == 0
 

@@ -1,5 +1,5 @@
 """Push, pull and list with the real client against a local Hub: what arrives, what a second call
-does, how much memory it takes. Failures are in test_hub_faults.py, unsafe repositories in
+does. Failures are in test_hub_faults.py, unsafe repositories in
 test_hub_safety.py."""
 
 import dataclasses
@@ -194,12 +194,7 @@ def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
 def test_a_pull_keeps_every_dictionary_or_says_which_it_cannot(hub, plain, weighted, tmp_path):
     for repo, first, second, said in (
         (REPO, "", "saes/", r"(\.|saes) of user/saes would be copied into the place of (\.|saes)"),
-        (
-            "user/deep",
-            "a/",
-            "A/b/",
-            "(a|A/b) of user/deep would be copied into the place of (a|A/b);",
-        ),
+        ("user/deep", "a/", "A/b/", "a of user/deep would be copied into the place of A/b;"),
         ("user/odd", "pull.json/", "a/", r"pull\.json of user/odd .* the record pull\.json;"),
     ):
         hub.create(repo)
@@ -237,10 +232,10 @@ def test_a_pull_replaces_only_what_was_pulled_from_there(
     out = tmp_path / "out"
     place = out / SITE / "plain-k4"
     make_dictionary("plain-k4", seed=9).save(place)  # trained here
-    before = content(out)
+    before = content(place)
     with pytest.raises(LlmWsaeError, match="was not pulled from this repository, or was saved"):
         pull(REPO, out)
-    assert content(out) == before
+    assert content(place) == before
     shutil.rmtree(place)
     pull(REPO, out)
     hub.create("user/others")
