@@ -183,7 +183,7 @@ class File:
 def header(path: Path, draw: random.Random) -> tuple[str, bytes]:
     """(what was done, the bytes): one or two things said otherwise, or a number that is a lie."""
     file, done = File(path), []
-    ways = (_value, _entry, _list, _architecture, _body)
+    ways = (_value, _list, _architecture)
     for how in draw.choices(ways, k=draw.choice((0, 1, 2))):
         done.append(how(file, draw))
     data = file.encoded()
@@ -205,22 +205,6 @@ def _value(file: File, draw: random.Random) -> str:
         entry, new = draw.choice(sizes), (UINT32, draw.choice(SIZES))
     file.keys = [one for one in file.keys if one is not entry] + [[entry[0], new]]
     return f"{entry[0]} became {new!r:.60}"
-
-
-def _entry(file: File, draw: random.Random) -> str:
-    entries = draw.choice((file.keys, file.tensors))
-    at, other = draw.randrange(len(entries)), draw.choice(entries)
-    name = entries[at][0]
-    how = draw.choice(("lost", "twice", "renamed", "exchanged", "first"))
-    if how in ("lost", "twice"):
-        entries[at : at + 1] = [entries[at]] * (0 if how == "lost" else 2)
-    elif how == "renamed":
-        entries[at][0] = draw.choice((name + "x", name[1:], "", "x" * 99_999))
-    elif how == "exchanged":
-        entries[at][0], other[0] = other[0], name
-    else:
-        entries.insert(0, entries.pop(at))
-    return f"{name} {how} ({other[0]})"
 
 
 def _list(file: File, draw: random.Random) -> str:
@@ -260,16 +244,6 @@ def rename(file: File, architecture: str, all_keys: bool = True) -> None:
             entry[1] = (TEXT, architecture)
         elif all_keys:
             entry[0] = entry[0].replace("llama.", f"{architecture}.")
-
-
-def _body(file: File, draw: random.Random) -> str:
-    at = draw.randrange(len(file.body) + 1)
-    how = draw.choice(("lost from", "lost until", "zeros from"))
-    if how == "lost until":
-        file.body = file.body[at:]
-    else:
-        file.body = file.body[:at] + bytes(len(file.body) - at if how == "zeros from" else 0)
-    return f"tensors {how} {at}"
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,10 @@ from foreign_folders import (
     sparsify,
     write_json,
 )
-from hub_server import WRITER, HubServer
+from hub_server import HubServer
 from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -108,14 +107,8 @@ def test_dictionary_learning_names_a_block_and_perhaps_a_module(tmp_path):
     trainer["submodule_name"] = "resid_mid_layer_3"
     write_json(tmp_path / "d" / "config.json", {"trainer": trainer})
     assert Dictionary.load(tmp_path / "d").info.site == "blocks.3.hook_resid_mid"
-
-
-def test_dictionary_learning_transcoders_are_refused(tmp_path):
-    learning(tmp_path / "d", "AutoEncoderTopK")
-    config = json.loads((tmp_path / "d" / "config.json").read_text())
     for io in ("in_and_out", "in_to_out"):
-        config.setdefault("buffer", {})["io"] = io
-        write_json(tmp_path / "d" / "config.json", config)
+        write_json(tmp_path / "d" / "config.json", {"trainer": trainer, "buffer": {"io": io}})
         with pytest.raises(LlmWsaeError, match=f"{io}.*does not reconstruct its own input"):
             Dictionary.load(tmp_path / "d")
 
@@ -189,16 +182,6 @@ def test_half_precision_is_read(tmp_path):
         assert error < 0.1 * expected.reconstruction.norm()
 
 
-def test_layouts_are_recognised_by_their_files(tmp_path):
-    assert layout_of(["cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]).name == (
-        "SAELens"
-    )
-    assert layout_of(["cfg.json", "sae.safetensors"]).name == "sparsify"
-    assert layout_of(["config.json", "ae.pt"]).name == "dictionary_learning"
-    assert layout_of(["cfg.json", "sae_weights.safetensors", "wsae.json"]) is None  # our own
-    assert layout_of(["cfg.json", "model.safetensors"]) is None
-
-
 def test_an_unknown_layout_is_one_sentence_with_the_known_ones(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(LlmWsaeError) as error:
@@ -222,19 +205,13 @@ def test_what_our_plugin_trained_remembers_its_rule(tmp_path):
     assert Dictionary.load(tmp_path / "d").d_in == D_IN
 
 
+pytest_plugins = ("hub_fixtures",)
 REPO = "user/mixed"
 FOLDERS = {
     "a/topk": "saelens-topk-rescaled",
     "b/trainer_0": "learning-BatchTopKSAE",
     "layers.3": "sparsify",
 }
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with HubServer(tmp_path / "hub") as server:
-        server.use(monkeypatch, tmp_path / "home", WRITER)
-        yield server
 
 
 def put(hub: HubServer, repo: str, sae_id: str, folder) -> None:
@@ -283,18 +260,6 @@ def test_from_pretrained_and_pull_make_them_ours(hub, mixed, tmp_path):
     assert not any("ae_100" in path for _, path in hub.requests)
 
 
-def test_they_come_from_the_cache_when_there_is_no_network(hub, mixed, monkeypatch):
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    Dictionary.from_pretrained(REPO, "layers.3")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    _http.close_session()
-    close(Dictionary.from_pretrained(REPO, "layers.3"), mixed["layers.3"])
-    with pytest.raises(UsageError, match="the local cache of user/mixed has no dictionary"):
-        Dictionary.from_pretrained(REPO, "a/topk")
-
-
 def test_one_at_the_top_of_a_repository(hub, tmp_path):
     expected = WRITERS["saelens-jumprelu"](tmp_path / "written")
     put(hub, "user/one", "", tmp_path / "written")
@@ -310,14 +275,3 @@ def test_a_card_speaks_only_of_our_own(hub, mixed, tmp_path):
     assert "plain-k4" in card and "# theirs" in card
     assert "trainer_0" not in card and "layers.3" not in card
     assert len(list_dictionaries(REPO)) == 4
-
-
-def test_a_damaged_one_leaves_nothing_behind(hub, mixed, tmp_path):
-    hub.store.put(REPO, "layers.3/sae.safetensors", b"not tensors")
-    with pytest.raises(LlmWsaeError, match="not a readable weights file") as error:
-        pull(REPO, tmp_path / "out", "layers.3")
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-    hub.corrupt("GET", "trainer_0", times=9)
-    with pytest.raises(LlmWsaeError):
-        pull(REPO, tmp_path / "out", "b/trainer_0")
-    assert not (tmp_path / "out").exists()
