@@ -137,7 +137,12 @@ def _metadata(
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
     name = repo_id.split("/")[-1]
     tags, index = (found if isinstance(found := old.get(key), list) else [] for key in _LISTS)
-    results = [result for d in measured for result in _results(d)]
+    # One call for each: it unites results on the same text.
+    results = [
+        one
+        for d in measured
+        for one in eval_results_to_model_index(name, _results(d))[0]["results"]
+    ]
     ours = {
         "library_name": LIBRARY,
         "license": license,
@@ -146,7 +151,7 @@ def _metadata(
         "datasets": list(dict.fromkeys(own for d in dictionaries for own in d.hub_datasets)),
         "metrics": [m for m in _METRICS if any(d.metric(m) is not None for d in measured)],
         "model-index": [
-            *(eval_results_to_model_index(name, results) if results else []),
+            *([{"name": name, "results": results}] if results else []),
             *(entry for entry in index if mapping(entry).get("name") != name),
         ],
     }
@@ -157,7 +162,7 @@ _LISTS = ("tags", "model-index")
 
 
 def _results(d: Facts) -> list[EvalResult]:
-    """One dictionary's numbers in the model index."""
+    """What was measured of one dictionary."""
     return [
         EvalResult(
             task_type="feature-extraction",

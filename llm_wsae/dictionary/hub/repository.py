@@ -8,6 +8,7 @@ Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs
 links in ``snapshots/<commit>``. Only those are written.
 """
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -177,8 +178,9 @@ class Repository:
                     link.symlink_to(os.path.relpath(blob, link.parent))
             if self.revision != self.commit:  # so that the cache can answer offline
                 ref = root / "refs" / (self.revision or "main")
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(self.commit)
+                with contextlib.suppress(OSError):
+                    ref.parent.mkdir(parents=True, exist_ok=True)
+                    ref.write_text(self.commit)
         return link
 
     def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:

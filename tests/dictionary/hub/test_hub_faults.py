@@ -112,7 +112,7 @@ def test_someone_else_pushes_in_between(hub, plain, weighted, monkeypatch):
 
 
 WHO = {  # token: the sentence on pulling from and on pushing to a private repository of user
-    None: ("on the Hub that you may see; check the name", "or needs one; log in"),
+    None: ("on the Hub that you may see; check the name", "log in (`hf auth login`"),
     "hf_wrongsecret": ("does not accept your token", "does not accept your token"),
     STRANGER: ("that you may see", "your token may not do that"),
     READER: (None, "your token may not do that"),
