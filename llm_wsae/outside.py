@@ -26,7 +26,6 @@ LARGEST_NUMBER = 10**15
 """No count of tokens, rows, steps or latents is larger; sums and products of it still fit."""
 SHARE = (0, 1)
 """The limits of a share or a probability."""
-LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
 
