@@ -42,7 +42,7 @@ BODIES = ("deep", "utf-16", "latin", "empty", "cut", "more", "endless", "slow", 
           "bomb", "blind", "other", "endless head", "slow head", "html")  # fmt: skip
 STATUSES = (200, 204, 206, 300, 304, 400, 401, 403, 404, 416, 429, 500, 503)
 PAUSE = threading.Event()  # never set: ``time.sleep`` does nothing here
-WRITES = "/(preupload|commit|create|branch|validate-yaml|lfs)"  # the client reads these answers; it has no limits
+WRITES = "/(preupload|commit|create|branch|validate-yaml|lfs)"  # the client reads these answers
 WHERE = ("/api/models/user/saes$", "/tree/", "/resolve/", "/storage/", "/api/", ".")
 
 
