@@ -59,13 +59,13 @@ def _checked(reader: type) -> type:
     class Checked(reader):  # type: ignore[misc]
         parts = 0
 
-        def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
             self._count(1)
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends before what its header announces; download it again")
             return super()._get(offset, dtype, count, *order, **named)
 
-        def _get_field_parts(self, offset: int, kind: int) -> Any:
+        def _get_field_parts(self, offset: Any, kind: Any) -> Any:
             if kind == _LIST:
                 self._count(int(self._get(offset + 4, np.uint64)[0]))
             return super()._get_field_parts(offset, kind)

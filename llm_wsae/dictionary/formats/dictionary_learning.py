@@ -18,7 +18,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +186,7 @@ def _opened(path: Path, largest: int) -> dict[str, Tensor]:
     return found
 
 
-def _checked(path: Path, largest: int) -> tuple[IO[bytes], list[int]]:
+def _checked(path: Path, largest: int) -> tuple[io.BytesIO, list[int]]:
     """The archive, written anew in memory, and the sizes in bytes of its tensors' records."""
     made = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(made, "w") as copy:
