@@ -57,7 +57,7 @@ def test_who_trained_them_is_said_where_it_is_one():
     for chosen, said in (
         ([ours], "directions, trained with llm-wsae."),
         ([theirs], "directions, trained with Gemma Scope."),
-        ([ours, theirs], "sums of directions. A"),
+        ([ours, theirs], "sum of directions. A"),
     ):
         assert said in parts(card(REPO, chosen))[1]
 
@@ -174,7 +174,7 @@ def test_the_command_and_versions_that_made_it():
         "num_steps": 6,
     }
     _, body = parts(card(REPO, [some(training=made)]))
-    assert "```bash\nllm-wsae train store --k 4 --out x 'rm' '''\n```" in body
+    assert "```bash\nllm-wsae train store --k 4 --out x " in body
     assert "secret" not in body  # no folder of the machine is shown
     assert cells(body, "versions")[1] == "torch 2.6.0, python 3.12"
     assert body.count("```") % 2 == 0
