@@ -91,6 +91,8 @@ def load_model(
     with parsing(f"{model} cannot be loaded as a causal language model"):
         try:
             with quiet(progress_bars=not options["local_files_only"]), gguf_read_once():
+                if path.suffix == ".gguf":
+                    gguf_sizes(path)  # first: what transformers says of a damaged file misleads
                 config = checked_config(source, options)
                 if path.suffix == ".gguf":
                     _check_gguf(path, config, dtype)
