@@ -5,8 +5,6 @@ apart, also by several processes. The row sample of ``moments`` is too small for
 eigenvalues of a covariance of 8192 rows are far too small, and whitening amplifies just those.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -41,13 +39,6 @@ class SecondMoment:
                 if not bool(scatter.diagonal().isfinite().all()):
                     raise LlmWsaeError("rows hold NaN or infinite activations")
             self._add(len(chunk), mean, scatter)
-        return self
-
-    def share(self, sum_: Callable[[Tensor], Tensor]) -> "SecondMoment":
-        """Give all processes the sums of the one that has any, to the last bit. ``sum_`` adds a
-        tensor over all processes, in place. Returns self."""
-        self.count = int(sum_(torch.tensor(self.count)))
-        self.mean, self._scatter = sum_(self.mean), sum_(self._scatter)
         return self
 
     def merge(self, other: "SecondMoment") -> "SecondMoment":
