@@ -5,23 +5,22 @@
         ids = model.generate(ids, max_new_tokens=40)
 
 While the block is open, the stream x at the dictionary's site is split, x = x̂ + error with
-x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is recombined, with or without
-the error. With the error, only the difference that the edits make is added to x, so that a model
-with a dictionary and no edit computes exactly the numbers of the model alone.
+x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is recombined. With the error,
+only the difference that the edits make is added to x, so that a model with a dictionary and no edit
+computes exactly the numbers of the model alone.
 
-Not every position is changed. A dictionary has not learned the rows that its training excluded, so
-they keep the model's stream, as in ``evaluate``: massive activations, padding, and the first
-positions of a context; with ``keep``, the positions that it excludes. They have no latents.
-
-Blocks can be nested. At the same site, the inner one sees the stream that the outer one leaves.
+Rows that the dictionary's training excluded keep the model's stream, as in ``evaluate``, and have
+no latents: massive activations, padding, and the first positions of a context, or with ``keep`` the
+positions that it excludes.
 
 In a bridge the latents also have a name, ``<site>.hook_sae_acts_post`` as in SAELens, for
 ``run_with_cache``, ``run_with_hooks`` and ``add_hook``: all latents [contexts, positions, d_sae],
 edits included. The model continues with what a hook makes of them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from llm_wsae.attaching.edits import Edit, Function
 from llm_wsae.attaching.splice import Splice
-from llm_wsae.attaching.targets import target_of, watching
+from llm_wsae.attaching.targets import Bridge, target_of, watching
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.model.site import Site
@@ -142,16 +141,15 @@ def attach(
             )
         splices[site] = Splice(dictionary)
     attached = Attached(splices, error, keep)
-    with watching(target.decoder) as calls:
+    naming: AbstractContextManager[Mapping[Site, Any]] = nullcontext({})
+    if isinstance(target, Bridge):
+        naming = target.naming(attached.sites)
+    with watching(target) as calls, naming as points:
 
         def visit(splice: Splice, hidden: Tensor) -> Tensor | None:
             return splice.visit(hidden, calls[0], attached.keep, attached.error)
 
-        visits = {
-            site: lambda hidden, splice=splice: visit(splice, hidden)
-            for site, splice in splices.items()
-        }
-        with target.naming(attached.sites) as points, target.visiting(visits):
-            for site, point in points.items():
-                splices[site].point = point
+        for site, point in points.items():
+            splices[site].point = point
+        with target.visiting({site: partial(visit, splice) for site, splice in splices.items()}):
             yield attached

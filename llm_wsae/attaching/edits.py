@@ -1,12 +1,12 @@
 """Edits of chosen latents while a model runs: ablate, clamp, scale, steer.
 
-An edit maps a latent's activations to new ones, token by token. Its effect on the stream follows
-from the decoder: for every unit that a latent gains, its decoder row is added once.
+An edit maps a latent's activations to new ones, token by token. For every unit that a latent gains,
+its decoder row is added to the stream once.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import SupportsIndex
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,25 +15,6 @@ Latents = SupportsIndex | Iterable[SupportsIndex]
 """A number (also of numpy or torch), or several."""
 Function = Callable[[Tensor], Tensor | None]
 """Receives all latents [contexts, positions, d_sae]; what it returns replaces them."""
-
-
-@runtime_checkable
-class Edit(Protocol):
-    """A change of some latents at some positions."""
-
-    @property
-    def latent(self) -> Latents:
-        """One latent or several."""
-        ...
-
-    @property
-    def positions(self) -> slice | None:
-        """Positions of the token ids that it is restricted to."""
-        ...
-
-    def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """The new activations of the edit's latents."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +28,7 @@ class Ablate:
     ``slice(ids.shape[1], None)`` is what is generated after ``ids``. None: all."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """0."""
+        """The new activations."""
         return values * 0
 
 
@@ -63,7 +44,7 @@ class Clamp:
     """Positions of the token ids, as in ``Ablate``."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """The value."""
+        """The new activations."""
         return values * 0 + self.value
 
 
@@ -79,7 +60,7 @@ class Scale:
     """Positions of the token ids, as in ``Ablate``."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """The activations times the factor."""
+        """The new activations."""
         return values * self.factor
 
 
@@ -96,5 +77,8 @@ class Steer:
     """Positions of the token ids, as in ``Ablate``."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """The activations plus the strength."""
+        """The new activations."""
         return values + self.strength
+
+
+Edit = Ablate | Clamp | Scale | Steer

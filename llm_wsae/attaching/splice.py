@@ -30,23 +30,23 @@ class Splice:
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def check(self, edit: Edit | Function) -> None:
-        """Raises UsageError if the dictionary has no such latent, or if positions are counted from
-        the end, which moves during generation."""
-        if isinstance(edit, Edit):
-            taken = edit.positions or slice(None)
-            if any(bound is not None and bound < 0 for bound in (taken.start, taken.stop)):
+        """Raises UsageError for an edit that the dictionary does not allow (``Attached.edit``)."""
+        if not isinstance(edit, Edit):
+            return
+        where = edit.positions or slice(None)
+        if (where.start or 0) < 0 or (where.stop or 0) < 0:  # which would move while generating
+            raise UsageError(
+                f"positions are counted from the first token, so {where.start}:{where.stop} is "
+                "impossible; give numbers from 0 on"
+            )
+        if where.step is not None and where.step < 1:
+            raise UsageError(f"positions cannot have a step of {where.step}; give at least 1")
+        for latent in _latents(edit):
+            if not 0 <= latent < self.dictionary.d_sae:
                 raise UsageError(
-                    f"positions are counted from the first token, so {taken.start}:{taken.stop} "
-                    "is impossible; give numbers from 0 on"
+                    f"there is no latent {latent}; the dictionary for {self.dictionary.site} has "
+                    f"latents 0 to {self.dictionary.d_sae - 1}"
                 )
-            if taken.step is not None and taken.step < 1:
-                raise UsageError(f"positions cannot have a step of {taken.step}; give at least 1")
-            for latent in _latents(edit):
-                if not 0 <= latent < self.dictionary.d_sae:
-                    raise UsageError(
-                        f"there is no latent {latent}; the dictionary for "
-                        f"{self.dictionary.site} has latents 0 to {self.dictionary.d_sae - 1}"
-                    )
 
     def visit(
         self,
@@ -64,24 +64,23 @@ class Splice:
         edits = [*self.edits]
         if self.point is not None and self.point.has_hooks():
             edits.append(self.point)
-        if not edits:
-            self.codes = _spread(codes, rows)
-            if error:
-                return None
-        reconstruction = None if error else self.dictionary.decode(codes)
+        unchanged = error and not edits
+        base = x if error else self.dictionary.decode(codes)
         positions = torch.arange(hidden.shape[1], device=hidden.device) + call.cached
-        total = call.cached + hidden.shape[1]
         change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
         for edit in edits:
             if isinstance(edit, Edit):
-                where = _within(positions, edit.positions, total).expand(rows.shape)[rows]
-                codes, moved = self._edited(codes, edit, where)
+                where = torch.zeros(call.cached + hidden.shape[1], dtype=torch.bool)
+                where[edit.positions or slice(None)] = True
+                here = where.to(hidden.device)[positions].expand(rows.shape)[rows]
+                codes, moved = self._edited(codes, edit, here)
             else:
                 codes, moved = self._mapped(codes, edit, rows)
             change = change + moved
         self.codes = _spread(codes, rows)
-        new = (x if reconstruction is None else reconstruction) + change
-        return hidden.clone().masked_scatter(rows[..., None], new.to(hidden.dtype))
+        if unchanged:
+            return None
+        return hidden.clone().masked_scatter(rows[..., None], (base + change).to(hidden.dtype))
 
     @torch.no_grad()
     def _rows(self, hidden: Tensor, call: Call, keep: Tensor | None) -> Tensor:
@@ -99,18 +98,16 @@ class Splice:
             mask = call.attention_mask.to(hidden.device).bool()
         if keep is None:
             rows = mask & (mask.cumsum(1) > self._first)
+        elif len(keep) != contexts:
+            raise UsageError(
+                f"keep is for {len(keep)} contexts, but the model was given {contexts}"
+            )
         else:
-            if len(keep) != contexts:
-                raise UsageError(
-                    f"keep is for {len(keep)} contexts, but the model was given {contexts}"
-                )
             known = keep[:, :stop].to(hidden.device).bool()
             rows = torch.nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
         rows = rows[:, call.cached :]
         threshold = self.dictionary.info.massive_threshold
-        if threshold is not None:
-            rows = rows & ~(hidden.float().norm(dim=2) > threshold)
-        return rows
+        return rows if threshold is None else rows & ~(hidden.float().norm(dim=2) > threshold)
 
     def _edited(self, codes: Codes, edit: Edit, where: Tensor) -> tuple[Codes, Tensor]:
         """The codes after an edit of some latents, and the change of the rows that it makes."""
@@ -157,13 +154,6 @@ def _latents(edit: Edit) -> list[int]:
         return [operator.index(latent)]
     except TypeError:
         return list(dict.fromkeys(map(operator.index, latent)))
-
-
-def _within(positions: Tensor, wanted: slice | None, total: int) -> Tensor:
-    """Mask of the positions that a slice of ``total`` selects."""
-    taken = torch.zeros(total, dtype=torch.bool, device=positions.device)
-    taken[slice(None) if wanted is None else wanted] = True
-    return taken[positions]
 
 
 def _spread(codes: Codes, rows: Tensor) -> Codes:
