@@ -137,7 +137,7 @@ def _evaluate_again(dictionary: Path, model: ModelOptions, corpus: CorpusOptions
 def _page(folder: Path, latents: Mapping[str, int], model: ModelOptions, out: Path) -> str:
     """The command that shows a site's dictionaries, as one would type it: as many, with as many
     examples, as a page has room for. ``latents`` are their numbers of latents, by name."""
-    from llm_wsae.pages.size import EXAMPLES, what_fits
+    from llm_wsae.pages.dashboard import EXAMPLES, what_fits
 
     number, examples = what_fits(list(latents.values()))
     names = list(latents)[:number]

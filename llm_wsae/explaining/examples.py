@@ -6,7 +6,7 @@ it was made from. The texts of one latent come from different contexts. One pass
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,15 @@ from llm_wsae.explaining.protocol import (
     Text,
     harmless,
 )
+from llm_wsae.inspecting.latents import nearest
 from llm_wsae.inspecting.vocabulary import Vocabulary
-from llm_wsae.pages.collecting import activations_of, collect, context_of_every_row, windows
-from llm_wsae.pages.payload import nearest
+from llm_wsae.pages.collecting import (
+    activations_of,
+    collect,
+    context_of_every_row,
+    place_of,
+    windows,
+)
 
 POOL = 1000
 """Random texts, shared by all latents, among which silent ones are sought."""
@@ -44,82 +50,32 @@ class NothingToExplain(LlmWsaeError):
     """No latent of a dictionary is active in enough documents."""
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The latents of one dictionary that are asked about."""
-
-    latents: list[LatentTexts]
-    eligible: int
-    """Latents with enough texts."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What is known of every row of the store."""
-
-    context: Int[np.ndarray, " rows"]
-    document: Int[np.ndarray, " rows"]
-    shown: Bool[np.ndarray, " rows"]
-    """Whether the explainer may see its document; otherwise the judge may."""
-
-    @classmethod
-    def of(cls, store: ActivationStore, seed: int) -> "_Rows":
-        """Halve the documents: chance takes one of every two of similar length."""
-        shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
-        document = np.concatenate([contexts.document[contexts.keep] for contexts in shards])
-        numbers, where, sizes = np.unique(document, return_inverse=True, return_counts=True)
-        place = np.argsort(np.argsort(sizes, kind="stable"))
-        first = np.random.default_rng(seed).integers(2, size=len(numbers) // 2 + 1)
-        shown = (place + first[place // 2]) % 2 == 0
-        return cls(context_of_every_row(store), document, shown[where])
-
-    def usable(self, rows: Int[np.ndarray, " some"], show: bool) -> Int[np.ndarray, " fewer"]:
-        """Those for the explainer, or for the judge; the first of each context."""
-        rows = rows[rows >= 0]
-        rows = rows[(self.shown[rows] == show) & (self.document[rows] != NO_DOCUMENT)]
-        return rows[np.sort(np.unique(self.context[rows], return_index=True)[1])]
-
-
 def choose(
     store: ActivationStore,
     dictionary: Dictionary,
     vocabulary: Vocabulary,
     config: ExplainConfig,
     encoder: Encoder | None,
-) -> Chosen:
-    """Choose latents and their texts. Without an ``encoder``, texts are alike that share rare
-    tokens.
+) -> tuple[list[LatentTexts], int]:
+    """Choose latents and their texts; and say how many latents have enough. Without an ``encoder``,
+    texts are alike that share rare tokens.
 
     Raises LlmWsaeError if the store does not fit the dictionary, NothingToExplain if no latent has
     enough texts.
     """
-    top, bands = 2 * config.examples, 3 * max(config.examples, config.positives)
-    found, floors = collect(store, {"": dictionary}, top, bands)
-    firings, floor, rows = found[""], floors[""], _Rows.of(store, config.seed)
-    texts = {}
-    for latent, own in enumerate(firings.row.numpy()):
-        strongest = rows.usable(own[:top], show=True)[: config.examples // 2]
-        shown = rows.usable(np.concatenate([strongest, own[top:]]), show=True)[len(strongest) :]
-        judged = rows.usable(own[top:], show=False)
-        missing = config.examples - len(strongest)
-        if len(shown) >= missing and len(judged) >= config.positives:
-            texts[latent] = (
-                [*strongest, *_spread(shown, missing)],
-                _spread(judged, config.positives),
-            )
-    if not texts:
+    choice = _Choice(store, dictionary, vocabulary, config)
+    rows = choice.rows_of_latents()
+    if not rows:
         raise NothingToExplain(
             f"no latent of {dictionary.info.name} is active in enough documents of "
             f"{store.folder}: {config.examples} texts are needed to explain one, and "
             f"{config.positives} from other documents to judge it; use a larger store, or fewer "
             "--examples and --positives"
         )
-    density = firings.count.numpy()
-    latents = sample_by_density(np.array(list(texts)), density, config.latents, config.seed)
-    table = np.array([np.concatenate(texts[latent]) for latent in latents.tolist()])
-    beside = _of_neighbours(dictionary, latents, firings.row.numpy(), table, rows, config)
-    maker = _Maker(store, dictionary, vocabulary, config, encoder, floor)
-    return Chosen(maker.texts(latents, table, beside, maker.pool(latents, rows)), len(texts))
+    density = choice.firings.count.numpy()
+    latents = sample_by_density(np.array(list(rows)), density, config.latents, config.seed)
+    table = np.array([rows[latent] for latent in latents.tolist()])
+    return choice.texts(latents, table, encoder), len(rows)
 
 
 def sample_by_density(
@@ -144,49 +100,20 @@ def sample_by_density(
     return np.sort(np.concatenate(chosen))
 
 
-def _spread(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " count"]:
-    """``count`` of the rows, at even distances."""
-    return rows[((np.arange(count) + 0.5) * len(rows) / max(count, 1)).astype(np.int64)]
-
-
-def _of_neighbours(
-    dictionary: Dictionary,
-    latents: Int[np.ndarray, " latents"],
-    examples: Int[np.ndarray, "d_sae examples"],
-    table: Int[np.ndarray, "latents texts"],
-    rows: _Rows,
-    config: ExplainConfig,
-) -> Int[np.ndarray, "latents candidates"]:
-    """Rows for the judge on which the latents of the nearest decoder rows are active, in contexts
-    that the latent's own texts do not come from; −1 where there are no more."""
-    wanted = _CANDIDATES * (config.negatives // 4)
-    decoder = dictionary.W_dec
-    count = min(_NEIGHBOURS + 1, dictionary.d_sae)
-    near, _ = nearest(decoder[torch.from_numpy(latents)], decoder, count, same=False)
-    found = np.full((len(latents), wanted), -1)
-    for place, latent in enumerate(latents.tolist()):
-        others = [other for other in near[place].tolist() if other != latent]
-        draw = np.random.default_rng([config.seed, latent])
-        theirs = rows.usable(draw.permutation(examples[others].ravel()), show=False)
-        strange = theirs[~np.isin(rows.context[theirs], rows.context[table[place]])][:wanted]
-        found[place, : len(strange)] = strange
-    return found
-
-
-@dataclass(frozen=True)
-class _Pool:
+class _Pool(NamedTuple):
     """Random texts for the judge."""
 
     texts: list[str]
     ids: list[list[int]]
     token: Int[Tensor, " pool"]
     """The token that each was drawn for."""
-    active: Bool[np.ndarray, "pool latents"]
-    """Which of the chosen latents are active in it."""
+    silent: Bool[np.ndarray, "latents pool"]
+    """Which of the chosen latents are silent in it."""
 
 
-class _Maker:
-    """Makes texts of rows."""
+class _Choice:
+    """The texts of one dictionary's latents. Half of the documents are for the explainer, the
+    others for the judge."""
 
     def __init__(
         self,
@@ -194,80 +121,126 @@ class _Maker:
         dictionary: Dictionary,
         vocabulary: Vocabulary,
         config: ExplainConfig,
-        encoder: Encoder | None,
-        floor: Float[Tensor, " rows"],
     ):
         self._store, self._dictionary, self._vocabulary = store, dictionary, vocabulary
-        self._config, self._encoder, self._floor = config, encoder, floor
+        self._config, self._top = config, 2 * config.examples
+        bands = 3 * max(config.examples, config.positives)
+        self.firings = collect(store, {"": dictionary}, self._top, bands)[""]
+        self._context = context_of_every_row(store)
+        shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
+        self._document = np.concatenate([one.document[one.keep] for one in shards])
+        # Chance takes one of every two documents of similar length.
+        numbers, where, sizes = np.unique(self._document, return_inverse=True, return_counts=True)
+        place = np.argsort(np.argsort(sizes, kind="stable"))
+        first = np.random.default_rng(config.seed).integers(2, size=len(numbers) // 2 + 1)
+        self._shown = ((place + first[place // 2]) % 2 == 0)[where]
 
-    def pool(self, latents: Int[np.ndarray, " latents"], rows: _Rows) -> _Pool:
-        """Random texts, one of each context."""
-        draw = np.random.default_rng(self._config.seed)
-        every = np.flatnonzero(~rows.shown)
-        some = draw.choice(every, min(len(every), 10 * POOL), replace=False)
-        chosen = rows.usable(some, show=False)[:POOL]
-        numbers = torch.from_numpy(latents)
-        around = self._around(numbers[:1], chosen[None])[0][0]
-        cuts = [_cut(wide, draw) for wide in around]
-        ids = [wide[cut].tolist() for wide, cut in zip(around, cuts, strict=True)]
-        active = np.zeros((len(chosen), len(latents)), dtype=bool)
-        reader = self._store.reader(self._dictionary.site)
-        for number, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
-            context = int(rows.context[row])
-            shard, place = self._store.place_of_context(context)
-            kept = np.flatnonzero(self._store.contexts(shard).keep[place])
-            start = int(np.searchsorted(rows.context, context))
-            ends = kept[row - start] - (WINDOW - 1) + np.array([cut.start, cut.stop])
-            first, stop = (start + np.searchsorted(kept, ends)).tolist()
-            x, floor = reader.rows(first, stop), self._floor[first:stop]
-            active[number] = activations_of(
-                self._dictionary, x.float(), self._dictionary.W_enc[:, numbers], numbers, floor
-            ).any(0)
-        token = torch.from_numpy(around[:, WINDOW - 1]).long()
-        return _Pool([self._text(one) for one in ids], ids, token, active)
+    def _usable(self, rows: Int[np.ndarray, " some"], show: bool) -> Int[np.ndarray, " fewer"]:
+        """Rows for the explainer, or for the judge; the first of each context."""
+        rows = rows[rows >= 0]
+        rows = rows[(self._shown[rows] == show) & (self._document[rows] != NO_DOCUMENT)]
+        return rows[np.sort(np.unique(self._context[rows], return_index=True)[1])]
+
+    def rows_of_latents(self) -> dict[int, Int[np.ndarray, " texts"]]:
+        """The rows to show, then those to judge, of every latent that has enough."""
+        config, top, found = self._config, self._top, {}
+        for latent, own in enumerate(self.firings.row.numpy()):
+            strongest = self._usable(own[:top], show=True)[: config.examples // 2]
+            shown = self._usable(np.concatenate([strongest, own[top:]]), show=True)
+            shown, judged = shown[len(strongest) :], self._usable(own[top:], show=False)
+            missing = config.examples - len(strongest)
+            if len(shown) >= missing and len(judged) >= config.positives:
+                rows = strongest, _spread(shown, missing), _spread(judged, config.positives)
+                found[latent] = np.concatenate(rows)
+        return found
 
     def texts(
         self,
         latents: Int[np.ndarray, " latents"],
         table: Int[np.ndarray, "latents texts"],
-        beside: Int[np.ndarray, "latents candidates"],
-        pool: _Pool,
+        encoder: Encoder | None,
     ) -> list[LatentTexts]:
-        """The texts of every latent; the first ones of ``table`` are to be shown."""
-        ids, activation = self._around(
-            torch.from_numpy(latents), np.concatenate([table, beside], 1)
-        )
-        own, config = table.shape[1], self._config
-        quarter = config.negatives // 4
-        half = config.negatives - 2 * quarter
+        """The texts of every latent; ``table`` has its rows."""
+        pool, config, own = self._pool(latents), self._config, table.shape[1]
+        beside = self._of_neighbours(latents, table)
+        ids, activation = self._around(latents, np.concatenate([table, beside], 1))
         draws = [np.random.default_rng([config.seed, 1, latent]) for latent in latents.tolist()]
         active = [
             [self._marked(*pair, draw) for pair in zip(i[:own], a[:own], strict=True)]
             for i, a, draw in zip(ids, activation, draws, strict=True)
         ]
-        silent = torch.from_numpy(~pool.active).T.contiguous()
-        if self._encoder is None:
-            likeness, scores = _shared_tokens(ids[:, : config.examples], pool), None
+        scores: list[float] = [np.nan] * len(latents)
+        if encoder is None:
+            likeness = _shared_tokens(ids[:, : config.examples], pool)
         else:
             tokens = torch.from_numpy(ids[:, :own, WINDOW - 1]).long()
-            likeness, scores = self._likeness(self._encoder, active, tokens, pool, silent)
+            likeness, scores = self._likeness(encoder, active, tokens, pool)
         found = []
         for place, (latent, draw) in enumerate(zip(latents.tolist(), draws, strict=True)):
-            numbers = draw.permutation(np.flatnonzero(silent[place].numpy()))
-            rest = numbers[half:]
-            hard = rest[np.argsort(-likeness[place, rest], kind="stable")][:quarter]
-            near = (
-                self._if_silent(*pair, draw)
-                for pair in zip(ids[place, own:], activation[place, own:], strict=True)
-            )
-            chosen = {
-                "random": [pool.texts[number] for number in numbers[:half]],
-                "hard": [pool.texts[number] for number in hard],
-                "neighbours": [text for text in near if text is not None][:quarter],
-            }
+            silent = self._from_pool(pool, pool.silent[place], likeness[place], draw)
+            near = zip(ids[place, own:], activation[place, own:], strict=True)
+            others = [text for pair in near if (text := self._if_silent(*pair, draw)) is not None]
+            silent["neighbours"] = others[: config.negatives // 4]
             shown, judged = active[place][: config.examples], active[place][config.examples :]
-            score = None if scores is None or scores[place].isnan() else float(scores[place])
-            found.append(LatentTexts(latent, shown, judged, chosen, score))
+            score = None if np.isnan(scores[place]) else scores[place]
+            found.append(LatentTexts(latent, shown, judged, silent, score))
+        return found
+
+    def _pool(self, latents: Int[np.ndarray, " latents"]) -> _Pool:
+        """Random texts, one of each context."""
+        draw = np.random.default_rng(self._config.seed)
+        every = np.flatnonzero(~self._shown)
+        some = draw.choice(every, min(len(every), 10 * POOL), replace=False)
+        chosen = self._usable(some, show=False)[:POOL]
+        around = self._around(latents[:1], chosen[None])[0][0]
+        cuts = [_cut(wide, draw) for wide in around]
+        ids = [wide[cut].tolist() for wide, cut in zip(around, cuts, strict=True)]
+        silent = np.ones((len(latents), len(chosen)), dtype=bool)
+        reader, numbers = self._store.reader(self._dictionary.site), torch.from_numpy(latents)
+        for place, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
+            *_, kept, start = place_of(self._store, self._context, int(self._context[row]))
+            ends = kept[row - start] - (WINDOW - 1) + np.array([cut.start, cut.stop])
+            first, stop = (start + np.searchsorted(kept, ends)).tolist()
+            x, floor = reader.rows(first, stop).float(), self.firings.floor[first:stop]
+            encoder = self._dictionary.W_enc[:, numbers]
+            silent[:, place] = ~activations_of(self._dictionary, x, encoder, numbers, floor).any(0)
+        token = torch.from_numpy(around[:, WINDOW - 1]).long()
+        return _Pool([self._text(one) for one in ids], ids, token, silent)
+
+    def _from_pool(
+        self,
+        pool: _Pool,
+        silent: Bool[np.ndarray, " pool"],
+        likeness: Float[np.ndarray, " pool"],
+        draw: np.random.Generator,
+    ) -> dict[str, list[str]]:
+        """Random texts in which a latent is silent, and those most like its own."""
+        quarter = self._config.negatives // 4
+        half = self._config.negatives - 2 * quarter
+        numbers = draw.permutation(np.flatnonzero(silent))
+        rest = numbers[half:]
+        hard = rest[np.argsort(-likeness[rest], kind="stable")][:quarter]
+        return {
+            "random": [pool.texts[number] for number in numbers[:half]],
+            "hard": [pool.texts[number] for number in hard],
+        }
+
+    def _of_neighbours(
+        self, latents: Int[np.ndarray, " latents"], table: Int[np.ndarray, "latents texts"]
+    ) -> Int[np.ndarray, "latents candidates"]:
+        """Rows for the judge on which the latents of the nearest decoder rows are active, in
+        contexts that the latent's own texts do not come from; −1 where there are no more."""
+        wanted = _CANDIDATES * (self._config.negatives // 4)
+        decoder, numbers = self._dictionary.W_dec, torch.from_numpy(latents)
+        near, _ = nearest(decoder[numbers], decoder, _NEIGHBOURS, numbers)
+        found = np.full((len(latents), wanted), -1)
+        for place, latent in enumerate(latents.tolist()):
+            draw = np.random.default_rng([self._config.seed, latent])
+            rows = self.firings.row[near[place]].numpy()
+            theirs = self._usable(draw.permutation(rows.ravel()), show=False)
+            own = self._context[table[place]]
+            strange = theirs[~np.isin(self._context[theirs], own)][:wanted]
+            found[place, : len(strange)] = strange
         return found
 
     def _likeness(
@@ -276,25 +249,24 @@ class _Maker:
         active: Sequence[Sequence[Text]],
         tokens: Int[Tensor, "latents texts"],
         pool: _Pool,
-        silent: Bool[Tensor, "latents pool"],
-    ) -> tuple[Float[np.ndarray, "latents pool"], Float[Tensor, " latents"]]:
+    ) -> tuple[Float[np.ndarray, "latents pool"], list[float]]:
         """How alike the pool is to each latent's strongest texts in meaning, and the detection of
-        the latent by that."""
+        the latent by that; NaN where there are too few texts."""
         top, shown = self._config.examples // 2, self._config.examples
         flat = encoder.embed([text.plain for texts in active for text in texts])
         vectors, of_pool = flat.view(*tokens.shape, -1), encoder.embed(pool.texts)
-        parts = (tokens[:, :top], tokens[:, shown:], pool.token)
+        parts, silent = (tokens[:, :top], tokens[:, shown:], pool.token), torch.tensor(pool.silent)
         found = detection(vectors[:, :top], vectors[:, shown:], of_pool, silent, parts)
-        return (normalize(vectors[:, :top].sum(1), dim=1) @ of_pool.T).numpy(), found.auroc
+        likeness = normalize(vectors[:, :top].sum(1), dim=1) @ of_pool.T
+        return likeness.numpy(), found.auroc.tolist()
 
     def _around(
-        self, latents: Int[Tensor, " latents"], table: Int[np.ndarray, "latents each"]
+        self, latents: Int[np.ndarray, " latents"], table: Int[np.ndarray, "latents each"]
     ) -> tuple[Int[np.ndarray, "latents each wide"], Float[np.ndarray, "latents each wide"]]:
         """Ids and activations around rows, wide enough for every text that holds the row."""
-        reach = WINDOW - 1
-        rows = torch.from_numpy(table)
-        seen = windows(self._store, self._dictionary, latents, rows, self._floor, reach, reach)
-        shape = (*table.shape, 2 * reach + 1)
+        reach, shape = WINDOW - 1, (*table.shape, 2 * WINDOW - 1)
+        given = torch.from_numpy(latents), torch.from_numpy(table), self.firings.floor
+        seen = windows(self._store, self._dictionary, *given, reach, reach)
         return seen.ids.reshape(shape), seen.activation.reshape(shape)
 
     def _marked(
@@ -329,6 +301,11 @@ class _Maker:
             f"{OPEN}{piece}{CLOSE}" if mark else piece
             for piece, mark in zip(pieces, marked, strict=True)
         )
+
+
+def _spread(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " count"]:
+    """``count`` of the rows, at even distances."""
+    return rows[((np.arange(count) + 0.5) * len(rows) / max(count, 1)).astype(np.int64)]
 
 
 def _cut(wide: Int[np.ndarray, " wide"], draw: np.random.Generator) -> slice:

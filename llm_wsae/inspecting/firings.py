@@ -59,10 +59,7 @@ def firings(
     for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
         stop = min(start + _ROWS_AT_ONCE, store.num_rows)
         search.look(start, reader.rows(start, stop).float())
-    return [
-        _firing(store, reader, dictionary, search, number, latent, top)
-        for number, latent in enumerate(latents.tolist())
-    ]
+    return [search.firing(store, reader, n, one, top) for n, one in enumerate(latents.tolist())]
 
 
 def check_store(store: ActivationStore, dictionary: Dictionary) -> None:
@@ -83,74 +80,59 @@ class _Search:
     """What one pass over the rows collects."""
 
     def __init__(self, dictionary: Dictionary, latents: Tensor, stride: int):
-        self._dictionary = dictionary
-        self._encoder = dictionary.W_enc[:, latents]
-        self._bias = dictionary.b_enc[latents]
-        self._stride = stride
+        self._dictionary, self._latents, self._stride = dictionary, latents, stride
         self._column = latents.new_full((dictionary.d_sae,), len(latents))
         self._column[latents] = torch.arange(len(latents))
-        self.looked_at = 0
-        self.count = torch.zeros(len(latents) + 1)  # the last entry is for all other latents
-        self.total = torch.zeros(len(latents) + 1)
-        self.best: Float[Tensor, "candidates latents"] = torch.empty(0, len(latents))
-        self.row: Int[Tensor, "candidates latents"] = torch.empty(0, len(latents), dtype=torch.long)
+        self._looked_at = 0
+        self._count = torch.zeros(len(latents) + 1)  # the last entry is for all other latents
+        self._total = torch.zeros(len(latents) + 1)
+        self._best: Float[Tensor, "candidates latents"] = torch.empty(0, len(latents))
+        self._row: Int[Tensor, "candidates latents"] = torch.empty(0, len(latents)).long()
 
     def look(self, start: int, x: Tensor) -> None:
         """Look at consecutive rows, the first of which has the number ``start``."""
-        usable = not_massive(self._dictionary, x)
-        pre = torch.addmm(self._bias, x, self._encoder)
+        encoder = self._dictionary
+        usable = not_massive(encoder, x)
+        pre = torch.addmm(encoder.b_enc[self._latents], x, encoder.W_enc[:, self._latents])
         pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
         best, place = pre.topk(min(CANDIDATES, len(pre)), dim=0)
-        best, row = torch.cat([self.best, best]), torch.cat([self.row, place + start])
-        self.best, place = best.topk(min(CANDIDATES, len(best)), dim=0)
-        self.row = row.gather(0, place)
+        best, row = torch.cat([self._best, best]), torch.cat([self._row, place + start])
+        self._best, place = best.topk(min(CANDIDATES, len(best)), dim=0)
+        self._row = row.gather(0, place)
 
-        sample = x[-start % self._stride :: self._stride]
-        sample = sample[usable[-start % self._stride :: self._stride]]
-        codes = self._dictionary.encode_sparse(sample)
-        column = self._column[codes.indices].flatten()
-        values = codes.values.flatten()
-        self.looked_at += len(sample)
-        self.count.index_add_(0, column, (values > 0).float())
-        self.total.index_add_(0, column, values)
+        spread = slice(-start % self._stride, None, self._stride)
+        sample = x[spread][usable[spread]]
+        codes = encoder.encode_sparse(sample)
+        column, values = self._column[codes.indices].flatten(), codes.values.flatten()
+        self._looked_at += len(sample)
+        self._count.index_add_(0, column, (values > 0).float())
+        self._total.index_add_(0, column, values)
 
-
-def _firing(
-    store: ActivationStore,
-    reader: RowReader,
-    dictionary: Dictionary,
-    search: _Search,
-    number: int,
-    latent: int,
-    top: int,
-) -> Firing:
-    count, total = float(search.count[number]), float(search.total[number])
-    candidates = search.row[:, number][search.best[:, number] > 0]
-    rows: list[int] = []
-    values: list[float] = []
-    contexts: set[int] = set()
-    for part in candidates.split(_LOOK_AT):
-        x = torch.empty(len(part), store.d_in, dtype=reader.dtype)
-        for row, place in zip(part.tolist(), x[:, None], strict=True):
-            reader.read(row, place)
-        codes = dictionary.encode_sparse(x.float())
-        value = (codes.values * (codes.indices == latent)).sum(1)
-        context = store.locate(part).context
-        for one in (value > 0).nonzero()[:, 0].tolist():
-            if int(context[one]) not in contexts and len(rows) < top:
-                contexts.add(int(context[one]))
-                rows.append(int(part[one]))
-                values.append(float(value[one]))
-        if len(rows) == top:
-            break
-    return Firing(
-        density=count / max(search.looked_at, 1),
-        rows_looked_at=search.looked_at,
-        mean_activation=total / count if count else None,
-        rows=rows,
-        values=values,
-        searched_all=len(rows) == top or len(candidates) < CANDIDATES,
-    )
+    def firing(
+        self, store: ActivationStore, reader: RowReader, number: int, latent: int, top: int
+    ) -> Firing:
+        """What was found of a latent, the one at place ``number``."""
+        candidates = self._row[:, number][self._best[:, number] > 0]
+        found: dict[int, tuple[int, float]] = {}  # by context: its row and activation
+        for part in candidates.split(_LOOK_AT):
+            x = torch.cat([reader.rows(row, row + 1) for row in part.tolist()])
+            codes = self._dictionary.encode_sparse(x.float())
+            value = (codes.values * (codes.indices == latent)).sum(1)
+            context = store.locate(part).context
+            for one in torch.where(value > 0)[0].tolist():
+                if len(found) < top:
+                    found.setdefault(int(context[one]), (int(part[one]), float(value[one])))
+            if len(found) == top:
+                break
+        count, total = float(self._count[number]), float(self._total[number])
+        return Firing(
+            density=count / max(self._looked_at, 1),
+            rows_looked_at=self._looked_at,
+            mean_activation=total / count if count else None,
+            rows=[row for row, _ in found.values()],
+            values=[value for _, value in found.values()],
+            searched_all=len(found) == top or len(candidates) < CANDIDATES,
+        )
 
 
 def not_massive(dictionary: Dictionary, x: Float[Tensor, "rows d_in"]) -> Bool[Tensor, " rows"]:

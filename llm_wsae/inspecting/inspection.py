@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -71,88 +72,70 @@ def inspect(
         dictionary = Dictionary.load(dictionary)
     numbers = check_latents(dictionary, latents).tolist()
     if store is not None:
-        if not isinstance(store, ActivationStore):
-            store = ActivationStore.open(store)
+        store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
         check_store(store, dictionary)
-    if not isinstance(model, LanguageModel):
-        required = model is not None or text is not None
-        loaded, no_model = _load(dictionary, model, revision, device, dtype, required)
-    else:
-        loaded, no_model = model, None
-    if loaded is not None:
-        _check_model(loaded, dictionary)
-        if store is not None:
-            _check_same_model(store, loaded)
+    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype}
+    no_model = None
+    if model is None:
+        model, no_model = _own_model(dictionary, loading)
+        if model is None and text is not None:
+            raise UsageError(f"reading a text needs the model, but {no_model}")
+    elif not isinstance(model, LanguageModel):
+        print(f"loading {printable(model)}", file=sys.stderr)
+        model = LanguageModel.load(model, **loading)
+    if model is not None:
+        _check_model(model, dictionary, store)
     views = look_at(
         dictionary,
         numbers,
         store=store,
-        vocabulary=None if loaded is None else Vocabulary(loaded.tokenizer),
-        readout=None if loaded is None else Readout(loaded),
+        vocabulary=None if model is None else Vocabulary(model.tokenizer),
+        readout=None if model is None else Readout(model),
         top=top,
     )
     tokens = None
-    if text is not None and loaded is not None:
-        tokens = read_sentence(loaded, dictionary, text)
+    if text is not None and model is not None:
+        tokens = read_sentence(model, dictionary, text)
     return Inspection(views, tokens, no_model)
 
 
-def _check_same_model(store: ActivationStore, model: LanguageModel) -> None:
-    """Raises LlmWsaeError if another model made the store: its tokens would be misread."""
-    if store.manifest.model.get("weights_sha256") != model.identity()["weights_sha256"]:
-        raise LlmWsaeError(
-            f"the store {store.folder} was made by {store.manifest.model.get('name')}, not by "
-            f"{model.name} (other weights); give that model, or a store of this one"
-        )
-
-
-def _load(
-    dictionary: Dictionary,
-    name: str | None,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    required: bool,
+def _own_model(
+    dictionary: Dictionary, loading: dict[str, Any]
 ) -> tuple[LanguageModel | None, str | None]:
-    """The model of that name, or the dictionary's own; or None and the reason.
-
-    Raises LlmWsaeError for that reason if a model is ``required``.
-    """
-    if name is not None:
-        print(f"loading {printable(name)}", file=sys.stderr)
-        return LanguageModel.load(name, revision=revision, device=device, dtype=dtype), None
-    trained_on, commit = (
-        known_text(dictionary.info.model.get(key)) for key in ("name", "revision")
-    )
-    if trained_on is None:
+    """The model that the dictionary names, from the Hub's cache; or None and the reason."""
+    name, commit = (known_text(dictionary.info.model.get(key)) for key in ("name", "revision"))
+    if name is None:
         reason = "the dictionary does not say which model it was trained on"
     elif commit is None:
-        reason = f"{printable(trained_on)}, the dictionary's model, did not come from the Hub"
+        reason = f"{printable(name)}, the dictionary's model, did not come from the Hub"
     else:
+        loading = loading | {"revision": loading["revision"] or commit}
         try:
-            return LanguageModel.load(
-                trained_on,
-                revision=revision or commit,
-                device=device,
-                dtype=dtype,
-                download=False,
-            ), None
+            return LanguageModel.load(name, download=False, **loading), None
         except LlmWsaeError as error:
             reason = printable(str(error))
-    reason += "; name the model with --model"
-    if required:
-        raise UsageError(f"reading a text needs the model, but {reason}")
-    return None, reason
+    return None, f"{reason}; name the model with --model"
 
 
-def _check_model(model: LanguageModel, dictionary: Dictionary) -> None:
-    """Raises UsageError for a model of another width; warns if it has other weights."""
+def _check_model(
+    model: LanguageModel, dictionary: Dictionary, store: ActivationStore | None
+) -> None:
+    """Raises UsageError for a model of another width, LlmWsaeError if another one made the store,
+    whose tokens would be misread; warns if the dictionary was trained on other weights."""
     check_width(model, dictionary)
     if dictionary.info.is_of_other_weights(model.identity()):
         print(
             f"llm-wsae: the dictionary was trained on a model whose weights differ from those of "
             f"{model.name}",
             file=sys.stderr,
+        )
+    if store is None:
+        return
+    made_by = store.manifest.model
+    if made_by.get("weights_sha256") != model.identity()["weights_sha256"]:
+        raise LlmWsaeError(
+            f"the store {store.folder} was made by {made_by.get('name')}, not by "
+            f"{model.name} (other weights); give that model, or a store of this one"
         )
 
 

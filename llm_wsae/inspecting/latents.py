@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.firings import Firing, firings
-from llm_wsae.inspecting.readout import Readout
+from llm_wsae.inspecting.readout import Readout, top_words
 from llm_wsae.inspecting.vocabulary import Marked, Vocabulary
 
 _BEFORE, _AFTER = 24, 12  # tokens shown around the marked one
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -104,30 +107,34 @@ def look_at(
     numbers = check_latents(dictionary, latents)
     if len(numbers) == 0:
         return []
-    found = None if store is None else firings(store, dictionary, numbers, top)
+    found: Sequence[Firing | None] = [None] * len(numbers)
+    if store is not None:
+        found = firings(store, dictionary, numbers, top)
     vocabulary = vocabulary or Vocabulary(None)
-    neighbours, writes = _neighbours(dictionary, numbers, top), written(dictionary, numbers, top)
-    effective = dimensions_written(dictionary.W_dec[numbers]).tolist()
-    logits = None if readout is None else readout.logits(dictionary.W_dec[numbers])
-    views = []
-    for place, latent in enumerate(numbers.tolist()):
-        firing = None if found is None else found[place]
-        line = None if logits is None else logits[place]
-        views.append(
-            Latent(
-                latent=latent,
-                neighbours=neighbours[place],
-                dimensions=writes[place],
-                effective_dimensions=effective[place],
-                promotes=None if line is None else _words(line, vocabulary, top, True),
-                suppresses=None if line is None else _words(line, vocabulary, top, False),
-                firing=firing,
-                examples=[]
-                if firing is None or store is None
-                else _examples(store, vocabulary, firing),
-            )
+    decoder = dictionary.W_dec[numbers]
+    logits = None if readout is None else readout.logits(decoder)
+    near, cosines = nearest(decoder, dictionary.W_dec, top, numbers)
+    writes, effective = written(dictionary, numbers, top), dimensions_written(decoder).tolist()
+
+    def words(place: int, largest: bool) -> list[Word] | None:
+        if logits is None:
+            return None
+        best = top_words(logits[place], top, largest)
+        return [Word(token, vocabulary.text(token), value) for token, value in best]
+
+    return [
+        Latent(
+            latent=latent,
+            neighbours=list(map(Neighbour, near[place].tolist(), cosines[place].tolist())),
+            dimensions=writes[place],
+            effective_dimensions=effective[place],
+            promotes=words(place, largest=True),
+            suppresses=words(place, largest=False),
+            firing=firing,
+            examples=_examples(store, vocabulary, firing) if store and firing else [],
         )
-    return views
+        for place, (latent, firing) in enumerate(zip(numbers.tolist(), found, strict=True))
+    ]
 
 
 def check_latents(dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
@@ -144,15 +151,28 @@ def check_latents(dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
     return torch.tensor(list(dict.fromkeys(latents)), dtype=torch.long)
 
 
-def _neighbours(dictionary: Dictionary, latents: Tensor, top: int) -> list[list[Neighbour]]:
-    decoder = torch.nn.functional.normalize(dictionary.W_dec, dim=1)
-    cosine = decoder[latents] @ decoder.T
-    cosine.scatter_(1, latents[:, None], -torch.inf)  # itself
-    best = cosine.topk(min(top, dictionary.d_sae - 1), dim=1)
-    return [
-        [Neighbour(*pair) for pair in zip(indices, values, strict=True)]
-        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+def nearest(
+    ours: Float[Tensor, "rows d_in"],
+    theirs: Float[Tensor, "d_sae d_in"],
+    count: int,
+    own: Int[Tensor, " rows"] | None = None,
+) -> tuple[Int[Tensor, "rows count"], Float[Tensor, "rows count"]]:
+    """For each of our decoder rows, the ``count`` of theirs with the largest cosine, and that.
+
+    ``own`` is the place of each of our rows among theirs, if it is one of them: none is near
+    itself.
+    """
+    normal = normalize(theirs, dim=1)
+    count = min(count, len(theirs) - (own is not None))
+    indices, cosines = [], []
+    for start in range(0, len(ours), _ROWS_AT_ONCE):
+        cosine = normalize(ours[start : start + _ROWS_AT_ONCE], dim=1) @ normal.T
+        if own is not None:
+            cosine.scatter_(1, own[start : start + _ROWS_AT_ONCE, None], -torch.inf)
+        best = cosine.topk(count, dim=1)
+        indices.append(best.indices)
+        cosines.append(best.values)
+    return torch.cat(indices), torch.cat(cosines)
 
 
 def dimensions_written(decoder: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"]:
@@ -171,40 +191,24 @@ def written(
     lists = []
     for row in dictionary.W_dec[latents]:
         share = row.square() / row.square().sum().clamp(min=1e-30)
-        lists.append(
-            [
-                Written(
-                    i, float(row[i]), float(share[i]), None if gamma is None else gamma[i].item()
-                )
-                for i in share.topk(min(top, len(row))).indices.tolist()
-            ]
-        )
+        largest = share.topk(min(top, len(row))).indices.tolist()
+        gammas = [None if gamma is None else gamma[i].item() for i in largest]
+        values = zip(largest, row[largest].tolist(), share[largest].tolist(), gammas, strict=True)
+        lists.append([Written(*one) for one in values])
     return lists
-
-
-def _words(logits: Tensor, vocabulary: Vocabulary, top: int, largest: bool) -> list[Word]:
-    best = logits.topk(min(top, len(logits)), largest=largest)
-    return [
-        Word(token, vocabulary.text(token), value)
-        for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
 
 
 def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) -> list[Example]:
     where = store.locate(torch.tensor(firing.rows, dtype=torch.long))
     examples = []
     for number, (row, value) in enumerate(zip(firing.rows, firing.values, strict=True)):
-        context, at = int(where.context[number]), int(where.position[number])
-        shard, place = store.place_of_context(context)
+        at = int(where.position[number])
+        shard, place = store.place_of_context(int(where.context[number]))
         contexts = store.contexts(shard)
-        first, stop = max(0, at - _BEFORE), min(store.context_size, at + _AFTER + 1)
-        own = contexts.document[place] == contexts.document[place, at]
-        while not own[first]:
-            first += 1
-        while not own[stop - 1]:
-            stop -= 1
-        header = contexts.headers.get(int(where.document[number]), {})
-        ids = contexts.ids[place, first:stop].tolist()
-        text = vocabulary.marked(ids, at - first)
-        examples.append(Example(row, header.get("name"), value, text))
+        first, stop = max(0, at - _BEFORE), at + _AFTER + 1
+        own = contexts.document[place, first:stop] == contexts.document[place, at]
+        first, last = first + np.flatnonzero(own)[[0, -1]]
+        ids = contexts.ids[place, first : last + 1].tolist()
+        name = contexts.headers.get(int(where.document[number]), {}).get("name")
+        examples.append(Example(row, name, value, vocabulary.marked(ids, int(at - first))))
     return examples

@@ -44,11 +44,9 @@ class Readout:
     def effects(
         self, directions: Float[Tensor, "latents d_model"]
     ) -> Float[Tensor, "latents words"]:
-        """What each direction, at length 1, adds to the logits if the final norm does not divide.
-
-        That is its product with TransformerLens' ``W_U`` after ``fold_ln`` and ``center_unembed``:
-        the numbers that SAEDashboard shows.
-        """
+        """What each direction, at length 1, adds to the logits if the final norm does not divide:
+        its product with TransformerLens' ``W_U`` after ``fold_ln`` and ``center_unembed``, which
+        SAEDashboard shows."""
         x = nn.functional.normalize(directions.to(self._device, torch.float32), dim=1)
         scale, centres = self._folded
         if centres:
@@ -73,7 +71,14 @@ class Readout:
         return scale[0], bool((norm(ones) - nothing).abs().max() < 1e-3 * scale.abs().max())
 
     def _over_words(self, x: Tensor) -> Tensor:
-        """The logits of all tokens [latents, words], minus their mean."""
         parts = self._W_U[:, : self._words].split(_WORDS_AT_ONCE, dim=1)
         logits = torch.cat([x @ part.float() for part in parts], 1)
         return (logits - logits.mean(1, keepdim=True)).cpu()
+
+
+def top_words(
+    logits: Float[Tensor, " words"], count: int, largest: bool = True
+) -> list[tuple[int, float]]:
+    """The tokens with the largest logits (or the smallest), and these."""
+    best = logits.topk(min(count, len(logits)), largest=largest)
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -43,15 +43,12 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     ids = token_ids(model, dictionary, text)
     hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
     codes = dictionary.encode_sparse(hidden.float().to(dictionary.W_enc.device))
-    explained = _explained(model, dictionary, torch.tensor(ids), hidden)
-    vocabulary = Vocabulary(model.tokenizer)
-    tokens = []
-    for token, indices, values, inside in zip(
-        ids, codes.indices.tolist(), codes.values.tolist(), explained.tolist(), strict=True
-    ):
-        active = [Active(i, v) for i, v in zip(indices, values, strict=True) if v > 0]
+    values = codes.values.cpu() * _explained(model, dictionary, torch.tensor(ids), hidden)[:, None]
+    vocabulary, tokens = Vocabulary(model.tokenizer), []
+    for token, *pair in zip(ids, codes.indices.tolist(), values.tolist(), strict=True):
+        active = [Active(*one) for one in zip(*pair, strict=True) if one[1] > 0]
         active.sort(key=lambda one: -one.activation)
-        tokens.append(Token(token, vocabulary.text(token), active if inside else []))
+        tokens.append(Token(token, vocabulary.text(token), active))
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""Tokens as text: one by one, in a run of text, and a run cut into pieces."""
+"""Tokens as text: one by one, or a run of them cut into pieces."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,40 +26,28 @@ class Vocabulary:
 
     def text(self, token: int) -> str:
         """A single token, including its leading space."""
-        if self._tokenizer is None:
-            return f"<{token}>"
-        name = self._tokenizer.convert_ids_to_tokens(token)
+        name = self._tokenizer and self._tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return f"<{token}>"
         if name.startswith(_SPACE):
-            return name.replace(_SPACE, " ")
-        text = self._tokenizer.decode([token])
-        return name if _LOST in text else text
+            return str(name.replace(_SPACE, " "))
+        text = self._tokenizer.decode([token])  # type: ignore[union-attr]
+        return str(name if _LOST in text else text)
 
     def marked(self, ids: Sequence[int], at: int) -> Marked:
         """The text of some ids around one of them."""
-        if self._tokenizer is None:
-            parts = (ids[:at], ids[at : at + 1], ids[at + 1 :])
-            return Marked(*("".join(map(self.text, part)) for part in parts))
-        # In context a token may decode differently than alone, so growing runs are decoded.
-        before, within, whole = (
-            self._tokenizer.decode(list(ids[:stop])) for stop in (at, at + 1, len(ids))
-        )
-        before = before.rstrip(_LOST)
-        if within.startswith(before) and whole.startswith(within):
-            return Marked(before, within[len(before) :], whole[len(within) :])
-        rest = self._tokenizer.decode(list(ids[at + 1 :]))
-        return Marked(before, self.text(int(ids[at])), rest)
+        return Marked(*self.pieces(ids, [at, at + 1]))
 
     def pieces(self, ids: Sequence[int], cuts: Sequence[int]) -> list[str]:
         """The text of some ids, cut in front of the tokens at the places ``cuts``."""
-        runs = [ids[first:stop] for first, stop in pairwise([0, *cuts, len(ids)])]
-        if self._tokenizer is None:
-            return ["".join(map(self.text, run)) for run in runs]
         pieces, before = [], ""
-        for run, stop in zip(runs, [*cuts, len(ids)], strict=True):
-            grown = self._tokenizer.decode(list(ids[:stop])).rstrip(_LOST)
-            alone = not grown.startswith(before) or grown == before  # e.g. part of a character
-            pieces.append("".join(map(self.text, run)) if alone else grown[len(before) :])
+        for first, stop in pairwise([0, *cuts, len(ids)]):
+            # In context a token may decode differently than alone, so growing runs are decoded.
+            grown = "" if self._tokenizer is None else self._tokenizer.decode(list(ids[:stop]))
+            grown = grown.rstrip(_LOST)
+            if grown.startswith(before) and grown != before:
+                pieces.append(grown[len(before) :])
+            else:  # no tokenizer, or part of a character
+                pieces.append("".join(map(self.text, ids[first:stop])))
             before = grown
         return pieces

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.terminal import printable
 
 _MARK = '<script type="application/json" id="about">'
@@ -28,10 +27,8 @@ def filled(
     """A frame with its data: ``about`` as JSON, and further ``blocks`` of text by their ids.
 
     Strings of ``about`` are made printable, since names of rules, texts and models may come from
-    others.
-
-    The policy allows the frame's own style and script and nothing else, except requests to its own
-    server if the page ``asks_server``. Raises LlmWsaeError if the installation lacks the frame.
+    others. The policy allows the frame's own style and script and nothing else, except requests to
+    its own server if the page ``asks_server``.
     """
     page = _read(frame).replace("@@style@@", _read("style.css"), 1)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
@@ -64,8 +61,4 @@ def _digest(text: str) -> str:
 
 
 def _read(name: str) -> str:
-    path = Path(__file__).parent / name
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LlmWsaeError(f"this installation lacks {path}; install it again") from error
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

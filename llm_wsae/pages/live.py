@@ -7,12 +7,11 @@ connections there may be, and for how long, is decided in ``live_server``.
 """
 
 import contextlib
-import json
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.sentence import read_sentence, token_ids
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.pages.payload import shown
+from llm_wsae.outside import mapping, parse_json
+from llm_wsae.pages.payload import active_latents, shown
 
 LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
 SECONDS = 20.0  # for one text that the model writes, and to wait for the model
@@ -39,7 +39,7 @@ class Session:
         self._dictionaries = list(dictionaries.values())
         self._busy = threading.Lock()
 
-    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Raises UsageError for a request that makes no sense."""
         text, number = asked.get("text"), asked.get("dictionary")
         if not isinstance(text, str) or not text:
@@ -56,18 +56,15 @@ class Session:
         try:
             with torch.no_grad():
                 if asked.get("latent") is None:
-                    return {"tokens": self._tokens(dictionary, text)}
+                    tokens = read_sentence(self._model, dictionary, text)
+                    return {"tokens": active_latents(tokens, lambda token: shown(token.token))}
                 return self._steered(dictionary, text, asked)
         finally:
             self._busy.release()
 
-    def _tokens(self, dictionary: Dictionary, text: str) -> list[Any]:
-        return [
-            [shown(one.token), [[a.latent, float(f"{a.activation:.4g}")] for a in one.latents[:12]]]
-            for one in read_sentence(self._model, dictionary, text)
-        ]
-
-    def _steered(self, dictionary: Dictionary, text: str, asked: dict[str, Any]) -> dict[str, Any]:
+    def _steered(
+        self, dictionary: Dictionary, text: str, asked: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """What the model writes after a text without and with a latent turned up, whether either
         was cut for want of time, and by how much the edit changed the logits of the text's last
         token."""
@@ -115,10 +112,13 @@ def application(page: str, session: Session, token: str, port: int) -> Any:
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
-
-    async def show(request: Request) -> Response:
-        return HTMLResponse(page)
+    async def respond(request: Request) -> Response:
+        host, origin = request.headers.get("host"), request.headers.get("origin")
+        known = secrets.compare_digest(request.path_params["token"].encode(), token.encode())
+        here = host in (f"127.0.0.1:{port}", f"localhost:{port}")
+        if not (known and here and origin in (None, f"http://{host}")):
+            return PlainTextResponse("not found", 404)
+        return HTMLResponse(page) if request.method == "GET" else await ask(request)
 
     async def ask(request: Request) -> Response:
         if request.headers.get("content-type") != "application/json":
@@ -129,31 +129,15 @@ def application(page: str, session: Session, token: str, port: int) -> Any:
             if len(body) > LARGEST_REQUEST:
                 return JSONResponse({"error": f"at most {LONGEST_TEXT:,} characters are read"}, 413)
         try:
-            asked = json.loads(body)
-            if not isinstance(asked, dict):
-                raise UsageError("a question is a JSON object")
+            asked = mapping(parse_json(body, "the question"))
             return JSONResponse(await run_in_threadpool(session.answer, asked))
-        except RecursionError:
-            return JSONResponse({"error": "a question is not nested so deeply"}, 400)
         except (ValueError, LlmWsaeError) as error:
             return JSONResponse({"error": shown(str(error))}, 400)
 
-    def guarded(
-        endpoint: Callable[[Request], Awaitable[Response]],
-    ) -> Callable[[Request], Awaitable[Response]]:
-        async def checked(request: Request) -> Response:
-            host, origin = request.headers.get("host"), request.headers.get("origin")
-            known = secrets.compare_digest(request.path_params["token"].encode(), token.encode())
-            if host not in hosts or not known or (origin and origin != f"http://{host}"):
-                return PlainTextResponse("not found", 404)
-            return await endpoint(request)
-
-        return checked
-
     return Starlette(
         routes=[
-            Route("/{token}/", guarded(show), methods=["GET"]),
-            Route("/{token}/ask", guarded(ask), methods=["POST"]),
+            Route("/{token}/", respond, methods=["GET"]),
+            Route("/{token}/ask", respond, methods=["POST"]),
         ]
     )
 

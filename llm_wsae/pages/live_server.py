@@ -1,12 +1,11 @@
 """The server of the live page: few connections at once, and none that waits without asking.
 
 Another program on this machine may connect without knowing the page's address. It must not be able
-to lock out whoever does, nor to fill the terminal.
+to lock out whoever does.
 """
 
 import asyncio
 import socket
-import sys
 from typing import Any
 
 import uvicorn
@@ -16,7 +15,6 @@ MOST_CONNECTIONS = 50
 SECONDS_TO_ASK = 10.0
 """How long a connection may be open without a complete head of a request."""
 _BETWEEN_LOOKS = 1.0  # seconds
-_ACCEPTED_AT_ONCE = 50
 
 
 class _Connection(H11Protocol):
@@ -29,11 +27,10 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self.quiet_since = self.loop.time()
         # One that was aborted stays in the set until the loop has closed it.
-        still_open = [one for one in self.connections if not one.transport.is_closing()]
+        still_open: list[Any] = [c for c in self.connections if not c.transport.is_closing()]
         if len(still_open) > MOST_CONNECTIONS:
-            quiet = [one for one in still_open if not one.asks]  # type: ignore[union-attr]
-            oldest = min(quiet, key=lambda one: one.quiet_since)  # type: ignore[union-attr]
-            oldest.transport.abort()  # at most this one
+            quiet = [one for one in still_open if not one.asks]
+            min(quiet, key=lambda one: one.quiet_since).transport.abort()  # at most this one
         self._look()
 
     @property
@@ -42,14 +39,12 @@ class _Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _look(self) -> None:
-        if self.transport.is_closing():
-            return
         now = self.loop.time()
         if self.asks:
             self.quiet_since = now
         if now - self.quiet_since > SECONDS_TO_ASK:
             self.transport.abort()
-        else:
+        elif not self.transport.is_closing():
             self.loop.call_later(_BETWEEN_LOOKS, self._look)
 
 
@@ -61,20 +56,6 @@ def run(application: Any, listening: socket.socket) -> None:
         ws="none",
         log_level="error",
         timeout_keep_alive=5,
-        backlog=_ACCEPTED_AT_ONCE,
+        backlog=MOST_CONNECTIONS,  # accepted at once
     )
-    asyncio.run(_serve(uvicorn.Server(config), listening))
-
-
-async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
-    said = set[str]()
-
-    def say_once(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """One line for each kind of trouble, however often it comes."""
-        kind = context["message"]
-        if kind not in said:
-            said.add(kind)
-            print(f"llm-wsae: the live page: {kind} (said once)", file=sys.stderr)
-
-    asyncio.get_running_loop().set_exception_handler(say_once)
-    await server.serve(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listening])

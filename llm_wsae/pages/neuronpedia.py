@@ -1,5 +1,5 @@
-"""``export_neuronpedia``: the latents of a dictionary in the files that SAEDashboard writes and
-Neuronpedia imports, from what the page collects of them.
+"""``export_neuronpedia``: what the page collects of a dictionary's latents, written into the files
+that SAEDashboard writes and Neuronpedia imports.
 
     out/
       export.json             what was exported, with which settings and versions
@@ -38,13 +38,12 @@ from llm_wsae.dictionary.explanations import (
 )
 from llm_wsae.errors import UsageError, shown
 from llm_wsae.inspecting.firings import check_store
-from llm_wsae.inspecting.readout import Readout
+from llm_wsae.inspecting.readout import Readout, top_words
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.collecting import (
     BINS_PER_OCTAVE,
-    Firings,
     Windows,
     collect,
     context_of_every_row,
@@ -67,18 +66,6 @@ class Export:
     latents: int
     explained: int
     """Latents with an explanation."""
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What is shown, and under which names."""
-
-    top: int
-    bands: int
-    contexts: int
-    model_id: str
-    sae_set: str
-    sae_id_suffix: str | None
 
 
 def export_neuronpedia(
@@ -122,37 +109,33 @@ def export_neuronpedia(
     explained = {} if dictionary.folder is None else read_explanations(dictionary.folder)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     check_store(store, dictionary)
-    store.source(dictionary.site)  # raises if the store lacks the site
+    rows = store.identity(dictionary.site)  # raises if the store lacks the site
     there = store.manifest.num_contexts
-    settings = _Settings(
-        top,
-        bands,
-        there if contexts is None else min(contexts, there),
-        model_id or str(store.manifest.model.get("name")).rpartition("/")[2],
-        sae_set or dictionary.info.name,
-        sae_id_suffix,
-    )
+    settings: dict[str, Any] = {
+        "top": top,
+        "bands": bands,
+        "contexts": there if contexts is None else min(contexts, there),
+        "model_id": model_id or str(store.manifest.model.get("name")).rpartition("/")[2],
+        "sae_set": sae_set or dictionary.info.name,
+        "sae_id_suffix": sae_id_suffix,
+    }
     _check(settings)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
     check_width(model, dictionary)
-    asked = {
-        "dictionary": _digest(dictionary),
-        "rows": store.identity(dictionary.site),
-        "settings": settings,
-    }
+    asked = {"dictionary": _digest(dictionary), "rows": rows, "settings": settings}
     with folder_lock(out, "export"):
         remove_partials(out)
         record = export.begin(asked)
         files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
-        batches = _batches(dictionary, store, model, settings)
+        batches = _Features(dictionary, store, model, settings).batches()
         for number, batch in enumerate(tqdm(batches, total=files, desc="files", unit="file")):
             write_text(out / f"batch-{number}.json", json.dumps(batch))
         said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
         if said:
             suffix = "" if sae_id_suffix is None else f"__{sae_id_suffix}"
-            source = f"{dictionary.site.block}-{settings.sae_set}{suffix}"
-            write_for_neuronpedia(out / "explanations", said, settings.model_id, source)
+            source = f"{dictionary.site.block}-{settings['sae_set']}{suffix}"
+            write_for_neuronpedia(out / "explanations", said, settings["model_id"], source)
             write_for_delphi(out / "delphi" / "explanations", said, str(dictionary.site))
         export.finish(record, [f"batch-{number}.json" for number in range(files)])
     return Export(out, files, dictionary.d_sae, len(said))
@@ -163,11 +146,11 @@ def export_in(folder: Path) -> Artifact:
     return Artifact(folder, "export.json", "export for Neuronpedia")
 
 
-def _check(settings: _Settings) -> None:
+def _check(settings: dict[str, Any]) -> None:
     """Raises UsageError for settings that cannot be."""
-    if min(settings.top, settings.bands, settings.contexts) < 1:
+    if min(settings[name] for name in ("top", "bands", "contexts")) < 1:
         raise UsageError("top, bands and contexts must be at least 1")
-    for name in filter(None, (settings.model_id, settings.sae_set, settings.sae_id_suffix)):
+    for name in filter(None, (settings[k] for k in ("model_id", "sae_set", "sae_id_suffix"))):
         if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
             raise UsageError(
                 f"{shown(name)} cannot be a name on Neuronpedia, where it is part of an address; "
@@ -183,141 +166,121 @@ def _digest(dictionary: Dictionary) -> str:
     return digest.hexdigest()
 
 
-def _batches(
-    dictionary: Dictionary, store: ActivationStore, model: LanguageModel, settings: _Settings
-) -> Iterator[dict[str, Any]]:
-    """The content of the files, one after another."""
-    rows = int(np.searchsorted(context_of_every_row(store), settings.contexts))
-    every, floors = collect(store, {"": dictionary}, settings.top, settings.bands, max(rows, 1))
-    found, floor, readout = every[""], floors[""], Readout(model)
-    token = cache(Vocabulary(model.tokenizer).text)
-    facts = {
-        "n_prompts_total": settings.contexts,
-        "n_tokens_in_prompt": store.context_size,
-        "dataset": str(store.manifest.corpus.get("name", "")),
-        "decoder_weights_dist": [],  # over heads, for attention's outputs
-        "vector": [],  # given one, Neuronpedia would use it in the place of the encoder
-    }
-    around = store.context_size - 1
-    for begin in range(0, dictionary.d_sae, _FILES_AT_ONCE * LATENTS_AT_ONCE):
-        end = min(begin + _FILES_AT_ONCE * LATENTS_AT_ONCE, dictionary.d_sae)
-        those = torch.arange(begin, end)
-        texts = windows(store, dictionary, those, found.row[begin:end], floor, around, around)
-        shown = _Shown(found, texts, begin, settings, store.context_size, token)
-        for first in range(begin, end, LATENTS_AT_ONCE):
-            decoder = dictionary.W_dec[first : min(first + LATENTS_AT_ONCE, end)]
-            parts = zip(
-                decoder.norm(dim=1).tolist(),
-                _alignment(decoder),
-                _logits(readout.effects(decoder), token),
-                strict=True,
-            )
-            features = [
-                {"feature_index": latent} | aligned | logits | shown.of(latent, length) | facts
-                for latent, (length, aligned, logits) in enumerate(parts, first)
-            ]
-            yield {
-                "model_id": settings.model_id,
-                "layer": dictionary.site.block,
-                "sae_set": settings.sae_set,
-                "sae_id_suffix": settings.sae_id_suffix,
-                "features": features,
-            }
+class _Features:
+    """What the page collects of latents, under SAEDashboard's keys."""
 
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        store: ActivationStore,
+        model: LanguageModel,
+        settings: dict[str, Any],
+    ):
+        self._dictionary, self._store, self._settings = dictionary, store, settings
+        rows = int(np.searchsorted(context_of_every_row(store), settings["contexts"]))
+        sizes = settings["top"], settings["bands"], max(rows, 1)
+        self._found = collect(store, {"": dictionary}, *sizes)[""]
+        self._readout, self._token = Readout(model), cache(Vocabulary(model.tokenizer).text)
+        self._facts = {
+            "n_prompts_total": settings["contexts"],
+            "n_tokens_in_prompt": store.context_size,
+            "dataset": str(store.manifest.corpus.get("name", "")),
+            "decoder_weights_dist": [],  # over heads, for attention's outputs
+            "vector": [],  # given one, Neuronpedia would use it in the place of the encoder
+        }
 
-@dataclass(frozen=True)
-class _Shown:
-    """What latents do in the text, of which ``texts`` has the contexts of those from ``first``."""
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The content of the files, one after another."""
+        dictionary, found, around = self._dictionary, self._found, self._store.context_size - 1
+        for those in torch.arange(dictionary.d_sae).split(_FILES_AT_ONCE * LATENTS_AT_ONCE):
+            rows = found.row[those]
+            texts = windows(self._store, dictionary, those, rows, found.floor, around, around)
+            for numbers in those.split(LATENTS_AT_ONCE):
+                effects = self._readout.effects(dictionary.W_dec[numbers])
+                first = int(those[0]) * rows.shape[1]  # example of the texts
+                features = [
+                    self._feature(latent, logits, texts, latent * rows.shape[1] - first)
+                    for latent, logits in zip(numbers.tolist(), effects, strict=True)
+                ]
+                yield {
+                    "model_id": self._settings["model_id"],
+                    "layer": dictionary.site.block,
+                    "sae_set": self._settings["sae_set"],
+                    "sae_id_suffix": self._settings["sae_id_suffix"],
+                    "features": features,
+                }
 
-    found: Firings
-    texts: Windows
-    first: int
-    settings: _Settings
-    context_size: int
-    token: Callable[[int], str]
-
-    def of(self, latent: int, length: float) -> dict[str, Any]:
-        """How often a latent fires, how strongly, and where; its decoder row has this length."""
-        share = int(self.found.count[latent]) / (self.settings.contexts * self.context_size)
-        centres, heights = self._histogram(latent)
+    def _feature(self, latent: int, logits: Tensor, texts: Windows, first: int) -> dict[str, Any]:
+        """What is written of a latent; its examples begin at the ``first`` of the texts."""
+        decoder, heights = self._dictionary.W_dec[latent], self._found.histogram[latent].numpy()
+        length = float(decoder.norm())
+        (there,) = np.nonzero(heights)
+        bins = np.arange(there.min(initial=len(heights)), there.max(initial=-1) + 1)
+        centres = self._found.first_edge * 2 ** ((bins - 0.5) / BINS_PER_OCTAVE)
+        positions = self._settings["contexts"] * self._store.context_size
+        share = int(self._found.count[latent]) / positions
         return {
+            "feature_index": latent,
+            **_alignment(decoder),
+            **_logits(logits, self._token),
             "frac_nonzero": round(share, _DECIMALS),
             "freq_hist_data_bar_values": _rounded(centres * length),
-            "freq_hist_data_bar_heights": heights,
+            "freq_hist_data_bar_heights": heights[bins].tolist(),
             # Not collected: the dashboard counts which latents fire together.
             **{f"correlated_{what}_{number}": [] for what in ("neurons", "features")
                for number in ("indices", "l1", "pearson")},
-            "activations": list(self._examples(latent, length, share)),
+            "activations": list(self._examples(latent, length, share, texts, first)),
+            **self._facts,
         }  # fmt: skip
 
-    def _histogram(self, latent: int) -> tuple[np.ndarray, list[int]]:
-        """Centres of bins of half an octave, and how many activations are in each."""
-        heights = self.found.histogram[latent].numpy()
-        (there,) = np.nonzero(heights)
-        bins = np.arange(there.min(initial=len(heights)), there.max(initial=-1) + 1)
-        return self.found.first_edge * 2 ** ((bins - 0.5) / BINS_PER_OCTAVE), heights[bins].tolist()
-
-    def _examples(self, latent: int, length: float, share: float) -> Iterator[dict[str, Any]]:
+    def _examples(
+        self, latent: int, length: float, share: float, texts: Windows, first: int
+    ) -> Iterator[dict[str, Any]]:
         """The strongest contexts, then one of each band, with the activation on every token."""
-        settings, per_latent = self.settings, self.found.row.shape[1]
-        edges = (self.found.edges[latent] * length).tolist()
-        for rank in torch.where(self.found.row[latent] >= 0)[0].tolist():
-            place = (latent - self.first) * per_latent + rank
-            there = np.flatnonzero(self.texts.ids[place] >= 0)
+        edges = (self._found.edges[latent] * length).tolist()
+        for rank in torch.where(self._found.row[latent] >= 0)[0].tolist():
+            ids, activation = texts.ids[first + rank], texts.activation[first + rank]
+            there = np.flatnonzero(ids >= 0)
             here = slice(int(there[0]), int(there[-1]) + 1)
             lower, upper, part = -1.0, edges[0], -1.0
-            if rank >= settings.top:
-                band = rank - settings.top
-                lower, upper, part = edges[band + 1], edges[band], share / settings.bands
+            band = rank - self._settings["top"]
+            if band >= 0:
+                lower, upper, part = edges[band + 1], edges[band], share / self._settings["bands"]
             yield {
                 "bin_min": round(lower, _DECIMALS),
                 "bin_max": round(upper, _DECIMALS),
                 "bin_contains": round(part, _DECIMALS),
-                "tokens": [self.token(one) for one in self.texts.ids[place, here].tolist()],
-                "values": _rounded(self.texts.activation[place, here] * length),
-                "qualifying_token_index": self.context_size - 1 - here.start,
+                "tokens": [self._token(one) for one in ids[here].tolist()],
+                "values": _rounded(activation[here] * length),
+                "qualifying_token_index": self._store.context_size - 1 - here.start,
             }
 
 
-def _alignment(decoder: Float[Tensor, "latents d_in"]) -> list[dict[str, Any]]:
-    """The dimensions that each latent writes to most, and their parts of the L1 norm."""
-    unit = torch.nn.functional.normalize(decoder, dim=1)
-    best = unit.topk(min(_NEIGHBOURS, unit.shape[1]), dim=1)
-    parts = best.values.abs() / unit.abs().sum(1, keepdim=True).clamp(min=1e-30)
-    return [
-        {
-            "neuron_alignment_indices": indices,
-            "neuron_alignment_values": _rounded(values),
-            "neuron_alignment_l1": _rounded(part),
-        }
-        for indices, values, part in zip(
-            best.indices.tolist(), best.values.numpy(), parts.numpy(), strict=True
-        )
-    ]
+def _alignment(decoder: Float[Tensor, " d_in"]) -> dict[str, Any]:
+    """The dimensions that a latent writes to most, and their parts of the L1 norm."""
+    unit = torch.nn.functional.normalize(decoder, dim=0)
+    best = unit.topk(min(_NEIGHBOURS, len(unit)))
+    return {
+        "neuron_alignment_indices": best.indices.tolist(),
+        "neuron_alignment_values": _rounded(best.values.numpy()),
+        "neuron_alignment_l1": _rounded(
+            (best.values.abs() / unit.abs().sum().clamp(min=1e-30)).numpy()
+        ),
+    }
 
 
-def _logits(
-    logits: Float[Tensor, "latents words"], text: Callable[[int], str]
-) -> Iterator[dict[str, Any]]:
-    """The tokens that each latent suppresses and promotes, and the histogram over all tokens."""
-    for own in logits:
-        found: dict[str, Any] = {}
-        for name, largest in (("neg", False), ("pos", True)):
-            best = own.topk(min(_WORDS, len(own)), largest=largest)
-            found[f"{name}_str"] = [text(token) for token in best.indices.tolist()]
-            found[f"{name}_values"] = _rounded(best.values.numpy())
-        values, heights = _histogram(own)
-        yield found | {
-            "logits_hist_data_bar_heights": heights,
-            "logits_hist_data_bar_values": values,
-        }
-
-
-def _histogram(values: Float[Tensor, " n"]) -> tuple[list[float], list[int]]:
-    """Centres of equal bins from the smallest to the largest value, and how many are in each."""
-    edges = torch.linspace(float(values.min()), float(values.max()), _BINS + 1)
-    heights = torch.histc(values, bins=_BINS).long()
-    return _rounded(((edges[1:] + edges[:-1]) / 2).numpy()), heights.tolist()
+def _logits(logits: Float[Tensor, " words"], token: Callable[[int], str]) -> dict[str, Any]:
+    """The tokens that a latent suppresses and promotes, and the histogram over all tokens."""
+    found: dict[str, Any] = {}
+    for name, largest in (("neg", False), ("pos", True)):
+        ids, values = zip(*top_words(logits, _WORDS, largest), strict=True)
+        found[f"{name}_str"] = [token(one) for one in ids]
+        found[f"{name}_values"] = _rounded(np.array(values))
+    edges = torch.linspace(float(logits.min()), float(logits.max()), _BINS + 1)
+    return found | {
+        "logits_hist_data_bar_heights": torch.histc(logits, bins=_BINS).long().tolist(),
+        "logits_hist_data_bar_values": _rounded(((edges[1:] + edges[:-1]) / 2).numpy()),
+    }
 
 
 def _rounded(values: np.ndarray) -> list[float]:

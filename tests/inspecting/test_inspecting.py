@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from hostile import with_hostile_tokens
 from looping import over
 from small_dictionaries import make_dictionary
 from tiny import (
@@ -148,28 +149,18 @@ def test_examples_lead_back_to_the_text(store, model):
     dense, _ = all_latents(store, one)
     latent = int((dense > 0).sum(0).argmax())
     (view,) = look_at(one, [latent], store=store, vocabulary=Vocabulary(model.tokenizer), top=5)
-    assert len(view.examples) == 5
     activations = [example.activation for example in view.examples]
-    assert activations == sorted(activations, reverse=True)
+    assert len(activations) == 5 and activations == sorted(activations, reverse=True)
     assert view.firing.values == activations
+    lines = (store.folder.parent / "text.jsonl").read_text().splitlines()
     for example in view.examples:
         where = store.locate(torch.tensor([example.row]))
-        document = store.contexts(int(where.context) // store.manifest.contexts_per_shard)
-        header = document.headers[int(where.document)]
+        header = store.document(example.row)
         assert example.document == header["name"]
-        text = write_out(header, store)
-        said = f"{example.text.before} {example.text.token} {example.text.after}".split()
-        assert " ".join(said) in text
-        assert example.text.token.split() == [text.split()[int(where.offset)]]
-        assert text.split()[: int(where.offset)][-len(example.text.before.split()) or 10_000 :] == (
-            example.text.before.split()
-        )
-
-
-def write_out(header, store):
-    """The document's text again, as ``write_jsonl`` made it."""
-    number = header["labels"]["number"]
-    return json.loads((store.folder.parent / "text.jsonl").read_text().splitlines()[number])["text"]
+        words, at = json.loads(lines[header["labels"]["number"]])["text"].split(), int(where.offset)
+        before, after = example.text.before.split(), example.text.after.split()
+        assert example.text.token.split() == [words[at]]
+        assert words[at - len(before) : at + 1 + len(after)] == [*before, words[at], *after]
 
 
 def test_neighbours_and_dimensions(model):
@@ -179,31 +170,26 @@ def test_neighbours_and_dimensions(model):
     one.W_dec.data[9, 3] = -2
     first, second = look_at(one, [5, 9, 5], top=4)  # each once
     assert (first.latent, second.latent) == (5, 9)
-    assert first.neighbours[0].latent == 7
-    assert first.neighbours[0].cosine == pytest.approx(1)
     cosine = torch.nn.functional.cosine_similarity(one.W_dec[5], one.W_dec, dim=1)
     cosine[5] = -2
     assert [n.latent for n in first.neighbours] == cosine.argsort(descending=True)[:4].tolist()
-    assert second.effective_dimensions == pytest.approx(1)
-    assert second.dimensions[0].dimension == 3
-    assert second.dimensions[0].decoder == -2 and second.dimensions[0].share == pytest.approx(1)
-    assert second.dimensions[0].gamma == pytest.approx(float(one.extras["gamma"][3]))
-    w = one.W_dec[5].double()
-    assert first.effective_dimensions == pytest.approx(float((w**2).sum() ** 2 / (w**4).sum()))
     largest = cosine.sort(descending=True).values[:4]
     assert [n.cosine for n in first.neighbours] == pytest.approx(largest.tolist(), abs=1e-5)
-    share = (w**2 / (w**2).sum()).sort(descending=True).values[:4]
-    assert [d.share for d in first.dimensions] == pytest.approx(share.tolist())
-    assert [d.dimension for d in first.dimensions] == w.abs().argsort(descending=True)[:4].tolist()
-    assert sum(d.share for d in look_at(one, [5], top=99)[0].dimensions) == pytest.approx(1)
+    assert first.neighbours[0].latent == 7
+    w = one.W_dec[5].double()
+    assert first.effective_dimensions == pytest.approx(float((w**2).sum() ** 2 / (w**4).sum()))
+    share = (w**2 / (w**2).sum()).sort(descending=True)
+    assert [d.share for d in first.dimensions] == pytest.approx(share.values[:4].tolist())
+    assert [d.dimension for d in first.dimensions] == share.indices[:4].tolist()
     assert first.promotes is None and first.firing is None and first.examples == []
-
+    assert second.effective_dimensions == pytest.approx(1)
+    only, gamma = second.dimensions[0], float(one.extras["gamma"][3])
+    assert (only.dimension, only.decoder, only.share) == (3, -2, pytest.approx(1))
+    assert only.gamma == pytest.approx(gamma)
     matrix = torch.randn(model.d_model, model.d_model)
-    one.extras["gamma"] = matrix
-    (view,) = look_at(one, [9], top=1)
-    assert view.dimensions[0].gamma == pytest.approx(float(matrix[:, 3].norm()))
-    del one.extras["gamma"]
-    assert look_at(one, [9], top=1)[0].dimensions[0].gamma is None
+    for extras, expected in (({"gamma": matrix}, float(matrix[:, 3].norm())), ({}, None)):
+        one.extras = extras
+        assert look_at(one, [9], top=1)[0].dimensions[0].gamma == pytest.approx(expected)
 
 
 @over(family=["gpt2", "llama", "gemma2", "neox", "unknown"])
@@ -284,19 +270,16 @@ def test_sentence(model):
     ids = [BOS, 5, 17, 5, EOS, 30]
     assert [token.id for token in tokens] == ids
     dense = one.encode(model.activations(torch.tensor([ids]), [SITE])[SITE][0])
-    for at, token in enumerate(tokens):
-        if at < 2 or token.id == EOS:
-            assert token.latents == []
-            continue
-        values = dense[at].sort(descending=True)
-        fire = int((dense[at] > 0).sum())
+    dense[[0, 1, 4]] = 0  # not trained on: the first positions, and special tokens
+    for own, token in zip(dense, tokens, strict=True):
+        values = own.sort(descending=True)
+        fire = int((own > 0).sum())
         assert [a.latent for a in token.latents] == values.indices[:fire].tolist()
         assert [a.activation for a in token.latents] == pytest.approx(
             values.values[:fire].tolist(), rel=1e-4
         )
-    text = sentence_text(tokens, [tokens[2].latents[0].latent, 79])
-    lines = text.splitlines()
     strongest = tokens[2].latents[0]
+    lines = sentence_text(tokens, [strongest.latent, 79]).splitlines()
     assert f"{strongest.latent} {strongest.activation:.2f}" in lines[3]
     assert lines[1].split() == ["«<s>»", "—"]
     assert f"latent {strongest.latent}: «w17» {strongest.activation:.2f}" in lines[7]
@@ -313,31 +296,31 @@ def test_sentence_without_bos_and_massive_rows(model):
 
 
 def test_bad_requests_are_sentences(store, model):
-    one = dictionary_for(model)
-    with pytest.raises(UsageError, match=r"no latent 80; plain-k4 has latents 0 to 79"):
-        check_latents(one, [3, 80])
-    with pytest.raises(UsageError, match="no latent -1"):
-        look_at(one, [-1])
-    with pytest.raises(UsageError, match=r"has no blocks.2.hook_resid_pre; did you mean"):
-        other = dictionary_for(model, site="blocks.2.hook_resid_pre")
-        firings(store, other, torch.tensor([0]), 1)
-    with pytest.raises(LlmWsaeError, match="rows of 16 dimensions, but the dictionary reads 12"):
-        firings(store, make_dictionary(), torch.tensor([0]), 1)
-    with pytest.raises(LlmWsaeError, match=r"made by tiny, but .* trained on big \(other weights"):
-        strange = dictionary_for(model, weights={})
-        strange.info.model["name"], strange.info.model["weights_sha256"] = "big", "0" * 64
-        firings(store, strange, torch.tensor([0]), 1)
+    one, elsewhere = dictionary_for(model), dictionary_for(model, site="blocks.2.hook_resid_pre")
+    strange = dictionary_for(model, weights={})
+    strange.info.model["name"], strange.info.model["weights_sha256"] = "big", "0" * 64
+    mute = LanguageModel.from_live(model.hf_model, None)
     other = tiny_model(seed=1)  # as wide, but of other weights
-    with pytest.raises(LlmWsaeError, match=r"was made by tiny, not by tiny \(other weights\)"):
-        inspect(dictionary_for(model, weights={}), latents=(1,), store=store, model=other)
-    with pytest.raises(UsageError, match="the text is empty"):
-        read_sentence(model, one, "")
-    with pytest.raises(UsageError, match="contexts of 101 tokens are too long"):
-        read_sentence(model, one, "w1 " * 100)
-    with pytest.raises(UsageError, match="reads 12 dimensions, but tiny has 16"):
-        read_sentence(model, make_dictionary(), "w1")
-    with pytest.raises(LlmWsaeError, match="without a tokenizer"):
-        read_sentence(LanguageModel.from_live(model.hf_model, None), one, "w1")
+    first = torch.tensor([0])
+    for kind, said, ask in (
+        (UsageError, "no latent 80; plain-k4 has latents 0", lambda: check_latents(one, [3, 80])),
+        (UsageError, "no latent -1", lambda: look_at(one, [-1])),
+        (UsageError, "has no blocks.2.hook_resid_pre; did you mean",
+         lambda: firings(store, elsewhere, first, 1)),
+        (LlmWsaeError, "rows of 16 dimensions, but the dictionary reads 12",
+         lambda: firings(store, make_dictionary(), first, 1)),
+        (LlmWsaeError, "made by tiny, but .* trained on big .other weights",
+         lambda: firings(store, strange, first, 1)),
+        (LlmWsaeError, "was made by tiny, not by tiny .other weights",
+         lambda: inspect(dictionary_for(model), (1,), store=store, model=other)),
+        (UsageError, "the text is empty", lambda: read_sentence(model, one, "")),
+        (UsageError, "of 101 tokens are too long", lambda: read_sentence(model, one, "w1 " * 100)),
+        (UsageError, "reads 12 dimensions, but tiny has 16",
+         lambda: read_sentence(model, make_dictionary(), "w1")),
+        (LlmWsaeError, "without a tokenizer", lambda: read_sentence(mute, one, "w1")),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=said):
+            ask()
 
 
 NASTY = "a\x1b[2J\x07b\nc\td\u202ee\x9bf\u200bg\ud800"
@@ -378,19 +361,12 @@ def test_tokens_that_are_no_text_of_their_own():
 
 
 def test_what_is_printed_is_printable(store, model):
-    class Hostile:
-        def convert_ids_to_tokens(self, token):
-            return f"\x1b]0;{token}\x07"
-
-        def decode(self, ids):
-            return "".join(f"\x1b]0;{i}\x07" for i in ids)
-
     one = dictionary_for(model)
     dense, _ = all_latents(store, one)
     latents = (dense > 0).sum(0).argsort(descending=True)[:2].tolist()
-    views = look_at(
-        one, latents, store=store, vocabulary=Vocabulary(Hostile()), readout=Readout(model), top=3
-    )
+    views = inspect(
+        one, latents, store=store, model=with_hostile_tokens(model, "\x1b]0;1\x07"), top=3
+    ).latents
     text = latents_text(one, views)
     assert all(line.isprintable() for line in text.splitlines())
     assert r"«\x1b]0;" in text

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SITE, call, works
+from hostile import with_hostile_tokens
 from small_dictionaries import make_dictionary
 
 from llm_wsae import dashboard, inspect
@@ -25,15 +26,16 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
+from llm_wsae.inspecting.latents import nearest
 from llm_wsae.inspecting.sentence import read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages import collecting, live, size
+from llm_wsae.pages import collecting, live
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
-from llm_wsae.pages.dashboard import named_dictionaries
+from llm_wsae.pages.dashboard import most_megabytes, named_dictionaries, what_fits
 from llm_wsae.pages.live import Session, application
-from llm_wsae.pages.payload import Words, facts, nearest, principal_components, shown, table
+from llm_wsae.pages.payload import Words, facts, principal_components, shown, table
 from llm_wsae.statistics.documents import TextSize
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
@@ -50,25 +52,29 @@ def model(world):
     return LanguageModel.load(str(world / "model"))
 
 
-def of_kind(world, kind: str) -> Dictionary:
-    """The plain dictionary, as it is or with thresholds in the place of k."""
+def of_kind(world, store, kind: str) -> Dictionary:
+    """The plain dictionary, as it is; or with thresholds in the place of k, and a twentieth of the
+    rows massive."""
     one = Dictionary.load(world / PLAIN)
     if kind == "topk":
         return one
-    parts = {name: getattr(one, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "info")}
-    return Dictionary(**parts, sparsity=JumpReLU(), threshold=torch.full((one.d_sae,), 0.4))
+    norms = store.rows(one.site, 0, store.num_rows).float().norm(dim=1)
+    parts = {name: getattr(one, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    parts["info"] = replace(one.info, massive_threshold=float(norms.quantile(0.95)))
+    return Dictionary(**parts, sparsity=JumpReLU(), threshold=torch.full((one.d_sae,), 0.02))
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeypatch):
     monkeypatch.setattr(collecting, "ROWS_AT_ONCE", 700)  # pieces that end within contexts
-    dictionary = of_kind(world, kind)
+    dictionary = of_kind(world, store, kind)
     rows = store.rows(Site.parse(SITE), 0, store.num_rows).float()
-    dense = dictionary.encode(rows)
+    usable = rows.norm(dim=1) <= (dictionary.info.massive_threshold or torch.inf)
+    assert usable.float().mean() == pytest.approx(1 if kind == "topk" else 0.95, abs=1e-3)
+    dense = dictionary.encode(rows) * usable[:, None]
     context = torch.from_numpy(context_of_every_row(store)).long()
-    found, floors = collect(store, {"one": dictionary}, TOP, BANDS)
-    one, floor = found["one"], floors["one"]
-    assert one.rows_seen == len(rows)
+    one = collect(store, {"one": dictionary}, TOP, BANDS)["one"]
+    assert one.rows_seen == int(usable.sum()) and int((dense > 0).sum()) > len(rows)
     contexts = context.tolist()
     assert torch.equal(one.count, (dense > 0).sum(0))
     torch.testing.assert_close(one.total, dense.sum(0))
@@ -80,7 +86,7 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
     torch.testing.assert_close(one.overlap, overlap.topk(5, dim=1).values)
     torch.testing.assert_close(overlap.gather(1, one.together), one.overlap)
     smallest = dense.where(dense > 0, torch.inf).amin(1)
-    torch.testing.assert_close(floor, smallest)
+    torch.testing.assert_close(one.floor, smallest)
     for latent in range(dictionary.d_sae):
         best = {}
         for row in dense[:, latent].argsort(descending=True)[: one.count[latent]].tolist():
@@ -95,11 +101,14 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
         torch.testing.assert_close(one.value[latent, TOP:][new], dense[bands[new], latent])
         assert one.value[latent, TOP] >= one.value[latent, TOP + 1] or not new.all()
         assert not set(bands[new].tolist()) & set(wanted)
+        edges, of_bands = one.edges[latent], one.value[latent, TOP:]
+        assert edges[0] == one.value[latent, 0] and edges[-1] == 0
+        assert ((edges[1:] <= of_bands) & (of_bands <= edges[:-1]))[new].all()
         if one.count[latent] > TOP + BANDS * SAMPLE and len(best) > TOP:
             assert new.any()  # else every band would have drawn one of the strongest
     mean = store.statistics(dictionary.site).mean.float()
     every = torch.arange(dictionary.d_sae)
-    shown_texts = windows(store, dictionary, every, one.row, floor, before=2, after=1)
+    shown_texts = windows(store, dictionary, every, one.row, one.floor, before=2, after=1)
     where = store.locate(one.row.flatten().clamp(min=0))
     for example, row in enumerate(one.row.flatten().tolist()):
         ids, activations = shown_texts.ids[example], shown_texts.activation[example]
@@ -123,6 +132,12 @@ def unpacked(page: str, name: str):
     return json.loads(gzip.decompress(base64.b64decode(text)), parse_constant=lambda _: 1 / 0)
 
 
+def write_scores(path, dictionary, per_latent, name=Path(PLAIN).name):
+    """A report of ``evaluate --monosemantic``."""
+    own = {"sha256": dictionary.decoder_digest(), "per_latent": per_latent}
+    write_json(path, {"monosemanticity": {"dictionaries": {name: own}}})
+
+
 DETECTION = [None if i % 7 == 3 else (100 + i) / 200 for i in range(64)]
 
 
@@ -135,8 +150,7 @@ def page(world):
     scores = {"detection": Score(0.75, (0.5, 1.0), 16, 15)}
     keep_explanations(world / PLAIN, [Explanation(5, LABEL, "a model", scores)])
     per_latent = {"detection": DETECTION, "purity": [None] * 64, "density": [0.1] * 64}
-    report = {"dictionaries": {Path(PLAIN).name: {"per_latent": per_latent}}}
-    write_json(world / "report.json", {"monosemanticity": report})
+    write_scores(world / "report.json", Dictionary.load(world / PLAIN), per_latent)
     result = works(
         "dashboard", world / PLAIN, world / WEIGHTED, "--store", world / "store",
         "--model", world / "model", "--out", out, "--prompt", "one two three", "--top", TOP,
@@ -180,15 +194,21 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
         ]
 
 
+def silence(d_sae: int) -> Firings:
+    """What is collected of latents that never fire."""
+    none, no_rows = torch.zeros(d_sae, 1), torch.zeros(d_sae, 1, dtype=torch.long)
+    count = torch.zeros(d_sae, dtype=torch.long)
+    return Firings(0, torch.zeros(9), count, none[:, 0], no_rows, 1.0, no_rows, none, none, no_rows,
+                   none)  # fmt: skip
+
+
 def test_partners_of_a_wide_dictionary_are_exact():
     """Other numbers of the table have four digits."""
     one = make_dictionary(d_sae=12_000)
     order = torch.randperm(one.d_sae, generator=torch.Generator().manual_seed(1))
-    none = torch.zeros(one.d_sae)
-    found = Firings(9, none.long(), none, none[:, None].long(), 1.0, none[:, None].long(),
-                    none[:, None], none[:, None], none[:, None].long(), none[:, None])  # fmt: skip
-    partner = nearest(one.W_dec, one.W_dec[order], 1, same=False)
-    assert table(one, found, none, partner, {})["partner"] == order.argsort().tolist()
+    partner = nearest(one.W_dec, one.W_dec[order], 1)
+    columns = table(one, silence(one.d_sae), torch.zeros(one.d_sae), partner, {})
+    assert columns["partner"] == order.argsort().tolist()
 
 
 def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browser, page, tab):
@@ -220,10 +240,7 @@ def test_the_card_shows_what_was_measured():
         },
     }
     dictionary = make_dictionary(metrics=metrics)
-    number, none = torch.zeros(80, dtype=torch.long), torch.zeros(80, 0)
-    histogram, no_rows = torch.zeros(80, 24, dtype=torch.long), torch.zeros(80, 0, dtype=torch.long)
-    nothing = Firings(0, number, none.sum(1), histogram, 1.0, no_rows, none, none, no_rows, none)
-    seen = TextSize(100, 5, 4.0)
+    nothing, seen = silence(80), TextSize(100, 5, 4.0)
     groups = dict(facts(dictionary, "one", nothing, seen)["facts"])
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
         ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
@@ -258,46 +275,32 @@ def test_text_of_a_corpus_is_harmless():
 
 
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path):
-    ask = ("--store", world / "store", "--model", world / "model", "--out")
-    report, scores = world / "other.json", {Path(PLAIN).name: {"per_latent": {"detection": [1]}}}
-    write_json(report, {"monosemanticity": {"dictionaries": scores}})
+    one, page, report = Dictionary.load(world / PLAIN), tmp_path / "p.html", world / "other.json"
+    other, edited = world / "strange.json", world / "edited.json"
+    write_scores(report, one, {"detection": [1] * 64})
+    write_scores(other, make_dictionary(), {"detection": [1] * 64})
+    edited.write_text(json.dumps({"monosemanticity": {"dictionaries": {}}}))
     for words, said in (
-        (("dashboard", *ask, tmp_path / "p.html"), "name at least one dictionary"),
-        (("dashboard", world / PLAIN, *ask, tmp_path / "p.txt"), "so --out cannot be"),
-        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--port", 1), "is for --live"),
-        (
-            ("dashboard", "unread", *ask, tmp_path / "p.html", "--live", "--port", 70_000),
-            "port 70000 cannot be used",
-        ),
-        (("dashboard", world / "nowhere", *ask, tmp_path / "p.html"), "nowhere"),
-        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--top", 0), "at least 1"),
-        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--prompt", ""), "t is empty"),
-        (
-            ("dashboard", world / WEIGHTED, *ask, tmp_path / "p.html", "--scores", report),
-            f"holds no scores of latents of {Path(WEIGHTED).name}",
-        ),
-        (
-            ("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report),
-            "does not hold a detection of each of the 64 latents",
-        ),
-        (
-            ("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", world / "trained"),
-            "trained is a folder; it should be the report of evaluate --monosemantic, a file\n",
-        ),
+        ((), "name at least one dictionary"),
+        ((world / PLAIN, "--out", tmp_path / "p.txt"), "so --out cannot be"),
+        ((world / PLAIN, "--port", 1), "is for --live"),
+        (("unread", "--live", "--port", 70_000), "port 70000 cannot be used"),
+        ((world / "nowhere",), "nowhere"),
+        ((world / PLAIN, "--top", 0), "at least 1"),
+        ((world / PLAIN, "--prompt", ""), "the text is empty"),
+        ((world / WEIGHTED, "--scores", report), "holds no scores of latents of variance-a0.5-k4"),
+        ((world / PLAIN, "--scores", edited), "edited.json"),  # it has no checksum
+        ((world / PLAIN, "--scores", other), "is about another dictionary named uniform-k4"),
+        ((world / PLAIN, "--scores", world / "trained"), "trained is a folder; it should be the"),
     ):
-        result = call(*words)
-        assert result.code in (1, 2) and said in result.err and result.out == ""
-    scores[Path(PLAIN).name]["sha256"] = "0" * 64
-    write_json(report, {"monosemanticity": {"dictionaries": scores}})
-    result = call("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report)
-    assert result.code == 1 and "is about another dictionary named" in result.err
-    other = Dictionary.load(world / PLAIN)
-    other.info = replace(other.info, name="a (2)")
-    both = [other, replaced_name(other, "a"), replaced_name(other, "a")]
-    assert list(named_dictionaries(both)) == ["a (2)", "a", "a (3)"]
-    other.info = replace(other.info, site="blocks.0.hook_resid_post")
+        ask = ("--store", world / "store", "--model", world / "model", "--out", page)
+        result = call("dashboard", *words[:1], *ask, *words[1:])
+        assert result.code in (1, 2) and said in result.err and result.out == "", said
+    names = ("a (2)", "a", "a")
+    assert list(named_dictionaries([named(one, name) for name in names])) == ["a (2)", "a", "a (3)"]
+    one.info = replace(one.info, site="blocks.0.hook_resid_post")
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
-        dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
+        dashboard([world / PLAIN, one], world / "store", "unused", page)
     assert not list(tmp_path.iterdir())
 
 
@@ -315,14 +318,10 @@ def test_a_single_latent_has_none_near_it(world, store, model, tmp_path):
 def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
     world, store, model, tmp_path, monkeypatch
 ):
-    assert size.most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
-    assert size.what_fits([4608] * 3) == (3, 10)
-    assert size.what_fits([16_384] * 3) == (3, 4)
-    assert size.what_fits([32_768] * 3) == (2, 3)
-    assert size.what_fits([10**6]) == (1, 1)
-    for latents in ([9216] * 3, [16_384] * 3, [32_768] * 3, [131_072] * 3):
-        number, examples = size.what_fits(latents)
-        assert size.most_megabytes(latents[:number], 2 * examples) <= 60 and number > 0
+    assert most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
+    for d_sae, fits in ((4608, (3, 10)), (16_384, (3, 4)), (32_768, (2, 3)), (10**6, (1, 1))):
+        assert what_fits([d_sae] * 3) == fits
+        assert most_megabytes([d_sae] * fits[0], 2 * fits[1]) <= 60 or fits == (1, 1)
     monkeypatch.setattr("llm_wsae.pages.dashboard.MOST_MEGABYTES", 0.05)
     dictionary, out = Dictionary.load(world / PLAIN), tmp_path / "large.html"
     said = r"the page would be 0 MB large, more than 0\.05; ask for fewer dictionaries"
@@ -335,7 +334,7 @@ def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
         dashboard([dictionary], store, model, out, rows=20)
 
 
-def replaced_name(dictionary: Dictionary, name: str) -> Dictionary:
+def named(dictionary: Dictionary, name: str) -> Dictionary:
     other = copy.copy(dictionary)
     other.info = replace(dictionary.info, name=name)
     return other
@@ -490,15 +489,12 @@ def test_a_latent_has_an_address_and_its_tokens_their_activations(tab, page):
     assert tab.locator("article h1 a").get_attribute("href") == "#latents/d0/L7"
 
 
-def test_a_prompt_shows_its_latents(tab):
+def test_a_prompt_shows_its_latents_and_the_view_asked_for_last_stays(tab):
     tab.click("text=Prompts")
     tab.wait_for_selector("text=Sentences, as uniform-k4 sees them")
     assert tab.locator(".card tr").count() >= 1
     shaded = "[...document.querySelectorAll('.ink')].filter(n => n.style.background).length"
     assert tab.evaluate(shaded) >= 1
-
-
-def test_the_view_asked_for_last_stays(tab):
     clicks = "[...document.querySelectorAll('nav button')].forEach(button => button.click())"
     for order in ("", ".reverse()"):
         tab.evaluate(clicks.replace("]", f"]{order}", 1) + "; drawing")
@@ -528,27 +524,13 @@ def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, width):
     assert colour == "rgb(255, 255, 255)"
 
 
-def test_hostile_text_does_nothing(browser, world, model, tmp_path, monkeypatch):
+def test_hostile_text_does_nothing(browser, world, model, tmp_path):
     """Tokens that would end the script, reverse the line, hide, or fill the window; and a name that
     would do the first two."""
     image = "</script><img src=x onerror=alert(1)>"
-    bad = [image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000]
-
-    class Hostile:
-        name_or_path = "hostile"
-
-        def convert_ids_to_tokens(self, token):
-            return bad[token % 4]
-
-        def decode(self, ids):
-            return bad[ids[0] % 4]
-
-    from llm_wsae.pages import dashboard as module
-
-    ordinary = module.Vocabulary
-    monkeypatch.setattr(module, "Vocabulary", lambda tokenizer: ordinary(Hostile()))
-    named, out = {f"{image}\u202e": Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
-    dashboard(named, world / "store", model, out, prompts=["w1 w2 w3"])
+    bad = with_hostile_tokens(model, image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000)
+    found, out = {f"{image}\u202e": Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
+    dashboard(found, world / "store", bad, out, prompts=["w1 w2 w3"])
     tab, wrong = watched(browser, f"file://{out}")
     tab.goto(f"file://{out}")
     for view in ("overview", "latents/L1", "prompts"):
@@ -602,23 +584,23 @@ def client(session):
 
 def test_only_this_machine_with_the_token_is_answered(client):
     assert client.get("/secret/").text == "the page"
-    question = {"text": "w1 w2", "dictionary": 0}
-    assert client.post("/secret/ask", json=question).status_code == 200
-    refused = (
-        client.get("/wrong/"),
-        client.get("/secret/", headers={"host": "evil.example"}),
-        client.post("/wrong/ask", json=question),
-        client.post("/secret/ask", json=question, headers={"origin": "http://evil.example"}),
-        client.post("/secret/ask", json=question, headers={"host": "evil.example"}),
-        client.get("/"),
-    )
-    assert [reply.status_code for reply in refused] == [404] * 6
-    plain_text = {"content-type": "text/plain"}  # what another page may post without asking
-    assert client.post("/secret/ask", content="{}", headers=plain_text).status_code == 415
-    assert client.post("/secret/ask", json={"text": "x" * 20_000}).status_code == 413
-    json_type = {"content-type": "application/json"}
-    assert client.post("/secret/ask", content="[" * 15_999, headers=json_type).status_code == 400
     assert "access-control-allow-origin" not in client.get("/secret/").headers
+    question = json.dumps({"text": "w1 w2", "dictionary": 0})
+    evil_host, evil_origin = {"host": "evil.example"}, {"origin": "http://evil.example"}
+    for path, body, headers, status in (
+        ("/secret/ask", question, {}, 200),
+        ("/wrong/ask", question, {}, 404),
+        ("/secret/ask", question, evil_host, 404),
+        ("/secret/ask", question, evil_origin, 404),
+        ("/secret/ask", "{}", {"content-type": "text/plain"}, 415),  # any page may post that
+        ("/secret/ask", json.dumps({"text": "x" * 20_000}), {}, 413),
+        ("/secret/ask", "[" * 15_999, {}, 400),
+        ("/secret/ask", "[", {}, 400),
+    ):
+        reply = client.post(path, content=body, headers=AS_JSON | headers)
+        assert reply.status_code == status, (path, headers)
+    for path, headers in (("/wrong/", {}), ("/secret/", evil_host), ("/", {})):
+        assert client.get(path, headers=headers).status_code == 404
 
 
 def test_questions_are_answered_or_refused_in_a_sentence(client, world):
@@ -646,7 +628,6 @@ def test_questions_are_answered_or_refused_in_a_sentence(client, world):
         asked = json.dumps(steer | wrong)
         reply = client.post("/secret/ask", content=asked, headers=AS_JSON)
         assert reply.status_code == 400 and said in reply.json()["error"]
-    assert client.post("/secret/ask", content="[", headers=AS_JSON).status_code == 400
 
 
 def test_the_model_writes_and_waits_for_a_limited_time(client, session, monkeypatch):
@@ -705,7 +686,7 @@ def test_unfinished_requests_do_not_lock_the_owner_out():
         _, said = server.communicate(timeout=30)
         for one in half:
             one.close()
-    assert "the live page:" not in said, said
+    assert "Exception in" not in said and "system resource" not in said
 
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):

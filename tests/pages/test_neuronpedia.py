@@ -15,17 +15,14 @@ from llm_wsae import export_neuronpedia
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
-from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
-from llm_wsae.pages import collecting, neuronpedia
-from llm_wsae.pages.collecting import context_of_every_row
+from llm_wsae.pages import neuronpedia
+from llm_wsae.pages.collecting import collect, windows
 
 PLAIN = "trained/uniform-k4"
 TOP, BANDS = 4, 3
-SIZES = {"top": TOP, "bands": BANDS}
 ATOL = 0.6e-5  # half of the fifth decimal
 NAMES = [*WORDS, "<s>", "</s>"]
 
@@ -42,28 +39,9 @@ def model(world):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Several files, and tiles that end within contexts."""
+    """Several files, some of whose contexts are read together."""
     monkeypatch.setattr(neuronpedia, "LATENTS_AT_ONCE", 24)
     monkeypatch.setattr(neuronpedia, "_FILES_AT_ONCE", 2)
-    monkeypatch.setattr(collecting, "ROWS_AT_ONCE", 700)
-
-
-def dictionary_of(world, store, kind: str) -> Dictionary:
-    """The plain dictionary with rows of other lengths, and a latent that never fires; or one with
-    thresholds in the place of k, to which a twentieth of the rows are massive."""
-    one = Dictionary.load(world / PLAIN)
-    parts = {name: getattr(one, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    parts["W_dec"] *= torch.linspace(0.5, 2, one.d_sae)[:, None]
-    parts["W_enc"] *= 100  # activations of some units, so that five decimals say much
-    parts["b_enc"] *= 100
-    parts["b_enc"][5] = -1e4
-    if kind == "topk":
-        info = replace(one.info, massive_threshold=None)
-        return Dictionary(**parts, info=info, sparsity=one.sparsity)
-    norms = store.rows(one.site, 0, store.num_rows).float().norm(dim=1)
-    info = replace(one.info, massive_threshold=float(norms.quantile(0.95)))
-    threshold = torch.full((one.d_sae,), 1.5)
-    return Dictionary(**parts, info=info, sparsity=JumpReLU(), threshold=threshold)
 
 
 def features_of(folder) -> list[dict]:
@@ -78,93 +56,70 @@ def near(found, expected) -> None:
     assert not (apart > 0).any(), (found, expected)
 
 
-def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and counts of 50 bins."""
-    counts, edges = np.histogram(values, bins=50)
-    return (edges[1:] + edges[:-1]) / 2, counts
-
-
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_every_number_is_that_of_a_direct_computation(world, store, model, kind, tmp_path):
-    dictionary = dictionary_of(world, store, kind)
-    done = export_neuronpedia(dictionary, store, model, tmp_path / "out", **SIZES)
+def test_what_is_collected_is_written_under_their_keys(world, store, model, tmp_path):
+    one = Dictionary.load(world / PLAIN)
+    parts = {name: getattr(one, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    parts["W_dec"] *= torch.linspace(0.5, 2, one.d_sae)[:, None]
+    parts["W_enc"] *= 100  # activations of some units, so that five decimals say much
+    parts["b_enc"] *= 100
+    parts["b_enc"][5] = -1e4  # it never fires
+    dictionary = Dictionary(**parts, info=one.info, sparsity=one.sparsity)
+    done = export_neuronpedia(dictionary, store, model, tmp_path / "out", top=TOP, bands=BANDS)
     assert (done.files, done.latents) == (3, 64)
     features = features_of(done.path)
     assert [one["feature_index"] for one in features] == list(range(64))
+    found = collect(store, {"": dictionary}, TOP, BANDS)[""]
+    around = store.context_size - 1
+    texts = windows(store, dictionary, torch.arange(64), found.row, found.floor, around, around)
+    positions = store.manifest.num_contexts * store.context_size
+    for latent, one in enumerate(features):
+        assert (one["n_prompts_total"], one["n_tokens_in_prompt"]) == (positions // 16, 16)
+        assert one["dataset"] == "text.jsonl" and one["vector"] == one["decoder_weights_dist"] == []
+        assert all(one[key] == [] for key in one if key.startswith("correlated"))
+        length, count = float(dictionary.W_dec[latent].norm()), int(found.count[latent])
+        near(one["frac_nonzero"], count / positions)
+        heights, centres = (one[f"freq_hist_data_bar_{what}"] for what in ("heights", "values"))
+        assert sum(heights) == count and len(heights) == len(centres)
+        if count >= 5:  # all but the first and last bin, which are open, are half an octave wide
+            mean = float(found.total[latent]) / count * length
+            assert abs(np.log2(np.average(centres, weights=heights) / mean)) < 0.25
+        edges = (found.edges[latent].double() * length).tolist()
+        ranks = torch.where(found.row[latent] >= 0)[0].tolist()
+        for rank, shown in zip(ranks, one["activations"], strict=True):
+            ids = texts.ids[latent * (TOP + BANDS) + rank]
+            values = texts.activation[latent * (TOP + BANDS) + rank][ids >= 0] * length
+            assert shown["tokens"] == [NAMES[i] for i in ids[ids >= 0]]
+            near(shown["values"], values)
+            at = shown["qualifying_token_index"]
+            near(shown["values"][at], float(found.value[latent, rank]) * length)
+            bounds = [-1, edges[0], -1]
+            if rank >= TOP:
+                band = rank - TOP
+                bounds = [edges[band + 1], edges[band], count / positions / BANDS]
+            near([shown[key] for key in ("bin_min", "bin_max", "bin_contains")], bounds)
+    assert features[5]["activations"] == [] and sum(len(f["activations"]) for f in features) > 200
 
-    x = store.rows(Site.parse(SITE), 0, store.num_rows).float()
-    usable = x.norm(dim=1) <= (dictionary.info.massive_threshold or torch.inf)
-    assert usable.float().mean() == pytest.approx(1 if kind == "topk" else 0.95, abs=1e-3)
-    acts = dictionary.encode(x).where(usable[:, None], 0).double()
-    acts = (acts * dictionary.W_dec.double().norm(dim=1)).numpy()
-    assert 2 < (acts > 0).sum(1).mean() < 30 and (acts > 0).any(0).sum() > 50 and acts.max() > 1
-    unit = torch.nn.functional.normalize(dictionary.W_dec.double(), dim=1)
+
+def test_directions_are_read_as_in_a_direct_computation(world, store, model, tmp_path):
+    done = export_neuronpedia(world / PLAIN, store, model, tmp_path / "out", top=1, contexts=50)
+    unit = Dictionary.load(world / PLAIN).W_dec.double()
+    unit = torch.nn.functional.normalize(unit, dim=1)
     hf = model.hf_model
     logits = unit * hf.model.norm.weight.double() @ hf.lm_head.weight.double().T
     logits = (logits - logits.mean(1, keepdim=True)).numpy()
-    unit = unit.numpy()
-    positions = store.manifest.num_contexts * store.context_size
-    for latent, one in enumerate(features):
-        own = acts[:, latent]
-        fires = own[own > 0]
-        near(one["frac_nonzero"], len(fires) / positions)
-        assert (one["n_prompts_total"], one["n_tokens_in_prompt"]) == (positions // 16, 16)
-        assert one["dataset"] == "text.jsonl" and one["vector"] == one["decoder_weights_dist"] == []
-        heights, centres = (one[f"freq_hist_data_bar_{what}"] for what in ("heights", "values"))
-        assert sum(heights) == len(fires) and len(heights) == len(centres)
-        if len(fires):  # all but the first and last bin, which are open, are half an octave wide
-            apart = np.log2(np.average(centres, weights=heights) / fires.mean())
-            assert abs(apart) < 0.25 or len(fires) < 5
-        centres, counts = histogram(logits[latent])
-        near(one["logits_hist_data_bar_values"], centres)
+    for own, row, one in zip(logits, unit.numpy(), features_of(done.path), strict=True):
+        counts, edges = np.histogram(own, bins=50)
+        near(one["logits_hist_data_bar_values"], (edges[1:] + edges[:-1]) / 2)
         # A value at an edge may be on its other side in float32.
         assert np.abs(counts - one["logits_hist_data_bar_heights"]).sum() <= 4
-        order = np.argsort(logits[latent])
-        near(one["neg_values"], logits[latent][order[:10]])
-        near(one["pos_values"], logits[latent][order[:-11:-1]])
-        assert one["neg_str"] == [NAMES[i] for i in order[:10]]
-        assert one["pos_str"] == [NAMES[i] for i in order[:-11:-1]]
-        best = np.argsort(-unit[latent])[:3]
+        order = np.argsort(own)
+        for name, best in (("neg", order[:10]), ("pos", order[:-11:-1])):
+            near(one[f"{name}_values"], own[best])
+            assert one[f"{name}_str"] == [NAMES[i] for i in best]
+        best = np.argsort(-row)[:3]
         assert one["neuron_alignment_indices"] == best.tolist()
-        near(one["neuron_alignment_values"], unit[latent][best])
-        near(one["neuron_alignment_l1"], np.abs(unit[latent][best]) / np.abs(unit[latent]).sum())
-        assert all(one[key] == [] for key in one if key.startswith("correlated"))
-        check_activations(one, own, fires, positions, store)
-
-
-def check_activations(one, own, fires, positions, store) -> None:
-    """The strongest contexts, one of each band, and the activation on every token of them."""
-    where = store.locate(torch.arange(len(own)))
-    context, position, ids = where.context.numpy(), where.position.numpy(), where.ids.numpy()
-    examples = one["activations"]
-    top = [shown for shown in examples if shown["bin_min"] == -1]
-    best = sorted((own[context == c].max() for c in np.unique(context[own > 0])), reverse=True)
-    near([shown["values"][shown["qualifying_token_index"]] for shown in top], best[:TOP])
-    (largest,) = {shown["bin_max"] for shown in top} or {0}
-    assert all(shown["bin_contains"] == -1 for shown in top) and largest == pytest.approx(
-        max(own), 1e-5, ATOL
-    )
-    assert len(examples) - len(top) <= BANDS
-    below = np.inf
-    for shown in examples:
-        value = shown["values"][shown["qualifying_token_index"]]
-        slack = 2 * ATOL + 1e-5 * value
-        assert shown["bin_min"] - slack <= value <= shown["bin_max"] + slack
-        if shown["bin_min"] >= 0:
-            near(shown["bin_contains"], len(fires) / positions / BANDS)
-            assert shown["bin_max"] <= below
-            below = shown["bin_min"]
-        assert len(shown["tokens"]) == len(shown["values"]) <= store.context_size
-        fitting = []
-        for row in np.flatnonzero(np.abs(own - value) < slack):
-            first = position[row] - shown["qualifying_token_index"]
-            here = slice(first, first + len(shown["tokens"]))
-            expected = np.zeros(store.context_size)
-            same = context == context[row]
-            expected[position[same]] = own[same]
-            if [NAMES[i] for i in ids[row, here]] == shown["tokens"]:
-                fitting.append(np.abs(expected[here] - shown["values"]).max() < 1e-4)
-        assert any(fitting)
+        near(one["neuron_alignment_values"], row[best])
+        near(one["neuron_alignment_l1"], np.abs(row[best]) / np.abs(row).sum())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "neox"])
@@ -188,7 +143,7 @@ def test_logits_are_those_of_folded_weights(family):
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_resumes_and_ends_with_the_same_bytes(world, monkeypatch, tmp_path):
+def test_the_command_resumes_and_ends_with_the_same_bytes(world, tmp_path):
     names = ("--model-id", "tiny", "--sae-set", "res-test", "--sae-id-suffix", "k4")
     ask = ("export", world / PLAIN, "--store", world / "store", "--model", world / "model",
            "--to", "neuronpedia", "--contexts", 100, "--top", 2, *names)  # fmt: skip
@@ -199,24 +154,14 @@ def test_the_command_resumes_and_ends_with_the_same_bytes(world, monkeypatch, tm
         "model_id": "tiny", "layer": 1, "sae_set": "res-test", "sae_id_suffix": "k4"
     }  # fmt: skip
     assert first["features"][0]["n_prompts_total"] == 100
-    written = neuronpedia.write_text
-
-    def killed(path, text):
-        if path.name == "batch-1.json":
-            raise KeyboardInterrupt
-        written(path, text)
-
-    monkeypatch.setattr(neuronpedia, "write_text", killed)
-    assert call(*ask, "--out", tmp_path / "cut").code == 130
-    files = set(content(tmp_path / "cut"))
-    assert {"export.json", "batch-0.json"} <= files and "batch-1.json" not in files
-    monkeypatch.setattr(neuronpedia, "write_text", written)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")  # as after a kill
     (tmp_path / "cut/batch-0.json").write_text("")
+    for name in ("batch-1.json", "batch-2.json"):
+        (tmp_path / "cut" / name).unlink()
     works(*ask, "--out", tmp_path / "cut")
     files = content(tmp_path / "cut")
     assert set(files) == {".lock", "export.json", *(f"batch-{i}.json" for i in range(3))}
-    for name in files.keys() - {"export.json"}:
-        assert files[name] == (tmp_path / "whole" / name).read_bytes()
+    assert files == content(tmp_path / "whole")
     other = call(*ask, "--top", 3, "--out", tmp_path / "cut")
     assert other.code == 1 and "use the same settings to resume it" in other.err
     assert content(tmp_path / "cut") == files
@@ -274,4 +219,3 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(world, store,
         export_neuronpedia(world / PLAIN, tmp_path / "damaged", model, tmp_path / "half")
     assert {p.name for p in (tmp_path / "half").iterdir()} == {".lock", "export.json"}
     assert content(mine) == {"notes.txt": b"mine"} and not (tmp_path / "new").exists()
-    assert context_of_every_row(store)[-1] == store.manifest.num_contexts - 1
