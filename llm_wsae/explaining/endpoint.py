@@ -11,16 +11,12 @@ import hashlib
 import ipaddress
 import json
 import os
-import ssl
 import threading
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from huggingface_hub.utils import httpx
@@ -38,7 +34,7 @@ TRIES = 6
 LONGEST_WAIT = 120.0
 """Seconds; an endpoint that asks to wait longer ends the run."""
 _TIMEOUT = 600.0  # seconds for a whole reply; a large model on a small machine is slow
-_LARGEST = 1 << 22  # bytes of a reply, compressed or not; an answer has a few thousand
+_LARGEST = 1 << 22  # bytes of a reply; an answer has a few thousand
 _QUOTED = 200  # characters of what an endpoint says
 _IN_A_ROW = 3  # failed questions that end the run
 _REFUSED_IN_A_ROW = 20  # such questions, if each was refused for what it says
@@ -51,15 +47,6 @@ _HOPELESS = {  # what no other question would change
     404: "there is no such model or address; an address usually ends in /v1",
     405: "there is no such address; it usually ends in /v1",
 }
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What an endpoint replied."""
-
-    status: int
-    text: str
-    retry_after: str | None
 
 
 @dataclass
@@ -79,6 +66,12 @@ class Tally:
     """What the last failed question failed of."""
 
 
+class _Reply(NamedTuple):
+    status: int
+    text: str
+    retry_after: str
+
+
 class Endpoint:
     """A language model to ask, from several threads at once; use it as a context manager.
 
@@ -91,9 +84,9 @@ class Endpoint:
         address: str,
         explainer: str,
         out: Path,
-        *,
         answer_tokens: int = 500,
         schema: bool = True,
+        *,
         timeout: float = _TIMEOUT,
         wait: Callable[[float], object] | None = None,
     ):
@@ -102,19 +95,15 @@ class Endpoint:
         self._url = f"{address}/chat/completions"
         # OpenAI's newer models refuse the older name, which all other servers know
         openai = urlsplit(address).hostname == OPENAI
-        self._limit = "max_completion_tokens" if openai else "max_tokens"
-        self._answer_tokens, self._schema = answer_tokens, schema
+        self._limit = {"max_completion_tokens" if openai else "max_tokens": answer_tokens}
+        self._schema, self._timeout = schema, timeout
         self._path = Path(out) / ANSWERS
         self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
         self._wait = wait or self._stopped.wait
         self._headers = {"accept-encoding": "identity"}
         if self._key:
             self._headers["authorization"] = f"Bearer {self._key}"
-        self._timeout = timeout
-        encrypted = self._url.startswith("https:")  # otherwise no certificates need be read
-        self._tls = (
-            httpx.create_ssl_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        )
+        self._tls = httpx.create_ssl_context()  # once: certificates take long to read
         self._held = ExitStack()
 
     def __enter__(self) -> "Endpoint":
@@ -141,15 +130,11 @@ class Endpoint:
 
         Raises LlmWsaeError where no other question would fare better, or several in a row failed.
         """
-        body: dict[str, Any] = {
-            "model": self.explainer,
-            "messages": [
-                {"role": "system", "content": question.system},
-                {"role": "user", "content": question.user},
-            ],
-            "temperature": 0,
-            self._limit: self._answer_tokens,
-        }
+        messages = [
+            {"role": "system", "content": question.system},
+            {"role": "user", "content": question.user},
+        ]
+        body = {"model": self.explainer, "messages": messages, "temperature": 0, **self._limit}
         if self._schema:
             # not "strict", for which each service has its own idea of what a schema may say
             form = {"name": "answer", "schema": question.schema}
@@ -166,7 +151,7 @@ class Endpoint:
                 self._failed(why, status)
                 return None
             self._in_a_row = 0
-            return self._keep(digest, about, body["messages"], answer)
+            return self._keep({"question": digest, "about": about, **answer, "messages": messages})
 
     def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str, int]:
         """The endpoint's reply, or None and why there is none; and the last status, or 0."""
@@ -187,21 +172,17 @@ class Endpoint:
                     raise LlmWsaeError(f"{self._url} was not asked anything: {why}") from error
             else:
                 status = reply.status
-                if status == 200:
-                    found = _content(reply.text)
-                    if found is not None:
-                        return found, "", status
-                    why = f"its reply is not one of chat/completions: {self._safe(reply.text)}"
-                else:
-                    why = self._refusal(reply)
-                    if status not in _PASSING:
-                        break
-                    pause = max(pause, self._retry_after(reply))
+                if status == 200 and (found := _content(reply.text)) is not None:
+                    return found, "", status
+                why, again = self._refusal(reply)
+                pause = max(pause, again)
+                if status != 200 and status not in _PASSING:
+                    break
             if attempt + 1 < TRIES:
                 self._wait(pause)
         return None, why, status
 
-    async def _reply(self, body: dict[str, Any]) -> Reply:
+    async def _reply(self, body: dict[str, Any]) -> _Reply:
         """The reply to one request. Raises TimeoutError if it is not complete in time; ValueError
         if it is too large or packed in an unknown way; and what httpx raises."""
         client = httpx.AsyncClient(
@@ -211,40 +192,47 @@ class Endpoint:
         )
         data = bytearray()
         async with (
-            asyncio.timeout(self._timeout),
+            asyncio.timeout(self._timeout),  # httpx limits only the wait for the next bytes
             client,
             client.stream("POST", self._url, json=body, headers=self._headers) as reply,
         ):
-            async for part in reply.aiter_raw():
+            # Some servers compress unasked. One layer of gzip unpacks to a thousand times its
+            # size, and httpx unpacks piece by piece; brotli, or layers, could fill the memory.
+            packing = reply.headers.get("content-encoding", "").strip().lower()
+            if packing not in ("", "identity", "gzip", "deflate"):
+                raise ValueError(f"its content encoding is {shown(packing)}, which was not asked")
+            async for part in reply.aiter_bytes():
                 data += part
                 if len(data) > _LARGEST:
                     raise ValueError(f"it has more than {_LARGEST:,} bytes")
-            packing = reply.headers.get("content-encoding", "identity").strip().lower()
-            text = _unpacked(bytes(data), packing).decode("utf-8", "replace")
-            return Reply(reply.status_code, text, reply.headers.get("retry-after"))
+        text = data.decode("utf-8", "replace")
+        return _Reply(reply.status_code, text, reply.headers.get("retry-after", ""))
 
-    def _refusal(self, reply: Reply) -> str:
-        """What a reply without an answer says. Raises LlmWsaeError for a hopeless one."""
+    def _refusal(self, reply: _Reply) -> tuple[str, float]:
+        """What a reply without an answer says, and how many seconds it asks to wait. Raises
+        LlmWsaeError if no other question would fare better, or for too many seconds."""
         status = reply.status
+        if status == 200:
+            return f"its reply is not one of chat/completions: {self._safe(reply.text)}", 0.0
         if status in _HOPELESS:
             raise LlmWsaeError(f"{self._url} answered with {status}: {_HOPELESS[status]}")
-        hint = "; --schema False does without response_format" if self._schema else ""
-        return f"it answered with {status}: {self._safe(reply.text)}{hint * (status in (400, 422))}"
-
-    def _retry_after(self, reply: Reply) -> float:
-        """Seconds that the endpoint asks to wait. Raises LlmWsaeError for too many."""
-        seconds = _seconds(reply.retry_after)
+        seconds = _seconds(reply.retry_after) if status in _PASSING else 0.0
         if seconds > LONGEST_WAIT:
             raise LlmWsaeError(
                 f"{self._url} asks to wait {seconds:.6g} seconds; run the same command again then: "
                 "what was answered is kept"
             )
-        return seconds
+        form = self._schema and status in (400, 422)
+        hint = "; --schema False does without response_format" if form else ""
+        return f"it answered with {status}: {self._safe(reply.text)}{hint}", seconds
 
     def _safe(self, text: str) -> str:
         """Foreign text, printable, on one line, short and without the key."""
-        line = " ".join((text.replace(self._key, "…") if self._key else text).split())
+        line = " ".join(self._without_key(text).split())
         return printable(line if len(line) <= _QUOTED else f"{line[:_QUOTED]}…")
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "…") if self._key else text
 
     def _failed(self, why: str, status: int) -> None:
         if self._stopped.is_set():
@@ -260,24 +248,20 @@ class Endpoint:
                 "command again to resume, what was answered is kept"
             )
 
-    def _keep(
-        self, digest: str, about: str, messages: list[dict[str, str]], answer: dict[str, Any]
-    ) -> str:
-        content = answer["content"].encode(errors="replace").decode()  # half a character
-        content = content.replace(self._key, "…") if self._key else content
-        usage = {key: answer[key] for key in ("tokens_in", "tokens_out")}
-        line = {"question": digest, "about": about, "answer": content, **usage}
+    def _keep(self, line: dict[str, Any]) -> str:
+        answer = line["answer"].encode(errors="replace").decode()  # half a character
+        line["answer"] = answer = self._without_key(answer)
         try:
-            self._file.write(digests.json_line({**line, "messages": messages}).encode())
+            self._file.write(digests.json_line(line).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise write_error(self._path, error) or error from error
-        self._known[digest] = content
+        self._known[line["question"]] = answer
         self.tally.asked += 1
-        self.tally.tokens_in += usage["tokens_in"]
-        self.tally.tokens_out += usage["tokens_out"]
-        return content
+        self.tally.tokens_in += line["tokens_in"]
+        self.tally.tokens_out += line["tokens_out"]
+        return answer
 
 
 def check_endpoint(address: str) -> tuple[str, str]:
@@ -324,22 +308,6 @@ def _is_here(address: str) -> bool:
         return False
 
 
-def _unpacked(data: bytes, packing: str) -> bytes:
-    """The body of a reply; some servers compress it unasked. Raises ValueError as ``_reply``."""
-    if packing in ("", "identity"):
-        return data
-    if packing not in ("gzip", "x-gzip", "deflate"):
-        raise ValueError(f"its content encoding is {shown(packing)}, which was not requested")
-    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
-    try:
-        data = unpacking.decompress(data, _LARGEST)
-    except zlib.error:
-        raise ValueError("it cannot be unpacked") from None
-    if unpacking.unconsumed_tail or not unpacking.eof:
-        raise ValueError(f"it is cut off, or has more than {_LARGEST:,} bytes")
-    return data
-
-
 def _read(path: Path) -> tuple[dict[str, str], bool]:
     """The answers in the file, by question, and whether a kill cut off its last line."""
     known: dict[str, str] = {}
@@ -349,9 +317,7 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
             entry = digests.check_line(line.decode("utf-8"))
         except (ValueError, RecursionError):
             continue  # damaged or cut off: it is asked again
-        question, answer = (mapping(entry).get(name) for name in ("question", "answer"))
-        if isinstance(question, str) and isinstance(answer, str):
-            known[question] = answer
+        known[entry["question"]] = entry["answer"]
     return known, bool(data) and not data.endswith(b"\n")
 
 
@@ -365,19 +331,13 @@ def _content(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(content, str | None):
         return None
-    counts = (integer(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-    spent = [max(0, count or 0) for count in counts]
-    return {"content": content or "", "tokens_in": spent[0], "tokens_out": spent[1]}
+    spent = [integer(usage.get(name)) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    return {"answer": content or "", "tokens_in": max(0, spent[0]), "tokens_out": max(0, spent[1])}
 
 
-def _seconds(value: str | None) -> float:
-    """Of a Retry-After header, which is a number or a date; 0 if it is neither."""
+def _seconds(value: str) -> float:
+    """Of a Retry-After header; 0 for a date, which model servers do not send."""
     try:
         return max(0.0, float(value or 0))
     except ValueError:
-        pass
-    try:
-        date = parsedate_to_datetime(value or "")
-        return max(0.0, (date - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -15,10 +15,7 @@ from llm_wsae.artifact.outputs import check_file
 from llm_wsae.artifact.provenance import command_line, plain, versions
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import (
-    keep_explanations,
-    read_explanations,
-)
+from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import change_measurements, check_keeps_measurements, names_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
@@ -125,24 +122,22 @@ def explain(
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
     vocabulary, done = Vocabulary(model.tokenizer), dict[str, DictionaryExplained]()
-    asked = Endpoint(
-        endpoint,
-        explainer,
-        Path(out),
-        answer_tokens=config.answer_tokens,
-        schema=config.schema,
-    )
-    with asked:
+    with Endpoint(endpoint, explainer, Path(out), config.answer_tokens, config.schema) as asked:
         alike = f"the sentence encoder {config.encoder}"
         if encoder is None and (encoder := _encoder(config)) is None:
             alike = "the rare tokens that they share"
         for name, folder in folders.items():
             dictionary = Dictionary.load(folder)
             check_width(model, dictionary)
-            chosen = choose(store, dictionary, vocabulary, config, encoder)
-            examined = _examine_all(chosen.latents, asked, config, name)
+            latents, eligible = choose(store, dictionary, vocabulary, config, encoder)
             one = DictionaryExplained.of(
-                folder, dictionary.d_sae, chosen.eligible, alike, explainer, examined, config.seed
+                _examine_all(latents, asked, config, name),
+                explainer,
+                config.seed,
+                folder=folder,
+                d_sae=dictionary.d_sae,
+                eligible=eligible,
+                alike=alike,
             )
             keep_explanations(folder, one.latents, dictionary.weights_sha256)
             change_measurements(folder, one.card_numbers, dictionary.weights_sha256)
@@ -184,8 +179,8 @@ def _encoder(config: ExplainConfig) -> SentenceEncoder | None:
     except UsageError:
         raise
     except LlmWsaeError as error:
-        print(f"llm-wsae: {error}; until then, texts that share rare tokens count as alike",
-              file=sys.stderr)  # fmt: skip
+        said = f"{error}; until then, texts that share rare tokens count as alike"
+        print(f"llm-wsae: {said}", file=sys.stderr)
         return None
 
 

@@ -65,22 +65,21 @@ class DictionaryExplained:
 
     @classmethod
     def of(
-        cls,
-        folder: Path,
-        d_sae: int,
-        eligible: int,
-        alike: str,
-        explainer: str,
-        examined: Sequence[Examined],
-        seed: int,
+        cls, examined: Sequence[Examined], explainer: str, seed: int, **known: Any
     ) -> "DictionaryExplained":
-        """Score what was answered; ``seed`` is that of the resamplings."""
+        """Score what was answered; ``seed`` is that of the resamplings, ``known`` are the first
+        fields."""
         latents = []
         for one in examined:
             scores = {name: score_of(name, trials, seed) for name, trials in one.trials.items()}
             there = {name: score for name, score in scores.items() if score is not None}
             latents.append(Explanation(one.texts.latent, one.explanation, explainer, there))
         bootstrap = Bootstrap(len(latents), _BOOTSTRAPS, seed)
+
+        def mean(column: Sequence[float | None]) -> Mean:
+            values = [np.nan if value is None else value for value in column]
+            return mean_of(torch.tensor(values, dtype=torch.float64), bootstrap, len(values))
+
         own = [one.texts.detection for one in examined]
         columns = {
             name: [one.scores[name].value if name in one.scores else None for one in latents]
@@ -88,17 +87,11 @@ class DictionaryExplained:
             if any(name in one.trials for one in examined)
         }
         agreement = {name: rank_correlation(column, own) for name, column in columns.items()}
-        own_mean = mean_of(_tensor(own), bootstrap, len(own))
+        own_mean = mean(own)
         return cls(
-            folder=folder,
-            d_sae=d_sae,
-            eligible=eligible,
-            alike=alike,
+            **known,
             latents=latents,
-            means={
-                name: mean_of(_tensor(column), bootstrap, len(latents))
-                for name, column in columns.items()
-            },
+            means={name: mean(column) for name, column in columns.items()},
             recognised=_recognised(examined),
             own_detection=own_mean if own_mean.count else None,
             agreement={name: found for name, found in agreement.items() if found is not None},
@@ -107,22 +100,10 @@ class DictionaryExplained:
             failed=sum(one.failed for one in examined),
         )
 
-    def values(self, score: str) -> torch.Tensor:
-        """A score of every explained latent [latents]; NaN where there is none."""
-        own = (one.scores.get(score) for one in self.latents)
-        return _tensor([None if one is None else one.value for one in own])
-
     def card_numbers(self, older: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What the dictionary's description keeps of it, JSON-able, with the scores among its
         ``older`` measurements that the same explainer gave and that were not asked for now; empty
         if nothing was scored."""
-        numbers: dict[str, Any] = {
-            "explainer": self.latents[0].explainer,
-            "latents": len(self.latents),
-            "questions": self.questions,
-            "unread": self.unread,
-            "failed": self.failed,
-        }
         scores = {
             name: {"value": mean.mean, "interval": mean.interval}
             for name, mean in self.means.items()
@@ -130,10 +111,17 @@ class DictionaryExplained:
         }
         if not scores:
             return {}
+        numbers: dict[str, Any] = {
+            "explainer": self.latents[0].explainer,
+            "latents": len(self.latents),
+            "questions": self.questions,
+            "unread": self.unread,
+            "failed": self.failed,
+        }
         known = mapping(older.get("explanations"))
-        same = known if known.get("explainer") == numbers["explainer"] else {}
-        kept = {name: same[name] for name in SCORES if name in same}
-        return {"explanations": plain({**numbers, **kept, **scores})}
+        if known.get("explainer") == numbers["explainer"]:
+            numbers |= {name: known[name] for name in SCORES if name in known}
+        return {"explanations": plain({**numbers, **scores})}
 
     def notes(self) -> list[str]:
         """What the table has no columns for."""
@@ -170,8 +158,7 @@ class Explained:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
-        found = {name: vars(one) for name, one in self.dictionaries.items()}
-        return plain(vars(self) | {"dictionaries": found})
+        return plain(self)
 
     def table(self) -> str:
         """A table for people, with what it means below it."""
@@ -241,11 +228,6 @@ def _recognised(examined: Sequence[Examined]) -> dict[str, float]:
             if not trial.truth and trial.answer is not None:
                 silent.setdefault(trial.kind, []).append(not trial.answer)
     return {kind: float(np.mean(said)) for kind, said in sorted(silent.items())}
-
-
-def _tensor(column: Sequence[float | None]) -> torch.Tensor:
-    values = [np.nan if value is None else value for value in column]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _text(mean: Mean | None) -> str:

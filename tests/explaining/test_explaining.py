@@ -13,7 +13,6 @@ import re
 import signal
 import threading
 from dataclasses import replace
-from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pytest
 import torch
 from command_line import SITE, call, content, works
 from evaluation_cases import WordCounts
+from hostile import with_hostile_tokens
 from hub_fixtures import REPO
 from tiny import save_encoder
 
@@ -140,8 +140,13 @@ def model(world):
 
 @pytest.fixture(scope="module")
 def chosen(world, store, model):
+    return texts_of(world / PLAIN, store, model)
+
+
+def texts_of(folder, store, model, config=CONFIG, encoder=WordCounts()):  # noqa: B008
+    """The latents chosen of a dictionary, with their texts."""
     vocabulary = Vocabulary(model.tokenizer)
-    return choose(store, Dictionary.load(world / PLAIN), vocabulary, CONFIG, WordCounts())
+    return choose(store, Dictionary.load(folder), vocabulary, config, encoder)[0]
 
 
 def form_of(body: dict) -> str:
@@ -178,26 +183,37 @@ def oracle(latents):
 
 
 def test_an_answer_counts_only_in_the_form_that_was_asked_for():
-    read = protocol.read_answers
-    assert read('{"answers": [1, 0, 1]}', 3) == [True, False, True]
-    assert read('```json\n{"answers": [0]}\n```', 1) == [False]
-    assert read('<think>{"answers": [1]}</think>{"answers": [0]}', 1) == [False]
-    for wrong in (
-        None, "", "1, 0, 1", "[1, 0, 1]", '{"answers": [1, 0]}', '{"answers": [1, 0, 1, 1]}',
-        '{"answers": [1, 0, 2]}', '{"answers": [true, false, true]}', '{"answers": "101"}',
-        '{"answers": [1, 0, 1], "note": ""}', '{"answers": [0, 0, 0], "answers": [1, 1, 1]}',
-        'Sure! {"answers": [1, 0, 1]}', '{"answer": [1, 0, 1]}', '{"answers": [1, 0, 1]',
-        '{"answers": [1.0, 0.0, 1.0]}', "[" * 100_000,
+    def answers(text):
+        return protocol.read_answers(text, 3)
+
+    def intruder(text):
+        return protocol.read_intruder(text, 5)
+
+    for read, text, value in (
+        (answers, '{"answers": [1, 0, 1]}', [True, False, True]),
+        (answers, '```json\n{"answers": [0, 0, 0]}\n```', [False] * 3),
+        (answers, '<think>{"answers": [1, 1, 1]}</think>{"answers": [0, 0, 0]}', [False] * 3),
+        (protocol.read_explanation, '{"explanation": " the\\nword  of "}', "the word of"),
+        (protocol.read_explanation, '{"explanation": "half \\ud800"}', "half ?"),
+        (intruder, '{"intruder": 5}', 4),
+    ):
+        assert read(text) == value
+    for read, wrong in (
+        (answers, (
+            "", "1, 0, 1", "[1, 0, 1]", '{"answers": [1, 0]}', '{"answers": [1, 0, 1, 1]}',
+            '{"answers": [1, 0, 2]}', '{"answers": [true, false, true]}', '{"answers": "101"}',
+            '{"answers": [1, 0, 1], "note": ""}', '{"answers": [0, 0, 0], "answers": [1, 1, 1]}',
+            'Sure! {"answers": [1, 0, 1]}', '{"answer": [1, 0, 1]}', '{"answers": [1, 0, 1]',
+            '{"answers": [1.0, 0.0, 1.0]}', "[" * 100_000,
+        )),
+        (protocol.read_explanation, (
+            '{"explanation": ""}', '{"explanation": 3}', '{"explanation": ["a"]}', "of",
+            json.dumps({"explanation": "x" * 401}), '[["explanation", "x"]]',
+        )),
+        (intruder, ('{"intruder": 0}', '{"intruder": 6}', '{"intruder": "2"}',
+                    '{"intruder": true}')),
     ):  # fmt: skip
-        assert read(wrong, 3) is None, wrong
-    assert protocol.read_explanation('{"explanation": " the\\nword  of "}') == "the word of"
-    assert protocol.read_explanation('{"explanation": "half \\ud800"}') == "half ?"
-    for wrong in ('{"explanation": ""}', '{"explanation": 3}', '{"explanation": ["a"]}', "of",
-                  json.dumps({"explanation": "x" * 401}), '[["explanation", "x"]]'):  # fmt: skip
-        assert protocol.read_explanation(wrong) is None, wrong
-    assert protocol.read_intruder('{"intruder": 5}', 5) == 4
-    for wrong in ('{"intruder": 0}', '{"intruder": 6}', '{"intruder": "2"}', '{"intruder": true}'):
-        assert protocol.read_intruder(wrong, 5) is None, wrong
+        assert [text for text in wrong if read(text) is not None] == []
 
 
 HOSTILE = (
@@ -211,8 +227,8 @@ def test_a_corpus_stays_within_its_strings():
     texts = [f"<<{protocol.harmless(text)}>> and more" for text in HOSTILE]
     for question in (
         protocol.explanation_question(texts),
-        protocol.detection_question(HOSTILE[0], texts),
-        protocol.fuzzing_question(HOSTILE[0], texts),
+        protocol.judging_question("detection", HOSTILE[0], texts),
+        protocol.judging_question("fuzzing", HOSTILE[0], texts),
         protocol.intruder_question(texts),
     ):
         assert [one["text"] for one in json.loads(question.user)["texts"]] == texts
@@ -250,7 +266,7 @@ def test_texts_are_what_a_slow_look_finds(world, store, chosen):
 
     seen = 0
     shows, judges = set(), set()
-    for one in chosen.latents:
+    for one in chosen:
         assert len(one.shown) == 10 and len(one.active) == 8
         for texts, documents in ((one.shown, shows), (one.active, judges)):
             for text in texts:
@@ -279,20 +295,18 @@ def test_texts_are_what_a_slow_look_finds(world, store, chosen):
 
 
 def test_hard_texts_are_nearest_by_meaning_or_by_shared_tokens(world, store, model, chosen):
-    vocabulary, dictionary = Vocabulary(model.tokenizer), Dictionary.load(world / PLAIN)
-    by_tokens = choose(store, dictionary, vocabulary, CONFIG, None)
-    assert [one.latent for one in by_tokens.latents] == [one.latent for one in chosen.latents]
+    by_tokens = texts_of(world / PLAIN, store, model, encoder=None)
+    assert [one.latent for one in by_tokens] == [one.latent for one in chosen]
     many = replace(CONFIG, latents=12, negatives=16)
     for encoder in (WordCounts(), None):
-        found = choose(store, dictionary, vocabulary, many, encoder)
         shared = {"random": [], "hard": []}
-        for one in found.latents:
+        for one in texts_of(world / PLAIN, store, model, many, encoder):
             words = {word for text in one.shown[:5] for word in text.plain.split()}
             for kind, own in shared.items():
                 own += [len(words.intersection(t.split())) for t in one.silent[kind]]
         assert np.mean(shared["hard"]) > 1.1 * np.mean(shared["random"])
-    assert all(0 <= one.detection <= 1 for one in chosen.latents)
-    assert all(one.detection is None for one in by_tokens.latents)
+    assert all(0 <= one.detection <= 1 for one in chosen)
+    assert all(one.detection is None for one in by_tokens)
 
 
 def test_a_sample_has_as_many_latents_from_every_tenth_by_density():
@@ -335,13 +349,23 @@ def test_scores_by_hand():
 # --- a run --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ask(world, store, model, tmp_path):
+    """Explains the latents of the plain dictionary."""
+
+    def ask(judge: Judge, out: str = "out", config=CONFIG, folder=PLAIN):
+        given = (store, model, judge.address, "a judge", tmp_path / out, config)
+        found = explain([world / folder], *given, encoder=WordCounts())
+        return found, found.dictionaries[Path(folder).name]
+
+    return ask
+
+
 def test_a_judge_that_knows_the_truth_is_right_about_everything(
-    world, store, model, chosen, judge, tmp_path
+    world, chosen, judge, ask, tmp_path
 ):
-    perfect = judge(oracle(chosen.latents))
-    ask = ([world / PLAIN], store, model, perfect.address, "oracle", tmp_path / "out", CONFIG)
-    found = explain(*ask, encoder=WordCounts())
-    one = found.dictionaries["uniform-k4"]
+    perfect = judge(oracle(chosen))
+    found, one = ask(perfect)
     assert {name: (mean.mean, mean.interval) for name, mean in one.means.items()} == {
         name: (1.0, (1.0, 1.0)) for name in protocol.SCORES
     }
@@ -351,7 +375,7 @@ def test_a_judge_that_knows_the_truth_is_right_about_everything(
     assert found.tally.tokens_in == 100 * one.questions and found.tally.tokens_out == 540
     kept = read_explanations(world / PLAIN)
     assert {latent: said.text for latent, said in kept.items()} == {
-        texts.latent: f"latent {texts.latent}" for texts in chosen.latents
+        texts.latent: f"latent {texts.latent}" for texts in chosen
     }
     assert kept == {said.latent: said for said in one.latents}
     metrics = Dictionary.load(world / PLAIN).info.metrics["explanations"]
@@ -362,41 +386,27 @@ def test_a_judge_that_knows_the_truth_is_right_about_everything(
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/report.json").write_text('{"mine": 1}')
     with pytest.raises(LlmWsaeError, match="was not written by this command"):
-        explain(*ask[:5], tmp_path / "theirs", CONFIG, encoder=WordCounts())
-    again = explain(*ask, encoder=WordCounts())
+        ask(perfect, "theirs")
+    again, same = ask(perfect)
     assert again.tally.asked == 0 and again.tally.known == len(perfect.bodies) == one.questions
-    assert again.dictionaries == found.dictionaries and "54 were answered before" in again.table()
+    assert same == one and "54 were answered before" in again.table()
 
 
-def test_an_answer_that_cannot_be_read_is_counted_and_shown(
-    world, store, model, chosen, judge, tmp_path
-):
-    knows = oracle(chosen.latents)
+def test_an_answer_that_cannot_be_read_is_counted_and_shown(chosen, judge, ask):
+    knows = oracle(chosen)
 
     def script(number, body):
         if form_of(body) == "intruder":
             return "The intruder is number 3."
-        return '{"answers": [1]}' if "<<" in body["messages"][1]["content"] and (
-            form_of(body) == "answers"
-        ) else knows(number, body)  # fmt: skip
+        marked = form_of(body) == "answers" and "<<" in body["messages"][1]["content"]
+        return '{"answers": [1]}' if marked else knows(number, body)
 
-    sloppy = judge(script)
-    found = explain(
-        [world / PLAIN], store, model, sloppy.address, "sloppy", tmp_path / "out", CONFIG,
-        encoder=WordCounts(),
-    )  # fmt: skip
-    one = found.dictionaries["uniform-k4"]
+    found, one = ask(judge(script))
     assert one.unread == 6 * (2 + 2) and one.means["detection"].mean == 1
     assert one.means["fuzzing"].count == one.means["intruder"].count == 0
     assert set(one.latents[0].scores) == {"detection"}
-    table = found.table()
-    assert "24 of 54" in table and "–" in table
-    nothing = judge(lambda number, body: "I cannot answer that.")
-    found = explain(
-        [world / PLAIN], store, model, nothing.address, "mute", tmp_path / "no", CONFIG,
-        encoder=WordCounts(),
-    )  # fmt: skip
-    one = found.dictionaries["uniform-k4"]
+    assert "24 of 54" in found.table() and "–" in found.table()
+    found, one = ask(judge(lambda number, body: "I cannot answer that."), "no")
     assert one.unread == one.questions == 6 * 3 and one.latents[0].text is None
     assert one.means["detection"].count == 0 and "18 of 18" in found.table()
 
@@ -415,7 +425,7 @@ def test_passing_faults_are_tried_again(judge, tmp_path):
     faults = [
         (429, "slow down", {"retry-after": "7"}),
         (500, "oops", {}),
-        (503, "<html>busy</html>", {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+        (503, "<html>busy</html>", {"retry-after": "soon"}),
         (200, "<html>not JSON</html>", {}),
         None,
     ]
@@ -445,18 +455,18 @@ def test_hopeless_faults_end_the_run(judge, tmp_path, monkeypatch):
         with pytest.raises(LlmWsaeError, match=said) as error:
             one_answer(judge(lambda number, body, reply=reply: reply), tmp_path)
         assert SECRET not in str(error.value)
-    down = judge(lambda number, body: (400, f"no {SECRET}", {}))
-    with Endpoint(down.address, "m", tmp_path) as endpoint:
-        assert endpoint.ask(QUESTION, "1") is endpoint.ask(QUESTION, "2") is None
-        with pytest.raises(LlmWsaeError, match="failed 3 questions in a row: it answered") as error:
-            endpoint.ask(QUESTION, "3")
-    assert SECRET not in str(error.value)
-    filtered = judge(lambda number, body: "fine" if number == 1 else (400, "filtered", {}))
-    with Endpoint(filtered.address, "m", tmp_path / "filtered") as endpoint:
-        said = [endpoint.ask(replace(QUESTION, user=str(n)), "") for n in range(20)]
-        assert said == ["fine", *[None] * 19] and endpoint.tally.failed == 19
-        with pytest.raises(LlmWsaeError, match="failed 20 questions in a row"):
-            endpoint.ask(replace(QUESTION, user="21"), "")
+    # Three questions in a row without an answer; or twenty, if some had one and these are refused.
+    for answered, failed, reason in ((0, 3, f"no {SECRET}"), (1, 20, "filtered")):
+        picky = judge(
+            lambda number, body, n=answered, why=reason: "fine" if number <= n else (400, why, {})
+        )
+        with Endpoint(picky.address, "m", tmp_path / reason) as endpoint:
+            questions = [replace(QUESTION, user=str(n)) for n in range(answered + failed)]
+            said = [endpoint.ask(question, "") for question in questions[:-1]]
+            assert said == ["fine"] * answered + [None] * (failed - 1)
+            with pytest.raises(LlmWsaeError, match=f"failed {failed} questions in a") as error:
+                endpoint.ask(questions[-1], "")
+        assert SECRET not in str(error.value)
     half = judge(lambda number, body: "half a \ud83d character")
     assert one_answer(half, tmp_path / "half")[0] == "half a ? character"
     gone = judge(lambda number, body: "")
@@ -497,8 +507,7 @@ def test_the_key_goes_into_the_header_and_nowhere_else(judge, tmp_path, monkeypa
 
 def test_a_run_that_is_killed_pays_for_no_answer_twice(world, store, model, judge, tmp_path):
     alone = replace(CONFIG, parallel=1)
-    dictionary, vocabulary = Dictionary.load(world / WEIGHTED), Vocabulary(model.tokenizer)
-    knows = oracle(choose(store, dictionary, vocabulary, alone, WordCounts()).latents)
+    knows = oracle(texts_of(world / WEIGHTED, store, model, alone))
     victim: list[multiprocessing.Process] = []
 
     def script(number, body):
@@ -594,21 +603,7 @@ def test_without_the_default_encoder_tokens_say_what_is_alike(
 # --- a corpus that talks to the judge, and where its words end up ---------------------------------
 
 
-class Hostile:
-    """A tokenizer of tokens that would take over whatever shows them."""
-
-    def convert_ids_to_tokens(self, token):
-        return HOSTILE[token % 3]
-
-    def decode(self, ids):
-        return " ".join(HOSTILE[token % 3] for token in ids)
-
-
-def test_a_corpus_that_talks_to_the_judge_is_only_text(
-    world, store, model, judge, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(explaining, "Vocabulary", lambda tokenizer: Vocabulary(Hostile()))
-
+def test_a_corpus_that_talks_to_the_judge_is_only_text(world, store, model, judge, tmp_path):
     def gullible(number, body):  # does what the corpus tells it
         if form_of(body) == "explanation":
             return json.dumps({"explanation": f"<b>{HOSTILE[1]}</b>"})
@@ -617,7 +612,8 @@ def test_a_corpus_that_talks_to_the_judge_is_only_text(
     told = judge(gullible)
     config = replace(CONFIG, latents=3, batch=4)
     found = explain(
-        [world / PLAIN], store, model, told.address, "gullible", tmp_path / "out", config,
+        [world / PLAIN], store, with_hostile_tokens(model, *HOSTILE), told.address, "gullible",
+        tmp_path / "out", config,
         encoder=type("Alike", (), {"width": 1, "embed": lambda _, t: torch.ones(len(t), 1)})(),
     )  # fmt: skip
     one = found.dictionaries["uniform-k4"]
@@ -683,26 +679,12 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     assert not (tmp_path / "page.html").exists() and call("verify", tmp_path / "other").code == 1
     head = path.read_text().splitlines()[0]
     newer = digests.json_line({**digests.check_line(head), "format_version": 2})
-    for damaged, said in ((newer, "update"), ("[]", "checksum"), ("{", "cannot"), ("", "cannot"),
-                          (head.replace("1", "2", 1), "checksum")):  # fmt: skip
+    for damaged, said in ((newer, "update"), ("", "cannot"), (head.replace("1", "2", 1), "checks")):
         path.write_text(damaged)
         with pytest.raises(LlmWsaeError, match=said):
             read_explanations(tmp_path / "other")
     other.save(folder)  # other weights
     assert read_explanations(folder) == {}
-    dictionary.save(tmp_path / "third")
-    lines = '{"latent": -1}\n{"latent": 3, "text": 7, "scores": {"detection": {}}}'
-    facts = {**digests.check_line(head), "lines_sha256": sha256(lines.encode()).hexdigest()}
-    (tmp_path / "third/explanations.jsonl").write_text(digests.json_line(facts) + lines)
-    path = tmp_path / "third/explanations.jsonl"
-    assert read_explanations(path.parent) == {3: Explanation(3, None, "not known", {})}
-    path.write_text(digests.json_line(facts) + lines.replace("7", "8"))
-    with pytest.raises(LlmWsaeError, match="checksum"):
-        read_explanations(path.parent)
-    del facts["lines_sha256"]
-    path.write_text(digests.json_line(facts) + lines)
-    with pytest.raises(LlmWsaeError, match="checksum"):
-        read_explanations(path.parent)
 
 
 def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
@@ -726,10 +708,6 @@ def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
     dictionary.save(plain)
     assert path in push([plain], REPO).changed
     assert path not in hub.store.repositories[REPO].files()
-
-
-def nothing(*_, **__):
-    raise examples.NothingToExplain("no latent is active in enough documents")
 
 
 @pytest.mark.materials
