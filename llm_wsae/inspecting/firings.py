@@ -115,7 +115,9 @@ class _Search:
         candidates = self._row[:, number][self._best[:, number] > 0]
         found: dict[int, tuple[int, float]] = {}  # by context: its row and activation
         for part in candidates.split(_LOOK_AT):
-            x = torch.cat([reader.rows(row, row + 1) for row in part.tolist()])
+            x = torch.empty(len(part), store.d_in, dtype=reader.dtype)
+            for row, place in zip(part.tolist(), x[:, None], strict=True):
+                reader.read(row, place)
             codes = self._dictionary.encode_sparse(x.float())
             value = (codes.values * (codes.indices == latent)).sum(1)
             context = store.locate(part).context

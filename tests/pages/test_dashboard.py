@@ -287,7 +287,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         (("unread", "--live", "--port", 70_000), "port 70000 cannot be used"),
         ((world / "nowhere",), "nowhere"),
         ((world / PLAIN, "--top", 0), "at least 1"),
-        ((world / PLAIN, "--prompt", ""), "the text is empty"),
+        ((world / PLAIN, "--prompt", ""), "--prompt is empty"),
         ((world / WEIGHTED, "--scores", report), "holds no scores of latents of variance-a0.5-k4"),
         ((world / PLAIN, "--scores", edited), "edited.json"),  # it has no checksum
         ((world / PLAIN, "--scores", other), "is about another dictionary named uniform-k4"),
