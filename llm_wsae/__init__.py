@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llm_wsae.lab.planting.config import PlantConfig
     from llm_wsae.lab.planting.recovery import measure_recovery
     from llm_wsae.lab.planting.source import PlantedSource
+    from llm_wsae.lab.studies.config import Study, StudyGrid
     from llm_wsae.lab.studies.runner import study
     from llm_wsae.lab.theory.optimum import gap_norms, least_gap_weights
     from llm_wsae.model.language_model import LanguageModel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from llm_wsae.pages.dashboard import dashboard
     from llm_wsae.pages.neuronpedia import export_neuronpedia
     from llm_wsae.pipeline.planning import plan
+    from llm_wsae.pipeline.request import ModelConfig, Run, RunGrid, TextConfig
     from llm_wsae.pipeline.run import run
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
@@ -87,11 +89,17 @@ _HOMES = {
     "train": "training.trainer",
     "train_sites": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
+    "ModelConfig": "pipeline.request",
+    "TextConfig": "pipeline.request",
+    "RunGrid": "pipeline.request",
+    "Run": "pipeline.request",
     "run": "pipeline.run",
     "plan": "pipeline.planning",
     "PlantConfig": "lab.planting.config",
     "PlantedSource": "lab.planting.source",
     "measure_recovery": "lab.planting.recovery",
+    "Study": "lab.studies.config",
+    "StudyGrid": "lab.studies.config",
     "study": "lab.studies.runner",
     "gap_norms": "lab.theory.optimum",
     "least_gap_weights": "lab.theory.optimum",
@@ -114,15 +122,21 @@ __all__ = [
     "LanguageModel",
     "LlmWsaeError",
     "LossWeights",
+    "ModelConfig",
     "MonosemanticConfig",
     "PlantConfig",
     "PlantedSource",
     "Rule",
+    "Run",
+    "RunGrid",
     "Scale",
     "Site",
     "Statistics",
     "Steer",
     "StreamConfig",
+    "Study",
+    "StudyGrid",
+    "TextConfig",
     "TrainConfig",
     "UsageError",
     "__version__",

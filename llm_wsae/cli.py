@@ -6,13 +6,11 @@ bug in the package shows a traceback.
 """
 
 import contextlib
-import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any
 
 from llm_wsae.artifact import provenance
 from llm_wsae.artifact.files import way_out
@@ -181,13 +179,8 @@ def _say(sentence: str) -> None:
 
 
 def _usage() -> str:
-    rows = [f"  {name:<10}{_first_sentence(command)}" for name, command in COMMANDS.items()]
+    rows = [
+        f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}"
+        for name, command in COMMANDS.items()
+    ]
     return _USAGE.format(commands="\n".join(rows))
-
-
-def _first_sentence(command: Callable[..., Any]) -> str:
-    return (command.__doc__ or "").split("\n")[0]
-
-
-if __name__ == "__main__":  # how torchrun lines were written before python -m llm_wsae
-    runpy.run_module("llm_wsae", run_name="__main__")

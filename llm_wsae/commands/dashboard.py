@@ -6,8 +6,9 @@ from typing import Annotated
 import tyro
 
 from llm_wsae.artifact.outputs import check_file
-from llm_wsae.commands.options import Flag, Flat, LoadOptions, Result, note
+from llm_wsae.commands.options import Result
 from llm_wsae.errors import UsageError
+from llm_wsae.pipeline.request import Flag, Flat, LoadConfig, note
 
 
 def dashboard(
@@ -22,7 +23,7 @@ def dashboard(
     scores: Path | None = None,
     live: Flag = False,
     port: int = 0,
-    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Write one HTML file that shows what dictionaries found, alone and side by side.
 
@@ -53,7 +54,7 @@ def dashboard(
     listening = listen(port) if live else None  # refused before the work
     named = named_dictionaries(dictionaries)
     opened = ActivationStore.open(store)
-    language_model = loading.load(model, opened.manifest.model)
+    language_model = loading.load_model(model, opened.manifest.model)
     page = write(
         named,
         opened,

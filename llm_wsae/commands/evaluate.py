@@ -1,6 +1,8 @@
 """The command that measures dictionaries."""
 
-from dataclasses import replace
+# ruff: noqa: RUF009 - the defaults are frozen
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,45 +11,59 @@ import tyro
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.outputs import check_file, is_record_of
 from llm_wsae.artifact.provenance import number_formats, plain, versions
-from llm_wsae.commands.options import (
-    CorpusOptions,
+from llm_wsae.commands.options import Result
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.pipeline.request import (
     Flag,
     Flat,
-    ModelOptions,
+    ModelConfig,
     Part,
-    Prefixed,
-    Result,
-    ScoreOptionsOfEvaluate,
+    Spelt,
+    TextConfig,
     check_none_given,
+    named,
 )
-from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.config import EvaluateConfig
 
 
-def evaluate(
-    dictionaries: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DICT…")],
-    model: Flat[ModelOptions],
-    corpus: Flat[CorpusOptions],
-    out: Path,
-    part: Part = "heldout",
-    monosemantic: Flag = False,
-    baselines: bool = True,
-    keep: Flag = False,
-    fidelity: Flat[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
-    score: Prefixed[ScoreOptionsOfEvaluate] = ScoreOptionsOfEvaluate(),  # noqa: B008 - frozen
-) -> Result:
-    """Measure how faithful dictionaries are on held-out text and, if asked, how monosemantic.
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What ``evaluate`` is asked for."""
 
-    Args:
-        dictionaries: Dictionary folders.
-        out: JSON report to write.
-        part: Which documents to read: those for training, those held out, or all.
-        monosemantic: Also measure how monosemantic the latents are, with a sentence encoder.
-        baselines: Also measure untrained baselines: the dimensions themselves, and a random
-            dictionary; what others win should be more.
-        keep: Also store the results in the dictionaries' own folders, for their cards, with those
-            of the baselines measured beside them, half-random dictionaries included.
-    """
+    dictionaries: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DICT…")]
+    """Dictionary folders."""
+    out: Path
+    """JSON report to write."""
+    part: Part = "heldout"
+    """Which documents to read: those for training, those held out, or all."""
+    monosemantic: Flag = False
+    """Also measure how monosemantic the latents are, with a sentence encoder."""
+    baselines: bool = True
+    """Also measure untrained baselines: the dimensions themselves, and a random dictionary; what
+    others win should be more."""
+    keep: Flag = False
+    """Also store the results in the dictionaries' own folders, for their cards, with those of the
+    baselines measured beside them, half-random dictionaries included."""
+    model: Flat[ModelConfig]
+    corpus: Flat[TextConfig]
+    fidelity: Flat[EvaluateConfig] = EvaluateConfig()
+    score: Annotated[
+        MonosemanticConfig,
+        named(  # with the resamplings and the seed of fidelity
+            "score", MonosemanticConfig, bootstraps=tyro.conf.Suppress, seed=tyro.conf.Suppress
+        ),
+        Spelt,
+    ] = MonosemanticConfig()
+
+    def __post_init__(self) -> None:
+        if self.keep and self.part != "heldout":
+            raise UsageError("--keep stores what was measured on held-out text; omit --part")
+        if not self.monosemantic:
+            check_none_given("score", self.score, "--monosemantic")
+
+
+def evaluate(request: Evaluate) -> Result:
+    """Measure how faithful dictionaries are on held-out text and, if asked, how monosemantic."""
     from llm_wsae.data.corpus import TEXT_OF_PART
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -59,27 +75,26 @@ def evaluate(
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
     from llm_wsae.evaluation.monosemanticity.report import card_numbers
 
-    folders = names_of(dictionaries)
-    _check(out, part, keep)
-    if not monosemantic:
-        check_none_given("score", score, "--monosemantic")
+    out, part, keep, fidelity = request.out, request.part, request.keep, request.fidelity
+    folders = names_of(request.dictionaries)
+    check_file(out, is_record_of("evaluate"))
     for folder in folders.values() if keep else ():
         check_keeps_measurements(folder)
     loaded = {name: Dictionary.load(path) for name, path in folders.items()}
     common_packing(loaded)  # raises before a model is loaded
-    text = corpus.open(part)
+    text = request.corpus.open(part)
     seen = notes_on_text(loaded, text.identity())
     if keep and seen:
         raise UsageError(f"{seen[0]}, so no result counts as held out; omit --keep")
-    language_model = model.load(model.model)
+    language_model = request.model.load()
     packing = common_packing(loaded, language_model.max_context)
     contexts = Packer.for_model(language_model, packing).contexts(text)
     scorer = None
-    if monosemantic:  # before the long work: it reads its text and finds its encoder
-        score = replace(score, bootstraps=fidelity.bootstraps, seed=fidelity.seed)
+    if request.monosemantic:  # before the long work: it reads its text and finds its encoder
+        score = replace(request.score, bootstraps=fidelity.bootstraps, seed=fidelity.seed)
         scorer = MonosemanticityEvaluator(language_model, text, packing, score)
     taken = take_contexts(contexts, fidelity.tokens)
-    measured = loaded | (baselines_of(loaded, language_model, taken) if baselines else {})
+    measured = loaded | (baselines_of(loaded, language_model, taken) if request.baselines else {})
     report = measure(measured, language_model, taken, fidelity)
     report = replace(report, text=TEXT_OF_PART[part], notes=[*report.notes, *seen])
     facts, tables = report.to_dict(), [report.table()]
@@ -92,7 +107,7 @@ def evaluate(
         tables.append(scores.table())
         for name in measured:
             found[name]["monosemanticity"] = card_numbers(scores, name)
-    asked = {"dictionaries": list(folders.values()), "corpus": corpus.corpus, "part": part}
+    asked = {"dictionaries": list(folders.values()), "corpus": request.corpus.corpus, "part": part}
     made = {"number_formats": number_formats, "versions": versions()}
     write_json(out, {"command": "evaluate", **plain(asked), **made, **facts})
     for name, folder in folders.items() if keep else ():
@@ -106,10 +121,3 @@ def evaluate(
         kept = {**found[name], "baselines": numbers}
         keep_measurements(folder, kept, loaded[name].weights_sha256)
     return facts, "\n\n".join([*tables, f"report  {out}"])
-
-
-def _check(out: Path, part: Part, keep: bool) -> None:
-    """Raises UsageError for a request that cannot be met."""
-    check_file(out, is_record_of("evaluate"))
-    if keep and part != "heldout":
-        raise UsageError("--keep stores what was measured on held-out text; omit --part")

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from llm_wsae.commands.options import Flag, Flat, LoadOptions, Result
+from llm_wsae.commands.options import Result
 from llm_wsae.explaining.protocol import ExplainConfig
+from llm_wsae.pipeline.request import Flag, Flat, LoadConfig
 
 
 def explain(
@@ -18,7 +19,7 @@ def explain(
     out: Path,
     yes: Flag = False,
     explaining: Flat[ExplainConfig] = ExplainConfig(),  # noqa: B008 - frozen
-    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Have a language model explain latents, and score how well it recognises them by that.
 
@@ -49,7 +50,7 @@ def explain(
     if not yes:
         facts: dict[str, Any] = {"price": price, "done": False}
         return facts, f"{price}\nNothing was asked; add --yes to go on."
-    language_model = loading.load(model, opened.manifest.model)
+    language_model = loading.load_model(model, opened.manifest.model)
     found = explain_all(folders, opened, language_model, endpoint, explainer, out, explaining)
     kept = [f"explanations  {folder}" for folder in folders.values()]
     return {"price": price, "done": True, **found.to_dict()}, "\n".join([found.table(), *kept])

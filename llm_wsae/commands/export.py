@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llm_wsae.commands.options import Flat, LoadOptions, Result
+from llm_wsae.commands.options import Result
+from llm_wsae.pipeline.request import Flat, LoadConfig
 
 
 def export(
@@ -20,7 +21,7 @@ def export(
     model_id: str | None = None,
     sae_set: str | None = None,
     sae_id_suffix: str | None = None,
-    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Write every latent into the files that SAEDashboard writes and Neuronpedia imports.
 
@@ -45,7 +46,7 @@ def export(
     done = export_neuronpedia(
         dictionary,
         opened,
-        loading.load(model, opened.manifest.model),
+        loading.load_model(model, opened.manifest.model),
         out,
         top=top,
         bands=bands,

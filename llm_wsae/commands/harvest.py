@@ -1,52 +1,49 @@
 """The command that stores activations."""
 
+# ruff: noqa: RUF009 - the defaults are frozen
+
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm_wsae.artifact.outputs import check_folder
-from llm_wsae.artifact.provenance import write_record
-from llm_wsae.commands.options import (
-    CorpusOptions,
-    Flat,
-    ModelOptions,
-    Part,
-    Result,
-    cost,
-    sites_of,
-)
+from llm_wsae.commands.options import Result, cost
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.machine.processes import leads
+from llm_wsae.pipeline.request import Flat, ModelConfig, Part, TextConfig, sites_of, write_request
 
 
-def harvest(
-    model: Flat[ModelOptions],
-    corpus: Flat[CorpusOptions],
-    site: tuple[str, ...],
-    out: Path,
-    part: Part = "train",
-    harvesting: Flat[HarvestConfig] = HarvestConfig(),  # noqa: B008 - frozen
-) -> Result:
+@dataclass(frozen=True, kw_only=True)
+class Harvest:
+    """What ``harvest`` is asked for."""
+
+    site: tuple[str, ...]
+    """Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    out: Path
+    """Folder of the store."""
+    part: Part = "train"
+    """Which documents to read: those for training, those held out, or all."""
+    model: Flat[ModelConfig]
+    corpus: Flat[TextConfig]
+    harvesting: Flat[HarvestConfig] = HarvestConfig()
+
+
+def harvest(request: Harvest) -> Result:
     """Write a model's activations at some sites into an activation store.
 
     Run it again to resume after an interruption.
-
-    Args:
-        site: Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post.
-        out: Folder of the store.
-        part: Which documents to read: those for training, those held out, or all.
     """
     from llm_wsae.data.harvesting import harvest as harvest_into
     from llm_wsae.data.manifest import MANIFEST, Manifest
 
-    started, sites = time.monotonic(), sites_of(site)
+    started, sites, out = time.monotonic(), sites_of(request.site), request.out
     check_folder(out)
-    text = corpus.open(part)
+    text = request.corpus.open(request.part)
     begun = Manifest.load(out).model if (out / MANIFEST).is_file() else None
-    loaded = model.load(model.model, begun)
-    store = harvest_into(loaded, text, sites, out, harvesting)
-    asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, "part": part}
+    model = request.model.load(begun)
+    store = harvest_into(model, text, sites, out, request.harvesting)
     if leads():
-        write_record(out / "harvest.json", "harvest", {**asked, **vars(harvesting)})
+        write_request(out / "harvest.json", "harvest", request, model=model.name)
     massive = {str(s): store.statistics(s).massive_count for s in store.sites}
     size = store.text_size()
     facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llm_wsae.commands.options import Flag, RepoId, Result
+from llm_wsae.commands.options import RepoId, Result
 from llm_wsae.errors import UsageError
+from llm_wsae.pipeline.request import Flag
 from llm_wsae.terminal import printable
 
 if TYPE_CHECKING:

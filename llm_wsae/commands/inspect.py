@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from llm_wsae.commands.options import Flat, LoadOptions, Result
+from llm_wsae.commands.options import Result
+from llm_wsae.pipeline.request import Flat, LoadConfig
 
 
 def inspect(
@@ -15,7 +16,7 @@ def inspect(
     text: str | None = None,
     model: str | None = None,
     top: int = 10,
-    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Look at latents: where they fire, which tokens they promote, what they write; or at a text.
 

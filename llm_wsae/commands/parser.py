@@ -7,6 +7,7 @@ a complaint that is unknown here, the box is shown as it is.
 
 import contextlib
 import functools
+import inspect
 import io
 import re
 from collections.abc import Callable
@@ -40,8 +41,13 @@ def parse(name: str, command: Callable[..., Result], words: list[str]) -> Callab
             if sentence := _sentence(event, name, command):
                 raise UsageError(f"{sentence}; see llm-wsae {name} --help")
 
+    asked = inspect.signature(command).parameters.get("request")
     with _on_parse_error(refuse):
-        return tyro.cli(prepared, prog=f"llm-wsae {name}", args=words)
+        if asked is None:
+            return tyro.cli(prepared, prog=f"llm-wsae {name}", args=words)
+        about = inspect.getdoc(command)
+        request = tyro.cli(asked.annotation, prog=f"llm-wsae {name}", args=words, description=about)
+    return functools.partial(command, request)
 
 
 def _check_word(word: str, before: str) -> None:
@@ -97,11 +103,10 @@ def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | No
     match type(event).__name__:
         case "UnrecognizedArgs":
             return _unknown(event.tokens, name, command)
+        case "MissingArgs" if event.unrecognized_tokens:  # more likely misspelt than forgotten
+            return _unknown(event.unrecognized_tokens, name, command)
         case "MissingArgs":
-            if event.unrecognized_tokens:  # more likely misspelt than forgotten
-                return _unknown(event.unrecognized_tokens, name, command)
-            missing = [_name(argument.arg) for argument in event.missing_arguments]
-            return f"missing {', '.join(missing)}"
+            return f"missing {', '.join(_name(one.arg) for one in event.missing_arguments)}"
         case "InvalidChoice":
             hint = nearest(event.value, event.choices, limit=1)
             return f"{_name(event.argument)} cannot be {event.value!r} ({hint})"
@@ -118,12 +123,10 @@ def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | No
 
 def _unknown(tokens: list[str], name: str, command: Callable[..., Result]) -> str:
     """About words that no option takes."""
-    for token in tokens:
-        if token.startswith("-"):
-            option = token.partition("=")[0]
-            hint = nearest(option, options_of(name, command), limit=1)
-            return f"there is no option {option} ({hint})"
-    return f"{tokens[0]!r} is one argument too many"
+    option = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
+    if option is None:
+        return f"{tokens[0]!r} is one argument too many"
+    return f"there is no option {option} ({nearest(option, options_of(name, command), limit=1)})"
 
 
 def _name(argument: Any) -> str:

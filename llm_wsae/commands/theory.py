@@ -3,8 +3,9 @@
 import time
 from pathlib import Path
 
-from llm_wsae.commands.options import Flat, Result, cost
+from llm_wsae.commands.options import Result, cost
 from llm_wsae.lab.theory.config import TheoryConfig
+from llm_wsae.pipeline.request import Flat
 
 
 def theory(

@@ -1,125 +1,148 @@
 """The command that trains dictionaries."""
 
+# ruff: noqa: RUF009 - the defaults are frozen
+
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
 
 from llm_wsae.artifact.outputs import check_file, is_record_of
-from llm_wsae.artifact.provenance import write_record
-from llm_wsae.commands.options import (
-    Flat,
-    GridOptions,
-    Result,
-    Stores,
-    StreamOptions,
-    cost,
-    sites_of,
-)
+from llm_wsae.commands.options import Result, cost
+from llm_wsae.data.config import HELDOUT, StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.processes import leads
+from llm_wsae.model.site import Site
+from llm_wsae.pipeline.request import (
+    Flat,
+    Grid,
+    LoadConfig,
+    Stores,
+    changed,
+    sites_of,
+    write_request,
+)
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
+
+if TYPE_CHECKING:
+    from llm_wsae.pipeline.training import Rows
 
 RECORD = "train.json"
 
 
-def train(
-    *,
-    stores: Stores = (),
-    site: tuple[str, ...],
-    out: Path,
-    weights: Path | None = None,
-    grid: Flat[GridOptions] = GridOptions(),  # noqa: B008 - frozen
-    weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
-    training: Flat[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
-    stream: Flat[StreamOptions] = StreamOptions(),  # noqa: B008 - frozen
-) -> Result:
-    """Train dictionaries on a store, or on several as one, all of a site in one pass over the rows.
+@dataclass(frozen=True, kw_only=True)
+class Stream(StreamConfig, LoadConfig):
+    """Instead of a store: a model and a text, whose rows are trained on as they are computed."""
 
-    Without a store: on a model's activations as they are computed, all sites in one pass.
-    Run it again to resume after an interruption.
+    model: str | None = None
+    """Hub id, local folder or .gguf file of a causal language model."""
+    corpus: str | None = None
+    """Hub dataset (name:config@revision), .txt/.jsonl/.parquet file or folder, or text package;
+    several are joined by +."""
+    text_column: str | None = None
+    """Column that holds the text, if that is not clear."""
+    heldout_fraction: float = HELDOUT
+    """Share of documents held out of training."""
+    device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
 
-    Args:
-        stores: Activation stores, of one model with the same sites and settings.
-        site: Sites, named as in TransformerLens: blocks.8.hook_resid_post.
-        out: Folder that receives one dictionary folder per combination; of several sites, one
-            folder per site with these.
-        weights: Weights file, as one more rule: weigh's of this site, or a custom vector or matrix.
-    """
-    import torch
 
-    from llm_wsae.data.corpus import Corpus
-    from llm_wsae.data.store import ActivationStore
-    from llm_wsae.data.stores import open_stores
-    from llm_wsae.data.streaming import ActivationStreams
-    from llm_wsae.training.arm import make_arms
-    from llm_wsae.training.checkpoint import check_same_rows, recorded
-    from llm_wsae.training.trainer import check_arms, check_out, train_sites
-    from llm_wsae.training.trainer import train as train_site
-    from llm_wsae.weights.choosing import choose_weights
-    from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import RULES, Rule
-    from llm_wsae.weights.weighing import measure_inputs, measure_stream_inputs
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """What ``train`` is asked for."""
 
-    started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
-    check_file(out / RECORD, is_record_of("train"))
-    check_out(out)
-    stream.check_source(stores)
-    model_device = training.device
-    if model_device == "spread":
-        if stores:
+    stores: Stores = ()
+    """Activation stores, of one model with the same sites and settings."""
+    site: tuple[str, ...]
+    """Sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    out: Path
+    """Folder that receives one dictionary folder per combination; of several sites, one folder per
+    site with these."""
+    weights: Path | None = None
+    """Weights file, as one more rule: weigh's of this site, or a custom vector or matrix."""
+    grid: Flat[Grid] = Grid()
+    weigh: Flat[WeightConfig] = WeightConfig()
+    training: Flat[TrainConfig] = TrainConfig()
+    stream: Flat[Stream] = Stream()
+
+    def __post_init__(self) -> None:
+        if self.stores and (given := [*changed(self.stream)]):
+            raise UsageError(
+                f"{given[0]} is for training without a store; drop it, or drop {self.stores[0]}"
+            )
+        if self.stores and self.training.device == "spread":
             raise UsageError(
                 "--device spread spreads a model over devices, but training on a store runs no "
                 "model; drop --device spread"
             )
-        training = replace(training, device="auto")
-    rules = [Rule.parse(name) for name in grid.rule]
-    own = LossWeights.load(weights, weigh, sites) if weights else None
-    folders = {place: out if len(sites) == 1 else out / str(place) for place in sites}
-    rows: ActivationStore | ActivationStreams
-    if stores:  # only what weigh has measured of it
-        rows = open_stores(stores)
-    else:
-        if training.tokens is None:
+        if not self.stores and (self.stream.model is None or self.stream.corpus is None):
+            raise UsageError(
+                "give a STORE to train on, or --model and --corpus to train without one"
+            )
+        if not self.stores and self.training.tokens is None:
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
+
+    @property
+    def folders(self) -> dict[Site, Path]:
+        """The folder of each site."""
+        sites = sites_of(self.site)
+        return {site: self.out if len(sites) == 1 else self.out / str(site) for site in sites}
+
+    def rows(self) -> "Rows":
+        """The stores as one, or the stream."""
+        from llm_wsae.data.corpus import Corpus
+        from llm_wsae.data.stores import open_stores
+        from llm_wsae.data.streaming import ActivationStreams
+        from llm_wsae.training.checkpoint import recorded
+
+        if self.stores:
+            return open_stores(self.stores)
+        stream = self.stream
         assert stream.model is not None and stream.corpus is not None
         text = Corpus.open(stream.corpus, "train", stream.heldout_fraction, stream.text_column)
-        trainings = filter(None, map(recorded, folders.values()))
+        trainings = filter(None, map(recorded, self.folders.values()))
         begun = next((one["rows"].get("model") for one in trainings), None)
-        model = replace(stream, device=model_device).load(stream.model, begun)
-        rows = ActivationStreams(model, text, sites, stream.config, out)
-    kinds = (grid.k, grid.l1, grid.init_seeds, grid.architecture)
+        place = replace(stream, device=self.training.device)
+        model = place.load_model(stream.model, begun)
+        return ActivationStreams(model, text, list(self.folders), stream, self.out)
+
+
+def train(request: Train) -> Result:
+    """Train dictionaries on a store, or on several as one, all of a site in one pass over the rows.
+
+    Without a store: on a model's activations as they are computed, all sites in one pass.
+    Run it again to resume after an interruption.
+    """
+    from llm_wsae.pipeline.training import measure, stand_ins, train_all, weights_of
+    from llm_wsae.training.checkpoint import check_same_rows
+    from llm_wsae.training.trainer import check_arms, check_out
+    from llm_wsae.weights.loss_weights import LossWeights
+
+    started, grid, weigh, out = time.monotonic(), request.grid, request.weigh, request.out
+    folders, training = request.folders, request.training
+    check_file(out / RECORD, is_record_of("train"))
+    check_out(out)
+    own = LossWeights.load(request.weights, weigh, folders) if request.weights else None
+    if training.device == "spread":  # which is for the model alone
+        training = replace(training, device="auto")
+    rows = request.rows()
     # before minutes of measuring: whether such arms can be trained, on these rows, there
-    plain = LossWeights(torch.ones(rows.d_in), RULES["uniform"])
-    check_arms(make_arms([plain] if rules or own else [], *kinds), rows.d_in, training)
-    for own_site, folder in folders.items():
+    likely = stand_ins(grid, weigh, rows.d_in) + ([own] if own else [])
+    check_arms(grid.arms(likely), rows.d_in, training)
+    for site, folder in folders.items():
         check_out(folder)
-        check_same_rows(folder, rows.source(own_site).identity())
-    measured = {
-        place: measure_inputs(rules, rows, place)
-        if isinstance(rows, ActivationStore)
-        else measure_stream_inputs(rules, rows, place)
-        for place in sites
-    }
-    arms = {
-        place: make_arms(choose_weights(inputs, rules, grid.alpha, own, weigh), *kinds)
-        for place, inputs in measured.items()
-    }
-    if len(sites) == 1 or isinstance(rows, ActivationStore):
-        dictionaries = {
-            place: train_site(rows.source(place), arms[place], training, folder)
-            for place, folder in folders.items()
-        }
-    else:
-        dictionaries = train_sites(rows, arms, training, out)
+        check_same_rows(folder, rows.source(site).identity())
+    inputs = {site: measure(grid.rules, rows, site) for site in folders}
+    arms = {site: grid.arms(weights_of(one, grid, weigh, own=own)) for site, one in inputs.items()}
+    trained = train_all(rows, arms, training, folders)
     if leads():
-        asked = {"stores": stores, "site": site, "weights": weights, **vars(grid), **vars(training)}
-        asked |= {} if stores else {"stream": stream}
-        write_record(out / RECORD, "train", {**asked, "weigh": weigh})
+        write_request(out / RECORD, "train", request)
     facts = {
-        str(place): {name: d.info.metrics["training"] for name, d in of_site.items()}
-        for place, of_site in dictionaries.items()
+        str(site): {name: d.info.metrics["training"] for name, d in of_site.items()}
+        for site, of_site in trained.items()
     }
     answer = next(iter(facts.values())) if len(facts) == 1 else facts
     return answer, "\n".join([*_tables(facts), f"dictionaries in {out}", cost(started)])
@@ -128,8 +151,8 @@ def train(
 def _tables(facts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
     """The lines of one table for each site: what training measured of every dictionary."""
     width = max(32, *(len(name) + 2 for of_site in facts.values() for name in of_site))
-    for place, of_site in facts.items():
-        heading = "dictionary" if len(facts) == 1 else place
+    for site, of_site in facts.items():
+        heading = "dictionary" if len(facts) == 1 else site
         yield f"{heading:<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"
         for name, numbers in of_site.items():
             yield (

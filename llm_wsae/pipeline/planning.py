@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from llm_wsae.artifact.outputs import existing, free_space
-from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.harvesting import kept_rows, manifest_of
@@ -22,20 +22,16 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.data.store import ActivationStore, StoreSource
-from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pipeline.tuning import CANDIDATES
+from llm_wsae.pipeline.request import Run
+from llm_wsae.pipeline.training import stand_ins
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training
 from llm_wsae.training.optimiser import PAIR_BYTES
-from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.loss_weights import LossWeights
-from llm_wsae.weights.rules import Rule
 
 SECONDS = 0.5
 """For the forward passes, and again for the steps of the training."""
@@ -68,11 +64,6 @@ class Plan:
     device: str
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage; empty if something does not fit."""
-
-    def check(self) -> None:
-        """Raises LlmWsaeError if the disk or the memory is too small."""
-        if shortage := self.shortage():
-            raise LlmWsaeError(shortage)
 
     def shortage(self) -> str | None:
         """What does not fit, and the way out; None if all does."""
@@ -111,106 +102,61 @@ class Plan:
         return aligned(rows, left=3)
 
 
-def plan(
-    model: LanguageModel,
-    corpus: Corpus,
-    sites: Sequence[Site],
-    arms: Sequence[ArmConfig],
-    out: Path,
-    *,
-    harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
-    stream_config: StreamConfig | None = None,
-    train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
-    evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
-) -> Plan:
-    """What a run takes that trains these arms at each site. ``out`` lies on the disk that counts.
+def plan(request: Run, model: LanguageModel | None = None) -> Plan:
+    """What a run takes, on the disk of its folder.
 
-    Where something does not fit, ``Plan.shortage`` says so, and no time is measured. What weight
-    rules measure and the trials of an automatic α are not counted. Raises UsageError for a site
-    that the model lacks or too few tokens, LlmWsaeError for a text that gives no row.
+    ``model`` is one that is loaded already. Where something does not fit, ``Plan.shortage`` says
+    so, and no time is measured. What weight rules measure and the trials of an automatic α are not
+    counted. Raises UsageError for a site that the model lacks, LlmWsaeError for a text that gives
+    no row.
     """
-    sites = sorted(set(sites))
-    for site in sites:
+    model = model or request.model.load()
+    for site in request.sites:
         model.check_site(site)
-    check_rows(harvest_config, train_config)
-    per_context = harvest_config.context_size - harvest_config.drop_positions
-    rows, size = harvest_config.num_contexts * per_context, train_config.batch_size
-    steps = max(1, (train_config.tokens or rows) // size)
-    train_config = replace(train_config, tokens=steps * size)
-    found = _sizes(model, sites, arms, rows, out, harvest_config, stream_config, train_config)
+    arms = request.grid.arms(stand_ins(request.grid, request.weigh, model.d_model))
+    size, wanted = request.train.batch_size, request.training.tokens or request.rows
+    steps = max(1, wanted // size)
+    training = replace(request.training, tokens=steps * size)
+    found = _sizes(model, request, arms, steps * size)
     if found.shortage():
         return found
-    with TemporaryDirectory(prefix=".plan.", dir=existing(out)) as name:
-        of_token = _first_tokens(model, corpus, sites, Path(name), harvest_config)
+    sites, harvest = sorted(request.sites), request.harvest
+    with TemporaryDirectory(prefix=".plan.", dir=existing(request.folder)) as name:
+        text = request.corpus.open("train")
+        of_token = _first_tokens(model, text, sites, Path(name), harvest)
         source = ActivationStore.open(name).source(sites[0])
-        of_row = _first_steps(source, arms, train_config, Path(name) / "training")
-    tokens = harvest_config.num_contexts * harvest_config.context_size
-    if stream_config is not None:
-        tokens = tokens * steps * size // rows + stream_config.statistics_tokens
+        of_row = _first_steps(source, arms, training, Path(name) / "training")
+    tokens = harvest.num_contexts * harvest.context_size
+    if request.stream:
+        tokens = tokens * steps * size // request.rows + request.statistics_tokens
     # the model itself, and behind each site zeros, the mean, its dimensions and every dictionary
     passes = 1 + len(sites) * (3 + len(arms))
     seconds = {
         "harvest": tokens * of_token,
         "train": len(sites) * steps * size * of_row,
-        "evaluate": evaluate_config.tokens * passes * of_token,
+        "evaluate": request.evaluate.tokens * passes * of_token,
     }
     return replace(found, seconds=seconds)
 
 
-def check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
-    """Raises UsageError for a harvest that cannot fill one batch of the training."""
-    if training.tokens is None and harvesting.tokens < training.batch_size:
-        raise UsageError(
-            f"{harvesting.tokens:,} tokens are less than one batch of {training.batch_size:,}; "
-            "harvest more"
-        )
-
-
-def stand_ins(
-    rules: Sequence[str],
-    alphas: Sequence[float | Literal["auto"]],
-    d_in: int,
-    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
-) -> list[LossWeights]:
-    """Weights with the names and forms of those that will be measured. Their values do not matter,
-    except that arms which do not share a space must not seem to."""
-    found: dict[str, LossWeights] = {}
-    for rule in map(Rule.parse, rules):
-        own = [alpha for alpha in alphas if alpha != "auto"]
-        if "auto" in alphas and rule.has_automatic_alpha:
-            own = [CANDIDATES[0]]
-        for alpha in (1.0,) if rule.is_plain else own:
-            gamma = torch.eye(d_in) if rule.form(config) == "matrix" else torch.ones(d_in)
-            gamma = gamma * (1 + len(found) / 1000)
-            weights = LossWeights(gamma, rule, alpha, rule.settings(config))
-            found.setdefault(weights.name, weights)
-    return list(found.values())
-
-
 def _sizes(
-    model: LanguageModel,
-    sites: Sequence[Site],
-    arms: Sequence[ArmConfig],
-    rows: int,
-    out: Path,
-    harvest: HarvestConfig,
-    stream: StreamConfig | None,
-    train: TrainConfig,
+    model: LanguageModel, request: Run, arms: Sequence[ArmConfig], trained_rows: int
 ) -> Plan:
     """The plan without its times."""
+    sites, rows, train, harvest = request.sites, request.rows, request.training, request.harvest
     d_in, device = model.d_model, choose_device(train.device)
     row = d_in * getattr(torch, manifest_of(model, {}, sites, harvest).dtype).itemsize
     weights = len(arms) * train.expansion * d_in**2  # of the encoders, or of the decoders
     store = len(sites) * (rows * row * (1 + _SAMPLED) + 8 * d_in**2)  # and the covariance
     store += harvest.num_contexts * harvest.context_size * _TOKEN
     windows = 3 * min(WINDOW_BYTES, rows * row)  # batches are cut from one, two are read ahead
-    if stream is not None:
-        store, windows = 0, 2 * len(sites) * stream.buffer_tokens * row
+    if request.stream:
+        store, windows = 0, 2 * len(sites) * request.buffer_tokens * row
     checkpoint = PAIR_BYTES * weights
     dictionaries = 4 * (2 * weights + sum(arm.weights.is_matrix for arm in arms) * d_in**2)
-    others = dictionaries if stream is None else checkpoint  # of a stream, all are trained at once
+    others = checkpoint if request.stream else dictionaries  # of a stream, all are trained at once
     disk = store + (len(sites) - 1) * others + checkpoint + max(checkpoint, dictionaries)
-    together = 1 if stream is None else len(sites)
+    together = len(sites) if request.stream else 1
     memory = together * PAIR_BYTES * weights + 4 * train.batch_size * train.expansion * d_in
     if device.type == "cuda":
         memory += sum(one.nbytes for one in model.hf_model.parameters())
@@ -218,13 +164,13 @@ def _sizes(
         memory += peak_memory_bytes() + windows + 8 * len(sites) * weights
     return Plan(
         rows=rows,
-        trained_rows=train.tokens or rows,
+        trained_rows=trained_rows,
         arms=len(arms),
         store_bytes=int(store),
         checkpoint_bytes=checkpoint,
         dictionary_bytes=len(sites) * dictionaries,
         disk_bytes=int(disk),
-        disk_free=free_space(out),
+        disk_free=free_space(request.folder),
         memory_bytes=memory,
         memory_there=memory_of(device),
         device=processor_name(device),

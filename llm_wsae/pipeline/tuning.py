@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.artifact import differences
 from llm_wsae.artifact.files import read_own_json, write_json
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.machine.processes import join
-from llm_wsae.outside import typed
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import training_in
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.choosing import weights_from_rule
@@ -37,7 +36,7 @@ LEAST_GAIN = 0.02
 """Share by which KL must fall below that of the plain trial; less may be chance. (In the
 loss, trials at two sites of SmolLM2 saw gains of 4 and 3 % where full trainings had 3 and 0 %.)"""
 CHOICE = "alpha.json"
-_TRIALS = "alpha"
+_TRIALS = ".alpha"
 _AGAIN = "delete it to choose again"
 
 
@@ -65,15 +64,12 @@ def choose_alpha(
     source: ActivationSource,
     evaluator: FidelityEvaluator,
     folder: Path,
-    *,
     k: int,
-    training: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
-    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+    training: TrainConfig,
+    config: WeightConfig,
 ) -> AlphaChoice:
     """Train a plain TopK dictionary and one for each candidate on a part of the rows, and take the
-    exponent of least KL.
-
-    ``config`` says where the whitening acts.
+    exponent of least KL. ``config`` says where the whitening acts.
 
     The choice is kept in ``folder`` and read from there the next time; the trial dictionaries are
     deleted. Under ``torchrun`` all processes make the same call: they train together, rank 0
@@ -81,26 +77,23 @@ def choose_alpha(
     do, and LlmWsaeError if the folder holds the choice of other trials.
     """
     rule, processes = Rule.parse("whitening"), join()
+    tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
+    tokens = max(tokens, training.batch_size)  # a few rows may be read several times
+    short = replace(training, tokens=tokens, tracker="none")
     with processes.together():
-        tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
-        tokens = max(tokens, training.batch_size)  # a few rows may be read several times
-        short = replace(training, tokens=tokens, tracker="none")
         asked = plain(
             {
                 "source": source.identity(),
                 "k": k,
                 "candidates": CANDIDATES,
-                "weights": asdict(rule.settings(config)),
-                "training": _recorded(short),
+                "weights": rule.settings(config),
+                "training": {n: v for n, v in vars(short).items() if n not in PROCEDURAL},
             }
         )
-        found = processes.lead(lambda: _kept(folder, asked))
-        if found is None:
-            processes.lead(lambda: _check_trials(folder / _TRIALS))
+        found = processes.lead(lambda: _kept(folder / CHOICE, asked))
     if found is not None:
         return AlphaChoice(**found)
-    uniform = weights_from_rule("uniform", 1.0, inputs)
-    arms = {"0": ArmConfig(uniform, k)}
+    arms = {"0": ArmConfig(weights_from_rule("uniform", 1.0, inputs), k)}
     for alpha in CANDIDATES:
         arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, config), k)
     trained = train(source, list(arms.values()), short, folder / _TRIALS)
@@ -119,50 +112,16 @@ def choose_alpha(
         return AlphaChoice(**processes.lead(judge))
 
 
-def _kept(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The choice that the folder holds, if it does."""
-    if not (folder / CHOICE).exists():
+def _kept(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The choice that the folder holds, if it does. Raises LlmWsaeError for one of other trials."""
+    if not path.exists():
         return None
-    choice = _read(folder / CHOICE, asked)
-    if _is_ours(folder / _TRIALS):  # it was killed before it did that
-        shutil.rmtree(folder / _TRIALS, ignore_errors=True)
-    return asdict(choice)
-
-
-def _is_ours(trials: Path) -> bool:
-    """Whether a folder holds a training."""
-    return training_in(trials).is_begun()
-
-
-def _check_trials(trials: Path) -> None:
-    """Raises LlmWsaeError for a folder that holds something else: it would be deleted."""
-    if trials.is_dir() and not _is_ours(trials):
-        foreign = [path.name for path in trials.iterdir() if not path.name.startswith(".")]
-        if foreign:
-            raise LlmWsaeError(
-                f"trials would be trained in {trials}, which holds {foreign[0]}; move it away"
-            )
-
-
-def _recorded(training: TrainConfig) -> dict[str, Any]:
-    """Settings that count; of unit lengths nothing is said."""
-    left_out = {*PROCEDURAL, *(["lengths"] if training.lengths == "unit" else [])}
-    return {name: value for name, value in asdict(training).items() if name not in left_out}
-
-
-def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
     found = read_own_json(path, "choice of an exponent", _AGAIN)
-    try:
-        if found["asked"] != asked:
-            place = found["asked"]["weights"]["place"]
-            if place != asked["weights"]["place"]:
-                raise LlmWsaeError(
-                    f"{path} was chosen for the place {place}; go on with --place {place}, choose "
-                    "another folder, or delete it"
-                )
-            raise LlmWsaeError(
-                f"{path} was chosen for other rows or settings; choose another folder, or delete it"
-            )
-        return typed(AlphaChoice(**found["choice"]))
-    except (KeyError, TypeError) as error:
-        raise LlmWsaeError(f"{path} is not the choice of an exponent; {_AGAIN}") from error
+    if clauses := differences(found["asked"], asked, ("that choice", "this command")):
+        raise LlmWsaeError(
+            f"{path} was chosen for other rows or settings ({clauses}); choose another folder, or "
+            "delete it"
+        )
+    shutil.rmtree(path.parent / _TRIALS, ignore_errors=True)  # of a run killed before it did that
+    choice: dict[str, Any] = found["choice"]
+    return choice

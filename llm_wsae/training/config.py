@@ -57,7 +57,7 @@ class TrainConfig:
     shuffle_seed: int = 0
     """Seed of the order of the rows, which all arms share."""
     device: str = "auto"
-    """Device to compute on: cuda, mps, cpu or auto.
+    """Device: cuda, mps, cpu or auto (that of a model).
     The command train, without a store, also takes spread: for its model, over all devices, memory
     and disk."""
     shard: Shard = "rows"

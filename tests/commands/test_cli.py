@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import llm_wsae.cli
 import llm_wsae.pipeline.run
-import llm_wsae.pipeline.tuning
 from llm_wsae.cli import COMMANDS
-from llm_wsae.commands.options import ModelOptions
-from llm_wsae.commands.run import _page
+from llm_wsae.commands.run import page_command
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
+from llm_wsae.pipeline import tuning
+from llm_wsae.pipeline.request import ModelConfig, Run, TextConfig
 from llm_wsae.training import one_site
 
 RUN = ("--site", SITE, "--tokens", 5000, "--harvest.context-size", 16, "--k", 4,
@@ -320,33 +320,27 @@ def test_run_leaves_everything_in_one_folder(ran):
         assert str(here / name) in result.out
 
 
-def test_run_shows_what_learnt_nothing_beside_its_dictionaries(model_and_corpus, tmp_path):
-    asked = (*model_and_corpus, *RUN, "--rule", "uniform", "variance", "--out", tmp_path)
-    result = works("run", *asked)
-    here = tmp_path / SITE
-    report = json.loads((here / "report.json").read_text())
-    trained = ["uniform-k4", "variance-a0.5-k4", *HALF_RANDOM_OF_RUN]
-    assert list(report["dictionaries"]) == [*trained, "raw dimensions"]
+def test_run_shows_baselines_beside_its_dictionaries(ran):
+    out, result = ran
+    report = json.loads((out / SITE / "report.json").read_text())
+    assert list(report["dictionaries"])[-3:] == [*HALF_RANDOM_OF_RUN, "raw dimensions"]
     raw = report["dictionaries"]["raw dimensions"]
     assert raw["l0"] <= 4 and 0 < raw["fvu"] < 1
     assert re.search(rf"^raw dimensions +{raw['fvu']:.3f} ", result.out, re.MULTILINE)
-    assert {path.parent.name for path in here.glob("*/wsae.json")} == set(trained)
-    assert list(report["from_plain"]) == ["variance-a0.5-k4"]
-    kept = Dictionary.load(here / "uniform-k4").info.metrics["baselines"]
+    assert list(report["from_plain"]) == ["variance-a0.5-k4", "whitening-a0.5-k4"]
+    kept = Dictionary.load(out / SITE / "uniform-k4").info.metrics["baselines"]
     assert kept.keys() == {"raw dimensions", "frozen decoder", "frozen encoder"}
     for label, name in zip(HALF_RANDOM.values(), HALF_RANDOM_OF_RUN, strict=True):
         assert kept[label]["fidelity"]["kl"] == report["dictionaries"][name]["kl"]
-    assert '"group":"half-random"' in (here / "report.html").read_text().replace(": ", ":")
+    assert '"group":"half-random"' in (out / SITE / "report.html").read_text().replace(": ", ":")
     look = result.out.splitlines()[-1]
     assert "variance-a0.5-k4" in look and "frozen" not in look
 
 
-def test_run_has_a_folder_for_every_model(model_and_corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = works("run", *model_and_corpus, *RUN, "--rule", "uniform")
-    here = Path("runs/model") / SITE
-    assert f"dictionaries  {here / 'uniform-k4'}\n" in result.out
-    assert Dictionary.load(here / "uniform-k4").info.site == SITE
+def test_run_has_a_folder_for_every_model():
+    for model, name in (("owner/name", "name"), ("./x/y.gguf", "y")):
+        model, text = ModelConfig(model=model), TextConfig(corpus="sotu")
+        assert Run(model=model, corpus=text, site=(SITE,)).folder == Path("runs") / name
 
 
 def test_run_proposes_commands_that_work(ran, tmp_path):
@@ -362,11 +356,11 @@ def test_run_proposes_commands_that_work(ran, tmp_path):
 
 def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
     model, names = (
-        ModelOptions(model="a/model"),
+        ModelConfig(model="a/model"),
         ("uniform-k32", "variance-a0.5-k32", "whitening-k32"),
     )
     for d_sae, count, options in ((4608, 3, []), (16_384, 3, ["4", "4"]), (32_768, 2, ["3", "3"])):
-        words = shlex.split(_page(tmp_path, dict.fromkeys(names, d_sae), model, tmp_path))
+        words = shlex.split(page_command(tmp_path, dict.fromkeys(names, d_sae), model, tmp_path))
         assert words[2 : 2 + count] == [str(tmp_path / name) for name in names[:count]]
         assert words[2 + count] == "--store"
         given = [words[i + 1] for i, word in enumerate(words) if word in ("--top", "--bands")]
@@ -388,14 +382,22 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
         assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
 
 
-def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
-    model_and_corpus, tmp_path, monkeypatch
-):
+@pytest.fixture
+def short_trials(monkeypatch):
+    """Sets how much a trial must gain."""
     monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.pipeline.tuning, "LEAST_GAIN", 0.99)
-    monkeypatch.setattr(
-        llm_wsae.pipeline.tuning, "TRIAL_ROWS", 9
-    )  # less than a batch: it is one then
+
+    def of(gain: float, rows: int = 4096) -> None:
+        monkeypatch.setattr(tuning, "LEAST_GAIN", gain)
+        monkeypatch.setattr(tuning, "TRIAL_ROWS", rows)
+
+    return of
+
+
+def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
+    model_and_corpus, tmp_path, short_trials
+):
+    short_trials(0.99, rows=9)  # less than a batch: it is one then
     asked = (*model_and_corpus, *RUN, "--rule", "whitening", "--alpha", "auto")
     works("run", *asked, "--out", tmp_path / "out")
     arms = {path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")}
@@ -404,19 +406,11 @@ def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
 
 @pytest.mark.parametrize("gain", [-9.0, 0.99])
 def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
-    model_and_corpus, tmp_path, monkeypatch, gain
+    model_and_corpus, tmp_path, short_trials, gain
 ):
-    monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.pipeline.tuning, "TRIAL_ROWS", 4096)
-    monkeypatch.setattr(llm_wsae.pipeline.tuning, "LEAST_GAIN", gain)
+    short_trials(gain)
     asked = (*model_and_corpus, *RUN, "--alpha", "auto", 0.5, "--out", tmp_path / "out")
     here = tmp_path / "out" / SITE
-    (here / "alpha").mkdir(parents=True)
-    (here / "alpha" / "notes.txt").write_text("mine")
-    refused = call("run", *asked)
-    assert refused.code == 1 and "which holds notes.txt; move it away" in refused.err
-    assert (here / "alpha" / "notes.txt").read_text() == "mine"
-    shutil.rmtree(here / "alpha")
     result = works("run", *asked)
     choice = json.loads((here / "alpha.json").read_text())["choice"]
     assert list(choice["kl"]) == ["0", "0.25", "0.5", "0.75", "1"] and choice["rows"] == 4096
@@ -428,14 +422,14 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     arms = {path.parent.name for path in here.glob("*/wsae.json")}
     whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-k4"}
     assert arms == {"uniform-k4", "variance-a0.5-k4", *HALF_RANDOM_OF_RUN} | whitened
-    assert not (here / "alpha").exists()
+    assert not (here / ".alpha").exists()
     before = content(tmp_path / "out")
     assert "train 5 arms" in result.err and "train 5 arms" not in works("run", *asked).err
     assert content(tmp_path / "out") == before
     other = call("run", *asked, "--train.learning-rate", 0.01)
     assert other.code == 1 and "was chosen for other rows or settings" in other.err
     other = call("run", *asked, "--place", "space")
-    assert other.code == 1 and "was chosen for the place loss; go on with --place l" in other.err
+    assert other.code == 1 and 'weights place: "loss" in that choice' in other.err
     assert content(tmp_path / "out") == before
     (here / "alpha.json").write_text("{}")
     again = call("run", *asked)
@@ -484,7 +478,7 @@ def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm_wsae.pipeline.run, "train", interrupted)
+        patch.setattr(llm_wsae.pipeline.run, "train_all", interrupted)
         result = call("run", *model_and_corpus, *RUN, "--out", out)
     assert result.code == 130 and "run the same command again to resume" in result.err
     assert "Traceback" not in result.err

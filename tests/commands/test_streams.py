@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from command_line import SITE, TRAIN, call, content, works
+from command_line import SITE, TRAIN, call, cases, content, works
 from several import run as in_several
 from several import torchrun
 from tiny import write_jsonl
@@ -119,7 +119,7 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluator, "clean_stream", counted)
     monkeypatch.setattr(
-        llm_wsae.pipeline.run._Run, "announce", lambda *given: None
+        llm_wsae.pipeline.run._Stages, "announce", lambda *given: None
     )  # evaluates too
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
@@ -151,7 +151,7 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
     with monkeypatch.context() as patch:
         patch.setattr(summary, "_check_finite", broken)
         patch.setattr(
-            llm_wsae.pipeline.run._Run, "announce", lambda *given: None
+            llm_wsae.pipeline.run._Stages, "announce", lambda *given: None
         )  # it evaluates too
         failed = call(*asked, *SITES)
     assert failed.code == 1 and failed.out == ""
@@ -164,28 +164,37 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
     assert report.read_bytes() == found and (tmp_path / "out" / SITES[0] / "report.html").exists()
 
 
+IMPOSSIBLE = """
+train SITE
+    give a STORE to train on, or --model and --corpus
+train SITE --model m
+    --model and --corpus
+train STORE SITE MODEL_AND_CORPUS
+    --model is for training without a store; drop it, or drop
+train STORE SITE --buffer-tokens 9
+    --buffer-tokens is
+train STORE SITE --device spread
+    training on a store runs no model; drop --device spread
+train SITE MODEL_AND_CORPUS
+    a stream has no end: set --tokens
+train SITE blocks.7.hook_resid_post MODEL_AND_CORPUS STREAM
+    the model has 3 blocks
+train SITE MODEL_AND_CORPUS STREAM --rule participation
+    needs a first dictionary
+train SITE MODEL_AND_CORPUS STREAM --k 100000
+    k = 100000 active latents is more than the dictionary's 64 latents
+train SITE MODEL_AND_CORPUS STREAM --rule uniform --lengths free --architecture jumprelu
+    jumprelu has no free lengths
+run SITE MODEL_AND_CORPUS --buffer-tokens 9
+    are for --stream
+"""
+
+
 def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
-    out = ("--out", tmp_path / "out")
-    for words, sentence in (
-        (("train", "--site", SITE), "give a STORE to train on, or --model and --corpus"),
-        (("train", "--site", SITE, *model_and_corpus[:2]), "--model and --corpus"),
-        (("train", world / "store", "--site", SITE, *model_and_corpus),
-         "--model is for training without a store; drop it, or drop"),
-        (("train", world / "store", "--site", SITE, "--buffer-tokens", 9), "--buffer-tokens is"),
-        (("train", world / "store", "--site", SITE, "--device", "spread"),
-         "training on a store runs no model; drop --device spread"),
-        (("train", "--site", SITE, *model_and_corpus), "a stream has no end: set --tokens"),
-        (("train", "--site", SITE, "blocks.7.hook_resid_post", *model_and_corpus, *STREAM),
-         "the model has 3 blocks"),
-        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "participation"),
-         "needs a first dictionary"),
-        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--k", 100_000),
-         "k = 100000 active latents is more than the dictionary's 64 latents"),
-        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "uniform", "--lengths",
-          "free", "--architecture", "jumprelu"), "jumprelu has no free lengths"),
-        (("run", "--site", SITE, *model_and_corpus, "--buffer-tokens", 9), "are for --stream"),
-    ):  # fmt: skip
-        result = call(*words, *out)
+    out, words = ("--out", tmp_path / "out"), {"SITE": ["--site", SITE], "STREAM": STREAM}
+    words |= {"STORE": [world / "store"], "MODEL_AND_CORPUS": model_and_corpus}
+    for command, (sentence,) in cases(IMPOSSIBLE, **words):
+        result = call(*command, *out)
         assert result.code in (1, 2) and sentence in result.err, result.err
         assert "Traceback" not in result.err and not (tmp_path / "out").exists()
     tiny = write_jsonl(tmp_path / "tiny.jsonl", [3])
@@ -220,17 +229,6 @@ def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):
     works("train", tmp_path / "store", *TRAIN[2:], "--site", *SITES, "--out", tmp_path / "t")
     for site in SITES:
         assert str(Dictionary.load(tmp_path / "t" / site / "uniform-k32").site) == site
-
-
-def test_two_processes_share_a_stream(model_and_corpus, tmp_path):
-    words = ("train", *model_and_corpus, *STREAM, "--site", *SITES)
-    works(*words, "--out", tmp_path / "one")
-    torchrun(2, *words, "--out", tmp_path / "two")
-    for site in SITES:
-        one, two = (
-            Dictionary.load(tmp_path / n / site / "uniform-k4").W_dec for n in ("one", "two")
-        )
-        assert float((one - two).abs().max()) < 1e-4
 
 
 def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):

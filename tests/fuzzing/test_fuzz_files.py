@@ -36,12 +36,12 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
 from llm_wsae.lab.studies import runner
-from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.lab.studies.config import Study, StudyGrid
 from llm_wsae.lab.studies.folder import read_basis
 from llm_wsae.lab.studies.results import read_result
 from llm_wsae.machine.processes import Processes
-from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.pipeline.request import ModelConfig, TextConfig
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, load_checkpoint, training_in
 from llm_wsae.training.config import TrainConfig
@@ -194,18 +194,18 @@ def checkpoint_reader(stopped: Path) -> Callable[[], Any]:
 
 def of_studies(folder: Path) -> dict[str, Kind]:
     study = folder / "study"
-    runner.study(
-        LanguageModel.load(str(folder / "model")),
-        ActivationStore.open(folder / "store"),
-        PLACE,
-        str(folder / "text.jsonl"),
-        study,
-        StudyConfig(ks=(4,), seeds=(0, 1)),
-        training=TrainConfig(expansion=2, tokens=512, batch_size=128),
-        fidelity=EvaluateConfig(tokens=300),
-        scoring=MonosemanticConfig(tokens=300, top=3, sample=3, probe_tokens=300),
-        encoder=WordCounts(),
+    asked = Study(
+        stores=(folder / "store",),
+        site=SITE,
+        out=study,
+        model=ModelConfig(model=str(folder / "model")),
+        corpus=TextConfig(corpus=str(folder / "text.jsonl")),
+        compare=StudyGrid(k=(4,), seeds=(0, 1)),
+        train=TrainConfig(expansion=2, tokens=512, batch_size=128),
+        evaluate=EvaluateConfig(tokens=300),
+        score=MonosemanticConfig(tokens=300, top=3, sample=3, probe_tokens=300),
     )
+    runner.study(asked, encoder=WordCounts())
     results = sorted(study.glob("results/*.json"))
     basis = study / "study.json"
     return {

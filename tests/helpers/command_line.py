@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,17 @@ def works(*words: Any) -> Result:
     result = call(*words)
     assert result.code == 0, result.err
     return result
+
+
+def cases(table: str, **stands_for: Iterable[Any]) -> list[tuple[list[Any], list[str]]]:
+    """Commands and what is said of them, from a table: a command, and below it what is said, in
+    pieces between which there is a " … ". A word of a command may stand for several."""
+    lines = [line.strip() for line in table.strip().splitlines()]
+    words = [
+        [word for own in shlex.split(command) for word in stands_for.get(own, [own])]
+        for command in lines[::2]
+    ]
+    return list(zip(words, (said.split(" … ") for said in lines[1::2]), strict=True))
 
 
 def content(folder: Path) -> dict[str, bytes]:

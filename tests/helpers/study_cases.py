@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from llm_wsae.lab.studies.inference import Value
 from llm_wsae.lab.studies.plan import PLAIN
 from llm_wsae.lab.studies.results import Result
-from llm_wsae.lab.studies.values import Value
 from llm_wsae.statistics.measures import STUDIED
 
 KS = (16, 32)

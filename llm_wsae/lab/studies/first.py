@@ -5,7 +5,6 @@ stands behind all of them. It gets half of the rows, and so do the dictionaries 
 with its weights, and their controls: a rule costs as many rows as a plain dictionary.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from llm_wsae.data.store import StoreSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO
 from llm_wsae.lab.planting.source import PlantedSource
-from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.lab.studies.config import StudyGrid
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import is_finished
@@ -23,7 +22,6 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.rules import Rule
 from llm_wsae.weights.weighing import used_decoder
 
 SHARE = 0.5
@@ -31,17 +29,12 @@ SHARE = 0.5
 _OTHER = 1000  # seeds of their own: another start and another order of the rows
 
 
-def needs_first(rules: Iterable[str]) -> bool:
-    """Whether one of the rules takes its weights from a first dictionary."""
-    return any(Rule.parse(name).need == "dictionary" for name in rules)
-
-
-def stand_ins(inputs: RuleInputs, config: StudyConfig) -> dict[int, RuleInputs]:
+def stand_ins(inputs: RuleInputs, grid: StudyGrid) -> dict[int, RuleInputs]:
     """By seed, the inputs with a decoder of no consequence: what cannot be asked of the rules is
     found before a first dictionary is trained."""
     width = inputs.statistics.d_in
     one = replace(inputs, decoder=torch.eye(width), energy=torch.ones(width, dtype=torch.float64))
-    return dict.fromkeys(config.seeds, one)
+    return dict.fromkeys(grid.seeds, one)
 
 
 def after_first(
@@ -49,7 +42,7 @@ def after_first(
     site: Site,
     inputs: RuleInputs,
     folder: Path,
-    config: StudyConfig,
+    grid: StudyGrid,
     training: TrainConfig,
 ) -> dict[int, RuleInputs]:
     """By seed, the inputs with the decoder of its first dictionary.
@@ -58,30 +51,23 @@ def after_first(
     or else the first k that was asked for. Raises as ``train`` does.
     """
     found = {}
-    k = _k_so_far(folder) or config.ks[0]
     uniform = weights_from_rule("uniform", 1.0, inputs)
-    half = on_share(training, source, SHARE)
-    for seed in dict.fromkeys(config.seeds):
-        own = folder / f"s{seed}"
-        known = sorted(own.glob(f"*/{INFO}")) if is_finished(own) else []
-        if known:
-            first = Dictionary.load(known[0].parent)
-        else:
+    known = {
+        path.parents[1].name: Dictionary.load(path.parent)
+        for path in sorted(folder.glob(f"*/*/{INFO}"))
+        if is_finished(path.parents[1])
+    }
+    # what is trained with weights from them has one label, so they are to be alike
+    k = next((first.info.training["k"] for first in known.values()), grid.k[0])
+    for seed in dict.fromkeys(grid.seeds):
+        first = known.get(f"s{seed}")
+        if first is None:
             arm = ArmConfig(uniform, k, init_seed=seed + _OTHER)
-            shuffled = replace(half, shuffle_seed=seed + _OTHER)
-            first = train(source, [arm], shuffled, own)[arm.name]
+            half = replace(on_share(training, source, SHARE), shuffle_seed=seed + _OTHER)
+            first = train(source, [arm], half, folder / f"s{seed}")[arm.name]
         decoder, energy = used_decoder(first, site, inputs.statistics)
         found[seed] = replace(inputs, decoder=decoder, energy=energy)
     return found
-
-
-def _k_so_far(folder: Path) -> int | None:
-    """The k of the first dictionaries that are there. What is trained with weights from them has
-    one label, so they are to be alike, whatever k a command that adds seeds asks for."""
-    for path in sorted(folder.glob(f"*/*/{INFO}")):
-        if is_finished(path.parents[1]):
-            return Dictionary.load(path.parent).info.training.get("k")
-    return None
 
 
 def on_share(

@@ -1,6 +1,7 @@
 """The folder of a study: the names of its files, and the report that they give.
 
 study.json              what all its dictionaries share; a command with other settings is refused
+command.json            the last command
 first/                  plain dictionaries of which some rules take their weights, one of each seed
 training/               dictionaries in training, one group of one seed at a time
 dictionaries/<name>/    trained dictionaries, and the raw dimensions
@@ -15,8 +16,9 @@ from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.lab.studies.report import StudyReport
 from llm_wsae.lab.studies.results import Result, read_result
 
-BASIS, FIRST, TRAINING, DICTIONARIES, RESULTS = (
+BASIS, COMMAND, FIRST, TRAINING, DICTIONARIES, RESULTS = (
     "study.json",
+    "command.json",
     "first",
     "training",
     "dictionaries",

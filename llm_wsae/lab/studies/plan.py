@@ -5,12 +5,11 @@ They may still look interpretable (Korznikov et al. 2026, arXiv 2602.14111): whe
 to the others, a measure says little of what was learnt.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_wsae.errors import UsageError
-from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.lab.studies.config import StudyGrid
 from llm_wsae.lab.studies.first import SHARE
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import ArchitectureName, Lengths
@@ -52,78 +51,69 @@ class PlannedArm:
 
     def identity(self, lengths: Lengths) -> dict[str, Any]:
         """What its result must agree on, as JSON."""
-        own = self.arm.identity(lengths)
-        own |= {"share": self.share} if self.share != 1 else {}
-        return own | ({"rate": rate} if (rate := self.arm.rate(lengths)) != 1 else {})
+        return self.arm.identity(lengths) | {"share": self.share, "rate": self.arm.rate(lengths)}
 
 
 def plan(
     inputs: RuleInputs,
-    config: StudyConfig,
+    grid: StudyGrid,
     weigh: WeightConfig,
     first: Mapping[int, RuleInputs] | None = None,
 ) -> list[PlannedArm]:
     """All dictionaries, seed by seed, the plain ones first.
 
     Controls are drawn again for every seed. ``first`` has, by seed, the inputs of rules that need a
-    first dictionary, if the study has trained one for each. Raises UsageError if ``weigh`` fixes
-    the draw; otherwise as ``weights_from_rule`` does.
+    first dictionary, if the study has trained one for each. Raises as ``weights_from_rule`` does.
     """
-    if weigh.draw:
-        raise UsageError(
-            f"draw is {weigh.draw}, but a study draws its controls again for every seed; leave it 0"
-        )
     arms: dict[str, PlannedArm] = {}
-
-    def add(
-        weights: LossWeights, control: str | None, ks: Sequence[int], seed: int, share: float = 1.0
-    ) -> None:
-        for k in ks:
-            arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
-            arms.setdefault(arm.name, PlannedArm(arm, weights.label, control, share))
-
-    for seed in dict.fromkeys(config.seeds):
-        add(weights_from_rule(PLAIN, 1.0, inputs), None, config.ks, seed)
-        for rule in map(Rule.parse, config.rules):
-            own, share = inputs, 1.0
-            if first is not None and rule.need == "dictionary":
-                own, share = first[seed], SHARE
-            for weights, control in _weights(rule, own, config, weigh, seed):
-                add(weights, control, config.ks, seed, share)
+    for seed in dict.fromkeys(grid.seeds):
+        for weights, control, share in _weights(inputs, grid, weigh, first, seed):
+            for k in grid.k:
+                arm = ArmConfig(weights, k, init_seed=seed, architecture=grid.architecture)
+                arms.setdefault(arm.name, PlannedArm(arm, weights.label, control, share))
     return list(arms.values())
 
 
-def baselines(inputs: RuleInputs, config: StudyConfig) -> list[PlannedArm]:
+def baselines(inputs: RuleInputs, grid: StudyGrid) -> list[PlannedArm]:
     """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
     frozen encoder: all TopK, with the first k of the study.
 
     An architecture that all dictionaries of the study have is no baseline of it.
     """
-    weights, k = weights_from_rule(PLAIN, 1.0, inputs), config.ks[0]
+    weights, k = weights_from_rule(PLAIN, 1.0, inputs), grid.k[0]
     found = [PlannedArm(ArmConfig(weights, k), RAW, None)]
-    for seed in dict.fromkeys(config.seeds):
+    for seed in dict.fromkeys(grid.seeds):
         for name, label in FROZEN.items():
-            if name != config.architecture:
+            if name != grid.architecture:
                 arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
                 found.append(PlannedArm(arm, label, None))
     return found
 
 
 def _weights(
-    rule: Rule, inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
-) -> Iterator[tuple[LossWeights, str | None]]:
-    """Weights and the label of their control, and each control itself."""
-    matched = rule.matched_control(weigh)
-    for alpha in config.alphas:
-        weights = _drawn(rule, alpha, inputs, weigh, seed)
-        if weights.label == PLAIN:
-            continue
-        if matched is None:
-            yield weights, None
-            continue
-        control = _drawn(matched, alpha, inputs, weigh, seed)
-        yield weights, control.label
-        yield control, None
+    inputs: RuleInputs,
+    grid: StudyGrid,
+    weigh: WeightConfig,
+    first: Mapping[int, RuleInputs] | None,
+    seed: int,
+) -> Iterator[tuple[LossWeights, str | None, float]]:
+    """The weights of a seed, the label of their control, and their share of the rows."""
+    yield weights_from_rule(PLAIN, 1.0, inputs), None, 1.0
+    for rule in grid.rules:
+        own, share = inputs, 1.0
+        if first is not None and rule.need == "dictionary":
+            own, share = first[seed], SHARE
+        matched = rule.matched_control(weigh)
+        for alpha in grid.alpha:
+            weights = _drawn(rule, alpha, own, weigh, seed)
+            if weights.label == PLAIN:
+                continue
+            if matched is None:
+                yield weights, None, share
+                continue
+            control = _drawn(matched, alpha, own, weigh, seed)
+            yield weights, control.label, share
+            yield control, None, share
 
 
 def _drawn(

@@ -8,13 +8,11 @@ import pytest
 from matplotlib.image import imread
 from study_cases import KS, MEASURES, SEEDS, Made
 
-from llm_wsae.artifact.files import write_json
 from llm_wsae.lab.studies.comparison import BETTER, NOT_SHOWN, WORSE, compare
 from llm_wsae.lab.studies.figures import figures_of_page
+from llm_wsae.lab.studies.inference import Value
 from llm_wsae.lab.studies.plan import BASELINES
 from llm_wsae.lab.studies.report import StudyReport
-from llm_wsae.lab.studies.results import read_result
-from llm_wsae.lab.studies.values import Value
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "jumprelu"}}
@@ -195,9 +193,3 @@ def test_a_report_of_plain_dictionaries_alone(tmp_path):
     report = StudyReport.of(SITE, BASIS, Made().plain())
     report.write(tmp_path)
     assert report.sentences() == [] and "uniform" in report.table()
-
-
-def test_a_damaged_result_is_named(tmp_path):
-    write_json(tmp_path / "x.json", {"fidelity": {}, "scores": {}})
-    with pytest.raises(Exception, match=r"x\.json is not a result of a study"):
-        read_result(tmp_path / "x.json")

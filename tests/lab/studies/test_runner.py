@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import SITE, call, content, make_world, works
+from command_line import SITE, call, content, works
 from evaluation_cases import WordCounts
+from tiny import save_encoder
 
 from llm_wsae.artifact.files import read_own_json, write_json
 from llm_wsae.commands.verifying import verify
@@ -21,28 +22,27 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
-from llm_wsae.evaluation.fidelity.evaluator import evaluate
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.lab.planting.config import PlantConfig
-from llm_wsae.lab.studies import first, jobs, runner
-from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.lab.studies import jobs, runner
+from llm_wsae.lab.studies.config import Study, StudyGrid
 from llm_wsae.lab.studies.plan import baselines, plan
-from llm_wsae.lab.studies.results import read_result
+from llm_wsae.lab.studies.results import items_of, over_latents
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+from llm_wsae.pipeline.request import ModelConfig, TextConfig
+from llm_wsae.statistics.measures import STUDIED
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training import trainer
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 
-PLACE = Site.parse(SITE)
-CONFIG = StudyConfig(("variance",), (-0.25,), (4,), (0, 1))
-SETTINGS = {
-    "training": TrainConfig(expansion=4, batch_size=256, dtype="float32"),
-    "fidelity": EvaluateConfig(tokens=500),
-    "scoring": MonosemanticConfig(tokens=500, top=3, sample=3, probe_tokens=500),
-    "encoder": WordCounts(),
-}
+GRID = StudyGrid(rule=("variance",), alpha=(-0.25,), k=(4,), seeds=(0, 1))
+AFTER_FIRST = replace(GRID, rule=("participation",), alpha=(0.5,))
+TRAIN = TrainConfig(expansion=4, batch_size=256, dtype="float32")
+FIDELITY = EvaluateConfig(tokens=500)
+PLANTS = PlantConfig(per_cell=1, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05)
 NAMES = [
     f"{weights}-k4{seed}"
     for seed, draw in (("", ""), ("-s1", "-d1"))
@@ -51,28 +51,45 @@ NAMES = [
 FROZEN = [f"uniform-frozen-{half}-k4{s}" for s in ("", "-s1") for half in ("decoder", "encoder")]
 RAW = "raw-dimensions-k4"
 ALL = [*NAMES, *FROZEN, RAW]
-RAW_LABEL, *FROZEN_LABELS = (
+LABELS = RAW_LABEL, *FROZEN_LABELS = [
     f"topk baseline: {what}" for what in ("raw dimensions", "frozen decoder", "frozen encoder")
-)
+]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
+def world(made_world):
+    return made_world
 
 
 @pytest.fixture(scope="module")
 def study(world):
     """Runs a study in a folder."""
     model = LanguageModel.load(str(world / "model"))
-    store = ActivationStore.open(world / "store")
+    request = Study(
+        stores=(world / "store",),
+        site=SITE,
+        out=world,
+        model=ModelConfig(model=str(world / "model")),
+        corpus=TextConfig(corpus=str(world / "text.jsonl")),
+        compare=GRID,
+        train=TRAIN,
+        evaluate=FIDELITY,
+        score=MonosemanticConfig(tokens=500, top=3, sample=3, probe_tokens=500),
+    )
 
-    def run(out: Path, config: StudyConfig = CONFIG, **settings):
-        text = str(world / "text.jsonl")
-        return runner.study(model, store, PLACE, text, out, config, **SETTINGS | settings)
+    def run(out: Path, compare: StudyGrid = GRID, **changes):
+        asked = replace(request, out=out, compare=compare, **changes)
+        return runner.study(asked, model, WordCounts())
 
-    run.model = model
     return run
+
+
+@pytest.fixture(scope="module")
+def contexts(world):
+    """The held-out text."""
+    text = Corpus.open(str(world / "text.jsonl"), "heldout")
+    model = LanguageModel.load(str(world / "model"))
+    return model, list(Packer.for_model(model, PackConfig(context_size=16)).contexts(text))
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +100,18 @@ def whole(study, tmp_path_factory):
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """The arms of every training from here on."""
-    calls, original = [], jobs.train
-
-    def train(source, arms, config, out):
-        calls.append([arm.name for arm in arms])
-        return original(source, arms, config, out)
-
-    monkeypatch.setattr(jobs, "train", train)
-    return calls
+def out(whole, tmp_path):
+    """A copy of the unbroken study."""
+    return shutil.copytree(whole[0], tmp_path / "out")
 
 
 def results(out: Path) -> dict[str, bytes]:
     return content(out / "results")
+
+
+def trained(out: Path) -> dict[str, int]:
+    """When the dictionaries of a study were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (out / "dictionaries").iterdir()}
 
 
 def test_every_dictionary_is_trained_measured_and_reported(whole):
@@ -109,14 +124,13 @@ def test_every_dictionary_is_trained_measured_and_reported(whole):
     assert not list((out / "training").iterdir())
     for name in ("report.json", "report.md", "report.html", "differences.png"):
         assert (out / name).stat().st_size > 100
+    assert json.loads((out / "command.json").read_text())["config"]["k"] == [4]
 
 
-def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
-    study, trained, tmp_path
-):
+def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(study, tmp_path):
     """Its own first dictionary for each seed, which is counted."""
-    out, config = tmp_path / "out", replace(CONFIG, rules=("participation",), alphas=(0.5,))
-    report = study(out, config)
+    out = tmp_path / "out"
+    report = study(out, AFTER_FIRST)
     steps = {
         str(path.parent.relative_to(out)): Dictionary.load(path.parent).info.training["num_steps"]
         for path in out.rglob("wsae.json")
@@ -141,40 +155,15 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
     assert said in report.markdown() and said in report.page()
     assert {r.share for r in report.results if r.label == "uniform"} == {1.0}
 
-    trained.clear()
-    assert study(out, config).to_dict() == report.to_dict() and not trained
-    more = study(out, replace(config, ks=(8, 4)))  # their first dictionaries are there
+    before = trained(out)
+    assert study(out, AFTER_FIRST).to_dict() == report.to_dict() and trained(out) == before
+    more = study(out, replace(AFTER_FIRST, k=(8, 4)))  # their first dictionaries are there
     assert {r.k for r in more.results if r.label == "participation-a0.5"} == {4, 8}
     assert len(list((out / "first").glob("*/*/wsae.json"))) == 2
-    study(out, replace(config, ks=(8,), seeds=(2, 3)))  # of one label, so after the same k
+    study(out, replace(AFTER_FIRST, k=(8,), seeds=(2, 3)))  # of one label, so after the same k
     assert [path.parent.name for path in out.glob("first/s2/*/wsae.json")] == ["uniform-k4-s1002"]
-    given = Dictionary.load(out / "first/s0/uniform-k4-s1000")
     with pytest.raises(LlmWsaeError, match="another first dictionary"):
-        study(out, config, dictionary=given)
-
-
-def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path, monkeypatch):
-    out, config = tmp_path / "out", replace(CONFIG, rules=("participation",), alphas=(0.5,))
-    original = first.train
-    for wrong, said in (
-        ({"config": replace(config, ks=(65,))}, "k = 65 active latents is more"),
-        ({"weigh": WeightConfig(draw=1)}, "draw is 1"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            study(out, **{"config": config} | wrong)
-        assert not out.exists()
-
-    def stopped(source, arms, config, out):
-        if arms[0].init_seed > 1000:
-            raise KeyboardInterrupt
-        return original(source, arms, config, out)
-
-    monkeypatch.setattr(first, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        study(out, config)
-    assert [path.name for path in (out / "first").iterdir()] == ["s0"]
-    monkeypatch.setattr(first, "train", original)
-    assert len(study(out, config).results) == len(ALL)
+        study(out, AFTER_FIRST, dictionary=out / "first/s0/uniform-k4-s1000")
 
 
 def cells(table: str, label: str) -> list[list[str]]:
@@ -183,72 +172,58 @@ def cells(table: str, label: str) -> list[list[str]]:
     return [row for row in rows if row[0].strip() == label]
 
 
-def test_what_learnt_nothing_stands_beside_the_others(whole, world, study):
-    """On every seed, measured alike, and nothing is compared with it."""
+def test_baselines_stand_beside_the_others(whole, world, contexts):
+    """On every seed, measured alike, and nothing is compared with them."""
     out, report = whole
     beside = {r.name: r for r in report.results if r.is_baseline}
     assert list(beside) == [r.name for r in report.results][-5:]  # below the others
     assert sorted(beside) == sorted([RAW, *FROZEN])
     assert {r.seed for r in beside.values() if r.name != RAW} == {0, 1}
     page = (out / "report.md").read_text()
-    for table in (page.split("## Dictionaries")[1], page):
-        for label, count in ((RAW_LABEL, 1), (FROZEN_LABELS[0], 2), (FROZEN_LABELS[1], 2)):
-            (row,) = cells(table, label)  # so in no table of differences
-            own = [r for r in beside.values() if r.label == label]
-            assert row[1:3] == ["4", str(count)]
-            assert row[5] == f"{sum(r.ce_recovered for r in own) / count:.4f}"
+    for label, count in zip(LABELS, (1, 2, 2), strict=True):
+        (row,) = cells(page, label)  # so in no table of differences
+        own = [r for r in beside.values() if r.label == label]
+        assert row[1:3] == ["4", str(count)]
+        assert row[5] == f"{sum(r.ce_recovered for r in own) / count:.4f}"
     assert "a measure says little of what was learnt" in page
     assert RAW_LABEL in report.table() and RAW_LABEL in report.page()
     assert "6, on seeds 0, 1, and 5 baselines" in report.page()
-    found = json.loads((out / "report.json").read_text())
-    assert set(found["verdicts"]) == {"variance-a-0.25, k 4"} and set(beside) < set(
-        found["dictionaries"]
-    )
+    assert set(json.loads((out / "report.json").read_text())["verdicts"]) == {
+        "variance-a-0.25, k 4"
+    }
 
     raw = Dictionary.load(out / "dictionaries" / RAW)
-    statistics = ActivationStore.open(world / "store").statistics(PLACE)
+    statistics = ActivationStore.open(world / "store").statistics(Site.parse(SITE))
     spread = statistics.robust_variance.sqrt().float()
     torch.testing.assert_close(raw.W_dec, torch.cat([spread.diag(), -spread.diag()]))
     plain = Dictionary.load(out / "dictionaries/uniform-k4")
     assert raw.sparsity == plain.sparsity and raw.info.store == plain.info.store
     assert raw.info.rule == "raw dimensions" and plain.info.rule == "uniform"
     assert raw.info.massive_threshold == plain.info.massive_threshold
-    text = Corpus.open(str(world / "text.jsonl"), "heldout")
-    contexts = Packer.for_model(study.model, PackConfig(context_size=16)).contexts(text)
-    (again,) = evaluate(
-        {RAW: raw}, study.model, contexts, SETTINGS["fidelity"]
-    ).dictionaries.values()
+    (again,) = evaluate({RAW: raw}, *contexts, FIDELITY).dictionaries.values()
     assert beside[RAW].fvu == pytest.approx(again.fvu)
 
 
 def test_free_lengths_are_asked_only_of_what_can_have_them(study, tmp_path):
     """A frozen half has none, and stands beside dictionaries that have."""
-    free = replace(SETTINGS["training"], lengths="free")
-    config = CONFIG
-    out = tmp_path / "out"
-    study(out, config, training=free)
+    out, free = tmp_path / "out", replace(TRAIN, lengths="free")
+    study(out, train=free)
     lengths = {
         name: Dictionary.load(out / "dictionaries" / name).info.training["lengths"]
         for name in ("uniform-k4", *FROZEN)
     }
     assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k4": "free"}
     with pytest.raises(LlmWsaeError, match=r"other settings \(training lengths"):
-        study(out, config)
-    with pytest.raises(UsageError, match="jumprelu has no free lengths"):
-        study(tmp_path / "other", replace(config, architecture="jumprelu"), training=free)
-    assert not (tmp_path / "other").exists()
+        study(out)
 
 
-def test_what_is_written_is_what_was_measured(whole, study, world):
+def test_what_is_written_is_what_was_measured(whole, contexts):
     out, report = whole
     names = ("uniform-k4", "permuted-variance-a-0.25-d1-k4-s1")
     loaded = {name: Dictionary.load(out / "dictionaries" / name) for name in names}
     assert [d.info.seed for d in loaded.values()] == [0, 1]
     assert [d.info.training["seed"] for d in loaded.values()] == [0, 1]  # the order of the rows
-    text = Corpus.open(str(world / "text.jsonl"), "heldout")
-    packing = PackConfig(context_size=16)
-    contexts = Packer.for_model(study.model, packing).contexts(text)
-    measured = evaluate(loaded, study.model, contexts, SETTINGS["fidelity"]).dictionaries
+    measured = evaluate(loaded, *contexts, FIDELITY).dictionaries
     for name in names:
         record = json.loads((out / "results" / f"{name}.json").read_text())
         assert record["fidelity"]["ce_spliced"] == pytest.approx(measured[name].ce_spliced)
@@ -261,109 +236,87 @@ def test_what_is_written_is_what_was_measured(whole, study, world):
             assert found.values["detection"].mean == pytest.approx(means["mean"])
 
 
-def test_resamplings_without_any_scored_document_are_read(whole, tmp_path):
-    """Of few documents a resampling may lack those that all scored latents depend on."""
-    out, _ = whole
-    path = tmp_path / "uniform-k4.json"
-    record = read_own_json(out / "results" / "uniform-k4.json", "result")
-    latents = record["latents"]
-    latents["not_dense"]["detection"] = {"mean": 0.7, "variance": 0.01, "n": 8}
-    latents["resampled"]["not_dense"] = [0.6, None, 0.8]
-    write_json(path, record)
-    values = read_result(path).values
-    assert values["detection"].resampled == pytest.approx((0.6, None, 0.8))
-    share = 8 / record["scores"]["d_sae"]  # the others count as chance
-    low, high = (share * v + (1 - share) / 2 for v in (0.6, 0.8))
-    assert values["detection_all"].resampled == pytest.approx((low, None, high))
+def test_a_result_is_means_over_latents_families_and_letters():
+    column = torch.tensor([0.6, 0.8, torch.nan, torch.nan])
+    drawn = torch.tensor([[0.5, torch.nan, 0.7], [0.7, torch.nan, 0.9], 3 * [torch.nan]])
+    value = over_latents(STUDIED["detection"], column, 8, drawn)
+    assert value.mean == pytest.approx(0.7)
+    assert value.resampled == pytest.approx((0.6, None, 0.8))  # one lacks all scored documents
+    value = over_latents(STUDIED["detection_all"], column, 8, drawn)  # the others count as chance
+    assert value.mean == pytest.approx(0.7 / 4 + 0.5 * 3 / 4)
+    assert value.resampled == pytest.approx((0.6 / 4 + 0.375, None, 0.8 / 4 + 0.375))
+    assert over_latents(STUDIED["purity"], column[1:], 8, None) is None
+    of = {"letter a": 0.1, "letter b": 0.3, "digit": 0.0, "capital": None}
+    families = {"letter": 0.2, "digit": 0.0, "capital": None}
+    summary = {
+        part: {name: {"selectivity": v, "absorbed": v} for name, v in own.items()}
+        for part, own in (("concepts", of), ("families", families))
+    }
+    assert items_of(STUDIED["selectivity"], summary) == families
+    assert items_of(STUDIED["absorbed"], summary) == {"letter a": 0.1, "letter b": 0.3}
 
 
-def test_a_finished_study_is_only_read(whole, study, trained, monkeypatch):
-    out, _ = whole
-    before = content(out)
-    monkeypatch.setattr(
-        runner, "MonosemanticityEvaluator", lambda *_: pytest.fail("nothing is to be measured")
-    )
+def test_a_finished_study_is_only_read(out, study):
+    before, there = content(out), trained(out)
     study(out)
-    assert trained == [] and content(out) == before
+    assert content(out) == before and trained(out) == there
 
 
-def test_a_study_resumes_where_it_stopped(whole, study, trained, monkeypatch, tmp_path):
+def stops(monkeypatch, owner, stage: str, after: int):
+    """Interrupts whatever calls the stage more than so many times."""
+    original, calls = getattr(owner, stage), []
+
+    def stop(*args):
+        calls.append(None)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, stage, stop)
+
+
+def test_a_study_resumes_where_it_stopped(whole, study, monkeypatch, tmp_path):
     """Stopped in a training, between training and measuring, and between two measurements."""
-    monkeypatch.setattr(jobs, "_PASS_BYTES", 3 * jobs._BYTES_A_WEIGHT * 2 * 4 * 16**2)
-    unbroken, _ = whole
-    out = tmp_path / "out"
+    monkeypatch.setattr(jobs, "PASS_BYTES", 3 * 14 * 2 * 4 * 16**2)  # three dictionaries
+    kept, there = tmp_path / "out", {}
     for owner, stage, after in (
-        (jobs, "train", 1),
-        (jobs.FidelityEvaluator, "evaluate", 0),
+        (trainer, "_run", 1),
+        (FidelityEvaluator, "evaluate", 0),
         (jobs, "record_of", 4),
     ):
-        original, calls = getattr(owner, stage), []
-
-        def stop(*args, original=original, calls=calls, after=after):
-            calls.append(None)
-            if len(calls) > after:
-                raise KeyboardInterrupt
-            return original(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, stage, stop)
-            with pytest.raises(KeyboardInterrupt):
-                study(out)
-    study(out)
-    tried = [name for call in trained for name in call]
-    assert sorted(tried) == sorted(NAMES + FROZEN)
-    assert all(len(call) in (2, 3) for call in trained)
-    assert results(out) == results(unbroken)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stops(patch, owner, stage, after)
+            study(kept)
+        assert there.items() <= trained(kept).items()  # nothing is trained twice
+        there = trained(kept)
+    study(kept)
+    assert len(there) > 2 and there.items() <= trained(kept).items()
+    assert results(kept) == results(whole[0])
 
 
-def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, trained, tmp_path):
-    unbroken, _ = whole
+def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    shutil.copytree(unbroken, out)
-    report = study(out, replace(CONFIG, rules=("kurtosis",), alphas=(0.5,)))
-    new = ["kurtosis-a0.5-k4", "permuted-kurtosis-a0.5-k4"]
-    assert trained == [new, ["kurtosis-a0.5-k4-s1", "permuted-kurtosis-a0.5-d1-k4-s1"]]
-    assert {k: v for k, v in results(out).items() if "kurtosis" not in k} == results(unbroken)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stops(patch, trainer, "_run", 1)
+        study(out, AFTER_FIRST)
+    assert [path.parent.name for path in out.glob("first/*/training.json")] == ["s0"]
+    assert len(study(out, AFTER_FIRST).results) == len(ALL)
+
+
+def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, out):
+    before = trained(out)
+    report = study(out, replace(GRID, rule=("kurtosis",), alpha=(0.5,)))
+    new = {"kurtosis-a0.5-k4", "permuted-kurtosis-a0.5-k4"}
+    new |= {"kurtosis-a0.5-k4-s1", "permuted-kurtosis-a0.5-d1-k4-s1"}
+    assert trained(out).keys() - before.keys() == new and before.items() <= trained(out).items()
+    assert {k: v for k, v in results(out).items() if "kurtosis" not in k} == results(whole[0])
     said = [s for s in report.sentences() if "documents" not in s]
     assert [s.split(":")[0] for s in said] == ["kurtosis-a0.5, k 4", "variance-a-0.25, k 4"]
 
 
-def stopped_in_training(study, out, monkeypatch):
-    """A study that is interrupted when its first group begins."""
-
-    def stop(source, arms, config, folder):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "train", stop)
-        with pytest.raises(KeyboardInterrupt):
-            study(out)
-
-
-def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path):
-    """Also when more is asked for meanwhile, which would make other groups."""
-    out = tmp_path / "out"
-    stopped_in_training(study, out, monkeypatch)
-    study(out, replace(CONFIG, alphas=(-0.25, 0.5)))
-    begun = {*NAMES[:3], *FROZEN[:2]}
-    assert set(trained[0]) == begun
-    assert sorted(name for call in trained[1:] for name in call if "a0.5" not in name) == sorted(
-        {*NAMES, *FROZEN} - begun
-    )
-
-
-def test_dictionaries_need_not_be_kept(study, trained, tmp_path):
-    config = replace(CONFIG, keep_dictionaries=False)
-    study(tmp_path / "out", config)
-    assert not list((tmp_path / "out" / "dictionaries").iterdir())
-    assert len(trained) == 2
-    study(tmp_path / "out", config)
-    assert len(trained) == 2
-
-
-def test_a_dictionary_that_is_half_deleted_is_deleted(study, tmp_path, monkeypatch):
-    config = replace(CONFIG, keep_dictionaries=False)
-    remove = shutil.rmtree
+def test_dictionaries_need_not_be_kept(study, tmp_path, monkeypatch):
+    """One that a kill left half deleted is deleted."""
+    out, config, remove = tmp_path / "out", replace(GRID, keep_dictionaries=False), shutil.rmtree
 
     def killed(folder, *given, **named):
         if re.fullmatch(r"\.[a-z]+-[^.]+\.\d+\.partial", Path(folder).name):
@@ -373,53 +326,40 @@ def test_a_dictionary_that_is_half_deleted_is_deleted(study, tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", killed)
-        study(tmp_path / "out", config)
-    study(tmp_path / "out", config)
-    assert not list((tmp_path / "out" / "dictionaries").iterdir())
+        study(out, config)
+    for _ in range(2):
+        study(out, config)
+        assert not list((out / "dictionaries").iterdir()) and len(results(out)) == len(ALL)
+        assert not list((out / "training").iterdir())
 
 
-def test_another_study_in_the_folder_is_refused(whole, study):
-    out, _ = whole
+def test_another_study_in_the_folder_is_refused(study, out):
     before = content(out)
-    other = TrainConfig(expansion=8, batch_size=256, dtype="float32")
-    with pytest.raises(LlmWsaeError, match=r"other settings \(training expansion"):
-        study(out, training=other)
-    with pytest.raises(LlmWsaeError, match=r"other settings \(fidelity tokens"):
-        study(out, fidelity=EvaluateConfig(tokens=400))
-    with pytest.raises(LlmWsaeError, match=r"other settings \(training architecture"):
-        study(out, replace(CONFIG, architecture="jumprelu"))
-    assert content(out) == before
-
-
-def test_another_definition_of_a_measure_is_refused(whole, study, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "out")
-    path = tmp_path / "out/study.json"
+    for asked, said in (
+        ({"train": replace(TRAIN, expansion=8)}, r"training expansion"),
+        ({"evaluate": EvaluateConfig(tokens=400)}, r"fidelity tokens"),
+        ({"compare": replace(GRID, architecture="jumprelu")}, r"training architecture"),
+        ({"plant": True, "planted": PLANTS}, ".*planted"),
+    ):
+        with pytest.raises(LlmWsaeError, match=rf"other settings \({said}"):
+            study(out, **asked)
+        assert content(out) == before
+    path = out / "study.json"
     record = read_own_json(path, "study")
     record["request"]["measures"] = {"detection": 1}
     write_json(path, record)
     with pytest.raises(LlmWsaeError, match=r"other settings \(measures detection"):
-        study(tmp_path / "out")
+        study(out)
 
 
-def test_a_damaged_description_is_named(whole, study, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "out")
-    write_json(tmp_path / "out" / "study.json", {"rows": {}})
-    with pytest.raises(LlmWsaeError, match=r"study\.json is not the record of a .* study"):
-        study(tmp_path / "out")
-
-
-def test_a_study_of_another_architecture(study, trained, tmp_path):
-    config = StudyConfig(("variance",), (-0.25,), (2, 8), (0, 1), "jumprelu")
-    report = study(tmp_path / "out", config)
+def test_a_study_of_another_architecture(study, tmp_path):
+    grid = replace(GRID, k=(2, 8), architecture="jumprelu")
+    report = study(tmp_path / "out", grid)
     names = [f"{name}{seed}" for seed in ("", "-s1") for name in (
         "uniform-jumprelu-k2", "uniform-jumprelu-k8", "variance-a-0.25-jumprelu-k8"
     )]  # fmt: skip
-    made = {name for group in trained for name in group}
-    assert (
-        made.issuperset(names)
-        and made.issuperset(n.replace("k4", "k2") for n in FROZEN)
-        and len(made) == 12 + 4
-    )
+    made = trained(tmp_path / "out").keys()
+    assert made >= {*names, *(n.replace("k4", "k2") for n in FROZEN)} and len(made) == 12 + 4 + 1
     loaded = Dictionary.load(tmp_path / "out" / "dictionaries" / names[-1])
     assert isinstance(loaded.sparsity, JumpReLU)
     few, many = (
@@ -431,9 +371,8 @@ def test_a_study_of_another_architecture(study, trained, tmp_path):
 
 
 def test_planted_features_are_trained_on_and_their_recovery_reported(whole, study, tmp_path):
-    plants = PlantConfig(per_cell=1, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05)
-    out, config = tmp_path / "out", replace(CONFIG, plant=plants)
-    report = study(out, config)
+    out, asked = tmp_path / "out", {"plant": True, "planted": PLANTS}
+    report = study(out, **asked)
     assert {r.name for r in report.results} == set(ALL)
     other = {r.name: r.fvu for r in whole[1].results}
     for result in report.results:
@@ -446,87 +385,33 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
         assert other[result.name] != result.fvu  # it was trained on other rows
     (one,) = (one for one in report.compared if one.control)
     assert "planted_f1" in one.verdicts and "F1 of plants" in (out / "report.md").read_text()
-    assert study(out, config).to_dict()["verdicts"] == report.to_dict()["verdicts"]
-    before = content(out)
-    with pytest.raises(LlmWsaeError, match=r"other settings \(.*planted"):
-        study(out)
+    assert study(out, **asked).to_dict()["verdicts"] == report.to_dict()["verdicts"]
     with pytest.raises(LlmWsaeError, match=r"other settings \(planted seed"):
-        study(out, replace(config, plant=replace(plants, seed=1)))
-    assert content(out) == before
+        study(out, plant=True, planted=replace(PLANTS, seed=1))
     assert "plants" not in (whole[0] / "report.md").read_text().split("## Differences")[0]
 
 
-def test_concepts_are_averaged_over_families_or_letters(whole, tmp_path):
-    record = read_own_json(whole[0] / "results/uniform-k4.json", "result")
-    none = dict.fromkeys(("best_1", "spill"))
-    of = {"letter a": 0.1, "letter b": 0.3, "digit": 0.0, "capital": None}
-    families = {"letter": 0.2, "digit": 0.0, "capital": None}
-    record["scores"]["concepts_not_dense"] = {
-        part: {name: {"selectivity": v, "absorbed": v, **none} for name, v in own.items()}
-        for part, own in (("concepts", of), ("families", families))
-    }
-    write_json(tmp_path / "uniform-k4.json", record)
-    values = read_result(tmp_path / "uniform-k4.json").values
-    assert values["selectivity"].mean == pytest.approx(0.1)
-    assert values["selectivity"].items == {"letter": 0.2, "digit": 0.0}
-    assert values["absorbed"].items == {"letter a": 0.1, "letter b": 0.3}
-    assert "spill" not in values
-
-
-def test_a_study_is_verified_file_by_file(whole, tmp_path):
-    out = shutil.copytree(whole[0], tmp_path / "out")
+def test_a_study_is_verified_file_by_file(out):
     assert not verify(out).problems
     for path in (out / "study.json", out / "results/uniform-k4.json"):
         good = path.read_bytes()
         path.write_bytes(good.replace(b"a", b"b", 1))
         assert path.name in "; ".join(verify(out).problems)
         path.write_bytes(good)
-    shutil.copy(out / "results/uniform-k4.json", out / "results/other.json")
-    assert "other.json holds the result of 'u" in "; ".join(verify(out).problems)
 
 
-def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_path):
-    """Another command finished its dictionaries. Kept dictionaries stay, whatever is kept now."""
-    out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
-    group = out / "training" / "0123456789ab"
-    group.mkdir(parents=True)
-    write_json(group / "group.json", {"dictionaries": NAMES[:2]})
-    study(out)
-    assert not group.exists()
-    before = content(out / "dictionaries")
-    study(out, replace(CONFIG, keep_dictionaries=False))
-    assert len(list((out / "dictionaries").iterdir())) == len(ALL)
-    assert content(out / "dictionaries") == before
-
-
-def test_a_draw_of_its_own_is_refused(study, tmp_path):
-    with pytest.raises(UsageError, match="a study draws its controls again for every seed"):
-        study(tmp_path / "out", weigh=WeightConfig(draw=1))
-
-
-def test_a_study_resumes_where_another_processor_rounds_differently(
-    whole, study, trained, tmp_path
-):
+def test_another_processor_may_round_differently_but_weights_must_be_the_same(out, study):
     """The rows of a store that was made anew, and weights from them, differ in their last digits;
     what was measured is good for both."""
-    out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
     assert "sha256" not in json.loads((out / "study.json").read_text())["request"]["rows"]
-    path = out / "results/variance-a-0.25-k4.json"
+    path, before = out / "results/variance-a-0.25-k4.json", trained(out)
     record = read_own_json(path, "result")
-    record["identity"]["gamma_sum"] *= 1.0001
+    sum_ = record["identity"]["gamma_sum"]
+    record["identity"]["gamma_sum"] = 1.0001 * sum_
     write_json(path, record)
     study(out)
-    assert trained == []
-
-
-def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
-    path = out / "results/variance-a-0.25-k4.json"
-    record = read_own_json(path, "result")
-    record["identity"]["gamma_sum"] += 1
+    assert trained(out) == before
+    record["identity"]["gamma_sum"] = 1 + sum_
     write_json(path, record)
     with pytest.raises(LlmWsaeError, match="is the result of other weights with the same name"):
         study(out)
@@ -539,51 +424,54 @@ def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
         study(out)
 
 
-def test_a_k_beyond_the_latents_is_refused_before_any_work(study, tmp_path):
-    with pytest.raises(UsageError, match="65"):
-        study(tmp_path / "out", replace(CONFIG, ks=(2, 65)))
-    assert not (tmp_path / "out").exists()
+def test_requests_that_cannot_be_are_refused_before_any_work(study, tmp_path):
+    for wrong, said in (
+        ({"compare": replace(GRID, k=(2, 65))}, "65"),
+        ({"compare": replace(AFTER_FIRST, k=(65,))}, "k = 65 active latents is more"),
+        ({"compare": replace(GRID, architecture="jumprelu"),
+          "train": replace(TRAIN, lengths="free")}, "jumprelu has no free lengths"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            study(tmp_path / "out", **wrong)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="a study draws its controls again for every seed"):
+        study(tmp_path / "out", weigh=WeightConfig(draw=1))
+    for grid, said in (
+        ({"seeds": (0,)}, "at least 2 different seeds, not 0"),
+        ({"seeds": (3, 3)}, "at least 2 different seeds"),
+        ({"seeds": (0, -1)}, "seeds is -1, but must be at least 0"),
+        ({"rule": ()}, "at least one rule"),
+        ({"k": ()}, "at least one k"),
+        ({"architecture": "relu"}, "of the same k, which relu does not have"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            StudyGrid(**grid)
 
 
-COMMAND = ("--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
-           "--train.expansion", 4, "--train.tokens", 4096, "--eval-tokens", 300,
-           "--score.tokens", 300)  # fmt: skip
-
-
-def test_the_command(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(SentenceEncoder, "load", lambda *_, **__: WordCounts())
-    out = tmp_path / "out"
+def test_the_command(world, tmp_path):
+    out, encoder = tmp_path / "out", save_encoder(tmp_path / "encoder")
     words = ("study", world / "store", "--model", world / "model", "--corpus",
-             world / "text.jsonl", *COMMAND, "--out", out)  # fmt: skip
-    result = works(*words, "--json")
-    assert list(result.json["verdicts"]) == ["variance-a-0.25, k 4"]
-    assert len(result.json["dictionaries"]) == 6 + 5  # baselines
-    assert "study: 100%" in result.err
-    record = json.loads((out / "command.json").read_text())
-    assert record["command"] == "study" and record["config"]["ks"] == [4]
-    again = works(*words)
-    assert "train" not in again.err and again.out.splitlines()[0].startswith("weights ")
-    assert any(line.startswith("variance-a-0.25, k 4: ") for line in again.out.splitlines())
-    assert f"report  {out / 'report.html'}" in again.out and "report.md" in again.out
-
-
-def test_bad_requests_are_one_sentence(world, tmp_path):
+             world / "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
+             "--train.expansion", 4, "--train.tokens", 4096, "--eval-tokens", 300,
+             "--score.tokens", 300, "--score.encoder", encoder, "--out", out)  # fmt: skip
     for changes, code, said in (
         (("--rule", "varianse"), 2, "there is no weight rule 'varianse'"),
-        (("--seeds", 0), 2, "at least 2 different seeds"),
         (("--eval-tokens", 10**7), 1, "ask for fewer tokens"),
         (("--score.tokens", 10**7), 1, "ask for fewer tokens"),
         (("--score.encoder", "nobody/nothing"), 2, "nobody/nothing"),
     ):
-        out = tmp_path / "out"
-        result = call("study", world / "store", "--model", world / "model", "--corpus",
-                      world / "text.jsonl", *COMMAND, "--out", out, *changes)  # fmt: skip
-        assert (result.code, result.out) == (code, "")
+        result = call(*words, *changes)
         sentence = result.err.splitlines()[-1]
-        assert (
-            sentence.startswith("llm-wsae: ") and said in sentence and "Traceback" not in result.err
-        )
-        assert not (out / "study.json").exists()
+        assert (result.code, result.out) == (code, "") and said in sentence
+        assert "Traceback" not in result.err and not (out / "study.json").exists()
+    result = works(*words, "--json")
+    assert list(result.json["verdicts"]) == ["variance-a-0.25, k 4"]
+    assert len(result.json["dictionaries"]) == 6 + 5  # baselines
+    assert "study: 100%" in result.err
+    again = works(*words)
+    assert "train" not in again.err and again.out.splitlines()[0].startswith("weights ")
+    assert any(line.startswith("variance-a-0.25, k 4: ") for line in again.out.splitlines())
+    assert f"report  {out / 'report.html'}" in again.out and "report.md" in again.out
 
 
 # --- the plan ---
@@ -599,8 +487,8 @@ def inputs():
 
 
 def test_plain_dictionaries_the_rules_and_a_control_each(inputs):
-    config = StudyConfig(("uniform", "variance"), (0.5, 0.0, -0.25), (4,), (0, 1))
-    planned = plan(inputs, config, WeightConfig())
+    grid = replace(GRID, rule=("uniform", "variance"), alpha=(0.5, 0.0, -0.25))
+    planned = plan(inputs, grid, WeightConfig())
     assert [p.arm.name for p in planned] == [
         "uniform-k4",
         "variance-a0.5-k4", "permuted-variance-a0.5-k4",
@@ -609,45 +497,33 @@ def test_plain_dictionaries_the_rules_and_a_control_each(inputs):
         "variance-a0.5-k4-s1", "permuted-variance-a0.5-d1-k4-s1",
         "variance-a-0.25-k4-s1", "permuted-variance-a-0.25-d1-k4-s1",
     ]  # fmt: skip
-    labels = {p.label: p.control for p in planned}
-    assert labels == {
+    assert {p.label: p.control for p in planned} == {
         "uniform": None,
         "variance-a0.5": "permuted-variance-a0.5",
         "permuted-variance-a0.5": None,
         "variance-a-0.25": "permuted-variance-a-0.25",
         "permuted-variance-a-0.25": None,
     }
-    own, first, second = (
-        next(p.arm.weights.gamma for p in planned if p.arm.name == name)
-        for name in ("variance-a0.5-k4", *(p.arm.name for p in planned if "permuted-variance-a0.5"
-                                           in p.arm.name))
-    )  # fmt: skip
+    own, first, second = (planned[number].arm.weights.gamma for number in (1, 2, 7))
     assert not torch.equal(first, second)  # each seed has its own permutation
     ratio = (own / own.norm()).sort().values, (first / first.norm()).sort().values
     torch.testing.assert_close(*ratio)
 
 
 def test_a_matrix_is_controlled_by_random_directions(inputs):
-    config = StudyConfig(("sensitivity",), (0.25,), (4,), (0, 1))
-    planned = plan(inputs, config, WeightConfig(place="space"))
+    grid = replace(GRID, rule=("sensitivity",), alpha=(0.25,))
+    planned = plan(inputs, grid, WeightConfig(place="space"))
     controls = {p.label: p.control for p in planned if p.control}
     assert controls == {"sensitivity-matrix-a0.25-space": "rotated-sensitivity-a0.25-space"}
     rotated = [p.arm.weights.gamma for p in planned if p.label.startswith("rotated")]
     assert len(rotated) == 2 and not torch.allclose(*rotated, atol=0.1)
 
 
-def test_all_dictionaries_are_of_one_architecture(inputs):
-    config = StudyConfig(("variance",), (0.5,), (4,), (0, 1), "jumprelu")
-    planned = plan(inputs, config, WeightConfig())
-    assert {p.arm.architecture for p in planned} == {"jumprelu"} and len(planned) == 2 * 3
-    assert planned[1].arm.name == "variance-a0.5-jumprelu-k4"
-    assert planned[1].control == planned[2].label == "permuted-variance-a0.5"
-
-
 def test_baselines_are_topk_with_one_k_on_every_seed(inputs):
-    config = StudyConfig(("variance",), (0.5,), (4, 2), (3, 5))
+    grid = replace(GRID, k=(4, 2), seeds=(3, 5))
     for architecture in ("topk", "jumprelu", "frozen-decoder"):
-        found = baselines(inputs, replace(config, architecture=architecture))
+        own = replace(grid, architecture=architecture)
+        found, planned = baselines(inputs, own), plan(inputs, own, WeightConfig())
         wanted = {("raw-dimensions-k4", RAW_LABEL)}
         wanted |= {
             (f"uniform-frozen-{half}-k4-s{seed}", f"topk baseline: frozen {half}")
@@ -657,20 +533,5 @@ def test_baselines_are_topk_with_one_k_on_every_seed(inputs):
         }
         assert {(p.name, p.label) for p in found} == wanted and len(found) == len(wanted)
         assert all(p.control is None and p.share == 1 for p in found)
-        assert (
-            len({p.name for p in found} & {p.name for p in plan(inputs, config, WeightConfig())})
-            == 0
-        )
-
-
-def test_plans_that_make_no_sense():
-    for wrong, said in (
-        ({"seeds": (0,)}, "at least 2 different seeds, not 0"),
-        ({"seeds": (3, 3)}, "at least 2 different seeds"),
-        ({"seeds": (0, -1)}, "seeds is -1, but must be at least 0"),
-        ({"rules": ()}, "at least one of its rules"),
-        ({"ks": ()}, "at least one of its ks"),
-        ({"architecture": "relu"}, "of the same k, which relu does not have"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            StudyConfig(**wrong)
+        assert not {p.name for p in found} & {p.name for p in planned}
+        assert {p.arm.architecture for p in planned} == {architecture}

@@ -1,0 +1,349 @@
+"""What a job is asked for: one frozen dataclass, which is the command line, the argument in Python,
+and the record beside the output.
+
+A request is made of the small configurations that its parts own. An option of one of them is an
+option of every command that takes it. Nothing here needs torch, so that help is quick.
+"""
+
+# ruff: noqa: RUF009 - the defaults are frozen
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from llm_wsae.artifact.provenance import write_record
+from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.machine.processes import join, leads
+from llm_wsae.model.site import Site
+from llm_wsae.outside import check_numbers
+from llm_wsae.terminal import printable
+from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
+from llm_wsae.weights.config import WeightConfig
+
+if TYPE_CHECKING:
+    from llm_wsae.data.corpus import Corpus
+    from llm_wsae.model.language_model import LanguageModel
+    from llm_wsae.training.arm import ArmConfig
+    from llm_wsae.weights.loss_weights import LossWeights
+    from llm_wsae.weights.rules import Rule
+
+T = TypeVar("T")
+Spelt = tyro.conf.FlagConversionOff  # a yes or no is spelt out: --x.y False
+Flat = Annotated[T, tyro.conf.OmitArgPrefixes, Spelt]  # its options stand on the command itself
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # an option without a value: --private
+Stores = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="STORE…")]
+Part = Literal["train", "heldout", "all"]
+RUN_RECORD = "run.json"
+
+
+def named(prefix: str, config: type, **notes: Any) -> Any:
+    """What an annotation says of a configuration: its errors name the prefix of its options, and
+    ``notes`` are what tyro is to know of single fields."""
+
+    def make(cls: type, *given: Any, **settings: Any) -> Any:
+        try:
+            return config(*given, **settings)
+        except UsageError as error:
+            raise UsageError(f"--{prefix}: {error}" if prefix else str(error)) from None
+
+    own = {field.name: field for field in fields(config)}
+    body: dict[str, Any] = {name: own[name].default for name in notes}
+    body["__annotations__"] = {n: Annotated[own[n].type, about] for n, about in notes.items()}
+    body |= {"__doc__": config.__doc__, "__module__": config.__module__}
+    options: Any = dataclass(frozen=True)(type(config.__name__, (config,), body))
+    options.__new__ = make
+    return tyro.conf.arg(constructor=options)
+
+
+def note(text: str) -> None:
+    """One line on stderr, however many processes there are."""
+    if leads():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def short(option: str) -> Any:
+    """A second spelling of an option."""
+    return tyro.conf.arg(aliases=[option])
+
+
+Training = Annotated[TrainConfig, named("train", TrainConfig), Spelt]
+Evaluation = Annotated[
+    EvaluateConfig, named("evaluate", EvaluateConfig, tokens=short("--eval-tokens")), Spelt
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """How the language model is loaded."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    device: Literal["auto", "cuda", "mps", "cpu", "spread"] = "auto"
+    """Device to compute on. spread: all of them, memory and disk."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model.
+    auto: that of the store or stream, if there is one; otherwise the faster one, which is measured
+    on a CPU."""
+
+    def load_model(self, name: str, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
+        """Load a model, and say so on stderr. ``recorded`` is what the record of the rows that it
+        made, if there are some, says of it: their number format is kept."""
+        from llm_wsae.machine.hardware import choose_device
+        from llm_wsae.machine.number_format import fast_dtype, name_of
+        from llm_wsae.model.language_model import LanguageModel
+
+        note(f"loading {name}")
+        dtype: str = self.model_dtype
+        if dtype == "auto":
+            place = choose_device("auto" if self.device == "spread" else self.device)
+            began = None if recorded is None else recorded.get("dtype")
+            processes = join()
+            with processes.together():
+                dtype = processes.lead(lambda: name_of(fast_dtype(place, "model", began)))
+        return LanguageModel.load(name, revision=self.revision, device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelName:
+    model: str
+    """Hub id, local folder or .gguf file of a causal language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(LoadConfig, _ModelName):  # fields of the last base come first
+    """The language model."""
+
+    def load(self, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
+        """As ``load_model``."""
+        return self.load_model(self.model, recorded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text."""
+
+    corpus: str
+    """Hub dataset (name:config@revision), .txt/.jsonl/.parquet file or folder, or text package;
+    several are joined by +."""
+    text_column: str | None = None
+    """Column that holds the text, if that is not clear."""
+    heldout_fraction: float = HELDOUT
+    """Share of documents held out of training."""
+
+    def open(self, part: Part) -> "Corpus":
+        """The documents of a part. Raises as ``Corpus.open`` does."""
+        from llm_wsae.data.corpus import Corpus
+
+        return Corpus.open(self.corpus, part, self.heldout_fraction, self.text_column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleGrid:
+    """Rules × exponents × k."""
+
+    rule: tuple[str, ...] = ("uniform",)
+    """Weight rules; uniform is the plain dictionary."""
+    alpha: tuple[float, ...] = (0.5,)
+    """Exponents of the weights γ = score^α, for every rule except uniform."""
+    k: tuple[int, ...] = (32,)
+    """Active latents per token."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, k=1)
+
+    @cached_property
+    def rules(self) -> "list[Rule]":
+        """The rules by their names. Raises UsageError for one that does not exist."""
+        from llm_wsae.weights.rules import Rule
+
+        return [Rule.parse(name) for name in self.rule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(RuleGrid):
+    """Which dictionaries to train: one for every combination."""
+
+    architecture: tuple[ArchitectureName, ...] = ("topk",)
+    """Architectures: topk has k active latents on every token, batch-topk, matryoshka and jumprelu
+    k on average; gba: at most k; relu: set by --l1. The frozen ones are topk baselines that
+    leave one half random; where there are plain weights, they have these alone."""
+    l1: tuple[float, ...] = ()
+    """L1 coefficients, each of a ReLU dictionary, which ignores k."""
+    init_seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial parameters."""
+
+    def arms(self, weights: "Sequence[LossWeights]") -> "list[ArmConfig]":
+        """Every combination with these weights. Raises as ``make_arms`` does."""
+        from llm_wsae.training.arm import make_arms
+
+        return make_arms(weights, self.k, self.l1, self.init_seeds, self.architecture)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether short trainings choose an exponent."""
+        return "auto" in self.alpha
+
+    def exponents(self, rule: "Rule", chosen: float | None) -> list[float]:
+        """Those of a rule, where the trials chose one, or that none is worth it (None)."""
+        if self.is_automatic and rule.has_automatic_alpha:
+            return [] if chosen is None else [chosen]
+        return [alpha for alpha in self.alpha if alpha != "auto"]
+
+    def check_exponents(self) -> None:
+        """Refuse an automatic α without whitening, and rules that are left without a number."""
+        if self.is_automatic and not any(rule.has_automatic_alpha for rule in self.rules):
+            raise UsageError(
+                "an alpha of auto is chosen for whitening, which is not among the rules; add it, "
+                "or give numbers"
+            )
+        for rule in self.rules:
+            if not rule.is_plain and not self.exponents(rule, chosen=1.0):
+                raise UsageError(
+                    f"the rule {rule.name!r} needs an alpha that is a number, next to auto for "
+                    "whitening: --alpha auto 0.5"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunGrid(Grid):
+    """Which dictionaries to train: one for every combination."""
+
+    rule: tuple[str, ...] = ("uniform", "variance", "whitening")
+    architecture: tuple[ArchitectureName, ...] = BESIDE_BASELINES
+    alpha: tuple[Literal["auto"] | float, ...] = (0.5,)  # type: ignore[assignment]
+    """Exponents of the weights γ = score^α, for every rule except uniform.
+    auto: whitening's is chosen by short trainings, and the numbers are for the other rules."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that ``run`` and ``plan`` are asked for."""
+
+    site: tuple[str, ...]
+    """Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    out: Path | None = None
+    """Folder that receives everything; by default runs/NAME for a model owner/NAME."""
+    stream: Flag = False
+    """Keep no rows on the disk; train on them as the model computes them."""
+    buffer_tokens: int = StreamConfig.buffer_tokens
+    """With --stream: tokens whose rows are shuffled together."""
+    statistics_tokens: int = StreamConfig.statistics_tokens
+    """With --stream: first tokens of the text, which weights are measured on."""
+    model: Flat[ModelConfig]
+    corpus: Flat[TextConfig]
+    grid: Flat[RunGrid] = RunGrid()
+    weigh: Flat[WeightConfig] = WeightConfig()
+    harvest: Annotated[
+        HarvestConfig, named("harvest", HarvestConfig, tokens=short("--tokens")), Spelt
+    ] = HarvestConfig()
+    train: Training = TrainConfig()
+    evaluate: Evaluation = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        idle = {"--buffer-tokens", "--statistics-tokens"} & changed(self).keys()
+        if self.streaming is None and idle:
+            raise UsageError("--buffer-tokens and --statistics-tokens are for --stream; add it")
+        if self.training.tokens is None and self.harvest.tokens < self.train.batch_size:
+            raise UsageError(
+                f"{self.harvest.tokens:,} tokens are less than one batch of "
+                f"{self.train.batch_size:,}; harvest more"
+            )
+        sites_of(self.site)
+        for rule in self.grid.rules:
+            if rule.need == "dictionary":  # there is none yet
+                raise rule.missing_input()
+            rule.form(self.weigh)
+        self.grid.check_exponents()
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of their names, each once."""
+        return sites_of(self.site)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        name = Path(self.model.model).resolve().name.removesuffix(".gguf")
+        return Path("runs") / name if self.out is None else self.out
+
+    @property
+    def streaming(self) -> StreamConfig | None:
+        """How rows are streamed, if they are."""
+        if not self.stream:
+            return None
+        return StreamConfig(
+            **self.harvest.packing(),
+            batch_tokens=self.harvest.batch_tokens,
+            buffer_tokens=self.buffer_tokens,
+            statistics_tokens=self.statistics_tokens,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows that a harvest gives at each site, at most."""
+        per_context = self.harvest.context_size - self.harvest.drop_positions
+        return self.harvest.num_contexts * per_context
+
+    @property
+    def training(self) -> TrainConfig:
+        """On the model's device; on a stream, as many rows as would have been harvested."""
+        beside = train_beside(self.train, self.model)
+        return replace(beside, tokens=beside.tokens or self.rows) if self.stream else beside
+
+
+def train_beside(training: TrainConfig, model: LoadConfig) -> TrainConfig:
+    """The training next to a model: on its device, unless it is told otherwise."""
+    fits = training.device == "auto" and model.device != "spread"
+    return replace(training, device=model.device) if fits else training
+
+
+def sites_of(names: Sequence[str]) -> list[Site]:
+    """The sites of their names, each once. Raises UsageError if there is none or one is
+    misspelt."""
+    if not names:
+        raise UsageError("name at least one site, e.g. --site blocks.8.hook_resid_post")
+    return list(dict.fromkeys(map(Site.parse, names)))
+
+
+def record(request: Any) -> dict[str, Any]:
+    """The options of a request, named as on the command line, without the folder it goes to."""
+    found: dict[str, Any] = {}
+    for field in fields(request):
+        value, notes = getattr(request, field.name), getattr(field.type, "__metadata__", ())
+        is_flat = is_dataclass(value) and tyro.conf.OmitArgPrefixes in notes
+        found |= asdict(value) if is_flat else {field.name: value}  # type: ignore[arg-type]
+    found.pop("out", None)
+    return found
+
+
+def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
+    """Write the request's record beside the output; ``known`` replaces options by what they turned
+    out to be."""
+    write_record(path, command, record(request) | known)
+
+
+def changed(options: Any, kind: type | None = None, prefix: str = "") -> dict[str, str]:
+    """The options of a configuration that do not have their defaults, with their values."""
+    return {
+        f"--{prefix}{field.name.replace('_', '-')}": str(getattr(options, field.name))
+        for field in fields(kind or type(options))
+        if getattr(options, field.name) != field.default
+    }
+
+
+def words_of(options: Any, kind: type) -> list[str]:
+    """The same, as one would type them."""
+    return [word for pair in changed(options, kind).items() for word in pair]
+
+
+def check_none_given(prefix: str, options: Any, needed: str) -> None:
+    """Raises UsageError for options of what is not done without the one that is ``needed``."""
+    if given := changed(options, prefix=f"{prefix}."):
+        raise UsageError(f"{' and '.join(given)}: only with {needed}; add that")

@@ -1,0 +1,85 @@
+"""From rows to dictionaries: what ``run`` and the command ``train`` do alike, on a store or a
+stream."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.streaming import ActivationStreams
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.pipeline.request import Grid
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.trainer import train, train_sites
+from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES, Rule
+from llm_wsae.weights.weighing import measure_inputs, measure_stream_inputs
+
+Rows = ActivationStore | ActivationStreams
+
+
+def measure(
+    rules: Iterable[Rule], rows: Rows, site: Site, model: LanguageModel | None = None
+) -> RuleInputs:
+    """What the rules need of a site. Of a store without its ``model``, only what was measured."""
+    if isinstance(rows, ActivationStore):
+        return measure_inputs(rules, rows, site, model=model)
+    return measure_stream_inputs(rules, rows, site)
+
+
+def weights_of(
+    inputs: RuleInputs,
+    grid: Grid,
+    config: WeightConfig,
+    *,
+    chosen: float | None = None,
+    own: LossWeights | None = None,
+) -> list[LossWeights]:
+    """The weights of a site, those from a file last.
+
+    ``chosen`` is the exponent that trials found, if the grid leaves one to them. The plain weights
+    if nothing else is left. Raises as ``choose_weights`` does.
+    """
+    found: dict[str, LossWeights] = {}
+    for rule in grid.rules:
+        made = choose_weights(inputs, [rule], grid.exponents(rule, chosen), config=config)
+        found |= {weights.name: weights for weights in made}
+    if own is not None or not found:
+        last = choose_weights(inputs, [] if own else [RULES["uniform"]], [], own, config)
+        found |= {weights.name: weights for weights in last}
+    return list(found.values())
+
+
+def stand_ins(grid: Grid, config: WeightConfig, d_in: int) -> list[LossWeights]:
+    """Weights with the names and forms of those that will be measured. Their values do not matter,
+    except that arms which do not share a space must not seem to."""
+    found: dict[str, LossWeights] = {}
+    for rule in grid.rules:
+        for alpha in (1.0,) if rule.is_plain else grid.exponents(rule, chosen=0.5):
+            gamma = torch.eye(d_in) if rule.form(config) == "matrix" else torch.ones(d_in)
+            gamma = gamma * (1 + len(found) / 1000)
+            weights = LossWeights(gamma, rule, alpha, rule.settings(config))
+            found.setdefault(weights.name, weights)
+    return list(found.values())
+
+
+def train_all(
+    rows: Rows,
+    arms: Mapping[Site, Sequence[ArmConfig]],
+    config: TrainConfig,
+    folders: Mapping[Site, Path],
+) -> dict[Site, dict[str, Dictionary]]:
+    """The dictionaries of every site, each site in its folder; several sites of a stream in one
+    pass, for which their folders are in one. Raises as ``train`` does."""
+    if isinstance(rows, ActivationStreams) and len(arms) > 1:
+        return train_sites(rows, arms, config, next(iter(folders.values())).parent)
+    return {
+        site: train(rows.source(site), own, config, folders[site]) for site, own in arms.items()
+    }
