@@ -12,15 +12,16 @@ import tyro
 
 from llm_wsae.artifact.outputs import check_file, is_record_of
 from llm_wsae.commands.options import Result, cost
-from llm_wsae.data.config import HELDOUT, StreamConfig
+from llm_wsae.data.config import StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.processes import leads
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import (
     Flat,
     Grid,
-    LoadConfig,
+    ModelConfig,
     Stores,
+    TextConfig,
     changed,
     sites_of,
     write_request,
@@ -35,18 +36,11 @@ RECORD = "train.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream(StreamConfig, LoadConfig):
+class Stream(StreamConfig, TextConfig, ModelConfig):
     """Instead of a store: a model and a text, whose rows are trained on as they are computed."""
 
-    model: str | None = None
-    """Hub id, local folder or .gguf file of a causal language model."""
-    corpus: str | None = None
-    """Hub dataset (name:config@revision), .txt/.jsonl/.parquet file or folder, or text package;
-    several are joined by +."""
-    text_column: str | None = None
-    """Column that holds the text, if that is not clear."""
-    heldout_fraction: float = HELDOUT
-    """Share of documents held out of training."""
+    model: str | None = None  # type: ignore[assignment]
+    corpus: str | None = None  # type: ignore[assignment]
     device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
 
 
@@ -93,21 +87,17 @@ class Train:
 
     def rows(self) -> "Rows":
         """The stores as one, or the stream."""
-        from llm_wsae.data.corpus import Corpus
         from llm_wsae.data.stores import open_stores
         from llm_wsae.data.streaming import ActivationStreams
         from llm_wsae.training.checkpoint import recorded
 
         if self.stores:
             return open_stores(self.stores)
-        stream = self.stream
-        assert stream.model is not None and stream.corpus is not None
-        text = Corpus.open(stream.corpus, "train", stream.heldout_fraction, stream.text_column)
+        text = self.stream.open("train")
         trainings = filter(None, map(recorded, self.folders.values()))
         begun = next((one["rows"].get("model") for one in trainings), None)
-        place = replace(stream, device=self.training.device)
-        model = place.load_model(stream.model, begun)
-        return ActivationStreams(model, text, list(self.folders), stream, self.out)
+        model = replace(self.stream, device=self.training.device).load(begun)
+        return ActivationStreams(model, text, list(self.folders), self.stream, self.out)
 
 
 def train(request: Train) -> Result:
