@@ -64,11 +64,8 @@ def check_record(path: Path, command: str, **config) -> None:
     assert record["versions"]["torch"] == version("torch")
 
 
-def test_the_version():
+def test_help_names_every_command_and_the_version():
     assert call("--version").out == f"llm-wsae {version('llm-wsae')}\n"
-
-
-def test_help_names_every_command():
     for words in (["--help"], ["-h"]):
         result = call(*words)
         assert result.code == 0 and result.err == ""
@@ -267,16 +264,6 @@ def test_evaluate(world, model_and_corpus, tmp_path):
     assert out.read_bytes() == before
     assert re.search(rf"^uniform-k4 +{measured['fvu']:.3f} ", again.out, re.MULTILINE)
     assert again.out.endswith(f"report  {out}\n")
-
-
-def test_dictionaries_of_one_name_are_told_apart(world, model_and_corpus, tmp_path):
-    plain = world / "trained/uniform-k4"
-    copy = tmp_path / "uniform-k4"
-    Dictionary.load(plain).save(copy)
-    result = works("evaluate", plain, copy, *model_and_corpus, "--tokens", 100,
-                   "--out", tmp_path / "r.json", "--json")  # fmt: skip
-    rows = [str(plain), str(copy), "raw dimensions", "frozen random"]
-    assert list(result.json["dictionaries"]) == rows
 
 
 def test_verify(world):

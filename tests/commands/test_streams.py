@@ -118,9 +118,6 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
         return clean_stream(model, cache, number, last, activations)
 
     monkeypatch.setattr(evaluator, "clean_stream", counted)
-    monkeypatch.setattr(
-        llm_wsae.pipeline.run._Stages, "announce", lambda *given: None
-    )  # evaluates too
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
@@ -150,9 +147,6 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
              "uniform", "--out", tmp_path / "out", "--site")  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(summary, "_check_finite", broken)
-        patch.setattr(
-            llm_wsae.pipeline.run._Stages, "announce", lambda *given: None
-        )  # it evaluates too
         failed = call(*asked, *SITES)
     assert failed.code == 1 and failed.out == ""
     assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
@@ -229,13 +223,6 @@ def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):
     works("train", tmp_path / "store", *TRAIN[2:], "--site", *SITES, "--out", tmp_path / "t")
     for site in SITES:
         assert str(Dictionary.load(tmp_path / "t" / site / "uniform-k32").site) == site
-
-
-def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
-    text = write_jsonl(tmp_path / "short.jsonl", [30] * 40)
-    result = works("train", "--model", world / "model", "--corpus", text, *STREAM, "--site", SITE,
-                   "--out", tmp_path / "t")  # fmt: skip
-    assert "short.jsonl ends after" in result.err and "it is read again" in result.err
 
 
 # --- A run in several processes
