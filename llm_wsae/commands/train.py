@@ -30,7 +30,7 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
 if TYPE_CHECKING:
-    from llm_wsae.pipeline.training import Rows
+    from llm_wsae.data.shuffling import SiteRows
 
 RECORD = "train.json"
 
@@ -63,6 +63,7 @@ class Train:
     stream: Flat[Stream] = Stream()
 
     def __post_init__(self) -> None:
+        self.grid.check(self.weigh)
         if self.stores and (given := [*changed(self.stream)]):
             raise UsageError(
                 f"{given[0]} is for training without a store; drop it, or drop {self.stores[0]}"
@@ -85,7 +86,7 @@ class Train:
         sites = sites_of(self.site)
         return {site: self.out if len(sites) == 1 else self.out / str(site) for site in sites}
 
-    def rows(self) -> "Rows":
+    def rows(self) -> "SiteRows":
         """The stores as one, or the stream."""
         from llm_wsae.data.stores import open_stores
         from llm_wsae.data.streaming import ActivationStreams
@@ -106,10 +107,11 @@ def train(request: Train) -> Result:
     Without a store: on a model's activations as they are computed, all sites in one pass.
     Run it again to resume after an interruption.
     """
-    from llm_wsae.pipeline.training import measure, stand_ins, train_all, weights_of
+    from llm_wsae.pipeline.training import stand_ins, train_all, weights_of
     from llm_wsae.training.checkpoint import check_same_rows
     from llm_wsae.training.trainer import check_arms, check_out
     from llm_wsae.weights.loss_weights import LossWeights
+    from llm_wsae.weights.weighing import measure_inputs
 
     started, grid, weigh, out = time.monotonic(), request.grid, request.weigh, request.out
     folders, training = request.folders, request.training
@@ -125,7 +127,7 @@ def train(request: Train) -> Result:
     for site, folder in folders.items():
         check_out(folder)
         check_same_rows(folder, rows.source(site).identity())
-    inputs = {site: measure(grid.rules, rows, site) for site in folders}
+    inputs = {site: measure_inputs(grid.rules, rows, site) for site in folders}
     arms = {site: grid.arms(weights_of(one, grid, weigh, own=own)) for site, one in inputs.items()}
     trained = train_all(rows, arms, training, folders)
     if leads():

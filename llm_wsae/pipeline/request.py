@@ -196,8 +196,13 @@ class Grid(RuleGrid):
             return [] if chosen is None else [chosen]
         return [alpha for alpha in self.alpha if alpha != "auto"]
 
-    def check_exponents(self) -> None:
-        """Refuse an automatic α without whitening, and rules that are left without a number."""
+    def check(self, weigh: WeightConfig) -> None:
+        """Refuse a rule without its form or its input, an automatic α without whitening, and rules
+        that are left without a number."""
+        for rule in self.rules:
+            if rule.need == "dictionary":  # there is none yet
+                raise rule.missing_input()
+            rule.form(weigh)
         if self.is_automatic and not any(rule.has_automatic_alpha for rule in self.rules):
             raise UsageError(
                 "an alpha of auto is chosen for whitening, which is not among the rules; add it, "
@@ -256,11 +261,7 @@ class Run:
                 f"{self.train.batch_size:,}; harvest more"
             )
         sites_of(self.site)
-        for rule in self.grid.rules:
-            if rule.need == "dictionary":  # there is none yet
-                raise rule.missing_input()
-            rule.form(self.weigh)
-        self.grid.check_exponents()
+        self.grid.check(self.weigh)
 
     @property
     def sites(self) -> list[Site]:

@@ -19,6 +19,7 @@ from llm_wsae.artifact.files import write_json
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.packing import Packer
+from llm_wsae.data.shuffling import SiteRows
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
@@ -33,7 +34,7 @@ from llm_wsae.pipeline.planning import plan
 from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.pipeline.request import RUN_RECORD, Run, write_request
 from llm_wsae.pipeline.resuming import STORE, begun, check_folder, model_begun
-from llm_wsae.pipeline.training import Rows, measure, stand_ins, train_all, weights_of
+from llm_wsae.pipeline.training import stand_ins, train_all, weights_of
 from llm_wsae.pipeline.tuning import TRIAL_TOKENS, choose_alpha
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
@@ -42,6 +43,7 @@ from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, check_room
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
+from llm_wsae.weights.weighing import measure_inputs
 
 PAGE = "report.html"
 TRIAL_K = 32  # of the trials behind an automatic α and of the raw dimensions, if none is asked for
@@ -162,7 +164,7 @@ class _Stages:
         shortage = takes.shortage()
         _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
 
-    def rows(self) -> Rows:
+    def rows(self) -> SiteRows:
         """Harvest, or prepare the stream."""
         request, name = self.request, self.model.name
         text, corpus = request.corpus.open("train"), request.corpus.corpus
@@ -176,11 +178,11 @@ class _Stages:
             check_same_rows(self.out / str(site), streams.identity(site))
         return streams
 
-    def weigh(self, rows: Rows, site: Site, trial: list[Context]) -> _Weighed:
+    def weigh(self, rows: SiteRows, site: Site, trial: list[Context]) -> _Weighed:
         """Measure a site, choose its weights, and show its profile."""
         _say(2, "weigh", f"profile of {site}")
         grid, config = self.request.grid, self.request.weigh
-        inputs = measure(grid.rules, rows, site, self.model)
+        inputs = measure_inputs(grid.rules, rows, site, model=self.model)
         chosen = None
         if trial:
             trials = replace(self.request.evaluate, tokens=TRIAL_TOKENS)
@@ -196,11 +198,11 @@ class _Stages:
         return _Weighed(inputs.statistics, facts, weights, grid.arms(weights))
 
     def train(
-        self, rows: Rows, arms: Mapping[Site, Sequence[ArmConfig]]
+        self, rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]]
     ) -> dict[Site, dict[str, Dictionary]]:
         """All dictionaries of a site in one pass over its rows; of a stream, those of all sites."""
         trained: dict[Site, dict[str, Dictionary]] = {}
-        for group in [arms] if self.request.stream else [{site: arms[site]} for site in arms]:
+        for group in [arms] if rows.in_step else [{site: arms[site]} for site in arms]:
             number = sum(map(len, group.values()))
             where = f"{len(group)} sites" if len(group) > 1 else next(iter(group))
             _say(3, "train", f"{number} dictionaries of {where} in one pass")

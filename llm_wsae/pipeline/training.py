@@ -1,15 +1,13 @@
 """From rows to dictionaries: what ``run`` and the command ``train`` do alike, on a store or a
 stream."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.streaming import ActivationStreams
+from llm_wsae.data.shuffling import SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import Grid
 from llm_wsae.training.arm import ArmConfig
@@ -19,19 +17,7 @@ from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights
-from llm_wsae.weights.rules import RULES, Rule
-from llm_wsae.weights.weighing import measure_inputs, measure_stream_inputs
-
-Rows = ActivationStore | ActivationStreams
-
-
-def measure(
-    rules: Iterable[Rule], rows: Rows, site: Site, model: LanguageModel | None = None
-) -> RuleInputs:
-    """What the rules need of a site. Of a store without its ``model``, only what was measured."""
-    if isinstance(rows, ActivationStore):
-        return measure_inputs(rules, rows, site, model=model)
-    return measure_stream_inputs(rules, rows, site)
+from llm_wsae.weights.rules import RULES
 
 
 def weights_of(
@@ -71,14 +57,14 @@ def stand_ins(grid: Grid, config: WeightConfig, d_in: int) -> list[LossWeights]:
 
 
 def train_all(
-    rows: Rows,
+    rows: SiteRows,
     arms: Mapping[Site, Sequence[ArmConfig]],
     config: TrainConfig,
     folders: Mapping[Site, Path],
 ) -> dict[Site, dict[str, Dictionary]]:
     """The dictionaries of every site, each site in its folder; several sites of a stream in one
     pass, for which their folders are in one. Raises as ``train`` does."""
-    if isinstance(rows, ActivationStreams) and len(arms) > 1:
+    if rows.in_step and len(arms) > 1:
         return train_sites(rows, arms, config, next(iter(folders.values())).parent)
     return {
         site: train(rows.source(site), own, config, folders[site]) for site, own in arms.items()

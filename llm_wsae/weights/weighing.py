@@ -91,16 +91,6 @@ def measure_inputs(
     return inputs
 
 
-def measure_stream_inputs(
-    rules: Iterable[Rule | str],
-    streams: SiteRows,
-    site: Site,
-    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-) -> RuleInputs:
-    """As ``measure_inputs``."""
-    return measure_inputs(rules, streams, site, config=config)
-
-
 def settings_of_fisher(config: RuleInputConfig) -> dict[str, int]:
     """The settings on which the Fisher information depends, by which a kept one is known."""
     return {"sensitivity_tokens": config.sensitivity_tokens, "seed": config.seed}
