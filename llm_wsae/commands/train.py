@@ -107,9 +107,10 @@ def train(request: Train) -> Result:
     Without a store: on a model's activations as they are computed, all sites in one pass.
     Run it again to resume after an interruption.
     """
-    from llm_wsae.pipeline.training import stand_ins, train_all, weights_of
+    from llm_wsae.pipeline.training import stand_ins, weights_of
     from llm_wsae.training.checkpoint import check_same_rows
-    from llm_wsae.training.trainer import check_arms, check_out
+    from llm_wsae.training.trainer import check_arms, check_out, train_sites
+    from llm_wsae.training.trainer import train as train_site
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.weighing import measure_inputs
 
@@ -129,7 +130,10 @@ def train(request: Train) -> Result:
         check_same_rows(folder, rows.source(site).identity())
     inputs = {site: measure_inputs(grid.rules, rows, site) for site in folders}
     arms = {site: grid.arms(weights_of(one, grid, weigh, own=own)) for site, one in inputs.items()}
-    trained = train_all(rows, arms, training, folders)
+    if len(arms) > 1:
+        trained = train_sites(rows, arms, training, out)
+    else:  # in the folder itself
+        trained = {s: train_site(rows.source(s), own, training, out) for s, own in arms.items()}
     if leads():
         write_request(out / RECORD, "train", request)
     facts = {

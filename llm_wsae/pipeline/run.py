@@ -34,13 +34,13 @@ from llm_wsae.pipeline.planning import plan
 from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.pipeline.request import RUN_RECORD, Run, write_request
 from llm_wsae.pipeline.resuming import STORE, begun, check_folder, model_begun
-from llm_wsae.pipeline.training import stand_ins, train_all, weights_of
+from llm_wsae.pipeline.training import stand_ins, weights_of
 from llm_wsae.pipeline.tuning import TRIAL_TOKENS, choose_alpha
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.log import LOG
-from llm_wsae.training.trainer import check_arms, check_out, check_room
+from llm_wsae.training.trainer import check_arms, check_out, check_room, train_sites
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.weighing import measure_inputs
@@ -206,8 +206,7 @@ class _Stages:
             number = sum(map(len, group.values()))
             where = f"{len(group)} sites" if len(group) > 1 else next(iter(group))
             _say(3, "train", f"{number} dictionaries of {where} in one pass")
-            folders = {site: self.out / str(site) for site in group}
-            trained |= train_all(rows, group, self.request.training, folders)
+            trained |= train_sites(rows, group, self.request.training, self.out)
         return trained
 
     def finish(

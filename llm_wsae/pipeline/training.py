@@ -1,18 +1,8 @@
-"""From rows to dictionaries: what ``run`` and the command ``train`` do alike, on a store or a
-stream."""
-
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+"""From a grid to the weights of a site: what ``run``, ``plan`` and ``train`` do alike."""
 
 import torch
 
-from llm_wsae.data.shuffling import SiteRows
-from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import Grid
-from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.trainer import train, train_sites
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -54,18 +44,3 @@ def stand_ins(grid: Grid, config: WeightConfig, d_in: int) -> list[LossWeights]:
             weights = LossWeights(gamma, rule, alpha, rule.settings(config))
             found.setdefault(weights.name, weights)
     return list(found.values())
-
-
-def train_all(
-    rows: SiteRows,
-    arms: Mapping[Site, Sequence[ArmConfig]],
-    config: TrainConfig,
-    folders: Mapping[Site, Path],
-) -> dict[Site, dict[str, Dictionary]]:
-    """The dictionaries of every site, each site in its folder; several sites of a stream in one
-    pass, for which their folders are in one. Raises as ``train`` does."""
-    if rows.in_step and len(arms) > 1:
-        return train_sites(rows, arms, config, next(iter(folders.values())).parent)
-    return {
-        site: train(rows.source(site), own, config, folders[site]) for site, own in arms.items()
-    }

@@ -465,7 +465,7 @@ def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm_wsae.pipeline.run, "train_all", interrupted)
+        patch.setattr(llm_wsae.pipeline.run, "train_sites", interrupted)
         result = call("run", *model_and_corpus, *RUN, "--out", out)
     assert result.code == 130 and "run the same command again to resume" in result.err
     assert "Traceback" not in result.err

@@ -33,9 +33,9 @@ from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import ModelConfig, TextConfig
 from llm_wsae.statistics.measures import STUDIED
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training import trainer
 from llm_wsae.training.checkpoint import is_finished
 from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.one_site import Training
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 
@@ -281,7 +281,7 @@ def test_a_study_resumes_where_it_stopped(whole, study, monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "PASS_BYTES", 3 * 14 * 2 * 4 * 16**2)  # three dictionaries
     kept, there = tmp_path / "out", {}
     for owner, stage, after in (
-        (trainer, "_run", 1),
+        (Training, "begin", 1),
         (FidelityEvaluator, "evaluate", 0),
         (jobs, "record_of", 4),
     ):
@@ -298,7 +298,7 @@ def test_a_study_resumes_where_it_stopped(whole, study, monkeypatch, tmp_path):
 def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stops(patch, trainer, "_run", 1)
+        stops(patch, Training, "begin", 1)
         study(out, AFTER_FIRST)
     assert [path.name for path in (out / "first").iterdir() if is_finished(path)] == ["s0"]
     assert len(study(out, AFTER_FIRST).results) == len(ALL)
