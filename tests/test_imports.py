@@ -88,11 +88,6 @@ def test_nothing_is_pickled(module):
             ast.unparse(k) for k in calls["torch.load"].keywords if k.arg == "weights_only"
         ] == ["weights_only=True"]
         assert sum(ast.unparse(n) == "torch.load" for n in ast.walk(tree)) == 1
-        assert [
-            [alias.name for alias in n.names]
-            for n in ast.walk(tree)
-            if isinstance(n, ast.ImportFrom) and n.module == "pickle"
-        ] == [["UnpicklingError"]]
         found.remove("torch.load")
     else:
         pickling = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}

@@ -205,7 +205,7 @@ def read_scores(
     theirs = mapping(mapping(read.get("monosemanticity")).get("dictionaries"))
     found = {}
     for name in [name for name in dictionaries if name in theirs]:
-        if theirs[name]["sha256"] != dictionaries[name].decoder_digest():
+        if theirs[name].get("sha256") != dictionaries[name].decoder_digest():
             raise LlmWsaeError(
                 f"{report} is about another dictionary named {name}; run `llm-wsae evaluate "
                 "--monosemantic` on this one"
