@@ -96,7 +96,9 @@ def auxk_gradients(
     d_in / 2 dead latents with the largest pre-activations take part, or more where they tie.
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
-    num_dead = int(strategy.sum_over_latents(torch.tensor(len(indices))))
+    num_dead = len(indices)
+    if strategy.latent_parts > 1:
+        num_dead = int(strategy.sum_over_latents(torch.tensor(num_dead)))
     if num_dead == 0:
         return None
     multiple = _MULTIPLE if residual.device.type == "cpu" else 1

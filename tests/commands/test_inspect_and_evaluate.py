@@ -183,7 +183,7 @@ def test_mistakes_are_one_sentence(world, monkeypatch, subtests):
     make_dictionary().save("narrow")
     words = {"PLAIN": [PLAIN], "BYTES": ["w1 \udcff"], "LONG": ["w1 " * 99]}
     for (code, *command), (said,) in cases(MISTAKES, **words):
-        with subtests.test(" ".join(command)):
+        with subtests.test(ascii(command)):
             result = call("inspect", *command)
             assert (result.code, result.out) == (int(code), "") and "Traceback" not in result.err
             (sentence,) = [line for line in result.err.splitlines() if line.startswith("llm-wsae:")]

@@ -147,7 +147,9 @@ def test_bad_files_are_refused(tmp_path):
             LossWeights.load(path)
     for header in ("[]", "{", '{"rule": "none"}', '{"rule": 3}', '{"rule": []}', '{"clip": "x"}'):
         save_file({"gamma": torch.ones(2)}, path, {"llm_wsae": header})
-        with pytest.raises(LlmWsaeError, match=r"does not say how|not a readable weights file|is damaged"):
+        with pytest.raises(
+            LlmWsaeError, match=r"does not say how|not a readable weights file|is damaged"
+        ):
             LossWeights.load(path)
 
 

@@ -223,7 +223,7 @@ def test_the_diff_in_the_docs_adds_an_architecture(tmp_path):
     for folder in ("llm_wsae", "tests/helpers"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    for file in ("pyproject.toml", "tests/conftest.py"):
+    for file in ("pyproject.toml", "tests/conftest.py", "tests/slow.txt"):
         shutil.copy(ROOT / file, tmp_path / file)
 
     def run(*words, **more):
