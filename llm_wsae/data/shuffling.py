@@ -103,8 +103,8 @@ class SiteRows(Protocol):
         """The file in which a measurement of these rows is kept, and what identifies them."""
 
     def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """About so many tokens of the rows' text: ids and which of them give a row, each
-        [contexts, positions]."""
+        """About ``tokens`` tokens of the text behind the rows: their ids, and whether each gives a
+        row, both [contexts, positions]."""
 
 
 class Share:

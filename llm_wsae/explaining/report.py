@@ -101,9 +101,10 @@ class DictionaryExplained:
         )
 
     def card_numbers(self, older: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """What the dictionary's description keeps of it, JSON-able, with the scores among its
-        ``older`` measurements that the same explainer gave and that were not asked for now; empty
-        if nothing was scored."""
+        """What is kept in the dictionary's description, JSON-able; empty if nothing was scored.
+
+        ``older`` is what is kept there now. Of it stay the scores by the same explainer that this
+        run did not measure again."""
         scores = {
             name: {"value": mean.mean, "interval": mean.interval}
             for name, mean in self.means.items()

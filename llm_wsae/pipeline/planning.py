@@ -35,7 +35,7 @@ from llm_wsae.training.optimiser import PAIR_BYTES
 
 SECONDS = 0.5
 """For the forward passes, and again for the steps of the training."""
-_SHARE = 10  # of a short run, only one part of so many is measured
+_SHARE = 10  # of a short run, a tenth is measured
 _TOKEN = 3 * 4 + 1  # bytes: id, document, offset, and whether it gives a row
 _SAMPLED = 1 / 32  # of the rows, which the statistics of a shard keep once more
 
@@ -66,7 +66,7 @@ class Plan:
     """By stage; empty if something does not fit."""
 
     def shortage(self) -> str | None:
-        """What does not fit, and the way out; None if all does."""
+        """What does not fit, and the way out; None if everything fits."""
         if self.disk_bytes > self.disk_free:
             return (
                 f"the run would need {_in_bytes(self.disk_bytes)} of disk, but "

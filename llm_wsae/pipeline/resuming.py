@@ -49,8 +49,8 @@ def check_folder(request: Run) -> None:
     for site in request.sites:
         found = recorded(out / str(site))
         if found is not None and (found["rows"].get("kind") == "stream") != request.stream:
-            how = "a store; omit --stream" if request.stream else "a stream; add --stream"
+            made, change = ("store", "omit") if request.stream else ("stream", "add")
             raise UsageError(
-                f"{out} holds a training of {site} on {how} to go on with it, or choose another "
-                "folder"
+                f"{out} holds a training of {site} on a {made}; {change} --stream to resume it, or "
+                "choose another folder"
             )

@@ -84,7 +84,7 @@ class Product(NamedTuple):
         return Product(*(part.contiguous() for part in self))
 
     def tiles(self, rows: int) -> list["Product"]:
-        """The products of so many rows at a time; one even if there is no row."""
+        """The same product in parts of ``rows`` rows each; one part even if there is no row."""
         return [self._replace(x=tile) for tile in self.x.split(rows)]
 
 
@@ -138,15 +138,13 @@ class Latents(NamedTuple):
 
 
 class RawRows(NamedTuple):
-    """What leads to the raw rows v and e of latents whose rows are v/L and L·e (see
-    ``training.free_lengths``)."""
+    """What leads to the raw rows v and e of latents whose rows are v/L and L·e, where L is the norm
+    of v (see ``training.optimiser``)."""
 
     lengths: Float[Tensor, " d_sae"]
     """L, updated in place."""
     bias: Float[Tensor, " d_sae"]
     """The encoder's bias, L times a raw one; it is only read."""
-    along: Float[Tensor, "d_sae d_in"] | None = None
-    """Gradient of L by v, where L is not the norm of v; None is v/L."""
 
 
 class Target(NamedTuple):

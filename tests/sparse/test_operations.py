@@ -376,16 +376,15 @@ def weights_of(case: Sums) -> Latents:
     return Latents(case.decoder.flip(0), decoder, *moments)
 
 
-@over(raw=["none", "along", "radial"], fast=[BF16, None], more=[False, True], name=SUMS)
+@over(raw=[False, True], fast=[BF16, None], more=[False, True], name=SUMS)
 def test_sparse_adam(name, summing, more, fast, raw):
     """It is Adam with the gradients that the sparse ones sum to, of rows that are rounded or not.
 
     Of raw rows it is what dense sums give; test_free_lengths.py compares that with autograd."""
     case = SUMS[name]
-    (d_sae, width), start = case.decoder.shape, weights_of(case)
+    d_sae, start = len(case.decoder), weights_of(case)
     lengths, bias = random(d_sae, seed=1).abs() + 0.1, random(d_sae, seed=2)
-    along = random(d_sae, width, seed=3) if raw == "along" else None
-    raw_rows = None if raw == "none" else RawRows(lengths, bias, along)
+    raw_rows = RawRows(lengths, bias) if raw else None
     gradients = gradients_of(case, 1, more)
     given, found = summing.cast(gradients), summing.cast(start)
     if fast is not None:

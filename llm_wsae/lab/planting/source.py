@@ -30,7 +30,8 @@ from llm_wsae.statistics.second_moment import SecondMoment
 
 SPREAD = 0.25  # a firing's strength is uniform within this share of the plant's mean strength
 _READ_ROWS = 8 * CHUNK_ROWS
-_ROWS_OF_MEANS, _LEAST_OF_A_TOKEN = 1 << 16, 64  # a token's mean is that of at least so many rows
+_ROWS_OF_MEANS = 1 << 16  # read for the means of tokens
+_LEAST_OF_A_TOKEN = 64  # rows that a token must have for its mean
 
 
 class Firings(NamedTuple):

@@ -220,7 +220,7 @@ def difference_rows(compared: Sequence[Compared], measures: Sequence[str]) -> Ro
 
 
 def difference_text(one: Compared, measure: str) -> str:
-    """``better: −4.1 % [−5.0, −3.2]``, without a word for what does not decide."""
+    """``better: −4.1 % [−5.0, −3.2]``; no verdict where the measure decides nothing."""
     verdict = one.verdicts.get(measure)
     text = estimate_text(one.effects.get(measure), measure)
     return text if verdict is None else f"{verdict}: {text}"

@@ -151,7 +151,7 @@ def _active(data: Superposition) -> int:
 
 
 def _features(data: Superposition, rows: int, draw: torch.Generator) -> Float[Tensor, "rows n"]:
-    """True features of so many rows; of these, only rows that have any."""
+    """The true features of ``rows`` rows, without those rows that have none."""
     x = data.features(rows, draw)
     return x[(x > 0).any(1)]
 

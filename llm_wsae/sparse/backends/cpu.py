@@ -163,7 +163,7 @@ def sparse_adam(
     _call(
         f"sparse_adam_{_NAMES[gradients.x.dtype]}",
         *_by_latent(gradients, d_sae), place, *more, by_bias, *_state(latents),
-        *(raw or (None, None, None)), *_rates(step, learning_rate),
+        *(raw or (None, None)), *_rates(step, learning_rate),
     )  # fmt: skip
     return by_bias
 

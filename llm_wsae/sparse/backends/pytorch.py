@@ -229,8 +229,7 @@ def adam_raw(
     (encoder, decoder), (by_encoder, by_decoder, by_bias) = latents[:2], gradients
     length = raw.lengths[:, None]
     by_length = (by_encoder * encoder).sum(1) + by_bias * raw.bias - (by_decoder * decoder).sum(1)
-    along = decoder if raw.along is None else raw.along
-    by_raw = torch.addcmul(by_decoder, by_length[:, None], along).div_(length)
+    by_raw = torch.addcmul(by_decoder, by_length[:, None], decoder).div_(length)
     encoder.div_(length)
     decoder.mul_(length)
     _move(latents, (by_encoder * length, by_raw), step, learning_rate)

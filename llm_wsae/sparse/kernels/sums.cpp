@@ -155,13 +155,12 @@ struct Occurrences {
 
 // Adam over a latent's rows, the decoder's then divided by its norm; the encoder's also goes to
 // `fast` unless that is null. With `lengths`, what is moved are the raw rows length · decoder and
-// encoder / length, and the new length is the raw decoder's; `along` is the length's gradient by
-// that row, null if it is the decoder's own.
+// encoder / length, and the new length is the raw decoder's.
 struct Adam {
   float *encoder, *decoder, *encoder_mean, *decoder_mean, *encoder_square, *decoder_square;
   bfloat16* fast;
   float* lengths;
-  const float *bias, *along;
+  const float* bias;
   int64_t width;
   float step_size, root_scale, keep_square, new_mean, new_square, epsilon, smallest_norm;
 
@@ -176,7 +175,6 @@ struct Adam {
     const int64_t begin = latent * width;
     float* __restrict in = encoder + begin;
     float* out = decoder + begin;
-    const float* slope = along ? along + begin : out;
     const float length = lengths[latent];
     float by_length = by_bias * bias[latent];
 #pragma omp simd reduction(+ : by_length)
@@ -187,7 +185,7 @@ struct Adam {
       float* __restrict square = decoder_square + begin;
 #pragma omp simd reduction(+ : norm)
       for (int64_t i = 0; i < width; i++) {
-        const float gradient = (by_decoder[i] + by_length * slope[i]) / length;
+        const float gradient = (by_decoder[i] + by_length * out[i]) / length;
         out[i] = moved(out[i] * length, gradient, mean[i], square[i]);
         norm += out[i] * out[i];
       }
@@ -326,13 +324,13 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
       const float* more_decoder, const float* more_bias, float* by_bias, float* encoder,           \
       float* decoder,                                                                              \
       float* encoder_mean, float* decoder_mean, float* encoder_square, float* decoder_square,      \
-      bfloat16* fast, float* lengths, const float* bias, const float* along, double step_size,     \
+      bfloat16* fast, float* lengths, const float* bias, double step_size,                         \
       double root_scale, double keep_mean, double keep_square, double epsilon,                     \
       double smallest_norm, int64_t threads) {                                                     \
     const Occurrences<T> occurrences{bounds,   slots,  rows,  x,     output_gradient,              \
                                      by_value, values, batch, d_sae, width};                       \
     const Adam adam{encoder, decoder, encoder_mean, decoder_mean, encoder_square, decoder_square,  \
-                    fast, lengths, bias, along, width, float(step_size), float(root_scale),        \
+                    fast, lengths, bias, width, float(step_size), float(root_scale),               \
                     float(keep_square),                                                            \
                     float(1 - keep_mean), float(1 - keep_square), float(epsilon),                  \
                     float(smallest_norm)};                                                         \
@@ -371,7 +369,7 @@ void adam_rows(const float* by_encoder, const float* by_decoder, int64_t d_sae, 
                double root_scale, double keep_mean, double keep_square, double epsilon,
                double smallest_norm, int64_t threads) {
   const Adam adam{encoder, decoder, encoder_mean, decoder_mean, encoder_square, decoder_square,
-                  fast, nullptr, nullptr, nullptr, width, float(step_size), float(root_scale),
+                  fast, nullptr, nullptr, width, float(step_size), float(root_scale),
                   float(keep_square),
                   float(1 - keep_mean), float(1 - keep_square), float(epsilon),
                   float(smallest_norm)};

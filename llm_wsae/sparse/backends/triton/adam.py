@@ -54,12 +54,9 @@ def _adam_raw_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, in
     length = tl.load(raw.lengths + latent)
     encoder = tl.load(state.encoder + at, mask=inside, other=0)
     decoder = tl.load(state.decoder + at, mask=inside, other=0)
-    along = decoder
-    if raw.along is not None:
-        along = tl.load(raw.along + at, mask=inside, other=0)
     by_length = by_bias * tl.load(raw.bias + latent)
     by_length += tl.sum(by_encoder * encoder - by_decoder * decoder, 0)
-    gradient = (by_decoder + by_length * along) / length
+    gradient = (by_decoder + by_length * decoder) / length
     row = _adam_row(
         state.decoder, state.decoder_mean, state.decoder_square, gradient, at, inside, rate, length
     )
