@@ -431,7 +431,7 @@ def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tm
     assert content(out) == before and "harvest" not in more.err
     other = call("run", *model_and_corpus, *RUN, "--stream", "--out", out)
     assert other.code == 2 and content(out) == before
-    assert f"a training of {SITE} on a store; omit --stream to go on" in other.err
+    assert f"a training of {SITE} on a store; omit --stream to resume it" in other.err
     begun = tmp_path / "begun"
     shutil.copytree(out, begun)  # a choice of α counts as much
     (begun / SITE / "training.json").unlink()

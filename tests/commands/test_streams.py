@@ -104,7 +104,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
         before = content(out)
         refused = call("run", *model_and_corpus, *STORED, "--site", *SITES, "--out", out)
         assert refused.code == 2 and content(out) == before and "harvest:" not in refused.err
-        assert f"training of {SITES[0]} on a stream; add --stream to go on" in refused.err
+        assert f"training of {SITES[0]} on a stream; add --stream to resume it" in refused.err
 
 
 def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
