@@ -68,7 +68,7 @@ HARVESTED, ROWS = 1_300_000, 2_000_000
 TESTED = {"smollm2": 60_000, "gemma": 36_000}
 """Tokens that KL is measured on, of at least 200 documents. Gemma has fewer, because its 262,144
 tokens of vocabulary make a context five times as expensive; chosen before any of its results."""
-SEEDS = (0, 1, 2)
+SEEDS, MINUS = (0, 1, 2), "−"
 RUN = README.parent / "runs/weights"
 PAGE = README.parent / "docs/results/weights-over-documents.md"
 FOUND = Path(__file__).parent / "results/weights-over-documents.jsonl"
@@ -246,7 +246,8 @@ def fidelity(own: Sequence[Any], plain: Sequence[Any]) -> list[str]:
     if own == plain:
         return [f"{fvu:.3f}", f"{kl:.3f}", "–"]
     by, (low, high) = over_seeds_and_items(mine, theirs)
-    return [f"{fvu:.3f}", f"{kl:.3f}", f"{100 * by:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"]
+    beside = f"{100 * by:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return [f"{fvu:.3f}", f"{kl:.3f}", beside.replace("-", MINUS)]
 
 
 def mean_f1(line: dict[str, Any], strata: Sequence[str]) -> float:
@@ -287,7 +288,8 @@ def recovery(
         differences.append(mine - best)
     mean, spread = np.mean(differences), np.std(differences, ddof=1) / len(SEEDS) ** 0.5
     half = float(stats.t.ppf(0.975, len(SEEDS) - 1)) * spread
-    return [*cells, f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"]
+    beside = f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return [*cells, beside.replace("-", MINUS)]
 
 
 if __name__ == "__main__":
