@@ -1,167 +1,80 @@
 """Weighted sparse autoencoders for the residual streams of real language models.
 
-The names in ``__all__`` are the public Python interface. They are imported when first used, so
-that ``import llm_wsae`` stays light (no torch). ``TYPE_CHECKING`` shows them to editors.
+The names in ``__all__`` are the public Python interface. Each is imported when it is first used, so
+that ``import llm_wsae`` stays light (no torch). Type checkers and editors run the imports below;
+at run time they are read, as the list of names and their modules.
 """
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_wsae.attaching.attachment import attach
-    from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
-    from llm_wsae.data.config import HarvestConfig, StreamConfig
-    from llm_wsae.data.corpus import Corpus
-    from llm_wsae.data.harvesting import harvest
-    from llm_wsae.data.store import ActivationStore
-    from llm_wsae.data.stores import open_stores
-    from llm_wsae.data.streaming import ActivationStream, ActivationStreams
-    from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
-    from llm_wsae.errors import LlmWsaeError, UsageError
-    from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
-    from llm_wsae.evaluation.fidelity.evaluator import evaluate
-    from llm_wsae.explaining.explaining import explain
-    from llm_wsae.explaining.protocol import ExplainConfig
-    from llm_wsae.inspecting.inspection import inspect
-    from llm_wsae.lab.planting.config import PlantConfig
-    from llm_wsae.lab.planting.recovery import measure_recovery
-    from llm_wsae.lab.planting.source import PlantedSource
-    from llm_wsae.lab.studies.config import Study, StudyGrid
-    from llm_wsae.lab.studies.runner import study
-    from llm_wsae.lab.theory.optimum import gap_norms, least_gap_weights
-    from llm_wsae.model.language_model import LanguageModel
-    from llm_wsae.model.site import Site
-    from llm_wsae.pages.dashboard import dashboard
-    from llm_wsae.pages.neuronpedia import export_neuronpedia
-    from llm_wsae.pipeline.planning import plan
-    from llm_wsae.pipeline.request import ModelConfig, Run, RunGrid, TextConfig
-    from llm_wsae.pipeline.run import run
-    from llm_wsae.sparse.codes import Codes
-    from llm_wsae.statistics.moments import Statistics
-    from llm_wsae.training.arm import ArmConfig, make_arms
-    from llm_wsae.training.config import TrainConfig
-    from llm_wsae.training.trainer import train, train_sites
-    from llm_wsae.weights.choosing import choose_weights, weights_from_rule
-    from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import RULES, Rule
-    from llm_wsae.weights.weighing import measure_inputs
+    from llm_wsae.attaching.attachment import attach as attach
+    from llm_wsae.attaching.edits import Ablate as Ablate
+    from llm_wsae.attaching.edits import Clamp as Clamp
+    from llm_wsae.attaching.edits import Scale as Scale
+    from llm_wsae.attaching.edits import Steer as Steer
+    from llm_wsae.data.config import HarvestConfig as HarvestConfig
+    from llm_wsae.data.config import StreamConfig as StreamConfig
+    from llm_wsae.data.corpus import Corpus as Corpus
+    from llm_wsae.data.harvesting import harvest as harvest
+    from llm_wsae.data.store import ActivationStore as ActivationStore
+    from llm_wsae.data.stores import open_stores as open_stores
+    from llm_wsae.data.streaming import ActivationStream as ActivationStream
+    from llm_wsae.data.streaming import ActivationStreams as ActivationStreams
+    from llm_wsae.dictionary.dictionary import Dictionary as Dictionary
+    from llm_wsae.dictionary.dictionary import load_pretrained as load_pretrained
+    from llm_wsae.errors import LlmWsaeError as LlmWsaeError
+    from llm_wsae.errors import UsageError as UsageError
+    from llm_wsae.evaluation.config import EvaluateConfig as EvaluateConfig
+    from llm_wsae.evaluation.config import MonosemanticConfig as MonosemanticConfig
+    from llm_wsae.evaluation.fidelity.evaluator import evaluate as evaluate
+    from llm_wsae.explaining.explaining import explain as explain
+    from llm_wsae.explaining.protocol import ExplainConfig as ExplainConfig
+    from llm_wsae.inspecting.inspection import inspect as inspect
+    from llm_wsae.lab.planting.config import PlantConfig as PlantConfig
+    from llm_wsae.lab.planting.recovery import measure_recovery as measure_recovery
+    from llm_wsae.lab.planting.source import PlantedSource as PlantedSource
+    from llm_wsae.lab.studies.config import Study as Study
+    from llm_wsae.lab.studies.config import StudyGrid as StudyGrid
+    from llm_wsae.lab.studies.runner import study as study
+    from llm_wsae.lab.theory.optimum import gap_norms as gap_norms
+    from llm_wsae.lab.theory.optimum import least_gap_weights as least_gap_weights
+    from llm_wsae.model.language_model import LanguageModel as LanguageModel
+    from llm_wsae.model.site import Site as Site
+    from llm_wsae.pages.dashboard import dashboard as dashboard
+    from llm_wsae.pages.neuronpedia import export_neuronpedia as export_neuronpedia
+    from llm_wsae.pipeline.planning import plan as plan
+    from llm_wsae.pipeline.request import ModelConfig as ModelConfig
+    from llm_wsae.pipeline.request import Run as Run
+    from llm_wsae.pipeline.request import RunGrid as RunGrid
+    from llm_wsae.pipeline.request import TextConfig as TextConfig
+    from llm_wsae.pipeline.run import run as run
+    from llm_wsae.sparse.codes import Codes as Codes
+    from llm_wsae.statistics.moments import Statistics as Statistics
+    from llm_wsae.training.arm import ArmConfig as ArmConfig
+    from llm_wsae.training.arm import make_arms as make_arms
+    from llm_wsae.training.config import TrainConfig as TrainConfig
+    from llm_wsae.training.trainer import train as train
+    from llm_wsae.training.trainer import train_sites as train_sites
+    from llm_wsae.weights.choosing import choose_weights as choose_weights
+    from llm_wsae.weights.choosing import weights_from_rule as weights_from_rule
+    from llm_wsae.weights.loss_weights import LossWeights as LossWeights
+    from llm_wsae.weights.rules import RULES as RULES
+    from llm_wsae.weights.rules import Rule as Rule
+    from llm_wsae.weights.weighing import measure_inputs as measure_inputs
 
     __version__: str
 
 _HOMES = {
-    "LanguageModel": "model.language_model",
-    "Site": "model.site",
-    "Corpus": "data.corpus",
-    "HarvestConfig": "data.config",
-    "ActivationStore": "data.store",
-    "open_stores": "data.stores",
-    "StreamConfig": "data.config",
-    "ActivationStream": "data.streaming",
-    "ActivationStreams": "data.streaming",
-    "Statistics": "statistics.moments",
-    "RULES": "weights.rules",
-    "Rule": "weights.rules",
-    "LossWeights": "weights.loss_weights",
-    "measure_inputs": "weights.weighing",
-    "choose_weights": "weights.choosing",
-    "weights_from_rule": "weights.choosing",
-    "TrainConfig": "training.config",
-    "ArmConfig": "training.arm",
-    "make_arms": "training.arm",
-    "Dictionary": "dictionary.dictionary",
-    "load_pretrained": "dictionary.dictionary",
-    "attach": "attaching.attachment",
-    "Ablate": "attaching.edits",
-    "Clamp": "attaching.edits",
-    "Scale": "attaching.edits",
-    "Steer": "attaching.edits",
-    "Codes": "sparse.codes",
-    "inspect": "inspecting.inspection",
-    "dashboard": "pages.dashboard",
-    "explain": "explaining.explaining",
-    "ExplainConfig": "explaining.protocol",
-    "export_neuronpedia": "pages.neuronpedia",
-    "EvaluateConfig": "evaluation.config",
-    "MonosemanticConfig": "evaluation.config",
-    "LlmWsaeError": "errors",
-    "UsageError": "errors",
-    "harvest": "data.harvesting",
-    "train": "training.trainer",
-    "train_sites": "training.trainer",
-    "evaluate": "evaluation.fidelity.evaluator",
-    "ModelConfig": "pipeline.request",
-    "TextConfig": "pipeline.request",
-    "RunGrid": "pipeline.request",
-    "Run": "pipeline.request",
-    "run": "pipeline.run",
-    "plan": "pipeline.planning",
-    "PlantConfig": "lab.planting.config",
-    "PlantedSource": "lab.planting.source",
-    "measure_recovery": "lab.planting.recovery",
-    "Study": "lab.studies.config",
-    "StudyGrid": "lab.studies.config",
-    "study": "lab.studies.runner",
-    "gap_norms": "lab.theory.optimum",
-    "least_gap_weights": "lab.theory.optimum",
+    alias.name: str(node.module)
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("llm_wsae.")
+    for alias in node.names
 }
-
-__all__ = [
-    "RULES",
-    "Ablate",
-    "ActivationStore",
-    "ActivationStream",
-    "ActivationStreams",
-    "ArmConfig",
-    "Clamp",
-    "Codes",
-    "Corpus",
-    "Dictionary",
-    "EvaluateConfig",
-    "ExplainConfig",
-    "HarvestConfig",
-    "LanguageModel",
-    "LlmWsaeError",
-    "LossWeights",
-    "ModelConfig",
-    "MonosemanticConfig",
-    "PlantConfig",
-    "PlantedSource",
-    "Rule",
-    "Run",
-    "RunGrid",
-    "Scale",
-    "Site",
-    "Statistics",
-    "Steer",
-    "StreamConfig",
-    "Study",
-    "StudyGrid",
-    "TextConfig",
-    "TrainConfig",
-    "UsageError",
-    "__version__",
-    "attach",
-    "choose_weights",
-    "dashboard",
-    "evaluate",
-    "explain",
-    "export_neuronpedia",
-    "gap_norms",
-    "harvest",
-    "inspect",
-    "least_gap_weights",
-    "load_pretrained",
-    "make_arms",
-    "measure_inputs",
-    "measure_recovery",
-    "open_stores",
-    "plan",
-    "run",
-    "study",
-    "train",
-    "train_sites",
-    "weights_from_rule",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -169,12 +82,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        value = version("llm-wsae")
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    else:
+        return version("llm-wsae")
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 
 

@@ -1,10 +1,9 @@
 """The process of the command line: ``llm-wsae``, ``python -m llm_wsae``, also under torchrun.
 
-It is quiet from its first instant to its last. Ctrl-C raises KeyboardInterrupt, so that what was
-begun is left in order. While modules are imported that could garble the exception, and after the
-work nobody would catch it: then the process just ends. An output that is closed, or cannot show
-every character, is no reason for a traceback. And no library can ask anything: there is no standard
-input.
+Ctrl-C raises KeyboardInterrupt, so that what was begun is left in order. While modules are imported
+that could garble the exception, and after the work nobody would catch it: then the process just
+ends. An output that is closed, or cannot show every character, gives no traceback. No library can
+ask anything: there is no standard input.
 """
 
 import atexit

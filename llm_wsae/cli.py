@@ -1,61 +1,55 @@
 """The command line: finds the command, parses its options, prints its result.
 
-Results go to stdout, progress and warnings to stderr. An error is one sentence and an exit code.
-``main`` also catches what the operating system refuses, and says which path and what to do. Only a
-bug in the package shows a traceback.
+Results go to stdout, progress and warnings to stderr. An error is one sentence and an exit code;
+only a bug in the package shows a traceback.
+
+The parser (tyro) draws its complaints in a box of several lines. Its hook for errors tells them
+apart, so each becomes one sentence here. The hook is private to tyro: where a release has none, or
+a complaint is unknown here, the box is shown as it is.
 """
 
 import contextlib
+import functools
+import inspect
+import io
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import Any
+
+import tyro
 
 from llm_wsae.artifact import provenance
 from llm_wsae.artifact.files import way_out
-from llm_wsae.artifact.provenance import plain
-from llm_wsae.commands.dashboard import dashboard
-from llm_wsae.commands.evaluate import evaluate
-from llm_wsae.commands.explain import explain
-from llm_wsae.commands.export import export
-from llm_wsae.commands.harvest import harvest
-from llm_wsae.commands.hub import list_repository, pull, push
-from llm_wsae.commands.inspect import inspect
-from llm_wsae.commands.options import Result
-from llm_wsae.commands.parser import parse
-from llm_wsae.commands.plan import plan
-from llm_wsae.commands.run import run
-from llm_wsae.commands.study import study
-from llm_wsae.commands.theory import theory
-from llm_wsae.commands.train import train
-from llm_wsae.commands.verify import verify
-from llm_wsae.commands.weigh import weigh
+from llm_wsae.commands import Result, hub, looking, making
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.machine import processes
 from llm_wsae.outside import is_panic, reason
 from llm_wsae.terminal import printable, printable_json, without_secrets
 
 COMMANDS: dict[str, Callable[..., Result]] = {
-    "run": run,
-    "plan": plan,
-    "harvest": harvest,
-    "weigh": weigh,
-    "train": train,
-    "evaluate": evaluate,
-    "inspect": inspect,
-    "dashboard": dashboard,
-    "explain": explain,
-    "export": export,
-    "study": study,
-    "theory": theory,
-    "push": push,
-    "pull": pull,
-    "list": list_repository,
-    "verify": verify,
+    "run": making.run,
+    "plan": making.plan,
+    "harvest": making.harvest,
+    "weigh": making.weigh,
+    "train": making.train,
+    "evaluate": looking.evaluate,
+    "inspect": looking.inspect,
+    "dashboard": looking.dashboard,
+    "explain": looking.explain,
+    "export": looking.export,
+    "study": making.study,
+    "theory": making.theory,
+    "push": hub.push,
+    "pull": hub.pull,
+    "list": hub.list_repository,
+    "verify": looking.verify,
 }
 
-TOGETHER = ("run", "harvest", "train")  # what several processes do as one
+_TOGETHER = ("run", "harvest", "train")  # what several processes do as one
 _USAGE = """usage: llm-wsae COMMAND … [--json] [--debug]
 
 Weighted sparse autoencoders for the residual streams of real language models.
@@ -70,6 +64,8 @@ llm-wsae COMMAND --help   show the options of a command
 Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 output pipe closed,
 143 terminated."""
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
+_OPTION = re.compile(r"--[a-z][a-z0-9.-]*")
+_on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,19 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever reads the output has seen enough
         return 128 + signal.SIGPIPE
-    except (LlmWsaeError, OSError, UnicodeEncodeError, MemoryError, RuntimeError) as error:
-        known = _explained(error)
-        if known is None:
-            raise
-        if "--debug" in words:  # a server may have said anything, also the token
-            for line in without_secrets(traceback.format_exc()).splitlines():
-                print(printable(line), file=sys.stderr)
-        _say(str(known))
-        return known.exit_code
     except BaseException as error:
-        if is_panic(error):
-            _say(f"a library gave up ({reason(error)}); a damaged tokenizer.json can be the cause")
-            return 1
+        if known := _explained(error):
+            if "--debug" in words:  # a server may have said anything, also the token
+                for line in without_secrets(traceback.format_exc()).splitlines():
+                    print(printable(line), file=sys.stderr)
+            _say(str(known))
+            return known.exit_code
         raise
 
 
@@ -111,20 +101,19 @@ def _run(words: list[str]) -> int:
         return 0
     name, *words = words
     provenance.number_formats.clear()  # of another command in this process
-    command = COMMANDS.get(name)
-    if command is None:
+    if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
-    if processes.count() > 1 and name not in TOGETHER:
+    if processes.count() > 1 and name not in _TOGETHER:
         raise UsageError(
-            f"llm-wsae {name} runs in one process, and only {', '.join(TOGETHER[:-1])} and "
-            f"{TOGETHER[-1]} in several; start it without torchrun"
+            f"llm-wsae {name} runs in one process, and only {', '.join(_TOGETHER[:-1])} and "
+            f"{_TOGETHER[-1]} in several; start it without torchrun"
         )
     with _printing():  # help
-        prepared = parse(name, command, words)
+        prepared = parse(name, words)
     facts, text = prepared()
     if processes.leads():
         with _printing():
-            print(printable_json(plain(facts)) if as_json else text)
+            print(printable_json(provenance.plain(facts)) if as_json else text)
     return 0
 
 
@@ -145,11 +134,15 @@ def _printing() -> Iterator[None]:
         ) from error
 
 
-def _explained(error: Exception) -> LlmWsaeError | None:
+def _explained(error: BaseException) -> LlmWsaeError | None:
     """The error as a sentence of this package; None for a mistake of the package itself."""
     said = next(iter(str(error).splitlines()), "")
     if isinstance(error, LlmWsaeError):
         return error
+    if is_panic(error):
+        return LlmWsaeError(
+            f"a library gave up ({reason(error)}); a damaged tokenizer.json can be the cause"
+        )
     if isinstance(error, OSError):
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         what = error.strerror or said or type(error).__name__
@@ -162,7 +155,9 @@ def _explained(error: Exception) -> LlmWsaeError | None:
             f"{shown(error.object)} cannot be written as {error.encoding}; rename it in UTF-8"
         )
     # Torch's class is known by its name: no command needs torch to say so.
-    on_device = type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said
+    on_device = isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said
+    )
     if isinstance(error, MemoryError) or on_device:
         return LlmWsaeError(
             f"the device ran out of memory ({said}); ask for fewer or smaller dictionaries, "
@@ -179,8 +174,115 @@ def _say(sentence: str) -> None:
 
 
 def _usage() -> str:
-    rows = [
-        f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}"
-        for name, command in COMMANDS.items()
-    ]
+    rows = [f"  {n:<10}{(made.__doc__ or '').splitlines()[0]}" for n, made in COMMANDS.items()]
     return _USAGE.format(commands="\n".join(rows))
+
+
+def parse(name: str, words: list[str]) -> Callable[[], Result]:
+    """A command with the options that the words give.
+
+    Raises UsageError for bad ones, and SystemExit once help is printed.
+    """
+    for before, word in zip([name, *words], words, strict=False):
+        _check_word(word, before)
+    _check_once(words, name)
+    command, prog = COMMANDS[name], f"llm-wsae {name}"
+
+    @functools.wraps(command)
+    def prepared(*args: Any, **options: Any) -> Callable[[], Result]:
+        return functools.partial(command, *args, **options)
+
+    def refuse(event: Any) -> None:
+        with contextlib.suppress(AttributeError):  # an event of another release
+            if sentence := _sentence(event, name):
+                raise UsageError(f"{sentence}; see llm-wsae {name} --help")
+
+    asked = inspect.signature(command).parameters.get("request")
+    with _on_parse_error(refuse):
+        if asked is None:
+            return tyro.cli(prepared, prog=prog, args=words)
+        about = inspect.getdoc(command)
+        request = tyro.cli(asked.annotation, prog=prog, args=words, description=about)
+    return functools.partial(command, request)
+
+
+def _check_word(word: str, before: str) -> None:
+    """Raises UsageError for a word that no option can mean: as a path, an empty one would be the
+    current folder, and one that is not UTF-8 could not be written into any record; no file's name
+    holds a NUL."""
+    option, equals, value = word.partition("=")
+    if not word or (equals and not value and option.startswith("-")):
+        option = option or (before if before.startswith("-") else "an argument")
+        raise UsageError(f"{option} is empty; give it a value or omit it (this folder is .)")
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{printable(word)} holds bytes that are not UTF-8; a file of such a name can be "
+            "renamed, or linked to"
+        ) from None
+    if "\0" in word:
+        raise UsageError(f"{shown(word)} holds a NUL character, which no name can")
+
+
+def _check_once(words: list[str], name: str) -> None:
+    """Raises UsageError for an option that is given twice: the parser would keep the last alone."""
+    options = words[: words.index("--")] if "--" in words else words
+    given = [word.partition("=")[0].replace("_", "-") for word in options if word[:2] == "--"]
+    if len(given) < 2:
+        return
+    for line in _help_lines(name):
+        spellings = _OPTION.findall(line)
+        if len(found := [option for option in given if option in spellings]) > 1:
+            several = f"its values together: {found[-1]} A B" if " [" in line else "it once"
+            raise UsageError(f"{' or '.join(dict.fromkeys(found))} is given twice; give {several}")
+
+
+def options_of(name: str) -> list[str]:
+    """The options of a command, in the order of its help."""
+    return list(dict.fromkeys(_OPTION.findall("\n".join(_help_lines(name)))))
+
+
+def _help_lines(name: str) -> list[str]:
+    """The lines of a command's help that name an option: its spellings, and its values, which are
+    in brackets if it takes several."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        parse(name, ["--help"])
+    return re.findall(r"^[^\w-]*(--[a-z].*)$", text.getvalue(), re.MULTILINE)
+
+
+def _sentence(event: Any, name: str) -> str | None:
+    """What the parser complains of; None if it is not known here."""
+    match type(event).__name__:
+        case "UnrecognizedArgs":
+            return _unknown(event.tokens, name)
+        case "MissingArgs" if event.unrecognized_tokens:  # more likely misspelt than forgotten
+            return _unknown(event.unrecognized_tokens, name)
+        case "MissingArgs":
+            return f"missing {', '.join(_name(one.arg) for one in event.missing_arguments)}"
+        case "InvalidChoice":
+            hint = nearest(event.value, event.choices, limit=1)
+            return f"{_name(event.argument)} cannot be {event.value!r} ({hint})"
+        case "BadValue" if event.reason == "too_few_values":
+            return f"{_name(event.argument)} needs a value"
+        case "InstantiationFailure" if event.argument is not None:
+            if _name(event.argument) == "--alpha" and "auto" in str(event.message):
+                return "--alpha auto is for `run` and `plan` alone; give a number"
+            *_, last = str(event.message).splitlines()  # of several types: that of the value
+            message = re.sub(r"^- <class '\w+'>: ", "", last)
+            return f"{_name(event.argument)}: {message[:1].lower()}{message[1:]}"
+    return None
+
+
+def _unknown(tokens: list[str], name: str) -> str:
+    option = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
+    if option is None:
+        return f"{tokens[0]!r} is one argument too many"
+    return f"there is no option {option} ({nearest(option, options_of(name), limit=1)})"
+
+
+def _name(argument: Any) -> str:
+    """The option as one types it, or the place of an argument without a name."""
+    lowered = argument.lowered
+    return str(lowered.metavar if argument.is_positional() else lowered.name_or_flags[-1])

@@ -12,7 +12,7 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.pipeline import planning
-from llm_wsae.pipeline.training import stand_ins
+from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training

@@ -1,7 +1,9 @@
-"""The commands, one a file; those of the Hub, which are short, share ``hub.py``.
+"""The commands: each parses nothing itself, calls the package, and says what came of it.
 
-A command is a function. Its one parameter ``request`` is the dataclass of its options, or, of a
-command that keeps no record, its parameters are the options; its docstring is the help. It calls
-the package and returns the JSON object and the text for people. Everything heavy is imported
-inside, so that help is quick. A new command is a file here and a line in ``cli.COMMANDS``.
+A command is a function. Its parameters, or the fields of its one ``request``, are its options; its
+docstring is its help. It imports what needs torch when it is called, so that help is quick.
 """
+
+from typing import Any
+
+Result = tuple[dict[str, Any], str]  # the JSON object, the text for people

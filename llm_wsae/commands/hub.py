@@ -1,17 +1,16 @@
-"""The three commands of the Hub: push dictionaries, pull them, list what a repository holds."""
+"""The commands of the Hub: push dictionaries, pull them, list what a repository holds."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-from llm_wsae.commands.options import RepoId, Result
+from llm_wsae.commands import Result
 from llm_wsae.errors import UsageError
 from llm_wsae.pipeline.request import Flag
 from llm_wsae.terminal import printable
 
-if TYPE_CHECKING:
-    from llm_wsae.dictionary.hub.card_data import Facts
+RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
 
 
 def push(
@@ -33,17 +32,12 @@ def push(
     from llm_wsae.dictionary.folder import is_dictionary
     from llm_wsae.dictionary.hub.pushing import push as push_folders
 
-    *folders, repo_id = dictionaries or ("",)
+    *names, repo_id = dictionaries or ("",)
     # The parser cannot take the last word apart itself.
-    if not folders or is_dictionary(Path(repo_id)):
+    if not names or is_dictionary(Path(repo_id)):
         raise UsageError("name dictionary folders and then the repository: DICT … user/name")
-    done = push_folders(
-        [Path(folder) for folder in folders],
-        repo_id,
-        private=private,
-        revision=revision,
-        license=license,
-    )
+    folders = [Path(name) for name in names]
+    done = push_folders(folders, repo_id, private=private, revision=revision, license=license)
     facts: dict[str, Any] = {"repo_id": repo_id, "url": done.url, "commit": done.commit}
     facts |= {"dictionaries": done.sae_ids, "changed": done.changed}
     url = printable(done.url)
@@ -91,27 +85,18 @@ def list_repository(
     lines = [f"{'dictionary':<{width}}  {'size':>14}  {'sparsity':<16}{'FVU':>7}{'CE rec.':>9}"]
     for d in found:
         size = f"{d.d_in or '?'} → {d.d_sae or '?'}"
-        numbers = [_digits(d.metric("fvu"), 7), _digits(d.metric("ce_recovered"), 9)]
+        fvu, ce = (_digits(d.metric(name)) for name in ("fvu", "ce_recovered"))
         name, sparsity = printable(d.sae_id), printable(d.sparsity)
-        lines.append(f"{name:<{width}}  {size:>14}  {sparsity:<16}{''.join(numbers)}")
-    return {"repo_id": repo_id, "dictionaries": [_json(d) for d in found]}, "\n".join(lines)
+        lines.append(f"{name:<{width}}  {size:>14}  {sparsity:<16}{fvu:>7}{ce:>9}")
+    own, info = ("d_in", "d_sae", "sparsity", "k", "model", "corpus"), ("site", "rule", "alpha")
+    rows = [
+        {"sae_id": d.sae_id}
+        | {name: getattr(d.info, name) for name in (*info, "metrics")}
+        | {name: getattr(d, name) for name in own}
+        for d in found
+    ]
+    return {"repo_id": repo_id, "dictionaries": rows}, "\n".join(lines)
 
 
-def _json(d: "Facts") -> dict[str, Any]:
-    return {
-        "sae_id": d.sae_id,
-        "site": d.info.site,
-        "d_in": d.d_in,
-        "d_sae": d.d_sae,
-        "sparsity": d.sparsity,
-        "k": d.k,
-        "rule": d.info.rule,
-        "alpha": d.info.alpha,
-        "model": d.model,
-        "corpus": d.corpus,
-        "metrics": d.info.metrics,
-    }
-
-
-def _digits(value: float | None, width: int) -> str:
-    return f"{'—' if value is None else f'{value:.3f}':>{width}}"
+def _digits(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"

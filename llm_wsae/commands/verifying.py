@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from llm_wsae.artifact.artifact import Artifact, FileRecord
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.artifact.files import (
     AGAIN,
     has_digest,
@@ -45,10 +45,7 @@ from llm_wsae.training.log import LOG, check_beginning
 from llm_wsae.weights.loss_weights import LossWeights
 
 T = TypeVar("T")
-_ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
-    make(Path()).name: make for make in (store_in, training_in, study_in, export_in)
-}
-"""By the name of the record, a folder of each kind."""
+_ARTIFACTS = {make(Path()).name: make for make in (store_in, training_in, study_in, export_in)}
 _TRAINING = training_in(Path()).name
 _KINDS = {
     MANIFEST: "store",
@@ -58,10 +55,8 @@ _KINDS = {
     PULLED: "folder of pulled dictionaries",
     export_in(Path()).name: "export",
 }
-_OF_RUN = (MANIFEST, _TRAINING)
-"""Of the folders in that of a run: its store, or the training of a site."""
+# files whose digests are in another file, or that only their folder explains
 _OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
-"""Files whose digests are in another file, or that only their folder explains."""
 _MEND = "delete the damaged files and run the same harvest again, which rewrites those missing"
 _SHORT = 1.0  # seconds of work that need no bar
 
@@ -89,6 +84,16 @@ class Found:
             self.problems.append(str(error))
             return None
 
+    def compare(self, folder: Path, files: Mapping[str, FileRecord], way_out: str) -> set[Path]:
+        """Compare the files of a folder with their records; their paths."""
+        problems = []
+        for name, record in files.items():
+            self.bar.update()
+            problems.append(record.problem(folder / name))
+        if any(problems):
+            self.problems += [*filter(None, problems), way_out]
+        return {folder / name for name in files}
+
 
 def verify(path: Path | str, site: str | None = None) -> Found:
     """Check a folder, with the folders in it, a weights file, or the JSON record of a command.
@@ -97,12 +102,9 @@ def verify(path: Path | str, site: str | None = None) -> Found:
     there is nothing that this package knows.
     """
     path = Path(path)
-    if path.is_file():
-        kind = _kind_of_file(path)
-    elif path.is_dir():
-        kind = _kind(path, {entry.name for entry in path.iterdir()})
-    else:
+    if not path.exists():
         raise LlmWsaeError(f"there is no file or folder {path}")
+    kind = _kind_of_file(path) if path.is_file() else _kind(path)
     with tqdm(desc="verify", unit="file", dynamic_ncols=True, delay=_SHORT) as bar:
         found = Found(kind, bar=bar)
         if kind == "weights file":
@@ -119,7 +121,7 @@ def verify(path: Path | str, site: str | None = None) -> Found:
 
 
 def _kind_of_file(path: Path) -> str:
-    stores = [one for one in (path.parent, path.parent.parent) if (one / MANIFEST).is_file()]
+    stores = [one for one in path.parents[:2] if (one / MANIFEST).is_file()]
     if path.name in _OF_FOLDERS or (stores and path.suffix == ".safetensors"):
         folder = stores[0] if stores else path.parent
         raise LlmWsaeError(f"{path} is checked together with its folder; give {folder}")
@@ -131,12 +133,13 @@ def _kind_of_file(path: Path) -> str:
     return "record" if path.suffix == ".json" else "weights file"
 
 
-def _kind(folder: Path, names: set[str]) -> str:
+def _kind(folder: Path) -> str:
+    names = {entry.name for entry in folder.iterdir()}
     if is_own(names) or layout_of(names):
         return "dictionary"
     if kind := next((kind for name, kind in _KINDS.items() if name in names), None):
         return kind
-    if any((folder / name / own).is_file() for name in names for own in _OF_RUN):
+    if any((folder / name / own).is_file() for name in names for own in (MANIFEST, _TRAINING)):
         return "run"
     known = ", ".join(f"{kind} (with a {name})" for name, kind in _KINDS.items())
     raise LlmWsaeError(f"{folder} holds nothing that verify knows: {known}, or the folder of a run")
@@ -164,41 +167,26 @@ def _check_folder(found: Found, folder: Path, listed: frozenset[Path] = frozense
         found.check(lambda: read_results(folder))
 
 
-def _check_json(found: Found, path: Path) -> frozenset[Path]:
+def _check_json(found: Found, path: Path) -> set[Path]:
     """Check a JSON file, and the files that it lists if it is the record of a folder."""
     if path.name == INFO:
         what = "dictionary's information"
         found.check(lambda: read_own_json(path, what, WAY_OUT, key=OWN_DIGEST))
-        return frozenset()
-    if path.name not in _ARTIFACTS:
-        if has_digest(path):
-            found.check(lambda: read_own_json(path, "record"))
-        elif found.check(lambda: read_json(path, "record")) is not None:
-            found.without_digest.append(path)
-        return frozenset()
-    record = found.check(_ARTIFACTS[path.name](path.parent).read)
-    if record is None:
-        return frozenset()
-    if path.name == MANIFEST:
-        return _check_store(found, path.parent)
-    way_out = f"restore it from a copy, or delete {path} and run the same command again"
-    return _check_listed(found, path.parent, record.files, way_out)
+    elif path.name in _ARTIFACTS:
+        record = found.check(_ARTIFACTS[path.name](path.parent).read)
+        if record is not None and path.name == MANIFEST:
+            return _check_store(found, path.parent)
+        if record is not None:
+            way_out = f"restore it from a copy, or delete {path} and run the same command again"
+            return found.compare(path.parent, record.files, way_out)
+    elif has_digest(path):
+        found.check(lambda: read_own_json(path, "record"))
+    elif found.check(lambda: read_json(path, "record")) is not None:
+        found.without_digest.append(path)
+    return set()
 
 
-def _check_listed(
-    found: Found, folder: Path, files: Mapping[str, FileRecord], way_out: str
-) -> frozenset[Path]:
-    before = len(found.problems)
-    for name, record in files.items():
-        found.bar.update()
-        if problem := record.problem(folder / name):
-            found.problems.append(problem)
-    if len(found.problems) > before:
-        found.problems.append(way_out)
-    return frozenset(folder / name for name in files)
-
-
-def _check_store(found: Found, folder: Path) -> frozenset[Path]:
+def _check_store(found: Found, folder: Path) -> set[Path]:
     manifest = Manifest.load(folder)
     shards = found.check(lambda: complete_shards(folder, manifest)) or {}
     if not manifest.complete:
@@ -210,7 +198,7 @@ def _check_store(found: Found, folder: Path) -> frozenset[Path]:
     files = dict(manifest.statistics)
     for shard in shards.values():
         files |= shard.files
-    return _check_listed(found, folder, files, _MEND)
+    return found.compare(folder, files, _MEND)
 
 
 def _check_tensors(found: Found, path: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_byte
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import Run
-from llm_wsae.pipeline.training import stand_ins
+from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig

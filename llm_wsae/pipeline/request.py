@@ -1,8 +1,8 @@
 """What a job is asked for: one frozen dataclass, which is the command line, the argument in Python,
 and the record beside the output.
 
-A request is made of the small configurations that its parts own. An option of one of them is an
-option of every command that takes it. Nothing here needs torch, so that help is quick.
+It is made of the small configurations that its parts own, whose options are those of every command
+that takes them. Nothing here needs torch, so that help is quick.
 """
 
 # ruff: noqa: RUF009 - the defaults are frozen
@@ -44,14 +44,14 @@ RUN_RECORD = "run.json"
 
 
 def named(prefix: str, config: type, **notes: Any) -> Any:
-    """What an annotation says of a configuration: its errors name the prefix of its options, and
-    ``notes`` are what tyro is to know of single fields."""
+    """The annotation of a configuration whose errors name the prefix of its options. ``notes`` say
+    what tyro is to know of single fields."""
 
     def make(cls: type, *given: Any, **settings: Any) -> Any:
         try:
             return config(*given, **settings)
         except UsageError as error:
-            raise UsageError(f"--{prefix}: {error}" if prefix else str(error)) from None
+            raise UsageError(f"--{prefix}: {error}") from None
 
     own = {field.name: field for field in fields(config)}
     body: dict[str, Any] = {name: own[name].default for name in notes}
@@ -68,14 +68,11 @@ def note(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def short(option: str) -> Any:
-    """A second spelling of an option."""
-    return tyro.conf.arg(aliases=[option])
-
-
 Training = Annotated[TrainConfig, named("train", TrainConfig), Spelt]
 Evaluation = Annotated[
-    EvaluateConfig, named("evaluate", EvaluateConfig, tokens=short("--eval-tokens")), Spelt
+    EvaluateConfig,
+    named("evaluate", EvaluateConfig, tokens=tyro.conf.arg(aliases=["--eval-tokens"])),
+    Spelt,
 ]
 
 
@@ -93,8 +90,8 @@ class LoadConfig:
     on a CPU."""
 
     def load_model(self, name: str, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
-        """Load a model, and say so on stderr. ``recorded`` is what the record of the rows that it
-        made, if there are some, says of it: their number format is kept."""
+        """Load a model, and say so on stderr. ``recorded`` is its identity in the record of rows
+        that it made, if there are some: their number format is kept."""
         from llm_wsae.machine.hardware import choose_device
         from llm_wsae.machine.number_format import fast_dtype, name_of
         from llm_wsae.model.language_model import LanguageModel
@@ -121,7 +118,7 @@ class ModelConfig(LoadConfig, _ModelName):  # fields of the last base come first
     """The language model."""
 
     def load(self, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
-        """As ``load_model``."""
+        """As ``load_model``, of this name."""
         return self.load_model(self.model, recorded)
 
 
@@ -246,7 +243,9 @@ class Run:
     grid: Flat[RunGrid] = RunGrid()
     weigh: Flat[WeightConfig] = WeightConfig()
     harvest: Annotated[
-        HarvestConfig, named("harvest", HarvestConfig, tokens=short("--tokens")), Spelt
+        HarvestConfig,
+        named("harvest", HarvestConfig, tokens=tyro.conf.arg(aliases=["--tokens"])),
+        Spelt,
     ] = HarvestConfig()
     train: Training = TrainConfig()
     evaluate: Evaluation = EvaluateConfig()
@@ -313,21 +312,16 @@ def sites_of(names: Sequence[str]) -> list[Site]:
     return list(dict.fromkeys(map(Site.parse, names)))
 
 
-def record(request: Any) -> dict[str, Any]:
-    """The options of a request, named as on the command line, without the folder it goes to."""
+def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
+    """Write the options of a request beside its output, named as on the command line, without the
+    output's own place. ``known`` replaces options by what they turned out to be."""
     found: dict[str, Any] = {}
     for field in fields(request):
         value, notes = getattr(request, field.name), getattr(field.type, "__metadata__", ())
         is_flat = is_dataclass(value) and tyro.conf.OmitArgPrefixes in notes
         found |= asdict(value) if is_flat else {field.name: value}  # type: ignore[arg-type]
     found.pop("out", None)
-    return found
-
-
-def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
-    """Write the request's record beside the output; ``known`` replaces options by what they turned
-    out to be."""
-    write_record(path, command, record(request) | known)
+    write_record(path, command, found | known)
 
 
 def changed(options: Any, kind: type | None = None, prefix: str = "") -> dict[str, str]:

@@ -1,15 +1,13 @@
 """The whole job in one call: harvest → weigh → train → evaluate → save, into one folder.
 
 A store keeps the rows on the disk. A stream computes them while they are trained on, once for all
-sites, and keeps none.
-
-The same call after an interruption resumes it: finished stages are read back.
+sites, and keeps none. The same call after an interruption resumes: finished stages are read back.
 """
 
-import dataclasses
+import functools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +15,13 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.files import write_json
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.manifest import MANIFEST
+from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import SiteRows
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
+from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.activations import Context, check_scored, take_contexts
 from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
@@ -33,23 +32,28 @@ from llm_wsae.model.site import Site
 from llm_wsae.pipeline.planning import plan
 from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.pipeline.request import RUN_RECORD, Run, write_request
-from llm_wsae.pipeline.resuming import STORE, begun, check_folder, model_begun
-from llm_wsae.pipeline.training import stand_ins, weights_of
-from llm_wsae.pipeline.tuning import TRIAL_TOKENS, choose_alpha
+from llm_wsae.pipeline.site_weights import (
+    CHOICE,
+    TRIAL_TOKENS,
+    choose_alpha,
+    stand_ins,
+    weights_of,
+)
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import check_same_rows
+from llm_wsae.training.checkpoint import check_same_rows, recorded, training_in
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, check_room, train_sites
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.weighing import measure_inputs
 
+STORE = "store"
 PAGE = "report.html"
 TRIAL_K = 32  # of the trials behind an automatic α and of the raw dimensions, if none is asked for
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SiteResult:
     """What a run made for one site."""
 
@@ -101,7 +105,7 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
 
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
-    model = model or request.model.load(model_begun(request))
+    model = model or request.model.load(_model_begun(request))
     stages, processes = _Stages(request, model), join()
     with processes.together():  # no process looks at the folder when another has begun to write
         stages.check()
@@ -117,6 +121,15 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
         results = stages.finish(weighed, trained, heldout)
         write_request(request.folder / RUN_RECORD, "run", request, model=model.name)
     return results
+
+
+def _model_begun(request: Run) -> dict[str, Any] | None:
+    """What the records in a run's folder say of the model; None if nothing was begun there."""
+    out = request.folder
+    if (out / STORE / MANIFEST).is_file():
+        return Manifest.load(out / STORE).model
+    trainings = (recorded(out / str(site)) for site in request.sites)
+    return next((found["rows"].get("model") for found in trainings if found is not None), None)
 
 
 class _Weighed(NamedTuple):
@@ -135,17 +148,49 @@ class _Stages:
         self.request, self.model, self.out = request, model, request.folder
         self.k = request.grid.k[0] if request.grid.k else TRIAL_K
 
+    @functools.cached_property
+    def begun(self) -> list[Site]:
+        """The sites of which something was trained, or the exponent was chosen."""
+        folders = {site: self.out / str(site) for site in self.request.sites}
+        return [
+            site
+            for site, folder in folders.items()
+            if training_in(folder).is_begun() or (folder / CHOICE).exists()
+        ]
+
+    @functools.cached_property
+    def has_store(self) -> bool:
+        """Whether a harvest was begun."""
+        return (self.out / STORE / MANIFEST).is_file()
+
     def check(self) -> None:
-        """Refuse what cannot be trained, and to go on in a folder with what is of other rows."""
-        request, d_in, training = self.request, self.model.d_model, self.request.training
+        """Refuse, before hours of harvesting, what cannot be trained; and a folder with trainings
+        on fewer rows, or on a store where a stream is asked for, or the other way round."""
+        request, out, training = self.request, self.out, self.request.training
+        d_in = self.model.d_model
         arms = request.grid.arms(stand_ins(request.grid, request.weigh, d_in))
         check_arms(arms, d_in, training)
-        if not begun(self.out, request.sites):
+        if not self.begun:
             parts = join().size if training.shard == "latents" else 1
             check_room([d_in] * len(arms), training, parts)
         if request.stream:
-            check_out(self.out)
-        check_folder(request)
+            check_out(out)
+        elif self.begun and self.has_store:
+            there = Manifest.load(out / STORE)
+            if request.harvest.num_contexts > there.num_contexts:
+                raise UsageError(
+                    f"{out} holds a training of {self.begun[0]} on "
+                    f"{there.num_contexts * there.context_size:,} tokens; choose another folder "
+                    "for more"
+                )
+        for site in request.sites:
+            found = recorded(out / str(site))
+            if found is not None and (found["rows"].get("kind") == "stream") != request.stream:
+                made, change = ("store", "omit") if request.stream else ("stream", "add")
+                raise UsageError(
+                    f"{out} holds a training of {site} on a {made}; {change} --stream to resume "
+                    "it, or choose another folder"
+                )
 
     def texts(self) -> tuple[list[Context], list[Context]]:
         """The held-out text, and other text on which α is chosen, if it is."""
@@ -158,7 +203,7 @@ class _Stages:
 
     def announce(self) -> None:
         """Say what the run takes, when it begins."""
-        if begun(self.out, self.request.sites) or (self.out / STORE / MANIFEST).is_file():
+        if self.begun or self.has_store:
             return
         takes = plan(self.request, self.model)
         shortage = takes.shortage()
@@ -215,8 +260,8 @@ class _Stages:
         trained: Mapping[Site, dict[str, Dictionary]],
         heldout: Sequence[Context],
     ) -> dict[Site, SiteResult]:
-        """Evaluate, and write everything that is not a dictionary: not before, so that a run which
-        is refused leaves what a folder says of the dictionaries that are there."""
+        """Evaluate, and write everything that is not a dictionary: only now, so that a run which is
+        refused leaves what a folder says of its dictionaries."""
         for site, one in weighed.items():
             folder = self.out / str(site)
             write_json(folder / "profile.json", one.profile)
@@ -250,7 +295,7 @@ def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: 
         found = {"fidelity": summaries[name], "baselines": baselines}
         keep_measurements(folder / name, found)
         metrics = {**dictionary.info.metrics, **found}
-        dictionary.info = dataclasses.replace(dictionary.info, metrics=metrics)
+        dictionary.info = replace(dictionary.info, metrics=metrics)
 
 
 def _say(number: int, stage: str, what: str) -> None:

@@ -16,8 +16,8 @@ from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, sav
 from huggingface_hub.utils import httpx
 from safetensors.torch import save_file
 
+import llm_wsae.cli
 from llm_wsae.cli import main
-from llm_wsae.commands import parser
 from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.weights.loss_weights import LossWeights
@@ -315,7 +315,7 @@ def test_an_option_is_given_once(capsys):
 
 def test_what_the_parser_does_not_tell_is_shown_as_it_tells_it(world, monkeypatch):
     """Its hook for errors is private: a release may have none, or other events."""
-    monkeypatch.setattr(parser, "_on_parse_error", contextlib.nullcontext)
+    monkeypatch.setattr(llm_wsae.cli, "_on_parse_error", contextlib.nullcontext)
     result = call("verify", world / "store", "--depth", 3)
     assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
     assert "Unrecognized options: --depth" in result.err

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 import llm_wsae.cli
 import llm_wsae.pipeline.run
 from llm_wsae.cli import COMMANDS
-from llm_wsae.commands.run import page_command
+from llm_wsae.commands.making import page_command
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
-from llm_wsae.pipeline import tuning
+from llm_wsae.pipeline import site_weights
 from llm_wsae.pipeline.request import ModelConfig, Run, TextConfig
 from llm_wsae.training import one_site
 
@@ -346,8 +346,10 @@ def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
         ModelConfig(model="a/model"),
         ("uniform-k32", "variance-a0.5-k32", "whitening-k32"),
     )
+    text = TextConfig(corpus="sotu")
+    request = Run(model=model, corpus=text, site=(SITE,), out=tmp_path)
     for d_sae, count, options in ((4608, 3, []), (16_384, 3, ["4", "4"]), (32_768, 2, ["3", "3"])):
-        words = shlex.split(page_command(tmp_path, dict.fromkeys(names, d_sae), model, tmp_path))
+        words = shlex.split(page_command(tmp_path, dict.fromkeys(names, d_sae), request))
         assert words[2 : 2 + count] == [str(tmp_path / name) for name in names[:count]]
         assert words[2 + count] == "--store"
         given = [words[i + 1] for i, word in enumerate(words) if word in ("--top", "--bands")]
@@ -375,8 +377,8 @@ def short_trials(monkeypatch):
     monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
 
     def of(gain: float, rows: int = 4096) -> None:
-        monkeypatch.setattr(tuning, "LEAST_GAIN", gain)
-        monkeypatch.setattr(tuning, "TRIAL_ROWS", rows)
+        monkeypatch.setattr(site_weights, "LEAST_GAIN", gain)
+        monkeypatch.setattr(site_weights, "TRIAL_ROWS", rows)
 
     return of
 

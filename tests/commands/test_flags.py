@@ -6,12 +6,11 @@
 
 from pathlib import Path
 
-from llm_wsae.cli import COMMANDS
-from llm_wsae.commands.parser import options_of, parse
+from llm_wsae.cli import COMMANDS, options_of, parse
 
 
 def flags() -> str:
-    blocks = [[name, *(f"  {f}" for f in options_of(name, COMMANDS[name]))] for name in COMMANDS]
+    blocks = [[name, *(f"  {f}" for f in options_of(name))] for name in COMMANDS]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
@@ -31,7 +30,7 @@ SHORT = {
 
 def parsed(name: str, words: str) -> object:
     """The request that the words make."""
-    return parse(name, COMMANDS[name], [*NEEDED[name].split(), *words.split()]).args
+    return parse(name, [*NEEDED[name].split(), *words.split()]).args
 
 
 def test_short_spellings_stay(capsys):

@@ -13,7 +13,7 @@ from several import torchrun
 from tiny import write_jsonl
 
 import llm_wsae.pipeline.run
-import llm_wsae.pipeline.tuning
+import llm_wsae.pipeline.site_weights
 from llm_wsae.artifact.files import load_tensors, read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
@@ -110,7 +110,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
 def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
     """With the files of a run of each site alone."""
     monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.pipeline.tuning, "TRIAL_ROWS", 1024)
+    monkeypatch.setattr(llm_wsae.pipeline.site_weights, "TRIAL_ROWS", 1024)
     passes, clean_stream = [], evaluator.clean_stream
 
     def counted(model, cache, number, last, activations):
@@ -230,7 +230,7 @@ def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):
 
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
-    llm_wsae.pipeline.run.TRIAL_TOKENS, llm_wsae.pipeline.tuning.TRIAL_ROWS = 300, 1024
+    llm_wsae.pipeline.run.TRIAL_TOKENS, llm_wsae.pipeline.site_weights.TRIAL_ROWS = 300, 1024
     planning.SECONDS = 0.01
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()

@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
 
 import llm_wsae
-from llm_wsae.cli import COMMANDS
-from llm_wsae.commands.parser import parse
+from llm_wsae.cli import COMMANDS, parse
 
 COMMAND = re.compile(r"^(?:torchrun .*?-m llm_wsae|llm-wsae) (.+?)(?:\s+#.*)?$", re.MULTILINE)
 SMALLER = {
@@ -82,7 +81,7 @@ def test_every_command_on_the_pages_parses():
     assert len(found) > 25 and {words[0] for _, words in found} >= set(COMMANDS)
     for page, (name, *words) in found:
         assert name in COMMANDS, f"{page}: {name}"
-        parse(name, COMMANDS[name], words)  # raises UsageError
+        parse(name, words)  # raises UsageError
 
 
 def test_every_script_on_the_pages_is_there():

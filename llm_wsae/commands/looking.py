@@ -1,0 +1,329 @@
+"""The commands that measure, show, explain and export finished dictionaries."""
+
+# ruff: noqa: RUF009 - the defaults are frozen
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import number_formats, plain, versions
+from llm_wsae.commands import Result
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.explaining.protocol import ExplainConfig
+from llm_wsae.pipeline.request import (
+    Flag,
+    Flat,
+    LoadConfig,
+    ModelConfig,
+    Part,
+    Spelt,
+    TextConfig,
+    check_none_given,
+    named,
+    note,
+)
+
+Dict = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DICT")]
+Dicts = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DICT…")]
+_NAMED = 3  # files without a digest that people are told of; --json names all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What ``evaluate`` is asked for."""
+
+    dictionaries: Dicts
+    """Dictionary folders."""
+    out: Path
+    """JSON report to write."""
+    part: Part = "heldout"
+    """Which documents to read: those for training, those held out, or all."""
+    monosemantic: Flag = False
+    """Also measure how monosemantic the latents are, with a sentence encoder."""
+    baselines: bool = True
+    """Also measure untrained baselines: the dimensions themselves, and a random dictionary; what
+    others win should be more."""
+    keep: Flag = False
+    """Also store the results in the dictionaries' own folders, for their cards, with those of the
+    baselines measured beside them, half-random dictionaries included."""
+    model: Flat[ModelConfig]
+    corpus: Flat[TextConfig]
+    fidelity: Flat[EvaluateConfig] = EvaluateConfig()
+    score: Annotated[
+        MonosemanticConfig,
+        named(  # with the resamplings and the seed of fidelity
+            "score", MonosemanticConfig, bootstraps=tyro.conf.Suppress, seed=tyro.conf.Suppress
+        ),
+        Spelt,
+    ] = MonosemanticConfig()
+
+    def __post_init__(self) -> None:
+        if self.keep and self.part != "heldout":
+            raise UsageError("--keep stores what was measured on held-out text; omit --part")
+        if not self.monosemantic:
+            check_none_given("score", self.score, "--monosemantic")
+
+
+def evaluate(request: Evaluate) -> Result:
+    """Measure how faithful dictionaries are on held-out text and, if asked, how monosemantic."""
+    from llm_wsae.data.corpus import TEXT_OF_PART
+    from llm_wsae.data.packing import Packer
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
+    from llm_wsae.evaluation.activations import take_contexts
+    from llm_wsae.evaluation.baselines import baselines_of, half_random_beside
+    from llm_wsae.evaluation.checks import common_packing, notes_on_text
+    from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
+    from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
+    from llm_wsae.evaluation.monosemanticity.report import card_numbers
+
+    out, part, keep, fidelity = request.out, request.part, request.keep, request.fidelity
+    folders = names_of(request.dictionaries)
+    check_file(out, is_record_of("evaluate"))
+    for folder in folders.values() if keep else ():
+        check_keeps_measurements(folder)
+    loaded = {name: Dictionary.load(path) for name, path in folders.items()}
+    common_packing(loaded)  # raises before a model is loaded
+    text = request.corpus.open(part)
+    seen = notes_on_text(loaded, text.identity())
+    if keep and seen:
+        raise UsageError(f"{seen[0]}, so no result counts as held out; omit --keep")
+    language_model = request.model.load()
+    packing = common_packing(loaded, language_model.max_context)
+    contexts = Packer.for_model(language_model, packing).contexts(text)
+    scorer = None
+    if request.monosemantic:  # before the long work: it reads its text and finds its encoder
+        score = replace(request.score, bootstraps=fidelity.bootstraps, seed=fidelity.seed)
+        scorer = MonosemanticityEvaluator(language_model, text, packing, score)
+    taken = take_contexts(contexts, fidelity.tokens)
+    measured = loaded | (baselines_of(loaded, language_model, taken) if request.baselines else {})
+    report = measure(measured, language_model, taken, fidelity)
+    report = replace(report, text=TEXT_OF_PART[part], notes=[*report.notes, *seen])
+    facts, tables = report.to_dict(), [report.table()]
+    found = {
+        name: {"fidelity": {"corpus": text.name, **own}} for name, own in report.summaries().items()
+    }
+    if scorer is not None:
+        scores = replace(scorer.score(measured), text=TEXT_OF_PART[part])
+        facts["monosemanticity"] = scores.to_dict()
+        tables.append(scores.table())
+        for name in measured:
+            found[name]["monosemanticity"] = card_numbers(scores, name)
+    asked = {"dictionaries": list(folders.values()), "corpus": request.corpus.corpus, "part": part}
+    made = {"number_formats": number_formats, "versions": versions()}
+    write_json(out, {"command": "evaluate", **plain(asked), **made, **facts})
+    for name, folder in folders.items() if keep else ():
+        own = loaded[name]
+        untrained = {k: d for k, d in measured.items() if k not in loaded and d.site == own.site}
+        beside = {d.info.name: k for k, d in untrained.items()} | half_random_beside(own, loaded)
+        numbers = {label: found[other] for label, other in beside.items()}
+        keep_measurements(folder, {**found[name], "baselines": numbers}, own.weights_sha256)
+    return facts, "\n\n".join([*tables, f"report  {out}"])
+
+
+def inspect(
+    dictionary: Dict,
+    latent: tuple[int, ...] = (),
+    store: Path | None = None,
+    text: str | None = None,
+    model: str | None = None,
+    top: int = 10,
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Look at latents: where they fire, which tokens they promote, what they write; or at a text.
+
+    Args:
+        dictionary: Dictionary folder.
+        latent: Latents to look at.
+        store: Activation store of the same model; adds density and top contexts.
+        text: A sentence; shows which latents fire on it.
+        model: The model that the dictionary explains; may be omitted if the Hub's cache has it.
+        top: Number of contexts, tokens, neighbours and dimensions to show.
+    """
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
+
+    opened = Dictionary.load(dictionary)
+    how: dict[str, Any] = {"revision": loading.revision, "dtype": loading.model_dtype}
+    how |= {"store": store, "model": model, "text": text, "device": loading.device}
+    found = inspect(opened, latent, top=top, **how)
+    facts: dict[str, Any] = {"dictionary": str(dictionary), "latents": found.latents}
+    parts = [latents_text(opened, found.latents)] if found.latents else []
+    if found.no_model is not None:
+        parts.append(f"tokens are not shown: {found.no_model}")
+    if found.tokens is not None:
+        facts["tokens"] = found.tokens
+        parts.append(sentence_text(found.tokens, [view.latent for view in found.latents]))
+    return facts, "\n\n".join(parts)
+
+
+def dashboard(
+    dictionaries: Dicts,
+    store: Path,
+    model: str,
+    out: Path,
+    prompt: tuple[str, ...] = (),
+    top: int = 10,
+    bands: int = 10,
+    rows: int | None = None,
+    scores: Path | None = None,
+    live: Flag = False,
+    port: int = 0,
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Write one HTML file that shows what dictionaries found, alone and side by side.
+
+    Args:
+        dictionaries: Dictionary folders, all of one site.
+        store: Activation store of the site.
+        model: The model that the store came from.
+        out: HTML file to write. It needs no network and no other file.
+        prompt: Sentences whose latents are shown token by token.
+        top: Strongest contexts shown for each latent.
+        bands: Further contexts, one from each of that many bands of its activation.
+        rows: Look at the first rows of the store only; the default is all.
+        scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.
+        live: Also serve the page on this machine, to type sentences and steer the model.
+        port: Port to serve it on; 0 takes a free one.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.pages import dashboard as pages
+    from llm_wsae.pages.frame import is_page
+    from llm_wsae.pages.live import listen, serve
+
+    if out.suffix not in (".html", ".htm"):
+        raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
+    check_file(out, is_page)  # before the model is loaded
+    if port and not live:
+        raise UsageError("--port is for --live; add that")
+    listening = listen(port) if live else None  # refused before the work
+    named, opened = pages.named_dictionaries(dictionaries), ActivationStore.open(store)
+    language_model = loading.load_model(model, opened.manifest.model)
+    shown: dict[str, Any] = {"prompts": prompt, "top": top, "bands": bands, "rows": rows}
+    page = pages.dashboard(named, opened, language_model, out, scores=scores, live=live, **shown)
+    if listening is not None:
+        serve(out, language_model, named, listening, lambda address: note(f"open {address}"))
+    facts = {"page": page.path, "megabytes": page.megabytes}
+    return facts, f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"
+
+
+def explain(
+    dictionaries: Dicts,
+    store: Path,
+    model: str,
+    endpoint: str,
+    explainer: str,
+    out: Path,
+    yes: Flag = False,
+    explaining: Flat[ExplainConfig] = ExplainConfig(),  # noqa: B008 - frozen
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Have a language model explain latents, and score how well it recognises them by that.
+
+    Without --yes it only says what that costs. Run it again to resume after an interruption: no
+    answer is paid for twice.
+
+    Args:
+        dictionaries: Dictionary folders; the explanations are kept in them.
+        store: Activation store of their site.
+        model: The model that the store came from.
+        endpoint: Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.
+            Its key is read from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY.
+        explainer: Name of the language model there, which explains and judges.
+        out: Folder of the answers and the report.
+        yes: Ask the questions, and pay for them.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.explaining.endpoint import check_endpoint
+    from llm_wsae.explaining.explaining import check_folders, price_of
+    from llm_wsae.explaining.explaining import explain as explain_all
+
+    check_endpoint(endpoint)
+    opened, folders = ActivationStore.open(store), check_folders(dictionaries)
+    sizes, most = [Dictionary.load(folder).d_sae for folder in folders.values()], explaining.latents
+    price = price_of(explaining, sum(n if most == "all" else min(n, most) for n in sizes))
+    if not yes:
+        facts: dict[str, Any] = {"price": price, "done": False}
+        return facts, f"{price}\nNothing was asked; add --yes to go on."
+    language_model = loading.load_model(model, opened.manifest.model)
+    found = explain_all(folders, opened, language_model, endpoint, explainer, out, explaining)
+    kept = [f"explanations  {folder}" for folder in folders.values()]
+    return {"price": price, "done": True, **found.to_dict()}, "\n".join([found.table(), *kept])
+
+
+def export(
+    dictionary: Dict,
+    store: Path,
+    model: str,
+    to: Literal["neuronpedia"],
+    out: Path,
+    top: int = 20,
+    bands: int = 5,
+    contexts: int | None = None,
+    model_id: str | None = None,
+    sae_set: str | None = None,
+    sae_id_suffix: str | None = None,
+    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Write every latent into the files that SAEDashboard writes and Neuronpedia imports.
+
+    Args:
+        dictionary: Dictionary folder.
+        store: Activation store of its site.
+        model: The model that the store came from.
+        to: Whose files to write.
+        out: Folder to write them into.
+        top: Strongest contexts shown for each latent.
+        bands: Quantile bands of its activation, of each of which a context is shown.
+        contexts: Look at the first contexts of the store only; the default is all.
+        model_id: Name of the model on Neuronpedia; the default is the model's own.
+        sae_set: Name of the set of dictionaries there; the default is the dictionary's own.
+        sae_id_suffix: What tells dictionaries of one set and block apart there.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.pages.neuronpedia import export_in, export_neuronpedia
+
+    export_in(out).check_place()
+    opened = ActivationStore.open(store)
+    shown: dict[str, Any] = {"top": top, "bands": bands, "contexts": contexts}
+    shown |= {"model_id": model_id, "sae_set": sae_set, "sae_id_suffix": sae_id_suffix}
+    language_model = loading.load_model(model, opened.manifest.model)
+    done = export_neuronpedia(dictionary, opened, language_model, out, **shown)
+    facts = {name: getattr(done, name) for name in ("path", "files", "latents", "explained")}
+    explained = f", {done.explained:,} of them explained" if done.explained else ""
+    return facts, f"{done.latents:,} latents in {done.files} files{explained}: {done.path}"
+
+
+def verify(
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")],
+    site: str | None = None,
+) -> Result:
+    """Check every byte of what llm-wsae wrote, and name what is damaged and what to do.
+
+    Args:
+        path: Store, dictionary, folder of a training, study or run, weights file, or
+            JSON record; also another tool's dictionary, which has no checksums.
+        site: Site of a dictionary whose files do not name it.
+    """
+    from llm_wsae.commands import verifying
+
+    found = verifying.verify(path, site)
+    if found.problems:
+        raise LlmWsaeError("; ".join(found.problems))
+    below = path if path.is_dir() else path.parent
+    names = [str(file.relative_to(below)) for file in found.without_digest]
+    facts = {"folder": str(path), "kind": found.kind, "ok": True, "without_digest": names}
+    if not names:
+        return facts, f"{path}: {found.kind} is intact"
+    shown = ", ".join(names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return facts, (
+        f"{path}: {found.kind} can be read, but there is no checksum of {shown}{more}, which "
+        "another tool wrote"
+    )

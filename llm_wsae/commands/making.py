@@ -1,0 +1,383 @@
+"""The commands that make stores, weights, dictionaries, runs and studies."""
+
+# ruff: noqa: RUF009 - the defaults are frozen
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from llm_wsae.artifact.outputs import check_file, check_folder, is_record_of
+from llm_wsae.commands import Result
+from llm_wsae.data.config import HarvestConfig, PackConfig, StreamConfig
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.lab.studies.config import Study
+from llm_wsae.lab.theory.config import TheoryConfig
+from llm_wsae.machine.processes import leads
+from llm_wsae.model.site import Site
+from llm_wsae.outside import check_numbers
+from llm_wsae.pipeline.request import (
+    RUN_RECORD,
+    Flat,
+    Grid,
+    LoadConfig,
+    ModelConfig,
+    Part,
+    Run,
+    Stores,
+    TextConfig,
+    changed,
+    sites_of,
+    words_of,
+    write_request,
+)
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.weights.config import RuleInputConfig, WeightConfig
+
+if TYPE_CHECKING:
+    from llm_wsae.data.shuffling import SiteRows
+    from llm_wsae.pipeline.run import SiteResult
+
+
+def _cost(started: float) -> str:
+    """Time since ``started`` (a ``time.monotonic``) and peak memory, in words."""
+    from llm_wsae.machine.hardware import peak_memory_bytes
+
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    peak = peak_memory_bytes() / 2**30
+    return f"took {minutes} min {seconds:02} s, peak memory {peak:.1f} GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harvest:
+    """What ``harvest`` is asked for."""
+
+    site: tuple[str, ...]
+    """Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    out: Path
+    """Folder of the store."""
+    part: Part = "train"
+    """Which documents to read: those for training, those held out, or all."""
+    model: Flat[ModelConfig]
+    corpus: Flat[TextConfig]
+    harvesting: Flat[HarvestConfig] = HarvestConfig()
+
+
+def harvest(request: Harvest) -> Result:
+    """Write a model's activations at some sites into an activation store.
+
+    Run it again to resume after an interruption.
+    """
+    from llm_wsae.data.harvesting import harvest as harvest_into
+    from llm_wsae.data.manifest import MANIFEST, Manifest
+
+    started, sites, out = time.monotonic(), sites_of(request.site), request.out
+    check_folder(out)
+    text = request.corpus.open(request.part)
+    begun = Manifest.load(out).model if (out / MANIFEST).is_file() else None
+    model = request.model.load(begun)
+    store = harvest_into(model, text, sites, out, request.harvesting)
+    if leads():
+        write_request(out / "harvest.json", "harvest", request, model=model.name)
+    massive = {str(s): store.statistics(s).massive_count for s in store.sites}
+    size = store.text_size()
+    facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}
+    facts |= {"documents": size.documents, "effective_documents": size.effective}
+    lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
+    lines += [size.text("text"), *(f"note: {warning}" for warning in size.warnings())]
+    lines += [f"  {s}: {count:,} massive activations" for s, count in massive.items()]
+    return facts, "\n".join([*lines, _cost(started)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weigh:
+    """What ``weigh`` is asked for."""
+
+    stores: Stores
+    """Activation stores, of one model with the same sites and settings."""
+    site: str
+    """One of their sites."""
+    out: Path
+    """Weights file to write (.safetensors); the figure and the record go next to it."""
+    rule: str = "variance"
+    """Weight rule; permuted: or rotated: before it names its control."""
+    alpha: float = 0.5
+    """Exponent of the weights γ = score^α, or power of the matrix."""
+    dictionary: Path | None = None
+    """First dictionary of the site, for the rule participation."""
+    model: str | None = None
+    """Model of the store, for the rule sensitivity."""
+    weights: Flat[WeightConfig] = WeightConfig()
+    measure: Flat[RuleInputConfig] = RuleInputConfig()
+    loading: Flat[LoadConfig] = LoadConfig()
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".safetensors":  # its neighbours .png and .json are written too
+            raise UsageError(
+                f"the weights go into a .safetensors file, so --out cannot be {self.out}"
+            )
+        check_numbers(self)
+
+
+def weigh(request: Weigh) -> Result:
+    """Print the profile of a site's dimensions and write loss weights made by a rule."""
+    from llm_wsae.data.stores import open_stores
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.pipeline.plots import plot_profile
+    from llm_wsae.weights.choosing import choose_weights
+    from llm_wsae.weights.loss_weights import is_weights_file
+    from llm_wsae.weights.profile import profile, profile_text
+    from llm_wsae.weights.rules import Rule
+    from llm_wsae.weights.weighing import measure_inputs
+
+    out, model, dictionary = request.out, request.model, request.dictionary
+    figure, record = out.with_suffix(".png"), out.with_suffix(".json")
+    check_file(out, is_weights_file)
+    check_file(figure, lambda _: out.is_file())
+    check_file(record, is_record_of("weigh"))
+    site, store, rule = Site.parse(request.site), open_stores(request.stores), request.rule
+    parsed = Rule.parse(rule)
+    parsed.form(request.weights)  # refused before anything is measured
+    idle = [] if parsed.need == "dictionary" or dictionary is None else ["--dictionary"]
+    if parsed.need != "fisher":
+        idle += [] if model is None else ["--model"]
+        idle += [*changed(request.loading), *changed(request.measure)]
+    if idle:
+        raise UsageError(f"omit {' and '.join(idle)}, which the rule {rule!r} does not use")
+    inputs = measure_inputs(
+        [parsed],
+        store,
+        site,
+        model=request.loading.load_model(model, store.manifest.model) if model else None,
+        dictionary=Dictionary.load(dictionary) if dictionary else None,
+        config=request.measure,
+    )
+    chosen = choose_weights(inputs, ("uniform", parsed), (request.alpha,), config=request.weights)
+    facts = profile(inputs.statistics, chosen)
+    chosen[-1].save(out, {"site": request.site})
+    plot_profile(inputs.statistics, chosen, request.site, figure)
+    write_request(record, "weigh", request)
+    return facts, f"{profile_text(facts)}\n\nweights  {out}\nfigure   {figure}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream(StreamConfig, TextConfig, ModelConfig):
+    """Instead of a store: a model and a text, whose rows are trained on as they are computed."""
+
+    model: str | None = None  # type: ignore[assignment]
+    corpus: str | None = None  # type: ignore[assignment]
+    device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """What ``train`` is asked for."""
+
+    stores: Stores = ()
+    """Activation stores, of one model with the same sites and settings."""
+    site: tuple[str, ...]
+    """Sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    out: Path
+    """Folder that receives one dictionary folder per combination; of several sites, one folder per
+    site with these."""
+    weights: Path | None = None
+    """Weights file, as one more rule: weigh's of this site, or a custom vector or matrix."""
+    grid: Flat[Grid] = Grid()
+    weigh: Flat[WeightConfig] = WeightConfig()
+    training: Flat[TrainConfig] = TrainConfig()
+    stream: Flat[Stream] = Stream()
+
+    def __post_init__(self) -> None:
+        self.grid.check(self.weigh)
+        if self.stores and (given := [*changed(self.stream)]):
+            raise UsageError(
+                f"{given[0]} is for training without a store; drop it, or drop {self.stores[0]}"
+            )
+        if self.stores and self.training.device == "spread":
+            raise UsageError(
+                "--device spread spreads a model over devices, but training on a store runs no "
+                "model; drop --device spread"
+            )
+        if not self.stores and (self.stream.model is None or self.stream.corpus is None):
+            raise UsageError(
+                "give a STORE to train on, or --model and --corpus to train without one"
+            )
+        if not self.stores and self.training.tokens is None:
+            raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
+
+    @property
+    def folders(self) -> dict[Site, Path]:
+        """The folder of each site."""
+        sites = sites_of(self.site)
+        return {site: self.out if len(sites) == 1 else self.out / str(site) for site in sites}
+
+    def rows(self) -> "SiteRows":
+        """The stores as one, or the stream."""
+        from llm_wsae.data.stores import open_stores
+        from llm_wsae.data.streaming import ActivationStreams
+        from llm_wsae.training.checkpoint import recorded
+
+        if self.stores:
+            return open_stores(self.stores)
+        text = self.stream.open("train")
+        trainings = filter(None, map(recorded, self.folders.values()))
+        begun = next((one["rows"].get("model") for one in trainings), None)
+        model = replace(self.stream, device=self.training.device).load(begun)
+        return ActivationStreams(model, text, list(self.folders), self.stream, self.out)
+
+
+def train(request: Train) -> Result:
+    """Train dictionaries on a store, or on several as one, all of a site in one pass over the rows.
+
+    Without a store: on a model's activations as they are computed, all sites in one pass.
+    Run it again to resume after an interruption.
+    """
+    from llm_wsae.pipeline.site_weights import stand_ins, weights_of
+    from llm_wsae.training.checkpoint import check_same_rows
+    from llm_wsae.training.trainer import check_arms, check_out, train_sites
+    from llm_wsae.training.trainer import train as train_site
+    from llm_wsae.weights.loss_weights import LossWeights
+    from llm_wsae.weights.weighing import measure_inputs
+
+    started, grid, weigh, out = time.monotonic(), request.grid, request.weigh, request.out
+    folders, training, record = request.folders, request.training, out / "train.json"
+    check_file(record, is_record_of("train"))
+    check_out(out)
+    own = LossWeights.load(request.weights, weigh, folders) if request.weights else None
+    if training.device == "spread":  # which is for the model alone
+        training = replace(training, device="auto")
+    rows = request.rows()
+    # before minutes of measuring: whether such arms can be trained, on these rows, there
+    likely = stand_ins(grid, weigh, rows.d_in) + ([own] if own else [])
+    check_arms(grid.arms(likely), rows.d_in, training)
+    for site, folder in folders.items():
+        check_out(folder)
+        check_same_rows(folder, rows.source(site).identity())
+    inputs = {site: measure_inputs(grid.rules, rows, site) for site in folders}
+    arms = {site: grid.arms(weights_of(one, grid, weigh, own=own)) for site, one in inputs.items()}
+    if len(arms) > 1:
+        trained = train_sites(rows, arms, training, out)
+    else:  # in the folder itself
+        trained = {s: train_site(rows.source(s), own, training, out) for s, own in arms.items()}
+    if leads():
+        write_request(record, "train", request)
+    facts = {
+        str(site): {name: d.info.metrics["training"] for name, d in of_site.items()}
+        for site, of_site in trained.items()
+    }
+    answer = next(iter(facts.values())) if len(facts) == 1 else facts
+    return answer, "\n".join([*_tables(facts), f"dictionaries in {out}", _cost(started)])
+
+
+def _tables(facts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    """The lines of one table for each site: what training measured of every dictionary."""
+    width = max(32, *(len(name) + 2 for of_site in facts.values() for name in of_site))
+    for site, of_site in facts.items():
+        heading = "dictionary" if len(facts) == 1 else site
+        yield f"{heading:<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"
+        for name, numbers in of_site.items():
+            dead = 100 * numbers["dead"]
+            yield f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}{dead:>8.1f}"
+        yield ""
+
+
+def run(request: Run) -> Result:
+    """Harvest, weigh, train a plain and weighted dictionaries, evaluate: everything in one folder.
+
+    Run it again to resume after an interruption: no harvest or training is done twice.
+    """
+    from llm_wsae.pipeline.run import run as run_all
+
+    started = time.monotonic()
+    check_file(request.folder / RUN_RECORD, is_record_of("run"))
+    results = run_all(request)
+    if not results:  # rank 0 has them
+        return {}, ""
+    lines = [f"\n{result.text()}\n" for result in results.values()]
+    lines += [_cost(started), *_next_commands(request, next(iter(results.values())))]
+    return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
+
+
+def _next_commands(request: Run, first: "SiteResult") -> Iterator[str]:
+    """What one may do with the dictionaries of the first site."""
+    from llm_wsae.evaluation.baselines import HALF_RANDOM
+
+    source = words_of(request.model, ModelConfig) + words_of(request.corpus, TextConfig)
+    more = ["--tokens", "100000", "--out"]
+    dictionary = str(first.folder / next(iter(first.dictionaries)))
+    report, store = str(request.folder / "report-100k.json"), str(request.folder / "store")
+    yield "next: measure on more of the held-out text, e.g."
+    yield "  " + shlex.join(["llm-wsae", "evaluate", dictionary, *source, *more, report])
+    yield f"look at the dictionaries of {request.sites[0]} in a browser:"
+    if request.stream:  # a page needs rows, packed as those trained on
+        words = ["llm-wsae", "harvest", *source, "--site", *request.site, *more, store]
+        yield "  " + shlex.join(words + words_of(request.harvest, PackConfig))
+    sizes = {name: one.d_sae for name, one in first.dictionaries.items()}
+    kinds = {n: d.info.training.get("architecture") for n, d in first.dictionaries.items()}
+    shown = {name: size for name, size in sizes.items() if kinds[name] not in HALF_RANDOM}
+    yield "  " + page_command(first.folder, shown or sizes, request)
+
+
+def page_command(folder: Path, sizes: Mapping[str, int], request: Run) -> str:
+    """The command that shows a site's dictionaries, as many, with as many examples, as a page has
+    room for. ``sizes`` are their numbers of latents, by name."""
+    from llm_wsae.pages.dashboard import EXAMPLES, what_fits
+
+    number, examples = what_fits(list(sizes.values()))
+    words = ["llm-wsae", "dashboard", *(str(folder / name) for name in list(sizes)[:number])]
+    words += ["--store", str(request.folder / "store"), "--model", request.model.model]
+    words += ["--rows", "100000"]
+    if examples < EXAMPLES:
+        words += ["--top", str(examples), "--bands", str(examples)]
+    words += ["--out", str(request.folder / "page.html"), *words_of(request.model, LoadConfig)]
+    return shlex.join(words)
+
+
+def plan(request: Run) -> Result:
+    """What a run takes, before anything is spent: rows, disk, memory, time by stage.
+
+    It takes the options of run. What does not fit is said in a sentence, with exit code 1.
+    """
+    from llm_wsae.pipeline.planning import plan as plan_run
+
+    started, found = time.monotonic(), plan_run(request)
+    if shortage := found.shortage():
+        raise LlmWsaeError(shortage)
+    return found.to_dict(), f"{found.table()}\n{_cost(started)}"
+
+
+def study(request: Study) -> Result:
+    """Do weights help? Compare rules and their controls with plain dictionaries of the same k.
+
+    Run it again to resume after an interruption, or with other rules or seeds to extend the
+    study: no dictionary is trained twice, and the report is about all that was tried in the folder.
+    """
+    from llm_wsae.lab.studies.report import MARKDOWN, PAGE, REPORT
+    from llm_wsae.lab.studies.runner import study as compare
+
+    started, report = time.monotonic(), compare(request)
+    page = request.out / PAGE
+    written = f"report  {page}, to open in a browser; {MARKDOWN}, {REPORT} and a figure beside it"
+    return report.to_dict(), "\n".join([report.table(), "", written, _cost(started)])
+
+
+def theory(
+    out: Path,
+    toy: Flat[TheoryConfig] = TheoryConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Repeat the paper's toy experiment: what dictionaries find where the features are known.
+
+    Run it again to resume after an interruption, or with more seeds or sparsities to add them.
+
+    Args:
+        out: Folder that receives the report and one training for each sparsity and seed.
+    """
+    from llm_wsae.lab.theory.toy import REPORT, run_toy
+
+    started, report = time.monotonic(), run_toy(toy, out)
+    lines = [report.table(), "", f"report   {out / REPORT}", _cost(started)]
+    return report.to_dict(), "\n".join(lines)
