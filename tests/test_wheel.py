@@ -11,7 +11,7 @@ from places import ROOT
 SCRIPT = """
 import llm_wsae
 from llm_wsae.pages.frame import filled
-from llm_wsae.sparse.backends.build import SOURCES
+from llm_wsae.sparse.backends.cpu import SOURCES
 assert "<title>" in filled("report.html", {}) and all(path.is_file() for path in SOURCES)
 print(llm_wsae.__file__)
 """

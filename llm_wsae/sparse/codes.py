@@ -3,11 +3,6 @@
 Codes say which latents are active in each row, and how much. ``Codes`` has the same number of slots
 in every row and is what users see. ``RaggedCodes`` is what the operations work on: rows may differ
 in length, as they do in ReLU, JumpReLU and BatchTopK.
-
-Where a threshold decides which latents are active, a GPU finds out how many there are, and waiting
-for that number before the step continues would leave it idle. So every row gets as many slots as
-the last rows suggest (``SlotCapacity``), the step continues, and whether they were enough is read
-while the device has other work. If they were not, the step is repeated with more.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,12 +74,8 @@ class Product(NamedTuple):
         """Pre-activations x·encoderᵀ + bias of some rows."""
         return torch.addmm(self.bias, self.x[rows], self.encoder.T)
 
-    def contiguous(self) -> "Product":
-        """The same with all parts contiguous in memory."""
-        return Product(*(part.contiguous() for part in self))
-
     def tiles(self, rows: int) -> list["Product"]:
-        """The same product in parts of ``rows`` rows each; one part even if there is no row."""
+        """Parts of ``rows`` rows each; one even if there is no row."""
         return [self._replace(x=tile) for tile in self.x.split(rows)]
 
 
@@ -145,16 +136,6 @@ class RawRows(NamedTuple):
     """L, updated in place."""
     bias: Float[Tensor, " d_sae"]
     """The encoder's bias, L times a raw one; it is only read."""
-
-
-class Target(NamedTuple):
-    """What a batch is reconstructed with, and what counts of the difference from it."""
-
-    decoder: Float[Tensor, "d_sae d_in"]
-    bias: Float[Tensor, " d_in"]
-    x: Float[Tensor, "batch d_in"]
-    row_weights: Float[Tensor, " batch"]
-    column_weights: Float[Tensor, " d_in"]
 
 
 class Reconstruction(NamedTuple):
@@ -231,7 +212,12 @@ def exact_dtype(x: Tensor) -> torch.dtype:
 
 
 class SlotCapacity:
-    """How many slots a row gets, and the report of how many it needed."""
+    """How many slots a row gets where a GPU finds out how many entries are above a threshold.
+
+    Waiting for that number would leave the GPU idle. So every row gets as many slots as the last
+    rows suggest, the step continues, and whether they were enough is read while the device has
+    other work. If they were not, the step is repeated with more.
+    """
 
     def __init__(self) -> None:
         self.slots = _FEWEST

@@ -1,33 +1,41 @@
-"""The sparse operations a training step is made of.
+"""The sparse operations a training step is made of, in plain torch: any device, any floating type,
+differentiable.
 
 Only a few of d_sae latents are active in a row, so everything after the encoder's matrix product
 costs that share of its dense form. Latents are rows here (``[d_sae, d_in]`` for encoder and
-decoder), because every operation reads or writes whole latents.
+decoder), because every operation reads or writes whole latents. A sum of few rows is an embedding
+bag: decoding sums decoder rows over a row's latents, a weight gradient sums rows over a latent's
+occurrences.
 
-Every operation picks an implementation when it is called, by device, dtype and whether autograd is
-on: ``triton`` on CUDA and ``cpu`` on the CPU where they are available and the numbers are float32
-(or bfloat16, for the encoder's product), else ``pytorch``. ``using`` overrides the choice.
-Ties may be broken differently, and sums added in another order; the tests compare all of them with
-a dense reference.
+``backends`` has faster versions of the same names: ``cpu`` in C++ and ``triton`` for CUDA. They are
+looked up at every call, by device, dtype and whether autograd is on; ``using`` overrides that. Ties
+may be broken differently, and sums added in another order; the tests compare all of them with a
+dense reference.
 
 AuxK's two, ``encode_dead`` and ``dead_gradients``, use dense products over the dead latents: those
 are few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
 codes to be faster.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.optim import adam as torch_adam
 
-from llm_wsae.sparse.backends import cpu, pytorch
 from llm_wsae.sparse.codes import (
+    BETAS,
+    EPSILON,
+    SMALLEST_NORM,
     Codes,
     Gradients,
     Latents,
@@ -38,16 +46,27 @@ from llm_wsae.sparse.codes import (
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
-    Target,
+    exact_dtype,
+    joined,
+    keep_slots,
+    offsets_of,
 )
 
-_forced: ContextVar[ModuleType | None] = ContextVar("implementation", default=None)
+_FOR_SUMS = (torch.float32,)
+_FOR_PRODUCTS = (torch.float32, torch.bfloat16)
+_TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
+_TILE_LATENTS = 2048
+_GROUP = 8  # members of a group in the two-stage selection
+
+_threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
+_forced: ContextVar[tuple[ModuleType | None, ...]] = ContextVar("backend", default=())
 
 
 @contextmanager
-def using(implementation: ModuleType) -> Iterator[None]:
-    """Within the block every operation uses this implementation; for tests."""
-    before = _forced.set(implementation)
+def using(backend: ModuleType | None) -> Iterator[None]:
+    """Within the block every operation is that of a backend, where it has it, or of plain torch for
+    None; for tests."""
+    before = _forced.set((backend,))
     try:
         yield
     finally:
@@ -66,7 +85,16 @@ def encode_topk(
     float32, or float64 for float64 inputs.
     """
     product = Product(x, encoder, bias)
-    return _for_products(*product).encode_topk(product, k)
+    if faster := _faster("encode_topk", product, _FOR_PRODUCTS):
+        return faster(product, k)
+    return topk_of_tiles(product, k)
+
+
+def topk_of_tiles(product: Product, k: int) -> Codes:
+    """``encode_topk`` in plain torch."""
+    tiles = [select_topk(tile.pre(), k) for tile in product.tiles(_TILE_ROWS)]
+    indices, values = zip(*tiles, strict=True)
+    return Codes(torch.cat(indices), torch.cat(values).to(exact_dtype(product.x)).relu_())
 
 
 def encode_above(
@@ -81,11 +109,13 @@ def encode_above(
     Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. Memory
     grows with the number of active latents: meant for few of them.
 
-    With ``capacity`` nothing waits for the device, and the codes are complete only if
+    With ``capacity`` nothing waits for a GPU, and the codes are complete only if
     ``capacity.enough()`` then says so; if not, call again.
     """
     product = Product(x, encoder, bias)
-    return _for_products(*product).encode_above(product, threshold, capacity)
+    if faster := _faster("encode_above", product, _FOR_PRODUCTS):
+        return faster(product, threshold, capacity)
+    return joined([_above(tile, threshold) for tile in product.tiles(_TILE_ROWS)])
 
 
 def encode_batch_topk(
@@ -103,7 +133,42 @@ def encode_batch_topk(
     smallest value of this step; it never changes the result. Dtypes as in ``encode_topk``.
     """
     product = Product(x, encoder, bias)
-    return _for_products(*product).encode_batch_topk(product, k, guess, kept)
+    if faster := _faster("encode_batch_topk", product, _FOR_PRODUCTS):
+        return faster(product, k, guess, kept)
+    return largest_of_batch(_above, _TILE_ROWS, product, k, float(guess), kept)
+
+
+def largest_of_batch(
+    above: Callable[[Product, float], RaggedCodes],
+    tile_rows: int,
+    product: Product,
+    k: int,
+    guess: float,
+    kept: Tensor | None,
+) -> RaggedCodes:
+    """``encode_batch_topk``, where ``above`` finds the entries of a tile.
+
+    Once as many as are wanted are held, the smallest of them bounds what later tiles may add, so
+    the candidates stay few. The bound starts below the guess; if that was too high still, lower,
+    and then at 0.
+    """
+    if kept is not None and not bool(kept.all()):
+        of_kept = product._replace(x=product.x[kept])
+        codes = largest_of_batch(above, tile_rows, of_kept, k, guess, None)
+        return codes._replace(offsets=codes.offsets[offsets_of(kept)])
+    wanted = min(k, len(product.encoder)) * len(product.x)
+    for start in dict.fromkeys(max(0.0, share * guess) for share in (0.9, 0.5, 0.0)):
+        bound, held, parts = start, 0, []
+        for tile in product.tiles(tile_rows):
+            parts.append(above(tile, bound))
+            held += len(parts[-1].indices)
+            if held > 2 * wanted:
+                parts = [_largest(joined(parts), wanted)]
+                held = wanted
+                bound = float(parts[0].values.min()) if wanted else bound
+        if held >= wanted:
+            break
+    return _largest(joined(parts), wanted)
 
 
 def exact_values(
@@ -122,8 +187,23 @@ def exact_values(
 
 
 def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
-    """Exactly the k largest entries of every row, in no particular order, sign kept."""
-    return _for_products(pre).select_topk(pre, k)
+    """Exactly the k largest entries of every row, in no particular order, sign kept.
+
+    The k largest lie in the k groups with the largest maxima. A group's members stand d_sae / 8
+    apart, so that its maximum is an elementwise maximum of contiguous runs.
+    """
+    if faster := _faster("select_topk", (pre,), _FOR_PRODUCTS):
+        return faster(pre, k)
+    batch, d_sae = pre.shape
+    stride = d_sae // _GROUP
+    if d_sae % _GROUP or k >= stride:
+        values, indices = pre.topk(k, dim=1, sorted=False)
+        return Codes(indices, values)
+    groups = pre.view(batch, _GROUP, stride).amax(1).topk(k, dim=1, sorted=False).indices
+    offsets = torch.arange(0, d_sae, stride, device=pre.device)
+    candidates = (groups[:, :, None] + offsets).flatten(1)
+    values, chosen = pre.gather(1, candidates).topk(k, dim=1, sorted=False)
+    return Codes(candidates.gather(1, chosen), values)
 
 
 def encode_dead(
@@ -139,7 +219,14 @@ def encode_dead(
     ``x``, ``encoder`` and ``bias``, for the products that follow.
     """
     product = Product(x, encoder, bias)
-    return _for_products(*product).encode_dead(product, dead, k)
+    if faster := _faster("encode_dead", product, _FOR_PRODUCTS):
+        return faster(product, dead, k)
+    active = product.pre().relu_()
+    if dead is not None:
+        active *= dead
+    if k < len(encoder):
+        active *= active >= active.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return active
 
 
 def dead_gradients(
@@ -156,14 +243,28 @@ def dead_gradients(
     dtype, that of the products; the sums are float32, or float64 for float64 inputs.
     """
     given = (active, x, decoder, output_gradient)
-    _for_products(*given).dead_gradients(*given, sums)
+    if faster := _faster("dead_gradients", given, _FOR_PRODUCTS):
+        faster(*given, sums)
+        return
+    by_latent = _threshold_backward(output_gradient @ decoder.T, active, 0)
+    sums.bias.add_(by_latent.sum(0, dtype=sums.bias.dtype))
+    add_products(by_latent, x, sums.encoder)
+    add_products(active, output_gradient, sums.decoder)
+
+
+def add_products(latents: Tensor, rows: Tensor, sums: Tensor) -> None:
+    """Add latentsᵀ · rows, which may be rounded, to sums that are not, some latents at a time."""
+    for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(sums), _TILE_LATENTS)):
+        sums[some] += latents[:, some].T @ rows
 
 
 def decode(
     codes: RaggedCodes, decoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "batch d_in"]:
     """Σ_j values_j · decoder[indices_j] + bias, for every row."""
-    return _for_sums(codes.values, decoder, bias).decode(codes, decoder, bias)
+    if faster := _faster("decode", (codes.values, decoder, bias)):
+        return faster(codes, decoder, bias)
+    return _bags(codes.indices, decoder, codes.offsets, codes.values.to(decoder.dtype)).add_(bias)
 
 
 def value_gradients(
@@ -177,8 +278,17 @@ def value_gradients(
     Products are summed in float32 even if the decoder is rounded to bfloat16.
     """
     exact = () if decoder.dtype == torch.bfloat16 else (decoder,)
-    implementation = _for_sums(codes.values, output_gradient, *exact)
-    return implementation.value_gradients(codes, decoder, output_gradient)
+    if faster := _faster("value_gradients", (codes.values, output_gradient, *exact)):
+        return faster(codes, decoder, output_gradient)
+    gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        output_gradient,
+        decoder.to(output_gradient.dtype),
+        codes.indices,
+        codes.offsets[:-1],
+        codes.rows(),
+        0,
+    )
+    return gradient.mul_(codes.values > 0)
 
 
 def reconstruct(
@@ -193,10 +303,15 @@ def reconstruct(
     """``decode``, the residual, its weighted gradient and ``value_gradients``.
 
     The gradient is that of ½ Σ column_weights · residual², in the dtype ``fast``; the weights may
-    have any dtype. An implementation may do it all in one pass over the rows.
+    have any dtype. A backend may do it all in one pass over the rows.
     """
-    target = Target(decoder, bias, x, row_weights.to(x.dtype), column_weights.to(x.dtype))
-    return _for_sums(codes.values, decoder, bias, x).reconstruct(codes, target, fast)
+    row_weights, column_weights = row_weights.to(x.dtype), column_weights.to(x.dtype)
+    if faster := _faster("reconstruct", (codes.values, decoder, bias, x)):
+        return faster(codes, (decoder, bias, x, row_weights, column_weights), fast)
+    residual = decode(codes, decoder, bias).sub_(x).mul_(row_weights[:, None])
+    gradient = residual * column_weights
+    by_value = value_gradients(codes, decoder, gradient)
+    return Reconstruction(residual, gradient.to(fast), by_value, (residual * gradient).sum(1))
 
 
 def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
@@ -205,16 +320,30 @@ def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
     For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
     Σ by_value; 0 for one that never occurs. ``gradients.more`` is added.
     """
-    implementation = _for_sums(gradients.codes.values, gradients.by_value)
-    sums: Gradients = implementation.weight_gradients(gradients, d_sae)
-    if gradients.more is not None:
-        gradients.more.add_to(sums)
+    codes, x, output_gradient, by_value, more = gradients
+    sums: Gradients
+    if faster := _faster("weight_gradients", (codes.values, by_value)):
+        sums = faster(gradients, d_sae)
+    else:
+        latents, order = codes.indices.sort(stable=True)
+        rows = codes.rows()[order]
+        x, output_gradient = x.to(by_value.dtype), output_gradient.to(by_value.dtype)
+        bounds = torch.searchsorted(latents, torch.arange(d_sae + 1, device=latents.device))
+        by_bias = torch.zeros(d_sae, dtype=by_value.dtype, device=by_value.device)
+        sums = (
+            _bags(rows % max(1, len(x)), x, bounds, by_value[order]),
+            _bags(rows, output_gradient, bounds, codes.values[order]),
+            by_bias.index_add_(0, codes.indices, by_value),
+        )
+    if more is not None:
+        more.add_to(sums)
     return sums
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
     """How many rows each latent is active in, with a value above 0."""
-    return _for_sums(codes.values).firing_counts(codes, d_sae)
+    counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
+    return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
 
 
 def adam(
@@ -231,42 +360,114 @@ def adam(
     the rows v/L and L·e that are seen. Biases do not move: the gradient by the encoder's is
     returned.
 
-    An implementation may sum a latent's sparse gradients where they are used and never hold all of
-    them. Raw rows whose gradients are dense are moved by plain torch on every device.
+    A backend may sum a latent's sparse gradients where they are used and never hold all of them.
+    Raw rows whose gradients are dense are moved by plain torch on every device.
     """
-    weights = latents[:6]
+    weights, now = latents[:6], (step, learning_rate)
     if isinstance(gradients, SparseGradients):
-        implementation = _for_sums(gradients.codes.values, gradients.by_value, *weights)
-        return implementation.sparse_adam(latents, gradients, step, learning_rate, raw)
+        terms = (gradients.codes.values, gradients.by_value)
+        if faster := _faster("sparse_adam", (*terms, *weights)):
+            return faster(latents, gradients, *now, raw)
+        gradients = weight_gradients(gradients, len(latents.encoder))
+    elif raw is None and (faster := _faster("adam", (*weights, *gradients[:2]))):
+        faster(latents, gradients, *now)
+        return gradients[2]
     if raw is not None:
-        pytorch.adam_raw(latents, gradients, step, learning_rate, raw)
-    else:
-        _for_sums(*weights, *gradients[:2]).adam(latents, gradients, step, learning_rate)
+        adam_raw(latents, gradients, *now, raw)
+        return gradients[2]
+    _move(latents, gradients[:2], *now)
+    decoder = latents.decoder
+    decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
+    if latents.encoder_fast is not None:
+        latents.encoder_fast.copy_(latents.encoder)
     return gradients[2]
 
 
-def _for_products(*tensors: Tensor) -> ModuleType:
-    return _implementation(tensors, (torch.float32, torch.bfloat16))
+def adam_raw(
+    latents: Latents, gradients: Gradients, step: int, learning_rate: float, raw: RawRows
+) -> None:
+    """``adam`` with raw rows."""
+    (encoder, decoder), (by_encoder, by_decoder, by_bias) = latents[:2], gradients
+    length = raw.lengths[:, None]
+    by_length = (by_encoder * encoder).sum(1) + by_bias * raw.bias - (by_decoder * decoder).sum(1)
+    by_raw = torch.addcmul(by_decoder, by_length[:, None], decoder).div_(length)
+    encoder.div_(length)
+    decoder.mul_(length)
+    _move(latents, (by_encoder * length, by_raw), step, learning_rate)
+    torch.linalg.vector_norm(decoder, dim=1, out=raw.lengths).clamp_(min=SMALLEST_NORM)
+    encoder.mul_(length)
+    decoder.div_(length)
+    if latents.encoder_fast is not None:
+        latents.encoder_fast.copy_(encoder)
 
 
-def _for_sums(*tensors: Tensor) -> ModuleType:
-    return _implementation(tensors, (torch.float32,))
-
-
-def _implementation(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> ModuleType:
-    if (forced := _forced.get()) is not None:
-        return forced
+def _faster(
+    name: str, tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...] = _FOR_SUMS
+) -> Callable[..., Any] | None:
+    """A backend's operation of that name, if there is one for such tensors."""
+    if forced := _forced.get():
+        return getattr(forced[0], name, None)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if differentiated or any(tensor.dtype not in fast for tensor in tensors):
-        return pytorch
-    device = tensors[0].device.type
-    if device == "cuda" and _triton_is_there():
-        from llm_wsae.sparse.backends.triton import operations as triton
-
-        return triton
-    return cpu if device == "cpu" and cpu.available() else pytorch
+    if differentiated or any(tensor.dtype not in dtypes for tensor in tensors):
+        return None
+    return getattr(_backend(tensors[0].device.type), name, None)
 
 
 @cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
+def _backend(device: str) -> ModuleType | None:
+    """By name, since the backends import from here."""
+    if device == "cuda" and find_spec("triton") is not None:
+        return import_module("llm_wsae.sparse.backends.triton")
+    if device == "cpu":
+        cpu = import_module("llm_wsae.sparse.backends.cpu")
+        return cpu if cpu.available() else None
+    return None
+
+
+def _above(product: Product, bound: float | Tensor) -> RaggedCodes:
+    pre = product.pre()
+    active = pre > bound
+    rows, indices = active.nonzero(as_tuple=True)
+    values = pre[rows, indices].to(exact_dtype(pre))
+    return RaggedCodes(indices, values, offsets_of(active.sum(1)))
+
+
+def _largest(codes: RaggedCodes, count: int) -> RaggedCodes:
+    """The ``count`` largest values of the codes, the first ones where they tie; all if fewer."""
+    if len(codes.values) <= count:
+        return codes
+    smallest = codes.values.topk(count, sorted=False).values.min()
+    keep = codes.values > smallest
+    ties = (codes.values == smallest).nonzero().flatten()
+    keep[ties[: count - int(keep.sum())]] = True
+    return keep_slots(codes, keep)
+
+
+def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """For each bag, the weighted sum of the rows it names; 0 for an empty one."""
+    return F.embedding_bag(
+        indices, rows, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True
+    )
+
+
+def _move(
+    latents: Latents, gradients: tuple[Tensor, Tensor], step: int, learning_rate: float
+) -> None:
+    """One step of Adam over encoder and decoder, in place; ``step`` counts from 1."""
+    rows = list(latents[:2])
+    torch_adam.adam(
+        rows,
+        list(gradients),
+        list(latents[2:4]),
+        list(latents[4:6]),
+        [],
+        [torch.full((), step - 1.0, device=one.device) for one in rows],
+        fused=rows[0].device.type in ("cpu", "cuda"),
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=learning_rate,
+        weight_decay=0.0,
+        eps=EPSILON,
+        maximize=False,
+    )

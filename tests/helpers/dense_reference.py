@@ -7,7 +7,6 @@ which of them is chosen is not part of the definition. For ``operations.using``.
 import torch
 from torch import Tensor
 
-from llm_wsae.sparse.backends.pytorch import adam_raw
 from llm_wsae.sparse.codes import (
     BETAS,
     EPSILON,
@@ -18,6 +17,7 @@ from llm_wsae.sparse.codes import (
     exact_dtype,
     offsets_of,
 )
+from llm_wsae.sparse.operations import adam_raw
 
 
 def encode_topk(product, k):
@@ -85,10 +85,6 @@ def weight_gradients(gradients, d_sae):
     latents = dense(codes, codes.values, d_sae)
     x = x.to(by_latent.dtype).repeat(len(output_gradient) // max(1, len(x)), 1)
     return by_latent.T @ x, latents.T @ output_gradient.to(x.dtype), by_latent.sum(0)
-
-
-def firing_counts(codes, d_sae):
-    return dense(codes, (codes.values > 0).to(codes.values.dtype), d_sae).sum(0)
 
 
 def sparse_adam(latents, gradients, step, learning_rate, raw=None):

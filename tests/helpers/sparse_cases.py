@@ -35,23 +35,23 @@ needs_compiler = pytest.mark.skipif(not cpu.available(), reason="there is no C++
 over = partial(looping.over, one_at_a_time=INTERPRETED)
 
 
-def implementation(name: str) -> ModuleType:
-    """A backend, or the dense reference; Triton is not installed everywhere."""
-    if name == "reference":
-        return dense_reference
-    module = name if name != "triton" else "triton.operations"
-    return import_module(f"llm_wsae.sparse.backends.{module}")
-
-
 def using(name: str):
-    """Within the block every operation uses the implementation of that name."""
-    return operations.using(implementation(name))
+    """Within the block every operation is that of a backend, of the dense reference or of plain
+    torch; Triton is not installed everywhere."""
+    if name == "reference":
+        return operations.using(dense_reference)
+    return operations.using(None if name == "pytorch" else _backend(name))
+
+
+def _backend(name: str) -> ModuleType:
+    return import_module(f"llm_wsae.sparse.backends.{name}")
 
 
 def cut_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiles so small that small inputs have several."""
+    module = operations if name == "pytorch" else _backend(name)
     for size, value in CUT[name].items():
-        monkeypatch.setattr(implementation(name), size, value)
+        monkeypatch.setattr(module, size, value)
     monkeypatch.setattr(codes, "_FEWEST", 16)
 
 

@@ -5,6 +5,7 @@ Triton runs on a card, and on the CPU in its interpreter, to which ``backends/te
 this file.
 """
 
+import itertools
 from typing import NamedTuple
 
 import dense_reference as reference
@@ -29,7 +30,7 @@ from sparse_cases import (
 )
 
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.backends import cpu, pytorch
+from llm_wsae.sparse.backends import cpu
 from llm_wsae.sparse.codes import (
     EPSILON,
     Codes,
@@ -39,13 +40,11 @@ from llm_wsae.sparse.codes import (
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
-    Target,
     joined,
     padded,
     ragged,
 )
 
-EXACT = {F64: F64, F32: F32, BF16: F32}
 TOLERANCE = {F64: 1e-12, F32: 5e-6, BF16: 1e-2}
 
 
@@ -58,7 +57,7 @@ class Way(NamedTuple):
 
     @property
     def exact(self):
-        return EXACT[self.dtype]
+        return F64 if self.dtype == F64 else F32
 
     @property
     def device(self):
@@ -67,50 +66,40 @@ class Way(NamedTuple):
     def cast(self, case):
         return cast(case, self.dtype, self.device)
 
+    def __str__(self):
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}{'-cut' * self.cut}"
 
-def ways(*dtypes):
-    """Every implementation with every dtype that it takes; of Triton's interpreter a few."""
+
+def every_way(*dtypes):
+    """A fixture: every implementation with every dtype that it takes; of Triton's interpreter a
+    few."""
+    names = ("pytorch", "cpu", "triton")
+    chosen = [Way(*one) for one in itertools.product(names, dtypes, (False, True))]
     if INTERPRETED:
         chosen = [Way("triton", F32, True), Way("triton", BF16 if BF16 in dtypes else F64, False)]
-    else:
-        chosen = [
-            Way(name, dtype, cut)
-            for name in ("pytorch", "cpu", "triton")
-            for dtype in dtypes
-            for cut in (False, True)
-            if name != "cpu" or dtype != F64
+
+    @pytest.fixture(
+        params=[
+            pytest.param(way, id=str(way), marks=[pytest.mark.gpu] * (way.device == "cuda"))
+            for way in chosen
+            if (way.name, way.dtype) != ("cpu", F64)
         ]
-    return [
-        pytest.param(
-            way,
-            id=f"{way.name}-{str(way.dtype).removeprefix('torch.')}{'-cut' * way.cut}",
-            marks=[pytest.mark.gpu] if way.device == "cuda" else [],
-        )
-        for way in chosen
-    ]
+    )
+    def way(request, monkeypatch):
+        if request.param.name == "cpu" and not cpu.available():
+            pytest.skip("there is no C++ compiler here")
+        if request.param.device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        with using(request.param.name):
+            if request.param.cut:
+                cut_tiles(request.param.name, monkeypatch)
+            yield request.param
+
+    return way
 
 
-def choose(way, monkeypatch):
-    if way.name == "cpu" and not cpu.available():
-        pytest.skip("there is no C++ compiler here")
-    if way.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
-    with using(way.name):
-        if way.cut:
-            cut_tiles(way.name, monkeypatch)
-        yield way
-
-
-@pytest.fixture(params=ways(F64, F32, BF16))
-def way(request, monkeypatch):
-    """Of the operations with an encoder's product."""
-    yield from choose(request.param, monkeypatch)
-
-
-@pytest.fixture(params=ways(F64, F32))
-def summing(request, monkeypatch):
-    """Of the operations on codes."""
-    yield from choose(request.param, monkeypatch)
+way = every_way(F64, F32, BF16)  # of the operations with an encoder's product
+summing = every_way(F64, F32)  # of the operations on codes
 
 
 def encoding_of(name, way):
@@ -132,15 +121,6 @@ def assert_found(codes: RaggedCodes, pre, tolerance):
     assert ((codes.indices >= 0) & (codes.indices < pre.shape[1])).all()
     assert torch.allclose(pre[rows, indices], values, rtol=0, atol=tolerance)
     assert not codes.values[~used].any()
-
-
-def assert_largest(codes: RaggedCodes, pre, count, tolerance):
-    """The positive values are the largest of all; fewer if fewer are above 0."""
-    expected = pre.flatten().topk(count).values.relu()
-    positive = codes.values[codes.values > 0].cpu().double().sort(descending=True).values
-    found = torch.zeros_like(expected)
-    found[: len(positive)] = positive
-    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @over(k=[7, 1, 20, 159, 160], name=ENCODINGS)
@@ -174,26 +154,25 @@ def test_encode_above(name, threshold, way):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@over(guess=[0.0, 19.0, 1e6], k=[7, 160], name=ENCODINGS)
-def test_encode_batch_topk(name, k, guess, way):
+BATCHES = [(7, 0.0, 1.0), (7, 1e6, 1.0), (160, 19.0, 1.0), (7, 0.5, 0.8), (7, 0.5, 0.0)]
+
+
+@over(batch=BATCHES, name=ENCODINGS)
+def test_encode_batch_topk(name, batch, way):
+    """Rows that are not kept count nowhere, though their pre-activations may be the largest."""
     (x, encoder, bias), pre, tolerance = encoding_of(name, way)
-    k = min(k, len(encoder))
-    codes = operations.encode_batch_topk(x, encoder, bias, k, guess)
+    k, guess, share = batch
+    kept = torch.rand(len(x), generator=torch.Generator().manual_seed(3)) < share
+    k, given = min(k, len(encoder)), None if share == 1 else kept.to(x.device)
+    codes = operations.encode_batch_topk(x, encoder, bias, k, guess, given)
     assert codes.values.dtype == way.exact
     assert_found(codes, pre, tolerance)
-    assert_largest(codes, pre, k * len(x), tolerance)
-
-
-@over(share=[0.8, 0.0, 1.0], name=ENCODINGS)
-def test_encode_batch_topk_of_some_rows(name, share, way):
-    """The others count nowhere, though their pre-activations may be the largest."""
-    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
-    kept = torch.rand(len(x), generator=torch.Generator().manual_seed(3)) < share
-    k, guess = min(7, len(encoder)), torch.tensor(0.5, device=x.device)
-    codes = operations.encode_batch_topk(x, encoder, bias, k, guess, kept.to(x.device))
-    assert_found(codes, pre, tolerance)
     assert kept[codes.rows().cpu()][codes.values.cpu() > 0].all()
-    assert_largest(codes, pre[kept], k * int(kept.sum()), tolerance)
+    expected = pre[kept].flatten().topk(k * int(kept.sum())).values.relu()
+    positive = codes.values[codes.values > 0].cpu().double().sort(descending=True).values
+    found = torch.zeros_like(expected)
+    found[: len(positive)] = positive
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @over(kind=["random", "tied", "zero", "negative"], k=[7, 1, 19, 20, 36, 160], d_sae=[160, 157])
@@ -247,16 +226,19 @@ def test_dead_gradients(name, way):
     """Of small whole numbers, so that what is added up is exact but for the last rounding."""
     x, encoder, bias = DEAD[name]
     some = len(bias)
-    given = Target((x @ encoder.T + bias).relu(), x, encoder, integers(*x.shape, seed=7), bias)
+    case = Sums((x @ encoder.T + bias).relu(), x, encoder, bias, integers(*x.shape, seed=7))
     start = SubsetGradients(
         torch.arange(some), random(some, D_IN), random(some, D_IN, seed=1), random(some, seed=2)
     )
     wanted, found = cast(start, F64), cast(start, way.exact, way.device)
-    reference.dead_gradients(*given[:4], wanted)
-    operations.dead_gradients(*way.cast(given)[:4], found)
+    for add, given, sums in (
+        (reference.dead_gradients, case, wanted),
+        (operations.dead_gradients, way.cast(case), found),
+    ):
+        add(*given[:3], given.output_gradient, sums)
     for one, other in zip(found[1:], wanted[1:], strict=True):
         assert_close(one, other, way.exact, TOLERANCE[way.dtype])
-    silent = ~(given[0] > 0).any(0)
+    silent = ~(case[0] > 0).any(0)
     assert torch.equal(found.encoder.cpu()[silent], start.encoder[silent].to(way.exact))
 
 
@@ -309,15 +291,17 @@ def test_exact_values(name, fast, summing):
 def test_reconstruct(name, fast, summing):
     case, fast = SUMS[name], fast if summing.exact == F32 else F64
     rows, columns = random(len(case.x), seed=7).relu(), random(case.x.shape[1], seed=8).relu()
-    wanted = Target(case.decoder, case.bias, case.x, rows, columns)
-    expected = reference.reconstruct(case.codes, wanted, F64)
-    given = summing.cast(wanted)
-    found = operations.reconstruct(summing.cast(case).codes, *given, fast)
+    expected = reference.reconstruct(
+        case.codes, (case.decoder, case.bias, case.x, rows, columns), F64
+    )
+    codes, x, decoder, bias, _ = summing.cast(case)
+    rows, columns = (weights.to(x) for weights in (rows, columns))
+    found = operations.reconstruct(codes, decoder, bias, x, rows, columns, fast)
     assert_close(found.residual, expected.residual, summing.exact)
     assert_close(found.by_value, expected.by_value, summing.exact)
     assert_close(found.row_errors, expected.row_errors, summing.exact)
     assert found.output_gradient.dtype == fast
-    assert_rounded(found.output_gradient, found.residual * given.column_weights)
+    assert_rounded(found.output_gradient, found.residual * columns)
 
 
 def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
@@ -354,21 +338,6 @@ def test_weight_gradients(name, kinds, summing, more):
         assert all(map(torch.equal, found, again))
 
 
-def test_several_rows_of_codes_belong_to_a_row_of_x(summing):
-    """Written out by hand: rows 0 and 2 of the codes are of x[0], rows 1 and 3 of x[1]."""
-    codes = ragged(Codes(torch.tensor([[0], [1], [1], [0]]), torch.ones(4, 1)))
-    x, by_output, by_value = random(2, D_IN), random(4, D_IN, seed=1), random(4, seed=2)
-    gradients = SparseGradients(codes, x, by_output, by_value)
-    a, b, c, d = by_value
-    expected = (
-        torch.stack([a * x[0] + d * x[1], b * x[1] + c * x[0]]),
-        torch.stack([by_output[0] + by_output[3], by_output[1] + by_output[2]]),
-        torch.stack([a + d, b + c]),
-    )
-    found = operations.weight_gradients(summing.cast(gradients), 2)
-    assert_all_close(found, expected, summing.exact)
-
-
 def weights_of(case: Sums) -> Latents:
     """Weights with moments; decoder rows have norm 1. Float64."""
     decoder = torch.nn.functional.normalize(case.decoder, dim=1)
@@ -398,7 +367,7 @@ def test_sparse_adam(name, summing, more, fast, raw):
         reference.adam(expected, sums, 3, 0.01)
     else:
         expected_raw, found_raw = cast(raw_rows, F64), summing.cast(raw_rows)
-        pytorch.adam_raw(expected, sums, 3, 0.01, expected_raw)
+        operations.adam_raw(expected, sums, 3, 0.01, expected_raw)
     by_bias = operations.adam(found, given, 3, 0.01, found_raw)
     assert_close(by_bias, sums[2], summing.exact)
     assert_all_close(found[:6], expected[:6], summing.exact)
@@ -447,18 +416,6 @@ def test_firing_counts(name, summing):
     assert torch.equal(counts.cpu().long(), wanted)
 
 
-def test_unused_slots_push_no_weight(summing):
-    """A known mistake of other implementations: zero-valued selections still move the encoder."""
-    codes = ragged(Codes(torch.tensor([[3, 5]]), torch.tensor([[2.0, 0.0]])))
-    case = Sums(codes, random(1, D_IN), random(16, D_IN, seed=1), random(D_IN), random(1, D_IN))
-    codes, x, decoder, _, by_output = summing.cast(case)
-    by_value = operations.value_gradients(codes, decoder, by_output)
-    assert by_value[0] != 0 and by_value[1] == 0
-    gradients = SparseGradients(codes, x, by_output, by_value)
-    for gradient in operations.weight_gradients(gradients, 16):
-        assert gradient[3].any() and not gradient[5].any()
-
-
 def test_codes_end_to_end():
     codes = Codes(torch.arange(6).view(3, 2), torch.ones(3, 2))
     assert ragged(codes).offsets.tolist() == [0, 2, 4, 6]
@@ -501,19 +458,20 @@ def test_a_step_is_repeated_until_all_processes_have_slots_enough():
     assert capacity.retry(lambda: "nothing was reported", lambda yes: False).startswith("nothing")
 
 
-def test_the_choice_of_an_implementation():
+def test_the_choice_of_a_backend():
     """By device, dtype and autograd, at the time of the call; an override ends with its block."""
-    here = cpu if cpu.available() else pytorch
-    number = torch.ones(1)
-    assert operations._for_sums(number) is here
-    assert operations._for_products(number.bfloat16()) is here
-    for wide in (number.bfloat16(), number.double()):
-        assert operations._for_sums(wide) is pytorch
-    assert operations._for_sums(number.requires_grad_()) is pytorch
+
+    def chosen(tensor, dtypes=(F32,)):
+        return operations._faster("decode", (tensor,), dtypes)
+
+    here, number = cpu.decode if cpu.available() else None, torch.ones(1)
+    assert chosen(number) is chosen(number.bfloat16(), (F32, BF16)) is here
+    for other in (number.bfloat16(), number.double(), torch.ones(1, requires_grad=True)):
+        assert chosen(other) is None
     with torch.no_grad():
-        assert operations._for_sums(number) is here
-        with operations.using(reference):
-            with operations.using(pytorch):
-                assert operations._for_sums(number) is pytorch
-            assert operations._for_sums(number) is reference
-        assert operations._for_sums(number) is here
+        assert chosen(torch.ones(1, requires_grad=True)) is here
+    with operations.using(reference):
+        with operations.using(None):
+            assert chosen(number) is None
+        assert chosen(number) is reference.decode
+    assert chosen(number) is here

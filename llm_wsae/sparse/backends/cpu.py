@@ -3,19 +3,33 @@
 The encoder's product is torch's, which uses the hardware's matrix units. It is computed transposed,
 a block of latents by a tile of rows, and searched while it is in cache. Everything else is one pass
 over the rows or latents concerned. What each operation does is said in ``operations``.
+
+The package installs and runs without a compiler: the kernels are built when they are first needed,
+and kept in the user's cache under a name made of everything that decides their content. Where they
+cannot be built, one sentence on stderr says why and the plain operations take over; so they do, in
+silence, with LLM_WSAE_NO_COMPILER=1. A library is code, so it is loaded only from a folder to which
+nobody else can write.
 """
 
 import ctypes
+import hashlib
 import math
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm_wsae.errors import UsageError
+from llm_wsae.artifact.files import write_atomic
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import onednn_is_faster, onednn_linear
-from llm_wsae.sparse.backends import pytorch
-from llm_wsae.sparse.backends.build import library
 from llm_wsae.sparse.codes import (
     BETAS,
     EPSILON,
@@ -30,24 +44,32 @@ from llm_wsae.sparse.codes import (
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
-    Target,
     joined,
     offsets_of,
 )
-
-select_topk = pytorch.select_topk
-firing_counts = pytorch.firing_counts
+from llm_wsae.sparse.operations import add_products, largest_of_batch, topk_of_tiles
 
 _TILE_ROWS = 1024  # each tile reads the whole encoder
 _BLOCK_BYTES = 1 << 22  # of the product that is searched at once: it stays in cache
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FEW = 128  # initial capacity of a row's list of candidates
 _LARGEST_SHARE = 8  # of the latents a candidate list can hold: beyond d_sae / 8, torch sorts
+SOURCES = sorted((Path(__file__).parents[1] / "kernels").iterdir())
+_COMPILERS = ("g++", "clang++", "c++")
+_COMMON = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_MACHINE = (  # from the fastest to what every compiler takes
+    ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    ("-march=native", "-fopenmp"),
+    ("-march=native",),
+    (),
+)
+_LONGEST_SECONDS = 300  # of one compilation
+_WAY_OUT = "close it to them (chmod go-w), or set XDG_CACHE_HOME to a folder of yours"
 
 
 def available() -> bool:
     """Whether the compiled library can be used; it is built on the first call."""
-    return library() is not None
+    return _library() is not None
 
 
 def supports(tensor: Tensor) -> bool:
@@ -57,8 +79,8 @@ def supports(tensor: Tensor) -> bool:
 
 def encode_topk(product: Product, k: int) -> Codes:
     if k * _LARGEST_SHARE > len(product.encoder):
-        return pytorch.encode_topk(product, k)
-    x, encoder, bias = product.contiguous()
+        return topk_of_tiles(product, k)
+    x, encoder, bias = (part.contiguous() for part in product)
     indices = torch.empty(len(x), k, dtype=torch.int64)
     values = _floats(len(x), k)
     lists, bounds = _Lists(3 * k + 32), _floats(_TILE_ROWS)
@@ -82,8 +104,8 @@ def encode_above(
     product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
     """Ignores ``capacity``: the codes have exactly the slots they need."""
-    lists, tiles = _Lists(_FEW), product.contiguous().tiles(_TILE_ROWS)
-    return joined([lists.above(tile, threshold) for tile in tiles])
+    lists = _Lists(_FEW)
+    return joined([lists.above(tile, threshold) for tile in product.tiles(_TILE_ROWS)])
 
 
 def encode_batch_topk(
@@ -94,8 +116,7 @@ def encode_batch_topk(
     def above(tile: Product, bound: float) -> RaggedCodes:
         return lists.above(tile, _floats(len(tile.encoder)).fill_(bound))
 
-    together = product.contiguous()
-    return pytorch.largest_of_batch(above, _TILE_ROWS, together, k, float(guess), kept)
+    return largest_of_batch(above, _TILE_ROWS, product, k, float(guess), kept)
 
 
 def encode_dead(product: Product, dead: Tensor | None, k: int) -> Tensor:
@@ -110,8 +131,8 @@ def dead_gradients(
 ) -> None:
     by_latent = output_gradient @ decoder.T
     _call(f"mask_dead_{_NAMES[x.dtype]}", active.contiguous(), by_latent, sums.bias, *active.shape)
-    pytorch.add_products(by_latent, x, sums.encoder)
-    pytorch.add_products(active, output_gradient, sums.decoder)
+    add_products(by_latent, x, sums.encoder)
+    add_products(active, output_gradient, sums.decoder)
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
@@ -129,10 +150,13 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return out
 
 
-def reconstruct(codes: RaggedCodes, target: Target, fast: torch.dtype) -> Reconstruction:
-    result = Reconstruction.empty(codes, target.x, fast)
-    slots, given = _checked(codes, len(target.decoder)), (one.contiguous() for one in target)
-    _call(f"reconstruct_{_NAMES[fast]}", *slots, *given, *result, *target.x.shape)
+def reconstruct(
+    codes: RaggedCodes, target: tuple[Tensor, ...], fast: torch.dtype
+) -> Reconstruction:
+    decoder, _, x, *_ = target
+    result = Reconstruction.empty(codes, x, fast)
+    slots, given = _checked(codes, len(decoder)), (one.contiguous() for one in target)
+    _call(f"reconstruct_{_NAMES[fast]}", *slots, *given, *result, *x.shape)
     return result
 
 
@@ -162,7 +186,7 @@ def sparse_adam(
         more = tuple(part.contiguous() for part in gradients.more[1:])
     _call(
         f"sparse_adam_{_NAMES[gradients.x.dtype]}",
-        *_by_latent(gradients, d_sae), place, *more, by_bias, *_state(latents),
+        *_by_latent(gradients, d_sae), place, *more, by_bias, *latents,
         *(raw or (None, None)), *_rates(step, learning_rate),
     )  # fmt: skip
     return by_bias
@@ -184,13 +208,7 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Tensor | int, ..
 
 def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> None:
     shape, rates = latents.encoder.shape, _rates(step, learning_rate)
-    _call("adam_rows", *gradients[:2], *shape, *_state(latents), *rates)
-
-
-def _state(latents: Latents) -> Latents:
-    """As the kernels take them, which round the encoder to bfloat16."""
-    assert latents.encoder_fast is None or latents.encoder_fast.dtype == torch.bfloat16
-    return latents
+    _call("adam_rows", *gradients[:2], *shape, *latents, *rates)
 
 
 def _rates(step: int, learning_rate: float) -> tuple[float, ...]:
@@ -252,9 +270,8 @@ class _Lists:
         return self.capacity, self.latents, self.values, self.counts
 
     def above(self, product: Product, threshold: Tensor) -> RaggedCodes:
-        """A contiguous tile's entries above their latents' thresholds; lists that are too short
-        grow."""
-        tile, encoder, bias = product
+        """A tile's entries above their latents' thresholds; lists that are too short grow."""
+        tile, encoder, bias = (part.contiguous() for part in product)
         threshold = threshold.float().contiguous()
         while True:
             for first, block in _blocks(tile, encoder):
@@ -313,7 +330,7 @@ def _checked(codes: RaggedCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> int:
     """Call a kernel with pointers to the tensors, and the number of threads last."""
-    kernel = getattr(library(), name)
+    kernel = getattr(_library(), name)
     return kernel(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads()))
 
 
@@ -326,3 +343,80 @@ def _argument(
     if value is None:
         return ctypes.c_void_p(None)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels, built if they have not been; None where that is not possible."""
+    if os.environ.get("LLM_WSAE_NO_COMPILER", "") not in ("", "0"):
+        return None
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (LlmWsaeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        print(
+            f"llm_wsae: the fast CPU kernels could not be built ({error}), so the slower ones of "
+            "torch are used; LLM_WSAE_NO_COMPILER=1 silences this",
+            file=sys.stderr,
+        )
+        return None
+
+
+def _built() -> Path:
+    """The library in $XDG_CACHE_HOME, if that is an absolute path, else in ~/.cache."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():
+        root = Path.home() / ".cache"  # a RuntimeError for a user without a home
+    compiler, folder = _compiler(), root / "llm_wsae" / "kernels"
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    sources = [source.read_bytes() for source in SOURCES]
+    decides = repr((sources, compiler, version, _processor(), _COMMON, _MACHINE))
+    target = folder / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.so"
+    for own in (folder.parent, folder):
+        own.mkdir(0o700, parents=True, exist_ok=True)
+    _check_private(root, folder.parent, folder)
+    if not target.is_file():
+        write_atomic(target, lambda partial: _compile(compiler, partial))
+    return target
+
+
+def _check_private(root: Path, *folders: Path) -> None:
+    """Raises LlmWsaeError if somebody else could put a library into a folder, and so run code."""
+    for own in folders:
+        found = own.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise LlmWsaeError(f"others can write to {own}; {_WAY_OUT}")
+    mode = root.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # whoever likes can rename what is in it
+        raise LlmWsaeError(f"others can write to {root}; {_WAY_OUT}")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX", ""), *_COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    raise LlmWsaeError(f"none of {', '.join(_COMPILERS)} is installed")
+
+
+def _compile(compiler: str, target: Path) -> None:
+    complaint, files = "", [str(source) for source in SOURCES if source.suffix == ".cpp"]
+    for machine in _MACHINE:
+        done = subprocess.run(
+            [compiler, *_COMMON, *machine, *files, "-o", str(target)],
+            capture_output=True,
+            text=True,
+            timeout=_LONGEST_SECONDS,
+        )
+        if done.returncode == 0:
+            return
+        complaint = complaint or next(iter(done.stderr.splitlines()), "no reason given")
+    raise LlmWsaeError(f"{compiler} failed: {complaint}")
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(told)}))

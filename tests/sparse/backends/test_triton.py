@@ -29,7 +29,6 @@ from llm_wsae.sparse.codes import (
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
-    Target,
 )
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.parameters import Batch
@@ -50,7 +49,7 @@ def triton(request, monkeypatch):
         pytest.skip("there is no CUDA device")
     cut_tiles("triton", monkeypatch)
     with using("triton"):
-        from llm_wsae.sparse.backends.triton import operations as triton
+        from llm_wsae.sparse.backends import triton
 
         yield triton
 
@@ -268,8 +267,7 @@ if not INTERPRETED:
         from triton import runtime
         from triton.backends.compiler import GPUTarget
 
-        from llm_wsae.sparse.backends.triton import adam, select, sums
-        from llm_wsae.sparse.backends.triton import operations as triton
+        from llm_wsae.sparse.backends import triton, triton_kernels
 
         card = SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -298,7 +296,7 @@ if not INTERPRETED:
         triton.decode(codes, encoder, encoder[0])
         triton.value_gradients(codes, encoder, x.float())
         wide = encoder.float()
-        target = Target(wide, wide[0], x.float(), torch.ones(40), torch.ones(d_in))
+        target = (wide, wide[0], x.float(), torch.ones(40), torch.ones(d_in))
         triton.reconstruct(codes, target, dtype)
         triton.weight_gradients(SparseGradients(codes, x, x.float(), codes.values), 5000)
         latents = Latents(*[wide] * 6, encoder)
@@ -308,9 +306,8 @@ if not INTERPRETED:
             gradients = SparseGradients(codes, x, x, codes.values, some)
             for raw in (None, RawRows(bias.float(), bias.float())):
                 triton.sparse_adam(latents, gradients, 1, 0.01, raw)
-        modules = (adam, select, sums)
-        kernels = {name for module in modules for name in vars(module)}
-        assert compiled.keys() == {name for name in kernels if name.endswith("_kernel")}
+        kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
+        assert compiled.keys() == kernels
         assert all(code["cubin"] for codes in compiled.values() for code in codes)
         if dtype == torch.bfloat16:  # rounded to nearest, which the interpreter isn't
             for name in ("adam_kernel", "sparse_adam_kernel", "reconstruct_kernel"):

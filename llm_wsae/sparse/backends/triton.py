@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from llm_wsae.sparse.backends import pytorch
-from llm_wsae.sparse.backends.triton.adam import Rate, adam_kernel, sparse_adam_kernel
-from llm_wsae.sparse.backends.triton.select import above_kernel, activate_dead_kernel, select_kernel
-from llm_wsae.sparse.backends.triton.sums import (
+from llm_wsae.sparse.backends.triton_kernels import (
     Occurrences,
+    Rate,
     Sums,
+    above_kernel,
+    activate_dead_kernel,
+    adam_kernel,
     decode_kernel,
     further_sums_kernel,
     latent_sums_kernel,
     reconstruct_kernel,
+    select_kernel,
+    sparse_adam_kernel,
     value_gradients_kernel,
 )
 from llm_wsae.sparse.codes import (
@@ -38,13 +41,9 @@ from llm_wsae.sparse.codes import (
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
-    Target,
     exact_dtype,
     offsets_of,
 )
-
-dead_gradients = pytorch.dead_gradients
-firing_counts = pytorch.firing_counts
 
 _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
 _FEWEST_ROWS = 128  # of a tile: fewer would idle the card
@@ -149,10 +148,13 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return out
 
 
-def reconstruct(codes: RaggedCodes, target: Target, fast: torch.dtype) -> Reconstruction:
+def reconstruct(
+    codes: RaggedCodes, target: tuple[Tensor, ...], fast: torch.dtype
+) -> Reconstruction:
     """One launch; a program holds a row whole."""
-    batch, d_in = target.x.shape
-    result = Reconstruction.empty(codes, target.x, fast)
+    x = target[2]
+    batch, d_in = x.shape
+    result = Reconstruction.empty(codes, x, fast)
     arguments = (*codes, *(one.contiguous() for one in target), *result, d_in)
     whole = _whole_rows(d_in)
     _run(reconstruct_kernel, (batch,), *arguments, SLOTS=_slots_beside(d_in), **whole)

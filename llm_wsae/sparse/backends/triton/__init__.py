@@ -1,1 +1,0 @@
-"""The sparse operations on CUDA, in Triton."""
