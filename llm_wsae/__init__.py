@@ -59,9 +59,9 @@ if TYPE_CHECKING:
     from llm_wsae.training.config import TrainConfig as TrainConfig
     from llm_wsae.training.trainer import train as train
     from llm_wsae.training.trainer import train_sites as train_sites
-    from llm_wsae.weights.choosing import choose_weights as choose_weights
-    from llm_wsae.weights.choosing import weights_from_rule as weights_from_rule
     from llm_wsae.weights.loss_weights import LossWeights as LossWeights
+    from llm_wsae.weights.loss_weights import choose_weights as choose_weights
+    from llm_wsae.weights.loss_weights import weights_from_rule as weights_from_rule
     from llm_wsae.weights.rules import RULES as RULES
     from llm_wsae.weights.rules import Rule as Rule
     from llm_wsae.weights.weighing import measure_inputs as measure_inputs

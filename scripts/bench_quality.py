@@ -26,13 +26,13 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import BETAS, EPSILON
+from llm_wsae.training.architecture import Parameters
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
-from llm_wsae.training.export import folded
-from llm_wsae.training.normaliser import Normaliser
-from llm_wsae.training.parameters import Parameters, initial_parameters
+from llm_wsae.training.normaliser import Normaliser, folded
+from llm_wsae.training.optimiser import initial_parameters
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.loss_weights import weights_from_rule
 
 
 def topk_latents(pre: Tensor, k: int) -> Tensor:

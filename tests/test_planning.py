@@ -15,7 +15,7 @@ from llm_wsae.pipeline import planning
 from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.one_site import Training
+from llm_wsae.training.trainer import Training
 from llm_wsae.weights.config import WeightConfig
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

@@ -128,8 +128,7 @@ def weigh(request: Weigh) -> Result:
     from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.pipeline.plots import plot_profile
-    from llm_wsae.weights.choosing import choose_weights
-    from llm_wsae.weights.loss_weights import is_weights_file
+    from llm_wsae.weights.loss_weights import choose_weights, is_weights_file
     from llm_wsae.weights.profile import profile, profile_text
     from llm_wsae.weights.rules import Rule
     from llm_wsae.weights.weighing import measure_inputs

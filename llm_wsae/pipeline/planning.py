@@ -30,8 +30,8 @@ from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.one_site import Training
 from llm_wsae.training.optimiser import PAIR_BYTES
+from llm_wsae.training.trainer import Training
 
 SECONDS = 0.5
 """For the forward passes, and again for the steps of the training."""

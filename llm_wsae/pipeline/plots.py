@@ -14,7 +14,8 @@ from llm_wsae.pages.frame import filled
 from llm_wsae.statistics.measures import DRAWN, L0
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.weights.loss_weights import LossWeights, effective_dimensions, loss_share
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.profile import effective_dimensions, loss_share
 
 _TOGETHER = len(PALETTE) - 1  # weights in one panel, beside the plain ones
 _NO_VERDICT = (

@@ -24,11 +24,9 @@ from llm_wsae.pipeline.request import Grid
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import choose_weights, weights_from_rule
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights
-from llm_wsae.weights.rules import RULES, Rule
+from llm_wsae.weights.loss_weights import LossWeights, choose_weights, weights_from_rule
+from llm_wsae.weights.rules import RULES, Rule, RuleInputs
 
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
 TRIAL_ROWS = 300_000

@@ -1,25 +1,88 @@
-"""What an architecture decides; the files in ``architectures/`` are the architectures.
+"""What a step of training takes and returns, and what an architecture decides about it.
 
-An arm holds one object of its architecture. The object computes the step and remembers what the
-next step needs, such as a running threshold. The sparse architectures share the part of a step from
-codes to gradients (``sparse_step``).
+Inputs are normalised before they come here: centred, divided by one global scale, massive rows set
+to 0 and masked. Latents are rows, so ``encoder`` is W_encᵀ. An arm holds one object of its
+architecture, which computes the step and remembers what the next step needs, such as a running
+threshold; the files in ``architectures/`` are the architectures. The sparse ones share the part of
+a step from codes to gradients (``sparse_step``).
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import Sparsity
-from llm_wsae.sparse.codes import RaggedCodes, Reconstruction, SparseGradients
-from llm_wsae.sparse.operations import exact_values, firing_counts, reconstruct, value_gradients
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, Step, error_weights, times
+from llm_wsae.sparse.codes import Gradients, RaggedCodes, Reconstruction, SparseGradients
+from llm_wsae.sparse.operations import (
+    exact_values,
+    firing_counts,
+    reconstruct,
+    value_gradients,
+    weight_gradients,
+)
+from llm_wsae.training.strategy import SINGLE, Strategy
 from llm_wsae.weights.loss_weights import Gamma
 
 CPU = torch.device("cpu")
+
+
+class Parameters(NamedTuple):
+    """Master weights of one arm, or their gradients, in float32."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    decoder: Float[Tensor, "d_sae d_in"]
+    encoder_bias: Float[Tensor, " d_sae"]
+    decoder_bias: Float[Tensor, " d_in"]
+
+
+class Batch(NamedTuple):
+    """Normalised rows, shared by all arms."""
+
+    x: Float[Tensor, "batch d_in"]
+    """Float32 rows; masked ones are 0."""
+    x_fast: Float[Tensor, "batch d_in"]
+    """The same in the number format of the matrix products."""
+    mask: Float[Tensor, " batch"]
+    """1, or 0 for a massive row: it has no part in any loss."""
+    num_elsewhere: float | Float[Tensor, ""] = 0.0
+    """Unmasked rows of the same batch in other processes."""
+
+    @property
+    def num_rows(self) -> Float[Tensor, ""]:
+        """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
+        return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
+
+
+class Step(NamedTuple):
+    """One evaluation of an arm's loss on a batch. Scalars stay on the device: no host sync."""
+
+    by_weights: SparseGradients | Gradients
+    """Gradients by encoder, decoder and encoder bias, or the terms of their sums: those are summed
+    where they are used, since all gradients together are as large as the weights."""
+    by_decoder_bias: Float[Tensor, " d_in"]
+    residual: Float[Tensor, "batch d_in"]
+    """Reconstruction minus input, masked rows 0."""
+    firings: Float[Tensor, " d_sae"]
+    """How many rows each latent fired in, masked rows not counted."""
+    loss: Float[Tensor, ""]
+    observed: Float[Tensor, "*d_sae"] | None = None
+    """What the architecture remembers of this step, if anything (``Architecture.follow``)."""
+
+    def summed(self) -> "Step":
+        """The step with its gradients summed."""
+        if not isinstance(self.by_weights, SparseGradients):
+            return self
+        return self._replace(by_weights=weight_gradients(self.by_weights, len(self.firings)))
+
+    @property
+    def gradients(self) -> Parameters:
+        """All of them, summed if they have not been."""
+        by_weights = self.summed().by_weights
+        assert not isinstance(by_weights, SparseGradients)
+        return Parameters(*by_weights, self.by_decoder_bias)
 
 
 class Architecture(ABC):
@@ -31,14 +94,11 @@ class Architecture(ABC):
     """The field of ArmConfig that sets its sparsity."""
     revives_dead: ClassVar[bool] = True
     """Whether dead latents get the AuxK loss. They need it where other latents crowd them out."""
-
     has_free_lengths: ClassVar[bool] = False
     """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
     choose the largest of them, not those above a threshold."""
-
     is_tied: ClassVar[bool] = False
     """Whether something of the parameters is not learnt but set after each step (``tie``)."""
-
     is_baseline: ClassVar[bool] = False
     """Whether it is only trained beside others, to say what they should exceed."""
 
@@ -73,8 +133,8 @@ class Architecture(ABC):
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The loss on a batch and its gradients; changes nothing.
 
-        ``metric`` is γ², or ΓᵀΓ of a matrix (``parameters.squared``). The encoder may be rounded to
-        the number format of ``batch.x_fast``.
+        ``metric`` is γ², or ΓᵀΓ of a matrix (``squared``). The encoder may be rounded to the number
+        format of ``batch.x_fast``.
         """
 
     def follow(self, observed: Tensor, learning_rate: float) -> None:  # noqa: B027 - optional
@@ -123,25 +183,18 @@ def sparse_step(
             codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
         )
     else:
-        found = _reconstruct_in_turn(codes, parameters, batch, weights, strategy)
+        # something comes in between: a product with a matrix, or the latents of other processes
+        decoded = strategy.decode(codes, decoder, decoder_bias)
+        residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
+        gradient = times(residual, weights)
+        by_value = value_gradients(codes, decoder, gradient)
+        errors = (residual * gradient).sum(1)
+        found = Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
     by_value = found.by_value
     by_value += penalty_gradient * (codes.values > 0)
     gradients = SparseGradients(codes, batch.x_fast, found.output_gradient, by_value)
     firings, loss = firing_counts(codes, len(encoder)), found.row_errors.sum() / 2
     return Step(gradients, times(found.residual.sum(0), weights), found.residual, firings, loss)
-
-
-def _reconstruct_in_turn(
-    codes: RaggedCodes, parameters: Parameters, batch: Batch, weights: Gamma, strategy: Strategy
-) -> Reconstruction:
-    """``operations.reconstruct`` where something comes in between: a product with a full matrix, or
-    what the latents of other processes add."""
-    _, decoder, _, decoder_bias = parameters
-    residual = strategy.decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
-    gradient = times(residual, weights)
-    by_value = value_gradients(codes, decoder, gradient)
-    errors = (residual * gradient).sum(1)
-    return Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
 
 
 def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
@@ -159,3 +212,34 @@ def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCod
 def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:
     """The codes with the slots of masked rows unused: those rows count nowhere."""
     return codes._replace(values=codes.values * batch.mask[codes.rows()])
+
+
+def squared(gamma: Gamma) -> Gamma:
+    """γ², or ΓᵀΓ of a matrix: ‖Γr‖² = r·ΓᵀΓr."""
+    return gamma**2 if gamma.ndim == 1 else gamma.T @ gamma
+
+
+def times(residual: Float[Tensor, "*rows d_in"], metric: Gamma) -> Float[Tensor, "*rows d_in"]:
+    """Rows times what ``squared`` gave; it is symmetric."""
+    return residual * metric if metric.ndim == 1 else residual @ metric
+
+
+def error_weights(num_rows: Float[Tensor, ""], metric: Gamma) -> Gamma:
+    """What the residual is multiplied by (see ``times``) in the gradient of ``weighted_error``."""
+    return metric * (2 / (num_rows * len(metric)))
+
+
+def weighted_error(
+    residual: Float[Tensor, "rows d_in"],
+    mask: Float[Tensor, " rows"],
+    metric: Gamma,
+    num_rows: Float[Tensor, ""],
+) -> tuple[Tensor, Tensor]:
+    """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual:
+    the loss of Cui et al. 2026, eq. (WSAE).
+
+    ``metric`` is what ``squared`` gives of Γ: of a matrix it is dear, and the same at every step.
+    ``num_rows`` is the number of unmasked rows in the batch, of which these may be a part.
+    """
+    gradient = times(residual, error_weights(num_rows, metric)) * mask[:, None]
+    return (gradient * residual).sum() / 2, gradient

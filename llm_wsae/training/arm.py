@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,15 +16,14 @@ from llm_wsae.errors import UsageError
 from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.outside import check_numbers
 from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.training.architecture import Architecture
+from llm_wsae.training.architecture import Architecture, Batch, Step, squared
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
 from llm_wsae.training.config import SPACE_RATE, ArchitectureName, Lengths
 from llm_wsae.training.normaliser import Space
-from llm_wsae.training.optimiser import Optimiser
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters, squared
-from llm_wsae.weights.loss_weights import LossWeights, annealed
+from llm_wsae.training.optimiser import Optimiser, initial_parameters
+from llm_wsae.training.strategy import SINGLE, Strategy
+from llm_wsae.weights.loss_weights import LossWeights
 
 _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the true error
 
@@ -119,13 +118,6 @@ class ArmConfig:
         }
 
 
-class Learnt(NamedTuple):
-    """What an arm's dictionary is made of."""
-
-    parameters: Parameters
-    architecture: Architecture
-
-
 class Arm:
     """Parameters, optimiser state and counters of one arm on a device."""
 
@@ -142,33 +134,29 @@ class Arm:
         """``space`` may be shared with other arms. Raises UsageError if the architecture has no
         free lengths."""
         config.check(d_sae)
-        self.config = config
-        self.space = space or Space.of(config.weights, device)
-        """The space in which batches are passed; None is the plain one."""
-        self._full_gamma = config.weights.gamma.to(device, torch.float32)
-        self.gamma = (
-            self._full_gamma
-            if self.space is None
-            else torch.ones(d_in, dtype=torch.float32, device=device)
-        )
+        weights = config.weights
+        if weights.config.in_space and space is None:
+            space = Space(weights.gamma, device)
+        self.config, self.d_sae, self.space = config, d_sae, space
+        self._full_gamma = weights.gamma.to(device, torch.float32)
+        if space is not None:
+            self._full_gamma = torch.ones(d_in, dtype=torch.float32, device=device)
+        self.gamma = self._full_gamma
         self.metric = squared(self.gamma)
-        self.d_sae, own = d_sae, strategy.own_latents(d_sae)
-        self.own_latents = own
+        self.own_latents = strategy.own_latents(d_sae)
         """The latents that are here: all, unless other processes hold some."""
         self._strategy = strategy
-        self.parameters = initial_parameters(d_in, d_sae, config.init_seed, device, own=own)
+        self.parameters = initial_parameters(
+            d_in, d_sae, config.init_seed, device, own=self.own_latents
+        )
         self.architecture = config.kind(config.level, d_sae, device, strategy)
         self.architecture.tie(self.parameters)
-        self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
+        num_own = len(self.own_latents)
+        self.last_fired = torch.zeros(num_own, dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self.lengths = config.lengths(lengths)
         self._optimiser = Optimiser(self.parameters, self.lengths == "free")
         self._sums = self._no_sums()
-
-    @property
-    def learnt(self) -> Learnt:
-        """Of the latents that are here."""
-        return Learnt(self.parameters, self.architecture)
 
     def step(
         self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int
@@ -207,7 +195,10 @@ class Arm:
         Σγ²·var falls a little below Σvar on the way and returns to it at the end.
         """
         if share := self.config.weights.config.anneal:
-            self.gamma = annealed(self._full_gamma, done, share)
+            one = torch.ones_like(self._full_gamma)
+            if one.ndim == 2:
+                one = torch.eye(len(one), device=one.device)
+            self.gamma = torch.lerp(self._full_gamma, one, min(1.0, done / share))
             self.metric = squared(self.gamma)
 
     def evaluate(self, batch: Batch) -> Step:
@@ -223,7 +214,6 @@ class Arm:
     def _with_auxk(
         self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int
     ) -> Step:
-        """The step with AuxK's gradients added."""
         dead = self._finder.find(self.last_fired, rows_seen, dead_after)
         residual, strategy = step.residual, self._strategy
         more = auxk_gradients(self.parameters, batch, residual, dead, self.metric, aux, strategy)
@@ -231,19 +221,17 @@ class Arm:
         return step._replace(by_weights=step.by_weights._replace(more=more))
 
     def _record(self, step: Step, batch: Batch) -> None:
-        own = torch.stack([batch.mask.sum(), self._squared_error(step, batch)])
-        rows, squared_error = self._strategy.sum_over_rows(own)
+        rows = batch.mask.sum()
+        if self.space is None:
+            squared_error = torch.linalg.vector_norm(step.residual) ** 2
+        else:  # of the normalised rows, estimated from some of them
+            error = torch.linalg.vector_norm(self.space.leave(step.residual[:_ERROR_ROWS])) ** 2
+            squared_error = error * (rows / batch.mask[:_ERROR_ROWS].sum().clamp(min=1))
+        rows, squared_error = self._strategy.sum_over_rows(torch.stack([rows, squared_error]))
         self._sums["loss"] += step.loss * rows
         self._sums["squared_error"] += squared_error
         self._sums["firings"] += self._strategy.sum_over_latents(step.firings.sum())
         self._sums["rows"] += rows
-
-    def _squared_error(self, step: Step, batch: Batch) -> Tensor:
-        """Σ‖x − x̂‖² of the normalised rows; in a space, estimated from some of them."""
-        if self.space is None:
-            return torch.linalg.vector_norm(step.residual) ** 2
-        error = torch.linalg.vector_norm(self.space.leave(step.residual[:_ERROR_ROWS])) ** 2
-        return error * (batch.mask.sum() / batch.mask[:_ERROR_ROWS].sum().clamp(min=1))
 
     def _no_sums(self) -> dict[str, Tensor]:
         """Sums over the steps since they were last read: tensors, so that reading is the only

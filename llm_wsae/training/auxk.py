@@ -3,14 +3,6 @@
 The dead latents with the largest pre-activations reconstruct the residual, in the same weighted
 norm as the main loss. Up to d_in / 2 of them are active in a row, too many for sparse products to
 be faster, so all products are dense over the dead latents.
-
-To gather them, their number must be known, and asking a GPU for it means waiting. So on a GPU a
-search runs only now and then, and includes latents that may die before the search after next. Its
-count is read long after it has arrived, and a mask says which latents are dead in a step.
-
-On a CPU their number differs from step to step. For every new shape of a product oneDNN generates
-code, and keeps about a quarter of a megabyte for good. So rows of zeros round the number up to a
-multiple of 64; they change no result.
 """
 
 from typing import NamedTuple
@@ -22,8 +14,8 @@ from torch import Tensor
 from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SubsetGradients
 from llm_wsae.sparse.operations import dead_gradients, encode_dead
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, times
+from llm_wsae.training.architecture import Batch, Parameters, times
+from llm_wsae.training.strategy import SINGLE, Strategy
 from llm_wsae.weights.loss_weights import Gamma
 
 _TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
@@ -42,7 +34,12 @@ class DeadLatents(NamedTuple):
 
 
 class DeadFinder:
-    """Finds the dead latents of one arm."""
+    """Finds the dead latents of one arm.
+
+    To gather them, their number must be known, and asking a GPU for it means waiting. So on a GPU a
+    search runs only now and then, and includes latents that may die before the search after next.
+    Its count is read long after it has arrived, and a mask says which latents are dead in a step.
+    """
 
     def __init__(self, device: torch.device):
         self._waits = device.type != "cpu"
@@ -90,7 +87,7 @@ def auxk_gradients(
     strategy: Strategy = SINGLE,
 ) -> SubsetGradients | None:
     """Gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² by the weights of ``latents``; None if no
-    latent is dead. ``metric`` is what ``parameters.squared`` gives of Γ.
+    latent is dead. ``metric`` is what ``squared`` gives of Γ.
 
     e = x − x̂ is a constant here, and ê has no bias: b_dec is already part of x̂. In each row the
     d_in / 2 dead latents with the largest pre-activations take part, or more where they tie.
@@ -101,6 +98,8 @@ def auxk_gradients(
         num_dead = int(strategy.sum_over_latents(torch.tensor(num_dead)))
     if num_dead == 0:
         return None
+    # For every new shape of a product oneDNN generates code, and keeps about a quarter of a
+    # megabyte for good. Zeros round the number up; they change no result.
     multiple = _MULTIPLE if residual.device.type == "cpu" else 1
     spare = -len(indices) % multiple
     encoder, decoder, bias = (_filled(part[indices].to(fast), spare) for part in parameters[:3])

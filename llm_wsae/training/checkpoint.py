@@ -1,9 +1,9 @@
 """A training on disk: the record of its folder, and its state, one safetensors file that is
 replaced atomically and deleted in the end.
 
-Several processes write the file at once, each the rows that it holds. The format is a header with
-every tensor's place, then their bytes. Rows of a tensor are contiguous, so each process writes its
-own rows in place, and the file equals one written by a single process with all rows. Nothing is
+Where several processes hold latents they write the file at once. Its format is a header with every
+tensor's place, then their bytes. Rows of a tensor are contiguous, so each process writes its own
+rows in place, and the file equals one written by a single process with all rows. Nothing is
 gathered: no process holds more than its part.
 """
 
@@ -30,95 +30,15 @@ from llm_wsae.artifact.files import (
 )
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import Processes
-from llm_wsae.training.arm import Arm, Learnt
-from llm_wsae.training.parallel.strategy import Strategy
-from llm_wsae.training.parameters import Parameters
+from llm_wsae.training.architecture import Architecture, Parameters
+from llm_wsae.training.arm import Arm
+from llm_wsae.training.strategy import Strategy
 
 CHECKPOINT = "checkpoint.safetensors"
-DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
+_DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
 _ALIGNED = 8  # bytes of the largest of them
-WHAT = "training checkpoint"
-WAY_OUT = "delete it to start that training again"
-
-
-class Rows(NamedTuple):
-    """Some consecutive rows of a tensor."""
-
-    tensor: Tensor
-    first: int
-    """Number of the first one."""
-    total: int
-    """Number of rows over all processes."""
-
-
-def save_rows(
-    path: Path, parts: dict[str, Rows | Tensor], facts: Mapping[str, Any], processes: Processes
-) -> None:
-    """Write the file atomically, as ``save_own_tensors`` does; rank 0 writes tensors that are not
-    ``Rows``, and its ``facts`` count.
-
-    All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
-    cannot write.
-    """
-    header, places = _layout(parts, digests.header(facts, "0" * 64))
-
-    def write(partial: Path) -> None:
-        if processes.leads:
-            partial.write_bytes(header)
-        common = Path(processes.lead(lambda: str(partial)))
-        begin = processes.lead(lambda: len(header))  # of rank 0
-        _write(common, parts, places, begin, processes.leads)
-        processes.meet()
-        if processes.leads:
-            with open_tensors(partial, WHAT) as file:
-                digest = digests.of_tensors(facts, each_tensor(file))
-            with open(partial, "r+b") as own:
-                own.write(_layout(parts, digests.header(facts, digest))[0])
-
-    if processes.leads:
-        write_atomic(path, write)
-        return
-    try:
-        write(path)
-    except OSError as error:
-        raise write_error(path, error) or error from error
-
-
-def _layout(
-    parts: dict[str, Rows | Tensor], metadata: dict[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """The header, and where each tensor begins after it."""
-    entries, starts, at = {}, {}, 0
-    tensors = {name: p.tensor if isinstance(p, Rows) else p for name, p in parts.items()}
-    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
-        part, tensor = parts[name], tensors[name]
-        shape = list(tensor.shape)
-        if isinstance(part, Rows):
-            shape[0] = part.total
-        end = at + math.prod(shape) * tensor.itemsize
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [at, end]}
-        starts[name], at = at, end
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNED)
-    header = len(text).to_bytes(8, "little") + text
-    return header, starts
-
-
-def _write(
-    path: Path, parts: dict[str, Rows | Tensor], places: dict[str, int], begin: int, leads: bool
-) -> None:
-    with open(path, "r+b") as file:
-        for name, part in parts.items():
-            if not isinstance(part, Rows):
-                if not leads:
-                    continue
-                part = Rows(part, 0, 1)
-            ready = part.tensor.detach().cpu().contiguous()
-            row_bytes = ready[0].nbytes if part.first else 0
-            file.seek(begin + places[name] + part.first * row_bytes)
-            file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+_WHAT = "training checkpoint"
+_WAY_OUT = "delete it to start that training again"
 
 
 def training_in(folder: Path) -> Artifact:
@@ -165,17 +85,17 @@ def save_checkpoint(
     """
     log = None if reached.log is None else asdict(reached.log)
     header = {**reached._asdict(), "log": log}
-    parts: dict[str, Tensor | Rows] = {}
-    for arm in arms:
-        for name, value in arm.state().items():
-            part: Tensor | Rows = value
-            if strategy.latent_parts > 1 and _per_latent(name, value.shape):
-                part = Rows(value, arm.own_latents.start, arm.d_sae)
-            parts[f"{arm.config.name}/{name}"] = part
+    tensors = {f"{arm.config.name}/{k}": v for arm in arms for k, v in arm.state().items()}
     if strategy.latent_parts > 1:
-        save_rows(folder / CHECKPOINT, parts, header, strategy.processes)
+        own = {
+            f"{arm.config.name}/{name}": Own(arm.own_latents.start, arm.d_sae)
+            for arm in arms
+            for name, value in arm.state().items()
+            if _per_latent(name, value.shape)
+        }
+        save_together(folder / CHECKPOINT, tensors, own, header, strategy.processes)
     elif strategy.processes.leads:
-        save_own_tensors(folder / CHECKPOINT, parts, header)
+        save_own_tensors(folder / CHECKPOINT, tensors, header)
 
 
 def load_checkpoint(folder: Path, arms: Sequence[Arm], processes: Processes) -> Reached:
@@ -187,52 +107,121 @@ def load_checkpoint(folder: Path, arms: Sequence[Arm], processes: Processes) -> 
     path = folder / CHECKPOINT
     if not path.exists():
         return Reached(0, {})
-    with open_tensors(path, WHAT, WAY_OUT) as file:
-        header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT))
+    with open_tensors(path, _WHAT, _WAY_OUT) as file:
+        header = processes.lead(lambda: own_facts(file, path, _WHAT, _WAY_OUT))
         if header is None:
-            raise LlmWsaeError(f"{path} is damaged: it has no checksum; {WAY_OUT}")
+            raise LlmWsaeError(f"{path} is damaged: it has no checksum; {_WAY_OUT}")
         for arm in arms:
             arm.load_state(_own_state(file, arm))
     log = None if header["log"] is None else FileRecord(**header["log"])
     return Reached(header["step"], header["numbers"], log)
 
 
-def load_learnt(folder: Path, arm: Arm) -> Learnt:
+def load_learnt(folder: Path, arm: Arm) -> tuple[Parameters, Architecture]:
     """What an arm learnt, with the latents of all processes, from the checkpoint that this run has
     just saved.
 
     Only what a dictionary is made of is read: the optimiser's moments are twice as large as the
     weights, and such dictionaries fill memory as it is.
     """
-    path, config = folder / CHECKPOINT, arm.config
+    config = arm.config
     architecture = config.kind(config.level, arm.d_sae)
-    with open_tensors(path, WHAT) as file:
+    with open_tensors(folder / CHECKPOINT, _WHAT) as file:
 
         def read(name: str) -> Tensor:
             return file.get_tensor(f"{config.name}/{name}")
 
-        parameters = Parameters(*map(read, Parameters._fields))
         architecture.load_state({name: read(name) for name in arm.architecture.state()})
-    return Learnt(parameters, architecture)
-
-
-def _names(file: Any, arm: Arm) -> list[str]:
-    prefix = f"{arm.config.name}/"
-    names = file.keys()
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return Parameters(*map(read, Parameters._fields)), architecture
 
 
 def _own_state(file: Any, arm: Arm) -> dict[str, Tensor]:
-    own, found = arm.own_latents, {}
-    for name in _names(file, arm):
-        piece = file.get_slice(f"{arm.config.name}/{name}")
+    own, found, prefix = arm.own_latents, {}, f"{arm.config.name}/"
+    for key in file.keys():  # noqa: SIM118 - of a safetensors file
+        name = key.removeprefix(prefix)
+        if name == key:
+            continue
+        piece = file.get_slice(key)
         if len(own) < arm.d_sae and _per_latent(name, piece.get_shape()):
             found[name] = piece[own.start : own.stop]
         else:
-            found[name] = file.get_tensor(f"{arm.config.name}/{name}")
+            found[name] = file.get_tensor(key)
     return found
 
 
 def _per_latent(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor of an arm's state has one row for each latent."""
     return len(shape) > 0 and not name.startswith("decoder_bias")
+
+
+class Own(NamedTuple):
+    """Which rows of a tensor a process holds."""
+
+    first: int
+    """Number of the first one."""
+    total: int
+    """Number of rows over all processes."""
+
+
+def save_together(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Own],
+    facts: Mapping[str, Any],
+    processes: Processes,
+) -> None:
+    """Write the file atomically, as ``save_own_tensors`` does; rank 0 writes tensors that are not
+    in ``own``, and its ``facts`` count.
+
+    All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
+    cannot write.
+    """
+    header, starts = _layout(tensors, own, digests.header(facts, "0" * 64))
+
+    def write(partial: Path) -> None:
+        if processes.leads:
+            partial.write_bytes(header)
+        common = Path(processes.lead(lambda: str(partial)))
+        begin = processes.lead(lambda: len(header))  # of rank 0
+        with open(common, "r+b") as file:
+            for name, tensor in tensors.items():
+                if name not in own and not processes.leads:
+                    continue
+                ready = tensor.detach().cpu().contiguous()
+                before = own[name].first * ready[0].nbytes if name in own else 0
+                file.seek(begin + starts[name] + before)
+                file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        processes.meet()
+        if processes.leads:
+            with open_tensors(partial, _WHAT) as written:
+                digest = digests.of_tensors(facts, each_tensor(written))
+            with open(partial, "r+b") as file:
+                file.write(_layout(tensors, own, digests.header(facts, digest))[0])
+
+    if processes.leads:
+        write_atomic(path, write)
+        return
+    try:
+        write(path)
+    except OSError as error:
+        raise write_error(path, error) or error from error
+
+
+def _layout(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Own], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header, and where each tensor begins after it."""
+    entries, starts, at = {}, {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        tensor = tensors[name]
+        shape = list(tensor.shape)
+        if name in own:
+            shape[0] = own[name].total
+        end = at + math.prod(shape) * tensor.itemsize
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [at, end]}
+        starts[name], at = at, end
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    return len(text).to_bytes(8, "little") + text, starts

@@ -13,6 +13,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
+_Numbers = dict[str, float]
 
 
 def check_beginning(path: Path, written: FileRecord) -> bytes:
@@ -43,21 +44,20 @@ class TrainingLog:
             kept = check_beginning(self._path, written)
         write_atomic(self._path, lambda partial: partial.write_bytes(kept))
         self._digest, self._length = hashlib.sha256(kept), len(kept)
-        self._send, self._end = _tracker(tracker, folder, step + 1)
-
-    def sync(self) -> None:
-        """Have it on the disk, as a checkpoint that goes with it will be."""
-        with open(self._path, "rb") as file:
-            os.fsync(file.fileno())
+        self._send, self.close = _tracker(tracker, folder, step + 1)
 
     @property
     def written(self) -> FileRecord:
         """What this log holds now."""
         return FileRecord(self._length, self._digest.hexdigest())
 
-    def write(
-        self, step: int, rows: int, arms: dict[str, dict[str, float]], **speed: float
-    ) -> None:
+    def synced(self) -> FileRecord:
+        """``written``, and it is on the disk, as a checkpoint that goes with it will be."""
+        with open(self._path, "rb") as file:
+            os.fsync(file.fileno())
+        return self.written
+
+    def write(self, step: int, rows: int, arms: dict[str, _Numbers], **speed: float) -> None:
         """One line: the step, the rows seen, each arm's numbers, the speed."""
         record = {"step": step, "rows": rows, **speed, "arms": arms}
         line = f"{json.dumps(record)}\n".encode()
@@ -70,14 +70,10 @@ class TrainingLog:
         self._length += len(line)
         self._send(step, {f"{arm}/{k}": v for arm, ks in arms.items() for k, v in ks.items()})
 
-    def close(self) -> None:
-        """Let the tracker finish sending."""
-        self._end()
-
 
 def _tracker(
     name: str, folder: Path, first: int
-) -> tuple[Callable[[int, dict[str, float]], Any], Callable]:
+) -> tuple[Callable[[int, _Numbers], Any], Callable[[], Any]]:
     """A function that sends a step's numbers, the first at step ``first`` or later, and one that
     ends the sending."""
     if name == "none":
@@ -88,7 +84,7 @@ def _tracker(
 
             writer = SummaryWriter(str(folder), purge_step=first)  # hides those of a lost run
 
-            def write(step: int, numbers: dict[str, float]) -> None:
+            def write(step: int, numbers: _Numbers) -> None:
                 for key, value in numbers.items():
                     writer.add_scalar(key, value, step)
 

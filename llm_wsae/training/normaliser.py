@@ -1,6 +1,5 @@
-"""Rows as the model made them → rows as the training wants them, in the space of each arm."""
-
-from collections.abc import Iterable, Iterator, Sequence
+"""Rows as the model made them → rows as the training wants them, in the space of each arm; and back
+again, with what was learnt from them."""
 
 import torch
 from jaxtyping import Float
@@ -8,9 +7,9 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch
-from llm_wsae.weights.loss_weights import Gamma, LossWeights
+from llm_wsae.training.architecture import Batch, Parameters
+from llm_wsae.training.strategy import SINGLE, Strategy
+from llm_wsae.weights.loss_weights import Gamma
 
 
 class Normaliser:
@@ -34,8 +33,7 @@ class Normaliser:
         self.variance = float((usual - usual.mean(0)).square().sum(1).mean())
         """E‖x − mean‖² of the rows that are not massive, in the units of the model."""
         self._threshold = statistics.massive_threshold
-        self._fast = fast
-        self._strategy = strategy
+        self._fast, self._strategy = fast, strategy
 
     def batch(self, rows: Float[Tensor, "batch d_in"]) -> Batch:
         """Normalise this process's rows of a batch, of any floating type; the result is on the
@@ -57,20 +55,7 @@ class Space:
     def __init__(self, gamma: Gamma, device: torch.device):
         """``gamma`` must be invertible, as weights that act as a space are."""
         self.gamma = gamma.to(device, torch.float32)
-        self._inverse = inverse(gamma).to(device, torch.float32)
-
-    @classmethod
-    def of(
-        cls, weights: LossWeights, device: torch.device, known: Sequence["Space | None"] = ()
-    ) -> "Space | None":
-        """The space that an arm of these weights is trained in, None for the plain one. A known
-        one is taken again: arms that share it share its product with the batch."""
-        if not weights.config.in_space:
-            return None
-        for space in known:
-            if space is not None and torch.equal(space.gamma, weights.gamma.to(space.gamma)):
-                return space
-        return cls(weights.gamma, device)
+        self._inverse = _inverse(gamma).to(device, torch.float32)
 
     def enter(self, batch: Batch) -> Batch:
         """The batch in this space; massive rows stay 0."""
@@ -82,16 +67,43 @@ class Space:
         return _transform(rows, self._inverse)
 
 
-def in_spaces(batch: Batch, spaces: Iterable[Space | None]) -> Iterator[Batch]:
-    """The batch in each of the spaces, one after the other."""
-    entered: dict[Space | None, Batch] = {None: batch}
-    for space in spaces:
-        if space is not None and space not in entered:
-            entered[space] = space.enter(batch)
-        yield entered[space]
+def folded(
+    parameters: Parameters,
+    mean: Float[Tensor, " d_in"],
+    scale: float,
+    threshold: Float[Tensor, " d_sae"] | None = None,
+    space: Gamma | None = None,
+) -> dict[str, Tensor]:
+    """The dictionary's tensors with input centring, scaling and space folded in, float32.
+
+    Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
+    larger) decoder rows keep unit norm and W_enc stays as it is; only the vectors change:
+    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
+
+    In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
+    b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training: rescaling decoder rows here would change
+    which latents are the largest. So they have unit norm in the space.
+    """
+    encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
+    mean = mean.cpu().double()
+    if space is not None:
+        into, back = space.cpu().double(), _inverse(space)
+        if space.ndim == 1:
+            into, back = into.diag(), back.diag()
+        encoder = encoder @ into
+        decoder, decoder_bias = decoder @ back.T, decoder_bias @ back.T
+    tensors = {
+        "W_enc": encoder.T.float().contiguous(),
+        "W_dec": decoder.float(),
+        "b_enc": (scale * encoder_bias - encoder @ mean).float(),
+        "b_dec": (scale * decoder_bias + mean).float(),
+    }
+    if threshold is not None:
+        tensors["threshold"] = (scale * threshold.cpu().double()).float()
+    return tensors
 
 
-def inverse(gamma: Gamma) -> Gamma:
+def _inverse(gamma: Gamma) -> Gamma:
     """1/γ or Γ⁻¹, float64 on the CPU. Raises LlmWsaeError if there is none."""
     gamma = gamma.cpu().double()
     if gamma.ndim == 1:

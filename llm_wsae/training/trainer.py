@@ -5,31 +5,62 @@ arms differ only in their configuration: same rows, same order, same schedule. S
 stream also share the forward pass; each of them is a ``Training`` of its own.
 """
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.artifact import FileRecord
+from llm_wsae.artifact.files import remove_partials
+from llm_wsae.artifact.provenance import command_line, versions
+from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource, SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable, weights_checksum
+from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
+from llm_wsae.machine.number_format import fast_dtype, name_of
 from llm_wsae.machine.processes import join
 from llm_wsae.model.site import Site
-from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import is_finished, training_in
-from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.log import LOG
-from llm_wsae.training.one_site import NAMES, Training
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training.architecture import Batch
+from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.checkpoint import (
+    CHECKPOINT,
+    Reached,
+    is_finished,
+    load_checkpoint,
+    load_learnt,
+    recorded,
+    save_checkpoint,
+    training_in,
+)
+from llm_wsae.training.config import (
+    PROCEDURAL,
+    RATE,
+    SHARED_RATE,
+    TrainConfig,
+    default_learning_rate,
+    learning_rate_factor,
+)
+from llm_wsae.training.log import LOG, TrainingLog
+from llm_wsae.training.normaliser import Normaliser, Space, folded
 from llm_wsae.training.optimiser import PAIR_BYTES
-from llm_wsae.training.parallel.strategy import strategy_of
+from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 
+_MAX_DEAD_AFTER = 10_000_000
+_NAMES = (LOG, CHECKPOINT, MANIFEST, INFO)  # what a folder without a training must not hold
+_BY_OTHER_NAMES = ("tokens", "lengths", "shuffle_seed")  # in the record: num_steps, by arm, seed
 _CONTINUE, _SAVE, _STOP, _FAIL = range(4)
 # What a process may want after a step; the largest one wins. One that fails has no next rows.
 
@@ -88,179 +119,6 @@ def train_sites(
     return dict(zip(arms, trained, strict=True))
 
 
-_Batches = Callable[[int, int, int, tuple[int, int]], Iterator[Any]]
-"""Those of a source, or of several sites."""
-
-
-def _train(
-    jobs: Sequence[tuple[ActivationSource, Sequence[ArmConfig], Path]],
-    batches: _Batches,
-    config: TrainConfig,
-    places: Sequence[int] = (0,),
-) -> list[dict[str, Dictionary]]:
-    """``places`` says which rows of a batch are those of each job."""
-    for source, arms, out in jobs:
-        check_arms(arms, source.d_in, config)
-        check_out(out)
-    processes, device = join(), choose_device(config.device)
-    with processes.together():
-        with strategy_of(processes, device, config.shard) as strategy:
-            # before the lock: a refused request leaves no folder
-            unfinished = [job for job in jobs if not is_finished(job[2])]
-            widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
-            check_room(widths, config, strategy.latent_parts)
-            trainings = [
-                Training(source, arms, config, out, device, strategy, place)
-                for (source, arms, out), place in zip(jobs, places, strict=True)
-            ]
-            settings = [{**training.identity, "shard": config.shard} for training in trainings]
-            for own in settings:
-                processes.check_agreed(own, "settings")
-            with ExitStack() as locks:
-                for training in trainings:
-                    locks.enter_context(processes.folder_lock(training.out, "training"))
-                done = processes.lead(lambda: [training.is_finished() for training in trainings])
-                missing = [one for one, is_done in zip(trainings, done, strict=True) if not is_done]
-                if missing:
-                    return_freed_memory()  # by the stages before, for the rows
-                    _take_steps(missing, batches)
-                    for training in missing:
-                        processes.lead(training.finish)
-                    return_freed_memory()
-        return [{arm.name: _load(out / arm.name) for arm in arms} for _, arms, out in jobs]
-
-
-def _take_steps(trainings: Sequence[Training], batches: _Batches) -> None:
-    """All steps of these sites, from their checkpoints on."""
-    with ExitStack() as opened:
-        for training in trainings:
-            opened.callback(training.close)
-            training.begin()
-            training.processes.check_agreed({"step": training.reached}, "checkpoints")
-        steps = _Steps(trainings, batches)
-        opened.callback(steps.close)
-        with _stop_signals() as steps.stopped, steps.bar:
-            wanted = steps.take()
-        steps.end(wanted)
-
-
-class _Steps:
-    """The steps of all sites, from where they stand to the end or to a signal. A site whose
-    checkpoint is newer than that of another waits for it."""
-
-    def __init__(self, trainings: Sequence[Training], batches: _Batches):
-        first, arms = trainings[0], sum(len(training.arms) for training in trainings)
-        self._trainings, self._num_steps = trainings, first.num_steps
-        self._config, self._strategy = first.config, first.strategy
-        self._processes = first.processes
-        self._done = min(training.reached for training in trainings)
-        wanted = (self._config.batch_size, self._config.shuffle_seed, self._done)
-        self._rows = batches(*wanted, self._strategy.row_part)
-        self._failure: LlmWsaeError | None = None  # of the rows of the next step
-        self._saved_at = time.monotonic()
-        self.stopped: list[int] = []
-        self.bar = tqdm(
-            total=self._num_steps * self._config.batch_size,
-            initial=self._done * self._config.batch_size,
-            desc=f"train {arms} arm{'s' * (arms > 1)}",
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not self._processes.leads,
-        )
-
-    def take(self) -> int:
-        """Take the steps; returns what the processes agreed on at last."""
-        rows = self._fetch(self._done)
-        wanted = self._strategy.agree(lambda: _FAIL if self._failure else _CONTINUE)()
-        while self._done < self._num_steps and wanted < _STOP:
-            # before this step, so that no process begins one that another cannot take
-            following = self._fetch(self._done + 1)
-            agreed = self._strategy.agree(self._want)
-            for training in self._trainings:
-                if training.reached == self._done:
-                    training.advance(rows[training.place], self.bar)
-            self._done += 1
-            self.bar.update(self._config.batch_size)
-            wanted, rows = agreed(), following
-            if wanted >= _SAVE:
-                self._save()
-                self._saved_at = time.monotonic()
-        return wanted
-
-    def end(self, wanted: int) -> None:
-        """Raises Interrupted after a signal, LlmWsaeError if the rows of a process failed."""
-        out, size = self._trainings[0].out, self._config.batch_size
-        where = out if len(self._trainings) == 1 else out.parent
-        progress = f"stopped after step {self._done} of {self._num_steps}"
-        if wanted == _FAIL:
-            if self._done:
-                for training in self._trainings:
-                    self._processes.lead(training.save_dictionaries)
-            if self._failure is None:
-                self._processes.meet()  # raises the sentence of the process that failed
-            assert self._failure is not None
-            if not self._done:
-                raise self._failure
-            raise LlmWsaeError(
-                f"{self._failure} ({progress}, {self._done * size:,} of "
-                f"{self._num_steps * size:,} rows; the dictionaries so far are in {where}, and the "
-                "same command goes on from there)"
-            ) from self._failure
-        if wanted == _STOP:
-            raise Interrupted(
-                f"{progress}, saved in {where}; run the same command again to resume",
-                self.stopped[0] if self.stopped else signal.SIGTERM,  # that of another process
-            )
-        if self._strategy.latent_parts > 1:
-            self._save()  # from which rank 0 takes the latents of all
-
-    def close(self) -> None:
-        """End a thread that reads ahead."""
-        if (close := getattr(self._rows, "close", None)) is not None:
-            close()
-
-    def _fetch(self, step: int) -> tuple[Tensor, ...]:
-        """The rows of a step, of each site; nothing if there is no such step, or on a failure."""
-        if step >= self._num_steps:
-            return ()
-        try:
-            rows = next(self._rows)
-            return rows if isinstance(rows, tuple) else (rows,)
-        except LlmWsaeError as error:
-            self._failure = error
-        except Exception:  # whatever it is, what was trained is kept
-            if self._done and self._processes.size == 1:  # others would not come to save
-                self._save()
-            raise
-        return ()
-
-    def _want(self) -> int:
-        if self._failure is not None:
-            return _FAIL
-        if self.stopped:
-            return _STOP
-        due = time.monotonic() - self._saved_at > self._config.checkpoint_seconds
-        return _SAVE if due and self._processes.leads else _CONTINUE
-
-    def _save(self) -> None:
-        for training in self._trainings:
-            training.save()
-
-
-def _load(folder: Path) -> Dictionary:
-    """The dictionary of a finished training. Raises LlmWsaeError if it is not there any more."""
-    try:
-        return Dictionary.load(folder)
-    except LlmWsaeError as error:
-        if folder.is_dir():
-            raise
-        raise LlmWsaeError(
-            f"{error}; to train it again, delete {training_in(folder.parent).path} and {LOG} "
-            "beside it, and run the same command again"
-        ) from error
-
-
 def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> None:
     """Raise UsageError if there are none, two of the same name, or one that cannot be trained so.
 
@@ -293,7 +151,422 @@ def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> No
 
 def check_out(out: Path) -> None:
     """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
-    training_in(out).check_place(*NAMES)
+    training_in(out).check_place(*_NAMES)
+
+
+def origin_of(source: ActivationSource, statistics: Statistics) -> dict[str, Any]:
+    """What the info of a dictionary says of the rows it was made from."""
+    provenance = source.identity()
+    packing = provenance.get("packing", {})
+    return {
+        "site": str(source.site),
+        "context_size": statistics.context_size,
+        # Packing asks for a BOS, which not every tokenizer has; sources of others say no more.
+        "prepend_bos": getattr(source, "prepends_bos", packing.get("prepend_bos")),
+        "massive_threshold": statistics.massive_threshold,
+        "model": provenance.get("model", {}),
+        "corpus": provenance.get("corpus", {}),
+        "store": provenance,
+    }
+
+
+class Training:
+    """Several arms on the batches of one source: their steps, checkpoints, log, dictionaries."""
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        arms: Sequence[ArmConfig],
+        config: TrainConfig,
+        out: Path,
+        device: torch.device,
+        strategy: Strategy = SINGLE,
+        place: int = 0,
+    ):
+        """``place`` says which rows of a batch of several sites are its own."""
+        self.source, self.config, self.out = source, config, out
+        self.strategy, self.processes, self.place = strategy, strategy.processes, place
+        self.num_steps = _num_steps(source, config)
+        d_in, d_sae = source.d_in, config.expansion * source.d_in
+        for arm in arms:
+            arm.weights.check_for(d_in)
+        dtype = self.processes.lead(lambda: self._dtype(device))
+        self.statistics = source.statistics()
+        self.statistics.check_varying()
+        self.normaliser = Normaliser(self.statistics, device, getattr(torch, dtype), strategy)
+        rows = self.num_steps * config.batch_size
+        dead_after = config.dead_after or min(_MAX_DEAD_AFTER, rows // 10)
+        self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
+        usual = config.learning_rate or default_learning_rate(d_sae)
+        self.learning_rates = {
+            arm.name: config.learning_rate or usual * arm.rate(config.lengths) for arm in arms
+        }
+        left_out = (*PROCEDURAL, *_BY_OTHER_NAMES)
+        self._settings = {k: v for k, v in asdict(config).items() if k not in left_out} | {
+            "num_steps": self.num_steps,
+            "d_in": d_in,
+            "d_sae": d_sae,
+            RATE: usual,
+            "dead_after": self.dead_after,
+            "seed": config.shuffle_seed,
+            "dtype": dtype,
+        }
+        self.identity: dict[str, Any] = {
+            "rows": source.identity(),
+            "arms": {
+                arm.name: arm.identity(config.lengths)
+                | ({RATE: own} if (own := self.learning_rates[arm.name]) != usual else {})
+                for arm in arms
+            },
+            **self._settings,
+        }
+        self.arms: list[Arm] = []
+        """None of a training that is finished: its dictionaries are read."""
+        spaces: dict[int, Space | None] = {}  # arms of the same weights share their rows there
+        for config_of_arm in [] if is_finished(out) else arms:
+            space = spaces.get(id(config_of_arm.weights))
+            arm = Arm(config_of_arm, d_in, d_sae, device, space, strategy, config.lengths)
+            spaces[id(config_of_arm.weights)] = arm.space
+            self.arms.append(arm)
+        self.reached = 0
+        """Steps that are done."""
+        self._numbers: dict[str, dict[str, float]] = {}
+        self._log: TrainingLog | None = None
+
+    def is_finished(self) -> bool:
+        """Begin or resume; whether nothing is left to do. Raises LlmWsaeError if the folder holds
+        another training."""
+        remove_partials(self.out)
+        record = training_in(self.out).begin(self.identity, *_NAMES)
+        if record.complete:
+            (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
+        return record.complete
+
+    def begin(self) -> None:
+        """Take up the checkpoint, if there is one, and open the log."""
+        if self.processes.leads:
+            for arm in self.arms:  # rather than when all is trained
+                check_replaceable(self.out / arm.config.name)
+        self.reached, self._numbers, written = load_checkpoint(self.out, self.arms, self.processes)
+        if self.processes.leads:
+            self._log = TrainingLog(self.out, self.reached, self.config.tracker, written)
+
+    def advance(self, rows: Tensor, bar: tqdm) -> None:
+        """The next step, on a batch of rows; its numbers are logged when that is due."""
+        self.step(self.reached, rows)
+        self.reached += 1
+        if self.reached % self.config.log_every == 0 or self.reached == self.num_steps:
+            self.read_numbers(self.reached)
+            if self._log is not None:
+                self._write_log(self._log, bar)
+
+    def step(self, step: int, rows: Tensor) -> None:
+        """Step number ``step`` of every arm, on a batch of rows."""
+        config, batch = self.config, self.normaliser.batch(rows)
+        factor = learning_rate_factor(step, self.num_steps, config.warmup, config.decay)
+        there: dict[Space | None, Batch] = {None: batch}
+        for arm in self.arms:
+            if arm.space is not None and arm.space not in there:
+                there[arm.space] = arm.space.enter(batch)
+            arm.anneal(step / self.num_steps)
+            rows_seen = (step + 1) * config.batch_size
+            rate = self.learning_rates[arm.config.name] * factor
+            arm.step(there[arm.space], rows_seen, rate, config.aux_coefficient, self.dead_after)
+
+    def read_numbers(self, step: int) -> None:
+        """The numbers of every arm since the last call; waits until the device has them."""
+        rows = step * self.config.batch_size
+        variance = self.normaliser.variance / self.normaliser.scale**2
+        self._numbers = {
+            arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
+        }
+        for name, numbers in self._numbers.items():
+            if not math.isfinite(numbers["loss"]):
+                raise _not_finite(f"the loss of {name} is {numbers['loss']} at step {step}")
+
+    def save(self) -> None:
+        """A checkpoint of the step that was reached."""
+        written = None if self._log is None else self._log.synced()
+        reached = Reached(self.reached, self._numbers, written)
+        save_checkpoint(self.out, self.arms, reached, self.strategy)
+
+    def finish(self) -> None:
+        """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
+        self.save_dictionaries()
+        assert self._log is not None
+        training = training_in(self.out)
+        record = training.read()
+        record.files[LOG] = self._log.written
+        for arm in self.arms:
+            folder = self.out / arm.config.name
+            size = (folder / WEIGHTS).stat().st_size
+            record.files[f"{folder.name}/{WEIGHTS}"] = FileRecord(size, weights_checksum(folder))
+        training.finish(record)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+    def save_dictionaries(self) -> None:
+        """The dictionaries as they are now; of an unfinished training they say after how many
+        steps. Rank 0 does it, after a checkpoint."""
+        for arm in self.arms:
+            dictionary = self._dictionary(arm)
+            if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
+                # in latents that never fire, which the loss does not show
+                raise _not_finite(f"{arm.config.name} has weights that are not finite")
+            dictionary.save(self.out / arm.config.name)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _dictionary(self, arm: Arm) -> Dictionary:
+        """In the model's own units, with its provenance."""
+        parameters, architecture = arm.parameters, arm.architecture
+        if len(arm.own_latents) < arm.d_sae:
+            parameters, architecture = load_learnt(self.out, arm)
+        weights, statistics, name = arm.config.weights, self.statistics, arm.config.name
+        step = {"step": self.reached} if self.reached < self.num_steps else {}
+        rates = {SHARED_RATE: self._settings[RATE], RATE: self.learning_rates[name]}
+        info = DictionaryInfo(
+            name=name,
+            rule=weights.rule.name,
+            alpha=weights.alpha,
+            weights=asdict(weights.config),
+            seed=arm.config.init_seed,
+            **origin_of(self.source, statistics),
+            metrics={"training": self._numbers.get(name, {})},
+            training={
+                **self._settings,
+                **rates,
+                **step,
+                **arm.config.settings(),
+                "lengths": arm.lengths,
+                "command": command_line(),
+                "versions": versions(),
+            },
+        )
+        mean, scale = self.normaliser.mean, self.normaliser.scale
+        space = weights.gamma if weights.config.in_space else None
+        return Dictionary(
+            **folded(parameters, mean, scale, architecture.thresholds(), space),
+            sparsity=architecture.sparsity,
+            info=info,
+            extras={
+                "gamma": weights.gamma,
+                "mean": statistics.mean.float(),
+                "variance": statistics.variance.float(),
+                "robust_variance": statistics.robust_variance.float(),
+            },
+        )
+
+    def _dtype(self, device: torch.device) -> str:
+        """The number format of the products; a training goes on in that in which it was begun."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        began = recorded(self.out) or {}
+        return name_of(fast_dtype(device, "encoder", began.get("dtype")))
+
+    def _write_log(self, log: TrainingLog, bar: tqdm) -> None:
+        numbers, size, step = self._numbers, self.config.batch_size, self.reached
+        done, elapsed = step * size - bar.initial, bar.format_dict["elapsed"]
+        speed = done / elapsed if elapsed else 0.0
+        left = (self.num_steps - step) * size / speed if speed else 0.0
+        log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
+        first = next(iter(numbers.values()))
+        bar.set_postfix_str(
+            f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
+            f"dead {first['dead']:.1%}"
+            + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
+        )
+
+
+_Batches = Callable[[int, int, int, tuple[int, int]], Iterator[Any]]
+"""Those of a source, or of several sites."""
+
+
+def _train(
+    jobs: Sequence[tuple[ActivationSource, Sequence[ArmConfig], Path]],
+    batches: _Batches,
+    config: TrainConfig,
+    places: Sequence[int] = (0,),
+) -> list[dict[str, Dictionary]]:
+    """``places`` says which rows of a batch are those of each job."""
+    for source, arms, out in jobs:
+        check_arms(arms, source.d_in, config)
+        check_out(out)
+    processes, device = join(), choose_device(config.device)
+    with processes.together():
+        with strategy_of(processes, device, config.shard) as strategy:
+            # before the lock: a refused request leaves no folder
+            unfinished = [job for job in jobs if not is_finished(job[2])]
+            widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
+            check_room(widths, config, strategy.latent_parts)
+            trainings = [
+                Training(source, arms, config, out, device, strategy, place)
+                for (source, arms, out), place in zip(jobs, places, strict=True)
+            ]
+            for one in trainings:
+                processes.check_agreed({**one.identity, "shard": config.shard}, "settings")
+            with ExitStack() as locks:
+                for one in trainings:
+                    locks.enter_context(processes.folder_lock(one.out, "training"))
+                done = processes.lead(lambda: [one.is_finished() for one in trainings])
+                missing = [one for one, is_done in zip(trainings, done, strict=True) if not is_done]
+                if missing:
+                    return_freed_memory()  # by the stages before, for the rows
+                    _Steps(missing).take(batches)
+                    for one in missing:
+                        processes.lead(one.finish)
+                    return_freed_memory()
+        return [{arm.name: _load(out / arm.name) for arm in arms} for _, arms, out in jobs]
+
+
+class _Steps:
+    """All steps of these sites, from their checkpoints to the end or to a signal. A site whose
+    checkpoint is newer than that of another waits for it."""
+
+    def __init__(self, trainings: Sequence[Training]):
+        first = trainings[0]
+        self._trainings, self._num_steps = trainings, first.num_steps
+        self._config, self._strategy = first.config, first.strategy
+        self._processes = first.processes
+        self._done = 0
+        self._rows: Iterator[Any] = iter(())
+        self._failure: LlmWsaeError | None = None  # of the rows of the next step
+        self._saved_at = time.monotonic()
+        self._stopped: list[int] = []
+
+    def take(self, batches: _Batches) -> None:
+        """Raises Interrupted after a signal, LlmWsaeError if the rows of a process failed."""
+        config = self._config
+        with ExitStack() as opened:
+            for training in self._trainings:
+                opened.callback(training.close)
+                training.begin()
+                self._processes.check_agreed({"step": training.reached}, "checkpoints")
+            self._done = min(training.reached for training in self._trainings)
+            part = self._strategy.row_part
+            self._rows = batches(config.batch_size, config.shuffle_seed, self._done, part)
+            if (close := getattr(self._rows, "close", None)) is not None:
+                opened.callback(close)  # ends a thread that reads ahead
+            with _stop_signals() as self._stopped, self._bar() as bar:
+                wanted = self._take_until(bar)
+            self._end(wanted)
+
+    def _bar(self) -> tqdm:
+        arms, size = sum(len(one.arms) for one in self._trainings), self._config.batch_size
+        return tqdm(
+            total=self._num_steps * size,
+            initial=self._done * size,
+            desc=f"train {arms} arm{'s' * (arms > 1)}",
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self._processes.leads,
+        )
+
+    def _take_until(self, bar: tqdm) -> int:
+        """Take the steps; returns what the processes agreed on at last."""
+        rows = self._fetch(self._done)
+        wanted = self._strategy.agree(lambda: _FAIL if self._failure else _CONTINUE)()
+        while self._done < self._num_steps and wanted < _STOP:
+            # before this step, so that no process begins one that another cannot take
+            following = self._fetch(self._done + 1)
+            agreed = self._strategy.agree(self._want)
+            for training in self._trainings:
+                if training.reached == self._done:
+                    training.advance(rows[training.place], bar)
+            self._done += 1
+            bar.update(self._config.batch_size)
+            wanted, rows = agreed(), following
+            if wanted >= _SAVE:
+                self._save()
+                self._saved_at = time.monotonic()
+        return wanted
+
+    def _end(self, wanted: int) -> None:
+        out, size = self._trainings[0].out, self._config.batch_size
+        where = out if len(self._trainings) == 1 else out.parent
+        progress = f"stopped after step {self._done} of {self._num_steps}"
+        if wanted == _FAIL:
+            if self._done:
+                for training in self._trainings:
+                    self._processes.lead(training.save_dictionaries)
+            if self._failure is None:
+                self._processes.meet()  # raises the sentence of the process that failed
+            assert self._failure is not None
+            if not self._done:
+                raise self._failure
+            raise LlmWsaeError(
+                f"{self._failure} ({progress}, {self._done * size:,} of "
+                f"{self._num_steps * size:,} rows; the dictionaries so far are in {where}, and the "
+                "same command goes on from there)"
+            ) from self._failure
+        if wanted == _STOP:
+            raise Interrupted(
+                f"{progress}, saved in {where}; run the same command again to resume",
+                self._stopped[0] if self._stopped else signal.SIGTERM,  # that of another process
+            )
+        if self._strategy.latent_parts > 1:
+            self._save()  # from which rank 0 takes the latents of all
+
+    def _fetch(self, step: int) -> tuple[Tensor, ...]:
+        """The rows of a step, of each site; nothing if there is no such step, or on a failure."""
+        if step >= self._num_steps:
+            return ()
+        try:
+            rows = next(self._rows)
+            return rows if isinstance(rows, tuple) else (rows,)
+        except LlmWsaeError as error:
+            self._failure = error
+        except Exception:  # whatever it is, what was trained is kept
+            if self._done and self._processes.size == 1:  # others would not come to save
+                self._save()
+            raise
+        return ()
+
+    def _want(self) -> int:
+        if self._failure is not None:
+            return _FAIL
+        if self._stopped:
+            return _STOP
+        due = time.monotonic() - self._saved_at > self._config.checkpoint_seconds
+        return _SAVE if due and self._processes.leads else _CONTINUE
+
+    def _save(self) -> None:
+        for training in self._trainings:
+            training.save()
+
+
+def _load(folder: Path) -> Dictionary:
+    """The dictionary of a finished training. Raises LlmWsaeError if it is not there any more."""
+    try:
+        return Dictionary.load(folder)
+    except LlmWsaeError as error:
+        if folder.is_dir():
+            raise
+        raise LlmWsaeError(
+            f"{error}; to train it again, delete {training_in(folder.parent).path} and {LOG} "
+            "beside it, and run the same command again"
+        ) from error
+
+
+def _num_steps(source: ActivationSource, config: TrainConfig) -> int:
+    tokens = config.tokens if config.tokens is not None else source.num_rows
+    if tokens is None:
+        raise UsageError("a stream has no end: set the number of tokens to train on")
+    if tokens < config.batch_size:
+        raise UsageError(
+            f"{tokens} rows are fewer than one batch of {config.batch_size}; "
+            "harvest more tokens or lower the batch size"
+        )
+    return tokens // config.batch_size
+
+
+def _not_finite(what: str) -> LlmWsaeError:
+    return LlmWsaeError(
+        f"{what}; lower the learning rate (of llm-wsae train) and start again in another folder"
+    )
 
 
 @contextmanager

@@ -1,12 +1,17 @@
-"""The weights of a reconstruction loss, and where the weighted loss lies.
+"""The weights of a reconstruction loss: one number γ per dimension, or a matrix Γ.
 
-Weights are γ, one per dimension, or a matrix Γ. ``choosing.py`` makes and normalises
-them; a weights file keeps them. Where few dimensions dominate the loss, there is a warning.
+They come from a rule's scores s as γ = s^α (Cui et al. 2026), from its matrix S as Γ = S^α, or from
+a file; clipped and normalised. Normalised means that the weighted variance equals the plain one,
+Σ γ²·var = Σ var or tr ΓΣΓᵀ = tr Σ, so a dictionary that explains nothing has the same loss under
+any weights. The losses of arms are then comparable, and one λ of a penalty means the same in all of
+them; Adam's steps do not depend on the scale. Variances are winsorised throughout, because the loss
+ignores massive rows too.
 """
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +22,24 @@ from torch import Tensor
 from llm_wsae.artifact.files import load_own_tensors, open_tensors, save_own_tensors
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.model.site import Site
-from llm_wsae.outside import mapping, parse_json, reason, typed
+from llm_wsae.outside import LARGEST_NUMBER, check_number, mapping, parse_json, reason, typed
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
-from llm_wsae.weights.rules import OWN, Rule
+from llm_wsae.weights.rules import OWN, Rule, RuleInputs, spectrum
 
 Gamma = Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]
-NOTHING_LEFT = "the weights leave no dimension in the loss; at least one must be > 0"
-COLLAPSE_SHARE = 0.1  # warn when fewer than this share of the dimensions carry the loss
+_NOTHING_LEFT = "the weights leave no dimension in the loss; at least one must be > 0"
+_LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
+_MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inexact in float32
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the reconstruction loss ‖Γ(x − x̂)‖², Γ = diag(γ) or a full matrix."""
+    """Weights of the reconstruction loss ‖Γ(x − x̂)‖², Γ = diag(γ) or a full matrix.
+
+    Raises LlmWsaeError for a tensor that is no vector or square matrix of floating-point numbers,
+    UsageError for custom weights of another form than the settings ask for.
+    """
 
     gamma: Gamma
     """Weights γ or matrix Γ, float32; normalised, unless they were only just loaded."""
@@ -41,8 +51,6 @@ class LossWeights:
     """Where they act, and how they were made from the scores."""
 
     def __post_init__(self) -> None:
-        """Raises LlmWsaeError for a tensor that is no vector or square matrix of floating-point
-        numbers, UsageError for custom weights of another form than the settings ask for."""
         object.__setattr__(self, "config", self.rule.settings(self.config))  # no place is auto
         _check_form(self.gamma)
         form = "matrix" if self.is_matrix else "diagonal"
@@ -95,7 +103,7 @@ class LossWeights:
         if is_negative or not bool(torch.isfinite(self.gamma).all()):
             raise LlmWsaeError("the weights must be finite and not negative; check what made them")
         if not bool(self.gamma.any()):
-            raise LlmWsaeError(NOTHING_LEFT)
+            raise LlmWsaeError(_NOTHING_LEFT)
 
     def save(self, path: Path, facts: dict[str, Any] | None = None) -> None:
         """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header, and a digest.
@@ -175,58 +183,169 @@ def is_weights_file(path: Path) -> bool:
         return False
 
 
-def annealed(gamma: Gamma, done: float, share: float) -> Gamma:
-    """γ (or Γ) after the share ``done`` of all steps, on its linear way to 1 (or I).
-
-    It starts moving at the first step and arrives when ``done`` reaches ``share``.
-    """
-    one = torch.ones(len(gamma), dtype=gamma.dtype, device=gamma.device)
-    return torch.lerp(gamma, one if gamma.ndim == 1 else one.diag(), min(1.0, done / share))
-
-
 def stretching(weights: LossWeights) -> Float[Tensor, " d_in"]:
     """The factors by which Γ changes lengths: γ, or the singular values of the matrix (float64)."""
     gamma = weights.gamma.double()
     return torch.linalg.svdvals(gamma) if weights.is_matrix else gamma
 
 
-def loss_share(weights: LossWeights, statistics: Statistics) -> Float[Tensor, " d_in"]:
-    """Share of the weighted variance that each dimension carries: γ²·var / Σ γ²·var.
+def choose_weights(
+    inputs: RuleInputs | Statistics,
+    rules: Iterable[Rule | str],
+    alphas: Sequence[float],
+    own: LossWeights | None = None,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+) -> list[LossWeights]:
+    """Normalised weights of every rule and α, without repetitions, and weights from a file last.
 
-    For a matrix: the share of each principal direction of the weighted rows, i.e. of the
-    eigenvalues of ΓΣΓᵀ, the largest first.
+    ``uniform`` ignores α, so it comes once. Raises as ``weights_from_rule`` and ``own_weights`` do.
     """
-    gamma = weights.gamma.double()
-    if weights.is_matrix:
-        covariance = gamma @ statistics.robust_covariance @ gamma.T
-        share = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    chosen: dict[str, LossWeights] = {}
+    for rule in map(Rule.of, rules):
+        for alpha in (1.0,) if rule.is_plain else alphas:
+            weights = weights_from_rule(rule, alpha, inputs, config)
+            chosen.setdefault(weights.name, weights)
+    if own is not None:
+        weights = own_weights(own, inputs)
+        chosen[weights.name] = weights
+    return list(chosen.values())
+
+
+def weights_from_rule(
+    rule: Rule | str,
+    alpha: float,
+    inputs: RuleInputs | Statistics,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+) -> LossWeights:
+    """γ = s^α or Γ = S^α, clipped and normalised; for ``uniform``, 1 whatever the settings. α = 0
+    gives the weights of ``uniform``.
+
+    A score of 0 gives the weight 0 for α > 0, and for α < 0 that of the smallest positive score. A
+    constant dimension carries no loss whatever its weight; it gets the smallest of the others.
+
+    Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
+    so far from 0 that weights vanish, or an input that was not measured; LlmWsaeError when every
+    score is 0, hardly any row differs from the others, or a space has directions of nearly no
+    weight.
+    """
+    check_number("alpha", alpha, -LARGEST_NUMBER)
+    rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
+    if alpha == 0 and not rule.is_plain:
+        rule, alpha = Rule.parse("uniform"), 1.0
+    config = rule.settings(config)
+    inputs.statistics.check_varying()
+    if rule.form(config) == "matrix":
+        gamma = _power_of_matrix(rule.matrix(inputs, config.draw), alpha, config.clip)
     else:
-        share = gamma**2 * statistics.robust_variance
-    return share / share.sum()
+        scores = rule.scores(inputs, config.draw)
+        gamma = _power_of_scores(rule, scores, alpha, inputs.statistics, config.clip)
+    weights = LossWeights(_normalised(gamma, inputs.statistics).float(), rule, alpha, config)
+    _check_space(weights)
+    return weights
 
 
-def effective_dimensions(weights: LossWeights, statistics: Statistics) -> float:
-    """Participation ratio (Σw)²/Σw² of the shares w: how many dimensions the loss depends on.
+def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWeights:
+    """Weights from a file, checked against the site, clipped if they are custom, and normalised.
 
-    For a matrix, how many directions: fewer for correlated dimensions, even when Γ = 1.
+    Raises LlmWsaeError as ``check_for`` does, and on rows of which hardly any differs, or a space
+    that cannot be left again.
     """
-    return float(1 / (loss_share(weights, statistics) ** 2).sum())
+    statistics = RuleInputs.of(inputs).statistics
+    statistics.check_varying()
+    weights.check_for(statistics.d_in)
+    gamma = weights.gamma.double()
+    if not _weighted_variance(gamma, statistics) > 0:
+        raise LlmWsaeError(_NOTHING_LEFT)
+    if weights.rule == OWN and weights.config.clip is not None:  # a rule's are clipped already
+        gamma = _own_clipped(gamma, weights.config.clip)
+    checked = replace(weights, gamma=_normalised(gamma, statistics).float())
+    _check_space(checked)
+    return checked
 
 
-def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None:
-    """A sentence if fewer than a tenth of the dimensions dominate the weighted loss, else None."""
-    effective, d_in = effective_dimensions(weights, statistics), statistics.d_in
-    if effective >= COLLAPSE_SHARE * d_in:
-        return None
-    share, dimension = loss_share(weights, statistics).max(0)
-    what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
-    consequence = (
-        "as it is in the activations themselves, without weights"
-        if weights.rule.is_plain
-        else "so a dictionary trained with it explains those and neglects the rest"
-    )
-    return (
-        f"{weights.name}: the loss is dominated by {effective:.1f} of {d_in} "
-        f"{'directions' if weights.is_matrix else 'dimensions'} "
-        f"({effective / d_in:.1%}; {what} alone carries {float(share):.0%}), {consequence}"
-    )
+def _power_of_matrix(
+    matrix: Float[Tensor, "d_in d_in"], alpha: float, clip: float | None
+) -> Float[Tensor, "d_in d_in"]:
+    values, vectors = spectrum(matrix)
+    return (vectors * _powers(values, alpha, clip)) @ vectors.T
+
+
+def _power_of_scores(
+    rule: Rule,
+    scores: Float[Tensor, " d_in"],
+    alpha: float,
+    statistics: Statistics,
+    clip: float | None,
+) -> Float[Tensor, " d_in"]:
+    varies = statistics.variance > 0
+    if not bool(scores.isfinite().all()):
+        raise LlmWsaeError(f"scores of the rule {rule.name!r} are NaN or infinite; measure again")
+    if not bool((scores[varies] > 0).any()):
+        raise LlmWsaeError(
+            f"the rule {rule.name!r} scores every dimension 0, so it prefers none; take another"
+        )
+    raised = _powers(scores[varies], alpha, clip)
+    gamma = raised.min().expand(len(scores)).clone()
+    gamma[varies] = raised
+    return gamma
+
+
+def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
+    """scores^α up to a factor, clipped around their median."""
+    if alpha <= 0:
+        scores = scores.clamp(min=float(scores[scores > 0].min()))
+    log = alpha * scores.clamp(min=0).log()  # −∞ is the weight 0
+    if clip is not None:
+        log = _clipped(log, clip)
+    log = log - log.max()
+    vanished = int((log.isfinite() & (log < _LEAST_LOG)).sum())
+    if vanished:
+        raise UsageError(
+            f"α = {alpha:g} is so far from 0 that the weights vanish on {vanished} of {len(log)} "
+            "dimensions; choose one nearer to 0, or set clip"
+        )
+    return log.exp()
+
+
+def _clipped(log: Tensor, clip: float) -> Tensor:
+    """Logarithms of weights within that factor of the median of those that are not 0."""
+    middle = float(log[log.isfinite()].median())
+    return log.clamp(middle - math.log(clip), middle + math.log(clip))
+
+
+def _own_clipped(gamma: Gamma, clip: float) -> Gamma:
+    """Custom weights, or a custom matrix's singular values, within a factor of their median."""
+    if gamma.ndim == 1:
+        return _clipped(gamma.log(), clip).exp()
+    left, values, right = torch.linalg.svd(gamma)
+    return (left * _clipped(values.log(), clip).exp()) @ right
+
+
+def _normalised(gamma: Gamma, statistics: Statistics) -> Gamma:
+    weighted = _weighted_variance(gamma, statistics)
+    if not weighted > 0:
+        raise UsageError(
+            "the weights vanish on every dimension that varies; choose an α nearer to 0, or "
+            "another rule"
+        )
+    return gamma * math.sqrt(float(statistics.robust_variance.sum()) / weighted)
+
+
+def _weighted_variance(gamma: Gamma, statistics: Statistics) -> float:
+    """E‖Γ(x − μ)‖² of the winsorised rows."""
+    if gamma.ndim == 2:
+        return float(((gamma @ statistics.robust_covariance) * gamma).sum())
+    return float((gamma**2 * statistics.robust_variance).sum())
+
+
+def _check_space(weights: LossWeights) -> None:
+    """Raise LlmWsaeError for a space that Γ⁻¹ cannot lead back from."""
+    if not weights.config.in_space:
+        return
+    stretch = stretching(weights)
+    if not float(stretch.min()) * _MAX_CONDITION > float(stretch.max()):
+        way_out = "set clip" if weights.rule == OWN else "choose an α nearer to 0, or set clip"
+        raise LlmWsaeError(
+            f"{weights.name} stretches one direction more than {_MAX_CONDITION:,.0f} times as much "
+            f"as another, so it is no space to train in; {way_out}"
+        )

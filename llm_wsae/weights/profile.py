@@ -1,4 +1,4 @@
-"""The profile of a site: what its dimensions look like and what each choice of weights does.
+"""What the dimensions of a site look like, and where the loss lies under each choice of weights.
 
 One dict for ``--json`` and one text for people, from the same numbers.
 """
@@ -7,17 +7,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
-from llm_wsae.weights.loss_weights import (
-    LossWeights,
-    collapse_warning,
-    effective_dimensions,
-    loss_share,
-    stretching,
-)
+from llm_wsae.weights.loss_weights import LossWeights, stretching
 
 _SHOWN = 5  # dimensions listed for each choice of weights
+_COLLAPSE_SHARE = 0.1  # warn when fewer than this share of the dimensions carry the loss
+
+
+def loss_share(weights: LossWeights, statistics: Statistics) -> Float[Tensor, " d_in"]:
+    """Share of the weighted variance that each dimension carries: γ²·var / Σ γ²·var.
+
+    For a matrix: the share of each principal direction of the weighted rows, i.e. of the
+    eigenvalues of ΓΣΓᵀ, the largest first.
+    """
+    gamma = weights.gamma.double()
+    if weights.is_matrix:
+        covariance = gamma @ statistics.robust_covariance @ gamma.T
+        share = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    else:
+        share = gamma**2 * statistics.robust_variance
+    return share / share.sum()
+
+
+def effective_dimensions(weights: LossWeights, statistics: Statistics) -> float:
+    """Participation ratio (Σw)²/Σw² of the shares w: how many dimensions the loss depends on.
+
+    For a matrix, how many directions: fewer for correlated dimensions, even when Γ = 1.
+    """
+    return float(1 / (loss_share(weights, statistics) ** 2).sum())
+
+
+def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None:
+    """A sentence if fewer than a tenth of the dimensions dominate the weighted loss, else None."""
+    effective, d_in = effective_dimensions(weights, statistics), statistics.d_in
+    if effective >= _COLLAPSE_SHARE * d_in:
+        return None
+    share, dimension = loss_share(weights, statistics).max(0)
+    what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
+    consequence = (
+        "as it is in the activations themselves, without weights"
+        if weights.rule.is_plain
+        else "so a dictionary trained with it explains those and neglects the rest"
+    )
+    return (
+        f"{weights.name}: the loss is dominated by {effective:.1f} of {d_in} "
+        f"{'directions' if weights.is_matrix else 'dimensions'} "
+        f"({effective / d_in:.1%}; {what} alone carries {float(share):.0%}), {consequence}"
+    )
 
 
 def profile(statistics: Statistics, weights: Sequence[LossWeights]) -> dict[str, Any]:

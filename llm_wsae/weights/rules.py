@@ -1,9 +1,9 @@
 """Weight rules: the text ``permuted:variance`` is parsed once, into an object that does the rest.
 
-A rule estimates how monosemantic each dimension is; ``choosing.py`` turns its scores s into loss
-weights γ = s^α. Some rules give a symmetric positive matrix S, and Γ = S^α: a diagonal Γ can only
-stretch the axes that the model happens to have, a matrix any direction. A new rule is a function
-here and a line in ``RULES``.
+A rule estimates how monosemantic each dimension is, from what was measured of a site; its scores s
+become loss weights γ = s^α. Some rules give a symmetric positive matrix S, and Γ = S^α: a diagonal
+Γ can only stretch the axes that the model happens to have, a matrix any direction. A new rule is a
+function here and a line in ``RULES``.
 
 Prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions, and
 ``rotated:RULE`` gives its matrix random eigenvectors.
@@ -18,16 +18,58 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
-from llm_wsae.weights.inputs import BRINGS, Need, RuleInputs
 
 Control = Literal["permuted", "rotated"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-RuleForm = Literal["diagonal", "matrix"]
+Need = Literal["dictionary", "fisher", "second_moment"]
+"""What a rule may need in addition to the statistics."""
 EIGENVALUE_FLOOR = 1e-3
 """Smallest eigenvalue of S, in medians of the positive ones: Γ stays invertible, and a negative
 power does not amplify the noise of the estimate. (A language model's Fisher information, whose
 smallest eigenvalue is a fifth of the median, never reaches it.)"""
+
+
+@dataclass(frozen=True)
+class RuleInputs:
+    """All that was measured of a site's dimensions: the statistics, always, and what
+    ``measure_inputs`` adds for the rules that need it."""
+
+    statistics: Statistics
+    decoder: Float[Tensor, "latents d_in"] | None = None
+    """Decoder rows of a first dictionary, only of the latents that fire."""
+    energy: Float[Tensor, " latents"] | None = None
+    """How much each of those latents is used: E z², its frequency times its mean square."""
+    fisher: Float[Tensor, "d_in d_in"] | None = None
+    """Fisher information of the model's next-token distribution at the site."""
+    second_moment: SecondMoment | None = None
+    """Sums over all rows, behind ``covariance``."""
+
+    @property
+    def covariance(self) -> Float[Tensor, "d_in d_in"]:
+        """The covariance of all usual rows, shrunk where they are few (``shrunk``), float64.
+
+        Raises LlmWsaeError if there are fewer rows than dimensions.
+        """
+        assert self.second_moment is not None
+        check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
+        return shrunk(self.second_moment.covariance(), self.second_moment.count)
+
+    @classmethod
+    def of(cls, measured: "RuleInputs | Statistics") -> "RuleInputs":
+        """The inputs themselves, or those with nothing but the statistics."""
+        return measured if isinstance(measured, RuleInputs) else cls(measured)
+
+
+def check_rows_of_covariance(rows: int, d_in: int) -> None:
+    """Raise LlmWsaeError if there are too few rows to measure a covariance of."""
+    if rows <= d_in:
+        raise LlmWsaeError(
+            f"{rows:,} rows are too few for the covariance of {d_in:,} dimensions; harvest at "
+            f"least {10 * d_in:,} tokens, or raise --statistics-tokens of a stream to that"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,18 +154,25 @@ class Rule:
             return IN_LOSS
         return replace(config, place="loss") if config.place == "auto" else config
 
-    def form(self, config: WeightConfig) -> RuleForm:
+    def form(self, config: WeightConfig) -> Literal["diagonal", "matrix"]:
         """What the weights are under these settings: one per dimension, or a matrix.
 
         Raises UsageError if the rule does not have the form.
         """
+        form = config.form
         if self.is_plain:
             return "diagonal"
-        form = config.form
         if form == "auto":
             prefers_matrix = self.has_matrix and (config.in_space or not self.has_scores)
-            form = "matrix" if prefers_matrix else "diagonal"
-        self._check(form)
+            return "matrix" if prefers_matrix else "diagonal"
+        if form == "matrix" and not self.has_matrix:
+            raise UsageError(
+                f"the rule {self.name!r} has no matrix form; those with one are {_with_matrix()}"
+            )
+        if form == "diagonal" and not self.has_scores:
+            raise UsageError(
+                f"the rule {self.name!r} gives only a matrix, not a weight for each dimension"
+            )
         return form
 
     def matched_control(self, config: WeightConfig) -> "Rule | None":
@@ -144,10 +193,7 @@ class Rule:
         return found if self.control is None else found[_order(len(found), draw)]
 
     def matrix(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
-        """The symmetric positive matrix (float64); ``draw`` is the number of the random draw.
-
-        Raises UsageError if the rule has none or needs what was not measured.
-        """
+        """The symmetric positive matrix (float64). Raises as ``scores`` does."""
         self._check("matrix", inputs)
         assert self.matrix_fn is not None
         found = self.matrix_fn(inputs)
@@ -160,29 +206,23 @@ class Rule:
 
     def missing_input(self) -> UsageError:
         """The error for a rule whose ``need`` was not measured: what it is, and what brings it."""
-        assert self.need is not None
-        what, option = BRINGS[self.need]
-        if not option:  # all commands measure it
+        if self.need == "second_moment":  # all commands measure it
             return UsageError(
-                f"the rule {self.name!r} needs {what}, not their statistics alone: give it what "
-                f"llm_wsae.measure_inputs([{self.name!r}], store, site) returns"
+                f"the rule {self.name!r} needs the covariance of all rows, not their statistics "
+                f"alone: give it what llm_wsae.measure_inputs([{self.name!r}], store, site) returns"
             )
+        what, option = "the model", "--model M"
+        if self.need == "dictionary":
+            what, option = "a first dictionary", "--dictionary DICT"
         return UsageError(
             f"the rule {self.name!r} needs {what}: make its weights with llm-wsae weigh {option}, "
             "and train on that file with --weights"
         )
 
-    def _check(self, form: RuleForm, inputs: RuleInputs | None = None) -> None:
-        """Raise UsageError if it lacks the form, or the inputs what it needs."""
-        if form == "matrix" and not self.has_matrix:
-            raise UsageError(
-                f"the rule {self.name!r} has no matrix form; those with one are {_with_matrix()}"
-            )
-        if form == "diagonal" and not self.has_scores:
-            raise UsageError(
-                f"the rule {self.name!r} gives only a matrix, not a weight for each dimension"
-            )
-        if inputs is not None and self.need is not None and not inputs.has(self.need):
+    def _check(self, form: Literal["diagonal", "matrix"], inputs: RuleInputs) -> None:
+        self.form(WeightConfig(form=form))
+        measured = "decoder" if self.need == "dictionary" else self.need
+        if measured and getattr(inputs, measured) is None:
             raise self.missing_input()
 
 

@@ -12,9 +12,9 @@ gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] 
 summed over all predictions from the position to the end of its text.
 """
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
-from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
-from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.rules import Rule, RuleInputs, check_rows_of_covariance
 
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
@@ -74,42 +73,29 @@ def measure_inputs(
     needs = {rule.need for rule in parsed}
     processes = join()
     with processes.together():
-        statistics = rows.statistics(site) if planted is None else planted.statistics()
-        inputs = _beginning(statistics, needs)
+        own = rows.statistics(site) if planted is None else planted.statistics()
+        own.check_varying()
+        found: dict[str, Any] = {"statistics": own}
         if "second_moment" in needs:
+            check_rows_of_covariance(own.count, own.d_in)
             moment = rows.second_moment(site) if planted is None else planted.second_moment()
-            inputs = replace(inputs, second_moment=moment)
+            found["second_moment"] = moment
         if not processes.leads:
             processes.meet()  # rank 0 has measured, and kept what the others read
         if "dictionary" in needs and dictionary is not None:
-            decoder, energy = used_decoder(dictionary, site, inputs.statistics)
-            inputs = replace(inputs, decoder=decoder, energy=energy)
+            found["decoder"], found["energy"] = used_decoder(dictionary, site, own)
         if "fisher" in needs:
-            inputs = replace(inputs, fisher=_kept_fisher(rows, site, model, config))
+            found["fisher"] = _kept_fisher(rows, site, model, config)
         if processes.leads:
             processes.meet()
-    return inputs
-
-
-def settings_of_fisher(config: RuleInputConfig) -> dict[str, int]:
-    """The settings on which the Fisher information depends, by which a kept one is known."""
-    return {"sensitivity_tokens": config.sensitivity_tokens, "seed": config.seed}
-
-
-def _beginning(statistics: Statistics, needs: Collection[Need | None]) -> RuleInputs:
-    """The statistics alone. Raises LlmWsaeError, before anything is measured, for rows of which the
-    rest cannot be."""
-    statistics.check_varying()
-    if "second_moment" in needs:
-        check_rows_of_covariance(statistics.count, statistics.d_in)
-    return RuleInputs(statistics)
+    return RuleInputs(**found)
 
 
 def _kept_fisher(
     rows: SiteRows, site: Site, model: LanguageModel | None, config: RuleInputConfig
 ) -> Tensor | None:
     """The measurement that is kept, or made with the model and then kept; else None."""
-    kept = StoredMeasurement(rows, site, "fisher", settings_of_fisher(config))
+    kept = StoredMeasurement(rows, site, "fisher", asdict(config))
     found, model = kept.read(), model or rows.model
     if found is not None or model is None:
         return found
@@ -147,10 +133,8 @@ def fisher_of(
     site: Site,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> Float[Tensor, "d_in d_in"]:
-    """Fisher information of the model's predictions at the site, on the rows' text (float64).
-
-    Raises LlmWsaeError for a model that did not make a store.
-    """
+    """``fisher_information`` on the rows' text. Raises LlmWsaeError for a model that did not make a
+    store."""
     rows.check_model(model.identity())
     tokens = min(config.sensitivity_tokens, rows.statistics(site).count)
 

@@ -187,7 +187,7 @@ def ours(job: Job, rows: Tensor) -> Trainer:
     from llm_wsae.training.arm import Arm, ArmConfig
     from llm_wsae.training.config import TrainConfig, default_learning_rate
     from llm_wsae.training.normaliser import Normaliser
-    from llm_wsae.weights.choosing import weights_from_rule
+    from llm_wsae.weights.loss_weights import weights_from_rule
 
     device = torch.device(job.device)
     fast = fast_dtype(device, "encoder") if job.dtype == "auto" else getattr(torch, job.dtype)

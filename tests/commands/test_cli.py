@@ -28,7 +28,7 @@ from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline import site_weights
 from llm_wsae.pipeline.request import ModelConfig, Run, TextConfig
-from llm_wsae.training import one_site
+from llm_wsae.training import trainer
 
 RUN = ("--site", SITE, "--tokens", 5000, "--harvest.context-size", 16, "--k", 4,
        "--eval-tokens", 500)  # fmt: skip
@@ -212,7 +212,7 @@ def test_train(world, tmp_path):
 def test_train_makes_the_plain_dictionary_unless_told_otherwise(world, tmp_path, monkeypatch):
     """And Ctrl-C stops it with the exit code that shells know."""
     out, words = tmp_path / "trained", ("train", world / "store", *TRAIN, "--k", 4)
-    factor = one_site.learning_rate_factor
+    factor = trainer.learning_rate_factor
 
     def interrupted(step, *schedule):
         if step == 3:
@@ -220,7 +220,7 @@ def test_train_makes_the_plain_dictionary_unless_told_otherwise(world, tmp_path,
         return factor(step, *schedule)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_site, "learning_rate_factor", interrupted)
+        patch.setattr(trainer, "learning_rate_factor", interrupted)
         result = call(*words, "--out", out)
     assert (result.code, result.out) == (130, "")
     assert re.search("llm-wsae: stopped after step 4 of .*run the same command", result.err)

@@ -21,7 +21,7 @@ from llm_wsae.evaluation.fidelity import evaluator, summary
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT, training_in
-from llm_wsae.training.one_site import Training
+from llm_wsae.training.trainer import Training
 
 SITES = ("blocks.0.hook_resid_post", SITE)
 END = Site(2, "post")

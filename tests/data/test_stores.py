@@ -24,7 +24,7 @@ from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.loss_weights import choose_weights
 from llm_wsae.weights.weighing import measure_inputs
 
 SITE = Site.parse("blocks.1.hook_resid_post")

@@ -28,9 +28,9 @@ from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, is_finished
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train, train_sites
-from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import RuleInputConfig
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import choose_weights
+from llm_wsae.weights.rules import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 SITES = [Site(0, "pre"), Site(1, "post")]

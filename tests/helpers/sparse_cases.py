@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_wsae.sparse import codes, operations
 from llm_wsae.sparse.backends import cpu
 from llm_wsae.sparse.codes import RaggedCodes, SubsetGradients, offsets_of
-from llm_wsae.training.parameters import Parameters
+from llm_wsae.training.architecture import Parameters
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

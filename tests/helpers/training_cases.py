@@ -18,14 +18,14 @@ from torch import Tensor
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.architecture import Architecture
+from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, squared
 from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.normaliser import Normaliser
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters, squared
-from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.training.optimiser import initial_parameters
+from llm_wsae.training.strategy import SINGLE, Strategy
+from llm_wsae.weights.loss_weights import choose_weights
 
 CPU = torch.device("cpu")
 D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02

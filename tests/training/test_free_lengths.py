@@ -9,13 +9,13 @@ from training_cases import CONFIG, CPU, Planted, arms_for, check_same, fvu
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse.codes import EPSILON
 from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.training.architecture import Parameters
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.optimiser import INITIAL_LENGTH, Optimiser
-from llm_wsae.training.parameters import Parameters, initial_parameters
+from llm_wsae.training.optimiser import INITIAL_LENGTH, Optimiser, initial_parameters
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.weights.choosing import weights_from_rule
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.rules import RuleInputs
 
 WIDTH, LATENTS, STEPS, RATE = 12, 30, 6, 0.02
 FREE = replace(CONFIG, tokens=256 * 60, log_every=20, dtype="auto", lengths="free")

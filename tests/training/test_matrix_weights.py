@@ -25,16 +25,14 @@ from training_cases import (
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.training.architecture import Parameters, squared, weighted_error
 from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
-from llm_wsae.training.export import folded
-from llm_wsae.training.normaliser import Space, in_spaces
-from llm_wsae.training.parameters import Parameters, squared, weighted_error
+from llm_wsae.training.normaliser import Space, folded, in_spaces
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import own_weights, weights_from_rule
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
+from llm_wsae.weights.rules import RuleInputs
 
 WIDTH = 16
 SPACE = WeightConfig(place="space")

@@ -25,13 +25,13 @@ from training_cases import (
 )
 
 from llm_wsae.sparse.codes import EPSILON
+from llm_wsae.training.architecture import Batch, Parameters, squared
 from llm_wsae.training.architectures.relu import ReLU
 from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
-from llm_wsae.training.optimiser import Optimiser
-from llm_wsae.training.parallel.strategy import Strategy
-from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
+from llm_wsae.training.optimiser import Optimiser, initial_parameters
+from llm_wsae.training.strategy import Strategy
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
 

@@ -5,7 +5,7 @@ import torch
 from covariances import second_moment
 
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import RuleInputs
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.choosing import choose_weights, own_weights, weights_from_rule
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights, loss_share, stretching
-from llm_wsae.weights.rules import RULES
+from llm_wsae.weights.loss_weights import (
+    LossWeights,
+    choose_weights,
+    own_weights,
+    stretching,
+    weights_from_rule,
+)
+from llm_wsae.weights.profile import loss_share
+from llm_wsae.weights.rules import RULES, RuleInputs
 
 SPACE = WeightConfig(place="space")
 CONTROLS = (

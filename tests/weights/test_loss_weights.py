@@ -9,18 +9,16 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import IN_LOSS, RuleInputConfig, WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import (
-    LossWeights,
+from llm_wsae.weights.loss_weights import LossWeights, stretching, weights_from_rule
+from llm_wsae.weights.profile import (
     collapse_warning,
     effective_dimensions,
     loss_share,
-    stretching,
+    profile,
+    profile_text,
 )
-from llm_wsae.weights.profile import profile, profile_text
-from llm_wsae.weights.rules import OWN, RULES, Rule
+from llm_wsae.weights.rules import OWN, RULES, Rule, RuleInputs
 
 
 def test_settings_that_cannot_be():

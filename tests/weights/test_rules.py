@@ -7,10 +7,9 @@ from scipy.stats import spearmanr
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.rules import EIGENVALUE_FLOOR, OWN, RULES, Rule, rotated, spectrum
+from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.rules import EIGENVALUE_FLOOR, OWN, RULES, Rule, RuleInputs, rotated, spectrum
 
 D_IN = 4  # of the fixture ``inputs``
 MATRIX, SPACE = WeightConfig(form="matrix"), WeightConfig(place="space")

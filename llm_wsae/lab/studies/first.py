@@ -20,8 +20,8 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import is_finished
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import weights_from_rule
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.rules import RuleInputs
 from llm_wsae.weights.weighing import used_decoder
 
 SHARE = 0.5

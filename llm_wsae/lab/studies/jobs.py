@@ -32,8 +32,7 @@ from llm_wsae.lab.studies.plan import RAW, PlannedArm
 from llm_wsae.lab.studies.results import record_of
 from llm_wsae.training.checkpoint import is_finished, recorded
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.export import origin_of
-from llm_wsae.training.trainer import train
+from llm_wsae.training.trainer import origin_of, train
 
 PASS_BYTES = 1 << 30
 """Of parameters and optimiser state that are trained together."""

@@ -13,11 +13,9 @@ from llm_wsae.lab.studies.config import StudyGrid
 from llm_wsae.lab.studies.first import SHARE
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import ArchitectureName, Lengths
-from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights
-from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
+from llm_wsae.weights.rules import Rule, RuleInputs
 
 PLAIN = "uniform"
 RAW = "topk baseline: raw dimensions"

@@ -39,7 +39,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import train_beside, write_request
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 _MEASURES = {"detection": 2}  # its definition; other numbers cannot stand beside it

@@ -35,9 +35,8 @@ from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import choose_weights
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.loss_weights import choose_weights
+from llm_wsae.weights.rules import Rule, RuleInputs
 
 COMMAND, REPORT = "theory", "theory.json"
 FEATURES, DIMENSIONS, LATENTS = 200, 20, 200

@@ -16,8 +16,7 @@ from llm_wsae.dictionary import sparsity
 from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
-from llm_wsae.training.architecture import Architecture, exact, sparse_step
-from llm_wsae.training.parameters import Batch, Parameters, Step
+from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, exact, sparse_step
 from llm_wsae.weights.loss_weights import Gamma
 
 _LAST_SHARE, _MOST_STEPS = 10, 100

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from llm_wsae.training.architecture import Parameters
 from llm_wsae.training.architectures.topk import LargestOfRow
-from llm_wsae.training.parameters import Parameters
 
 
 class Frozen(LargestOfRow):

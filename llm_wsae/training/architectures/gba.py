@@ -27,10 +27,9 @@ from torch import Tensor
 
 from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.training.architecture import sparse_step
-from llm_wsae.training.dense_start import DenseStart, dense_step
+from llm_wsae.training.architecture import Batch, Parameters, Step, sparse_step
+from llm_wsae.training.architectures.relu import DenseStart, dense_step
 from llm_wsae.training.optimiser import adam_vector
-from llm_wsae.training.parameters import Batch, Parameters, Step
 from llm_wsae.weights.loss_weights import Gamma
 
 RATE = 0.01

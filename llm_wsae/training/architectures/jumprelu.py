@@ -26,9 +26,16 @@ from torch import Tensor
 from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.codes import SlotCapacity, SparseGradients
 from llm_wsae.sparse.operations import encode_above, firing_counts, value_gradients
-from llm_wsae.training.architecture import Architecture, exact, without_masked
+from llm_wsae.training.architecture import (
+    Architecture,
+    Batch,
+    Parameters,
+    Step,
+    exact,
+    weighted_error,
+    without_masked,
+)
 from llm_wsae.training.optimiser import adam_vector
-from llm_wsae.training.parameters import Batch, Parameters, Step, weighted_error
 from llm_wsae.weights.loss_weights import Gamma
 
 BANDWIDTH = 0.5

@@ -16,9 +16,8 @@ import torch
 
 from llm_wsae.sparse.codes import RaggedCodes, SparseGradients
 from llm_wsae.sparse.operations import firing_counts, value_gradients
-from llm_wsae.training.architecture import exact
+from llm_wsae.training.architecture import Batch, Parameters, Step, exact, weighted_error
 from llm_wsae.training.architectures.batch_topk import BatchTopK
-from llm_wsae.training.parameters import Batch, Parameters, Step, weighted_error
 from llm_wsae.weights.loss_weights import Gamma
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)

@@ -6,8 +6,7 @@ size batch × d_sae exists. γ enters only through the gradient of the residual.
 
 from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.training.architecture import Architecture, exact, sparse_step
-from llm_wsae.training.parameters import Batch, Parameters, Step
+from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, exact, sparse_step
 from llm_wsae.weights.loss_weights import Gamma
 
 

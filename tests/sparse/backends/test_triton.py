@@ -30,8 +30,8 @@ from llm_wsae.sparse.codes import (
     SparseGradients,
     SubsetGradients,
 )
+from llm_wsae.training.architecture import Batch
 from llm_wsae.training.arm import Arm, ArmConfig
-from llm_wsae.training.parameters import Batch
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
 

@@ -22,7 +22,7 @@ from training_cases import (
 
 from llm_wsae.sparse.codes import EPSILON, ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
-from llm_wsae.training.architecture import exact
+from llm_wsae.training.architecture import Batch, Parameters, exact, squared
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.architectures.jumprelu import (
     BANDWIDTH,
@@ -32,7 +32,7 @@ from llm_wsae.training.architectures.jumprelu import (
     initial_threshold,
 )
 from llm_wsae.training.architectures.matryoshka import Matryoshka, group_bounds
-from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
+from llm_wsae.training.optimiser import initial_parameters
 
 GROUPS = [(0, 8), (8, 24), (24, 56), (56, 120), (120, 256)]
 

@@ -35,7 +35,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
-from llm_wsae.training.export import folded
+from llm_wsae.training.normaliser import folded
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES

@@ -7,6 +7,7 @@ import torch
 from training_cases import CPU, D_IN, D_SAE, K, architecture, problem, take_step
 
 from llm_wsae.sparse.codes import EPSILON
+from llm_wsae.training.architecture import Parameters
 from llm_wsae.training.architectures.gba import (
     AMPLITUDE,
     EVERY,
@@ -16,7 +17,6 @@ from llm_wsae.training.architectures.gba import (
     target_frequencies,
 )
 from llm_wsae.training.arm import Arm, ArmConfig
-from llm_wsae.training.parameters import Parameters
 from llm_wsae.weights.loss_weights import LossWeights
 
 WAYS = ("gba, dense", "gba, sparse")

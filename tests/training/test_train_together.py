@@ -19,7 +19,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import join
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, Rows, save_rows
+from llm_wsae.training.checkpoint import CHECKPOINT, Own, save_together
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -241,8 +241,8 @@ def write(path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     everyone, matrix = join(), torch.arange(12.0).view(6, 2)
     with everyone.together():
-        part = Rows(matrix.tensor_split(2)[everyone.rank], everyone.rank * 3, 6)
-        save_rows(path, {"matrix": part, "bias": torch.arange(5.0)}, {}, everyone)
+        parts = {"matrix": matrix.tensor_split(2)[everyone.rank], "bias": torch.arange(5.0)}
+        save_together(path, parts, {"matrix": Own(everyone.rank * 3, 6)}, {}, everyone)
 
 
 def test_a_process_that_cannot_write_leaves_the_old_file(tmp_path):

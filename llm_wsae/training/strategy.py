@@ -14,6 +14,7 @@ over, and the strategy knows which of them must cross processes.
   reconstruction.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,7 +27,6 @@ from llm_wsae.machine.processes import Collectives, Processes, Several, collecti
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import Codes, RaggedCodes, keep_slots, ragged
 from llm_wsae.training.config import Shard
-from llm_wsae.training.parallel.largest import largest_in_rows, largest_of_all
 
 _SMALL = 1 << 16  # numbers; smaller tensors share one reduction, since each has a fixed cost
 _MORE_OF_ROWS = 1.25  # rows are shuffled: every process has about its share of the largest
@@ -97,10 +97,7 @@ class Strategy:
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:
         """The largest of the whole batch, k per kept row, that are in this process's rows and
-        latents.
-
-        ``encode(n)`` gives this process's own largest, n per kept row.
-        """
+        latents; ``encode(n)`` gives its own largest, n per kept row."""
         return encode(k)
 
     def keep_largest(self, active: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows own"]:
@@ -143,16 +140,51 @@ class _SeveralProcesses(Strategy):
         return self._collectives.min_(value.clone())
 
     def all_agree(self, yes: bool) -> bool:
-        return bool(self._collectives.min_(torch.tensor(int(yes))))
+        return bool(self.minimum(torch.tensor(int(yes))))
 
     def batch_topk(
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:
-        rows_differ = self.latent_parts == 1
-        first = _MORE_OF_ROWS * k if rows_differ else _MORE_OF_LATENTS * k / self.latent_parts
-        return largest_of_all(
-            self._collectives, encode, k, kept, rows_differ=rows_differ, first=first
-        )
+        """A process cannot know how many of its values are among the largest of all, so it tries
+        its share and some more, and twice as many as long as the smallest value of any process is
+        above the smallest of all."""
+        num_rows = int(kept.sum())
+        wanted = k * int(self.sum_over_rows(torch.tensor(num_rows)))
+        share = _MORE_OF_ROWS * k
+        if self.latent_parts > 1:
+            share = _MORE_OF_LATENTS * k / self.latent_parts
+        per_row = math.ceil(share)
+        while True:
+            codes = encode(per_row)
+            codes = keep_slots(codes, codes.values > 0)
+            all_there = len(codes.values) < per_row * num_rows  # no more of them are positive
+            values = self._gather(codes.values)
+            smallest = values.new_zeros(())
+            if len(values) > wanted:
+                largest = values.topk(wanted, sorted=False).values
+                smallest = largest.min() if wanted else values.max()
+            enough = all_there or len(codes.values) == 0 or bool(codes.values.min() <= smallest)
+            if self.all_agree(enough):
+                return self._at_most(codes, smallest, wanted)
+            per_row *= 2
+
+    def _at_most(self, codes: RaggedCodes, smallest: Tensor, wanted: int) -> RaggedCodes:
+        """The own ones of all values from ``smallest`` on; where these tie for the last place,
+        the first in the order of the processes."""
+        rank = self._collectives.rank
+        above, level = codes.values > smallest, codes.values == smallest
+        counts = torch.stack([above.sum(), level.sum()]).cpu()
+        by_rank = torch.stack(self._collectives.gather(counts))
+        left = wanted - int(by_rank[:, 0].sum()) - int(by_rank[:rank, 1].sum())
+        return keep_slots(codes, above | (level & (level.cumsum(0) <= left)))
+
+    def _gather(self, values: Float[Tensor, " own"]) -> Float[Tensor, " all"]:
+        """The values of all processes end to end; each may have a different number."""
+        gathered = self._collectives.gather(torch.tensor([len(values)]))
+        lengths = [int(length) for length in gathered]
+        padded = torch.nn.functional.pad(values, (0, max(lengths) - len(values)))
+        parts = self._collectives.gather(padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 class DataParallel(_SeveralProcesses):
@@ -200,7 +232,15 @@ class LatentParallel(_SeveralProcesses):
         return self._collectives.sum_(part.clone())
 
     def topk(self, codes: Codes, k: int) -> RaggedCodes:
-        chosen = largest_in_rows(self._collectives, codes.values, k) & (codes.values > 0)
+        """Where values tie for the last place, the first in the order of the processes."""
+        own, rank = codes.values.shape[1], self._collectives.rank
+        everyone = torch.cat(self._collectives.gather(codes.values), dim=1)
+        chosen = torch.ones_like(everyone, dtype=torch.bool)
+        if everyone.shape[1] > k:
+            smallest = everyone.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+            above, level = everyone > smallest, everyone == smallest
+            chosen = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        chosen = chosen[:, own * rank : own * (rank + 1)] & (codes.values > 0)
         return keep_slots(ragged(codes), chosen.flatten())
 
     def keep_largest(self, active: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows own"]:

@@ -13,9 +13,10 @@ from sparse_cases import of_all
 from training_cases import BATCH, CPU, D_SAE, STEPS, problem, step_of
 
 from llm_wsae.machine.processes import collectives, join
+from llm_wsae.training.architecture import Batch, Parameters, squared
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
-from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
+from llm_wsae.training.optimiser import initial_parameters
+from llm_wsae.training.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Of sums that were added up in another order; in bfloat16 many values tie for the last place among
