@@ -1,7 +1,6 @@
 """RuleInputs against brute force, on the store of a tiny model."""
 
 import io
-import os
 import shutil
 
 import pytest
@@ -10,13 +9,12 @@ from several import run
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data import covariance, stored_measurement
+from llm_wsae.data import stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
@@ -77,17 +75,6 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
     assert float((part - everything).norm()) > 0
 
 
-def test_fewer_contexts_than_shards_are_measured_without_empty_passes(model, store):
-    pieces = list(store.some_text(1))
-    assert [len(ids) for ids, _ in pieces] == [1] and len(store.manifest.shards) > 1
-    assert fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=1)).isfinite().all()
-
-
-def test_another_model_is_refused(store):
-    with pytest.raises(LlmWsaeError, match="was made by tiny"):
-        fisher_of(tiny_model(seed=1), store, SITE)
-
-
 def dictionary_for(store, site=SITE):
     generator = torch.Generator().manual_seed(0)
     decoder = torch.randn(40, store.d_in, generator=generator)
@@ -113,14 +100,12 @@ def test_the_decoder_of_what_fires(store):
         used_decoder(dictionary_for(store, Site(0, "post")), SITE, statistics)
 
 
-def test_gather_measures_what_is_needed_and_no_more(model, store):
-    first = dictionary_for(store)
-    found = measure_inputs(
-        ["variance", "participation"], store, SITE, model=model, dictionary=first
-    )
+def test_nothing_more_is_measured_than_is_needed(model, store):
+    given = {"model": model, "dictionary": dictionary_for(store)}
+    found = measure_inputs(["variance", "participation"], store, SITE, **given)
     assert found.fisher is None
     assert RULES["participation"].scores(found).shape == (store.d_in,)
-    found = measure_inputs(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
+    found = measure_inputs(["rotated:sensitivity"], store, SITE, **given)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
     other = RuleInputConfig(seed=3)  # of which nothing is kept
     with pytest.raises(UsageError, match="--model"):
@@ -129,23 +114,22 @@ def test_gather_measures_what_is_needed_and_no_more(model, store):
 
 def test_what_was_measured_is_kept(model, tmp_path, store):
     folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    copy, config = ActivationStore.open(folder), RuleInputConfig(sensitivity_tokens=50)
-    first = measure_inputs(["sensitivity"], copy, SITE, model=model, config=config).fisher
-    again = measure_inputs(
-        ["rotated:sensitivity"], copy, SITE, config=config
-    ).fisher  # without the model
-    assert torch.equal(first, again)
-    other = RuleInputConfig(sensitivity_tokens=50, seed=1)
-    assert measure_inputs(["sensitivity"], copy, SITE, config=other).fisher is None
+    copy = ActivationStore.open(folder)
+
+    def fisher(rule="sensitivity", seed=0, model=None):
+        config = RuleInputConfig(sensitivity_tokens=50, seed=seed)
+        return measure_inputs([rule], copy, SITE, model=model, config=config).fisher
+
+    first = fisher(model=model)
+    assert torch.equal(first, fisher("rotated:sensitivity"))  # without the model
+    assert fisher(seed=1) is None
     (path,) = (folder / "evidence").iterdir()
     path.write_bytes(path.read_bytes()[:-9])
-    assert measure_inputs(["sensitivity"], copy, SITE, config=config).fisher is None
-    assert torch.equal(
-        measure_inputs(["sensitivity"], copy, SITE, model=model, config=config).fisher, first
-    )
+    assert fisher() is None
+    assert torch.equal(fisher(model=model), first)
     assert verify(folder).problems == []
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
-        measure_inputs(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
+        fisher(model=tiny_model(seed=1), seed=1)
 
 
 def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store, capsys):
@@ -214,19 +198,8 @@ def test_several_processes_sum_the_covariance_together(tmp_path, store, is_full)
     assert sum(read for read, *_ in again) == (store.num_rows if is_full else 0)
 
 
-def test_processes_without_a_part_and_without_the_file_have_the_same_covariance(tmp_path, store):
-    """There are more processes than parts; then one does not see yet what another has kept."""
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    first = run(3, measured, folder, False, 2)
-    assert [read > 0 for read, *_ in first] == [True, True, False]
-    again = run(2, measured, folder, False, 2, 1)
-    assert [read for read, *_ in again] == [0, store.num_rows]
-    assert len({str(covariance) for *_, covariance in [*first, *again]}) == 1
-
-
-def measured(folder, is_full, parts=None, blind=None):
-    """One process's part: the rows that it reads, what it says, the covariance. The ``blind`` one
-    sees no measurement."""
+def measured(folder, is_full):
+    """One process's part: the rows that it reads, what it says, the covariance."""
     read, rows, said = [0], RowReader.rows, io.StringIO()
 
     def counted(reader, start, stop):
@@ -236,9 +209,6 @@ def measured(folder, is_full, parts=None, blind=None):
     RowReader.rows = counted
     if is_full:
         stored_measurement.save_own_tensors = full
-    covariance._PARTS = parts or covariance._PARTS
-    if os.environ["RANK"] == str(blind):
-        StoredMeasurement.read_tensors = lambda kept: None
     stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return read[0], said.getvalue(), inputs.covariance.tolist()

@@ -48,19 +48,13 @@ class ArmConfig:
     """One of ``architecture_names()``."""
 
     def __post_init__(self) -> None:
-        name, takes_k = self.architecture, self.kind.setting == "k"
-        if takes_k and self.k is None:
-            raise UsageError(
-                f"a {name} arm needs k; to train with an L1 penalty instead, choose the "
-                "architecture relu"
-            )
         check_numbers(self, l1=0)
-        if not takes_k and self.k is not None:
-            raise UsageError(f"the architecture {name} takes an L1 coefficient, not k")
-        if takes_k and self.l1:
+        takes_k = self.kind.setting == "k"
+        if takes_k == (self.k is None) or (takes_k and self.l1):
+            takes, other = ("k", "an L1 coefficient") if takes_k else ("an L1 coefficient", "k")
             raise UsageError(
-                f"the architecture {name} takes k, not an L1 coefficient; leave l1 at 0, or choose "
-                "the architecture relu"
+                f"the architecture {self.architecture} takes {takes}, not {other}; relu takes an "
+                "L1 coefficient, and every other architecture k"
             )
 
     @property

@@ -223,11 +223,11 @@ class Training:
         self.arms: list[Arm] = []
         """None of a training that is finished: its dictionaries are read."""
         spaces: dict[int, Space | None] = {}  # arms of the same weights share their rows there
-        for config_of_arm in [] if is_finished(out) else arms:
-            space = spaces.get(id(config_of_arm.weights))
-            arm = Arm(config_of_arm, d_in, d_sae, device, space, strategy, config.lengths)
-            spaces[id(config_of_arm.weights)] = arm.space
-            self.arms.append(arm)
+        for arm in [] if is_finished(out) else arms:
+            space = spaces.get(id(arm.weights))
+            made = Arm(arm, d_in, d_sae, device, space, strategy, config.lengths)
+            spaces[id(arm.weights)] = made.space
+            self.arms.append(made)
         self.reached = 0
         """Steps that are done."""
         self._numbers: dict[str, dict[str, float]] = {}

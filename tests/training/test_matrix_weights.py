@@ -25,13 +25,13 @@ from training_cases import (
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.training.architecture import Parameters, squared, weighted_error
+from llm_wsae.training.architecture import Parameters, squared
 from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
-from llm_wsae.training.normaliser import Space, folded, in_spaces
-from llm_wsae.training.trainer import train
+from llm_wsae.training.normaliser import folded
+from llm_wsae.training.trainer import Training, train
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
+from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 from llm_wsae.weights.rules import RuleInputs
 
 WIDTH = 16
@@ -92,19 +92,16 @@ def test_a_row_that_is_not_finite_is_masked_like_a_massive_one(source):
     assert torch.equal(batch.x[3], normaliser.batch(source.rows[4:5]).x[0])
 
 
-def test_arms_that_share_a_space_share_the_product(source, inputs):
-    found = [None]
-    for alpha in (0.25, 0.25, 0.5):
-        weights = weights_from_rule("sensitivity", alpha, inputs, SPACE)
-        found.append(Space.of(weights, CPU, found))
-    assert Space.of(weights_from_rule("uniform", 1.0, inputs, SPACE), CPU) is None
-    assert found[1] is found[2] is not found[3]
+def test_arms_that_share_a_space_share_the_product(source, inputs, tmp_path):
+    weights = [weights_from_rule("sensitivity", alpha, inputs, SPACE) for alpha in (0.25, 0.5)]
+    arms = make_arms(weights, [2, 4])
+    spaces = [arm.space for arm in Training(source, arms, SHORT, tmp_path, CPU).arms]
+    assert spaces[0] is spaces[1] is not spaces[2] is spaces[3]
     batch = source.normaliser(torch.bfloat16).batch(source.rows[:600])
-    batches = list(in_spaces(batch, found))
-    assert batches[0] is batch and batches[1] is batches[2]
-    torch.testing.assert_close(batches[3].x, batch.x @ weights.gamma.T)
-    assert batches[3].x_fast.dtype == torch.bfloat16
-    assert int((batch.mask == 0).sum()) == 2 and not batches[3].x[batch.mask == 0].any()
+    entered = spaces[2].enter(batch)
+    torch.testing.assert_close(entered.x, batch.x @ weights[1].gamma.T)
+    assert entered.x_fast.dtype == torch.bfloat16
+    assert int((batch.mask == 0).sum()) == 2 and not entered.x[batch.mask == 0].any()
 
 
 def test_the_identity_is_the_plain_training(source, inputs, tmp_path):
@@ -185,13 +182,6 @@ def test_an_annealed_training_is_neither_of_its_ends(source, inputs, tmp_path):
     assert not torch.allclose(annealed.W_dec, plain.W_dec, atol=1e-3)
 
 
-def test_own_matrix_that_is_no_space(inputs):
-    nearly = torch.eye(WIDTH)
-    nearly[0, 0] = 1e-7
-    with pytest.raises(LlmWsaeError, match="more than 100,000 times"):
-        own_weights(LossWeights(nearly, config=SPACE), inputs)
-
-
 def random_matrix():
     draw = torch.Generator().manual_seed(2)
     return torch.randn(D_IN, D_IN, generator=draw, dtype=torch.float64)
@@ -206,15 +196,6 @@ def test_a_diagonal_matrix_gives_the_step_of_its_diagonal(name, dtype):
     assert largest_error(by_matrix.gradients, by_vector.gradients) < tolerance
     assert float(by_matrix.loss) == pytest.approx(float(by_vector.loss), rel=tolerance)
     assert torch.equal(by_matrix.firings, by_vector.firings)
-
-
-def test_the_error_and_its_gradient():
-    _, batch, _ = problem(torch.float64)
-    matrix, residual = random_matrix(), (batch.x * 0.3).requires_grad_()
-    loss, gradient = weighted_error(residual.detach(), batch.mask, squared(matrix), batch.num_rows)
-    expected = (residual @ matrix.T).square().sum() / (batch.mask.sum() * D_IN)
-    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-12)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, residual)[0])
 
 
 def test_topk_gradients_equal_autograd():

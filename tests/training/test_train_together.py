@@ -92,12 +92,9 @@ def test_several_processes_train_the_dictionaries_of_one(alone, together, shard)
     check_close(together[shard], alone, ALL)
     dead = [numbers["dead"] for line in log_of(alone) for numbers in line["arms"].values()]
     assert sum(share > 0 for share in dead) > len(dead) / 4  # so AuxK had work to do
-
-
-def test_a_finished_training_is_read_back(together):
-    before = {p: p.stat().st_mtime_ns for p in together["rows"].rglob("*")}
-    assert run(2, make, together["rows"]) == [list(ALL)] * 2
-    assert before == {p: p.stat().st_mtime_ns for p in together["rows"].rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in together[shard].rglob("*")}
+    assert run(2, make, together[shard], replace(SHORT, shard=shard)) == [list(ALL)] * 2
+    assert before == {p: p.stat().st_mtime_ns for p in together[shard].rglob("*")}
 
 
 def terminate():

@@ -24,7 +24,6 @@ from llm_wsae.weights.rules import OWN, RULES, Rule, RuleInputs
 def test_settings_that_cannot_be():
     for kind, settings, sentence in [
         (WeightConfig, {"clip": 0.5}, "clip must be a factor of at least 1, not 0.5"),
-        (WeightConfig, {"clip": float("nan")}, "clip is nan, but must be a number"),
         (WeightConfig, {"anneal": 1.5}, "a share of the steps"),
         (WeightConfig, {"anneal": 0.5, "place": "space"}, "only weights in the loss can be annea"),
         (WeightConfig, {"draw": -1}, "draw is -1, but must be at least 0"),
@@ -32,20 +31,11 @@ def test_settings_that_cannot_be():
     ]:
         with pytest.raises(UsageError, match=sentence):
             kind(**settings)
-    for name, value, sentence in (  # which the tests' own type checks would refuse before
-        ("place", "Space", "place must be auto, loss or space, not 'Space'"),
-        ("form", "matrx", "form must be auto, diagonal or matrix, not 'matrx'"),
-    ):
-        config = WeightConfig()
-        object.__setattr__(config, name, value)
-        with pytest.raises(UsageError, match=sentence):
-            config.__post_init__()
 
 
 def test_names_and_labels():
     vector, matrix = torch.ones(4), torch.eye(4)
     for gamma, rule, alpha, settings, name in [
-        (vector, "variance", 0.5, {}, "variance-a0.5"),
         (vector, "variance", -0.25, {"place": "space"}, "variance-a-0.25-space"),
         (vector, "variance", 0.0, {"place": "space"}, "uniform"),
         (vector, "uniform", 1.0, {}, "uniform"),
@@ -53,9 +43,7 @@ def test_names_and_labels():
         (vector, "variance", 0.5, {"draw": 2}, "variance-a0.5"),
         (vector, "permuted:variance", 0.5, {"draw": 2}, "permuted-variance-a0.5-d2"),
         (vector, "permuted:variance", 0.0, {"draw": 2}, "uniform"),
-        (vector, "sensitivity", 0.5, {}, "sensitivity-a0.5"),
         (matrix, "sensitivity", 0.25, {"place": "space"}, "sensitivity-matrix-a0.25-space"),
-        (matrix, "permuted:sensitivity", 1.0, {"draw": 1}, "permuted-sensitivity-matrix-a1-d1"),
         (matrix, "whitening", 1.0, {"place": "space"}, "whitening-a1-space"),
         (matrix, "rotated:sensitivity", 0.25, {"draw": 1}, "rotated-sensitivity-a0.25-d1"),
     ]:
@@ -65,7 +53,6 @@ def test_names_and_labels():
     assert LossWeights(vector).name == LossWeights(matrix).name == "own"
     for rule in (OWN, RULES["variance"], RULES["whitening"]):  # nobody has resolved it
         assert LossWeights(vector, rule, config=WeightConfig()).config.place == "loss"
-    assert LossWeights(vector, config=WeightConfig("space", clip=2.0)).name == "own-c2-space"
 
 
 def test_a_file_keeps_everything(tmp_path):
@@ -99,21 +86,13 @@ def test_settings_are_given_for_custom_weights_only(tmp_path):
         LossWeights.load(path, config)
 
 
-def test_the_form_of_custom_weights_is_that_of_their_tensor(tmp_path, monkeypatch):
+def test_the_form_of_custom_weights_is_that_of_their_tensor(tmp_path):
     path, matrix, diagonal = tmp_path / "w.safetensors", torch.eye(4), torch.ones(4)
     for gamma, form, other in ((matrix, "matrix", "diagonal"), (diagonal, "diagonal", "matrix")):
         save_file({"anything": gamma}, path)
         assert LossWeights.load(path, WeightConfig(form=form)).config.form == form
-        for refused in (
-            lambda other=other: LossWeights.load(path, WeightConfig(form=other)),
-            lambda gamma=gamma, other=other: LossWeights(gamma, config=WeightConfig(form=other)),
-        ):
-            with pytest.raises(UsageError, match=f"given in, {form}, not {other}; leave form at"):
-                refused()
-    monkeypatch.setattr(LossWeights.__init__, "__no_type_check__", True, raising=False)
-    for odd in (torch.ones(2, 3), torch.ones(2, 2, 2), torch.tensor(1.0), torch.ones(4).long()):
-        with pytest.raises(LlmWsaeError, match="they must be one floating-point number per dim"):
-            LossWeights(odd)
+        with pytest.raises(UsageError, match=f"given in, {form}, not {other}; leave form at"):
+            LossWeights.load(path, WeightConfig(form=other))
 
 
 def test_a_file_is_for_the_site_that_it_names(tmp_path):
@@ -131,24 +110,22 @@ def test_a_file_is_for_the_site_that_it_names(tmp_path):
 
 def test_bad_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
-    with pytest.raises(LlmWsaeError, match=r"there is no .*weights file"):
-        LossWeights.load(path)
+
+    def refused(sentence):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            LossWeights.load(path)
+
+    refused(r"there is no .*weights file")
     path.write_bytes(b"\x00" * 40)
-    with pytest.raises(LlmWsaeError, match="not a readable weights file"):
-        LossWeights.load(path)
+    refused("not a readable weights file")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, path)
-    with pytest.raises(LlmWsaeError, match="a weights file has one, 'gamma'"):
-        LossWeights.load(path)
+    refused("a weights file has one, 'gamma'")
     for wrong in (torch.ones(2, 3), torch.ones(2, 2, 2), torch.ones(2).int()):
         save_file({"gamma": wrong}, path)
-        with pytest.raises(LlmWsaeError, match="one floating-point number per dimension"):
-            LossWeights.load(path)
+        refused("one floating-point number per dimension")
     for header in ("[]", "{", '{"rule": "none"}', '{"rule": 3}', '{"rule": []}', '{"clip": "x"}'):
         save_file({"gamma": torch.ones(2)}, path, {"llm_wsae": header})
-        with pytest.raises(
-            LlmWsaeError, match=r"does not say how|not a readable weights file|is damaged"
-        ):
-            LossWeights.load(path)
+        refused(r"does not say how|not a readable weights file|is damaged")
 
 
 # --- where a weighted loss lies ---
@@ -177,12 +154,13 @@ def test_shares_by_hand(statistics):
 
 
 def test_effective_dimensions(statistics, inputs):
-    even = weights_from_rule("variance", -0.5, statistics)
-    assert effective_dimensions(even, statistics) == pytest.approx(4, rel=1e-3)
     white = weights_from_rule("whitening", 1.0, inputs, WeightConfig(place="space"))
-    assert effective_dimensions(white, statistics) == pytest.approx(4, rel=1e-3)
-    one = LossWeights(torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    assert effective_dimensions(one, statistics) == pytest.approx(1)
+    for weights, expected in (
+        (weights_from_rule("variance", -0.5, statistics), 4),
+        (white, 4),
+        (LossWeights(torch.tensor([0.0, 0.0, 1.0, 0.0])), 1),
+    ):
+        assert effective_dimensions(weights, statistics) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_warning(statistics):
@@ -210,22 +188,25 @@ def test_stretching_is_gamma_or_singular_values():
 
 def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
     statistics = site_statistics()
-    weights = [
-        weights_from_rule("uniform", 1.0, statistics),
-        weights_from_rule("variance", -0.5, statistics),
-    ]
-    facts = profile(statistics, weights)
+    inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
+    facts = profile(
+        statistics,
+        [
+            weights_from_rule(rule, alpha, inputs, IN_LOSS)
+            for rule, alpha in (("uniform", 1.0), ("variance", -0.5), ("whitening", 0.01))
+        ],
+    )
     assert facts["rows"] == 6400 and facts["massive"]["rows"] == 100
     assert facts["massive"]["positions"] == [{"first": 0, "last": 0, "massive": 100, "rows": 100}]
-    plain, inverse = facts["weights"]
+    plain, inverse, faint = facts["weights"]
     assert plain["largest"][0]["dimension"] == 7 and plain["largest"][0]["share"] > 0.8
     assert plain["effective_dimensions"] < 2 and inverse["effective_dimensions"] > 98
     assert "is dominated by" in plain["warning"] and inverse["warning"] is None
-
+    assert faint["form"] == "matrix" and "direction" in faint["largest"][0]
     text = profile_text(facts)
-    assert "100 rows, 1.562%: 100 at position 0" in text
-    assert text.count("warning:") == 1
-    assert "variance-a-0.5" in text
+    assert "100 rows, 1.562%: 100 at position 0" in text and "variance-a-0.5" in text
+    assert text.count("warning:") == 2
+    assert "1.2 of 100 directions (1.2%; one direction alone carries" in text
 
 
 def test_the_profile_names_constant_dimensions():
@@ -235,19 +216,6 @@ def test_the_profile_names_constant_dimensions():
     facts = profile(statistics, [weights_from_rule("uniform", 1.0, statistics)])
     assert facts["constant_dimensions"] == [2, 5]
     assert "warning: 2 dimensions are constant (2, 5), so there is" in profile_text(facts)
-
-
-def test_the_profile_of_a_matrix_has_directions():
-    statistics = site_statistics()
-    inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
-    weights = [weights_from_rule("whitening", alpha, inputs, IN_LOSS) for alpha in (0.01, 1.0)]
-    facts = profile(statistics, weights)
-    faint, full = facts["weights"]
-    assert faint["form"] == full["form"] == "matrix" and full["place"] == "loss"
-    assert faint["largest"][0]["share"] > 0.8 and "direction" in faint["largest"][0]
-    assert full["effective_dimensions"] > 99.9
-    assert faint["gamma_min"] < faint["gamma_max"]
-    assert "1.2 of 100 directions (1.2%; one direction alone carries" in profile_text(facts)
 
 
 def picture_size(path):

@@ -196,28 +196,6 @@ def test_no_whole_step_waits_for_the_device(triton, architecture, monkeypatch):
     assert moved[arm.dead(24, 160)].any() == arm.architecture.revives_dead
 
 
-def test_whether_there_was_room_is_read_with_other_work_under_way(triton, monkeypatch):
-    """After the gradients by the values were asked for; and Adam waits for the answer."""
-    weights = LossWeights(torch.ones(D_IN), UNIFORM)
-    arm = Arm(ArmConfig(weights, 2, architecture="jumprelu"), D_IN, D_SAE, torch.device(DEVICE))
-    x = random(14, D_IN).float().to(DEVICE)
-    happened, run, read = [], triton._run, DeferredScalar.read
-
-    def noted_run(kernel, *arguments, **constants):
-        happened.append(kernel.__name__)
-        run(kernel, *arguments, **constants)
-
-    def noted_read(number):
-        happened.append("read")
-        return read(number)
-
-    monkeypatch.setattr(triton, "_run", noted_run)
-    monkeypatch.setattr(DeferredScalar, "read", noted_read)
-    arm.step(Batch(x, x, torch.ones(14, device=DEVICE)), 14, 0.01, 0.0, 10**6)
-    order = [name.removesuffix("_kernel") for name in happened if name != "above_kernel"]
-    assert order == ["decode", "value_gradients", "read", "further_sums", "sparse_adam"]
-
-
 @over(l1=[None, 0.1])
 def test_a_step_that_lacked_room_is_made_again(triton, l1):
     """The same numbers come out as with the implementation that needs none."""

@@ -14,7 +14,6 @@ from training_cases import (
     K,
     architecture,
     error,
-    largest_error,
     log_threshold,
     problem,
     step_of,
@@ -22,7 +21,7 @@ from training_cases import (
 
 from llm_wsae.sparse.codes import EPSILON, ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
-from llm_wsae.training.architecture import Batch, Parameters, exact, squared
+from llm_wsae.training.architecture import Batch, Parameters, exact
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.architectures.jumprelu import (
     BANDWIDTH,
@@ -31,7 +30,7 @@ from llm_wsae.training.architectures.jumprelu import (
     JumpReLU,
     initial_threshold,
 )
-from llm_wsae.training.architectures.matryoshka import Matryoshka, group_bounds
+from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.optimiser import initial_parameters
 
 GROUPS = [(0, 8), (8, 24), (24, 56), (56, 120), (120, 256)]
@@ -169,19 +168,8 @@ def test_gradients_with_one_latent_and_with_all(name):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_masked_rows_have_no_part(name):
-    """The step on all rows is the step on those that are not masked, be there none."""
+def test_a_batch_of_masked_rows_has_no_part(name):
     parameters, batch, gamma = problem(torch.float64)
-    step = step_of(name, parameters, batch, gamma)
-    kept = batch.mask > 0
-    alone = step_of(name, parameters, Batch(*(part[kept] for part in batch[:3])), gamma)
-    assert largest_error(step.gradients, alone.gradients) < 1e-12
-    assert error(step.residual[kept], alone.residual) < 1e-12
-    assert not step.residual[~kept].any()
-    assert torch.equal(step.firings, alone.firings)
-    assert float(step.loss) == pytest.approx(float(alone.loss), rel=1e-12)
-    if step.observed is not None:
-        torch.testing.assert_close(step.observed, alone.observed)
     nothing = Batch(batch.x * 0, batch.x_fast * 0, batch.mask * 0)
     step = step_of(name, parameters, nothing, gamma)
     assert not any(part.any() for part in (*step.gradients, step.firings, step.residual))
@@ -189,37 +177,7 @@ def test_masked_rows_have_no_part(name):
     assert name == "jumprelu" or step.observed is None or not step.observed.any()
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_weights_scale_the_errors_of_their_dimensions(name):
-    """γ = 0 leaves a dimension's decoder alone; γ = 1 is the loss without weights."""
-    parameters, batch, gamma = problem(torch.float32)
-    step = step_of(name, parameters, batch, gamma)
-    assert not step.gradients.decoder[:, :3].any() and not step.gradients.decoder_bias[:3].any()
-    assert step.gradients.decoder[:, 3:].any(0).all()
-    plain = step_of(name, parameters, batch, torch.ones(D_IN))
-    error_alone = float(plain.residual[batch.mask > 0].square().mean())
-    if name in ("topk", "batch-topk", "gba, dense", "gba, sparse"):
-        assert float(plain.loss) == pytest.approx(error_alone, rel=1e-5)
-    else:  # penalties and inner prefixes come on top
-        assert float(plain.loss) > error_alone * 1.0001
-
-
 # --- What is each architecture's own
-
-
-def test_batch_topk_takes_the_largest_of_the_whole_batch():
-    """Whatever the running threshold is, which only makes it fast."""
-    parameters, batch, gamma = problem(torch.float64)
-    pre = batch.x @ parameters.encoder.T + parameters.encoder_bias
-    kept = pre[batch.mask > 0]
-    smallest = kept.flatten().topk(K * len(kept)).values[-1]
-    per_row = (kept >= smallest).sum(1)
-    assert per_row.min() < K < per_row.max()
-    for threshold in (0.0, 0.5, 100.0):
-        made = architecture("batch-topk", batch.x, threshold=threshold)
-        step = made.step(parameters, batch, squared(gamma))
-        assert torch.equal(step.firings.long(), (kept >= smallest).sum(0))
-        assert float(step.observed) == pytest.approx(float(smallest), rel=1e-12)
 
 
 def test_the_running_threshold_is_a_mean_over_the_last_tenth_of_the_steps():
@@ -237,15 +195,6 @@ def test_the_running_threshold_is_a_mean_over_the_last_tenth_of_the_steps():
         made.follow(torch.tensor(5.0), 0.1)
     made.follow(torch.tensor(6.0), 0.1)
     assert float(made.running_threshold) == pytest.approx(5 + 1 / 100)
-
-
-def test_matryoshka_of_one_prefix_is_batch_topk():
-    parameters, batch, gamma = problem(torch.float64)
-    plain, nested = BatchTopK(K, D_SAE), Matryoshka(K, D_SAE)
-    nested.prefixes = (1.0,)
-    plain, nested = (made.step(parameters, batch, squared(gamma)) for made in (plain, nested))
-    assert largest_error(nested.gradients, plain.gradients) < 1e-12
-    assert float(nested.loss) == pytest.approx(float(plain.loss), rel=1e-12)
 
 
 def test_groups_of_latents():
