@@ -35,7 +35,7 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.machine.hardware import choose_device
-from llm_wsae.model import fusing
+from llm_wsae.model import cpu_modules
 from llm_wsae.model.language_model import LanguageModel, boot_bridge, share_weights
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.second_moment import SecondMoment
@@ -55,9 +55,9 @@ def unfused(model: LanguageModel) -> torch.nn.Module:
     """The Hugging Face model over the same weights, with its own norms, gates and attention."""
     plain = share_weights(model.hf_model)
     for module in plain.modules():
-        if type(module).__module__ == fusing.__name__:
+        if type(module).__module__ == cpu_modules.__name__:
             module.__class__ = type(module).__base__
-    plain.set_attn_implementation("sdpa")  # not that of llm_wsae.model.attention
+    plain.set_attn_implementation("sdpa")  # not that of llm_wsae.model.cpu_modules
     return plain
 
 

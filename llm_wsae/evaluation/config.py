@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER
+from llm_wsae.model import DEFAULT_ENCODER
 from llm_wsae.outside import check_numbers
 
 MOST_BOOTSTRAPS = 100_000  # each is a row of numbers in memory, one for every context or latent

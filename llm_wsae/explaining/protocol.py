@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from llm_wsae.errors import UsageError
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER
+from llm_wsae.model import DEFAULT_ENCODER
 from llm_wsae.outside import check_numbers
 
 ScoreName = Literal["detection", "fuzzing", "intruder"]

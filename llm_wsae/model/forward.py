@@ -31,15 +31,16 @@ _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in 
 
 Visit = Callable[[Tensor], Tensor | None]
 """Receives the stream at a site [contexts, positions, d_model]; what it returns replaces it."""
+_Look = Callable[[tuple, dict], Tensor | None]
+_Recorded = dict[int, dict[Site, Tensor]]  # by the thread that a pass runs in
 
-
+# Whether the forward pass is one of this module's own, of tokens without a meaning, which nobody's
+# visits see: those of other ``Blocks`` on the same modules may be open.
 _probing: ContextVar[bool] = ContextVar("probing", default=False)
-"""Whether the forward pass is one of this module's own, of tokens without a meaning, which nobody's
-visits see: those of other ``Blocks`` on the same modules may be open."""
 
 
 class _StopForward(Exception):
-    """Raised by the hook at the last site; caught in this module."""
+    """Raised at the last site; caught in this module."""
 
 
 class Blocks:
@@ -48,10 +49,8 @@ class Blocks:
     def __init__(self, hf_model: nn.Module, paths: ModulePaths):
         blocks = get_module(hf_model, paths.blocks)
         assert isinstance(blocks, nn.ModuleList)
-        self._hf_model = hf_model
-        self._blocks = blocks
-        self._mid = paths.mid
-        self._attn = paths.attention
+        self._hf_model, self._blocks = hf_model, blocks
+        self._mid, self._attn = paths.mid, paths.attention
         self._forms: dict[nn.Module, int] = {}
         self._visitors = 0
 
@@ -64,9 +63,9 @@ class Blocks:
         paths, module = (self._mid, self._attn), self._blocks[block]
         return all(path is not None and get_module(module, path) is not None for path in paths)
 
-    def run(self, ids: Tensor, **options: Any) -> Any:
+    def run(self, ids: Tensor) -> Any:
         """One plain forward pass of ``ids [contexts, positions]``; the model's output object."""
-        return self._hf_model(input_ids=ids, use_cache=False, return_dict=True, **options)
+        return self._hf_model(input_ids=ids, use_cache=False, return_dict=True)
 
     def record(self, ids: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The activations at ``sites``; nothing after the last site is computed.
@@ -75,14 +74,9 @@ class Blocks:
         same, since no row depends on another context. While visits are open, all contexts go
         through together.
         """
-
-        def forward(part: Tensor) -> dict[Site, Tensor]:
-            with torch.no_grad(), contextlib.suppress(_StopForward):
-                self.run(part)
-            return recorded.pop(threading.get_ident())
-
         with self.recording(sites, stop=True) as recorded:
-            found = parallel_map(forward, ids.split(self._contexts_together(ids)))
+            parts = ids.split(self._contexts_together(ids))
+            found = parallel_map(lambda part: self._pass(part, recorded), parts)
         if len(found) == 1:
             return found[0]
         return {site: torch.cat([part[site] for part in found]) for site in sites}
@@ -90,21 +84,23 @@ class Blocks:
     def carry(self, ids: Tensor, start: Site, hidden: Tensor, end: Site) -> Tensor:
         """The stream at ``end`` with ``hidden`` at ``start``; only what lies between is computed,
         as by ``record``."""
-        given: dict[int, Tensor] = {}
-        size = self._contexts_together(ids)
+        given, size = threading.local(), self._contexts_together(ids)
 
-        def forward(part: tuple[Tensor, Tensor]) -> Tensor:
-            given[threading.get_ident()] = part[1]
-            with torch.no_grad(), contextlib.suppress(_StopForward):
-                self.run(part[0])
-            return recorded.pop(threading.get_ident())[end]
+        def carried(part: tuple[Tensor, Tensor]) -> Tensor:
+            given.rows = part[1]
+            return self._pass(part[0], recorded)[end]
 
         with (
-            self.entering(start, lambda: given[threading.get_ident()]),
+            self.entering(start, lambda: given.rows),
             self.recording((end,), stop=True) as recorded,
         ):
             parts = list(zip(ids.split(size), hidden.split(size), strict=True))
-            return torch.cat(parallel_map(forward, parts))
+            return torch.cat(parallel_map(carried, parts))
+
+    def _pass(self, ids: Tensor, recorded: _Recorded) -> dict[Site, Tensor]:
+        with torch.no_grad(), contextlib.suppress(_StopForward):
+            self.run(ids)
+        return recorded.pop(threading.get_ident())
 
     @property
     def side_by_side(self) -> bool:
@@ -125,19 +121,26 @@ class Blocks:
         return max(1, _TOKENS_TOGETHER // max(1, ids.shape[1]))
 
     @contextlib.contextmanager
-    def recording(
-        self, sites: Sequence[Site], stop: bool = False
-    ) -> Iterator[dict[int, dict[Site, Tensor]]]:
+    def recording(self, sites: Sequence[Site], stop: bool = False) -> Iterator[_Recorded]:
         """While open, forward passes write the activations at ``sites`` into the dict it yields,
         keyed by the thread that they run in (``threading.get_ident``).
 
         With ``stop``, a forward pass ends at the last of them, by a private exception.
         """
-        recorded: dict[int, dict[Site, Tensor]] = defaultdict(dict)
+        recorded: _Recorded = defaultdict(dict)
         last = max(sites)
+
+        def recorder(site: Site) -> Visit:
+            def record(hidden: Tensor) -> None:
+                recorded[threading.get_ident()][site] = hidden
+                if stop and site == last:
+                    raise _StopForward
+
+            return record
+
         with contextlib.ExitStack() as hooks:
             for site in sites:
-                self._hook(hooks, site, _recorder(recorded, site, stop and site == last))
+                self._visit(hooks, site, recorder(site))
             yield recorded
 
     @contextlib.contextmanager
@@ -153,13 +156,7 @@ class Blocks:
                 self.check_overwriting(site)
         with contextlib.ExitStack() as hooks:
             for site, visit in visits.items():
-                module, at_input = self._place(site)
-                if site.point == "mid":
-                    visit = overwriting(visit)
-                if at_input:
-                    _pre_hook(hooks, module, _shown(visit))
-                else:
-                    hooks.callback(module.register_forward_hook(_replacing(visit)).remove)
+                self._visit(hooks, site, overwriting(visit) if site.point == "mid" else visit)
             self._visitors += 1
             try:
                 yield
@@ -201,38 +198,36 @@ class Blocks:
                 replace_forward(patches, block, self._returning(block, _hidden_of))
             block = self._blocks[site.block]
             if site.point == "post":
-                replace_forward(
-                    patches, block, self._returning(block, lambda args, kwargs: given())
-                )
+                replace_forward(patches, block, self._returning(block, lambda *_: given()))
             else:
-                _pre_hook(patches, block, lambda args, kwargs: given())
+                _pre_hook(patches, block, lambda *_: given())
             if site.point == "mid":
                 attention = self._part(site.block, self._attn)
                 replace_forward(patches, attention, self._returning(attention, _zeros_like(given)))
                 _pre_hook(patches, self._part(site.block, self._mid), _same_as(given, site))
             yield
 
-    def _place(self, site: Site) -> tuple[nn.Module, bool]:
-        """The module that a site is at, and whether it is at its input or else at its output."""
-        if site.point == "mid":
-            return self._part(site.block, self._mid), True
-        return self._blocks[site.block], site.point == "pre"
-
     def _part(self, block: int, path: str | None) -> nn.Module:
         """A part of a block that has a ``mid``."""
         assert path is not None
         return self._blocks[block].get_submodule(path)
 
-    def _hook(
-        self, hooks: contextlib.ExitStack, site: Site, record: Callable[[Tensor], None]
-    ) -> None:
-        """Call ``record`` with the stream at ``site`` in every forward pass."""
-        module, at_input = self._place(site)
-        if at_input:
-            _pre_hook(hooks, module, lambda args, kwargs: record(_hidden_of(args, kwargs)))
+    def _visit(self, hooks: contextlib.ExitStack, site: Site, visit: Visit) -> None:
+        """Give a visit the stream at its site in every forward pass that is no probe."""
+
+        def shown(hidden: Tensor) -> Tensor | None:
+            return None if _probing.get() else visit(hidden)
+
+        def behind(_: nn.Module, args: tuple, output: Any) -> Any:
+            new = shown(_first(output))
+            return new if new is None or isinstance(output, Tensor) else (new, *output[1:])
+
+        block = self._blocks[site.block]
+        if site.point == "post":
+            hooks.callback(block.register_forward_hook(behind).remove)
         else:
-            handle = module.register_forward_hook(lambda _, args, output: record(_first(output)))
-            hooks.callback(handle.remove)
+            module = block if site.point == "pre" else self._part(site.block, self._mid)
+            _pre_hook(hooks, module, lambda args, kwargs: shown(_hidden_of(args, kwargs)))
 
     def _learn_forms(self) -> None:
         """Find out once whether blocks and attentions return a tensor (0) or a tuple (its length).
@@ -241,29 +236,25 @@ class Blocks:
         """
         if self._forms:
             return
+
+        def learn(module: nn.Module, args: tuple, output: Any) -> None:
+            self._forms[module] = 0 if isinstance(output, Tensor) else len(output)
+
         attentions = [get_module(block, self._attn) for block in self._blocks] if self._attn else []
         with contextlib.ExitStack() as hooks, torch.no_grad():
             for module in [*self._blocks, *filter(None, attentions)]:
-                handle = module.register_forward_hook(
-                    lambda module, args, output: self._forms.__setitem__(
-                        module, 0 if isinstance(output, Tensor) else len(output)
-                    )
-                )
-                hooks.callback(handle.remove)
+                hooks.callback(module.register_forward_hook(learn).remove)
             self._probe()
 
     def _probe(self) -> None:
         """A forward pass of two tokens, for the hooks of this module alone."""
         token = _probing.set(True)
         try:
-            ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(self._hf_model))
-            self.run(ids)
+            self.run(torch.zeros(1, 2, dtype=torch.long, device=device_of(self._hf_model)))
         finally:
             _probing.reset(token)
 
-    def _returning(
-        self, module: nn.Module, value: Callable[[tuple, dict], Tensor]
-    ) -> Callable[..., Any]:
+    def _returning(self, module: nn.Module, value: _Look) -> Callable[..., Any]:
         """A forward that computes nothing and returns ``value`` in the module's form."""
         form = self._forms[module]
 
@@ -285,43 +276,12 @@ def overwriting(visit: Visit) -> Visit:
     return visit_in_place
 
 
-def _shown(visit: Visit) -> Callable[[tuple, dict], Tensor | None]:
-    return lambda args, kwargs: None if _probing.get() else visit(_hidden_of(args, kwargs))
-
-
-def _replacing(visit: Visit) -> Callable[..., Any]:
-    """A forward hook that gives a visit the stream among a block's outputs."""
-
-    def hook(_: nn.Module, args: tuple, output: Any) -> Any:
-        new = None if _probing.get() else visit(_first(output))
-        if new is None or isinstance(output, Tensor):
-            return new
-        return (new, *output[1:])
-
-    return hook
-
-
-def _recorder(
-    recorded: dict[int, dict[Site, Tensor]], site: Site, stop: bool
-) -> Callable[[Tensor], None]:
-    def record(hidden: Tensor) -> None:
-        recorded[threading.get_ident()][site] = hidden
-        if stop:
-            raise _StopForward
-
-    return record
-
-
-def _zeros_like(given: Callable[[], Tensor]) -> Callable[[tuple, dict], Tensor]:
+def _zeros_like(given: Callable[[], Tensor]) -> _Look:
     """Zeros in the place of an attention's output, on the device that it computes on."""
-
-    def zeros(args: tuple, kwargs: dict) -> Tensor:
-        return torch.zeros_like(given(), device=_hidden_of(args, kwargs).device)
-
-    return zeros
+    return lambda args, kwargs: torch.zeros_like(given(), device=_hidden_of(args, kwargs).device)
 
 
-def _same_as(given: Callable[[], Tensor], site: Site) -> Callable[[tuple, dict], None]:
+def _same_as(given: Callable[[], Tensor], site: Site) -> _Look:
     """A guard: the MLP's norm must receive exactly the activation that entered."""
 
     def check(args: tuple, kwargs: dict) -> None:
@@ -344,13 +304,11 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _pre_hook(
-    hooks: contextlib.ExitStack, module: nn.Module, visit: Callable[[tuple, dict], Tensor | None]
-) -> None:
-    """Give ``visit`` the module's inputs before it runs; a returned tensor replaces the stream."""
+def _pre_hook(hooks: contextlib.ExitStack, module: nn.Module, look: _Look) -> None:
+    """Show ``look`` the module's inputs before it runs; a returned tensor replaces the stream."""
 
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        new = visit(args, kwargs)
+        new = look(args, kwargs)
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})

@@ -2,13 +2,15 @@
 the activation at a site replaced, embeddings, identity. Names and meanings are TransformerLens'.
 
 The forward passes are the model's own. They give the numbers of ``hidden_states``: exactly, or up
-to rounding if ``load`` put faster norms, gates and attention into the model. A live model that a
-caller passes in belongs to the caller, and TransformerLens' bridge rewires the model that it gets.
-So both work on a copy of the module structure over the same parameter memory.
+to rounding if ``load`` put faster norms, gates and attention into the model. A live model belongs
+to the caller, and TransformerLens' bridge rewires the model that it gets. So both work on a copy of
+the module structure over the same parameter memory.
 """
 
 import copy
 import functools
+import hashlib
+import json
 import math
 import threading
 import warnings
@@ -23,19 +25,33 @@ from torch import Tensor, nn
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.hardware import choose_device
 from llm_wsae.machine.number_format import DTYPES, fast_dtype
-from llm_wsae.model.attention import use_short_attention
-from llm_wsae.model.fingerprint import fingerprint
+from llm_wsae.model.cpu_modules import fuse_norms_and_gates, use_short_attention
 from llm_wsae.model.forward import Blocks, Visit
-from llm_wsae.model.fusing import fuse_norms_and_gates
 from llm_wsae.model.loading import check_causal, load_model
 from llm_wsae.model.module_paths import find_paths, text_config
-from llm_wsae.model.prepacking import PrepackedWeights
 from llm_wsae.model.site import Site
-from llm_wsae.model.spread import device_of, is_spread, weight_of
-from llm_wsae.model.unembedding import Head, Unembedding
+from llm_wsae.model.spread import device_of, is_spread, parameters, weight_of
+from llm_wsae.model.unembedding import Head, PrepackedWeights, Unembedding
 from llm_wsae.outside import parsing
 
+Ids = Integer[Tensor, "contexts positions"]
+Stream = Float[Tensor, "contexts positions d_model"]
+Logits = Float[Tensor, "contexts positions vocab"]
 SPREAD = "spread"
+_SAMPLES = 64  # of a parameter
+# Settings that change the computation; each architecture has some of them.
+_SETTINGS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "hidden_act",
+    "activation_function",
+    "sliding_window",
+    "use_parallel_residual",
+)
 
 
 class LanguageModel:
@@ -111,9 +127,9 @@ class LanguageModel:
     def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
         """Take a live transformers model and its tokenizer (None if only token ids will be used).
 
-        The model is not changed, nor are its training mode and gradients: this works on a copy of
-        its structure that shares the weights. One that accelerate has spread over devices
-        (``device_map``) is used as it is, and must be in eval mode.
+        This works on a copy of its structure that shares the weights, so the model is not changed.
+        One that accelerate has spread over devices (``device_map``) is used as it is, and must be
+        in eval mode.
 
         Raises UsageError if it is not a causal language model of transformers, or such a one in
         training mode.
@@ -144,9 +160,7 @@ class LanguageModel:
     # no_grad rather than inference_mode: just as fast here, and callers may then change the rows in
     # place or differentiate from them on.
     @torch.no_grad()
-    def activations(
-        self, ids: Integer[Tensor, "contexts positions"], sites: Sequence[Site]
-    ) -> dict[Site, Float[Tensor, "contexts positions d_model"]]:
+    def activations(self, ids: Ids, sites: Sequence[Site]) -> dict[Site, Stream]:
         """The residual stream at each site, in the model's dtype; nothing after the last site is
         computed.
 
@@ -163,32 +177,21 @@ class LanguageModel:
         return {site: self._stream(recorded[site], ids, site) for site in sites}
 
     @torch.no_grad()
-    def logits(
-        self, ids: Integer[Tensor, "contexts positions"]
-    ) -> Float[Tensor, "contexts positions vocab"]:
+    def logits(self, ids: Ids) -> Logits:
         """Next-token logits, in the model's dtype."""
         ids = self._checked(ids, ())
         with self._one_pass:
             return self._blocks.run(ids).logits
 
     @torch.no_grad()
-    def logits_and_activations(
-        self, ids: Integer[Tensor, "contexts positions"], site: Site
-    ) -> tuple[
-        Float[Tensor, "contexts positions vocab"], Float[Tensor, "contexts positions d_model"]
-    ]:
+    def logits_and_activations(self, ids: Ids, site: Site) -> tuple[Logits, Stream]:
         """Next-token logits and the residual stream at one site, from one forward pass."""
         ids = self._checked(ids, (site,))
         with self._one_pass, self._blocks.recording((site,)) as recorded:
             logits = self._blocks.run(ids).logits
         return logits, self._stream(recorded[threading.get_ident()][site], ids, site)
 
-    def resume(
-        self,
-        ids: Integer[Tensor, "contexts positions"],
-        site: Site,
-        hidden: Float[Tensor, "contexts positions d_model"],
-    ) -> Float[Tensor, "contexts positions vocab"]:
+    def resume(self, ids: Ids, site: Site, hidden: Stream) -> Logits:
         """Logits with ``hidden`` as the stream at ``site``; only the blocks after it are computed.
 
         ``ids`` still gives positions and mask. At ``mid`` the block's output becomes
@@ -204,12 +207,7 @@ class LanguageModel:
             return self._blocks.run(ids).logits
 
     @torch.no_grad()
-    def resume_to_end(
-        self,
-        ids: Integer[Tensor, "contexts positions"],
-        site: Site,
-        hidden: Float[Tensor, "contexts positions d_model"],
-    ) -> Float[Tensor, "contexts positions d_model"]:
+    def resume_to_end(self, ids: Ids, site: Site, hidden: Stream) -> Stream:
         """As ``resume``, up to the last block's output; ``unembedding`` makes logits of its rows.
 
         On a CPU the contexts are divided among the cores, as by ``activations``.
@@ -269,7 +267,6 @@ class LanguageModel:
         """TransformerLens' TransformerBridge of this model, built by the first call.
 
         It shares the weights: hook and read it freely, but do not fold or process its weights.
-
         Raises LlmWsaeError if TransformerLens does not support the architecture or there is no
         tokenizer.
         """
@@ -301,7 +298,20 @@ class LanguageModel:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self.hf_model)
+        """SHA-256 over the name, the shape and a spread sample of every parameter, and the settings
+        that change what they compute.
+
+        It tells the model from similar ones (another size, fine-tune or revision) without hashing
+        gigabytes, and does not depend on where its file is, on the device or on the float format.
+        """
+        config = text_config(self.hf_model)
+        settings = {key: getattr(config, key, None) for key in _SETTINGS}
+        found = [(name, list(p.shape), _sample(p)) for name, p in parameters(self.hf_model)]
+        shapes = [[name, shape] for name, shape, _ in found]
+        head = json.dumps([settings, shapes], sort_keys=True, default=str)
+        digest = hashlib.sha256(head.encode())
+        digest.update(torch.cat([one for *_, one in found]).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
 
     def _checked(self, ids: Tensor, sites: Sequence[Site]) -> Tensor:
         """The ids as the model takes them, after checking the request."""
@@ -333,6 +343,13 @@ class LanguageModel:
         return hidden.to(ids.device)  # where a model is spread, each block has its own
 
 
+def _sample(parameter: Tensor) -> Tensor:
+    """Up to 64 values spread over a parameter [samples], in bfloat16 on the CPU."""
+    flat = parameter.detach().reshape(-1)
+    stride = max(1, flat.numel() // _SAMPLES)
+    return flat[::stride][:_SAMPLES].to(torch.bfloat16).cpu()
+
+
 def share_weights(hf_model: nn.Module) -> Any:
     """A copy of the modules, configurations and buffers over the same parameter memory, frozen.
 
@@ -340,13 +357,9 @@ def share_weights(hf_model: nn.Module) -> Any:
     """
     memo: dict[int, Any] = {}
     for parameter in hf_model.parameters():
-        # A parameter without gradient is shared as the object it is (quantised ones carry more
-        # than their memory); the others get a frozen twin over the same memory.
-        memo[id(parameter)] = (
-            nn.Parameter(parameter.detach(), requires_grad=False)
-            if parameter.requires_grad
-            else parameter
-        )
+        memo[id(parameter)] = parameter  # quantised ones carry more than memory
+        if parameter.requires_grad:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return copy.deepcopy(hf_model, memo).eval()
 
 

@@ -2,7 +2,16 @@
 
 transformers does the loading. This module decides what a name means, suppresses the noise, and
 turns every failure into one sentence. Local files are loaded with ``local_files_only``, so that no
-one waits for a network that is not needed, and without changing the process's environment.
+one waits for a network that is not needed.
+
+Of a small ``.gguf`` file most of the time goes into slow Python over every word of the vocabulary.
+transformers parses it three times and builds the same list of names for every module; gguf cuts
+every word out of a mapped file, whose parts are slower to make than those of an array. Of an
+embedding of 262,144 words there would be three copies in float32 at once. Here the file is parsed
+once, its tensor names are listed once, and large tensors are dequantised piece by piece.
+
+The package gguf believes a header: it reads empty parts behind the end of a file, and zeros there,
+which take no disk, are as many entries as the header says. So every part that it reads is checked.
 """
 
 import atexit
@@ -11,14 +20,16 @@ import copy
 import functools
 import importlib.util
 import io
+import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import huggingface_hub as hub
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
@@ -29,7 +40,6 @@ from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.machine.hardware import check_memory
-from llm_wsae.model.gguf_reading import gguf_read_once, gguf_sizes
 from llm_wsae.outside import (
     check_revision,
     check_token,
@@ -41,9 +51,11 @@ from llm_wsae.outside import (
 
 _MOST_BLOCKS = 10_000
 _KERNELS = ("_attn_implementation", "_experts_implementation")
-_NUMBERS_PER_BYTE = (
-    8  # packed weights have four, and an embedding that is also the head counts twice
-)
+# packed weights have four, and an embedding that is also the head counts twice
+_NUMBERS_PER_BYTE = 8
+_ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
+_MOST_PARTS = 5_000_000  # of a header; a vocabulary of 262,144 words with its merges has 3,400,000
+_LIST = 9  # the type of a value
 
 
 class Loaded(NamedTuple):
@@ -65,10 +77,9 @@ def load_model(
     download: bool = True,
     spread: bool = False,
 ) -> Loaded:
-    """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
-
-    Without ``download``, a model of the Hub is read from the local cache. With ``spread``,
-    accelerate puts its parts on all accelerators, then in memory, then on the disk.
+    """Load model and tokenizer; a model of the Hub, without ``download``, from the local cache.
+    With ``spread``, accelerate puts its parts on all accelerators, then in memory, then on the
+    disk.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
@@ -85,35 +96,31 @@ def load_model(
     else:
         source, options, commit = hub_source(model, revision, download)
     options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
-    weights: dict[str, Any] = {}
+    weights: dict[str, Any] = {"dtype": dtype}
     if spread:
-        weights = {"device_map": "auto", "offload_folder": _offload_folder()}
+        weights |= {"device_map": "auto", "offload_folder": _offload_folder()}
     with parsing(f"{model} cannot be loaded as a causal language model"):
         try:
-            with quiet(progress_bars=not options["local_files_only"]), gguf_read_once():
+            with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
                 if path.suffix == ".gguf":
-                    gguf_sizes(path)  # first: what transformers says of a damaged file misleads
-                config = checked_config(source, options)
+                    _gguf_sizes(path)  # first: what transformers says of a damaged file misleads
+                weights["config"] = config = checked_config(source, options)
                 if path.suffix == ".gguf":
                     _check_gguf(path, config, dtype)
                     weights |= _dense_weights()
                 elif is_local:
                     check_weights(config, path, AutoModelForCausalLM)
-                hf_model = _checked_model(model, source, config, dtype, options | weights)
+                hf_model = _checked_model(model, source, options | weights)
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _explained(error, model, revision) from error
     return Loaded(hf_model, tokenizer, path.resolve().name if is_local else model, commit)
 
 
-def _checked_model(
-    model: str, source: str, config: Any, dtype: torch.dtype, options: dict[str, Any]
-) -> Any:
+def _checked_model(model: str, source: str, options: dict[str, Any]) -> Any:
     """The model. Raises LlmWsaeError for missing weights, which transformers fills with random
     numbers; UsageError if it is not causal."""
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, output_loading_info=True, **options
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     # its annotations do not know that loading info makes it a pair
     hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
     if missing := sorted(report["missing_keys"]):
@@ -164,7 +171,7 @@ def check_weights(config: Any, folder: Path, kind: Any) -> None:
 
 def _check_gguf(path: Path, config: Any, dtype: torch.dtype) -> None:
     """The same of a .gguf file; UsageError if its numbers do not fit into memory."""
-    tensors, numbers = gguf_sizes(path)
+    tensors, numbers = _gguf_sizes(path)
     _check_numbers(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
     needed = numbers * dtype.itemsize
     check_memory(needed, torch.device("cpu"), "the model", "take a smaller one")
@@ -224,8 +231,8 @@ def _local_source(model: str, path: Path, revision: str | None) -> _Source:
 def hub_source(model: str, revision: str | None, download: bool = True) -> _Source:
     """A Hub id with its commit; without a network, the commit in the local cache (None if none is).
 
-    One request decides: transformers would try for every file, a minute in all, before it used the
-    cache. Raises LlmWsaeError as ``load_model`` does.
+    One request decides: transformers would try for every file before it used the cache. Raises
+    LlmWsaeError as ``load_model`` does.
     """
     check_revision(revision)
     check_token()
@@ -245,18 +252,15 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
 
 
 def _dense_weights() -> dict[str, Any]:
-    """Request ordinary dense Linear modules where transformers can keep GGUF weights packed: those
-    are multiplied in float32 by a downloaded kernel, which is slower than bfloat16."""
+    """Ordinary Linear modules, where transformers would keep GGUF weights packed: those are
+    multiplied in float32 by a downloaded kernel, which is slower than bfloat16."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @contextlib.contextmanager
 def quiet(progress_bars: bool) -> Iterator[None]:
-    """Silence transformers' warnings and, for local files, its progress bars.
-
-    Downloads keep their bars: the user waits for them.
-    """
+    """Silence transformers' warnings and, except for downloads, its progress bars."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -314,3 +318,99 @@ def _caused_by(error: BaseException | None, *kinds: type[BaseException]) -> bool
     if error is None or isinstance(error, kinds):
         return error is not None
     return _caused_by(error.__cause__ or error.__context__, *kinds)
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """While open, transformers reads .gguf files so."""
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+    from gguf import gguf_reader
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    patched: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", functools.cache(_checked(gguf.GGUFReader))),
+        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        (gguf, "dequantize", functools.partial(_dequantize_in_pieces, gguf.dequantize)),
+        (reading, "np", _Numpy()),
+        (gguf_reader, "np", _Numpy()),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in patched]
+    try:
+        for owner, name, value in patched:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(patched, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _checked(reader: type) -> type:
+    """gguf's reader, which raises ValueError for what is not in the file."""
+
+    class Checked(reader):  # type: ignore[misc]
+        parts = 0
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+            self._count(1)
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends before what its header announces; download it again")
+            return super()._get(offset, dtype, count, *order, **named)
+
+        def _get_field_parts(self, offset: Any, kind: Any) -> Any:
+            if kind == _LIST:
+                self._count(int(self._get(offset + 4, np.uint64)[0]))
+            return super()._get_field_parts(offset, kind)
+
+        def _count(self, parts: int) -> None:
+            self.parts += parts
+            if self.parts > _MOST_PARTS:
+                raise ValueError("its header has too many entries")
+
+    return Checked
+
+
+def _gguf_sizes(path: Path) -> tuple[int, int]:
+    """How many tensors a GGUF file has, and how many numbers they hold; to be asked while
+    ``_gguf_read_once`` is open. Raises whatever comes of reading a damaged one."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(str(path)).tensors
+    if sum(int(tensor.n_bytes) for tensor in tensors) > path.stat().st_size:
+        raise ValueError("its tensors do not fit into it; download it again")
+    return len(tensors), sum(math.prod(tensor.shape.tolist()) for tensor in tensors)
+
+
+def _dequantize_in_pieces(
+    dequantize: Callable[[np.ndarray, Any], np.ndarray], data: np.ndarray, quantization: Any
+) -> np.ndarray:
+    """The values of a tensor of a .gguf file, with no more memory than they take."""
+    if data.ndim != 2 or len(data) <= _ROWS_AT_ONCE:
+        return dequantize(data, quantization)
+    first = dequantize(data[:_ROWS_AT_ONCE], quantization)
+    values = np.empty((len(data), first.shape[1]), dtype=first.dtype)
+    values[:_ROWS_AT_ONCE] = first
+    for start in range(_ROWS_AT_ONCE, len(data), _ROWS_AT_ONCE):
+        piece = slice(start, start + _ROWS_AT_ONCE)
+        values[piece] = dequantize(data[piece], quantization)
+    return values
+
+
+class _Numpy:
+    """numpy for the readers of .gguf files."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def memmap(*args: Any, **options: Any) -> np.ndarray:
+        """As an array, whose parts take a third of the time to make."""
+        return np.memmap(*args, **options).view(np.ndarray)
+
+    @staticmethod
+    def copy(values: np.ndarray) -> np.ndarray:
+        """What has just been dequantised belongs to nobody else and need not be copied."""
+        own = values.flags.owndata and values.flags.writeable
+        return values if own else np.array(values)

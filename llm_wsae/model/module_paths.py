@@ -1,8 +1,7 @@
 """Where a model's modules are: TransformerLens' map of the architecture, read without booting it.
 
-So a site means exactly what it means there, while the model's own modules run. An architecture that
-TransformerLens does not know still has an obvious list of blocks; only ``hook_resid_mid`` is then
-unavailable.
+So a site means what it means there, while the model's own modules run. An architecture that
+TransformerLens does not know still has a list of blocks, but no ``hook_resid_mid``.
 """
 
 import warnings
@@ -20,12 +19,12 @@ class ModulePaths:
 
     blocks: str
     """The ModuleList of transformer blocks."""
-    mid: str | None
+    mid: str | None = None
     """Inside a block: the module whose input is ``hook_resid_mid``; None if there is no such
     point."""
-    attention: str | None
+    attention: str | None = None
     """Inside a block: the module that turns ``pre`` into ``mid``; None if ``mid`` is None."""
-    ln_final: str | None
+    ln_final: str | None = None
     """The norm between the last block and the unembedding; None if unknown."""
     why_no_mid: str = ""
     """Why ``mid`` is None, as the end of a sentence."""
@@ -39,8 +38,7 @@ def find_paths(hf_model: nn.Module) -> ModulePaths:
     Raises LlmWsaeError if TransformerLens does not know the architecture and no single list of
     modules has the length that the configuration gives as the model's depth.
     """
-    known = _transformer_lens_paths(hf_model)
-    return known if known is not None else _guessed_paths(hf_model)
+    return _transformer_lens_paths(hf_model) or _guessed_paths(hf_model)
 
 
 def text_config(hf_model: Any) -> Any:
@@ -66,7 +64,6 @@ def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
     aliases = blocks.hook_aliases
     if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
         return None
-    ln_final = modules.get("ln_final")
     mid = attention = None
     why = "its blocks run attention and MLP in parallel, so there is no stream between them"
     # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
@@ -78,7 +75,7 @@ def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
         blocks=blocks.name,
         mid=mid,
         attention=attention,
-        ln_final=ln_final.name if ln_final is not None else None,
+        ln_final=getattr(modules.get("ln_final"), "name", None),
         why_no_mid=why,
     )
 
@@ -121,9 +118,6 @@ def _guessed_paths(hf_model: Any) -> ModulePaths:
         )
     return ModulePaths(
         blocks=lists[0],
-        mid=None,
-        attention=None,
-        ln_final=None,
         why_no_mid="TransformerLens does not know this architecture; use hook_resid_pre or _post",
         from_transformer_lens=False,
     )

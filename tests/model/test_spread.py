@@ -100,17 +100,9 @@ def test_fidelity_is_that_of_one_device(folder, spread, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_activations_come_to_the_device_of_the_ids(folder, monkeypatch):
-    """Where blocks are on several devices, each gives its own; here that of the ids is a mere
-    name."""
-    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
-    site, rows = SITES[-1], torch.zeros(*IDS.shape, WIDTH)
-    model.device = torch.device("meta")
-    monkeypatch.setattr(model._blocks, "record", lambda ids, sites: dict.fromkeys(sites, rows))
-    monkeypatch.setattr(model._blocks, "carry", lambda *call: rows)
-    assert model.activations(IDS, [site])[site].is_meta
-    assert model.resume_to_end(IDS, site, rows).is_meta
-    zeros = _zeros_like(lambda: rows)((rows[..., :1].to("meta"),), {})  # an attention's, elsewhere
+def test_zeros_in_the_place_of_an_attention_are_on_its_device():
+    rows = torch.zeros(*IDS.shape, WIDTH)
+    zeros = _zeros_like(lambda: rows)((rows[..., :1].to("meta"),), {})
     assert zeros.is_meta and zeros.shape == rows.shape
 
 

