@@ -1,5 +1,4 @@
-"""Logits of chosen rows, and prepacked weights: the same numbers, of the model as it is, and nothing
-left behind."""
+"""Logits of chosen rows, and prepacked weights: the same numbers, and nothing left behind."""
 
 import threading
 import time
