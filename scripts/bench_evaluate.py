@@ -43,7 +43,7 @@ from benchmarks import embedded_model, finish, gpu_memory, machine, write_benchm
 from peers import steps
 from peers.steps import Job
 
-import llm_wsae.evaluation.fidelity.splicing as splicing
+import llm_wsae.evaluation.fidelity.evaluator as evaluator
 from llm_wsae.artifact.provenance import number_formats
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -162,7 +162,7 @@ def shares(go: Callable[[], None]) -> str:
     """Which shares of an evaluation's time its parts take."""
     parts = {
         "blocks behind the site": (LanguageModel, "resume_to_end"),
-        "logits, cross-entropy and KL": (splicing, "next_token_sums"),
+        "logits, cross-entropy and KL": (evaluator, "next_token_sums"),
         "dictionary and its round trip": (ReconstructionSums, "update"),
     }
     spent: dict[str, float] = dict.fromkeys(parts, 0.0)

@@ -1,21 +1,15 @@
 """What dictionaries are measured on: contexts, their activations, and which of those are massive.
 
-The activations are kept in memory up to a gigabyte. Several passes over the same text, and every
-further dictionary, then cost no further forward pass.
-
 A row is massive when its norm exceeds ten median norms. A few such rows would dominate every mean
-and every list of top contexts, so training omits them: it takes the median from the
-statistics of its store (``Statistics.massive_threshold``), and the dictionary records the
-threshold. Measurements use that record, so that they omit what training omitted. For
+and every list of top contexts, so training omits them and records the threshold
+(``Statistics.massive_threshold``). Measurements use that record, to omit what training omitted. For
 dictionaries without one (made by other tools) the median norm of the evaluated text takes its
-place.
-
-``inspecting`` and ``attaching`` see a few rows at a time and cannot measure a median: they use the
-record alone, and where there is none, no row counts as massive.
+place. (``inspecting`` and ``attaching`` see a few rows at a time: where there is no record, no row
+counts as massive there.)
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -47,25 +41,31 @@ class Context(Protocol):
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
     """The first contexts, at least two, that hold ``tokens`` rows.
 
-    Raises LlmWsaeError if there are too few, UsageError if they have different lengths.
+    Raises LlmWsaeError if there are too few, UsageError if they have different lengths or none has
+    a second row, whose prediction could be scored (``next_token.scored_positions``).
     """
     taken: list[Context] = []
-    rows = 0
+    rows: list[int] = []
     for context in contexts:
         taken.append(context)
+        rows.append(int(context.keep.sum()))
         if len(context.ids) != len(taken[0].ids):
             raise UsageError(
                 f"the text to evaluate on has contexts of {len(taken[0].ids):,} and of "
                 f"{len(context.ids):,} tokens; pack or pad them to one length"
             )
-        rows += int(context.keep.sum())
-        if rows >= tokens and len(taken) >= 2:
+        if sum(rows) >= tokens and len(taken) >= 2:
             break
-    if rows < tokens or len(taken) < 2:
+    if sum(rows) < tokens or len(taken) < 2:
         raise LlmWsaeError(
-            f"the text to evaluate on holds {rows:,} tokens in {len(taken)} contexts, but "
+            f"the text to evaluate on holds {sum(rows):,} tokens in {len(taken)} contexts, but "
             f"{tokens:,} tokens in at least 2 contexts are needed; ask for fewer tokens or "
             "provide more text"
+        )
+    if max(rows) < 2:
+        raise UsageError(
+            "no context of the text to evaluate on has two rows, so no prediction can be scored; "
+            "train on rows with a larger context-size or a smaller drop-positions"
         )
     return taken
 
@@ -79,19 +79,6 @@ def documents_of(contexts: Sequence[Context]) -> list[np.ndarray]:
         document = getattr(context, "document", np.full(len(keep), number))
         found.append(np.asarray(document)[keep])
     return found
-
-
-def check_scored(contexts: Iterable[Context]) -> None:
-    """Raise UsageError if no prediction of the text can be scored.
-
-    Those count that predict a row after the first one of their context
-    (``next_token.scored_positions``).
-    """
-    if all(int(context.keep.sum()) < 2 for context in contexts):
-        raise UsageError(
-            "no context of the text to evaluate on has two rows, so no prediction can be scored; "
-            "train on rows with a larger context-size or a smaller drop-positions"
-        )
 
 
 def stacked(contexts: Sequence[Context]) -> tuple[Tensor, Tensor]:
@@ -111,7 +98,11 @@ class RowBatch(NamedTuple):
 
 
 class ActivationCache:
-    """Activations of a text at any site, in the model's dtype and on its device."""
+    """Activations of a text at any site, in the model's dtype and on its device.
+
+    A part of them stays in memory, so that another pass over the text, or another dictionary,
+    costs no further forward pass.
+    """
 
     def __init__(
         self,
@@ -119,14 +110,15 @@ class ActivationCache:
         ids: Int[Tensor, "contexts positions"],
         keep: Bool[Tensor, "contexts positions"],
         batch_tokens: int,
+        room: int = CACHE_BYTES,
     ):
         """``keep`` marks the positions that give rows. ``batch_tokens`` tokens go through the model
-        at once, at least one context."""
+        at once, at least one context; ``room`` is the size of what stays in memory."""
         size = max(1, batch_tokens // ids.shape[1])
         self.batches = list(zip(ids.split(size), keep.split(size), strict=True))
         """Token ids and which positions are kept, both [contexts, positions]."""
         self._model = model
-        self._bytes_left = CACHE_BYTES
+        self._bytes_left = room
         self._kept: dict[tuple[Site, int], Tensor] = {}
         self._medians: dict[Site, float] = {}
 
@@ -155,6 +147,12 @@ class ActivationCache:
                 self.keep(number, site, hidden)
         return found
 
+    def read(self, sites: Sequence[Site]) -> None:
+        """Run the model once for all sites, as far as there is room for what it gives."""
+        for number in range(len(self.batches)):
+            if any((site, number) not in self._kept for site in self.at(number, sites)):
+                break
+
     def kept(self, number: int, site: Site) -> Tensor | None:
         """The activations of a batch if they are in memory."""
         return self._kept.get((site, number))
@@ -169,14 +167,17 @@ class ActivationCache:
         """Whether reading these sites again costs no forward pass."""
         return all((site, n) in self._kept for site in sites for n in range(len(self.batches)))
 
-    def median_norms(self, sites: Sequence[Site]) -> dict[Site, float]:
-        """Median Euclidean norm of the rows at each site, over the whole text."""
-        norms: dict[Site, list[Tensor]] = {s: [] for s in sites if s not in self._medians}
-        for batch in self.rows(list(norms)) if norms else ():
-            for site, rows in batch.activations.items():
-                norms[site].append(rows.float().norm(dim=1).cpu())
-        self._medians |= {site: float(torch.cat(parts).median()) for site, parts in norms.items()}
-        return {site: self._medians[site] for site in sites}
+    def massive_threshold(self, site: Site, dictionaries: Iterable[Dictionary]) -> float:
+        """Norm above which a row at the site is massive: the smallest that one of its dictionaries
+        records, so that all are measured on the same rows."""
+        recorded = [one.info.massive_threshold for one in dictionaries]
+        known = [threshold for threshold in recorded if threshold is not None]
+        if known:
+            return min(known)
+        if site not in self._medians:
+            norms = [b.activations[site].float().norm(dim=1).cpu() for b in self.rows([site])]
+            self._medians[site] = float(torch.cat(norms).median())
+        return MASSIVE_RATIO * self._medians[site]
 
 
 def on_device_of(model: LanguageModel, dictionary: Dictionary) -> Dictionary:
@@ -184,24 +185,3 @@ def on_device_of(model: LanguageModel, dictionary: Dictionary) -> Dictionary:
     if dictionary.W_enc.device == model.device:
         return dictionary
     return copy.deepcopy(dictionary).to(model.device)
-
-
-def massive_thresholds(
-    by_site: Mapping[Site, Iterable[Dictionary]], activations: ActivationCache
-) -> dict[Site, float]:
-    """Norm above which a row is massive, for each site.
-
-    All dictionaries of a site share one threshold, the smallest that any of them records, so that
-    they are measured on the same rows.
-    """
-    recorded = {
-        site: [
-            d.info.massive_threshold for d in dictionaries if d.info.massive_threshold is not None
-        ]
-        for site, dictionaries in by_site.items()
-    }
-    medians = activations.median_norms([site for site, known in recorded.items() if not known])
-    return {
-        site: min(known) if known else MASSIVE_RATIO * medians[site]
-        for site, known in recorded.items()
-    }

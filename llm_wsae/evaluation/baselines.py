@@ -49,10 +49,9 @@ def frozen_random(
     """A dictionary of the same shape with random unit decoder rows, its encoder their transpose,
     centred at ``mean``, with as many active latents in a row as ``l0``, rounded."""
     draw = torch.Generator().manual_seed(seed)
-    rows = torch.randn(like.d_sae, like.d_in, generator=draw)
-    decoder = normalize(rows, dim=1)
-    info = _info(like, "frozen random")
-    return _of(info, decoder, decoder, mean, l0).to(like.W_enc.device)
+    decoder = normalize(torch.randn(like.d_sae, like.d_in, generator=draw), dim=1)
+    made = _of(_info(like, "frozen random"), decoder, decoder, mean, l0)
+    return made.to(like.W_enc.device)
 
 
 def raw_dimensions(info: DictionaryInfo, statistics: Statistics, l0: float) -> Dictionary:
@@ -103,8 +102,7 @@ def _of(
 
 
 def _info(like: Dictionary, name: str) -> DictionaryInfo:
-    threshold = like.info.massive_threshold
-    return DictionaryInfo(like.info.site, name, massive_threshold=threshold)
+    return DictionaryInfo(like.info.site, name, massive_threshold=like.info.massive_threshold)
 
 
 @torch.no_grad()
@@ -119,8 +117,7 @@ def baselines_of(
     check_fit(dictionaries, model, "evaluate")
     sites = sorted({one.site for one in dictionaries.values()})
     size = max(1, _ROWS // len(contexts[0].ids))
-    cache = ActivationCache(model, *stacked(contexts[:size]), _BATCH_TOKENS)
-    read = list(cache.rows(sites))
+    read = list(ActivationCache(model, *stacked(contexts[:size]), _BATCH_TOKENS).rows(sites))
     found: dict[str, Dictionary] = {}
     for site in sites:
         like = next(one for one in dictionaries.values() if one.site == site)

@@ -29,8 +29,8 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     """Of each weighted dictionary, the plain one trained beside it, if it is there: with the same
     rows, seed, sparsity and settings. Those of other tools do not say what they were trained on."""
 
-    def training(dictionary: Dictionary) -> tuple[Any, ...]:
-        info = dictionary.info
+    def training(name: str) -> tuple[Any, ...]:
+        info = dictionaries[name].info
         settings = {k: v for k, v in info.training.items() if k not in ("command", "versions")}
         # those in a space have another rate than the plain ones beside them
         settings[RATE] = settings.pop(SHARED_RATE, settings.get(RATE))
@@ -39,7 +39,7 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     found = {}
     plain = [name for name, one in dictionaries.items() if one.info.rule == "uniform"]
     for name, one in dictionaries.items():
-        beside = [p for p in plain if training(dictionaries[p]) == training(one)]
+        beside = [other for other in plain if training(other) == training(name)]
         if beside and name not in plain and one.info.store:
             found[name] = beside[0]
     return found
@@ -85,8 +85,8 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 
     ``corpus`` is the identity of the evaluated corpus. Documents are held out by their names in the
     corpus, so only a training on the same corpus, with at least as much held out, is sure not to
-    have seen them. Another part than the held-out one is named once. Nothing is reported for a
-    corpus with another name.
+    have seen them. Another part than the held-out one is named once; of a corpus with another name
+    nothing is said.
     """
     trained_on = {n: one.info.corpus for n, one in dictionaries.items()}
     same = {n: own for n, own in trained_on.items() if own.get("name") == corpus["name"]}
@@ -108,9 +108,8 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 
 
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
-    """A sentence for every dictionary that was trained on other weights than this model's, or on
-    centred activations."""
-    own = model.identity()
+    """A sentence for every dictionary that was trained on centred activations, or on other weights
+    than this model's."""
     centred = [
         f"dictionary {name!r} was trained on activations whose rows have mean 0: its "
         "reconstructions lack the mean"
@@ -120,5 +119,5 @@ def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageMode
     return centred + [
         f"dictionary {name!r} was trained on other weights than those of this {model.name}"
         for name, dictionary in dictionaries.items()
-        if dictionary.info.is_of_other_weights(own)
+        if dictionary.info.is_of_other_weights(model.identity())
     ]

@@ -18,8 +18,8 @@ from llm_wsae.data.packing import NO_DOCUMENT
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.monosemanticity.detection import detection
-from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
+from llm_wsae.evaluation.heldout import Encoder
+from llm_wsae.evaluation.monosemanticity.latent_scores import detection
 from llm_wsae.explaining.protocol import (
     CLOSE,
     OPEN,
@@ -41,6 +41,7 @@ from llm_wsae.pages.collecting import (
 
 POOL = 1000
 """Random texts, shared by all latents, among which silent ones are sought."""
+_LATENTS_AT_ONCE = 256  # whose pairs of texts are in memory together
 _NEIGHBOURS = 5  # latents nearest by decoder row
 _CANDIDATES = 4  # texts of neighbours for each that is wanted: in some the latent is active too
 _STRATA = 10
@@ -255,10 +256,13 @@ class _Choice:
         top, shown = self._config.examples // 2, self._config.examples
         flat = encoder.embed([text.plain for texts in active for text in texts])
         vectors, of_pool = flat.view(*tokens.shape, -1), encoder.embed(pool.texts)
-        parts, silent = (tokens[:, :top], tokens[:, shown:], pool.token), torch.tensor(pool.silent)
-        found = detection(vectors[:, :top], vectors[:, shown:], of_pool, silent, parts)
+        silent, scores = torch.tensor(pool.silent), []
+        for some in torch.arange(len(tokens)).split(_LATENTS_AT_ONCE):
+            strongest, judged = vectors[some, :top], vectors[some, shown:]
+            parts = tokens[some, :top], tokens[some, shown:], pool.token
+            scores += detection(strongest, judged, of_pool, silent[some], parts).auroc.tolist()
         likeness = normalize(vectors[:, :top].sum(1), dim=1) @ of_pool.T
-        return likeness.numpy(), found.auroc.tolist()
+        return likeness.numpy(), scores
 
     def _around(
         self, latents: Int[np.ndarray, " latents"], table: Int[np.ndarray, "latents each"]

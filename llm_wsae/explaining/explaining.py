@@ -18,7 +18,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import change_measurements, check_keeps_measurements, names_of
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
+from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.explaining.endpoint import Endpoint
 from llm_wsae.explaining.examples import choose
 from llm_wsae.explaining.protocol import (

@@ -15,7 +15,7 @@ from scipy import stats
 
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.dictionary.explanations import Explanation, Score
-from llm_wsae.evaluation.monosemanticity.averages import Mean, mean_of
+from llm_wsae.evaluation.monosemanticity.report import Mean, mean_of
 from llm_wsae.explaining.endpoint import ANSWERS, Tally
 from llm_wsae.explaining.protocol import SCORES, Examined, Trial
 from llm_wsae.outside import mapping

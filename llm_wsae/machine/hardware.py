@@ -139,15 +139,6 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def free_memory(device: torch.device) -> int:
-    """The bytes that nobody uses, what torch keeps for tensors to come included; all bytes of a
-    device that does not say."""
-    if device.type != "cuda":
-        return memory_of(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
-
-
 def return_freed_memory() -> None:
     """Give freed memory back to the system. glibc keeps that of tensors below 32 MiB: after one
     stage of a run hundreds of megabytes, in which the large blocks of the next find no place."""

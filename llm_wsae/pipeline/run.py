@@ -22,7 +22,7 @@ from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.activations import Context, check_scored, take_contexts
+from llm_wsae.evaluation.activations import Context, take_contexts
 from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -197,7 +197,6 @@ class _Stages:
         heldout = self.request.corpus.open("heldout")
         contexts = iter(Packer.for_model(self.model, self.request.harvest).contexts(heldout))
         own = take_contexts(contexts, self.request.evaluate.tokens)
-        check_scored(own)
         is_automatic = self.request.grid.is_automatic
         return own, take_contexts(contexts, TRIAL_TOKENS) if is_automatic else []
 

@@ -17,14 +17,13 @@ import llm_wsae.pipeline.site_weights
 from llm_wsae.artifact.files import load_tensors, read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.fidelity import evaluator, summary
-from llm_wsae.model.site import Site
+from llm_wsae.evaluation.activations import ActivationCache
+from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 from llm_wsae.training.trainer import Training
 
 SITES = ("blocks.0.hook_resid_post", SITE)
-END = Site(2, "post")
 PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
            "--statistics-tokens", 2048)  # fmt: skip
 STREAM = (*PACKING, "--expansion", 4, "--batch-size", 256, "--dtype", "float32", "--tokens", 5120,
@@ -107,24 +106,12 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
         assert f"training of {SITES[0]} on a stream; add --stream to resume it" in refused.err
 
 
-def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
-    """With the files of a run of each site alone."""
+def test_several_sites_have_the_files_of_a_run_of_each_alone(world, tmp_path, monkeypatch):
     monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
     monkeypatch.setattr(llm_wsae.pipeline.site_weights, "TRIAL_ROWS", 1024)
-    passes, clean_stream = [], evaluator.clean_stream
-
-    def counted(model, cache, number, last, activations):
-        passes.append((len(cache.batches), number, cache.kept(number, END) is None))
-        return clean_stream(model, cache, number, last, activations)
-
-    monkeypatch.setattr(evaluator, "clean_stream", counted)
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
-    trial, heldout = sorted({batches for batches, _, _ in passes})
-    resumed = [number for batches, number, is_new in passes if is_new and batches == heldout]
-    assert trial < heldout and resumed == list(range(heldout))
-    assert len(passes) == 2 * trial + heldout
     for site in SITES:
         works(*asked, "--site", site, "--out", tmp_path / site)
         both, alone = (content(tmp_path / run / site) for run in ("both", site))
@@ -136,21 +123,20 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
 def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
     world, tmp_path, monkeypatch
 ):
-    check = summary._check_finite
+    threshold = ActivationCache.massive_threshold
 
-    def broken(hidden, keep, site):
+    def broken(cache, site, dictionaries):
         if str(site) == SITES[0]:
             raise LlmWsaeError(f"activations of the model at {site} are NaN")
-        check(hidden, keep, site)
+        return threshold(cache, site, dictionaries)
 
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "--out", tmp_path / "out", "--site")  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(summary, "_check_finite", broken)
+        patch.setattr(ActivationCache, "massive_threshold", broken)
         failed = call(*asked, *SITES)
     assert failed.code == 1 and failed.out == ""
     assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
-    assert "are NaN; the sites are evaluated one by one\n" in failed.err
     report, page = (tmp_path / "out" / SITES[1] / name for name in ("report.json", "report.html"))
     found = report.read_bytes()
     assert page.exists() and not (tmp_path / "out" / SITES[0] / "report.json").exists()

@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 from evaluation_cases import SITE, WordMeanings, one_latent_a_word, planted_model, planted_text
+from looping import over
 from tiny import tiny_model, words
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation import activations as module
-from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
+from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.heldout import HeldoutText
@@ -94,12 +94,12 @@ def test_rows_are_the_kept_positions(model, tmp_path):
     assert (text.row_at.view(-1, SIZE)[:, 0] == -1).all()  # first positions give no row
 
 
-@pytest.mark.parametrize("room", [0, 1 << 30])
-def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeypatch, room):
-    monkeypatch.setattr(module, "CACHE_BYTES", room)
+@over(room=(0, 1 << 12, 1 << 30))
+def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, room):
     text = take(model, tmp_path, [(40, {})] * 12, 300)
     sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
-    activations = ActivationCache(model, text.ids, text.keep, batch_tokens=3 * SIZE)
+    activations = ActivationCache(model, text.ids, text.keep, batch_tokens=3 * SIZE, room=room)
+    activations.read(sites[:1])
     assert not activations.holds(sites)
     whole = model.activations(text.ids, sites)
     for _ in range(2):
@@ -109,7 +109,7 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeyp
             rows = torch.cat([batch.activations[site] for batch in batches])
             expected = whole[site].flatten(0, 1)[text.cell]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
-    assert activations.holds(sites) == bool(room)
+    assert activations.holds(sites) == (room > 1 << 12)
     assert [batch.rows.start for batch in batches] == text.first_row[:-1:3].tolist()
 
 
@@ -130,7 +130,7 @@ def test_the_smallest_recorded_threshold_counts_and_the_text_is_measured_without
     cache = ActivationCache(model, ids, keep, batch_tokens=32)
 
     def threshold(*recorded):
-        return massive_thresholds({AT: [recording(r) for r in recorded]}, cache)[AT]
+        return cache.massive_threshold(AT, [recording(one) for one in recorded])
 
     assert threshold(7.0, None, 5.0) == 5.0
     assert not cache.holds([AT])  # a recorded threshold costs no forward pass

@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.dictionary.sparsity import ReLU, TopK
+from llm_wsae.evaluation.activations import RowBatch
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.firings import FiringCollector
+from llm_wsae.evaluation.monosemanticity.firings import Recorder
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.sparse.codes import Codes
 
 SITE = "blocks.0.hook_resid_pre"
 LETTERS = "abcdefghij"
@@ -99,9 +99,9 @@ def dictionary(directions: torch.Tensor, name: str, seed: int = 0) -> Dictionary
 
 
 class WordMeanings:
-    """An encoder to which different words have nothing in common."""
+    """An encoder to which different words have nothing in common: it counts them."""
 
-    width = NUM_WORDS
+    width, number = NUM_WORDS, staticmethod(WORDS.index)
 
     def __init__(self):
         self.embedded = 0
@@ -111,8 +111,14 @@ class WordMeanings:
         counts = torch.zeros(len(texts), self.width)
         for row, text in zip(counts, texts, strict=True):
             for word in text.split():
-                row[WORDS.index(word)] += 1
+                row[self.number(word)] += 1
         return torch.nn.functional.normalize(counts, dim=1)
+
+
+class WordCounts(WordMeanings):
+    """The same of words wN."""
+
+    width, number = 52, staticmethod(lambda word: int(word[1:]))
 
 
 def make_text(
@@ -134,22 +140,6 @@ def make_text(
     return HeldoutText(ids, keep, document, offset, headers)
 
 
-class WordCounts:
-    """An encoder whose vectors are the counts of words wN, scaled to norm 1."""
-
-    def __init__(self, width: int = 52):
-        self.width = width
-        self.embedded = 0
-
-    def embed(self, texts):
-        self.embedded += len(texts)
-        counts = torch.zeros(len(texts), self.width)
-        for row, text in zip(counts, texts, strict=True):
-            for word in text.split():
-                row[int(word[1:])] += 1
-        return torch.nn.functional.normalize(counts, dim=1)
-
-
 class Spelling:
     """A tokenizer that only decodes: token N is the word wN."""
 
@@ -160,24 +150,26 @@ class Spelling:
 D_SAE, K, TOP, SAMPLE = 17, 3, 4, 6
 
 
-def random_codes(rows: int, d_sae: int = D_SAE, k: int = K, seed: int = 1) -> Codes:
-    """k different latents in each row; every fifth slot is unused."""
+def random_codes(rows: int, d_sae: int = D_SAE, k: int = K, seed: int = 1) -> torch.Tensor:
+    """k different latents in each row, dense; one of five of them is silent."""
     draw = torch.Generator().manual_seed(seed)
     indices = torch.rand(rows, d_sae, generator=draw).argsort(1)[:, :k]
     values = torch.rand(rows, k, generator=draw) + 0.1
-    return Codes(indices, values * (torch.rand(rows, k, generator=draw) > 0.2))
+    values *= torch.rand(rows, k, generator=draw) > 0.2
+    return torch.zeros(rows, d_sae).scatter_(1, indices, values)
 
 
-def collected(text, codes, step, encoded=None, windows=None, top=TOP, sample=SAMPLE, d_sae=D_SAE):
+def collected(text, codes, step, windows=None, top=TOP, sample=SAMPLE, threshold=1e9, seed=0):
+    """The firings of a dictionary to which the codes are the rows, from so many contexts at once;
+    rows longer than the threshold are massive."""
     windows = text.windows(torch.tensor([0, 5, 30]), 2, 1) if windows is None else windows
-    encoded = torch.ones(text.num_rows, dtype=torch.bool) if encoded is None else encoded
-    collector = FiringCollector(text, windows, d_sae, top, sample, 0)
+    eye = torch.eye(codes.shape[1])
+    nothing = torch.zeros(len(eye))
+    info = DictionaryInfo(site=SITE)
+    one = Dictionary(W_enc=eye, W_dec=eye, b_enc=nothing, b_dec=nothing, sparsity=ReLU(), info=info)
+    recorder = Recorder(one, threshold, text, windows, (top, sample), seed)
     for at in range(0, text.num_contexts, step):
         contexts = slice(at, min(at + step, text.num_contexts))
         rows = slice(*text.first_row[[contexts.start, contexts.stop]].tolist())
-        collector.add(Codes(*(part[rows] for part in codes)), contexts, encoded[rows])
-    return collector.firings()
-
-
-def dense(codes, d_sae=D_SAE):
-    return torch.zeros(len(codes.indices), d_sae).scatter_(1, codes.indices, codes.values)
+        recorder.add(RowBatch(contexts, rows, {one.site: codes[rows]}))
+    return recorder.firings()

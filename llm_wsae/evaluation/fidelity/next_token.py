@@ -9,8 +9,7 @@ gradients, which nobody needs here. ``F.linear_cross_entropy``, in torch 2.13, t
 on a CPU too, but all of the vocabulary at once, and gives no divergence.)
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.machine.threads import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -101,66 +99,46 @@ def _measure_tile(
 ) -> Float[Tensor, "streams 2 rows"]:
     """−log p(target) and KL(p_first ‖ p) of every row in every stream, float64."""
     entered = [unembedding.enter(stream) for stream in streams]
-    clean, *variants = (_Predictions(target) for _ in streams)
+    sums: list[list[tuple[Tensor, ...]]] = [[] for _ in streams]  # of each run
+    of_target = torch.full(
+        (len(streams), len(target)), torch.nan, dtype=torch.float64, device=target.device
+    )
+    first = 0  # token of the vocabulary in the run
     for run in unembedding.runs:
-        logits = run(entered[0])
-        maxima, *sums = softmax_sums(logits)
-        clean.add(logits, maxima, *sums)
-        for variant, own in zip(variants, entered[1:], strict=True):
-            its = run(own)
-            variant.add(its, *softmax_sums(its, (logits, maxima)))
-    losses = [(one.loss(), one.kl_from(clean)) for one in variants]
-    own = clean.loss()
-    return torch.stack([torch.stack(pair) for pair in ((own, torch.zeros_like(own)), *losses)])
+        clean: tuple[Tensor, Tensor] | None = None
+        for number, stream in enumerate(entered):
+            logits = run(stream)
+            sums[number].append(softmax_sums(logits, clean))
+            if clean is None:
+                clean = logits, sums[0][-1][0]
+            at, width = target - first, logits.shape[1]
+            own = logits.gather(1, at.clamp(0, width - 1)[:, None])[:, 0].double()
+            of_target[number] = torch.where((at >= 0) & (at < width), own, of_target[number])
+        first += width
+    return _loss_and_divergence([_joined(runs) for runs in sums], of_target)
 
 
-class _Predictions:
-    """What rows predict, from logits that come in runs of the vocabulary."""
+def _joined(runs: Sequence[tuple[Tensor, ...]]) -> Float[Tensor, "3 runs rows"]:
+    return torch.stack([torch.stack(one).double() for one in zip(*runs, strict=True)])
 
-    def __init__(self, target: Integer[Tensor, " rows"]):
-        self._target, self._first = target, 0
-        self._of_target = torch.full(
-            target.shape, torch.nan, dtype=torch.float64, device=target.device
-        )
-        self._runs: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, logits: Tensor, maxima: Tensor, sums: Tensor, differences: Tensor) -> None:
-        """The logits of the next run, and what ``softmax_sums`` says of them."""
-        self._runs.append((maxima, sums, differences))
-        at = self._target - self._first
-        self._first += logits.shape[1]
-        own = logits.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
-        is_here = (at >= 0) & (at < logits.shape[1])
-        self._of_target = torch.where(is_here, own, self._of_target)
+def _loss_and_divergence(
+    sums: Sequence[Float[Tensor, "3 runs rows"]], of_target: Float[Tensor, "streams rows"]
+) -> Float[Tensor, "streams 2 rows"]:
+    """From maxima, sums and differences (``softmax_sums``) of each run.
 
-    @cached_property
-    def log_sum(self) -> Float[Tensor, " rows"]:
-        """log Σ exp of all logits, once all runs were added."""
-        maxima, sums, _ = self._all_runs
-        return maxima.amax(0) + _over_runs(sums, maxima).log()
-
-    def loss(self) -> Float[Tensor, " rows"]:
-        """−log p(target)."""
-        return self.log_sum - self._of_target
-
-    def kl_from(self, clean: "_Predictions") -> Float[Tensor, " rows"]:
-        """KL(p_clean ‖ p), if each run was compared with that of ``clean``.
-
-        With r and q the logits, KL = Σ p_clean·(r − q) + log Σ exp q − log Σ exp r. Tokens that a
-        model excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL
-        infinite.
-        """
-        maxima, sums, _ = clean._all_runs
-        differences = _over_runs(self._all_runs[2], maxima) / _over_runs(sums, maxima)
-        return differences + self.log_sum - clean.log_sum
-
-    @cached_property
-    def _all_runs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Maxima, sums and differences [runs, rows]."""
-        maxima, sums, differences = (
-            torch.stack(one).double() for one in zip(*self._runs, strict=True)
-        )
-        return maxima, sums, differences
+    With r and q the logits, KL = Σ p_clean·(r − q) + log Σ exp q − log Σ exp r. Tokens that a model
+    excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
+    """
+    maxima, of_clean, _ = sums[0]
+    whole = _over_runs(of_clean, maxima)
+    log_sums = [one[0].amax(0) + _over_runs(one[1], one[0]).log() for one in sums]
+    found = []
+    for number, (log_sum, own) in enumerate(zip(log_sums, sums, strict=True)):
+        apart = _over_runs(own[2], maxima) / whole + log_sum - log_sums[0]
+        divergence = apart if number else torch.zeros_like(apart)
+        found.append(torch.stack([log_sum - of_target[number], divergence]))
+    return torch.stack(found)
 
 
 def _over_runs(
@@ -194,49 +172,28 @@ def softmax_sums(
     return maxima, sums, differences
 
 
-def clean_stream(
-    model: LanguageModel,
-    cache: ActivationCache,
-    number: int,
-    last: Site,
-    activations: Mapping[Site, Tensor],
-) -> Float[Tensor, "contexts positions d_model"]:
-    """The last block's output for a batch, resumed from its activations at ``last``, and kept.
-
-    Every variant is resumed in the same way, so a perfect reconstruction gives the same numbers.
-    """
-    end = Site(model.num_blocks - 1, "post")
-    known = cache.kept(number, end)
-    if known is not None:
-        return known
-    ids = cache.batches[number][0]
-    stream = model.resume_to_end(ids, last, activations[last])
-    cache.keep(number, end, stream)
-    return stream
-
-
 def check_resumable(
     model: LanguageModel,
     ids: Integer[Tensor, "1 positions"],
-    activations: Mapping[Site, Float[Tensor, "1 positions d_model"]],
+    site: Site,
+    hidden: Float[Tensor, "1 positions d_model"],
 ) -> None:
-    """Raise LlmWsaeError for a model that, resumed from its own activations at one of the sites, is
-    not the model as it is, since its blocks pass on more than the residual stream; or whose
-    predictions are NaN."""
+    """Raise LlmWsaeError for a model that, resumed at the site from its own activations, is not the
+    model as it is, since its blocks pass on more than the residual stream; or whose predictions are
+    NaN."""
     full = model.logits(ids)[0, -_CHECKED_POSITIONS:].float()
     if bool(full.isnan().any()):
         raise _not_numbers(model)
-    for site, hidden in sorted(activations.items(), reverse=True):
-        stream = model.resume_to_end(ids, site, hidden)[0]
-        with torch.no_grad(), model.unembedding() as unembedding:
-            found = unembedding(stream[-_CHECKED_POSITIONS:]).float()
-        difference = (found - full).where(found != full, 0)  # an excluded token has −∞ in both
-        if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
-            raise LlmWsaeError(
-                f"{model.name} makes other predictions when it is resumed at {site} from its own "
-                "activations: its blocks pass on more than the residual stream, so its predictions "
-                "cannot be used to evaluate dictionaries there"
-            )
+    stream = model.resume_to_end(ids, site, hidden)[0]
+    with torch.no_grad(), model.unembedding() as unembedding:
+        found = unembedding(stream[-_CHECKED_POSITIONS:]).float()
+    difference = (found - full).where(found != full, 0)  # an excluded token has −∞ in both
+    if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
+        raise LlmWsaeError(
+            f"{model.name} makes other predictions when it is resumed at {site} from its own "
+            "activations: its blocks pass on more than the residual stream, so its predictions "
+            "cannot be used to evaluate dictionaries there"
+        )
 
 
 def _not_numbers(model: LanguageModel) -> LlmWsaeError:

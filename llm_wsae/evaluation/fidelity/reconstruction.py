@@ -1,7 +1,7 @@
 """Streaming sums behind the measures of reconstructions and codes, in float64.
 
-Massive rows (``massive_thresholds``) are summed separately: a handful of them would dominate every
-mean, and training leaves them out. FVU is reported both without and with them.
+Massive rows (``ActivationCache.massive_threshold``) are summed separately: a handful of them would
+dominate every mean, and training leaves them out. FVU is reported both without and with them.
 
 The *round trip* decodes real codes z and encodes them again, r = encode(decode(z)). It is theorem 1
 of Cui et al. 2026 (arXiv 2506.15963) with a trained dictionary as W_p and its own codes as the true
@@ -11,11 +11,13 @@ features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z â
 
 import math
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
+from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.sparse.codes import Codes
 
 _ROWS_AT_ONCE = 256  # made dense to compare their codes
@@ -47,6 +49,17 @@ class Moments:
         return square - total.square() / max(count, 1)
 
 
+class SiteRows:
+    """The rows of a site, those above a massive threshold apart, and the losses of the model itself
+    and with zeros or the mean in the place of the other rows."""
+
+    def __init__(self, threshold: float, mean: Float[Tensor, " d_in"]):
+        self.threshold, self.mean = threshold, mean
+        self.usual, self.massive = Moments(mean), Moments(mean)
+        self.losses: dict[str, np.ndarray] = {}
+        """Sums per document; empty until a pass over the text has measured them."""
+
+
 class ReconstructionSums:
     """Sums over one dictionary's reconstructions of the rows of its site."""
 
@@ -61,8 +74,6 @@ class ReconstructionSums:
         self._survivors = self._false = 0
         self._lost = torch.zeros(d_sae, dtype=torch.float64)
         """Of every latent, the sum of (z âˆ’ r)/z over its firings that survive the round trip."""
-        self._dense: Tensor | None = None
-        """Zeros between calls; filling it anew for every few rows would cost more than the rest."""
 
     @torch.no_grad()
     def update(
@@ -88,25 +99,15 @@ class ReconstructionSums:
         self.l2_ratio += float((norm_y / norm_x.clamp(min=1e-300)).sum())
 
     def _compare_codes(self, z: Codes, r: Codes) -> None:
-        fires = z.values > 0
+        d_sae, fires = len(self.firings), z.values > 0
         latent, before = z.indices[fires].cpu(), z.values[fires].cpu().double()
-        after = self._at(r, z.indices)[fires].cpu().double()
+        after = to_dense(r, d_sae).gather(1, z.indices)[fires].cpu().double()
         survives = after > 0
-        self.firings += torch.bincount(latent, minlength=len(self.firings))
+        self.firings += torch.bincount(latent, minlength=d_sae)
         self._survivors += int(survives.sum())
-        self._false += int(((r.values > 0) & (self._at(z, r.indices) == 0)).sum())
+        was_silent = to_dense(z, d_sae).gather(1, r.indices) == 0
+        self._false += int(((r.values > 0) & was_silent).sum())
         self._lost.index_add_(0, latent[survives], 1 - after[survives] / before[survives])
-
-    def _at(self, codes: Codes, latents: Int[Tensor, "rows k"]) -> Float[Tensor, "rows k"]:
-        """The values that the codes give to these latents of each row, 0 where they do not name
-        them."""
-        if self._dense is None or self._dense.device != codes.values.device:
-            self._dense = codes.values.new_zeros(_ROWS_AT_ONCE, len(self.firings))
-        dense = self._dense[: len(codes.values)]
-        dense.scatter_add_(1, codes.indices, codes.values)  # unused slots add 0
-        found = dense.gather(1, latents)
-        dense.scatter_(1, codes.indices, 0.0)
-        return found
 
     @torch.no_grad()
     def update_massive(
@@ -134,13 +135,13 @@ class ReconstructionSums:
             "false_latents": self._false / max(self.count, 1),
         }
 
-    def histogram(self) -> tuple[list[float], list[int]]:
-        """Histogram of log10 density over the latents that fired: (bin edges, counts)."""
+    def histogram(self) -> dict[str, list[float] | list[int]]:
+        """Histogram of log10 density over the latents that fired: ``log10_edges``, ``counts``."""
         bins = round(-HISTOGRAM_LOW / HISTOGRAM_STEP)
         alive = self.density[self.firings > 0].log10()
         at = ((alive - HISTOGRAM_LOW) / HISTOGRAM_STEP).floor().long().clamp(0, bins - 1)
         edges = [HISTOGRAM_LOW + HISTOGRAM_STEP * i for i in range(bins + 1)]
-        return edges, torch.bincount(at, minlength=bins).tolist()
+        return {"log10_edges": edges, "counts": torch.bincount(at, minlength=bins).tolist()}
 
 
 def exact(tensor: Tensor) -> Tensor:

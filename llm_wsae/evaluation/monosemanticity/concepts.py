@@ -2,14 +2,14 @@
 
 A concept says yes or no about every unit it applies to. A unit is one row (for concepts of tokens)
 or the mean of one document's rows in one context (for concepts of documents). Concepts of tokens
-are computed from the text (``token_concepts.py``), concepts of documents come from the labels that
-their corpus gives them (``document_concepts`` below). A concept is kept when both halves of the
-documents hold enough examples and counterexamples: a probe that was trained on one half is tested
-on the other, so no document is on both sides.
+are computed from the text: first letter, capital, digit, sentence start, continuation of a word,
+quotation. Concepts of documents come from the labels that their corpus gives them. A concept is
+kept when both halves of the documents hold enough examples and counterexamples: a probe that was
+trained on one half is tested on the other, so no document is on both sides.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,10 +19,16 @@ from torch import Tensor
 
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.statistics.measures import LETTER
 
 MIN_UNITS = 20  # examples, and counterexamples, of a concept in each half
 NO_UNIT = -1
 MAX_CONTEXTS = 1000  # units of documents
+_MIN_DOCUMENTS = 2  # with examples, and with counterexamples, in each half
+_MAX_VALUES = 6  # numbers with more values are cut into thirds
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_CLOSERS = "\"'”’»)]}"
+_OPENERS = "\"'“‘«([{-–—*"
 
 
 class Units(NamedTuple):
@@ -54,32 +60,21 @@ class Concepts(NamedTuple):
     half: Bool[Tensor, " units"]
     """Which half of the documents the unit belongs to."""
 
-    def keep(self, chosen: Bool[Tensor, " concepts"]) -> "Concepts":
-        """Only the chosen concepts."""
-        numbers = chosen.nonzero()[:, 0].tolist()
-        return Concepts(
-            [self.names[i] for i in numbers],
-            [self.families[i] for i in numbers],
-            self.positive[:, chosen],
-            self.applies[:, chosen],
-            self.half,
-        )
-
-
-def with_enough(concepts: Concepts, groups: Int[Tensor, " units"], min_groups: int) -> Concepts:
-    """The concepts with enough examples and counterexamples in each half, from at least
-    ``min_groups`` groups."""
-    kept = torch.ones(len(concepts.names), dtype=torch.bool)
-    numbers, group = groups.unique(return_inverse=True)
-    for half in (concepts.half, ~concepts.half):
-        for side in (concepts.positive, ~concepts.positive):
-            found = side & concepts.applies & half[:, None]
-            kept &= found.sum(0) >= MIN_UNITS
-            if min_groups > 1:
+    def with_enough(self, groups: Int[Tensor, " units"], min_groups: int, least: int) -> "Concepts":
+        """Those with at least so many examples and counterexamples in each half, from at least
+        ``min_groups`` groups."""
+        kept = torch.ones(len(self.names), dtype=torch.bool)
+        numbers, group = groups.unique(return_inverse=True)
+        for half in (self.half, ~self.half):
+            for side in (self.positive, ~self.positive):
+                found = side & self.applies & half[:, None]
+                kept &= found.sum(0) >= least
                 seen = torch.zeros(len(numbers), found.shape[1])
                 seen.index_add_(0, group, found.float())
                 kept &= (seen > 0).sum(0) >= min_groups
-    return concepts.keep(kept)
+        chosen = kept.nonzero()[:, 0].tolist()
+        names, families = ([own[i] for i in chosen] for own in (self.names, self.families))
+        return Concepts(names, families, self.positive[:, kept], self.applies[:, kept], self.half)
 
 
 def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
@@ -90,7 +85,6 @@ def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
     """
     numbers, rows = text.document_of.unique(return_counts=True)
     sizes = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
-
     labels = {n: text.headers[n]["labels"] if n in text.headers else {} for n in sizes}
     values: dict[str, set[str]] = defaultdict(set)
     for own in labels.values():
@@ -108,8 +102,19 @@ def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
     return {number: (i + first[i // 2]) % 2 == 0 for i, number in enumerate(ordered)}
 
 
-_MIN_DOCUMENTS = 2  # with examples, and with counterexamples, in each half
-_MAX_VALUES = 6  # numbers with more values are cut into thirds
+def units_of_documents(text: HeldoutText, seed: int) -> Units:
+    """Up to 1000 contexts, drawn at random; a unit is the rows of the document that most of its
+    context belongs to. Only documents with labels count."""
+    owner = text.owner
+    labelled = [number for number, header in text.headers.items() if header["labels"]]
+    mine = text.document_of == owner[text.context]
+    rows = torch.bincount(text.context[mine], minlength=text.num_contexts)
+    usable = (torch.isin(owner, torch.tensor(labelled)) & (rows > 0)).nonzero()[:, 0]
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))
+    chosen = usable[order[:MAX_CONTEXTS]].sort().values
+    unit = torch.full((text.num_contexts,), NO_UNIT)
+    unit[chosen] = torch.arange(len(chosen))
+    return Units(unit[text.context].where(mine, NO_UNIT), rows[chosen], owner[chosen])
 
 
 def document_concepts(
@@ -117,6 +122,7 @@ def document_concepts(
     document: Int[Tensor, " units"],
     half: Bool[Tensor, " units"],
     wanted: tuple[str, ...] = (),
+    least: int = MIN_UNITS,
 ) -> Concepts:
     """One concept for each value of each label, of units that belong to documents.
 
@@ -145,7 +151,7 @@ def document_concepts(
         belongs([labelled for *_, labelled in found]),
         half,
     )
-    return with_enough(concepts, document, _MIN_DOCUMENTS)
+    return concepts.with_enough(document, _MIN_DOCUMENTS, least)
 
 
 def _divided(column: str, values: dict[int, Any]) -> list[tuple[str, set[int]]]:
@@ -188,16 +194,129 @@ def units_of_tokens(text: HeldoutText, count: int, seed: int) -> Units:
     return Units(of_row, torch.ones_like(chosen), text.document_of[chosen])
 
 
-def units_of_documents(text: HeldoutText, seed: int) -> Units:
-    """Up to 1000 contexts, drawn at random; a unit is the rows of the document that most of its
-    context belongs to. Only documents with labels count."""
-    owner = text.owner
-    labelled = [number for number, header in text.headers.items() if header["labels"]]
-    mine = text.document_of == owner[text.context]
-    rows = torch.bincount(text.context[mine], minlength=text.num_contexts)
-    usable = (torch.isin(owner, torch.tensor(labelled)) & (rows > 0)).nonzero()[:, 0]
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))
-    chosen = usable[order[:MAX_CONTEXTS]].sort().values
-    unit = torch.full((text.num_contexts,), NO_UNIT)
-    unit[chosen] = torch.arange(len(chosen))
-    return Units(unit[text.context].where(mine, NO_UNIT), rows[chosen], owner[chosen])
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to a text after another token, with its leading space."""
+
+    def decoded(sequences: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(
+            sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    # Some tokenizers drop the space of a token that is alone or first.
+    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    head = decoded([before])[0]
+    behind = decoded([[*before, i] for i in ids])
+    return [
+        text[len(head) :] if text.startswith(head) else alone
+        for text, alone in zip(behind, decoded([[i] for i in ids]), strict=True)
+    ]
+
+
+def folded_tokens(text: HeldoutText, tokenizer: Any) -> Int[Tensor, " rows"]:
+    """A number for each row's token; spellings that differ only in space or case share one."""
+    ids, index = text.token.unique(return_inverse=True)
+    numbers: dict[str, int] = {}
+    folded = [
+        numbers.setdefault(spelling.strip().casefold() or spelling, len(numbers))
+        for spelling in token_texts(tokenizer, ids.tolist())
+    ]
+    return torch.tensor(folded)[index]
+
+
+def token_concepts(
+    text: HeldoutText,
+    tokenizer: Any,
+    rows: Int[Tensor, " units"],
+    half: Bool[Tensor, " units"],
+    least: int = MIN_UNITS,
+) -> Concepts:
+    """Concepts of the tokens at some rows, as far as there are enough examples.
+
+    First letter, capital and sentence start apply to the first tokens of words, continuation and
+    quotation to tokens that begin with a letter or a digit, digit to all. What comes before a token
+    matters, so positions that give no row are read too.
+    """
+    document, offset = text.document.flatten(), text.offset.flatten()
+    cells = (document >= 0).nonzero()[:, 0]
+    document, offset = document[cells], offset[cells]
+    ids, index = text.ids.flatten()[cells].unique(return_inverse=True)
+    table = [_spelling(spelling) for spelling in token_texts(tokenizer, ids.tolist())]
+    facts = {name: torch.tensor([row[name] for row in table])[index] for name in table[0]}
+    follows = torch.zeros(len(cells), dtype=torch.bool)
+    follows[1:] = (document[1:] == document[:-1]) & (offset[1:] == offset[:-1] + 1)
+    found = _in_sequence(facts, follows, offset == 0)
+    place = torch.full((text.ids.numel(),), -1)
+    place[cells] = torch.arange(len(cells))
+    at = place[text.cell[rows]]
+    begins, wordlike, everywhere = found["begins"], facts["wordlike"], torch.ones_like(follows)
+    letters = {f"{LETTER} {x}": (facts["letter"] == i, begins) for i, x in enumerate(_LETTERS)}
+    columns = letters | {
+        "capital": (facts["capital"], begins),
+        "digit": (facts["digit"], everywhere),
+        "sentence start": (found["first"], begins),
+        "continuation": (found["continues"], wordlike),
+        "quotation": (found["quoted"], wordlike),
+    }
+    concepts = Concepts(
+        list(columns),
+        [LETTER if name in letters else name for name in columns],
+        torch.stack([yes[at] for yes, _ in columns.values()], 1),
+        torch.stack([applies[at] for _, applies in columns.values()], 1),
+        half,
+    )
+    return concepts.with_enough(text.document_of[rows], 0, least)
+
+
+def _spelling(text: str) -> dict[str, int | bool]:
+    visible = text.strip()
+    first = visible[:1]
+    return {
+        "letter": _LETTERS.find(first.lower()) if first else -1,  # its number, or -1
+        "capital": first.isupper(),
+        "digit": any(character.isdigit() for character in text),
+        "wordlike": first.isalnum(),
+        "joins": text[:1].isalnum(),  # the token before, without a space
+        "open end": text[-1:].isalnum(),
+        "stop": visible.rstrip(_CLOSERS)[-1:] in (".", "!", "?"),
+        "between": not visible.strip(_CLOSERS + _OPENERS),  # spaces, quotes and brackets only
+        "newline": "\n" in text,
+        "straight": text.count('"'),
+        "depth": text.count("“") - text.count("”"),
+    }
+
+
+def _in_sequence(facts: dict[str, Tensor], follows: Tensor, opens: Tensor) -> dict[str, Tensor]:
+    """What depends on the tokens before. ``follows`` marks tokens right behind the one before,
+    ``opens`` the first token of a document."""
+    number = torch.arange(len(follows))
+    continues = _shifted(facts["open end"], False) & follows & facts["joins"]
+    begins = (facts["letter"] >= 0) & ~continues
+    # The last token before this one that is more than space and quotes, if in the same run.
+    run = number.where(~follows, 0).cummax(0).values
+    solid = _shifted(number.where(~facts["between"], -1).cummax(0).values, -1)
+    newlines = facts["newline"].long().cumsum(0)
+    broken = _shifted(newlines, 0) > (newlines - facts["newline"].long())[solid.clamp(min=0)]
+    behind_stop = (facts["stop"][solid.clamp(min=0)] | broken) & (solid >= run)
+    first_solid = opens[run] & (solid < run)
+    # Quotes are counted from the beginning of the line, so that an unpaired one does no more harm.
+    line = (number + 1).where(facts["newline"], 0).cummax(0).values
+    line = torch.maximum(_shifted(line, 0), run)
+    straight = _since(facts["straight"], line) % 2 == 1
+    typographic = _since(facts["depth"], line) > 0
+    return {
+        "continues": continues,
+        "begins": begins,
+        "first": begins & (behind_stop | first_solid),
+        "quoted": straight | typographic,
+    }
+
+
+def _shifted(values: Tensor, first: int | bool) -> Tensor:
+    """The value of the token before."""
+    return torch.cat([values.new_full((1,), first), values[:-1]])
+
+
+def _since(values: Tensor, start: Tensor) -> Tensor:
+    """Sum over the tokens from ``start`` up to the one before."""
+    total = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    return total[:-1] - total[start]

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from llm_wsae.dictionary.dictionary import Dictionary
 
-_MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hours too
+MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hours too
 
 
 def consistency(
@@ -24,9 +24,13 @@ def consistency(
     groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for name, dictionary in dictionaries.items():
         info = dictionary.info
-        if info.seed is not None:
-            arm = info.name.removesuffix(f"-s{info.seed}")
-            groups[f"{info.site} {arm}", _made_alike(dictionary)].setdefault(info.seed, name)
+        if info.seed is None:
+            continue
+        other = ("seed", "command", "versions")
+        training = {key: value for key, value in info.training.items() if key not in other}
+        alike = json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)
+        arm = info.name.removesuffix(f"-s{info.seed}")
+        groups[f"{info.site} {arm}", alike].setdefault(info.seed, name)
     result = {}
     for (group, _), members in groups.items():
         if len(members) < 2:
@@ -34,22 +38,13 @@ def consistency(
         if group in result:  # the same arm in another training
             group = f"{group} ({', '.join(members.values())})"
         names = [members[seed] for seed in sorted(members)]
-        decoders = [dictionaries[name].W_dec.detach() for name in names]
+        decoders = {name: dictionaries[name].W_dec.detach() for name in names}
         result[group] = {
             "dictionaries": names,
-            "pw_mcc": pw_mcc(decoders),
-            "pw_mcc_alive": pw_mcc(
-                [own[alive[name]] for own, name in zip(decoders, names, strict=True)]
-            ),
+            "pw_mcc": pw_mcc(list(decoders.values())),
+            "pw_mcc_alive": pw_mcc([own[alive[name]] for name, own in decoders.items()]),
         }
     return result
-
-
-def _made_alike(dictionary: Dictionary) -> str:
-    """What is equal between two dictionaries that differ only in their seeds."""
-    info = dictionary.info
-    training = {k: v for k, v in info.training.items() if k not in ("seed", "command", "versions")}
-    return json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)
 
 
 def pw_mcc(decoders: Sequence[Float[Tensor, "_ d_in"]]) -> float:
@@ -60,7 +55,11 @@ def pw_mcc(decoders: Sequence[Float[Tensor, "_ d_in"]]) -> float:
     return sum(found) / len(found) if found else float("nan")
 
 
-def matched_cosine(one: Float[Tensor, "d_one d_in"], other: Float[Tensor, "d_other d_in"]) -> float:
+def matched_cosine(
+    one: Float[Tensor, "d_one d_in"],
+    other: Float[Tensor, "d_other d_in"],
+    most_pairs: int = MOST_PAIRS,
+) -> float:
     """Mean cosine of the rows, matched one to one so that their sum is largest (the Hungarian
     method); unmatched rows do not count. NaN without rows.
 
@@ -69,7 +68,7 @@ def matched_cosine(one: Float[Tensor, "d_one d_in"], other: Float[Tensor, "d_oth
     """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
-    most = max(1, _MOST_PAIRS // max(1, len(other)))
+    most = max(1, most_pairs // max(1, len(other)))
     if len(one) > most:
         drawn = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))[:most]
         one = one[drawn.to(one.device)]

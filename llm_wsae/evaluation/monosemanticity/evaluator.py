@@ -24,11 +24,10 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds, on_device_of
+from llm_wsae.evaluation.activations import ActivationCache, on_device_of
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.averages import latent_means, summarise
+from llm_wsae.evaluation.heldout import Encoder, HeldoutText, WindowEmbeddings
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
     ProbedConcepts,
     SiteProbes,
@@ -39,22 +38,21 @@ from llm_wsae.evaluation.monosemanticity.concepts import (
     NO_UNIT,
     Units,
     document_concepts,
+    folded_tokens,
     halves_of_documents,
+    token_concepts,
     units_of_documents,
     units_of_tokens,
 )
 from llm_wsae.evaluation.monosemanticity.consistency import consistency
+from llm_wsae.evaluation.monosemanticity.firings import Recorder, read_units, record
 from llm_wsae.evaluation.monosemanticity.latent_scores import RESAMPLED, LatentScorer
 from llm_wsae.evaluation.monosemanticity.probing import splits
-from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
-from llm_wsae.evaluation.monosemanticity.report import DictionaryScores, MonosemanticReport
-from llm_wsae.evaluation.monosemanticity.token_concepts import (
-    folded_tokens,
-    token_concepts,
-)
-from llm_wsae.evaluation.monosemanticity.window_embeddings import (
-    Encoder,
-    WindowEmbeddings,
+from llm_wsae.evaluation.monosemanticity.report import (
+    DictionaryScores,
+    MonosemanticReport,
+    latent_means,
+    summarise,
 )
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -82,14 +80,15 @@ class MonosemanticityEvaluator:
             encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
         blocks = Packer.for_model(model, packing).blocks(corpus, block_size=64)
         text = HeldoutText.take(blocks, config.tokens, config.labels)
-        self._model = model
-        self._corpus = corpus.identity()
-        self._config = config
+        self._model, self._config, self._corpus = model, config, corpus.identity()
         self._activations = ActivationCache(model, text.ids, text.keep, config.batch_tokens)
         tokens = folded_tokens(text, model.tokenizer)
         embeddings = WindowEmbeddings(text, model.tokenizer, encoder, config.before, config.after)
         self._scorer = LatentScorer(text, tokens, embeddings, config)
         self._concepts = _concepts(text, model.tokenizer, config)
+        self._kinds = [asked.units for asked in self._concepts]
+        self._names = [name for asked in self._concepts for name in asked.concepts.names]
+        self._families = [family for asked in self._concepts for family in asked.concepts.families]
         self._probes: dict[tuple[Site, float], SiteProbes] = {}
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
@@ -101,41 +100,32 @@ class MonosemanticityEvaluator:
         by_site: dict[Site, list[Dictionary]] = defaultdict(list)
         for dictionary in dictionaries.values():
             by_site[dictionary.site].append(dictionary)
-        thresholds = massive_thresholds(by_site, self._activations)
+        thresholds = {
+            site: self._activations.massive_threshold(site, own) for site, own in by_site.items()
+        }
         probes = self._site_probes(thresholds)
+        groups = [dict(dictionaries)]  # in one pass, or if that costs no more, one by one
+        if self._activations.holds(by_site):
+            groups = [{name: one} for name, one in dictionaries.items()]
         scores: dict[str, DictionaryScores] = {}
-        for group in self._groups(dictionaries):
-            for name, recorder in self._record(group, thresholds).items():
+        for group in groups:
+            recorders = {
+                name: self._scorer.recorder(
+                    on_device_of(self._model, one), thresholds[one.site], self._kinds
+                )
+                for name, one in group.items()
+            }
+            record(self._activations, list(recorders.values()))
+            for name, recorder in recorders.items():
                 scores[name] = self._scores(name, recorder, probes[recorder.dictionary.site])
         return self._report(dictionaries, scores, probes)
 
     def _site_probes(self, thresholds: Mapping[Site, float]) -> dict[Site, SiteProbes]:
         """Probes of the activations at every site, each trained once."""
         new = {s: at for s, at in sorted(thresholds.items()) if (s, at) not in self._probes}
-        kinds = [asked.units for asked in self._concepts]
-        for site, x in read_units(self._activations, new, kinds).items() if new else ():
+        for site, x in read_units(self._activations, new, self._kinds).items() if new else ():
             self._probes[site, new[site]] = probe_site(self._concepts, x)
         return {site: self._probes[site, at] for site, at in thresholds.items()}
-
-    def _groups(self, dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
-        """Dictionaries to record together: each alone, which takes the least memory, if the
-        activations are cached; otherwise all in one pass."""
-        sites = {dictionary.site for dictionary in dictionaries.values()}
-        if self._activations.holds(sites):
-            return [{name: dictionary} for name, dictionary in dictionaries.items()]
-        return [dict(dictionaries)]
-
-    def _record(
-        self, dictionaries: Mapping[str, Dictionary], thresholds: Mapping[Site, float]
-    ) -> dict[str, Recorder]:
-        kinds = [asked.units for asked in self._concepts]
-        recorders = {}
-        for name, dictionary in dictionaries.items():
-            collector = self._scorer.collector(dictionary.d_sae, self._model.device)
-            own, threshold = on_device_of(self._model, dictionary), thresholds[dictionary.site]
-            recorders[name] = Recorder(own, collector, threshold, kinds)
-        record(self._activations, list(recorders.values()))
-        return recorders
 
     def _scores(self, name: str, recorder: Recorder, site_probes: SiteProbes) -> DictionaryScores:
         dictionary, firings = recorder.dictionary, recorder.firings()
@@ -147,7 +137,7 @@ class MonosemanticityEvaluator:
         allowed = [torch.ones_like(dense), *([~dense] if bool(dense.any()) else [])]
         decoder = dictionary.W_dec.detach().cpu()
         probed = probe_latents(site_probes, recorder.tables(), decoder, density, allowed)
-        concepts = [summarise(*_names(self._concepts), columns) for columns in probed]
+        concepts = [summarise(self._names, self._families, columns) for columns in probed]
         draws = (self._config.bootstraps, self._config.seed)
         return DictionaryScores(
             name=name,
@@ -174,8 +164,9 @@ class MonosemanticityEvaluator:
         scores: Mapping[str, DictionaryScores],
         probes: Mapping[Site, SiteProbes],
     ) -> MonosemanticReport:
-        text, names = self._scorer.text, _names(self._concepts)
+        text = self._scorer.text
         size = TextSize.of(text.document_of.numpy())
+        alive = {name: one.per_latent["density"] > 0 for name, one in scores.items()}
         return MonosemanticReport(
             model=self._model.identity(),
             corpus=self._corpus,
@@ -185,16 +176,24 @@ class MonosemanticityEvaluator:
             num_documents=size.documents,
             effective_documents=size.effective,
             chance=self._scorer.chance(),
-            sites={str(site): _of_site(names, found) for site, found in probes.items()},
+            sites={str(site): self._of_site(found) for site, found in probes.items()},
             dictionaries={name: scores[name] for name in dictionaries},
-            consistency=consistency(
-                dictionaries, {n: one.per_latent["density"] > 0 for n, one in scores.items()}
-            ),
-            notes=[
-                *_notes(dictionaries, self._model, names, self._config.labels),
-                *size.warnings(),
-            ],
+            consistency=consistency(dictionaries, alive),
+            notes=[*notes_on_weights(dictionaries, self._model), *self._notes(), *size.warnings()],
         )
+
+    def _of_site(self, probes: SiteProbes) -> dict[str, Any]:
+        """What ``MonosemanticReport.sites`` holds for a site."""
+        found = summarise(self._names, self._families, probes.columns)
+        return vars(found) | {"means": {key: one.mean for key, one in found.means.items()}}
+
+    def _notes(self) -> list[str]:
+        notes = [] if self._names else ["the text holds too few examples of any concept"]
+        return notes + [
+            f"the text holds too few documents of any value of the label {label}"
+            for label in dict.fromkeys(self._config.labels)
+            if label not in self._families
+        ]
 
 
 def _concepts(
@@ -210,45 +209,13 @@ def _concepts(
     tokens = units_of_tokens(text, config.probe_tokens, config.seed)
     rows = (tokens.of_row != NO_UNIT).nonzero()[:, 0]
     contexts = units_of_documents(text, config.seed)
+    labels = text.headers, contexts.document, half(contexts), config.labels
     asked = [
         (tokens, token_concepts(text, tokenizer, rows, half(tokens))),
-        (
-            contexts,
-            document_concepts(text.headers, contexts.document, half(contexts), config.labels),
-        ),
+        (contexts, document_concepts(*labels)),
     ]
     return [
         ProbedConcepts(units, found, splits(found, config.seed))
         for units, found in asked
         if found.names
     ]
-
-
-def _of_site(names: tuple[list[str], list[str]], probes: SiteProbes) -> dict[str, Any]:
-    """What ``MonosemanticReport.sites`` holds for a site."""
-    found = summarise(*names, probes.columns)
-    return vars(found) | {"means": {key: one.mean for key, one in found.means.items()}}
-
-
-def _names(concepts: list[ProbedConcepts]) -> tuple[list[str], list[str]]:
-    """Names and families of all concepts."""
-    return (
-        [name for asked in concepts for name in asked.concepts.names],
-        [family for asked in concepts for family in asked.concepts.families],
-    )
-
-
-def _notes(
-    dictionaries: Mapping[str, Dictionary],
-    model: LanguageModel,
-    names: tuple[list[str], list[str]],
-    labels: tuple[str, ...],
-) -> list[str]:
-    notes = notes_on_weights(dictionaries, model)
-    concepts, families = names
-    if not concepts:
-        notes.append("the text holds too few examples of any concept")
-    for label in dict.fromkeys(labels):
-        if label not in families:
-            notes.append(f"the text holds too few documents of any value of the label {label}")
-    return notes

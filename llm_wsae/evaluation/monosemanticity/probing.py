@@ -8,6 +8,9 @@ serves once for training and once for testing.
 
 Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) gives the probe only the best k columns: those
 with the largest correlation with the concept, the same order as by the F statistic.
+
+A table holds a number for each column (latent or dimension) and unit: [columns, units], sparse or
+dense.
 """
 
 from typing import NamedTuple
@@ -17,7 +20,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.detection import auroc
 
 PROBE_SIZES = (1, 2, 5)
 _MAX_ITEMS = 1000  # test units of each class; more would add little certainty
@@ -56,19 +58,42 @@ class Exam(NamedTuple):
     scores: Float[Tensor, "concepts items"]
     """Of the test units; above 0 where a probe predicts an example."""
 
+    def accuracy(self) -> Float[Tensor, " concepts"]:
+        """Of the dense probes."""
+        return accuracy(self.scores, self.split.counts, self.split.num_examples)
+
+
+def auroc(
+    positive: Float[Tensor, "columns p"],
+    negative: Float[Tensor, "columns n"],
+    positive_counts: Bool[Tensor, "columns p"],
+    negative_counts: Bool[Tensor, "columns n"],
+) -> Float[Tensor, " columns"]:
+    """Probability that a positive item scores above a negative one; a tie counts half.
+
+    Of each column, only the items marked in ``positive_counts`` and ``negative_counts`` are used;
+    NaN where one of them marks none.
+    """
+    ordered = negative.where(negative_counts, torch.inf).sort(1).values
+    sought = positive.contiguous()
+    below = torch.searchsorted(ordered, sought)
+    # Not above: the negatives come before the infinities, which no finite score reaches.
+    not_above = torch.searchsorted(ordered, sought, right=True)
+    wins = (below + not_above).double().where(positive_counts, 0.0).sum(1) / 2
+    return wins / (positive_counts.sum(1) * negative_counts.sum(1))
+
 
 def accuracy(
     scores: Float[Tensor, "*_ items"], counts: Bool[Tensor, "*_ items"], num_examples: int
 ) -> Float[Tensor, "*_"]:
     """Mean share, of examples and of counterexamples, on the right side of 0: the first
     ``num_examples`` items are examples. Only items in ``counts`` count."""
-    n = num_examples
-    right = torch.cat([scores[..., :n] > 0, scores[..., n:] <= 0], -1) & counts
-
-    def share(side: slice) -> Tensor:
-        return right[..., side].sum(-1).double() / counts[..., side].sum(-1)
-
-    return (share(slice(n)) + share(slice(n, None))) / 2
+    right = torch.cat([scores[..., :num_examples] > 0, scores[..., num_examples:] <= 0], -1)
+    shares = [
+        (right & counts)[..., side].sum(-1).double() / counts[..., side].sum(-1)
+        for side in (slice(num_examples), slice(num_examples, None))
+    ]
+    return (shares[0] + shares[1]) / 2
 
 
 def splits(concepts: Concepts, seed: int) -> list[Split]:
@@ -150,15 +175,14 @@ def sparse_probes(taken: SelectedColumns, split: Split, size: int) -> Float[Tens
     trained = ((split.positive + split.negative) > 0).any(1)
     values = taken.values[trained][:, place].double()  # [units, concepts, size]
     yes, no = split.positive[trained].double(), split.negative[trained].double()
-    weight = yes + no
-    mean1 = torch.einsum("uck,uc->ck", values, yes) / yes.sum(0)[:, None]
-    mean0 = torch.einsum("uck,uc->ck", values, no) / no.sum(0)[:, None]
-    mean = torch.einsum("uck,uc->ck", values, weight) / weight.sum(0)[:, None]
-    centred = (values - mean).permute(1, 0, 2)
+    means = [
+        torch.einsum("uck,uc->ck", values, one) / one.sum(0)[:, None] for one in (yes, no, yes + no)
+    ]
+    weight, centred = yes + no, (values - means[2]).permute(1, 0, 2)
     covariance = (centred * weight.T[:, :, None]).mT @ centred / weight.sum(0)[:, None, None]
-    direction = _discriminant(covariance, (mean1 - mean0)[:, :, None], RIDGE_SPARSE)[:, :, 0]
+    direction = _discriminant(covariance, (means[0] - means[1])[:, :, None], RIDGE_SPARSE)
     tested = taken.values[split.items[:, :, None], place[:, None, :]]
-    return split.test((tested.double() * direction[:, None, :]).sum(2))
+    return split.test((tested.double() * direction[:, None, :, 0]).sum(2))
 
 
 def dense_probes(

@@ -1,15 +1,53 @@
-"""What was found about the monosemanticity of dictionaries: one JSON object, one table."""
+"""What was found about the monosemanticity of dictionaries: means, one JSON object, one table.
 
-from dataclasses import dataclass, field
+Concepts come in families of very different size (first letters of words are two thirds of them),
+and what happens to one letter happens to the others. So a mean over concepts is the mean of its
+families' means, and its interval is a t-interval over families: they are the sample.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import special
 from torch import Tensor
 
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import LETTER, MONOSEMANTICITY
+from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
 from llm_wsae.terminal import Table, printable
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over the latents, or concepts, that have the score."""
+
+    mean: float
+    interval: Interval
+    """Its 95 % interval: by resampling latents, or over families of concepts."""
+    count: int
+    share: float
+    """``count`` as a share of all latents, or of all concepts."""
+
+
+_NONE = Mean(math.nan, (math.nan, math.nan), 0, 0.0)
+
+
+@dataclass(frozen=True)
+class ConceptSummary:
+    """Scores of a dictionary on concepts, averaged and one by one."""
+
+    means: dict[str, Mean]
+    """Every family counted once."""
+    families: dict[str, dict[str, float]]
+    """The same means within each family."""
+    concepts: dict[str, dict[str, float]]
+    """The same numbers for each concept."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +68,7 @@ class DictionaryScores:
     dense_share: float
     l0: float
     latents: dict[str, Mean]
-    """Means of the scores of ``latent_scores.SCORES`` over the eligible latents."""
+    """Means of the scores of ``latent_scores`` over the eligible latents."""
     latents_not_dense: dict[str, Mean]
     concepts: ConceptSummary
     concepts_not_dense: ConceptSummary
@@ -73,11 +111,11 @@ class MonosemanticReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, the scores of every latent included; a number that does not exist is null."""
-        found = {
-            name: scores.to_dict()
-            | {"per_latent": {k: _rounded(v) for k, v in scores.per_latent.items()}}
-            for name, scores in self.dictionaries.items()
-        }
+        found = {}
+        for name, scores in self.dictionaries.items():
+            columns = {key: one.tolist() for key, one in scores.per_latent.items()}
+            rounded = {key: [round(one, 5) for one in own] for key, own in columns.items()}
+            found[name] = scores.to_dict() | {"per_latent": rounded}
         return plain(vars(self) | {"dictionaries": found})
 
     def table(self) -> str:
@@ -115,10 +153,6 @@ class MonosemanticReport:
         return lines + [f"note: {note}" for note in self.notes]
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 5) for value in values.tolist()]
-
-
 def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
     """The numbers of one dictionary, JSON-able: ``value`` with its 95 % ``interval`` and, where
     there is one, its ``control``: the purity of random contexts, or probes on the best
@@ -138,3 +172,86 @@ def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
                 found[one.key]["control"] = controls[one.name]
     found["detection_without_tokens"]["share"] = scores.latents["detection_without_tokens"].share
     return plain(found)
+
+
+def mean_of(values: Float[Tensor, " items"], bootstrap: Bootstrap, total: int) -> Mean:
+    """Mean and interval of the values that are not NaN, out of ``total`` latents or concepts.
+
+    ``bootstrap`` resamples the items.
+    """
+    there = ~values.isnan()
+    count = int(there.sum())
+    if not count:
+        return _NONE
+    sums = {"sum": values.where(there, 0.0).double().numpy(), "count": there.double().numpy()}
+    interval = bootstrap.interval(lambda drawn: drawn["sum"] / drawn["count"], sums)
+    return Mean(float(values[there].double().mean()), interval, count, count / total)
+
+
+def mean_of_families(values: Float[Tensor, " concepts"], families: Sequence[str]) -> Mean:
+    """Mean over families of the mean of their concepts that are not NaN.
+
+    The interval is Student's over the families; over the concepts where there is one family only,
+    NaN where there is one concept.
+    """
+    by_family: dict[str, list[float]] = {}
+    for value, family in zip(values.double().tolist(), families, strict=True):
+        if not math.isnan(value):
+            by_family.setdefault(family, []).append(value)
+    if not by_family:
+        return _NONE
+    parts = np.array([float(np.mean(own)) for own in by_family.values()])
+    if len(parts) == 1:
+        (own,) = by_family.values()
+        parts = np.array(own)
+    mean, half = float(parts.mean()), math.nan
+    if len(parts) > 1:
+        error = float(parts.std(ddof=1)) / math.sqrt(len(parts))
+        half = float(special.stdtrit(len(parts) - 1, (1 + LEVEL) / 2)) * error
+    count = sum(map(len, by_family.values()))
+    return Mean(mean, (mean - half, mean + half), count, count / len(values))
+
+
+def latent_means(
+    scores: dict[str, Float[Tensor, " d_sae"]],
+    eligible: Bool[Tensor, " d_sae"],
+    resampled: Float[Tensor, "d_sae documents"],
+    resamplings: int,
+    seed: int,
+) -> dict[str, Mean]:
+    """Means of every score over the eligible latents.
+
+    The interval of detection also covers the choice of documents: ``resampled`` is each latent's
+    detection on resamplings of them.
+    """
+    bootstrap = Bootstrap(max(int(eligible.sum()), 1), resamplings, seed)
+    total = len(eligible)
+    found = {name: mean_of(values[eligible], bootstrap, total) for name, values in scores.items()}
+    one = found["detection"]
+    values = scores["detection"][eligible]
+    values = values[~values.isnan()]
+    drawn = resampled[eligible].nanmean(0)
+    drawn = drawn[~drawn.isnan()]  # one may lack the documents of every latent
+    known = len(values) > 1 and len(drawn) > 1
+    squared = float(drawn.var() + values.var() / len(values)) if known else math.nan
+    half = float(special.ndtri((1 + LEVEL) / 2)) * math.sqrt(squared)
+    found["detection"] = replace(one, interval=(one.mean - half, one.mean + half))
+    return found
+
+
+def summarise(
+    names: Sequence[str], families: Sequence[str], columns: Mapping[str, Float[Tensor, " concepts"]]
+) -> ConceptSummary:
+    """Means over all families and over each of them."""
+    of_families = {}
+    for family in dict.fromkeys(families):
+        mine = torch.tensor([one == family for one in families])
+        of_families[family] = {
+            key: float(values[mine].nanmean()) for key, values in columns.items()
+        }
+    rows = {key: values.tolist() for key, values in columns.items()}
+    return ConceptSummary(
+        {key: mean_of_families(values, families) for key, values in columns.items()},
+        of_families,
+        {name: {key: own[n] for key, own in rows.items()} for n, name in enumerate(names)},
+    )

@@ -18,8 +18,8 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.stores import open_stores
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.lab.planting.source import PlantedSource
 from llm_wsae.lab.studies.config import Study
 from llm_wsae.lab.studies.first import after_first, stand_ins

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from llm_wsae.evaluation.monosemanticity.absorption import absorption, main_latents
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
     ProbedConcepts,
+    absorption,
+    main_latents,
     probe_latents,
     probe_site,
 )
@@ -59,7 +60,7 @@ def probed(speaks, is_sparse=True, without=()):
 @pytest.mark.parametrize("speaks", [True, False])
 def test_a_word_that_takes_its_letter_is_found(monkeypatch, speaks):
     """With one main latent; the word's own would be the second."""
-    monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.absorption.GAIN", 1.0)
+    monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.concept_scores.GAIN", 1.0)
     expected = (WORD, WORD if speaks else 0.0)
     assert probed(speaks) == pytest.approx(expected, abs=0.03)
 

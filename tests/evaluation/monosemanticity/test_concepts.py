@@ -5,17 +5,14 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity import concepts as module
 from llm_wsae.evaluation.monosemanticity.concepts import (
     document_concepts,
-    halves_of_documents,
-    units_of_documents,
-    units_of_tokens,
-)
-from llm_wsae.evaluation.monosemanticity.token_concepts import (
     folded_tokens,
+    halves_of_documents,
     token_concepts,
     token_texts,
+    units_of_documents,
+    units_of_tokens,
 )
 
 STORY = [
@@ -54,15 +51,10 @@ def text_of(texts, tokenizer, length=None) -> HeldoutText:
     return HeldoutText(packed(flat, bos), keep, packed(document, -1), packed(offset, -1), headers)
 
 
-@pytest.fixture(autouse=True)
-def one_example_is_enough(monkeypatch):
-    monkeypatch.setattr(module, "MIN_UNITS", 0)
-
-
 def yes(text, tokenizer, name):
     """The texts of the tokens for which a concept holds, and those it applies to."""
     rows = torch.arange(text.num_rows)
-    found = token_concepts(text, tokenizer, rows, torch.ones(text.num_rows, dtype=torch.bool))
+    found = token_concepts(text, tokenizer, rows, torch.ones(text.num_rows).bool(), least=0)
     number = found.names.index(name)
     spelt = token_texts(tokenizer, text.token.tolist())
     return tuple(
@@ -152,7 +144,7 @@ HEADERS = {
 def test_concepts_of_documents_are_their_labels():
     document = torch.tensor([*range(12), *range(12), 12])
     half = torch.arange(25) < 12
-    found = document_concepts(HEADERS, document, half)
+    found = document_concepts(HEADERS, document, half, least=0)
     kept = {"party=left", "party=none", "party=right", "spoken=False",
             "year<1804", "1804<=year<1808", "year>=1808"}  # fmt: skip
     assert set(found.names) == kept  # no single document's name
@@ -169,7 +161,7 @@ def test_concepts_of_documents_are_their_labels():
         }[name]
         assert found.positive[:12, i].tolist() == found.positive[12:24, i].tolist() == expected
         assert found.applies[:, i].tolist() == [True] * 24 + [False]
-    asked = document_concepts(HEADERS, document, half, ("year", "year"))
+    asked = document_concepts(HEADERS, document, half, ("year", "year"), least=0)
     assert asked.families == ["year"] * 3  # listed twice, counted once
     with pytest.raises(UsageError, match="no document has a label 'yaer'; did you mean 'year'"):
         document_concepts(HEADERS, document, half, ("yaer",))
@@ -177,18 +169,18 @@ def test_concepts_of_documents_are_their_labels():
 
 def test_a_number_that_is_mostly_one_value_still_divides_the_documents():
     headers = {n: {"labels": {"score": max(0, n - 9)}} for n in range(16)}
-    found = document_concepts(headers, torch.arange(16).repeat(4), torch.arange(64) < 32)
+    found = document_concepts(headers, torch.arange(16).repeat(4), torch.arange(64) < 32, least=4)
     assert found.names == ["score<1"]
     assert found.positive[:16, 0].tolist() == [n <= 9 for n in range(16)]
 
 
-def test_a_concept_needs_enough_examples_in_both_halves(monkeypatch):
+def test_a_concept_needs_enough_examples_in_both_halves():
     document = torch.tensor([*range(12), *range(12)])
-    lopsided = document < 6
-    names = document_concepts(HEADERS, document, lopsided).names
+    asked = HEADERS, document, document < 6
+    names = document_concepts(*asked, least=0).names
     assert names == ["party=left", "party=none", "party=right", "spoken=False", "1804<=year<1808"]
-    monkeypatch.setattr(module, "MIN_UNITS", 5)
-    assert document_concepts(HEADERS, document, lopsided).names == ["spoken=False"]
+    assert document_concepts(*asked, least=5).names == ["spoken=False"]
+    assert document_concepts(*asked).names == []
 
 
 def test_halves_pair_like_documents():

@@ -28,19 +28,15 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation import activations
-from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
+from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.evaluation.checks import common_packing
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity import consistency
-from llm_wsae.evaluation.monosemanticity.averages import mean_of_families
 from llm_wsae.evaluation.monosemanticity.concepts import units_of_documents, units_of_tokens
 from llm_wsae.evaluation.monosemanticity.consistency import matched_cosine, pw_mcc
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.evaluation.monosemanticity.firings import FiringCollector
-from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
-from llm_wsae.evaluation.monosemanticity.report import card_numbers
+from llm_wsae.evaluation.monosemanticity.firings import Recorder, read_units, record
+from llm_wsae.evaluation.monosemanticity.report import card_numbers, mean_of_families
 from llm_wsae.model.site import Site
 
 CONFIG = MonosemanticConfig(
@@ -182,19 +178,19 @@ def same(one, other):
         assert torch.equal(values.nan_to_num(-9), other.per_latent[name].nan_to_num(-9))
 
 
-def test_together_or_one_by_one_in_one_pass_or_several(model, corpus, report, monkeypatch):
+def test_together_or_one_by_one_in_one_pass_or_several(model, corpus, report):
     """A text that does not fit into memory is read again, and gives the same."""
     encoder = WordMeanings()
-    evaluator = MonosemanticityEvaluator(
-        model, corpus, PackConfig(context_size=16), CONFIG, encoder
-    )
+    asked = model, corpus, PackConfig(context_size=16), CONFIG, encoder
+    evaluator = MonosemanticityEvaluator(*asked)
     for name, one in both().items():
         same(evaluator.score({name: one}).dictionaries[name], report.dictionaries[name])
     known = encoder.embedded
     evaluator.score(both())
     assert encoder.embedded == known  # every window once
-    monkeypatch.setattr(activations, "CACHE_BYTES", 0)
-    again = scored(both(), model, corpus)
+    evaluator = MonosemanticityEvaluator(*asked)
+    evaluator._activations._bytes_left = 0
+    again = evaluator.score(both())
     for name in both():
         same(again.dictionaries[name], report.dictionaries[name])
 
@@ -247,7 +243,7 @@ def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
     assert "silent" in report.table()
 
 
-def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus, monkeypatch):
+def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus):
     def fails(error, match, dictionaries, **settings):
         config = dataclasses.replace(CONFIG, **settings)
         with pytest.raises(error, match=match) as caught:
@@ -323,10 +319,11 @@ def test_activations_and_latents_are_averaged_over_units(case):
     assert len(kinds[0].size) == 300 and not kinds[1].single
     activations = ActivationCache(model, text.ids, text.keep, batch_tokens=64)
     dictionary = one_latent_a_word()
-    threshold = massive_thresholds({AT: [dictionary]}, activations)[AT]
+    threshold = activations.massive_threshold(AT, [dictionary])
     assert threshold == pytest.approx(10)  # most rows have norm 1
     units_x = read_units(activations, {AT: threshold}, kinds)[AT]
-    recorder = Recorder(dictionary, collector(text, dictionary), threshold, kinds)
+    windows = text.windows(torch.arange(0, text.num_rows, 50), 2, 2)
+    recorder = Recorder(dictionary, threshold, text, windows, (4, 6), 0, kinds)
     record(activations, [recorder])
     for units, x, table in zip(kinds, units_x, recorder.tables(), strict=True):
         wanted = expected(text, usable, units)
@@ -336,11 +333,6 @@ def test_activations_and_latents_are_averaged_over_units(case):
     assert firings.num_rows == int(usable.sum())
     counts = torch.bincount(text.token[usable], minlength=dictionary.d_sae)
     assert torch.equal(firings.counts, counts)
-
-
-def collector(text, dictionary):
-    windows = text.windows(torch.arange(0, text.num_rows, 50), 2, 2)
-    return FiringCollector(text, windows, dictionary.d_sae, top=4, sample=6, seed=0)
 
 
 def decoder(seed, rows=6):
@@ -358,7 +350,7 @@ def test_agreement_is_the_mean_over_pairs_and_perfect_for_a_permuted_and_scaled_
     assert pw_mcc([one, -other]) < 0.7  # a latent is not its opposite
 
 
-def test_the_matching_is_the_best_of_all(monkeypatch):
+def test_the_matching_is_the_best_of_all():
     one, other = decoder(0), decoder(1)
     cosines = normalize(one, dim=1) @ normalize(other, dim=1).T
     best = max(
@@ -368,6 +360,5 @@ def test_the_matching_is_the_best_of_all(monkeypatch):
     # of too many rows, ten of sixty are matched
     one, other = decoder(0, 60), decoder(1, 60)
     whole = matched_cosine(one, other)
-    monkeypatch.setattr(consistency, "_MOST_PAIRS", 600)
-    assert matched_cosine(one, one.flip(0)) == pytest.approx(1, abs=1e-6)
-    assert whole < matched_cosine(one, other) < whole + 0.2
+    assert matched_cosine(one, one.flip(0), most_pairs=600) == pytest.approx(1, abs=1e-6)
+    assert whole < matched_cosine(one, other, most_pairs=600) < whole + 0.2

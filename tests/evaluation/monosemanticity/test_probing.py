@@ -4,8 +4,11 @@ import torch
 
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
     ProbedConcepts,
+    falls,
     probe_latents,
     probe_site,
+    selectivity,
+    spill,
 )
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts, Units
 from llm_wsae.evaluation.monosemanticity.probing import (
@@ -18,7 +21,6 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     sparse_probes,
     splits,
 )
-from llm_wsae.evaluation.monosemanticity.removal import falls, selectivity, spill
 
 UNITS, D_IN, D_SAE = 400, 6, 30
 
