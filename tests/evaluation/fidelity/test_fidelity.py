@@ -597,8 +597,8 @@ def test_blocks_that_pass_on_more_than_the_stream_are_refused(contexts):
     """At each site: at the end of the last block every model makes its own predictions."""
     made, passed = fresh_model(), {}
     layers = made.hf_model.model.layers
-    layers[1].register_forward_hook(lambda *_: passed.update(on=3.0))
-    layers[2].register_forward_hook(lambda _, __, end: end + passed.pop("on", 0.0))
+    layers[1].mlp.register_forward_hook(lambda *_: passed.update(on=3.0))
+    layers[2].mlp.register_forward_hook(lambda _, __, end: end + passed.pop("on", 0.0))
     sites = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
     broken, sound = ({site: identity(site=site)} for site in sites)
     alone = evaluate(sound, made, contexts, CONFIG)
