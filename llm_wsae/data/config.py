@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llm_wsae.errors import UsageError
-from llm_wsae.outside import check_numbers
+from llm_wsae.outside import check_choices, check_numbers
 
 HELDOUT = 0.1
 """Share of the documents that is held out, unless it is said otherwise."""
@@ -26,26 +25,15 @@ class PackConfig:
     """Special tokens (such as the separator between documents) give no row."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.context_size < 2:
-            raise UsageError(
-                f"a context of {self.context_size} tokens is too short; it needs at least 2"
-            )
-        if not 0 <= self.drop_positions < self.context_size:
-            raise UsageError(
-                f"cannot drop the first {self.drop_positions} of {self.context_size} positions; "
-                "give a number from 0 to one less than the context size"
-            )
+        check_numbers(self, context_size=2)
+        check_numbers(self, drop_positions=(0, self.context_size - 1))
 
     @classmethod
     def remembered(cls, packing: Any) -> "PackConfig":
         """From a dictionary's file; unknown keys and values of another type are ignored."""
         given = packing if isinstance(packing, dict) else {}
-        own = {name: field.default for name, field in PackConfig.__dataclass_fields__.items()}
-        fits: dict[str, Any] = {
-            n: v for n, v in given.items() if n in own and type(v) is type(own[n])
-        }
-        return cls(**fits)
+        default = PackConfig().packing()
+        return cls(**{n: given[n] for n, v in default.items() if type(given.get(n)) is type(v)})
 
     def packing(self) -> dict[str, Any]:
         """The settings that determine the rows, for a manifest."""
@@ -68,8 +56,7 @@ class HarvestConfig(PackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, tokens=1, batch_tokens=1, shard_tokens=1)
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise UsageError(f"a store cannot hold {self.dtype!r}; choose bfloat16 or float32")
+        check_choices(self, dtype=("auto", "bfloat16", "float32"))
 
     @property
     def num_contexts(self) -> int:

@@ -1,25 +1,31 @@
-"""Text from anywhere: one numbered sequence of documents, part of which is held out.
+"""Text from anywhere, a part of it held out, drawn over its documents in sections.
 
-Every reading gives the same sequence, so that a number identifies a document and a stopped run can
-resume. A hash of a document's *name* decides whether it is held out. So a document that is held out
-of ``a+b`` is held out of ``a`` as well, and a corpus that grows moves no document from one side to
+A hash of a document's *name* decides whether it is held out. So a document that is held out of
+``a+b`` is held out of ``a`` as well, and a corpus that grows moves no document from one side to
 the other.
+
+Documents can be long. The first contexts of a text in its own order would come from a few of them,
+and what is trained or measured on these would hold for these alone. So documents are read a window
+at a time (``_WINDOW_DOCUMENTS``, fewer if they are long), shuffled with a fixed seed, and give
+their text in rounds: each document of a window gives a section before any gives its second one.
+Every reading gives the same sections, so that a stopped run can resume.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from llm_wsae.data.config import HELDOUT
-from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
-from llm_wsae.data.sections import Section, SectionSize, in_rounds, in_turn
 from llm_wsae.data.text_sources import (
+    HUB_NAME,
     SUFFIXES,
     TEXT_PACKAGES,
-    RawDocument,
+    Document,
+    HubDataset,
     TextFiles,
     TextPackage,
     TextSource,
@@ -28,49 +34,59 @@ from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.outside import integer, local_path, number
 
 TEXT_OF_PART = {"train": "text for training", "heldout": "held-out text", "all": "text"}
-PARTS = tuple(TEXT_OF_PART)
 _LONGEST_LABEL = 100
+_WINDOW_DOCUMENTS = 512
+_WINDOW_CHARACTERS = 1 << 26
+_BREAKS = ("\n\n", "\n", ". ")  # where a section may end, the best first
+
+SectionSize = Callable[[Sequence[str]], int]
+"""How many characters a section of some documents should have, from their texts."""
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text with its number in the corpus."""
+class Section:
+    """A piece of a document."""
 
     index: int
-    """Number of the document in the whole corpus, held-out documents included."""
+    """Its place among all sections of its part of the corpus."""
+    document: int
+    """Number of its document, in the order in which documents give their first section."""
     name: str
+    """Name of its document."""
     text: str
     labels: dict[str, Any]
+    """Labels of its document."""
 
 
 class Corpus:
-    """A sequence of documents, restricted to its training part, its held-out part, or neither."""
+    """The documents of some sources: their training part, their held-out part, or all."""
 
     def __init__(
         self,
-        source: TextSource,
+        sources: Sequence[TextSource],
         part: str = "all",
         heldout_fraction: float = HELDOUT,
         text_column: str | None = None,
     ):
-        """Restrict a source to a part; ``open`` finds a source by name.
+        """Restrict sources to a part; ``open`` finds them by name.
 
         Raises UsageError for an unknown part or an impossible fraction.
         """
-        if part not in PARTS:
-            raise UsageError(f"a corpus has no part {part!r}; {nearest(part, PARTS)}")
+        if part not in TEXT_OF_PART:
+            raise UsageError(f"a corpus has no part {part!r}; {nearest(part, TEXT_OF_PART)}")
         if not 0 < heldout_fraction < 1:
             raise UsageError(
                 f"the held-out fraction is {heldout_fraction}; it must lie between 0 and 1"
             )
-        self.source = source
-        self.name = source.name
+        self.sources = sources
+        self.name = "+".join(source.name for source in sources)
         self.part = part
         self.heldout_fraction = heldout_fraction
         self.text_column = text_column
         share = {"train": 1 - heldout_fraction, "heldout": heldout_fraction, "all": 1.0}[part]
-        size = source.num_bytes
-        self.num_bytes: int | None = None if size is None else math.ceil(share * size)
+        sizes = [source.num_bytes for source in sources]
+        whole = None if None in sizes else sum(size for size in sizes if size)
+        self.num_bytes: int | None = None if whole is None else math.ceil(share * whole)
 
     @classmethod
     def open(
@@ -91,42 +107,35 @@ class Corpus:
 
         Raises UsageError if there is no such corpus, LlmWsaeError if it cannot be read or is empty.
         """
-        return cls(open_source(spec, text_column), part, heldout_fraction, text_column)
-
-    def documents(self, start: int = 0) -> Iterator[Document]:
-        """The documents of this part that hold text, from number ``start`` on.
-
-        Raises LlmWsaeError if, read from the beginning, there is none.
-        """
-        found = False
-        for index, raw in enumerate(self.source.documents(start), start):
-            if self._holds(raw):
-                found = True
-                yield Document(index, raw.name, _encodable(raw.text), _short(raw.labels))
-        if not found and start == 0:
-            raise self._nothing()
+        return cls(_open_sources(spec, text_column), part, heldout_fraction, text_column)
 
     def sections(self, size: SectionSize | None, start: int = 0) -> Iterator[Section]:
-        """The text of this part over its documents (``data.sections``), from section ``start`` on.
+        """The text of this part over its documents, from section ``start`` on; without ``size``,
+        each document is one section.
 
-        Raises LlmWsaeError if, read from the beginning, there is none.
+        Raises LlmWsaeError if there is no text at all.
         """
-        sources = self.source.sources if isinstance(self.source, _Mixture) else [self.source]
-        own = [
-            (
-                RawDocument(raw.name, _encodable(raw.text), _short(raw.labels))
-                for raw in source.documents(0)
-                if self._holds(raw)
+        readers = [_in_rounds(self._documents(source), size) for source in self.sources]
+        given = dict.fromkeys(range(len(readers)), 0)  # characters; who gave the least is next
+        documents: dict[tuple[int, int], int] = {}
+        index = 0
+        while given:
+            turn = min(given, key=given.__getitem__)
+            found = next(readers[turn], None)
+            if found is None:
+                del given[turn]
+                continue
+            place, document, text = found
+            given[turn] += len(text)
+            own = documents.setdefault((turn, place), len(documents))
+            if index >= start:
+                yield Section(index, own, document.name, text, document.labels)
+            index += 1
+        if index == 0:
+            where = f" in its {self.part} part; add documents or change the held-out fraction"
+            raise LlmWsaeError(
+                f"the corpus {self.name} holds no text{where if self.part != 'all' else ''}"
             )
-            for source in sources
-        ]
-        found = False
-        for section in in_rounds(own, size):
-            found = True
-            if section.index >= start:
-                yield section
-        if not found:
-            raise self._nothing()
 
     def identity(self) -> dict[str, Any]:
         """What a manifest records of the corpus: JSON values that differ if the documents do."""
@@ -135,41 +144,34 @@ class Corpus:
             "part": self.part,
             "heldout_fraction": self.heldout_fraction,
             "text_column": self.text_column,
-            "fingerprint": self.source.fingerprint(),
+            "fingerprint": "+".join(source.fingerprint() for source in self.sources),
             "order": "sections of all documents in turn",
         }
 
-    def _holds(self, raw: RawDocument) -> bool:
-        """Whether a document has text and is of this part."""
-        if not raw.text.strip():
-            return False
-        heldout = self.part != "all" and is_heldout(raw.name, self.heldout_fraction)
-        return self.part == "all" or heldout == (self.part == "heldout")
-
-    def _nothing(self) -> LlmWsaeError:
-        """The error of a part without documents."""
-        if self.part == "all" or not any(d.text.strip() for d in self.source.documents(0)):
-            return LlmWsaeError(f"the corpus {self.name} holds no text")
-        return LlmWsaeError(
-            f"the corpus {self.name} has too few documents: none of them falls into its "
-            f"{self.part} part; add documents or change the held-out fraction"
-        )
+    def _documents(self, source: TextSource) -> Iterator[Document]:
+        """The documents of this part that hold text."""
+        for one in source.documents():
+            wanted = self.part == "all" or (self.part == "heldout") == is_heldout(
+                one.name, self.heldout_fraction
+            )
+            if wanted and one.text.strip():
+                yield Document(one.name, _encodable(one.text), _short(one.labels))
 
 
-def open_source(spec: str, text_column: str | None) -> TextSource:
-    """The source of that name; see ``Corpus.open``."""
+def _open_sources(spec: str, text_column: str | None) -> list[TextSource]:
+    """The sources of that name; see ``Corpus.open``."""
     path = local_path(spec, "corpus")
     if spec in TEXT_PACKAGES:
-        return TextPackage(spec)
+        return [TextPackage(spec)]
     if path.exists():
-        return TextFiles(path, text_column)
+        return [TextFiles(path, text_column)]
     if "+" in spec:
         parts = [part.strip() for part in spec.split("+")]
         if not all(parts):
             raise UsageError(f"the corpus {spec!r} has an empty part; name a text around each +")
         if twice := [part for part in parts if parts.count(part) > 1]:
             raise UsageError(f"the corpus {spec!r} names {twice[0]} twice; name each text once")
-        return _Mixture([open_source(part, text_column) for part in parts])
+        return [source for part in parts for source in _open_sources(part, text_column)]
     nested = spec.partition("@")[0].count("/") > 1
     if path.suffix in SUFFIXES or nested or spec[:1] in (".", "/", "~"):
         raise UsageError(f"there is no file or folder {spec}")
@@ -178,27 +180,7 @@ def open_source(spec: str, text_column: str | None) -> TextSource:
             f"{spec!r} names no corpus: give a file, a folder, a Hub dataset or a text package "
             f"({', '.join(TEXT_PACKAGES)})"
         )
-    return HubDataset(spec, text_column)
-
-
-class _Mixture:
-    """Several sources in turn: the next document comes from the one that has given the fewest
-    characters so far."""
-
-    def __init__(self, sources: list[TextSource]):
-        self.sources = sources
-        self.name = "+".join(source.name for source in sources)
-        sizes = [source.num_bytes for source in sources]
-        self.num_bytes: int | None = None if None in sizes else sum(s for s in sizes if s)
-
-    def fingerprint(self) -> str:
-        return "+".join(source.fingerprint() for source in self.sources)
-
-    def documents(self, start: int) -> Iterator[RawDocument]:
-        # Whose turn it is depends on all documents before, so skipped ones are read as well.
-        readers = [source.documents(0) for source in self.sources]
-        turns = in_turn(readers, lambda document: len(document.text))
-        return (document for _, document in islice(turns, start, None))
+    return [HubDataset(spec, text_column)]
 
 
 def is_heldout(name: str, fraction: float) -> bool:
@@ -209,20 +191,64 @@ def is_heldout(name: str, fraction: float) -> bool:
 
 def _short(labels: dict[str, Any]) -> dict[str, Any]:
     """The labels that a store keeps: short strings, finite numbers and booleans."""
-
-    def carried(value: Any) -> bool:
+    kept: dict[str, Any] = {}
+    for key, value in labels.items():
         if isinstance(value, str):
-            return 0 < len(value) <= _LONGEST_LABEL
+            if 0 < len(value) <= _LONGEST_LABEL:
+                kept[_encodable(str(key))] = _encodable(value)
+            continue
         known = number(value) if isinstance(value, float) else integer(value)
-        return known is not None or isinstance(value, bool)
-
-    kept = {str(key): value for key, value in labels.items() if carried(value)}
-    return {
-        _encodable(key): _encodable(value) if isinstance(value, str) else value
-        for key, value in kept.items()
-    }
+        if known is not None or isinstance(value, bool):
+            kept[_encodable(str(key))] = value
+    return kept
 
 
 def _encodable(text: str) -> str:
     """The text with ? for half surrogate pairs, which scraped JSON holds and nothing can encode."""
     return text.encode(errors="replace").decode()
+
+
+def _in_rounds(
+    documents: Iterator[Document], size: SectionSize | None
+) -> Iterator[tuple[int, Document, str]]:
+    """Place of the document in its source, the document, and the section."""
+    first = 0
+    for seed, window in enumerate(_windows(documents)):
+        characters = size([document.text for document in window]) if size else None
+        order = np.random.default_rng(seed).permutation(len(window)).tolist()
+        begins = dict.fromkeys(order, 0)
+        while begins:
+            for place, begin in list(begins.items()):
+                text = window[place].text
+                begins[place] = end = _end(text, begin, characters)
+                if end == len(text):
+                    del begins[place]
+                if text[begin:end].strip():
+                    yield first + place, window[place], text[begin:end]
+        first += len(window)
+
+
+def _windows(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    window: list[Document] = []
+    characters = 0
+    for document in documents:
+        window.append(document)
+        characters += len(document.text)
+        if len(window) == _WINDOW_DOCUMENTS or characters >= _WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _end(text: str, begin: int, characters: int | None) -> int:
+    """Where the section that begins there ends: after a paragraph, a line or a sentence, if one
+    ends in its last third, else after a word."""
+    if characters is None or len(text) - begin <= characters:
+        return len(text)
+    end = begin + characters
+    for mark in _BREAKS:
+        if (at := text.rfind(mark, begin + 2 * characters // 3, end)) >= 0:
+            return at + len(mark)
+    at = text.rfind(" ", begin + 1, end + 1)
+    return at if at > begin else end

@@ -1,6 +1,6 @@
 """From documents to contexts: packed token ids, every position of which leads back to its text.
 
-Documents give their text in sections of about two contexts, taking turns (``data.sections``). The
+Documents give their text in sections of about two contexts, taking turns (``data.corpus``). The
 tokens of all sections, each followed by the tokenizer's end-of-sequence token, form one stream,
 which is cut into pieces of equal length. Each piece, after a beginning-of-sequence token, is a
 context. A place in the stream is a cursor (section, offset in it). Packing from a cursor gives
@@ -8,6 +8,7 @@ exactly the contexts that packing from the beginning gives there, so that a stop
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,13 @@ from jaxtyping import Bool, Int32
 
 from llm_wsae.artifact.files import load_tensors, save_tensors
 from llm_wsae.data.config import PackConfig
-from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.sections import Section
+from llm_wsae.data.corpus import Corpus, Section
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import parsing
 
 NO_DOCUMENT = -1
+_SECTION, _DOCUMENT, _OFFSET = 1, 2, 3
+"""Rows of a stream of tokens, between their ids and whether they are separators."""
 # Texts are tokenised in batches, which is fast; the first ones are small, so that work can begin.
 _SECTIONS_AT_ONCE = 64
 _CHARACTERS_AT_FIRST, _CHARACTERS_AT_ONCE = 1 << 14, 1 << 19
@@ -71,29 +73,6 @@ class Contexts(NamedTuple):
     def each(self) -> Iterator[Context]:
         """The contexts one by one."""
         return map(Context._make, zip(*self[:4], strict=True))
-
-    def renumbered(self, before: int) -> "Contexts":
-        """The same with that many documents before them, all of which are counted."""
-        document = np.where(self.document >= 0, self.document + np.int32(before), NO_DOCUMENT)
-        return self._replace(
-            document=document.astype(np.int32),
-            first=Cursor(self.first.section + before, self.first.offset),
-            next=Cursor(self.next.section + before, self.next.offset),
-            headers={number + before: header for number, header in self.headers.items()},
-        )
-
-
-class _Stream(NamedTuple):
-    """A run of tokens of the stream, flat; a separator is the token after its section's last."""
-
-    ids: np.ndarray
-    section: np.ndarray
-    document: np.ndarray
-    offset: np.ndarray
-    separator: np.ndarray
-
-    def cut(self, start: int, stop: int | None) -> "_Stream":
-        return _Stream(*(part[start:stop] for part in self))
 
 
 class Packer:
@@ -156,47 +135,31 @@ class Packer:
         has its own context). Raises LlmWsaeError if the tokenizer returns an id that the model does
         not have, or the corpus cannot be read.
         """
-        sizes = _sizes(block_size, limit)
-        wanted = next(sizes, None)
-        if wanted is None:
-            return
-        parts: list[_Stream] = []
+        left = sys.maxsize if limit is None else limit
+        parts: list[np.ndarray] = []
         pending = 0
         headers: dict[int, dict[str, Any]] = {}
         for sections, tokens in self._tokenised(corpus, start):
             for section, ids in zip(sections, tokens, strict=True):
                 if len(ids) or not self._one_each:
                     parts.append(self._stream(section, ids, start))
-                    pending += len(parts[-1].ids)
-                    headers[section.document] = section.header()
-            if pending < wanted * self.content_size:
+                    pending += parts[-1].shape[1]
+                    headers[section.document] = {"name": section.name, "labels": section.labels}
+            if pending < min(block_size, left) * self.content_size:
                 continue
-            stream = _joined(parts)
-            while pending >= wanted * self.content_size:
-                length = wanted * self.content_size
-                block = self._cut(stream.cut(0, length), start, headers)
-                yield block
-                start, stream, pending = block.next, stream.cut(length, None), pending - length
-                wanted = next(sizes, None)
-                if wanted is None:
+            stream = np.concatenate(parts, axis=1)
+            while pending >= (length := min(block_size, left) * self.content_size):
+                if not left:
                     return
+                block = self._cut(stream[:, :length], start, headers)
+                yield block
+                start, stream, pending = block.next, stream[:, length:], pending - length
+                left -= len(block.ids)
             parts = [stream]
-            headers = {i: headers[i] for i in np.unique(stream.document).tolist() if i in headers}
+            headers = {i: headers[i] for i in np.unique(stream[_DOCUMENT]).tolist() if i in headers}
         rest = pending // self.content_size * self.content_size
         if rest:
-            yield self._cut(_joined(parts).cut(0, rest), start, headers)
-
-    def _padded(self, row: _Stream) -> _Stream:
-        """The first tokens of a document without separator, padded to the size of a context.
-
-        The padding is on the right, where causal attention never sees it.
-        """
-        row = row.cut(0, self.content_size)
-        lack = self.content_size - len(row.ids)
-        padding = (self._padding, NO_DOCUMENT, NO_DOCUMENT, NO_DOCUMENT, True)
-        return _Stream(
-            *(np.pad(a, (0, lack), constant_values=p) for a, p in zip(row, padding, strict=True))
-        )
+            yield self._cut(np.concatenate(parts, axis=1)[:, :rest], start, headers)
 
     def _tokenised(
         self, corpus: Corpus, start: Cursor
@@ -239,61 +202,50 @@ class Packer:
                 verbose=False,  # documents may be longer than the model's context
             )["input_ids"]
 
-    def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> _Stream:
-        """A section's part of the stream, from the cursor on if that is within the section."""
+    def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> np.ndarray:
+        """A section's part of the stream, [5, tokens], from the cursor on if that is within the
+        section. A separator is the token after the section's last."""
         length = len(ids)
         if self._separator is not None and not self._one_each:
             ids = np.append(ids, np.int32(self._separator))
         offset = np.arange(len(ids), dtype=np.int32)
         index, document = (np.full_like(offset, n) for n in (section.index, section.document))
-        stream = _Stream(ids, index, document, offset, offset >= length)
-        if self._one_each:
-            return self._padded(stream)
-        return stream.cut(start.offset if section.index == start.section else 0, None)
+        stream = np.stack([ids, index, document, offset, offset >= length])
+        if not self._one_each:
+            return stream[:, start.offset if section.index == start.section else 0 :]
+        # padded on the right, where causal attention never sees it
+        stream = stream[:, : self.content_size]
+        lack = self.content_size - stream.shape[1]
+        padding = np.array([self._padding, NO_DOCUMENT, NO_DOCUMENT, NO_DOCUMENT, True], np.int32)
+        return np.concatenate([stream, padding[:, None].repeat(lack, axis=1)], axis=1)
 
-    def _cut(self, stream: _Stream, first: Cursor, headers: dict[int, dict[str, Any]]) -> Contexts:
+    def _cut(
+        self, stream: np.ndarray, first: Cursor, headers: dict[int, dict[str, Any]]
+    ) -> Contexts:
         """Whole contexts of a stream whose length is a multiple of ``content_size``."""
         if self._one_each:
-            following = Cursor(int(stream.section.max()) + 1, 0)
+            following = Cursor(int(stream[_SECTION].max()) + 1, 0)
         else:
-            following = Cursor(int(stream.section[-1]), int(stream.offset[-1]) + 1)
-        own = ~stream.separator
-        ids, separator = (a.reshape(-1, self.content_size) for a in (stream.ids, stream.separator))
-        document, offset = (
-            np.where(own, a, NO_DOCUMENT).astype(np.int32).reshape(-1, self.content_size)
-            for a in (stream.document, stream.offset)
-        )
+            following = Cursor(int(stream[_SECTION, -1]), int(stream[_OFFSET, -1]) + 1)
+        stream = stream.reshape(len(stream), -1, self.content_size)
         if self._bos is not None:
-            ids, separator, document, offset = (
-                np.pad(a, ((0, 0), (1, 0)), constant_values=v)
-                for a, v in (
-                    (ids, self._bos),
-                    (separator, False),
-                    (document, NO_DOCUMENT),
-                    (offset, NO_DOCUMENT),
-                )
-            )
+            begin = np.array([self._bos, NO_DOCUMENT, NO_DOCUMENT, NO_DOCUMENT, False], np.int32)
+            begins = begin[:, None, None].repeat(stream.shape[1], axis=1)
+            stream = np.concatenate([begins, stream], axis=2)
+        ids, _, document, offset, separator = stream
+        document, offset = (
+            np.where(separator, np.int32(NO_DOCUMENT), a) for a in (document, offset)
+        )
         keep = np.ones(ids.shape, dtype=bool)
         keep[:, : self._config.drop_positions] = False
         if self._one_each:
-            keep &= ~separator  # the only separators are padding
+            keep &= separator == 0  # the only separators are padding
         if self._config.drop_special:
-            keep &= ~(separator | np.isin(ids, self._special))
+            keep &= (separator == 0) & ~np.isin(ids, self._special)
         present = np.unique(document[document >= 0]).tolist()
         return Contexts(
             ids, keep, document, offset, first, following, {i: headers[i] for i in present}
         )
-
-
-def _sizes(size: int, total: int | None) -> Iterator[int]:
-    """``size`` repeatedly, ending with the rest of ``total``."""
-    while total is None or total > 0:
-        yield size if total is None else min(size, total)
-        total = None if total is None else total - size
-
-
-def _joined(parts: list[_Stream]) -> _Stream:
-    return _Stream(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 _FIELDS = ("ids", "keep", "document", "offset")

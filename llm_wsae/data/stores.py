@@ -94,7 +94,14 @@ class StoresInTurn(ActivationStore):
     def _load_tokens(self, shard: int) -> Contexts:
         place = bisect.bisect_right(self._first_shards, shard) - 1
         contexts = self.stores[place].contexts(shard - self._first_shards[place])
-        return contexts.renumbered(self._documents_before[place])
+        before = self._documents_before[place]
+        document = np.where(
+            contexts.document >= 0, contexts.document + np.int32(before), NO_DOCUMENT
+        )
+        return contexts._replace(
+            document=document.astype(np.int32),
+            headers={number + before: header for number, header in contexts.headers.items()},
+        )
 
 
 def _joined(manifests: Sequence[Manifest]) -> Manifest:

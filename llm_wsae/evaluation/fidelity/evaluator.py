@@ -68,7 +68,7 @@ def evaluate(
     """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``text``.
 
     A corpus, best opened as ``Corpus.open(name, part="heldout")``, gives them over its documents
-    (``data.sections``), packed into contexts as the dictionaries' training text was; contexts must
+    (``data.corpus``), packed into contexts as the dictionaries' training text was; contexts must
     all have one length. Dictionaries may belong to several sites; all see the same text.
 
     Raises UsageError if there is no dictionary, one does not fit the model, contexts differ in
