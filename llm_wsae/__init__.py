@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llm_wsae.data.corpus import Corpus as Corpus
     from llm_wsae.data.harvesting import harvest as harvest
     from llm_wsae.data.store import ActivationStore as ActivationStore
-    from llm_wsae.data.stores import open_stores as open_stores
+    from llm_wsae.data.store import open_stores as open_stores
     from llm_wsae.data.streaming import ActivationStream as ActivationStream
     from llm_wsae.data.streaming import ActivationStreams as ActivationStreams
     from llm_wsae.dictionary.dictionary import Dictionary as Dictionary

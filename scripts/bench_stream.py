@@ -58,7 +58,7 @@ def ways(
         uniform = weights_from_rule("uniform", 1.0, RuleInputs(streams.statistics(site)))
         arms, out = [ArmConfig(uniform, k=32)], folder / str(site)
         trainings.append(Training(streams.source(site), arms, how, out, model.device))
-    contexts = list(streams.first_contexts(tokens))
+    contexts = list(streams._first_contexts(tokens))
     batches = tokens // how.batch_size
     stream = streams.batches(how.batch_size, 0)
     kept = cycle(list(islice(streams.batches(how.batch_size, 1), 4)))

@@ -39,7 +39,7 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 if TYPE_CHECKING:
-    from llm_wsae.data.shuffling import SiteRows
+    from llm_wsae.data.streaming import SiteRows
     from llm_wsae.pipeline.run import SiteResult
 
 
@@ -125,7 +125,7 @@ class Weigh:
 
 def weigh(request: Weigh) -> Result:
     """Print the profile of a site's dimensions and write loss weights made by a rule."""
-    from llm_wsae.data.stores import open_stores
+    from llm_wsae.data.store import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.pipeline.plots import plot_profile
     from llm_wsae.weights.loss_weights import choose_weights, is_weights_file
@@ -216,7 +216,7 @@ class Train:
 
     def rows(self) -> "SiteRows":
         """The stores as one, or the stream."""
-        from llm_wsae.data.stores import open_stores
+        from llm_wsae.data.store import open_stores
         from llm_wsae.data.streaming import ActivationStreams
         from llm_wsae.training.checkpoint import recorded
 

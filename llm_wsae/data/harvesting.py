@@ -2,10 +2,16 @@
 
 The forward pass is the only expensive part, so everything else runs in parallel with it: one thread
 tokenises the next contexts ahead, another computes statistics and checksums and writes.
+
+A shard is a function of its index alone, so a process can make it without knowing the others. Only
+where it begins in the text has to be found: by packing the text before it, or from the record of an
+earlier shard.
 """
 
+import bisect
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +20,25 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.outputs import check_room
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.covariance import second_moment_of
-from llm_wsae.data.finishing import finish_store
-from llm_wsae.data.manifest import RECORDS, TOKENS, Manifest, store_in
-from llm_wsae.data.packing import Contexts, Cursor, Packer
-from llm_wsae.data.resume import (
-    begin_or_resume,
-    check_size,
-    shard_batches,
+from llm_wsae.data.manifest import (
+    RECORDS,
+    TOKENS,
+    Manifest,
+    ShardRecord,
+    complete_shards,
+    save_record,
+    store_in,
 )
-from llm_wsae.data.shard_writer import StoreWriter
+from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
+from llm_wsae.data.shard_writer import StoreWriter, finish_store
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import MEASUREMENTS
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory
 from llm_wsae.machine.processes import Processes, join
 from llm_wsae.machine.threads import prefetch
@@ -38,6 +46,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 _PACKED_AHEAD = 4
+_BYTES_PER_TOKEN = 8  # ordinary text has fewer
 
 
 def harvest(
@@ -87,69 +96,8 @@ def harvest(
                 processes.lead(lambda: finish_store(out, Manifest.load(out)))
         store = ActivationStore.open(out)
         for site in store.sites:
-            second_moment_of(store, site)
+            store.second_moment(site)
     return store
-
-
-def _check_size(
-    out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
-) -> None:
-    """Raises LlmWsaeError for too little text, UsageError for more than memory or disk could hold,
-    before the first forward pass and before a complete store is reopened for more."""
-    store_in(out).check_place()
-    if store_in(out).is_begun():
-        found = Manifest.load(out)
-        if not found.complete or found.num_contexts >= wanted.num_contexts:
-            return
-    row = len(wanted.sites) * wanted.d_in * getattr(torch, wanted.dtype).itemsize
-    shard = wanted.contexts_per_shard * wanted.context_size * row
-    check_memory(shard, torch.device("cpu"), "a shard", "lower shard-tokens and batch-tokens")
-    if not config.one_document_per_context:  # which may give far fewer rows
-        kept = config.context_size - config.drop_positions
-        check_room(out, wanted.num_contexts * kept * row, "ask for fewer tokens")
-    check_size(packer, corpus, config)
-
-
-def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
-    """Where the text continues after each complete shard; None if the store is complete."""
-    manifest, shards = begin_or_resume(out, wanted)  # refuses a foreign folder
-    remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *wanted.sites)
-    return None if manifest.complete else {i: Cursor(*shard.next) for i, shard in shards.items()}
-
-
-def _write_shards(
-    model: LanguageModel,
-    packer: Packer,
-    corpus: Corpus,
-    out: Path,
-    manifest: Manifest,
-    whole: dict[int, Cursor],
-    processes: Processes,
-) -> None:
-    """Write this process's share of the shards that are missing."""
-    sites = [Site.parse(name) for name in manifest.sites]
-    missing = [i for i in range(manifest.num_shards) if i not in whole]
-    own = missing[processes.rank :: processes.size]
-    batches = shard_batches(packer, corpus, manifest, whole, own)
-    lacking = sum(map(manifest.shard_contexts, own)) * manifest.context_size
-    there = sum(map(manifest.shard_contexts, whole)) * manifest.context_size
-    # of several processes, the one that leads shows its own part
-    bar = tqdm(
-        total=there + lacking,
-        initial=there,
-        desc="harvest",
-        unit="tok",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=not processes.leads,
-    )
-    with bar, StoreWriter(out, manifest) as writer:
-        for shard, contexts in prefetch(batches, _PACKED_AHEAD):
-            rows = kept_rows(model, contexts, sites)
-            writer.add(shard, contexts, {str(site): rows[site] for site in sites})
-            bar.update(contexts.ids.size)
-        writer.wait()
-        processes.meet()
 
 
 def kept_rows(
@@ -178,3 +126,182 @@ def manifest_of(
         contexts_per_shard=config.contexts_per_shard,
         num_contexts=config.num_contexts,
     )
+
+
+def too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> LlmWsaeError:
+    """The error of a corpus that fills ``found`` contexts, fewer than ``wanted``."""
+    part = "" if corpus.part == "all" else f"{corpus.part} part of the "
+    found, wanted = found * context_size, wanted * context_size
+    return LlmWsaeError(
+        f"the {part}corpus {corpus.name} fills contexts of {context_size} with {found:,} tokens, "
+        f"fewer than the {wanted:,} requested; give more text"
+        + (f" or request {found} tokens" if found else " or shorten the contexts")
+    )
+
+
+def _check_size(
+    out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
+) -> None:
+    """Raises LlmWsaeError for too little text, UsageError for more than memory or disk could hold,
+    before the first forward pass and before a complete store is reopened for more.
+
+    A large corpus, or one of unknown size, is not read twice: its end is noticed when it comes.
+    """
+    store_in(out).check_place()
+    if store_in(out).is_begun():
+        found = Manifest.load(out)
+        if not found.complete or found.num_contexts >= wanted.num_contexts:
+            return
+    row = len(wanted.sites) * wanted.d_in * getattr(torch, wanted.dtype).itemsize
+    shard = wanted.contexts_per_shard * wanted.context_size * row
+    check_memory(shard, torch.device("cpu"), "a shard", "lower shard-tokens and batch-tokens")
+    if not config.one_document_per_context:  # which may give far fewer rows
+        kept = config.context_size - config.drop_positions
+        check_room(out, wanted.num_contexts * kept * row, "ask for fewer tokens")
+    if corpus.num_bytes is not None and corpus.num_bytes <= config.tokens * _BYTES_PER_TOKEN:
+        blocks = packer.blocks(corpus, 256, limit=wanted.num_contexts)
+        there = sum(len(block.ids) for block in blocks)
+        if there < wanted.num_contexts:
+            raise too_small(corpus, there, wanted.num_contexts, config.context_size)
+
+
+def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
+    """Where the text continues after each complete shard; None if the store is complete.
+
+    More tokens than before may be requested, since a shard depends on its index alone; a last shard
+    that was shorter is then rebuilt. So is a shard of which a file is missing or has another size,
+    or whose tokens changed. Call this under the folder's lock.
+
+    Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
+    """
+    whole: dict[int, ShardRecord] = {}
+    if store_in(out).is_begun():
+        manifest = Manifest.load(out)
+        store_in(out).check_request(manifest.request(), wanted.request())
+        shards = complete_shards(out, manifest)
+        _check_not_fewer(out, manifest, shards, wanted)
+        whole = {
+            i: shard
+            for i, shard in shards.items()
+            if shard.contexts == wanted.shard_contexts(i) and _are_there(out, shard.files)
+        }
+        if manifest.complete:
+            # A process killed at the very end may have left records that its manifest holds.
+            shutil.rmtree(out / RECORDS, ignore_errors=True)
+            as_wanted = len(whole) == len(shards) == wanted.num_shards
+            if as_wanted and _are_there(out, manifest.statistics):
+                remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *wanted.sites)
+                return None
+            for i, shard in whole.items():  # back to records of their own
+                save_record(out, i, shard)
+    else:
+        store_in(out).check_place()
+    wanted.save(out)
+    _remove_unlisted(out, wanted, whole)
+    return {i: Cursor(*shard.next) for i, shard in whole.items()}
+
+
+def _check_not_fewer(
+    out: Path, manifest: Manifest, shards: Mapping[int, ShardRecord], wanted: Manifest
+) -> None:
+    per_shard, size = manifest.contexts_per_shard, manifest.context_size
+    reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
+    if reached > wanted.num_contexts:
+        raise LlmWsaeError(
+            f"{out} already holds {reached * size:,} tokens, more than the "
+            f"{wanted.num_contexts * size:,} requested; choose another folder, or request at "
+            "least as many"
+        )
+
+
+def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Whether the files exist and have their sizes, and tokens, which no later step reads, also
+    their checksums."""
+    return all(
+        record.problem(folder / path) is None
+        if path.startswith(f"{TOKENS}/")
+        else record.has_size(folder / path)
+        for path, record in files.items()
+    )
+
+
+def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:
+    """Delete what a killed run wrote but never recorded, and what must be rebuilt."""
+    remove_partials(folder, TOKENS, RECORDS, MEASUREMENTS, *manifest.sites)
+    listed = {folder / path for shard in whole.values() for path in shard.files}
+    for name in (TOKENS, *manifest.sites):
+        for path in (folder / name).glob("*.safetensors"):
+            if path not in listed:
+                path.unlink()
+    for path in (folder / RECORDS).glob("*.json"):
+        if path.stem.isdecimal() and int(path.stem) not in whole:
+            path.unlink()
+
+
+def _write_shards(
+    model: LanguageModel,
+    packer: Packer,
+    corpus: Corpus,
+    out: Path,
+    manifest: Manifest,
+    whole: dict[int, Cursor],
+    processes: Processes,
+) -> None:
+    """Write this process's share of the shards that are missing."""
+    sites = [Site.parse(name) for name in manifest.sites]
+    missing = [i for i in range(manifest.num_shards) if i not in whole]
+    own = missing[processes.rank :: processes.size]
+    batches = _shard_batches(packer, corpus, manifest, whole, own)
+    lacking = sum(map(manifest.shard_contexts, own)) * manifest.context_size
+    there = sum(map(manifest.shard_contexts, whole)) * manifest.context_size
+    # of several processes, the one that leads shows its own part
+    bar = tqdm(
+        total=there + lacking,
+        initial=there,
+        desc="harvest",
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not processes.leads,
+    )
+    with bar, StoreWriter(out, manifest) as writer:
+        for shard, contexts in prefetch(batches, _PACKED_AHEAD):
+            rows = kept_rows(model, contexts, sites)
+            writer.add(shard, contexts, {str(site): rows[site] for site in sites})
+            bar.update(contexts.ids.size)
+        writer.wait()
+        processes.meet()
+
+
+def _shard_batches(
+    packer: Packer,
+    corpus: Corpus,
+    manifest: Manifest,
+    following: Mapping[int, Cursor],
+    shards: Sequence[int],
+) -> Iterator[tuple[int, Contexts]]:
+    """The contexts of the given shards (ascending), one forward pass at a time: (shard, contexts).
+
+    ``following`` says, for shards that were already complete, where the text continues after them;
+    what lies between the given shards is packed and skipped. Raises LlmWsaeError if the corpus ends
+    before the last of them.
+    """
+    per_shard = manifest.contexts_per_shard
+    beginnings = {0: BEGINNING} | {i + 1: cursor for i, cursor in following.items()}
+    known = sorted(beginnings)
+    at = -1  # the next context of the stream
+    stream: Iterator[Contexts] = iter(())
+    for shard in shards:
+        nearest = known[bisect.bisect_right(known, shard) - 1]
+        if nearest * per_shard > at:
+            at = nearest * per_shard
+            stream = packer.blocks(
+                corpus, manifest.contexts_per_batch, beginnings[nearest], manifest.num_contexts - at
+            )
+        while at < min((shard + 1) * per_shard, manifest.num_contexts):
+            contexts = next(stream, None)
+            if contexts is None:
+                raise too_small(corpus, at, manifest.num_contexts, manifest.context_size)
+            if at >= shard * per_shard:
+                yield shard, contexts
+            at += len(contexts.ids)

@@ -8,15 +8,19 @@ and resumed ends with the same bytes as an uninterrupted one.
 """
 
 import base64
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from llm_wsae.artifact.artifact import Artifact, FileRecord, Record, files_of
-from llm_wsae.artifact.files import read_own_json, write_json
+from llm_wsae.artifact.files import load_tensors, read_own_json, write_json
+from llm_wsae.statistics.moments import Statistics
 
 MANIFEST = "manifest.json"
 RECORDS = "shards"
@@ -26,18 +30,7 @@ ROWS_PER_CHECK = 128
 """Rows of a shard that share a CRC-32; the last of a shard may be fewer."""
 REPAIR = "delete it, if it is there, and run the same harvest again, which rewrites what is missing"
 _CRC = np.dtype("<u4")
-_REQUESTED = (
-    "model",
-    "corpus",
-    "sites",
-    "dtype",
-    "d_in",
-    "packing",
-    "bos_token_id",
-    "contexts_per_batch",
-    "contexts_per_shard",
-)
-"""What cannot change while a store grows."""
+_GROWING = ("num_contexts", "complete", "statistics", "shards")
 
 
 @dataclass(frozen=True)
@@ -49,9 +42,9 @@ class ShardRecord:
     rows: int
     """Number of rows at each site."""
     first: tuple[int, int]
-    """Document and offset at which its first context begins."""
+    """Section and offset at which its first context begins."""
     next: tuple[int, int]
-    """Document and offset at which the next shard begins."""
+    """Section and offset at which the next shard begins."""
     files: dict[str, FileRecord]
     """Its files, by path within the store."""
     row_checks: dict[str, str]
@@ -121,8 +114,9 @@ class Manifest:
         return files
 
     def request(self) -> dict[str, Any]:
-        """What a harvest that resumes this one must ask for too."""
-        return {name: getattr(self, name) for name in _REQUESTED}
+        """What cannot change while a store grows: a harvest that resumes it asks for the same."""
+        names = [one.name for one in fields(self) if one.name not in _GROWING]
+        return {name: getattr(self, name) for name in names}
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, the store's record."""
@@ -140,13 +134,9 @@ class Manifest:
             _shard_from(value, {path: files.pop(path) for path in value["files"]})
             for value in record.facts["shards"]
         ]
-        return cls(
-            **record.request,
-            num_contexts=record.facts["num_contexts"],
-            complete=record.complete,
-            statistics=files,
-            shards=shards,
-        )
+        contexts = record.facts["num_contexts"]
+        return cls(**record.request, num_contexts=contexts, complete=record.complete,
+                   statistics=files, shards=shards)  # fmt: skip
 
 
 def store_in(folder: Path) -> Artifact:
@@ -168,10 +158,10 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
     if manifest.complete:
         return dict(enumerate(manifest.shards))
     found = {}
-    paths = [path for path in (folder / RECORDS).glob("*.json") if path.stem.isdecimal()]
-    for path in sorted(paths, key=lambda path: int(path.stem)):  # names get longer after 99999
-        value = read_own_json(path, "record of a shard", "delete it to rebuild the shard")
-        found[int(path.stem)] = _shard_from(value, files_of(value["files"]))
+    paths = {int(p.stem): p for p in (folder / RECORDS).glob("*.json") if p.stem.isdecimal()}
+    for index in sorted(paths):  # names get longer after 99999
+        value = read_own_json(paths[index], "record of a shard", "delete it to rebuild the shard")
+        found[index] = _shard_from(value, files_of(value["files"]))
     return found
 
 
@@ -180,9 +170,20 @@ def _shard_from(value: Mapping[str, Any], files: dict[str, FileRecord]) -> Shard
     return ShardRecord(**{**value, "first": first, "next": following, "files": files})
 
 
-def packed(crc32s: list[int]) -> str:
-    """CRC-32s as a record has them."""
-    return base64.b64encode(np.array(crc32s, dtype=_CRC).tobytes()).decode()
+def row_checks(rows: Tensor) -> str:
+    """The CRC-32s of contiguous rows, as a record has them.
+
+    They find every change within 32 bits, and all but one in 4·10⁹ of other changes, at a quarter
+    of the cost of SHA-256.
+    """
+    data, size = bytes_of(rows), ROWS_PER_CHECK * rows.shape[1] * rows.itemsize
+    found = [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]
+    return base64.b64encode(np.array(found, dtype=_CRC).tobytes()).decode()
+
+
+def bytes_of(rows: Tensor) -> memoryview:
+    """The memory of contiguous rows."""
+    return rows.flatten().view(torch.uint8).numpy().data
 
 
 def shard_paths(index: int, site: str) -> tuple[str, str]:
@@ -193,3 +194,9 @@ def shard_paths(index: int, site: str) -> tuple[str, str]:
 def tokens_path(index: int) -> str:
     """Path within the store of a shard's token ids and keep-mask."""
     return f"{TOKENS}/{index:05d}.safetensors"
+
+
+def read_statistics(path: Path, record: FileRecord) -> Statistics:
+    """The statistics in a file of a store. Raises LlmWsaeError if it is not what was written."""
+    record.check(path, REPAIR)
+    return Statistics.from_tensors(load_tensors(path, "file of statistics", REPAIR)[0])

@@ -5,8 +5,9 @@ synced and hashed first, its record last. So a process killed at any instant lea
 and perhaps some files that nothing refers to, which the next run overwrites or removes.
 """
 
+import shutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,30 +16,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.artifact.artifact import FileRecord
-from llm_wsae.artifact.digests import crc32s
 from llm_wsae.artifact.files import save_tensors
 from llm_wsae.data.manifest import (
-    ROWS_PER_CHECK,
+    RECORDS,
+    STATISTICS,
     Manifest,
     ShardRecord,
-    packed,
+    complete_shards,
+    read_statistics,
+    row_checks,
     save_record,
     shard_paths,
     tokens_path,
 )
 from llm_wsae.data.packing import Contexts, save_contexts
-from llm_wsae.data.shard_reader import bytes_of
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 
+NO_ROWS = "no token of these documents gives a row; lower --drop-positions"
 _SAMPLED, _OF_TOKENS = 1024, 32_768
 _BATCHES_AHEAD = 2
-
-
-def sampled_rows(shard_tokens: int) -> int:
-    """Rows of a shard that its statistics sample: as many for all of its tokens, so that a few
-    large shards are sampled as well as many small ones, which together hold a larger sample."""
-    return min(SAMPLE_ROWS, _SAMPLED * max(1, shard_tokens // _OF_TOKENS))
 
 
 class StoreWriter:
@@ -53,14 +50,17 @@ class StoreWriter:
         self._pool = ThreadPoolExecutor(1, "store-writer", lambda: torch.set_num_threads(1))
         self._running: deque[Future] = deque()
         self._broken = False
-        self._contexts: list[Contexts] = []
         # One buffer per site for the rows of a shard, reused for the next: fresh memory of this
         # size costs more than copying into it.
-        shape = (manifest.contexts_per_shard * manifest.context_size, manifest.d_in)
+        tokens = manifest.contexts_per_shard * manifest.context_size
         dtype = getattr(torch, manifest.dtype)
-        self._rows = {site: torch.empty(shape, dtype=dtype) for site in manifest.sites}
-        self._num_rows = 0
-        self._statistics: dict[str, Statistics] = {}
+        self._rows = {
+            site: torch.empty((tokens, manifest.d_in), dtype=dtype) for site in manifest.sites
+        }
+        # as many rows for all of its tokens, so that a few large shards are sampled as well as many
+        # small ones, which together hold a larger sample
+        self._sampled = min(SAMPLE_ROWS, _SAMPLED * max(1, tokens // _OF_TOKENS))
+        self._begin_shard()
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -78,33 +78,34 @@ class StoreWriter:
         Raises LlmWsaeError if a row is not finite or the disk is full; nothing of that shard is
         written then.
         """
-        self._submit(lambda: self._add(shard, contexts, rows))
+        self.wait(_BATCHES_AHEAD - 1)
+        self._running.append(self._pool.submit(self._add, shard, contexts, rows))
 
-    def wait(self) -> None:
-        """Wait until everything added is written."""
-        while self._running:
+    def wait(self, ahead: int = 0) -> None:
+        """Wait until all that was added is written, but for so many batches."""
+        while len(self._running) > ahead:
             self._running.popleft().result()
 
-    def _submit(self, work: Callable[[], None]) -> None:
-        while len(self._running) >= _BATCHES_AHEAD:
-            self._running.popleft().result()
-        self._running.append(self._pool.submit(self._unless_broken, work))
-
-    def _unless_broken(self, work: Callable[[], None]) -> None:
-        # After a failure, the batches still waiting must not complete the shard without it.
-        if not self._broken:
-            self._broken = True
-            work()
-            self._broken = False
+    def _begin_shard(self) -> None:
+        manifest = self._manifest
+        self._contexts: list[Contexts] = []
+        self._num_rows = 0
+        self._statistics = {
+            site: Statistics(manifest.d_in, manifest.context_size, self._sampled)
+            for site in manifest.sites
+        }
 
     def _add(self, index: int, contexts: Contexts, rows: Mapping[str, Tensor]) -> None:
+        if self._broken:  # batches that waited must not complete a shard without the failed one
+            return
+        self._broken = True
         self._contexts.append(contexts)
         positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
         added = slice(self._num_rows, self._num_rows + len(positions))
-        for site in self._manifest.sites:
+        for site, statistics in self._statistics.items():
             new = self._rows[site][added].copy_(rows[site])
             try:
-                self._statistics_of(site).update(new, positions)
+                statistics.update(new, positions)
             except LlmWsaeError as error:
                 raise LlmWsaeError(
                     f"{site}, shard {index:05d}: {error}; the shards before it are complete; the "
@@ -113,26 +114,17 @@ class StoreWriter:
         self._num_rows = added.stop
         if sum(len(c.ids) for c in self._contexts) == self._manifest.shard_contexts(index):
             self._write_shard(index)
-
-    def _statistics_of(self, site: str) -> Statistics:
-        if site not in self._statistics:
-            self._statistics[site] = Statistics(
-                self._manifest.d_in,
-                self._manifest.context_size,
-                sampled_rows(self._manifest.contexts_per_shard * self._manifest.context_size),
-            )
-        return self._statistics[site]
+            self._begin_shard()
+        self._broken = False
 
     def _write_shard(self, index: int) -> None:
         files, checks = [tokens_path(index)], {}
         save_contexts(self._folder / files[0], self._contexts)
-        for site in self._manifest.sites:
+        for site, statistics in self._statistics.items():
             path, statistics_path = shard_paths(index, site)
             rows = self._rows[site][: self._num_rows]
             save_tensors(self._folder / path, {"activations": rows})
-            row_bytes = rows.shape[1] * rows.itemsize
-            checks[path] = packed(crc32s(bytes_of(rows), ROWS_PER_CHECK * row_bytes))
-            statistics = self._statistics_of(site)
+            checks[path] = row_checks(rows)
             save_tensors(self._folder / statistics_path, statistics.to_tensors())
             files += [path, statistics_path]
         record = ShardRecord(
@@ -144,4 +136,26 @@ class StoreWriter:
             row_checks=checks,
         )
         save_record(self._folder, index, record)
-        self._contexts, self._statistics, self._num_rows = [], {}, 0
+
+
+def finish_store(folder: Path, manifest: Manifest) -> None:
+    """Finish a store that has all its shards: write the statistics of all rows and the manifest.
+
+    Raises LlmWsaeError if there is no row.
+    """
+    shards = complete_shards(folder, manifest)
+    assert list(shards) == list(range(manifest.num_shards))
+    if not any(shard.rows for shard in shards.values()):
+        raise LlmWsaeError(NO_ROWS)
+    manifest.shards = list(shards.values())
+    for site in manifest.sites:
+        merged = Statistics(manifest.d_in, manifest.context_size)
+        for index, shard in shards.items():
+            path = shard_paths(index, site)[1]
+            merged.merge(read_statistics(folder / path, shard.files[path]))
+        path = f"{site}/{STATISTICS}"
+        save_tensors(folder / path, merged.to_tensors())
+        manifest.statistics[path] = FileRecord.of(folder / path)
+    manifest.complete = True
+    manifest.save(folder)
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)

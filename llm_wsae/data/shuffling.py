@@ -1,18 +1,19 @@
-"""Shuffled batches from a sequence of rows that is far larger than memory.
+"""Rows that a trainer reads: what a source of them is, and how its batches are shuffled.
 
-The store is divided into chunks of 1024 consecutive rows. In each epoch the chunks are put in a
-random order, as many as fit into ``window_bytes`` are read together, and the rows of such a window
-are shuffled. The windows of all epochs form one sequence of rows, and batch number b is rows b·B
-to (b+1)·B − 1 of it. All randomness is drawn from (seed, epoch, window), so resuming at a batch
-means reading the window that it begins in. At most three windows are in memory.
+A sequence of rows may be far larger than memory. It is divided into chunks of 1024 consecutive
+rows. In each epoch the chunks are put in a random order, as many as fit into ``window_bytes`` are
+read together, and the rows of such a window are shuffled. The windows of all epochs form one
+sequence of rows, and batch number b is rows b·B to (b+1)·B − 1 of it. All randomness is drawn from
+(seed, epoch, window), so resuming at a batch means reading the window that it begins in. At most
+three windows are in memory.
 
 Processes that share the rows of each batch each read a run of every chunk. Together they have the
 batch of a single process.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.threads import prefetch
-from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
@@ -49,9 +49,7 @@ class ActivationSource(Protocol):
     """What a trainer reads: rows of one site, in shuffled batches that a seed determines."""
 
     d_in: int
-    """Width of the rows."""
     site: Site
-    """Where in the model they come from."""
     num_rows: int | None
     """Rows in one epoch, None if unknown."""
 
@@ -68,43 +66,42 @@ class ActivationSource(Protocol):
         """JSON values that identify these rows."""
 
 
-@runtime_checkable
-class SiteRows(Protocol):
-    """The rows of one or several sites: a store, or a stream."""
+class MemorySource:
+    """Rows in memory, as an ActivationSource. They have no context: each is a first position."""
 
-    sites: list[Site]
-    d_in: int
-    in_step: bool
-    """Whether the sites are to be trained together, since their rows come from the same forward
-    passes."""
-
-    @property
-    def model(self) -> LanguageModel | None:
-        """What makes the rows; None for those of a store."""
-
-    def source(self, site: Site) -> ActivationSource:
-        """One of the sites by itself."""
+    def __init__(self, rows: Float[Tensor, "rows d_in"], site: Site):
+        """``site``: where the rows come from, or what they stand for."""
+        self.site, self.d_in = site, rows.shape[1]
+        self.num_rows: int | None = len(rows)
+        self._rows = rows.float().cpu().contiguous()
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Endless batches, as those of a source, one for each site."""
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        return shuffled_batches(_Memory(self._rows), batch_size, seed, start, part=part)
 
-    def statistics(self, site: Site) -> Statistics:
-        """Statistics of the rows."""
+    def statistics(self) -> Statistics:
+        positions = torch.zeros(len(self._rows), dtype=torch.int64)
+        return Statistics(self.d_in, context_size=1).update(self._rows, positions)
 
-    def second_moment(self, site: Site) -> SecondMoment:
-        """Covariance sums of the rows that are not massive."""
+    def second_moment(self) -> SecondMoment:
+        """The covariance sums of all rows that are not massive."""
+        usual = self._rows.norm(dim=1) <= self.statistics().massive_threshold
+        return SecondMoment(self.d_in).update(self._rows[usual])
 
-    def check_model(self, identity: dict[str, Any]) -> None:
-        """Raises LlmWsaeError if a model of that ``identity()`` did not make the rows."""
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()}
 
-    def evidence(self, site: Site, need: str) -> tuple[Path | None, dict[str, Any]]:
-        """The file in which a measurement of these rows is kept, and what identifies them."""
 
-    def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """About ``tokens`` tokens of the text behind the rows: their ids, and whether each gives a
-        row, both [contexts, positions]."""
+class _Memory:
+    """Rows in memory, as ``shuffled_batches`` reads them."""
+
+    def __init__(self, rows: Tensor):
+        self._rows, self.num_rows, self.dtype = rows, len(rows), rows.dtype
+        self.row_bytes = rows.shape[1] * rows.itemsize
+
+    def read(self, start: int, out: Tensor) -> None:
+        out.copy_(self._rows[start : start + len(out)])
 
 
 class Share:

@@ -2,7 +2,8 @@
 folder of the training that a stream goes into."""
 
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,61 +11,43 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.data.shuffling import SiteRows
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads
-from llm_wsae.model.site import Site
 
 MEASUREMENTS = "evidence"
 
 
+@dataclass(frozen=True)
 class StoredMeasurement:
     """A measurement that is kept on disk, valid only for the same rows and settings."""
 
-    def __init__(
-        self,
-        rows: SiteRows,
-        site: Site,
-        need: str,
-        settings: Mapping[str, Any] | None = None,
-    ):
-        self._need = need
-        self._path, self._rows = rows.evidence(site, need)
-        self._header = plain({**self._rows, **(settings or {})})
+    path: Path | None
+    """Its file; None if it is not kept."""
+    rows: dict[str, Any]
+    """What identifies the rows; JSON."""
+    settings: dict[str, Any]
 
-    def read(self) -> Tensor | None:
-        """What was measured; None if it was not, is damaged, or is of other rows or settings."""
-        tensors = self.read_tensors()
-        return None if tensors is None else tensors[self._need]
-
-    def read_tensors(self) -> dict[str, Tensor] | None:
-        """The same of a measurement that has several tensors, by name."""
-        if self._path is None or not self._path.exists():
+    def read(self) -> dict[str, Tensor] | None:
+        """The tensors by name; None if they are not there, damaged, or of other rows or
+        settings."""
+        if self.path is None or not self.path.exists():
             return None
+        rows, why = plain(self.rows), "it is of other rows"
         try:
-            tensors, header = load_own_tensors(self._path, self._need)
+            tensors, header = load_own_tensors(self.path, "measurement")
+            if header.items() >= rows.items():
+                return tensors if header == {**rows, **self.settings} else None
         except LlmWsaeError:  # which would say to delete the file
-            self._say_anew("it is damaged")
-            return None
-        if any(header.get(name) != value for name, value in plain(self._rows).items()):
-            self._say_anew("it is of other rows")
-            return None
-        return tensors if header == self._header else None
-
-    def _say_anew(self, why: str) -> None:
-        """Say why a measurement that is there is not used."""
+            why = "it is damaged"
         if leads():
-            tqdm.write(f"what {self._path} holds is measured anew, since {why}", file=sys.stderr)
+            tqdm.write(f"what {self.path} holds is measured anew, since {why}", file=sys.stderr)
+        return None
 
-    def write(self, measured: Tensor) -> None:
-        """Keep it; if the store cannot be written to, say so."""
-        self.write_tensors({self._need: measured})
-
-    def write_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The same of several tensors."""
-        if self._path is None or not leads():
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Keep what was measured; if the store cannot be written to, say so."""
+        if self.path is None or not leads():
             return
         try:
-            save_own_tensors(self._path, tensors, self._header)
+            save_own_tensors(self.path, tensors, {**plain(self.rows), **self.settings})
         except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)

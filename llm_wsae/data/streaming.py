@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.finishing import NO_ROWS
-from llm_wsae.data.harvesting import kept_rows
+from llm_wsae.data.harvesting import kept_rows, too_small
 from llm_wsae.data.packing import Contexts, Packer
-from llm_wsae.data.resume import too_small
+from llm_wsae.data.shard_writer import NO_ROWS
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads
@@ -60,13 +60,16 @@ class ActivationStreams:
         self.sites = list(dict.fromkeys(sites))
         self.d_in = model.d_model
         self.model, self.corpus, self.config = model, corpus, config
+        self.computes_ahead = model.device.type != "cpu"
+        """A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
+        do: there the two would only take turns, at a cost."""
         self._packer = Packer.for_model(model, config)
         self._folder = folder
         self._known: dict[str, dict[Site, Any]] = {}
 
-    def source(self, site: Site) -> "StreamedSite":
+    def source(self, site: Site) -> "ActivationStream":
         """One of the sites as an ActivationSource."""
-        return StreamedSite(self, site)
+        return ActivationStream(self.model, self.corpus, site, self.config, self)
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
@@ -95,10 +98,10 @@ class ActivationStreams:
     def check_model(self, identity: dict[str, Any]) -> None:
         """They are always those of their own model."""
 
-    def evidence(self, site: Site, need: str) -> tuple[Path | None, dict[str, Any]]:
-        """The file in which a measurement of these rows is kept, and what identifies them."""
+    def evidence(self, site: Site, need: str, **settings: Any) -> StoredMeasurement:
+        """A measurement of these rows, which is kept if there is a folder."""
         path = None if self._folder is None else self._folder / f"{site}.{need}.safetensors"
-        return path, self.identity(site)
+        return StoredMeasurement(path, self.identity(site), settings)
 
     def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids of about the first ``tokens`` tokens, and which of them give a row, a forward pass at
@@ -124,25 +127,20 @@ class ActivationStreams:
     ) -> Generator[tuple[Tensor, ...], None, None]:
         with ExitStack() as threads:
             blocks = threads.enter_context(closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)))
-            buffers = enumerate(self._buffers(blocks))
+            size = self.config.batches_per_buffer
+            buffers = enumerate(iter(lambda: list(islice(blocks, size)), []))
             first = next(buffers)
-            while skip >= (size := _rows_in(first[1])):
-                skip, first = skip - size, next(buffers)
+            while skip >= (rows := sum(int(contexts.keep.sum()) for contexts in first[1])):
+                skip, first = skip - rows, next(buffers)
             shuffled: Iterator[Tensor | Share] = (
                 self._shuffled(buffer, (seed, number), part)
                 for number, buffer in chain([first], buffers)
             )
-            if self._computes_ahead:
+            if self.computes_ahead:
                 # closed before the blocks that it reads
                 shuffled = threads.enter_context(closing(prefetch(shuffled, depth=1)))
             for batch in cut(shuffled, batch_size, skip):
                 yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
-
-    @property
-    def _computes_ahead(self) -> bool:
-        """A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
-        do: there the two would only take turns, at a cost."""
-        return self.model.device.type != "cpu"
 
     def _shuffled(
         self, buffer: Sequence[Contexts], seeds: tuple[int, int], part: tuple[int, int]
@@ -159,10 +157,6 @@ class ActivationStreams:
         owner = np.repeat(np.arange(len(buffer)) % parts, sizes)
         return shuffled_share(beside, np.flatnonzero(owner == number), len(owner), seeds)
 
-    def _buffers(self, blocks: Iterator[Contexts]) -> Iterator[list[Contexts]]:
-        while True:
-            yield list(islice(blocks, self.config.batches_per_buffer))
-
     def _endless_blocks(self) -> Iterator[Contexts]:
         passes = 0
         while True:
@@ -172,11 +166,17 @@ class ActivationStreams:
                 rows += int(contexts.keep.sum())
                 yield contexts
             if rows == 0:
-                raise _without_rows(self.corpus, seen, self.config.context_size)
+                raise self._without_rows(seen)
             passes += 1
             if passes == 1 and leads():
                 again = f"{self.corpus.name} ends after {rows:,} rows; it is read again"
                 tqdm.write(again, file=sys.stderr)
+
+    def _without_rows(self, contexts: int) -> LlmWsaeError:
+        """The error for a text without rows: it is too short if it fills no context."""
+        if contexts:
+            return LlmWsaeError(NO_ROWS)
+        return too_small(self.corpus, 0, 1, self.config.context_size)
 
     def _first_rows(self, what: str) -> Iterator[tuple[Contexts, dict[Site, Tensor]]]:
         """The first ``statistics_tokens`` tokens, with their rows."""
@@ -193,6 +193,10 @@ class ActivationStreams:
                 yield contexts, self._rows(contexts)
                 bar.update(contexts.ids.size)
 
+    def _first_contexts(self, tokens: int) -> Iterator[Contexts]:
+        limit = max(1, tokens // self.config.context_size)
+        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
+
     def _rows(self, contexts: Contexts) -> dict[Site, Tensor]:
         rows = kept_rows(self.model, contexts, self.sites)
         for site, own in rows.items():
@@ -205,19 +209,15 @@ class ActivationStreams:
                 )
         return rows
 
-    def _first_contexts(self, tokens: int) -> Iterator[Contexts]:
-        limit = max(1, tokens // self.config.context_size)
-        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
-
     def _measured(self, need: str, kind: Any, measure: Callable[[], dict[Site, Any]]) -> Any:
         """A measurement of every site, as it is kept or else from a pass over the first tokens."""
         if need not in self._known:
-            files = {site: StoredMeasurement(self, site, need) for site in self.sites}
-            kept = {site: file.read_tensors() for site, file in files.items()}
+            files = {site: self.evidence(site, need) for site in self.sites}
+            kept = {site: file.read() for site, file in files.items()}
             if None in kept.values():
                 self._known[need] = measure()
                 for site, found in self._known[need].items():
-                    files[site].write_tensors(found.to_tensors())
+                    files[site].write(found.to_tensors())
             else:
                 self._known[need] = {site: kind.from_tensors(own) for site, own in kept.items()}
         return self._known[need]
@@ -231,7 +231,7 @@ class ActivationStreams:
             for site, own in rows.items():
                 new[site].update(own, positions)
         if not any(found.count for found in new.values()):
-            raise _without_rows(self.corpus, seen, self.config.context_size)
+            raise self._without_rows(seen)
         return new
 
     def _new_second_moments(self) -> dict[Site, SecondMoment]:
@@ -243,15 +243,25 @@ class ActivationStreams:
         return new
 
 
-class StreamedSite:
-    """One site of a stream, as an ActivationSource. Of several, its own batches leave the rows of
-    the others unused."""
+class ActivationStream:
+    """A stream of one site, as an ActivationSource. While a buffer is trained on, a GPU computes
+    the next one in the background: do not use the model for anything else meanwhile."""
 
-    def __init__(self, streams: ActivationStreams, site: Site):
-        self._streams, self.site, self.d_in = streams, site, streams.d_in
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        site: Site,
+        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
+        beside: ActivationStreams | None = None,
+    ):
+        """``beside``: streams of this site and others, whose measurements are shared. Raises
+        UsageError for a site or context size that the model does not have."""
+        self._alone = ActivationStreams(model, corpus, [site], config)
+        self._measured = beside or self._alone
+        self.site, self.d_in = site, model.d_model
         self.num_rows: int | None = None
-        has_bos = streams.model.bos_token_id is not None
-        self.prepends_bos = streams.config.prepend_bos and has_bos
+        self.prepends_bos = config.prepend_bos and model.bos_token_id is not None
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
@@ -260,45 +270,23 @@ class StreamedSite:
 
         Raises as ``ActivationStreams.batches``.
         """
-        streams = self._streams
-        if streams.sites != [self.site]:
-            streams = ActivationStreams(streams.model, streams.corpus, [self.site], streams.config)
-        return _of_one(streams.batches(batch_size, seed, start, part))
+        batches = self._alone.batches(batch_size, seed, start, part)
+
+        def of_one() -> Iterator[Tensor]:
+            with closing(batches):
+                for (batch,) in batches:
+                    yield batch
+
+        return of_one()
 
     def statistics(self) -> Statistics:
         """Statistics of the rows of the first ``statistics_tokens`` tokens."""
-        return self._streams.statistics(self.site)
+        return self._measured.statistics(self.site)
 
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
-        return self._streams.identity(self.site)
+        return self._measured.identity(self.site)
 
 
-class ActivationStream(StreamedSite):
-    """A stream of one site. While a buffer is trained on, a GPU computes the next one in the
-    background: do not use the model for anything else meanwhile."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        corpus: Corpus,
-        site: Site,
-        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
-    ):
-        """Raises UsageError for a site or context size that the model does not have."""
-        super().__init__(ActivationStreams(model, corpus, [site], config), site)
-
-
-def _of_one(batches: Generator[tuple[Tensor, ...], None, None]) -> Iterator[Tensor]:
-    with closing(batches):
-        for (batch,) in batches:
-            yield batch
-
-
-def _rows_in(buffer: Sequence[Contexts]) -> int:
-    return sum(int(contexts.keep.sum()) for contexts in buffer)
-
-
-def _without_rows(corpus: Corpus, contexts: int, context_size: int) -> LlmWsaeError:
-    """The error for a text without rows: it is too short if it fills no context."""
-    return LlmWsaeError(NO_ROWS) if contexts else too_small(corpus, 0, 1, context_size)
+SiteRows = ActivationStore | ActivationStreams
+"""The rows of one or several sites, which callers need not tell apart."""

@@ -22,8 +22,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.shuffling import SiteRows
-from llm_wsae.data.stored_measurement import StoredMeasurement
+from llm_wsae.data.streaming import SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join
@@ -95,12 +94,14 @@ def _kept_fisher(
     rows: SiteRows, site: Site, model: LanguageModel | None, config: RuleInputConfig
 ) -> Tensor | None:
     """The measurement that is kept, or made with the model and then kept; else None."""
-    kept = StoredMeasurement(rows, site, "fisher", asdict(config))
+    kept = rows.evidence(site, "fisher", **asdict(config))
     found, model = kept.read(), model or rows.model
-    if found is not None or model is None:
-        return found
+    if found is not None:
+        return found["fisher"]
+    if model is None:
+        return None
     measured = fisher_of(model, rows, site, config)
-    kept.write(measured)
+    kept.write({"fisher": measured})
     return measured
 
 

@@ -162,7 +162,6 @@ def test_settings():
         ({"context_size": 1}, "context-size is 1, but must be at least 2"),
         ({"context_size": 8, "drop_positions": 8}, "drop-positions is 8, but must be at most 7"),
         ({"tokens": 0}, "tokens is 0"),
-        ({"dtype": "float64"}, "dtype must be auto, bfloat16 or float32"),
     ):
         with pytest.raises(UsageError, match=message):
             HarvestConfig(**options)

@@ -1,9 +1,10 @@
+"""Every row comes once an epoch, in an order that a seed determines, in bounded memory."""
+
 import gc
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from itertools import islice
 
 import pytest
@@ -14,60 +15,43 @@ from places import ROOT
 from safetensors.torch import save_file
 
 from llm_wsae.artifact.artifact import FileRecord
-from llm_wsae.data import shuffling as module
-from llm_wsae.data.manifest import ROWS_PER_CHECK, Manifest, ShardRecord, packed
-from llm_wsae.data.shard_reader import RowReader
-from llm_wsae.data.shuffling import ActivationSource, shuffled_batches
-from llm_wsae.data.store import ActivationStore, StoreSource
+from llm_wsae.data import shuffling
+from llm_wsae.data.manifest import Manifest, ShardRecord, row_checks
+from llm_wsae.data.shuffling import ActivationSource, MemorySource, shuffled_batches
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
 
-SITE = "blocks.0.hook_resid_post"
+SITE = Site(0, "post")
 
 
-def reader_of(folder, shard_rows, d_in=3, dtype="float32"):
-    """A store's rows of site 0 that are numbered: row i is (i, i, …)."""
-    (folder / SITE).mkdir(parents=True, exist_ok=True)
+def store_of(folder, shard_rows, d_in=3):
+    """A store whose rows are numbered: row i is (i, i, …)."""
+    (folder / str(SITE)).mkdir(parents=True, exist_ok=True)
+    manifest = Manifest({}, {}, [str(SITE)], "float32", d_in, {"context_size": 4}, None, 1, 1, 1)
     at = 0
-    for index, rows in enumerate(shard_rows):
-        numbers = torch.arange(at, at + rows, dtype=torch.float64)[:, None].expand(-1, d_in)
-        tensor = numbers.to(getattr(torch, dtype)).contiguous()
-        save_file({"activations": tensor}, folder / file_of(index))
-        at += rows
-    manifest = manifest_of(folder, shard_rows, d_in, dtype)
-    return ActivationStore(folder, manifest).reader(Site.parse(SITE)), manifest
-
-
-def file_of(index):
-    return f"{SITE}/{index:05d}.safetensors"
-
-
-def manifest_of(folder, shard_rows, d_in, dtype):
-    shards = []
-    for index, rows in enumerate(shard_rows):
-        name = file_of(index)
+    for index, count in enumerate(shard_rows):
+        rows = torch.arange(at, at + count).float()[:, None].expand(-1, d_in).contiguous()
+        name = f"{SITE}/{index:05d}.safetensors"
+        save_file({"activations": rows}, folder / name)
         files = {name: FileRecord.of(folder / name)}
-        size = ROWS_PER_CHECK * d_in * getattr(torch, dtype).itemsize
-        own = {name: packed(checks_of(folder / name, size))}
-        shards.append(ShardRecord(1, rows, (0, 0), (0, 0), files, own))
-    manifest = Manifest({}, {}, [SITE], dtype, d_in, {"context_size": 4}, None, 1, 1, 1)
-    manifest.shards, manifest.complete = shards, True
-    return manifest
+        manifest.shards.append(
+            ShardRecord(1, count, (0, 0), (0, 0), files, {name: row_checks(rows)})
+        )
+        at += count
+    return ActivationStore(folder, manifest)
 
 
-def checks_of(path, size):
-    """The CRC-32 of each ``size`` bytes of rows."""
-    with open(path, "rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return [zlib.crc32(piece) for piece in iter(lambda: file.read(size), b"")]
+def reader_of(folder, shard_rows, d_in=3):
+    return store_of(folder, shard_rows, d_in).reader(SITE)
 
 
 def numbers(batches):
     return torch.cat([batch[:, 0] for batch in batches]).long()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shard_rows=st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(any),
     batch_size=st.integers(1, 90),
@@ -79,10 +63,10 @@ def numbers(batches):
 def test_each_row_once_per_epoch_from_any_start_and_in_any_parts(
     tmp_path_factory, shard_rows, batch_size, chunk, chunks_per_window, parts, start
 ):
-    reader, _ = reader_of(tmp_path_factory.mktemp("rows"), shard_rows)
+    reader = reader_of(tmp_path_factory.mktemp("rows"), shard_rows)
     window = chunk * chunks_per_window * reader.row_bytes
-    before, module.CHUNK_ROWS = module.CHUNK_ROWS, chunk
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shuffling, "CHUNK_ROWS", chunk)
 
         def batches(start, part=(0, 1)):
             return shuffled_batches(reader, batch_size, 0, start, window, part)
@@ -99,25 +83,26 @@ def test_each_row_once_per_epoch_from_any_start_and_in_any_parts(
         shares = [batches(start, (number, parts)) for number in range(parts)]
         for whole, *own in islice(zip(all_batches[start:], *shares, strict=False), 8):
             assert sorted(numbers(own).tolist()) == sorted(numbers([whole]).tolist())
-    finally:
-        module.CHUNK_ROWS = before
 
 
-class CountingReader(RowReader):
-    rows_read = 0
+class CountingReader:
+    """Counts the rows that are read."""
+
+    def __init__(self, reader):
+        self._reader, self.rows_read = reader, 0
+        self.num_rows, self.row_bytes, self.dtype = reader.num_rows, reader.row_bytes, reader.dtype
 
     def read(self, start, out):
         self.rows_read += len(out)
-        super().read(start, out)
+        self._reader.read(start, out)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_a_part_reads_its_share_and_gets_about_as_many_rows_as_the_others(tmp_path, parts):
-    _, manifest = reader_of(tmp_path, [9_000, 7_000])
-    shards = ActivationStore(tmp_path, manifest).row_shards(Site.parse(SITE))
+    store = store_of(tmp_path, [9_000, 7_000])
     lengths, seen, read = [], [], []
     for number in range(parts):
-        reader = CountingReader(shards, 3, torch.float32)
+        reader = CountingReader(store.reader(SITE))
         own = list(islice(shuffled_batches(reader, 1600, 3, part=(number, parts)), 10))
         lengths.append([len(batch) for batch in own])
         seen.append(numbers(own))
@@ -130,14 +115,14 @@ def test_a_part_reads_its_share_and_gets_about_as_many_rows_as_the_others(tmp_pa
 
 
 def test_the_order_is_a_function_of_the_seed_and_well_mixed(tmp_path):
-    reader, _ = reader_of(tmp_path, [40_000, 30_000])
+    reader = reader_of(tmp_path, [40_000, 30_000])
 
-    def first_epoch(seed):
-        return numbers(islice(shuffled_batches(reader, 1000, seed, window_bytes=1 << 18), 70))
+    def first(count, seed):
+        return numbers(islice(shuffled_batches(reader, 1000, seed, window_bytes=1 << 18), count))
 
-    order = first_epoch(0)
-    assert torch.equal(order, first_epoch(0)) and not torch.equal(order, first_epoch(1))
-    both = numbers(islice(shuffled_batches(reader, 1000, 0, window_bytes=1 << 18), 140))
+    both = first(140, 0)
+    order = both[:70_000]
+    assert torch.equal(order, first(70, 0)) and not torch.equal(order, first(70, 1))
     assert not torch.equal(both[70_000:], order)  # the second epoch has an order of its own
     neighbours = (order.diff().abs() == 1).double().mean()
     assert neighbours < 0.001
@@ -147,19 +132,15 @@ def test_the_order_is_a_function_of_the_seed_and_well_mixed(tmp_path):
 
 def test_memory_is_bounded_by_the_window(tmp_path):
     """An epoch over 256 MB in windows of 16 MB, in a process of its own."""
-    shards = [32_768] * 8
-    reader_of(tmp_path, shards, d_in=256)
     script = f"""
 import sys
 sys.path[:0] = ["tests/data", "tests/helpers"]
 from itertools import islice
 from pathlib import Path
-from test_shuffling import SITE, ActivationStore, Site, manifest_of
+from test_shuffling import reader_of
 from llm_wsae.data.shuffling import shuffled_batches
 from llm_wsae.machine.hardware import peak_memory_bytes
-folder = Path({str(tmp_path)!r})
-store = ActivationStore(folder, manifest_of(folder, {shards}, 256, "float32"))
-reader = store.reader(Site.parse(SITE))
+reader = reader_of(Path({str(tmp_path)!r}), [32_768] * 8, d_in=256)
 small = shuffled_batches(reader, 4096, 0, window_bytes=1 << 20)
 next(small); small.close()
 before = peak_memory_bytes()
@@ -167,24 +148,22 @@ for batch in islice(shuffled_batches(reader, 4096, 0, window_bytes=16 << 20), 64
     assert batch.untyped_storage().nbytes() == 4 << 20
 print((peak_memory_bytes() - before) >> 20)
 """
-    root = ROOT
     out = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     # three windows, their shuffled copy, and the batches that were cut ahead
     assert int(out.stdout) < 4 * 16 + 6 * 4 + 16
 
 
 def test_the_thread_ends_with_its_iterator(tmp_path):
-    reader, _ = reader_of(tmp_path, [50_000])
+    reader = reader_of(tmp_path, [50_000])
 
     def threads():
         return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
     before = len(threads())
-    closed = shuffled_batches(reader, 10, 0)
+    closed, dropped = shuffled_batches(reader, 10, 0), shuffled_batches(reader, 10, 0)
     next(closed)
-    dropped = shuffled_batches(reader, 10, 0)
     next(dropped)
     assert len(threads()) >= before + 2
     closed.close()
@@ -219,20 +198,19 @@ def test_prefetch_works_ahead_and_raises_in_place():
 
 
 def test_bad_requests(tmp_path):
-    reader, _ = reader_of(tmp_path, [0])
-    with pytest.raises(UsageError, match="holds no rows"):
-        shuffled_batches(reader, 5, 0)
-    with pytest.raises(UsageError, match="the batch size must be at least 1"):
-        shuffled_batches(reader, 0, 0)
-    with pytest.raises(UsageError, match="begin at batch -1"):
-        shuffled_batches(reader, 5, 0, -1)
+    for rows, size, start, message in (
+        (0, 5, 0, "holds no rows"),
+        (9, 0, 0, "the batch size must be at least 1"),
+        (9, 5, -1, "begin at batch -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            shuffled_batches(reader_of(tmp_path, [rows]), size, 0, start)
 
 
-def test_a_store_is_a_source(tmp_path):
-    _, manifest = reader_of(tmp_path, [30])
-    source = ActivationStore(tmp_path, manifest).source(Site(0, "post"))
-    assert isinstance(source, StoreSource)
-    assert isinstance(source, ActivationSource)
-    assert (source.d_in, source.num_rows, str(source.site)) == (3, 30, SITE)
-    assert sorted(numbers([next(source.batches(30, seed=1))]).tolist()) == list(range(30))
-    assert source.identity()["window_bytes"] == 256 << 20
+def test_a_store_and_rows_in_memory_are_sources(tmp_path):
+    store = store_of(tmp_path, [30])
+    for source in (store.source(SITE), MemorySource(store.rows(SITE, 0, 30), SITE)):
+        assert isinstance(source, ActivationSource)
+        assert (source.d_in, source.num_rows, source.site) == (3, 30, SITE)
+        assert sorted(numbers([next(source.batches(30, seed=1))]).tolist()) == list(range(30))
+    assert store.source(SITE).identity()["window_bytes"] == 256 << 20

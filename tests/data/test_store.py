@@ -1,23 +1,38 @@
+"""What a store holds and where it came from; several stores are read as one."""
+
 import hashlib
 import json
 import shutil
+from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae.artifact.files import load_tensors, save_tensors
+from llm_wsae.artifact.files import save_tensors
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data import shard_writer
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest, save_record
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.packing import Packer
+from llm_wsae.data.shard_writer import StoreWriter
+from llm_wsae.data.shuffling import MemorySource
+from llm_wsae.data.store import ActivationStore, open_stores
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.training.arm import make_arms
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.weighing import measure_inputs
 
 SITES = [Site(1, "post"), Site(0, "pre")]
+SITE = SITES[0]
 CONFIG = HarvestConfig(context_size=12, tokens=1000, batch_tokens=48, shard_tokens=300)
 
 
@@ -46,11 +61,9 @@ def store(made, tmp_path):
 
 def expected_rows(model, corpus, site):
     """The rows as the definition has them: one context at a time, position by position."""
-    from llm_wsae.data.packing import Packer
-
     rows = []
     contexts = Packer.for_model(model, CONFIG).contexts(corpus)
-    for context, _ in zip(contexts, range(CONFIG.num_contexts), strict=False):
+    for context in islice(contexts, CONFIG.num_contexts):
         hidden = model.activations(torch.from_numpy(context.ids)[None], [site])[site][0]
         rows += [hidden[i] for i in range(12) if context.keep[i]]
     return torch.stack(rows)
@@ -63,58 +76,45 @@ def test_any_user_that_may_read_new_files_may_read_a_tensor_file(tmp_path):
     assert path.stat().st_mode == beside.stat().st_mode
 
 
-def test_rows_are_those_of_the_model_and_sites_are_sorted(made, model, corpus):
+def test_rows_and_statistics_are_those_of_the_model(made, model, corpus, tmp_path):
     assert made.sites == [Site(0, "pre"), Site(1, "post")]
     assert made.d_in == 16 and made.context_size == 12
     for site in SITES:
         rows = made.rows(site, 0, made.num_rows)
-        expected = expected_rows(model, corpus, site)
         assert rows.dtype == torch.float32
-        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows, expected_rows(model, corpus, site), rtol=1e-5, atol=1e-6)
         assert torch.equal(rows[40:90], made.rows(site, 40, 90))  # across a shard's end
+        statistics, exact = made.statistics(site), rows.double()
+        assert statistics.count == made.num_rows
+        torch.testing.assert_close(statistics.mean, exact.mean(0))
+        torch.testing.assert_close(statistics.variance, exact.var(0, correction=0))
+        usual = exact[rows.norm(dim=1) <= statistics.massive_threshold]
+        moment = made.second_moment(site)
+        assert moment.count == len(usual)
+        scatter = moment.to_tensors()["scatter"] / len(usual)
+        torch.testing.assert_close(scatter, torch.cov(usual.T, correction=0), rtol=1e-6, atol=1e-9)
+    config = replace(CONFIG, dtype="bfloat16")
+    half = harvest(model, corpus, SITES[:1], tmp_path / "half", config)
+    rows = half.rows(SITE, 0, half.num_rows)
+    assert torch.equal(rows, made.rows(SITE, 0, made.num_rows).bfloat16())
+    # the statistics are of the rows as stored
+    torch.testing.assert_close(half.statistics(SITE).mean, rows.double().mean(0))
 
 
 def test_manifest_says_what_the_rows_are(made, model, corpus):
     value = json.loads((made.folder / MANIFEST).read_text())
     request = value["request"]
     assert request["model"] == model.identity() and request["corpus"] == corpus.identity()
-    assert request["packing"] == {
-        "context_size": 12,
-        "prepend_bos": True,
-        "one_document_per_context": False,
-        "drop_positions": 1,
-        "drop_special": True,
-    }
+    assert request["packing"] == CONFIG.packing()
     assert value["complete"] and value["num_contexts"] == 84
     assert [s["contexts"] for s in value["shards"]] == [28, 28, 28]
     assert sum(s["rows"] for s in value["shards"]) == made.num_rows
-    assert len(value["shards"][0]["files"]) == 5
     for name, record in made.manifest.all_files().items():
         content = (made.folder / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (record.bytes, record.sha256)
     on_disk = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*.safetensors")}
     covariances = {f"evidence/{site}.second_moment.safetensors" for site in SITES}
     assert on_disk == set(made.manifest.all_files()) | covariances
-
-
-def test_statistics_are_those_of_all_rows(made):
-    for site in SITES:
-        rows = made.rows(site, 0, made.num_rows).double()
-        statistics = made.statistics(site)
-        assert statistics.count == made.num_rows
-        torch.testing.assert_close(statistics.mean, rows.mean(0))
-        torch.testing.assert_close(statistics.variance, rows.var(0, correction=0))
-
-
-def test_bfloat16_on_disk(model, corpus, tmp_path, made):
-    config = HarvestConfig(
-        context_size=12, tokens=1000, batch_tokens=48, shard_tokens=300, dtype="bfloat16"
-    )
-    store = harvest(model, corpus, SITES[:1], tmp_path / "half", config)
-    rows = store.rows(SITES[0], 0, store.num_rows)
-    assert torch.equal(rows, made.rows(SITES[0], 0, made.num_rows).bfloat16())
-    # the statistics are of the rows as stored
-    torch.testing.assert_close(store.statistics(SITES[0]).mean, rows.double().mean(0))
 
 
 def test_every_row_leads_back_to_its_text(made, corpus):
@@ -130,50 +130,45 @@ def test_every_row_leads_back_to_its_text(made, corpus):
     by_row = made.locate(torch.arange(made.num_rows))
     place = by_row.context * 12 + by_row.position
     assert bool((place.diff() > 0).all()) and bool((by_row.position > 0).all())
-    with pytest.raises(UsageError, match="not one of the store's"):
-        made.locate(torch.tensor([made.num_rows]))
+    for shard in range(3):
+        own, headers = made.contexts(shard).document, made.contexts(shard).headers
+        assert list(headers) == np.unique(own[own >= 0]).tolist()
 
 
-def test_a_store_of_another_model_is_refused(made, model):
+def test_what_a_store_does_not_have(made, model, store, tmp_path):
+    other = tiny_model(seed=1).identity()
     made.check_model(model.identity())
-    with pytest.raises(LlmWsaeError, match="other weights"):
-        made.check_model(tiny_model(seed=1).identity())
-    with pytest.raises(LlmWsaeError, match=r"in float32, not by .* in bfloat16"):
-        made.check_model({**model.identity(), "dtype": "bfloat16"})
-
-
-def test_unknown_site_is_named(made):
-    with pytest.raises(UsageError, match=r"no blocks\.1\.hook_resid_pre; did you mean"):
-        made.source(Site(1, "pre"))
-    with pytest.raises(UsageError, match="there are no rows 5 to 100000"):
-        made.rows(SITES[0], 5, 100_000)
-
-
-def test_a_lost_shard_leaves_the_others_readable(store):
-    path = store.folder / str(SITES[0]) / "00001.safetensors"
+    path = store.folder / str(SITE) / "00001.safetensors"
     path.unlink()
-    with pytest.raises(LlmWsaeError, match=r"cannot read .*00001\.safetensors"):
-        store.rows(SITES[0], 0, store.num_rows)
     first = store.manifest.shards[0].rows
-    assert len(store.rows(SITES[0], 0, first)) == first
+    assert len(store.rows(SITE, 0, first)) == first
+    for error, message, ask in (
+        (LlmWsaeError, "other weights", lambda: made.check_model(other)),
+        (
+            LlmWsaeError,
+            r"in float32, not by .* in bfloat16",
+            lambda: made.check_model({**model.identity(), "dtype": "bfloat16"}),
+        ),
+        (UsageError, "no blocks.1.hook_resid_pre; did", lambda: made.source(Site(1, "pre"))),
+        (UsageError, "there are no rows 5 to 100000", lambda: made.rows(SITE, 5, 100_000)),
+        (UsageError, "not one of the store's", lambda: made.locate(torch.tensor([made.num_rows]))),
+        (LlmWsaeError, "cannot read .*00001", lambda: store.rows(SITE, 0, store.num_rows)),
+        (LlmWsaeError, "there is no activation store in", lambda: ActivationStore.open(tmp_path)),
+    ):
+        with pytest.raises(error, match=message):
+            ask()
 
 
-def test_foreign_folders_are_named(store, tmp_path):
-    with pytest.raises(LlmWsaeError, match=r"there is no activation store in .*no manifest\.json"):
-        ActivationStore.open(tmp_path / "nowhere")
-    path = store.folder / MANIFEST
-    path.write_text("{")
-    with pytest.raises(LlmWsaeError, match="is not a readable record of the activation store"):
-        ActivationStore.open(store.folder)
-
-
-def test_an_incomplete_store_is_refused(store):
+def test_an_incomplete_or_damaged_store_is_refused(store):
     save_record(store.folder, 1, store.manifest.shards[1])
     store.manifest.complete, store.manifest.statistics, store.manifest.shards = False, {}, []
     store.manifest.save(store.folder)
     with pytest.raises(LlmWsaeError, match="is not complete: 28 of 84 contexts"):
         ActivationStore.open(store.folder)
     assert "is not complete" in verify(store.folder).problems[0]
+    (store.folder / MANIFEST).write_text("{")
+    with pytest.raises(LlmWsaeError, match="is not a readable record of the activation store"):
+        ActivationStore.open(store.folder)
 
 
 def test_batches_behind_a_failed_one_never_complete_its_shard(store, tmp_path):
@@ -187,20 +182,145 @@ def test_batches_behind_a_failed_one_never_complete_its_shard(store, tmp_path):
     rows = {s: torch.zeros(int(half.keep.sum()), 16) for s in manifest.sites}
     bad = {s: torch.full_like(r, torch.inf) for s, r in rows.items()}
     message = r"shard 00000: (\d+) of \1 rows hold NaN or infinite"
-    with (
-        pytest.raises(LlmWsaeError, match=message),
-        shard_writer.StoreWriter(out, manifest) as w,
-    ):
-        w.add(0, half, bad)
-        w.add(0, half, rows)
-        w.wait()
+    with pytest.raises(LlmWsaeError, match=message), StoreWriter(out, manifest) as writer:
+        for batch in (bad, rows, rows):
+            writer.add(0, half, batch)
+        writer.wait()
     assert list(out.rglob("*")) == []
 
 
-def test_documents_of_a_shard(made, corpus):
-    tensors, metadata = load_tensors(made.folder / "tokens/00001.safetensors", "tokens")
-    headers = json.loads(metadata["documents"])
-    present = tensors["document"][tensors["document"] >= 0].unique().tolist()
-    assert [int(key) for key in headers] == present
-    documents = {s.document: s for s in corpus.sections(None)}
-    assert headers == {str(number): documents[number].header() for number in present}
+# --- Several stores
+
+
+SIXTEEN = HarvestConfig(tokens=1600, context_size=16, batch_tokens=256, shard_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory):
+    """Of three texts; the second in other shards."""
+    place = tmp_path_factory.mktemp("stores")
+    for number, size in enumerate((1024, 512, 1024)):
+        text = write_jsonl(place / f"text{number}.jsonl", [20 + number] * 150)
+        config = replace(SIXTEEN, shard_tokens=size)
+        harvest(model, Corpus.open(str(text), "train"), [SITE], place / f"s{number}", config)
+    return [place / f"s{number}" for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def stores(folders):
+    return [ActivationStore.open(folder) for folder in folders]
+
+
+@pytest.fixture
+def joined(folders):
+    return open_stores(folders)
+
+
+@pytest.fixture(scope="module")
+def every_row(stores):
+    return torch.cat([store.rows(SITE, 0, store.num_rows) for store in stores])
+
+
+def test_rows_and_batches_are_those_of_one_store_after_the_other(stores, joined, every_row):
+    assert joined.num_rows == len(every_row) == sum(store.num_rows for store in stores)
+    assert torch.equal(joined.rows(SITE, 0, len(every_row)), every_row)
+    first = stores[0].num_rows
+    middle = slice(first - 5, first + 5)
+    assert torch.equal(joined.rows(SITE, middle.start, middle.stop), every_row[middle])
+    expected = MemorySource(every_row, SITE).batches(100, 3)
+    for one, other in islice(zip(joined.source(SITE).batches(100, 3), expected, strict=True), 60):
+        assert torch.equal(one, other)
+    corpus = joined.identity(SITE)["corpus"]
+    assert corpus["name"] == "text0.jsonl+text1.jsonl+text2.jsonl" and corpus["part"] == "train"
+    assert open_stores([stores[0].folder]).identity(SITE) == stores[0].identity(SITE)
+
+
+def test_statistics_and_covariance_are_those_of_all_rows(stores, joined, every_row):
+    where = torch.cat([store.locate(torch.arange(store.num_rows)).position for store in stores])
+    whole, found = Statistics(16, 16).update(every_row, where), joined.statistics(SITE)
+    assert found.count == whole.count and found.massive_count == whole.massive_count
+    assert torch.equal(found.minimum, whole.minimum) and torch.equal(found.maximum, whole.maximum)
+    torch.testing.assert_close(found.mean, whole.mean, rtol=0, atol=1e-7)
+    torch.testing.assert_close(found.variance, whole.variance, rtol=1e-6, atol=0)
+    moment = joined.second_moment(SITE).to_tensors()["scatter"]  # added up
+    wanted = SecondMoment(16).update(every_row.float()).to_tensors()["scatter"]
+    torch.testing.assert_close(moment, wanted, rtol=1e-4, atol=1e-4)
+    assert len(list((joined.folder / "evidence").iterdir())) == 1
+
+
+def test_a_covariance_that_cannot_be_added_up_is_measured_and_kept(folders, joined, tmp_path):
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in folders]
+    shutil.rmtree(copies[1] / "evidence")
+    found = open_stores(copies).second_moment(SITE).to_tensors()["scatter"]
+    wanted = joined.second_moment(SITE).to_tensors()["scatter"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert len(list((copies[0] / "evidence").iterdir())) == 2  # beside that of the first alone
+    again = open_stores(copies).second_moment(SITE).to_tensors()["scatter"]
+    assert torch.equal(found, again)
+
+
+def test_rows_know_their_documents(stores, joined):
+    found, before = joined.locate(torch.arange(joined.num_rows)), 0
+    for store in stores:
+        own = store.locate(torch.arange(store.num_rows))
+        here = slice(before, before + store.num_rows)
+        for name in ("position", "offset", "ids"):
+            assert torch.equal(getattr(found, name)[here], getattr(own, name))
+        assert joined.document(before + 7) == store.document(7)
+        before += store.num_rows
+    sizes = [store.text_size().documents for store in stores]
+    assert joined.text_size().documents == sum(sizes)
+
+
+def trained(store, out):
+    weights = choose_weights(measure_inputs(["whitening"], store, SITE), ["whitening"], [0.5])
+    config = TrainConfig(batch_size=128, expansion=2, dtype="float32")
+    train(store.source(SITE), make_arms(weights, (4,), (), (0,), ("topk",)), config, out)
+    return next(out.glob("*/sae_weights.safetensors")).read_bytes()
+
+
+def test_a_training_resumes_wherever_the_stores_are_but_in_that_order(folders, tmp_path):
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in folders]
+    out = tmp_path / "trained"
+    first = trained(open_stores(folders), out)
+    assert first == trained(open_stores(copies), tmp_path / "again")
+    trained(open_stores(copies), out)
+    for other in (folders[::-1], folders[:2]):
+        with pytest.raises(LlmWsaeError, match="other settings"):
+            trained(open_stores(other), out)
+
+
+def test_what_cannot_be_read_together_is_refused(model, folders, tmp_path):
+    first, second, _ = folders
+    text = folders[0].parent / "text2.jsonl"
+
+    def other(name, part="train", model=model, text=text, **changes):
+        corpus, config = Corpus.open(str(text), part), replace(SIXTEEN, **{"tokens": 500} | changes)
+        return harvest(model, corpus, [SITE], tmp_path / name, config).folder
+
+    for error, message, named in (
+        (UsageError, "name at least one", []),
+        (UsageError, "is listed twice; name each store once", [first, second, first]),
+        (
+            LlmWsaeError,
+            r"does not fit .*packing context_size: 16 in the first",
+            [first, other("short", context_size=8)],
+        ),
+        (
+            LlmWsaeError,
+            r"does not fit .*model weights_sha256",
+            [first, other("model", model=tiny_model(seed=5))],
+        ),
+        (
+            LlmWsaeError,
+            r"part: .train. in the first store, .heldout.",
+            [first, other("heldout", part="heldout", tokens=200)],
+        ),
+        (
+            LlmWsaeError,
+            r"the beginning of text0\.jsonl",
+            [first, other("same", text=folders[0].parent / "text0.jsonl")],
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            open_stores(named)

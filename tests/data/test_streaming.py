@@ -70,7 +70,7 @@ def files(folder):
     }
 
 
-def test_stream_gives_the_rows_of_the_corpus_shuffled(model, corpus):
+def test_stream_gives_the_rows_of_the_corpus_shuffled_again_and_again(model, corpus, capsys):
     stream = ActivationStream(model, corpus, SITES[1], STREAM)
     assert isinstance(stream, ActivationSource) and stream.num_rows is None
     blocks = list(Packer.for_model(model, STREAM).blocks(corpus, 4))
@@ -82,14 +82,9 @@ def test_stream_gives_the_rows_of_the_corpus_shuffled(model, corpus):
         found = torch.cat(list(islice(batches, len(expected))))
         assert not torch.equal(found, expected)
         assert torch.equal(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()])
-
-
-def test_stream_starting_later_is_dropping(model, corpus):
-    stream = ActivationStream(model, corpus, SITES[1], STREAM)
-    batches = list(islice(stream.batches(64, seed=3), 100))
-    for start in (1, 7, 40, 99):
-        assert torch.equal(batches[start], next(stream.batches(64, seed=3, start=start)))
-    assert not torch.equal(batches[0], next(stream.batches(64, seed=4)))
+    said = capsys.readouterr().err
+    assert said.count("it is read again") == 1
+    assert re.search(r"text.jsonl ends after 4,5\d\d rows", said)
 
 
 def test_statistics_covariance_and_identity(streams, model, corpus):
@@ -123,8 +118,12 @@ def test_stream_errors(model, corpus, tmp_path):
         next(ActivationStream(broken, corpus, SITES[1], STREAM).batches(5, 0))
 
 
-def test_several_sites_have_the_rows_of_one(streams, model, corpus):
+def test_several_sites_have_the_rows_of_one_from_any_batch_on(streams, model, corpus):
     together = list(islice(streams.batches(64, seed=3), 30))
+    for start in (1, 7, 29):
+        for own, whole in zip(next(streams.batches(64, 3, start)), together[start], strict=True):
+            assert torch.equal(own, whole)
+    assert not torch.equal(next(streams.batches(64, seed=4))[0], together[0][0])
     for number, site in enumerate(SITES):
         alone = ActivationStream(model, corpus, site, STREAM)
         for source in (alone, streams.source(site)):
@@ -148,7 +147,7 @@ def test_the_parts_of_a_batch_are_the_batch(streams, model, corpus, parts):
     assert parts == 50 or min(map(sum, zip(*sizes, strict=True))) > 0.7 * 64 * 20 / parts
 
 
-def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams, monkeypatch):
+def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams):
     """As on a GPU, where a thread waits for the text when the last batch is taken."""
     blocks, waits, goes_on = streams._endless_blocks(), threading.Event(), threading.Event()
 
@@ -159,8 +158,7 @@ def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams, 
                 goes_on.wait(5)
             yield block
 
-    monkeypatch.setattr(streams, "_endless_blocks", slow)
-    monkeypatch.setattr(ActivationStreams, "_computes_ahead", True)
+    streams._endless_blocks, streams.computes_ahead = slow, True
     batches = streams.batches(8, seed=0)
     next(batches)
     assert waits.wait(5)
@@ -181,17 +179,15 @@ def test_sites_in_step_are_trained_as_alone(streams, model, corpus, tmp_path):
     assert found.kind == "run" and not found.problems
 
 
-class Broken:
+class Broken(ActivationStreams):
     """Streams whose text ends in an error at a batch."""
 
     def __init__(self, streams, at):
-        self._streams, self._at = streams, at
-
-    def __getattr__(self, name):
-        return getattr(self._streams, name)
+        vars(self).update(vars(streams))
+        self._at = at
 
     def batches(self, batch_size, seed, start=0, part=(0, 1)):
-        for number, rows in enumerate(self._streams.batches(batch_size, seed, start, part), start):
+        for number, rows in enumerate(super().batches(batch_size, seed, start, part), start):
             if number == self._at:
                 raise LlmWsaeError("the connection to the text broke")
             yield rows
@@ -304,14 +300,6 @@ def test_sensitivity_is_measured_once_and_its_last_digits_do_not_matter(model, c
         with pytest.raises(LlmWsaeError, match=r"other settings .*gamma_sum"):
             train_sites(streams, nearly, TRAIN, tmp_path / "t")
     assert is_finished(tmp_path / "t" / str(SITES[1]))
-
-
-def test_it_says_when_the_text_is_read_again(streams, capsys):
-    list(islice(streams.batches(512, seed=0), 40))
-    said = capsys.readouterr().err
-    assert said.count("it is read again") == 1 and re.search(
-        r"text.jsonl ends after 4,5\d\d rows", said
-    )
 
 
 def test_a_dictionary_says_whether_its_contexts_began_with_a_bos(corpus, tmp_path):

@@ -15,16 +15,15 @@ from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae.artifact import digests
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data.finishing import read_statistics
 from llm_wsae.data.manifest import (
     MANIFEST,
     Manifest,
     complete_shards,
+    read_statistics,
     save_record,
     tokens_path,
 )
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
     Explanation,
@@ -220,7 +219,7 @@ def of_others(folder: Path) -> dict[str, Kind]:
     weigh = ("weigh", folder / "store", "--site", SITE, "--rule")
     works(*weigh, "whitening", "--out", weights)
     works(*weigh, "variance", "--out", other)
-    measured = StoredMeasurement(store, PLACE, "second_moment")
+    measured = store.evidence(PLACE, "second_moment")
     answers, known = folder / "answers.jsonl", {}
     for number in range(4):
         known[f"{number:064}"] = f"answer {number}"
@@ -229,7 +228,7 @@ def of_others(folder: Path) -> dict[str, Kind]:
             file.write(digests.json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
 
     def read_measured() -> Any:
-        found = measured.read_tensors()
+        found = measured.read()
         if found is None:
             raise LlmWsaeError("it is measured again")
         return found
@@ -242,7 +241,7 @@ def of_others(folder: Path) -> dict[str, Kind]:
 
     return {
         "weights file": Kind(weights, other, lambda: LossWeights.load(weights)),
-        "measurement kept in a store": Kind(measured._path, weights, read_measured),
+        "measurement kept in a store": Kind(measured.path, weights, read_measured),
         "answers": Kind(answers, answers, read_answers),
     }
 

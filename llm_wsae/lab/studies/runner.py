@@ -15,7 +15,7 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.stores import open_stores
+from llm_wsae.data.store import open_stores
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.heldout import Encoder

@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.outputs import check_file, check_folder, is_record_of
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.data.memory import MemorySource
+from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import frozen_random
