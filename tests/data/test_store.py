@@ -28,7 +28,7 @@ from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.loss_weights import choose_weights
 from llm_wsae.weights.weighing import measure_inputs
 
 SITES = [Site(1, "post"), Site(0, "pre")]
