@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from llm_wsae.explaining.explaining import explain as explain
     from llm_wsae.explaining.protocol import ExplainConfig as ExplainConfig
     from llm_wsae.inspecting.inspection import inspect as inspect
-    from llm_wsae.lab.planting.config import PlantConfig as PlantConfig
-    from llm_wsae.lab.planting.recovery import measure_recovery as measure_recovery
-    from llm_wsae.lab.planting.source import PlantedSource as PlantedSource
-    from llm_wsae.lab.studies.config import Study as Study
-    from llm_wsae.lab.studies.config import StudyGrid as StudyGrid
+    from llm_wsae.lab.config import PlantConfig as PlantConfig
+    from llm_wsae.lab.recovery import measure_recovery as measure_recovery
+    from llm_wsae.lab.planting import PlantedSource as PlantedSource
+    from llm_wsae.lab.config import Study as Study
+    from llm_wsae.lab.config import StudyGrid as StudyGrid
     from llm_wsae.lab.studies.runner import study as study
-    from llm_wsae.lab.theory.optimum import gap_norms as gap_norms
-    from llm_wsae.lab.theory.optimum import least_gap_weights as least_gap_weights
+    from llm_wsae.lab.theory import gap_norms as gap_norms
+    from llm_wsae.lab.theory import least_gap_weights as least_gap_weights
     from llm_wsae.model.language_model import LanguageModel as LanguageModel
     from llm_wsae.model.site import Site as Site
     from llm_wsae.pages.dashboard import dashboard as dashboard

@@ -51,9 +51,9 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.packing import Packer
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
-from llm_wsae.lab.planting.config import PlantConfig
-from llm_wsae.lab.planting.recovery import measure_recovery
-from llm_wsae.lab.planting.source import PlantedSource
+from llm_wsae.lab.config import PlantConfig
+from llm_wsae.lab.planting import PlantedSource
+from llm_wsae.lab.recovery import measure_recovery
 from llm_wsae.statistics.uncertainty import over_seeds_and_items
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig

@@ -15,8 +15,7 @@ from llm_wsae.artifact.outputs import check_file, check_folder, is_record_of
 from llm_wsae.commands import Result
 from llm_wsae.data.config import HarvestConfig, PackConfig, StreamConfig
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.lab.studies.config import Study
-from llm_wsae.lab.theory.config import TheoryConfig
+from llm_wsae.lab.config import Study, TheoryConfig
 from llm_wsae.machine.processes import leads
 from llm_wsae.model.site import Site
 from llm_wsae.outside import check_numbers
@@ -360,7 +359,7 @@ def study(request: Study) -> Result:
 
     started, report = time.monotonic(), compare(request)
     page = request.out / PAGE
-    written = f"report  {page}, to open in a browser; {MARKDOWN}, {REPORT} and a figure beside it"
+    written = f"report  {page}, to open in a browser; {MARKDOWN} and {REPORT} beside it"
     return report.to_dict(), "\n".join([report.table(), "", written, _cost(started)])
 
 
@@ -375,7 +374,7 @@ def theory(
     Args:
         out: Folder that receives the report and one training for each sparsity and seed.
     """
-    from llm_wsae.lab.theory.toy import REPORT, run_toy
+    from llm_wsae.lab.toy import REPORT, run_toy
 
     started, report = time.monotonic(), run_toy(toy, out)
     lines = [report.table(), "", f"report   {out / REPORT}", _cost(started)]

@@ -34,10 +34,9 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
+from llm_wsae.lab.config import Study, StudyGrid
 from llm_wsae.lab.studies import runner
-from llm_wsae.lab.studies.config import Study, StudyGrid
-from llm_wsae.lab.studies.folder import read_basis
-from llm_wsae.lab.studies.results import read_result
+from llm_wsae.lab.studies.results import read_result, study_in
 from llm_wsae.machine.processes import Processes
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import ModelConfig, TextConfig
@@ -209,7 +208,7 @@ def of_studies(folder: Path) -> dict[str, Kind]:
     basis = study / "study.json"
     return {
         "study, results": Kind(results[0], results[1], lambda: read_result(results[0])),
-        "study, description": Kind(basis, results[0], lambda: read_basis(study)),
+        "study, description": Kind(basis, results[0], lambda: study_in(study).read().request),
     }
 
 

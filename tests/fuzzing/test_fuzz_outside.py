@@ -18,7 +18,6 @@ from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, nobo
 from fuzzing import Fuzz, blind, change, frozen, in_a_fork
 from safetensors.torch import load_file
 
-from llm_wsae.lab.theory import toy
 from llm_wsae.model.language_model import LanguageModel
 
 MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
@@ -37,7 +36,7 @@ WORKING = {
             "--evaluate.tokens", 60),
     "study": ("store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--k", 4,
               "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
-    "theory": ("--sparsity", 0.99, "--seeds", 0, 1, "--steps", 3),
+    "theory": ("--sparsity", 0.99, "--seeds", 0, 1, "--steps", 3, "--model-steps", 3),
     "explain": ("trained/uniform-k4", "--store", "store", "--model", "model",
                 "--endpoint", "http://127.0.0.1:9/v1", "--explainer", "x"),
     "push": ("trained/uniform-k4", "user/saes"),
@@ -152,7 +151,6 @@ def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: obj
 def test_command_lines(places, monkeypatch, fuzz):
     """Of every command; what works is repeated with other words."""
     monkeypatch.chdir(places)
-    monkeypatch.setattr(toy, "_MODEL_STEPS", 3)  # more take seconds
     before = content(places)
     for number, draw in fuzz.cases("command line", 40):
         judge(fuzz, "command line", number, command_line(draw))
@@ -200,7 +198,6 @@ OUTS = ("empty/x", "nothing", "store", "model", "trained", "trained/uniform-k4",
 def test_places(places, monkeypatch, fuzz):
     """What is read is gone, of another kind or forbidden; what is written cannot be."""
     monkeypatch.chdir(places)
-    monkeypatch.setattr(toy, "_MODEL_STEPS", 3)  # more take seconds
     for name in WORKING:  # modules are imported first: nobody might not read them either
         call(name, "--help")
     importlib.import_module("matplotlib.font_manager")  # as the figures do, later

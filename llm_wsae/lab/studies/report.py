@@ -1,27 +1,34 @@
-"""The report of a study: verdicts, tables, JSON, a figure, and a page of all of them."""
+"""The report of a study: verdicts, tables, JSON, and a page of all of them.
 
-from collections.abc import Iterable, Sequence
+Every rule is compared with plain dictionaries of the same k and seeds, and with its control. KL,
+detection of latents and spill decide, the last two without latents that fire on more than a tenth
+of the tokens, which sway them, whatever they stand for; of planted features their F1 as well. Each
+gets a verdict of its own: a rule that lowers KL may cost what another measure shows.
+
+Better means better than plain and better than the rule's control, because weights that know nothing
+of the dimensions may help as well: the larger p of the two differences counts. Holm's correction
+covers all rules, k and deciding measures of the study.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.artifact.files import write_json, write_text
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.lab.studies.comparison import Compared, compare
-from llm_wsae.lab.studies.figures import figures_of_page, plot_differences
-from llm_wsae.lab.studies.inference import Estimate
-from llm_wsae.lab.studies.plan import PLAIN
+from llm_wsae.lab.studies.arms import PLAIN
+from llm_wsae.lab.studies.differences import Estimate, compared
 from llm_wsae.lab.studies.results import Result, deciding
+from llm_wsae.pages.drawing import PALETTE
 from llm_wsae.pages.frame import filled
-from llm_wsae.statistics.measures import STUDIED
+from llm_wsae.statistics.measures import DRAWN, L0, STUDIED
+from llm_wsae.statistics.uncertainty import LEVEL, holm
 from llm_wsae.terminal import Table, aligned
 
-REPORT_FILES = REPORT, MARKDOWN, PAGE, DIFFERENCES = (
-    "report.json",
-    "report.md",
-    "report.html",
-    "differences.png",
-)
+BETTER, WORSE, NOT_SHOWN = "better", "worse", "not shown"
+REPORT_FILES = REPORT, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
 _QUESTION = "Is a dictionary with weights better than a plain one of the same k?"
 _HOW_TO_READ = (
     "Each value less that of the plain dictionary of the same k and seed. Square brackets hold the "
@@ -44,10 +51,112 @@ _BASELINES = (
     "Where they come close to the others, a measure says little of what was learnt. No verdict or "
     "correction depends on them."
 )
-
-
-Rows = list[list[str]]
+_LEGEND = (
+    "Filled: the rule. Hollow: its control. Bars are 95 % intervals. The scale is logarithmic far "
+    "from 0."
+)
+_FIDELITY = [measure.key for measure in DRAWN]
 _NONE = "–"
+_Kind = tuple[str, int]  # a label and a k
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Weights of one name and k, over all their seeds, beside plain dictionaries of that k."""
+
+    label: str
+    k: int
+    control: str | None
+    seeds: tuple[int, ...]
+    """Those that have a plain dictionary of that k."""
+    effects: dict[str, Estimate]
+    """Differences from the plain dictionaries, by measure."""
+    against_control: dict[str, Estimate]
+    """Differences from the control's dictionaries, by measure."""
+    adjusted: dict[str, float]
+    """p of the deciding measures, corrected for everything that was tried; none for a control."""
+    verdicts: dict[str, str]
+    """By deciding measure; none for a control."""
+
+    @property
+    def name(self) -> str:
+        """Of its row in tables."""
+        return f"{self.label}, k {self.k}"
+
+
+def compare(results: Sequence[Result]) -> list[Compared]:
+    """Every label and k except plain ones and baselines, in the order of the results."""
+    groups = _grouped(result for result in results if not result.is_baseline)
+    controls = {kind: own[0].control for kind, own in groups.items() if kind[0] != PLAIN}
+    effects = {kind: _differences(groups, kind, PLAIN) for kind in controls}
+    against = {kind: _differences(groups, kind, label or "") for kind, label in controls.items()}
+    tests = {
+        (kind, measure): _p(measure, effects[kind][measure], against[kind].get(measure))
+        for kind, label in controls.items()
+        for measure in deciding(results)
+        if label is not None and measure in effects[kind]
+    }
+    adjusted: dict[_Kind, dict[str, float]] = defaultdict(dict)
+    for (kind, measure), p in zip(tests, holm(list(tests.values())), strict=True):
+        adjusted[kind][measure] = p
+    seeds = {kind: {result.seed for result in own} for kind, own in groups.items()}
+    return [
+        Compared(
+            label=kind[0],
+            k=kind[1],
+            control=label,
+            seeds=tuple(sorted(seeds[kind] & seeds.get((PLAIN, kind[1]), set()))),
+            effects=effects[kind],
+            against_control=against[kind],
+            adjusted=adjusted[kind],
+            verdicts={m: _verdict(m, effects[kind][m], p) for m, p in adjusted[kind].items()},
+        )
+        for kind, label in controls.items()
+    ]
+
+
+def _grouped(results: Iterable[Result]) -> dict[_Kind, list[Result]]:
+    """By label and k."""
+    groups: dict[_Kind, list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.label, result.k), []).append(result)
+    return groups
+
+
+def _differences(
+    groups: Mapping[_Kind, Sequence[Result]], kind: _Kind, beside: str
+) -> dict[str, Estimate]:
+    """By measure, from the dictionaries of another label and the same k."""
+    found = {}
+    for measure in STUDIED:
+        own, other = (
+            {r.seed: r.values[measure] for r in groups.get(one, ()) if measure in r.values}
+            for one in (kind, (beside, kind[1]))
+        )
+        if (difference := compared(own, other)) is not None:
+            found[measure] = difference
+    return found
+
+
+def _p(measure: str, effect: Estimate, against: Estimate | None) -> float:
+    """Of no difference from plain, or of a gain that the control has, too."""
+    if not _is_gain(measure, effect):
+        return effect.p
+    if against is None or not _is_gain(measure, against):
+        return 1.0
+    return max(effect.p, against.p)
+
+
+def _is_gain(measure: str, estimate: Estimate) -> bool:
+    """Whether a difference is in the better direction."""
+    sign = -1 if STUDIED[measure].lower_is_better else 1
+    return sign * estimate.difference > 0
+
+
+def _verdict(measure: str, effect: Estimate, p: float) -> str:
+    if p >= 1 - LEVEL:
+        return NOT_SHOWN
+    return BETTER if _is_gain(measure, effect) else WORSE
 
 
 @dataclass(frozen=True)
@@ -63,7 +172,16 @@ class StudyReport:
     @classmethod
     def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
         """Compare finished dictionaries, in any order."""
-        ordered = _ordered(results)
+        owner = {r.control: r.label for r in results if r.control is not None}
+
+        def place(result: Result) -> tuple:
+            """Plain first, then each rule followed by its control, then baselines."""
+            label = result.label
+            rule = owner.get(label, label)
+            first = result.is_baseline, label != PLAIN
+            return *first, rule, label != rule, label, result.k, result.seed
+
+        ordered = sorted(results, key=place)
         return cls(site, basis, ordered, compare(ordered))
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,29 +201,26 @@ class StudyReport:
         )
 
     def write(self, out: Path) -> None:
-        """Write JSON, Markdown, page and figure. Raises LlmWsaeError if that is impossible."""
+        """Write JSON, Markdown and page. Raises LlmWsaeError if that is impossible."""
         write_json(out / REPORT, self.to_dict())
         write_text(out / MARKDOWN, self.markdown())
         write_text(out / PAGE, self.page())
-        plot_differences(self.compared, self._measures, self.site, out / DIFFERENCES)
 
     def sentences(self) -> list[str]:
         """One line for each rule and k, and what to know before relying on it."""
-        return [*(f"{one.name}: {self._evidence(one)}" for one in self._claims()), *self._notes()]
+        return [*(f"{one.name}: {_evidence(one)}" for one in self._claims()), *self._notes()]
 
     def table(self) -> str:
         """For the terminal."""
-        parts = [aligned(dictionary_rows(self.results, self._measures))]
+        parts = [aligned(self._dictionaries())]
         if self.compared:
-            rows = difference_rows(self.compared, deciding(self.results))
+            rows = self._differences(deciding(self.results))
             parts += ["difference from the plain dictionaries of the same k", aligned(rows)]
         return "\n\n".join([*parts, *self.sentences()])
 
     def markdown(self) -> str:
         """The same and more, as Markdown."""
-        parts = [f"# {self._title()}"]
-        parts += [f"- {sentence}" for sentence in self.sentences()]
-        parts += [f"![Differences from plain dictionaries]({DIFFERENCES})"]
+        parts = [f"# {self._title}", *(f"- {sentence}" for sentence in self.sentences())]
         parts += [table.markdown() for table in self._tables()]
         measures = [STUDIED[name] for name in self._measures]
         parts += ["\n".join(f"- {one.title}: {one.meaning}" for one in measures)]
@@ -113,22 +228,87 @@ class StudyReport:
 
     def page(self) -> str:
         """All of it as one HTML file that needs no network (``pages/report.html``)."""
-        figures = figures_of_page(self.results, self.compared, self._measures)
+        figures = self.figures()
         numbers = {one["name"]: number for number, one in enumerate(figures["series"])}
         about = {
-            "title": self._title(),
+            "title": self._title,
             "words": [_QUESTION, *self._notes()],
             "facts": self._facts(),
             "evidence": [
-                {"series": numbers[one.label], "name": one.name, "text": self._evidence(one)}
+                {"series": numbers[one.label], "name": one.name, "text": _evidence(one)}
                 for one in self._claims()
             ],
             "tables": [table.of_page() for table in self._tables()],
         }
         return filled("report.html", figures | about)
 
+    def figures(self) -> dict[str, Any]:
+        """What the page draws, JSON-able; ``pages/report.html`` says what it expects."""
+        of_others = {one.control for one in self.compared}
+        shown = [one for one in self.compared if one.label not in of_others]
+        controls = {(one.label, one.k): one for one in self.compared}
+        owners = {one.label: one.control for one in shown}
+        numbers = {label: number for number, label in enumerate((PLAIN, *owners))}
+        of_control = {control: numbers[label] for label, control in owners.items() if control}
+        rows = [
+            {
+                "series": numbers[one.label],
+                "name": one.name,
+                "word": ", ".join(f"{STUDIED[m].title} {word}" for m, word in one.verdicts.items()),
+                "values": _numbers(one),
+                "control": _numbers(controls.get((one.control or "", one.k))),
+            }
+            for one in shown
+        ]
+        others = [measure for measure in self._measures if measure not in _FIDELITY]
+        return {
+            "series": [
+                {"name": PLAIN, "group": "plain"},
+                *(
+                    {"name": name, "control": control, "group": "weighted",
+                     "colour": number % len(PALETTE)}
+                    for number, (name, control) in enumerate(owners.items())
+                ),
+            ],
+            "points": [
+                {
+                    "series": of_control.get(r.label, numbers.get(r.label)),
+                    "control": r.label in of_control,
+                    "name": r.label,
+                    "k": r.k,
+                    "values": {"l0": r.shares["l0"], "fvu": r.fvu, "ce_recovered": r.ce_recovered}
+                    | {measure: value.mean for measure, value in r.values.items()},
+                }
+                for r in self.results
+                if not r.is_baseline
+            ],
+            "measures": {m.key: m.of_page() for m in (*DRAWN, L0)}
+            | {name: STUDIED[name].of_page() for name in self._measures},
+            "curves": [
+                {"title": "Fidelity", "across": "l0", "up": _FIDELITY},
+                {"title": "Monosemanticity", "across": "l0", "up": others},
+            ],
+            "legend": _LEGEND,
+            "forest": self._measures,
+            "differences": [{"equal": "k", "across": "l0", "rows": rows}],
+        }  # fmt: skip
+
+    @property
     def _title(self) -> str:
         return f"Study of weights at {self.site}, {self.basis['training']['architecture']}"
+
+    @property
+    def _measures(self) -> list[str]:
+        """Those that some dictionary has."""
+        return [m for m in STUDIED if any(m in result.values for result in self.results)]
+
+    def _claims(self) -> list[Compared]:
+        return [one for one in self.compared if one.control is not None]
+
+    def _notes(self) -> list[str]:
+        """What to know before relying on the verdicts."""
+        texts = [result.text for result in self.results if result.text is not None]
+        return texts[0].warnings() if texts else []
 
     def _facts(self) -> list[tuple[str, str]]:
         """What all dictionaries share, as far as it is known."""
@@ -146,87 +326,68 @@ class StudyReport:
             ("dictionaries", made),
         ]
 
-    @property
-    def _measures(self) -> list[str]:
-        return measures_of(self.results)
-
     def _tables(self) -> list[Table]:
         """Those of the Markdown and of the page."""
+        titles = [STUDIED[measure].title for measure in deciding(self.results)]
+        words = [_HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")]
+        if halved := {r.label for r in self.results if r.control is not None and r.share < 1}:
+            words += [_AFTER_FIRST.format(", ".join(sorted(halved)))]
+        rows, title = self._differences(self._measures), "Differences from plain dictionaries"
         return [
-            Table(
-                difference_rows(self.compared, self._measures),
-                words=[self._how_to_read()],
-                title="Differences from plain dictionaries of the same k",
-            ),
-            Table(
-                dictionary_rows(self.results, self._measures),
-                words=[_BASELINES],
-                title="Dictionaries",
-            ),
+            Table(rows, words=[" ".join(words)], title=f"{title} of the same k"),
+            Table(self._dictionaries(), words=[_BASELINES], title="Dictionaries"),
         ]
 
-    def _how_to_read(self) -> str:
-        titles = [STUDIED[measure].title for measure in deciding(self.results)]
-        words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
-        halved = {r.label for r in self.results if r.control is not None and r.share < 1}
-        return f"{words} {_AFTER_FIRST.format(', '.join(sorted(halved)))}" if halved else words
+    def _differences(self, measures: Sequence[str]) -> list[list[str]]:
+        """Differences from plain dictionaries, with the verdict of a measure that decides."""
+        rows = [["weights", "k", "seeds", *(STUDIED[m].title for m in measures)]]
+        for one in self.compared:
+            cells = [_difference(one, measure) for measure in measures]
+            rows.append([one.label, str(one.k), str(len(one.seeds)), *cells])
+        return rows
 
-    def _claims(self) -> list[Compared]:
-        return [one for one in self.compared if one.control is not None]
-
-    def _notes(self) -> list[str]:
-        """What to know before relying on the verdicts."""
-        texts = [result.text for result in self.results if result.text is not None]
-        return texts[0].warnings() if texts else []
-
-    def _evidence(self, one: Compared) -> str:
-        """The verdicts, and what they rest on."""
-        parts = []
-        for measure, p in one.adjusted.items():
-            text = f"{STUDIED[measure].title} {difference_text(one, measure)}, p {p:.2g}"
-            if measure in one.against_control:
-                against = estimate_text(one.against_control[measure], measure)
-                text += f", {against} beside its control"
-            parts.append(text)
-        return "; ".join([*(parts or ["not measured"]), f"{len(one.seeds)} seeds"])
-
-
-def _ordered(results: Sequence[Result]) -> list[Result]:
-    """Plain dictionaries first, then each rule followed by its control, then baselines; by k and
-    seed."""
-    owner = {r.control: r.label for r in results if r.control is not None}
-
-    def place(result: Result) -> tuple:
-        label = result.label
-        rule = owner.get(label, label)
-        first = result.is_baseline, label != PLAIN
-        return *first, rule, label != rule, label, result.k, result.seed
-
-    return sorted(results, key=place)
+    def _dictionaries(self) -> list[list[str]]:
+        """Means over seeds of every label and k."""
+        rows = [["weights", "k", "seeds", "L0", "L0 not dense", "CE recovered", "FVU", "dense %",
+                 "dead %", "scored %", *(STUDIED[m].title for m in self._measures)]]  # fmt: skip
+        for (label, k), own in _grouped(self.results).items():
+            shares = {name: _mean(r.shares[name] for r in own) for name in own[0].shares}
+            of = {m: [r.values[m].mean for r in own if m in r.values] for m in self._measures}
+            rows.append(
+                [
+                    label,
+                    str(k),
+                    str(len(own)),
+                    f"{shares['l0']:.1f}",
+                    f"{_mean(r.density for r in own):.1f}",
+                    f"{_mean(r.ce_recovered for r in own):.4f}",
+                    f"{_mean(r.fvu for r in own):.4f}",
+                    *(f"{100 * shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")),
+                    *(f"{_mean(known):.4f}" if known else _NONE for known in of.values()),
+                ]
+            )
+        return rows
 
 
-def measures_of(results: Sequence[Result]) -> list[str]:
-    """Those that some dictionary has."""
-    return [m for m in STUDIED if any(m in result.values for result in results)]
+def _evidence(one: Compared) -> str:
+    """The verdicts, and what they rest on."""
+    parts = []
+    for measure, p in one.adjusted.items():
+        text = f"{STUDIED[measure].title} {_difference(one, measure)}, p {p:.2g}"
+        if measure in one.against_control:
+            text += f", {_estimate(one.against_control[measure], measure)} beside its control"
+        parts.append(text)
+    return "; ".join([*(parts or ["not measured"]), f"{len(one.seeds)} seeds"])
 
 
-def difference_rows(compared: Sequence[Compared], measures: Sequence[str]) -> Rows:
-    """Differences from plain dictionaries, with the verdict of a measure that decides."""
-    rows = [["weights", "k", "seeds", *(STUDIED[m].title for m in measures)]]
-    for one in compared:
-        cells = [difference_text(one, measure) for measure in measures]
-        rows.append([one.label, str(one.k), str(len(one.seeds)), *cells])
-    return rows
-
-
-def difference_text(one: Compared, measure: str) -> str:
+def _difference(one: Compared, measure: str) -> str:
     """``better: −4.1 % [−5.0, −3.2]``; no verdict where the measure decides nothing."""
     verdict = one.verdicts.get(measure)
-    text = estimate_text(one.effects.get(measure), measure)
+    text = _estimate(one.effects.get(measure), measure)
     return text if verdict is None else f"{verdict}: {text}"
 
 
-def estimate_text(estimate: Estimate | None, measure: str) -> str:
+def _estimate(estimate: Estimate | None, measure: str) -> str:
     """``+0.0041 [+0.0011, +0.0072]``, or per cent."""
     if estimate is None:
         return _NONE
@@ -238,39 +399,9 @@ def estimate_text(estimate: Estimate | None, measure: str) -> str:
     return f"{by} [{low}, {high}]"
 
 
-def dictionary_rows(results: Sequence[Result], measures: Sequence[str]) -> Rows:
-    """Means over seeds of every label and k."""
-    rows = [["weights", "k", "seeds", "L0", "L0 not dense", "CE recovered", "FVU", "dense %",
-             "dead %", "scored %", *(STUDIED[m].title for m in measures)]]  # fmt: skip
-    for (label, k), own in _grouped(results).items():
-        shares = {name: _mean(r.shares[name] for r in own) for name in own[0].shares}
-        rows.append(
-            [
-                label,
-                str(k),
-                str(len(own)),
-                f"{shares['l0']:.1f}",
-                f"{_mean(r.density for r in own):.1f}",
-                f"{_mean(r.ce_recovered for r in own):.4f}",
-                f"{_mean(r.fvu for r in own):.4f}",
-                *(f"{100 * shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")),
-                *(_value_text(own, measure) for measure in measures),
-            ]
-        )
-    return rows
-
-
-def _grouped(results: Iterable[Result]) -> dict[tuple[str, int], list[Result]]:
-    """By label and k."""
-    groups: dict[tuple[str, int], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.label, result.k), []).append(result)
-    return groups
-
-
-def _value_text(own: Sequence[Result], measure: str) -> str:
-    known = [r.values[measure].mean for r in own if measure in r.values]
-    return f"{_mean(known):.4f}" if known else _NONE
+def _numbers(one: Compared | None) -> dict[str, tuple[float, ...]]:
+    effects = {} if one is None else one.effects
+    return {name: (found.difference, *found.interval) for name, found in effects.items()}
 
 
 def _mean(numbers: Iterable[float]) -> float:

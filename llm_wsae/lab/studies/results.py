@@ -1,4 +1,14 @@
-"""What a study keeps of each dictionary: one JSON file, from which every report is made."""
+"""The folder of a study, and what it keeps of each dictionary: one JSON file, from which every
+report is made.
+
+study.json              what all its dictionaries share; a command with other settings is refused
+command.json            the last command
+first/                  plain dictionaries of which some rules take their weights, one of each seed
+training/               dictionaries in training, one group of one seed at a time
+dictionaries/<name>/    trained dictionaries, and the raw dimensions
+results/<name>.json     measured dictionaries; none is measured twice
+report.json, report.md, report.html
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,17 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.artifact.files import read_own_json
 from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
-from llm_wsae.lab.planting.recovery import PlantRecovery
-from llm_wsae.lab.studies.inference import Value
-from llm_wsae.lab.studies.plan import BASELINES, PlannedArm
+from llm_wsae.lab.recovery import PlantRecovery
+from llm_wsae.lab.studies.arms import BASELINES, PlannedArm
+from llm_wsae.lab.studies.differences import Value
 from llm_wsae.machine.hardware import processor_name
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import STUDIED, Measure
+
+BASIS, COMMAND = "study.json", "command.json"
+FIRST, TRAINING, DICTIONARIES, RESULTS = "first", "training", "dictionaries", "results"
 
 
 @dataclass(frozen=True)
@@ -54,19 +68,58 @@ class Result:
         return self.label in BASELINES
 
 
+def study_in(folder: Path) -> Artifact:
+    """The study in a folder."""
+    return Artifact(folder, BASIS, "study")
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged."""
+    return [read_result(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+
+
+def read_result(path: Path) -> Result:
+    """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
+    way_out = "delete it to measure that dictionary again"
+    found = read_own_json(path, "result of a study", way_out)["result"]
+    values = {name: Value(**value) for name, value in found["values"].items()}
+    return Result(**{**found, "values": values, "text": TextSize(**found["text"])})
+
+
 def deciding(results: Iterable[Result]) -> tuple[str, ...]:
     """The measures that verdicts rest on: of a study with planted features their F1 as well."""
     planted = any("planted_f1" in result.values for result in results)
     return ("kl", "detection", "spill", *(("planted_f1",) if planted else ()))
 
 
-def result_of(
+def record_of(
+    planned: PlannedArm,
+    identity: dict[str, Any],
+    fidelity: Fidelity,
+    scores: DictionaryScores,
+    planted: PlantRecovery | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Contents of a dictionary's result file, JSON-able. ``identity`` is the arm's; ``device`` is
+    where it was measured."""
+    return plain(
+        {
+            "result": _result_of(planned, fidelity, scores, planted),
+            "identity": identity,
+            "measured_on": {"processor": processor_name(device), **versions()},
+            "fidelity": fidelity.summary(),
+            "scores": scores.to_dict(),
+            "planted": None if planted is None else planted.to_dict(),
+        }
+    )
+
+
+def _result_of(
     planned: PlannedArm,
     fidelity: Fidelity,
     scores: DictionaryScores,
-    planted: PlantRecovery | None = None,
+    planted: PlantRecovery | None,
 ) -> Result:
-    """What was measured of a dictionary, as reports need it."""
     latents, found, summary = scores.per_latent, plain(scores.to_dict()), fidelity.summary()
     usual = latents["density"] <= DENSE_DENSITY
     density = latents["density"][usual].double()
@@ -85,6 +138,7 @@ def result_of(
             values[key] = _mean_of(items_of(measure, found["concepts_not_dense"]))
         elif plants is not None:
             values[key] = _mean_of({str(n): one for n, one in enumerate(plants[name])})
+    rows = summary["rows"] + summary["massive_rows"]
     return Result(
         name=planned.name,
         label=planned.label,
@@ -97,42 +151,8 @@ def result_of(
         shares={key: found[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
         density=float(density.mean()) * len(density) if len(density) else 0.0,
         share=planned.share,
-        text=TextSize(
-            summary["rows"] + summary["massive_rows"],
-            summary["documents"],
-            summary["effective_documents"],
-        ),
+        text=TextSize(rows, summary["documents"], summary["effective_documents"]),
     )
-
-
-def record_of(
-    planned: PlannedArm,
-    identity: dict[str, Any],
-    fidelity: Fidelity,
-    scores: DictionaryScores,
-    planted: PlantRecovery | None,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Contents of a dictionary's result file, JSON-able. ``identity`` is the arm's; ``device`` is
-    where it was measured."""
-    return plain(
-        {
-            "result": result_of(planned, fidelity, scores, planted),
-            "identity": identity,
-            "measured_on": {"processor": processor_name(device), **versions()},
-            "fidelity": fidelity.summary(),
-            "scores": scores.to_dict(),
-            "planted": None if planted is None else planted.to_dict(),
-        }
-    )
-
-
-def read_result(path: Path) -> Result:
-    """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
-    way_out = "delete it to measure that dictionary again"
-    found = read_own_json(path, "result of a study", way_out)["result"]
-    values = {name: Value(**value) for name, value in found["values"].items()}
-    return Result(**{**found, "values": values, "text": TextSize(**found["text"])})
 
 
 def over_latents(

@@ -1,47 +1,72 @@
-"""A study from start to end: plan → train → measure → report, in one folder (see ``folder``).
+"""A study from start to end: plan → train → measure → report, in one folder (see ``results``).
 
-Stopped at any instant, the same command resumes it. A command with other rules, k or seeds adds to
-the study. The report always covers everything that was tried in its folder, and so does the
-correction for multiple tests.
+A job is done when its result is a file, so the same command resumes what was stopped at any
+instant. A command with other rules, k or seeds adds to the study. The report always covers
+everything that was tried in its folder, and so does the correction for multiple tests.
 """
 
-from collections.abc import Mapping
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import folder_lock, remove_partials
+import torch
+from tqdm import tqdm
+
+from llm_wsae.artifact.files import (
+    folder_lock,
+    read_own_json,
+    remove_folder,
+    remove_partials,
+    write_json,
+)
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.store import open_stores
+from llm_wsae.data.store import StoreSource
+from llm_wsae.data.stores import open_stores
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.lab.planting.source import PlantedSource
-from llm_wsae.lab.studies.config import Study
-from llm_wsae.lab.studies.first import after_first, stand_ins
-from llm_wsae.lab.studies.folder import (
+from llm_wsae.lab.config import Study
+from llm_wsae.lab.planting import PlantedSource
+from llm_wsae.lab.recovery import measure_recovery
+from llm_wsae.lab.studies.arms import RAW, PlannedArm, after_first, baselines, on_share, plan
+from llm_wsae.lab.studies.report import REPORT_FILES, StudyReport
+from llm_wsae.lab.studies.results import (
     COMMAND,
     DICTIONARIES,
     FIRST,
     RESULTS,
     TRAINING,
-    read_report,
+    read_results,
+    record_of,
     study_in,
 )
-from llm_wsae.lab.studies.jobs import StudyJobs
-from llm_wsae.lab.studies.plan import PlannedArm, baselines, plan
-from llm_wsae.lab.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import train_beside, write_request
+from llm_wsae.training.checkpoint import is_finished, recorded
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.training.export import origin_of
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
+PASS_BYTES = 1 << 30
+"""Of parameters and optimiser state that are trained together."""
+_MEASURED_TOGETHER = 8  # share the pass without a dictionary; a stop costs at most some minutes
+_SAME_WEIGHTS = 1e-3  # relative: what rounding on another processor may change in γ
+_BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
 _MEASURES = {"detection": 2}  # its definition; other numbers cannot stand beside it
 _PROCEDURAL = {*PROCEDURAL, "shuffle_seed", "batch_tokens"}  # each arm has a seed of its own
 
@@ -54,7 +79,7 @@ def study(
     The dictionaries are trained on the stores and measured on the held-out part of the text.
     ``model`` is one that is loaded already, the one that made the stores; ``encoder`` a sentence
     encoder to use in place of ``request.score.encoder``. Without a first dictionary, the study
-    trains one for each seed where a rule needs one, and both share the rows (``studies.first``).
+    trains one for each seed where a rule needs one, and both share the rows (``studies.arms``).
 
     Raises UsageError for a request that cannot be right (a rule that does not exist, k above
     d_sae, …); LlmWsaeError if the folder holds another study, the text is too short, the model did
@@ -80,29 +105,26 @@ def study(
     )
     needs_first = any(rule.need == "dictionary" for rule in grid.rules)
     trains_first = needs_first and request.dictionary is None
-    arms = _planned(request, inputs, training, stand_ins(inputs, grid) if trains_first else None)
+    # a decoder of no consequence: what cannot be trained is found before a first dictionary is
+    width = inputs.statistics.d_in
+    energy = torch.ones(width, dtype=torch.float64)
+    stand_in = replace(inputs, decoder=torch.eye(width), energy=energy)
+    arms = _planned(request, inputs, training, stand_in if trains_first else None)
     basis = _basis(store.identity(site), heldout, request, training)
+    judge = partial(MonosemanticityEvaluator, model, heldout, packing, request.score, encoder)
     with folder_lock(out, "study"):
         remove_partials(out, DICTIONARIES, RESULTS)
-        if folder.is_begun():
-            folder.begin(basis)  # or refuse
+        # the text may be too short, which is found before any work
+        monosemanticity = None if folder.is_begun() else judge()
+        folder.begin(basis, *written)
         source = store.source(site) if planted is None else planted
-        # the frozen ones cannot have the free lengths that others are asked to have
-        own = replace(training, lengths="auto") if training.lengths == "free" else training
-        jobs = StudyJobs(source, out, grid, own, fidelity, model.device)
-        judge = partial(MonosemanticityEvaluator, model, heldout, packing, request.score, encoder)
-        monosemanticity = None
-        if not folder.is_begun():
-            monosemanticity = judge()  # the text may be too short: that is found before any work
-            folder.begin(basis, *written)
         if trains_first:
-            first = after_first(source, site, inputs, out / FIRST, grid, training)
-            arms = _planned(request, inputs, training, first)
-        missing = jobs.missing(arms + baselines(inputs, grid))
-        if missing and monosemanticity is None:
-            monosemanticity = judge()
-        jobs.finish(missing, monosemanticity)
-        report = read_report(out)
+            first = after_first(source, inputs, out / FIRST, grid, training)
+            arms = plan(inputs, grid, request.weigh, first)
+        jobs = _Jobs(request, source, training, fidelity, model.device)
+        if missing := jobs.missing(arms + baselines(inputs, grid)):
+            jobs.finish(missing, monosemanticity or judge())
+        report = StudyReport.of(str(site), basis, read_results(out))
         report.write(out)
         write_request(out / COMMAND, "study", request)
     return report
@@ -114,7 +136,6 @@ def _basis(
     """What all results of a study have in common; ``rows`` identify those of the store."""
     # another processor rounds the same rows differently: still the same study
     rows = {name: value for name, value in rows.items() if name != "sha256"}
-    planted = _settings(request.planted) if request.plant else {}
     basis: dict[str, Any] = plain(
         {
             "rows": rows,
@@ -122,7 +143,7 @@ def _basis(
             "training": _settings(training) | {"architecture": request.compare.architecture},
             "fidelity": _settings(request.evaluate),
             "scoring": _settings(request.score),
-            "planted": planted,
+            "planted": _settings(request.planted) if request.plant else {},
             "measures": _MEASURES,
         }
     )
@@ -135,15 +156,156 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _planned(
-    request: Study,
-    inputs: RuleInputs,
-    training: TrainConfig,
-    first: Mapping[int, RuleInputs] | None,
+    request: Study, inputs: RuleInputs, training: TrainConfig, first: RuleInputs | None
 ) -> list[PlannedArm]:
     """As ``plan``. Raises UsageError for an arm that does not fit the dictionaries' width, or that
     cannot be trained with the lengths that are asked for."""
-    arms = plan(inputs, request.compare, request.weigh, first)
+    by_seed = None if first is None else dict.fromkeys(request.compare.seeds, first)
+    arms = plan(inputs, request.compare, request.weigh, by_seed)
     for planned in arms:
         planned.arm.check(training.expansion * inputs.statistics.d_in)
         planned.arm.lengths(training.lengths)
     return arms
+
+
+class _Jobs:
+    """The dictionaries of one study that have no result yet, in training and in measurement."""
+
+    def __init__(
+        self,
+        request: Study,
+        source: StoreSource | PlantedSource,
+        training: TrainConfig,
+        fidelity: FidelityEvaluator,
+        device: torch.device,
+    ):
+        self._out, self._keeps = request.out, request.compare.keep_dictionaries
+        self._source, self._fidelity, self._device = source, fidelity, device
+        # the frozen ones cannot have the free lengths that others are asked to have
+        is_free = training.lengths == "free"
+        self._training = replace(training, lengths="auto") if is_free else training
+        weights = 2 * training.expansion * source.d_in**2
+        self._at_once = max(1, PASS_BYTES // (_BYTES_A_WEIGHT * weights))
+        self._collect()
+
+    def missing(self, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
+        """Arms that have no result yet. Raises LlmWsaeError for a result of other weights."""
+        missing = []
+        for planned in arms:
+            path = self._result(planned)
+            if not path.exists():
+                missing.append(planned)
+                continue
+            found = read_own_json(path, "result of a study")["identity"]
+            own = plain(planned.identity(self._training.lengths))
+            sums = found.pop("gamma_sum"), own.pop("gamma_sum")
+            if found != own or not math.isclose(*sums, rel_tol=_SAME_WEIGHTS):
+                raise LlmWsaeError(
+                    f"{path} is the result of other weights with the same name (from another first "
+                    "dictionary, or measured on other rows); choose another folder, or delete "
+                    "that file"
+                )
+        return missing
+
+    def finish(
+        self, missing: Sequence[PlannedArm], monosemanticity: MonosemanticityEvaluator
+    ) -> None:
+        """Train and measure what is missing, group by group."""
+        with tqdm(total=2 * len(missing), desc="study", unit="step", smoothing=0) as bar:
+            for group in self._groups(missing):
+                self._train([one for one in group if not self._dictionary(one).exists()])
+                bar.update(len(group))
+                for some in _chunks(group, min(self._at_once, _MEASURED_TOGETHER)):
+                    self._measure(some, monosemanticity)
+                    bar.update(len(some))
+
+    def _groups(self, arms: Sequence[PlannedArm]) -> Iterator[list[PlannedArm]]:
+        """First those that are trained, then the groups of which a training was stopped, then the
+        others by seed and number of rows."""
+        left = {planned.name: planned for planned in arms}
+        if trained := [one for one in arms if self._dictionary(one).exists() or one.label == RAW]:
+            yield [left.pop(one.name) for one in trained]
+        for folder in self._training_folders():
+            names = list((recorded(folder) or {"arms": ()})["arms"])
+            if names and left.keys() >= set(names):
+                yield [left.pop(name) for name in names]
+            elif all((self._out / RESULTS / f"{name}.json").exists() for name in names):
+                shutil.rmtree(folder)  # another command measured them, or nothing was begun
+        for one in dict.fromkeys(planned.group for planned in left.values()):
+            yield from _chunks([own for own in left.values() if own.group == one], self._at_once)
+
+    def _train(self, group: Sequence[PlannedArm]) -> None:
+        if not group:
+            return
+        if group[0].label == RAW:  # which are not trained
+            statistics = self._source.statistics()
+            origin = origin_of(self._source, statistics)
+            info = DictionaryInfo(name=group[0].name, rule="raw dimensions", **origin)
+            made = raw_dimensions(info, statistics, float(group[0].arm.level))
+            made.save(self._dictionary(group[0]))
+            return
+        seed, share = group[0].group
+        names = " ".join(sorted(planned.name for planned in group))
+        folder = self._out / TRAINING / hashlib.sha256(names.encode()).hexdigest()[:12]
+        config = replace(on_share(self._training, self._source, share), shuffle_seed=seed)
+        train(self._source, [planned.arm for planned in group], config, folder)
+        self._collect()
+
+    def _collect(self) -> None:
+        """Move finished dictionaries out of the groups in which they were trained."""
+        (self._out / DICTIONARIES).mkdir(exist_ok=True)
+        for folder in self._training_folders():
+            if not is_finished(folder):
+                continue
+            for name in (recorded(folder) or {})["arms"]:
+                target = self._out / DICTIONARIES / name
+                if (folder / name).exists() and not target.exists():
+                    (folder / name).rename(target)
+            shutil.rmtree(folder)
+
+    def _measure(
+        self, group: Sequence[PlannedArm], monosemanticity: MonosemanticityEvaluator
+    ) -> None:
+        """Measure in one pass, and write a result for each."""
+        loaded = {planned.name: self._load(planned) for planned in group}
+        found = self._fidelity.evaluate(loaded).dictionaries
+        for planned in group:
+            name, own = planned.name, loaded[planned.name]
+            scores = monosemanticity.score({name: own}).dictionaries[name]
+            planted = None
+            if isinstance(self._source, PlantedSource):
+                planted = measure_recovery(own, self._source)
+            identity = planned.identity(self._training.lengths)
+            record = record_of(planned, identity, found[name], scores, planted, self._device)
+            write_json(self._result(planned), record)
+            if not self._keeps:
+                remove_folder(self._dictionary(planned))
+
+    def _load(self, planned: PlannedArm) -> Dictionary:
+        dictionary = Dictionary.load(self._dictionary(planned))
+        if planned.label == RAW:
+            return dictionary
+        gamma, own = dictionary.extras["gamma"], planned.arm.weights.gamma
+        if gamma.shape != own.shape or (gamma - own).norm() > _SAME_WEIGHTS * own.norm():
+            raise LlmWsaeError(
+                f"{self._dictionary(planned)} was trained with other weights of the same name; "
+                "choose another folder, or delete it"
+            )
+        return dictionary
+
+    def _result(self, planned: PlannedArm) -> Path:
+        return self._out / RESULTS / f"{planned.name}.json"
+
+    def _dictionary(self, planned: PlannedArm) -> Path:
+        return self._out / DICTIONARIES / planned.name
+
+    def _training_folders(self) -> list[Path]:
+        return sorted(path for path in (self._out / TRAINING).glob("*") if path.is_dir())
+
+
+def _chunks(arms: Sequence[PlannedArm], size: int) -> Iterator[list[PlannedArm]]:
+    """As few pieces as possible, of nearly equal length."""
+    pieces = -(-len(arms) // size)
+    for number in range(pieces):
+        first, last = (len(arms) * n // pieces for n in (number, number + 1))
+        yield list(arms[first:last])

@@ -1,8 +1,11 @@
 """A complete study of a tiny model: what it leaves, how it resumes, what it refuses."""
 
 import json
-import re
+import multiprocessing
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,22 +25,19 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
-from llm_wsae.lab.planting.config import PlantConfig
-from llm_wsae.lab.studies import jobs, runner
-from llm_wsae.lab.studies.config import Study, StudyGrid
-from llm_wsae.lab.studies.plan import baselines, plan
+from llm_wsae.evaluation.fidelity.evaluator import evaluate
+from llm_wsae.lab.config import PlantConfig, Study, StudyGrid
+from llm_wsae.lab.studies import runner
+from llm_wsae.lab.studies.arms import baselines, plan
 from llm_wsae.lab.studies.results import items_of, over_latents
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import ModelConfig, TextConfig
 from llm_wsae.statistics.measures import STUDIED
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.checkpoint import is_finished
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.trainer import Training
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.inputs import RuleInputs
 
 GRID = StudyGrid(rule=("variance",), alpha=(-0.25,), k=(4,), seeds=(0, 1))
 AFTER_FIRST = replace(GRID, rule=("participation",), alpha=(0.5,))
@@ -52,9 +52,8 @@ NAMES = [
 FROZEN = [f"uniform-frozen-{half}-k4{s}" for s in ("", "-s1") for half in ("decoder", "encoder")]
 RAW = "raw-dimensions-k4"
 ALL = [*NAMES, *FROZEN, RAW]
-LABELS = RAW_LABEL, *FROZEN_LABELS = [
-    f"topk baseline: {what}" for what in ("raw dimensions", "frozen decoder", "frozen encoder")
-]
+LABELS = [f"topk baseline: {what}" for what in ("raw dimensions", "frozen decoder",
+                                                "frozen encoder")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +100,15 @@ def whole(study, tmp_path_factory):
 
 
 @pytest.fixture
-def out(whole, tmp_path):
+def out(whole, tmp_path, no_sync):
     """A copy of the unbroken study."""
     return shutil.copytree(whole[0], tmp_path / "out")
+
+
+@pytest.fixture
+def new(tmp_path, no_sync):
+    """Where there is no study yet."""
+    return tmp_path / "new"
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -112,29 +117,31 @@ def results(out: Path) -> dict[str, bytes]:
 
 def trained(out: Path) -> dict[str, int]:
     """When the dictionaries of a study were written."""
-    return {path.name: path.stat().st_mtime_ns for path in (out / "dictionaries").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (out / "dictionaries").glob("[!.]*")}
 
 
-def test_every_dictionary_is_trained_measured_and_reported(whole):
-    out, report = whole
+def test_every_dictionary_is_trained_measured_reported_and_then_only_read(whole, study, out):
+    _, report = whole
     assert sorted(results(out)) == sorted(f"{name}.json" for name in ALL)
-    assert sorted(p.name for p in (out / "dictionaries").iterdir()) == sorted(ALL)
+    assert sorted(trained(out)) == sorted(ALL)
     assert [r.name for r in report.results][:2] == ["uniform-k4", "uniform-k4-s1"]
     assert len([s for s in report.sentences() if "documents" not in s]) == 1
     assert report.sentences()[0].startswith("variance-a-0.25, k 4: KL ")
     assert not list((out / "training").iterdir())
-    for name in ("report.json", "report.md", "report.html", "differences.png"):
+    for name in ("report.json", "report.md", "report.html"):
         assert (out / name).stat().st_size > 100
     assert json.loads((out / "command.json").read_text())["config"]["k"] == [4]
+    before, there = content(out), trained(out)
+    study(out)
+    assert content(out) == before and trained(out) == there
 
 
-def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(study, tmp_path):
+def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(study, new):
     """Its own first dictionary for each seed, which is counted."""
-    out = tmp_path / "out"
-    report = study(out, AFTER_FIRST)
+    report = study(new, AFTER_FIRST)
     steps = {
-        str(path.parent.relative_to(out)): Dictionary.load(path.parent).info.training["num_steps"]
-        for path in out.rglob("wsae.json")
+        str(path.parent.relative_to(new)): Dictionary.load(path.parent).info.training["num_steps"]
+        for path in new.rglob("wsae.json")
         if path.parent.name != RAW
     }
     of_plain = steps["dictionaries/uniform-k4"]
@@ -147,24 +154,21 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
         "dictionaries/permuted-participation-a0.5-k4",
         "dictionaries/permuted-participation-a0.5-d1-k4-s1",
     }
-    gammas = [
-        Dictionary.load(out / f"dictionaries/participation-a0.5-k4{seed}").extras["gamma"]
-        for seed in ("", "-s1")
-    ]
-    assert not torch.equal(*gammas)
+    folders = [new / f"dictionaries/participation-a0.5-k4{seed}" for seed in ("", "-s1")]
+    assert not torch.equal(*(Dictionary.load(folder).extras["gamma"] for folder in folders))
     said = "participation-a0.5 and their controls were trained on half of the rows"
     assert said in report.markdown() and said in report.page()
     assert {r.share for r in report.results if r.label == "uniform"} == {1.0}
 
-    before = trained(out)
-    assert study(out, AFTER_FIRST).to_dict() == report.to_dict() and trained(out) == before
-    more = study(out, replace(AFTER_FIRST, k=(8, 4)))  # their first dictionaries are there
+    before = trained(new)
+    assert study(new, AFTER_FIRST).to_dict() == report.to_dict() and trained(new) == before
+    more = study(new, replace(AFTER_FIRST, k=(8, 4)))  # their first dictionaries are there
     assert {r.k for r in more.results if r.label == "participation-a0.5"} == {4, 8}
-    assert len(list((out / "first").glob("*/*/wsae.json"))) == 2
-    study(out, replace(AFTER_FIRST, k=(8,), seeds=(2, 3)))  # of one label, so after the same k
-    assert [path.parent.name for path in out.glob("first/s2/*/wsae.json")] == ["uniform-k4-s1002"]
+    assert len(list((new / "first").glob("*/*/wsae.json"))) == 2
+    study(new, replace(AFTER_FIRST, k=(8,), seeds=(2, 3)))  # of one label, so after the same k
+    assert [path.parent.name for path in new.glob("first/s2/*/wsae.json")] == ["uniform-k4-s1002"]
     with pytest.raises(LlmWsaeError, match="another first dictionary"):
-        study(out, AFTER_FIRST, dictionary=out / "first/s0/uniform-k4-s1000")
+        study(new, AFTER_FIRST, dictionary=new / "first/s0/uniform-k4-s1000")
 
 
 def cells(table: str, label: str) -> list[list[str]]:
@@ -187,11 +191,9 @@ def test_baselines_stand_beside_the_others(whole, world, contexts):
         assert row[1:3] == ["4", str(count)]
         assert row[5] == f"{sum(r.ce_recovered for r in own) / count:.4f}"
     assert "a measure says little of what was learnt" in page
-    assert RAW_LABEL in report.table() and RAW_LABEL in report.page()
+    assert LABELS[0] in report.table() and LABELS[0] in report.page()
     assert "6, on seeds 0, 1, and 5 baselines" in report.page()
-    assert set(json.loads((out / "report.json").read_text())["verdicts"]) == {
-        "variance-a-0.25, k 4"
-    }
+    assert set(report.to_dict()["verdicts"]) == {"variance-a-0.25, k 4"}
 
     raw = Dictionary.load(out / "dictionaries" / RAW)
     statistics = ActivationStore.open(world / "store").statistics(Site.parse(SITE))
@@ -205,17 +207,14 @@ def test_baselines_stand_beside_the_others(whole, world, contexts):
     assert beside[RAW].fvu == pytest.approx(again.fvu)
 
 
-def test_free_lengths_are_asked_only_of_what_can_have_them(study, tmp_path):
+def test_free_lengths_are_asked_only_of_what_can_have_them(study, new):
     """A frozen half has none, and stands beside dictionaries that have."""
-    out, free = tmp_path / "out", replace(TRAIN, lengths="free")
-    study(out, train=free)
+    study(new, train=replace(TRAIN, lengths="free"))
     lengths = {
-        name: Dictionary.load(out / "dictionaries" / name).info.training["lengths"]
+        name: Dictionary.load(new / "dictionaries" / name).info.training["lengths"]
         for name in ("uniform-k4", *FROZEN)
     }
     assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k4": "free"}
-    with pytest.raises(LlmWsaeError, match=r"other settings \(training lengths"):
-        study(out)
 
 
 def test_what_is_written_is_what_was_measured(whole, contexts):
@@ -257,51 +256,35 @@ def test_a_result_is_means_over_latents_families_and_letters():
     assert items_of(STUDIED["absorbed"], summary) == {"letter a": 0.1, "letter b": 0.3}
 
 
-def test_a_finished_study_is_only_read(out, study):
-    before, there = content(out), trained(out)
-    study(out)
-    assert content(out) == before and trained(out) == there
+def killed(work: Callable[..., object], *args: object, when: Callable[[], object]) -> None:
+    """Begin some work in a process of its own, and kill it as soon as something is there."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    while process.is_alive() and not when():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
-def stops(monkeypatch, owner, stage: str, after: int):
-    """Interrupts whatever calls the stage more than so many times."""
-    original, calls = getattr(owner, stage), []
-
-    def stop(*args):
-        calls.append(None)
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(owner, stage, stop)
-
-
-def test_a_study_resumes_where_it_stopped(whole, study, monkeypatch, tmp_path):
-    """Stopped in a training, between training and measuring, and between two measurements."""
-    monkeypatch.setattr(jobs, "PASS_BYTES", 3 * 14 * 2 * 4 * 16**2)  # three dictionaries
-    kept, there = tmp_path / "out", {}
-    for owner, stage, after in (
-        (Training, "begin", 1),
-        (FidelityEvaluator, "evaluate", 0),
-        (jobs, "record_of", 4),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stops(patch, owner, stage, after)
-            study(kept)
-        assert there.items() <= trained(kept).items()  # nothing is trained twice
-        there = trained(kept)
-    study(kept)
-    assert len(there) > 2 and there.items() <= trained(kept).items()
-    assert results(kept) == results(whole[0])
+def test_a_study_resumes_where_it_was_killed(whole, study, new):
+    """In a training, between training and measuring, and between two measurements."""
+    there: dict[str, int] = {}
+    for pattern, count in (("training/*", 1), ("dictionaries/uniform-*", 1), ("results/*", 3)):
+        killed(study, new, when=lambda p=pattern, n=count: len(list(new.glob(p))) >= n)
+        assert there.items() <= trained(new).items()  # nothing is trained twice
+        there = trained(new)
+    study(new)
+    assert len(there) > 2 and there.items() <= trained(new).items()
+    assert results(new) == results(whole[0])
 
 
-def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stops(patch, Training, "begin", 1)
-        study(out, AFTER_FIRST)
-    assert [path.name for path in (out / "first").iterdir() if is_finished(path)] == ["s0"]
-    assert len(study(out, AFTER_FIRST).results) == len(ALL)
+def test_a_study_that_was_killed_after_a_first_dictionary_resumes(study, new):
+    killed(study, new, AFTER_FIRST, when=(new / "first/s1").exists)
+    (first,) = new.glob("first/s0/*/wsae.json")
+    before = first.stat().st_mtime_ns
+    assert len(study(new, AFTER_FIRST).results) == len(ALL)
+    assert first.stat().st_mtime_ns == before
 
 
 def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, out):
@@ -315,29 +298,21 @@ def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, out):
     assert [s.split(":")[0] for s in said] == ["kurtosis-a0.5, k 4", "variance-a-0.25, k 4"]
 
 
-def test_dictionaries_need_not_be_kept(study, tmp_path, monkeypatch):
+def test_dictionaries_need_not_be_kept(study, new):
     """One that a kill left half deleted is deleted."""
-    out, config, remove = tmp_path / "out", replace(GRID, keep_dictionaries=False), shutil.rmtree
-
-    def killed(folder, *given, **named):
-        if re.fullmatch(r"\.[a-z]+-[^.]+\.\d+\.partial", Path(folder).name):
-            next(Path(folder).glob("*.safetensors")).unlink()
-            raise KeyboardInterrupt
-        remove(folder, *given, **named)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", killed)
-        study(out, config)
+    half = new / "dictionaries/.uniform-k4-s0.1234567.partial"
     for _ in range(2):
-        study(out, config)
-        assert not list((out / "dictionaries").iterdir()) and len(results(out)) == len(ALL)
-        assert not list((out / "training").iterdir())
+        study(new, replace(GRID, keep_dictionaries=False))
+        assert not list((new / "dictionaries").iterdir()) and len(results(new)) == len(ALL)
+        assert not list((new / "training").iterdir())
+        half.mkdir()
 
 
 def test_another_study_in_the_folder_is_refused(study, out):
     before = content(out)
     for asked, said in (
         ({"train": replace(TRAIN, expansion=8)}, r"training expansion"),
+        ({"train": replace(TRAIN, lengths="free")}, r"training lengths"),
         ({"evaluate": EvaluateConfig(tokens=400)}, r"fidelity tokens"),
         ({"compare": replace(GRID, architecture="jumprelu")}, r"training architecture"),
         ({"plant": True, "planted": PLANTS}, ".*planted"),
@@ -353,42 +328,40 @@ def test_another_study_in_the_folder_is_refused(study, out):
         study(out)
 
 
-def test_a_study_of_another_architecture(study, tmp_path):
-    grid = replace(GRID, k=(2, 8), architecture="jumprelu")
-    report = study(tmp_path / "out", grid)
+def test_a_study_of_another_architecture(study, new):
+    report = study(new, replace(GRID, k=(2, 8), architecture="jumprelu"))
     names = [f"{name}{seed}" for seed in ("", "-s1") for name in (
         "uniform-jumprelu-k2", "uniform-jumprelu-k8", "variance-a-0.25-jumprelu-k8"
     )]  # fmt: skip
-    made = trained(tmp_path / "out").keys()
+    made = trained(new).keys()
     assert made >= {*names, *(n.replace("k4", "k2") for n in FROZEN)} and len(made) == 12 + 4 + 1
-    loaded = Dictionary.load(tmp_path / "out" / "dictionaries" / names[-1])
-    assert isinstance(loaded.sparsity, JumpReLU)
+    assert isinstance(Dictionary.load(new / "dictionaries" / names[-1]).sparsity, JumpReLU)
     few, many = (
         next(r.shares["l0"] for r in report.results if r.name == f"uniform-jumprelu-k{k}")
         for k in (2, 8)
     )
     assert few < many
-    assert "jumprelu" in (tmp_path / "out" / "report.md").read_text().splitlines()[0]
+    assert "jumprelu" in (new / "report.md").read_text().splitlines()[0]
 
 
-def test_planted_features_are_trained_on_and_their_recovery_reported(whole, study, tmp_path):
-    out, asked = tmp_path / "out", {"plant": True, "planted": PLANTS}
-    report = study(out, **asked)
+def test_planted_features_are_trained_on_and_their_recovery_reported(whole, study, new):
+    asked = {"plant": True, "planted": PLANTS}
+    report = study(new, **asked)
     assert {r.name for r in report.results} == set(ALL)
     other = {r.name: r.fvu for r in whole[1].results}
     for result in report.results:
-        planted = read_own_json(out / f"results/{result.name}.json", "result")["planted"]
+        planted = read_own_json(new / f"results/{result.name}.json", "result")["planted"]
         assert len(planted["plants"]["f1"]) == 14
         known = [f1 for f1 in planted["plants"]["f1"] if f1 is not None]
         assert result.values["planted_f1"].mean == pytest.approx(sum(known) / len(known))
-        loaded = Dictionary.load(out / "dictionaries" / result.name)
+        loaded = Dictionary.load(new / "dictionaries" / result.name)
         assert loaded.info.store["planted"]["plants"] == 14
         assert other[result.name] != result.fvu  # it was trained on other rows
     (one,) = (one for one in report.compared if one.control)
-    assert "planted_f1" in one.verdicts and "F1 of plants" in (out / "report.md").read_text()
-    assert study(out, **asked).to_dict()["verdicts"] == report.to_dict()["verdicts"]
+    assert "planted_f1" in one.verdicts and "F1 of plants" in (new / "report.md").read_text()
+    assert study(new, **asked).to_dict()["verdicts"] == report.to_dict()["verdicts"]
     with pytest.raises(LlmWsaeError, match=r"other settings \(planted seed"):
-        study(out, plant=True, planted=replace(PLANTS, seed=1))
+        study(new, plant=True, planted=replace(PLANTS, seed=1))
     assert "plants" not in (whole[0] / "report.md").read_text().split("## Differences")[0]
 
 
@@ -425,18 +398,18 @@ def test_another_processor_may_round_differently_but_weights_must_be_the_same(ou
         study(out)
 
 
-def test_requests_that_cannot_be_are_refused_before_any_work(study, tmp_path):
+def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
+    free = replace(TRAIN, lengths="free")
     for wrong, said in (
         ({"compare": replace(GRID, k=(2, 65))}, "65"),
         ({"compare": replace(AFTER_FIRST, k=(65,))}, "k = 65 active latents is more"),
-        ({"compare": replace(GRID, architecture="jumprelu"),
-          "train": replace(TRAIN, lengths="free")}, "jumprelu has no free lengths"),
-    ):  # fmt: skip
+        ({"compare": replace(GRID, architecture="jumprelu"), "train": free}, "has no free lengths"),
+    ):
         with pytest.raises(UsageError, match=said):
-            study(tmp_path / "out", **wrong)
-        assert not (tmp_path / "out").exists()
+            study(new, **wrong)
+        assert not new.exists()
     with pytest.raises(UsageError, match="a study draws its controls again for every seed"):
-        study(tmp_path / "out", weigh=WeightConfig(draw=1))
+        study(new, weigh=WeightConfig(draw=1))
     for grid, said in (
         ({"seeds": (0,)}, "at least 2 different seeds, not 0"),
         ({"seeds": (3, 3)}, "at least 2 different seeds"),
@@ -449,7 +422,7 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, tmp_path):
             StudyGrid(**grid)
 
 
-def test_the_command(world, tmp_path):
+def test_the_command(world, tmp_path, no_sync):
     out, encoder = tmp_path / "out", save_encoder(tmp_path / "encoder")
     words = ("study", world / "store", "--model", world / "model", "--corpus",
              world / "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
@@ -475,7 +448,7 @@ def test_the_command(world, tmp_path):
     assert f"report  {out / 'report.html'}" in again.out and "report.md" in again.out
 
 
-# --- the plan ---
+# --- the arms ---
 
 
 @pytest.fixture(scope="module")
@@ -498,21 +471,14 @@ def test_plain_dictionaries_the_rules_and_a_control_each(inputs):
         "variance-a0.5-k4-s1", "permuted-variance-a0.5-d1-k4-s1",
         "variance-a-0.25-k4-s1", "permuted-variance-a-0.25-d1-k4-s1",
     ]  # fmt: skip
-    assert {p.label: p.control for p in planned} == {
-        "uniform": None,
-        "variance-a0.5": "permuted-variance-a0.5",
-        "permuted-variance-a0.5": None,
-        "variance-a-0.25": "permuted-variance-a-0.25",
-        "permuted-variance-a-0.25": None,
-    }
+    controls = {p.label: p.control for p in planned}
+    pairs = {f"variance-a{alpha}": f"permuted-variance-a{alpha}" for alpha in (0.5, -0.25)}
+    assert controls == dict.fromkeys(["uniform", *pairs.values()]) | pairs
     own, first, second = (planned[number].arm.weights.gamma for number in (1, 2, 7))
     assert not torch.equal(first, second)  # each seed has its own permutation
     ratio = (own / own.norm()).sort().values, (first / first.norm()).sort().values
     torch.testing.assert_close(*ratio)
-
-
-def test_a_matrix_is_controlled_by_random_directions(inputs):
-    grid = replace(GRID, rule=("sensitivity",), alpha=(0.25,))
+    grid = replace(GRID, rule=("sensitivity",), alpha=(0.25,))  # a matrix, by random directions
     planned = plan(inputs, grid, WeightConfig(place="space"))
     controls = {p.label: p.control for p in planned if p.control}
     assert controls == {"sensitivity-matrix-a0.25-space": "rotated-sensitivity-a0.25-space"}
@@ -525,7 +491,7 @@ def test_baselines_are_topk_with_one_k_on_every_seed(inputs):
     for architecture in ("topk", "jumprelu", "frozen-decoder"):
         own = replace(grid, architecture=architecture)
         found, planned = baselines(inputs, own), plan(inputs, own, WeightConfig())
-        wanted = {("raw-dimensions-k4", RAW_LABEL)}
+        wanted = {("raw-dimensions-k4", LABELS[0])}
         wanted |= {
             (f"uniform-frozen-{half}-k4-s{seed}", f"topk baseline: frozen {half}")
             for seed in (3, 5)

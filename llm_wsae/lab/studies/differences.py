@@ -29,6 +29,8 @@ from scipy import special
 
 from llm_wsae.statistics.uncertainty import LEVEL, crossed_ratio
 
+_Part = tuple[float, float]  # a squared error of a mean, and its degrees of freedom
+
 
 @dataclass(frozen=True)
 class Value:
@@ -57,10 +59,6 @@ class Value:
         return Value(mean, items, resampled)
 
 
-Part = tuple[float, float]
-"""A squared error of a mean, and its degrees of freedom."""
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A mean difference."""
@@ -81,40 +79,36 @@ def compared(own: Mapping[int, Value], other: Mapping[int, Value]) -> Estimate |
     """
     seeds = sorted(own.keys() & other.keys())
     if any(one[seed].documents is not None for one in (own, other) for seed in seeds):
-        return _shares(seeds, own, other)
+        tables = [[one[seed].documents or () for seed in seeds] for one in (own, other)]
+        if len(seeds) < 2 or any(len(sums) < 2 for table in tables for sums in table):
+            return None
+        ratios, of_documents = crossed_ratio(*(np.array(table, dtype=float) for table in tables))
+        return _estimate(dict(zip(seeds, ratios.tolist(), strict=True)), [of_documents])
     differences = {seed: own[seed].less(other[seed]) for seed in seeds}
     there = {seed: value for seed, value in differences.items() if value is not None}
     if len(there) < 2:
         return None
-    values = list(there.values())
-    parts = [part for part in (_item_part(values), _document_part(values)) if part is not None]
-    return estimate({seed: value.mean for seed, value in there.items()}, parts)
+    parts = (_item_part([*there.values()]), _document_part([*there.values()]))
+    by_seed = {seed: value.mean for seed, value in there.items()}
+    return _estimate(by_seed, [part for part in parts if part is not None])
 
 
-def estimate(by_seed: Mapping[int, float], parts: Sequence[Part] = ()) -> Estimate:
+def _estimate(by_seed: dict[int, float], parts: Sequence[_Part]) -> Estimate:
     """The t-test of the mean of two seeds or more, with errors beside that over seeds."""
     row = np.array(list(by_seed.values()))
     mean = float(row.mean())
-    squared, degrees = _joined([(float(row.var(ddof=1)) / len(row), len(row) - 1.0), *parts])
+    parts = [(float(row.var(ddof=1)) / len(row), len(row) - 1.0), *parts]
+    squared = float(sum(part for part, _ in parts))
+    spread = float(sum(part**2 / degrees for part, degrees in parts))
+    degrees = squared**2 / spread if spread > 0 else parts[0][1]
     error = float(np.sqrt(squared))
     half = float(special.stdtrit(degrees, (1 + LEVEL) / 2)) * error
     certain = 0.0 if mean else 1.0
     p = 2 * float(special.stdtr(degrees, -abs(mean) / error)) if error > 0 else certain
-    return Estimate(mean, (mean - half, mean + half), p, dict(by_seed))
+    return Estimate(mean, (mean - half, mean + half), p, by_seed)
 
 
-def _shares(
-    seeds: Sequence[int], own: Mapping[int, Value], other: Mapping[int, Value]
-) -> Estimate | None:
-    """By how much the sums over documents are larger, as shares."""
-    tables = [[one[seed].documents or () for seed in seeds] for one in (own, other)]
-    if len(seeds) < 2 or any(len(sums) < 2 for table in tables for sums in table):
-        return None
-    ratios, of_documents = crossed_ratio(*(np.array(table, dtype=float) for table in tables))
-    return estimate(dict(zip(seeds, ratios.tolist(), strict=True)), [of_documents])
-
-
-def _item_part(values: Sequence[Value]) -> Part | None:
+def _item_part(values: Sequence[Value]) -> _Part | None:
     """What the choice of items adds that all seeds share."""
     items = [value.items for value in values if value.items is not None]
     if len(items) < len(values):
@@ -126,7 +120,7 @@ def _item_part(values: Sequence[Value]) -> Part | None:
     return float(means.var(ddof=1)) / len(names), len(names) - 1.0
 
 
-def _document_part(values: Sequence[Value]) -> Part | None:
+def _document_part(values: Sequence[Value]) -> _Part | None:
     """What the choice of documents adds that all seeds share."""
     drawn = [value.resampled for value in values if value.resampled is not None]
     if len(drawn) < len(values):
@@ -136,10 +130,3 @@ def _document_part(values: Sequence[Value]) -> Part | None:
     if table.shape[1] < 2:
         return None
     return float(table.mean(0).var(ddof=1)), table.shape[1] - 1.0
-
-
-def _joined(parts: Sequence[Part]) -> Part:
-    """The sum of squared errors, and its degrees of freedom after Satterthwaite."""
-    total = float(sum(squared for squared, _ in parts))
-    spread = float(sum(squared**2 / degrees for squared, degrees in parts))
-    return total, total**2 / spread if spread > 0 else parts[0][1]

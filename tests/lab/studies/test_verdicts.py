@@ -5,28 +5,19 @@ import random
 from dataclasses import replace
 
 import pytest
-from matplotlib.image import imread
+from looping import over
 from study_cases import KS, MEASURES, SEEDS, Made
 
-from llm_wsae.lab.studies.comparison import BETTER, NOT_SHOWN, WORSE, compare
-from llm_wsae.lab.studies.figures import figures_of_page
-from llm_wsae.lab.studies.inference import Value
-from llm_wsae.lab.studies.plan import BASELINES
-from llm_wsae.lab.studies.report import StudyReport
+from llm_wsae.lab.studies.arms import BASELINES
+from llm_wsae.lab.studies.differences import Value
+from llm_wsae.lab.studies.report import BETTER, NOT_SHOWN, WORSE, StudyReport, compare
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "jumprelu"}}
 
 
-def verdicts_of(results, label="variance-a0.5") -> tuple[str, ...]:
-    """On KL, detection and spill."""
-    (one,) = (one for one in compare(results) if one.label == label)
-    assert list(one.verdicts) == ["kl", "detection", "spill"]
-    return tuple(one.verdicts.values())
-
-
-def test_what_is_planted_is_found():
-    for options, expected in (
+@over(
+    case=[
         ({}, (NOT_SHOWN, NOT_SHOWN, NOT_SHOWN)),
         ({"effect": 0.05}, (NOT_SHOWN, BETTER, NOT_SHOWN)),
         ({"effect": -0.05}, (NOT_SHOWN, WORSE, NOT_SHOWN)),
@@ -37,13 +28,16 @@ def test_what_is_planted_is_found():
         ({"effect": 0.05, "control_effect": 0.05}, (NOT_SHOWN, NOT_SHOWN, NOT_SHOWN)),
         ({"effect": 0.10, "control_effect": 0.05}, (NOT_SHOWN, BETTER, NOT_SHOWN)),
         ({"effect": -0.05, "control_effect": -0.05}, (NOT_SHOWN, WORSE, NOT_SHOWN)),
-    ):
-        made, seeds = Made(), range(5)
-        results = made.plain(seeds=seeds) + made.rule(seeds=seeds, **options)
-        assert verdicts_of(results) == expected, options
-        (control,) = (one for one in compare(results) if one.control is None)
-        assert control.label == "permuted-variance-a0.5"
-        assert control.adjusted == control.verdicts == {} and "detection" in control.effects
+    ]
+)
+def test_what_is_planted_is_found(case):
+    """On KL, detection and spill."""
+    options, expected = case
+    made, seeds = Made(), range(5)
+    rule, control = compare(made.plain(seeds=seeds) + made.rule(seeds=seeds, **options))
+    assert rule.verdicts == dict(zip(("kl", "detection", "spill"), expected, strict=True))
+    assert control.label == "permuted-variance-a0.5" and control.control is None
+    assert control.adjusted == control.verdicts == {} and "detection" in control.effects
 
 
 def test_planted_features_decide_as_well():
@@ -74,25 +68,27 @@ def test_an_effect_is_measured_with_its_interval():
         assert one.against_control["detection"].difference == pytest.approx(0.03, abs=0.006)
 
 
-def test_under_the_null_nothing_is_shown_in_95_of_100_studies():
+@over(
+    case=[
+        (40, ("variance", "kurtosis", "whitening"), {}, 5),
+        # as good as their controls: hardly ever is one of ten called better than it
+        (
+            12,
+            [f"rule{number}" for number in range(10)],
+            {"effect": 0.03, "control_effect": 0.03},
+            2,
+        ),
+    ]
+)
+def test_under_the_null_nothing_is_shown_in_95_of_100_studies(case):
+    studies, rules, options, most = case
     called = 0
-    for seed in range(40):
+    for seed in range(studies):
         made = Made(seed)
-        results = made.plain() + made.rule() + made.rule("kurtosis") + made.rule("whitening")
-        called += any(set(one.verdicts.values()) - {NOT_SHOWN} for one in compare(results))
-    assert called <= 5
-
-
-def test_better_than_the_control_is_corrected_for_all_that_was_tried():
-    """Ten rules, each as good as its control: hardly ever is one called better than it."""
-    called = 0
-    for seed in range(12):
-        made = Made(seed)
-        results = made.plain()
-        for number in range(10):
-            results += made.rule(f"rule{number}", effect=0.03, control_effect=0.03)
-        called += any(one.verdicts.get("detection") == BETTER for one in compare(results))
-    assert called <= 2
+        results = made.plain() + [r for rule in rules for r in made.rule(rule, **options)]
+        shown = (BETTER,) if options else (BETTER, WORSE)
+        called += any(word in shown for one in compare(results) for word in one.verdicts.values())
+    assert called <= most
 
 
 def test_more_rules_ask_for_more():
@@ -104,7 +100,7 @@ def test_more_rules_ask_for_more():
     assert one.adjusted["detection"] == pytest.approx(21 * one.effects["detection"].p)
 
 
-def test_order_and_names_of_seeds_change_nothing():
+def test_order_and_names_of_seeds_change_nothing_but_differences_are_taken_within_them():
     made = Made()
     results = made.plain() + made.rule(effect=0.01) + made.rule("kurtosis", effect=-0.01)
     expected = {one.label: one for one in compare(results)}
@@ -116,17 +112,12 @@ def test_order_and_names_of_seeds_change_nothing():
         for measure, effect in one.effects.items():
             assert effect.difference == pytest.approx(other.effects[measure].difference)
             assert effect.interval == pytest.approx(other.effects[measure].interval)
-
-
-def test_differences_are_taken_within_seeds():
-    made = Made()
-    results = made.plain() + made.rule(effect=0.01)
     turned = [
         replace(r, seed=(r.seed + 1) % 3) if r.label == "variance-a0.5" else r for r in results
     ]
-    before, after = compare(results)[0].effects, compare(turned)[0].effects
-    assert after["detection"].difference == pytest.approx(before["detection"].difference, abs=1e-3)
-    assert after["detection"].by_seed != pytest.approx(before["detection"].by_seed, abs=1e-6)
+    before, after = (compare(own)[0].effects["detection"] for own in (results, turned))
+    assert after.difference == pytest.approx(before.difference, abs=1e-3)
+    assert after.by_seed != pytest.approx(before.by_seed, abs=1e-6)
 
 
 def test_what_has_no_plain_dictionary_beside_it_is_not_judged():
@@ -151,8 +142,7 @@ def test_baselines_move_nothing():
     without, report = (StudyReport.of(SITE, BASIS, own) for own in (results, beside + results))
     assert report.results[-len(beside) :] == sorted(beside, key=lambda r: (r.label, r.k, r.seed))
     assert report.compared == without.compared and report.sentences() == without.sentences()
-    figures = [figures_of_page(r.results, r.compared, list(MEASURES)) for r in (without, report)]
-    assert figures[0] == figures[1]
+    assert report.figures() == without.figures()
     assert "12 baselines" in report.page() and "12 baselines" not in without.page()
     assert report.page().count("on seeds 0, 1, 2,") == 1
 
@@ -162,11 +152,10 @@ def test_report(tmp_path):
     results = made.plain() + made.rule(effect=0.05, kl=-0.1) + made.rule("kurtosis")
     report = StudyReport.of(SITE, BASIS, results[::-1])
     nothing, better = report.sentences()
-    assert better.startswith("variance-a0.5, k 32: KL better: −".replace("−", "-"))
+    assert better.startswith("variance-a0.5, k 32: KL better: -")
     assert "detection better: +0.0" in better and "3 seeds" in better
     assert "beside its control" in better and "spill not shown" in better
     assert nothing.startswith("kurtosis-a0.5, k 32: KL not shown")
-
     report.write(tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["verdicts"]["variance-a0.5, k 32"] == {
@@ -178,7 +167,6 @@ def test_report(tmp_path):
     page = (tmp_path / "report.md").read_text()
     assert page.startswith(f"# Study of weights at {SITE}, jumprelu")
     assert all(f"- {sentence}" in page for sentence in report.sentences())
-    assert "(differences.png)" in page and min(imread(tmp_path / "differences.png").shape[:2]) > 200
     assert "Verdicts are on KL, detection and spill" in page
     table = report.table().splitlines()
     assert table[0].split()[:3] == ["weights", "k", "seeds"]
@@ -187,9 +175,7 @@ def test_report(tmp_path):
     for measure in ("selectivity", "purity", "kl"):
         mean = sum(r.values[measure].mean for r in own) / len(own)
         assert f"{mean:.4f}" in table[2]
-
-
-def test_a_report_of_plain_dictionaries_alone(tmp_path):
-    report = StudyReport.of(SITE, BASIS, Made().plain())
-    report.write(tmp_path)
-    assert report.sentences() == [] and "uniform" in report.table()
+    assert set(MEASURES) <= found["measures"].keys()
+    alone = StudyReport.of(SITE, BASIS, made.plain())
+    alone.write(tmp_path)
+    assert alone.sentences() == [] and "uniform" in alone.table()

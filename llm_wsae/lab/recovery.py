@@ -6,19 +6,17 @@ thousands of latents flatters nobody.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import UsageError
-from llm_wsae.lab.planting.plants import Plants
-from llm_wsae.lab.planting.source import PlantedSource
+from llm_wsae.lab.planting import PlantedSource, Plants
 from llm_wsae.sparse.codes import Codes
 
 RECOVERED_F1 = 0.8
@@ -55,32 +53,25 @@ class PlantRecovery:
 
     def means(self) -> dict[str, float]:
         """Mean of every measure over the plants that have it."""
-        return {name: _mean(getattr(self, name)) for name in MEASURES}
-
-    def by(self, key: Callable[[int], Any]) -> dict[Any, dict[str, float]]:
-        """The same for groups of plants; ``key`` names the group of a plant by its number."""
-        groups: dict[Any, list[int]] = {}
-        for plant in range(len(self.plants)):
-            groups.setdefault(key(plant), []).append(plant)
-        return {
-            group: {name: _mean(getattr(self, name)[members]) for name in MEASURES}
-            for group, members in groups.items()
-        }
+        columns = {name: getattr(self, name) for name in MEASURES}
+        return {name: float(own[~own.isnan()].mean()) for name, own in columns.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: means, by stratum, by strength, and every plant."""
+        """JSON-able: means, and every plant."""
         plants = self.plants
+        columns = {name: getattr(self, name).tolist() for name in MEASURES}
         return {
             **self.means(),
             "l_gt": self.l_gt,
             "dead": self.dead,
-            "by_stratum": self.by(lambda plant: plants.stratum[plant]),
-            "by_strength": self.by(lambda plant: f"{plants.relative_strength[plant]:g}"),
             "plants": {
                 "stratum": list(plants.stratum),
                 "strength": list(plants.relative_strength),
                 "token": plants.token.tolist(),
-                **{name: _listed(getattr(self, name)) for name in MEASURES},
+                **{
+                    name: [None if math.isnan(value) else value for value in column]
+                    for name, column in columns.items()
+                },
             },
         }
 
@@ -104,12 +95,14 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
         truth[firings.row, firings.plant] = torch.from_numpy(firings.strength).float()
         half = measured if number % 2 else chosen
         half.add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
-    best = chosen.best()
+    either = chosen.fires[:, None] + chosen.active
+    best = (2 * chosen.together / either.clamp(min=1)).argmax(1)  # of largest F1
     decoder = dictionary.W_dec.detach().cpu().double()[best]
     length, directions = decoder.norm(dim=1), plants.directions.double()
     along = (decoder * directions).sum(1)
-    answered = chosen.fires.bool() & chosen.is_answered()  # else no latent is the best
-    sums = measured.sums(best, chosen.fires.bool(), answered)
+    seen = chosen.fires.bool()
+    answered = seen & (chosen.together.sum(1) > 0)  # else no latent is the best
+    sums = measured.sums(best, seen, answered)
     fires, both = sums["fires"], sums["both"]
     none = torch.full_like(fires, torch.nan)
     product, power = (sums["answer"] * length).sum(), (sums["code"] * length.square()).sum()
@@ -127,33 +120,21 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
 
 
 class _Half:
-    """Some of the held-out rows: what fires together in them, and all codes."""
+    """Some of the held-out rows: what fires in them, alone and together, and all codes."""
 
     def __init__(self, plants: int, latents: int):
-        self._together = torch.zeros(plants, latents)
-        self.fires = torch.zeros(plants)
-        self.active = torch.zeros(latents)
+        self.together = torch.zeros(plants, latents)
+        self.fires, self.active = torch.zeros(plants), torch.zeros(latents)
         self._pieces: list[tuple[Codes, Tensor]] = []
 
     def add(self, codes: Codes, truth: Float[Tensor, "rows plants"]) -> None:
         """Add rows: their codes, and the strength of every plant."""
         self._pieces.append((codes, truth.to_sparse()))
-        latents = len(self.active)
-        on = codes.values > 0
-        self.active += torch.bincount(codes.indices[on], minlength=latents)
-        row, plant = truth.nonzero(as_tuple=True)
-        self.fires += torch.bincount(plant, minlength=len(self.fires))
-        cells = (plant[:, None] * latents + codes.indices[row])[on[row]]
-        self._together.view(-1).index_add_(0, cells, torch.ones(len(cells)))
-
-    def best(self) -> Int[Tensor, " plants"]:
-        """The latent of largest F1 for every plant."""
-        total = self.fires[:, None] + self.active
-        return (2 * self._together / total.clamp(min=1)).argmax(1)
-
-    def is_answered(self) -> Bool[Tensor, " plants"]:
-        """Whether any latent is active where a plant fires."""
-        return self._together.sum(1) > 0
+        fires = (truth > 0).float()
+        active = (to_dense(codes, len(self.active)) > 0).float()
+        self.together += torch.sparse.mm(fires.T.to_sparse(), active)
+        self.fires += fires.sum(0)
+        self.active += active.sum(0)
 
     def sums(self, best: Tensor, seen: Tensor, answered: Tensor) -> dict[str, Tensor]:
         """Over rows, for every plant and its latent; plants that were not ``seen`` where latents
@@ -175,11 +156,3 @@ class _Half:
             for name, part in parts.items():
                 found[name] = found.get(name, 0) + part.sum(0)
         return found
-
-
-def _mean(values: Tensor) -> float:
-    return float(values[~values.isnan()].mean())
-
-
-def _listed(values: Tensor) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.tolist()]

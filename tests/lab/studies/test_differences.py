@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llm_wsae.lab.studies.inference import Value, compared
+from llm_wsae.lab.studies.differences import Value, compared
 
 SEEDS = 3
 
@@ -22,21 +22,20 @@ def against_zero(values):
     return compared(values, nothing)
 
 
-def over_families(draw, seeds=SEEDS, families=9, of_family=3.0, noise=3.0):
+def over_families(draw, seeds=SEEDS, noise=3.0):
     """Differences that vary from family to family, the same way on all seeds, about 0."""
-    common = draw.normal(0, of_family, families)
-    rows = common + draw.normal(0, 1, (seeds, 1)) + draw.normal(0, noise, (seeds, families))
-    return {seed: of_items(row) for seed, row in enumerate(rows)}
+    common = draw.normal(0, 3.0, 9)
+    rows = common + draw.normal(0, 1, (seeds, 1)) + draw.normal(0, noise, (seeds, 9))
+    return {
+        seed: Value(float(np.mean(row)), {f"c{i}": float(v) for i, v in enumerate(row)})
+        for seed, row in enumerate(rows)
+    }
 
 
-def of_items(row) -> Value:
-    return Value(float(np.mean(row)), {f"c{i}": float(v) for i, v in enumerate(row)})
-
-
-def over_documents(draw, seeds=SEEDS, share=0.0, common=0.2):
+def over_documents(draw, seeds=SEEDS, share=0.0):
     """KL of each document, plain and by ``share`` higher; documents differ alike on all seeds."""
     length = draw.gamma(4, 25, 80)
-    of_document = 1 + draw.normal(0, common, 80)
+    of_document = 1 + draw.normal(0, 0.2, 80)
     plain, own = {}, {}
     for seed in range(seeds):
         sums = length * draw.normal(1, 0.1, 80)
@@ -76,32 +75,25 @@ def test_one_document_or_seed_gives_no_estimate():
     assert compared(few, few) is None
 
 
-def test_families_that_differ_alike_on_every_seed_do_not_count_as_many():
-    """With the families' part left out, their choice would pass for an effect."""
+def test_families_and_documents_that_all_seeds_share_do_not_average_out():
+    """With their part left out, their choice would pass for an effect."""
     draw = np.random.default_rng(0)
-    found = {True: 0, False: 0}
+    alarms = {"families": 0, "without": 0, "documents": 0, "not known": 0}
     for _ in range(200):
-        by_seed = over_families(draw, of_family=3.0, noise=0.5)
-        found[True] += against_zero(by_seed).p < 0.05
+        by_seed = over_families(draw, noise=0.5)
         bare = {seed: Value(value.mean) for seed, value in by_seed.items()}
-        found[False] += against_zero(bare).p < 0.05
-    assert found[True] < 16 and found[False] > 25
-
-
-def test_documents_that_all_seeds_share_do_not_average_out():
-    """Every seed is scored on one text, so seeds agree on what its documents do."""
-    draw = np.random.default_rng(0)
-    found = {True: 0, False: 0}
-    for _ in range(200):
         document, seeds = draw.normal(0, 2.0), draw.normal(0, 1.0, 3)
         drawn = draw.normal(0, 2.0, 100)
-        for known in found:
-            made = {
+        made = {"families": by_seed, "without": bare}
+        for name, known in (("documents", True), ("not known", False)):
+            made[name] = {
                 seed: Value(document + v, resampled=tuple(drawn + v) if known else None)
                 for seed, v in enumerate(seeds)
             }
-            found[known] += against_zero(made).p < 0.05
-    assert found[True] < 16 and found[False] > 30
+        for name, own in made.items():
+            alarms[name] += against_zero(own).p < 0.05
+    assert alarms["families"] < 16 and alarms["without"] > 25
+    assert alarms["documents"] < 16 and alarms["not known"] > 30
 
 
 def test_resamplings_without_any_scored_document_are_left_out_for_all_seeds():

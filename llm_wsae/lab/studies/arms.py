@@ -3,24 +3,36 @@
 Beside them stand untrained and half-trained baselines, on which no verdict or correction depends.
 They may still look interpretable (Korznikov et al. 2026, arXiv 2602.14111): where they come close
 to the others, a measure says little of what was learnt.
+
+The rule ``participation`` takes its weights from a first dictionary. Unless one is given, a study
+trains a plain one for each seed, so that no accident of one dictionary stands behind all of them.
+It gets half of the rows, and so do the dictionaries that are trained with its weights, and their
+controls: a rule costs as many rows as a plain dictionary.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from llm_wsae.lab.studies.config import StudyGrid
-from llm_wsae.lab.studies.first import SHARE
+from llm_wsae.data.store import StoreSource
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import INFO
+from llm_wsae.lab.config import StudyGrid
+from llm_wsae.lab.planting import PlantedSource
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import ArchitectureName, Lengths
+from llm_wsae.training.checkpoint import is_finished
+from llm_wsae.training.config import ArchitectureName, Lengths, TrainConfig
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
-from llm_wsae.weights.rules import Rule, RuleInputs
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.weighing import used_decoder
 
 PLAIN = "uniform"
 RAW = "topk baseline: raw dimensions"
-RAW_NAME = "raw-dimensions-k"
-"""Of its folder and of its result, without the k."""
 FROZEN: dict[ArchitectureName, str] = {
     "frozen-decoder": "topk baseline: frozen decoder",
     "frozen-encoder": "topk baseline: frozen encoder",
@@ -28,6 +40,8 @@ FROZEN: dict[ArchitectureName, str] = {
 """Labels of the half-trained baselines, by their architecture."""
 BASELINES = (RAW, *FROZEN.values())
 """Labels of all baselines."""
+_SHARE = 0.5  # of the rows, for a first dictionary, and again for what is trained after it
+_OTHER = 1000  # seeds of first dictionaries: another start and another order of the rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,12 @@ class PlannedArm:
     @property
     def name(self) -> str:
         """Of its folder and of its result."""
-        return f"{RAW_NAME}{self.arm.k}" if self.label == RAW else self.arm.name
+        return f"raw-dimensions-k{self.arm.k}" if self.label == RAW else self.arm.name
+
+    @property
+    def group(self) -> tuple[int, float]:
+        """What dictionaries that are trained together share: their seed, and the share of rows."""
+        return self.arm.init_seed, self.share
 
     def identity(self, lengths: Lengths) -> dict[str, Any]:
         """What its result must agree on, as JSON."""
@@ -88,6 +107,46 @@ def baselines(inputs: RuleInputs, grid: StudyGrid) -> list[PlannedArm]:
     return found
 
 
+def after_first(
+    source: StoreSource | PlantedSource,
+    inputs: RuleInputs,
+    folder: Path,
+    grid: StudyGrid,
+    training: TrainConfig,
+) -> dict[int, RuleInputs]:
+    """By seed, the inputs with the decoder of its first dictionary.
+
+    Where the study has none of that seed yet, it is trained: with the k of the others that it has,
+    or else the first k that was asked for. Raises as ``train`` does.
+    """
+    found = {}
+    known = {
+        path.parents[1].name: Dictionary.load(path.parent)
+        for path in sorted(folder.glob(f"*/*/{INFO}"))
+        if is_finished(path.parents[1])
+    }
+    # what is trained with weights from them has one label, so they are to be alike
+    k = next((first.info.training["k"] for first in known.values()), grid.k[0])
+    for seed in dict.fromkeys(grid.seeds):
+        first = known.get(f"s{seed}")
+        if first is None:
+            arm = ArmConfig(weights_from_rule(PLAIN, 1.0, inputs), k, init_seed=seed + _OTHER)
+            half = replace(on_share(training, source, _SHARE), shuffle_seed=seed + _OTHER)
+            first = train(source, [arm], half, folder / f"s{seed}")[arm.name]
+        decoder, energy = used_decoder(first, source.site, inputs.statistics)
+        found[seed] = replace(inputs, decoder=decoder, energy=energy)
+    return found
+
+
+def on_share(
+    training: TrainConfig, source: StoreSource | PlantedSource, share: float
+) -> TrainConfig:
+    """The settings for a share of the rows. Raises UsageError if that is less than a batch."""
+    if share == 1:
+        return training
+    return replace(training, tokens=int(share * (training.tokens or source.num_rows or 0)))
+
+
 def _weights(
     inputs: RuleInputs,
     grid: StudyGrid,
@@ -96,26 +155,22 @@ def _weights(
     seed: int,
 ) -> Iterator[tuple[LossWeights, str | None, float]]:
     """The weights of a seed, the label of their control, and their share of the rows."""
+
+    def drawn(rule: Rule, alpha: float) -> LossWeights:
+        config = replace(weigh, draw=seed) if rule.is_drawn else weigh
+        return weights_from_rule(rule, alpha, own, config)
+
     yield weights_from_rule(PLAIN, 1.0, inputs), None, 1.0
     for rule in grid.rules:
         own, share = inputs, 1.0
         if first is not None and rule.need == "dictionary":
-            own, share = first[seed], SHARE
+            own, share = first[seed], _SHARE
         matched = rule.matched_control(weigh)
         for alpha in grid.alpha:
-            weights = _drawn(rule, alpha, own, weigh, seed)
+            weights = drawn(rule, alpha)
             if weights.label == PLAIN:
                 continue
-            if matched is None:
-                yield weights, None, share
-                continue
-            control = _drawn(matched, alpha, own, weigh, seed)
-            yield weights, control.label, share
-            yield control, None, share
-
-
-def _drawn(
-    rule: Rule, alpha: float, inputs: RuleInputs, weigh: WeightConfig, seed: int
-) -> LossWeights:
-    config = replace(weigh, draw=seed) if rule.is_drawn else weigh
-    return weights_from_rule(rule, alpha, inputs, config)
+            control = None if matched is None else drawn(matched, alpha)
+            yield weights, None if control is None else control.label, share
+            if control is not None:
+                yield control, None, share

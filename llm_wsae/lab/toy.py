@@ -10,13 +10,13 @@ ReLU alone, 200 latents reconstruct 20 dimensions from other directions than the
 sparsity.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from llm_wsae.artifact.files import write_json
@@ -26,12 +26,10 @@ from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import frozen_random
-from llm_wsae.lab.theory.closed_form import recovered
-from llm_wsae.lab.theory.config import TheoryConfig
-from llm_wsae.lab.theory.recovery import Recovery, measure
-from llm_wsae.lab.theory.superposition import Superposition, toy_model
+from llm_wsae.lab.config import TheoryConfig
+from llm_wsae.lab.theory import Superposition, recovered, toy_model
 from llm_wsae.model.site import Site
-from llm_wsae.terminal import aligned
+from llm_wsae.terminal import Table
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
@@ -43,11 +41,38 @@ FEATURES, DIMENSIONS, LATENTS = 200, 20, 200
 """n, n_p and n_m of the paper."""
 CLOSED_FORM, RANDOM = "closed form", "random directions"
 _SITE = Site.parse("blocks.0.hook_resid_post")  # a name that dictionaries must have
-_MODEL_STEPS = 1500
 _TRAIN_ROWS, _TEST_ROWS, _BATCH = 50_000, 10_000, 256
 _LEARNING_RATE = 0.01  # at Adam's usual 0.001 plain dictionaries are not finished
 _FAR = 1_000_003  # from the seeds of initial weights, which would begin as the features do
 _MOST_ACTIVE = DIMENSIONS // 2  # more latents reconstruct a row whatever their directions
+_FOUND_COSINE = 0.9
+_COLUMNS = {
+    "recovered": "recovered",
+    "mmcs": "MMCS",
+    "l_gt": "L_GT",
+    "features_per_latent": "features/latent",
+}
+_MEANINGS = {
+    "recovered": "share of the true features with a decoder row at a cosine above 0.9",
+    "MMCS": "mean over features of the largest cosine with a decoder row",
+    "L_GT": "share of the features' energy that is missing when each is read from its own latent",
+    "features/latent": "true features that a latent answers to (1: monosemantic)",
+}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much of the true features a dictionary finds, where they are known."""
+
+    recovered: float
+    """Share of true features with a decoder row at a cosine above 0.9."""
+    mmcs: float
+    """Mean over true features of the largest cosine between its direction and a decoder row
+    (Sharkey et al. 2022); the sign counts, since latents are not negative."""
+    l_gt: float
+    """``matched_loss``."""
+    features_per_latent: float
+    """``features_per_latent``."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +90,16 @@ class ToyReport:
 
     def table(self) -> str:
         """Means over seeds, with the least and the most, and the meaning of each column."""
-        rows = [["S", "dictionary", *_COLUMNS]]
+        rows = [["S", "dictionary", *_COLUMNS.values()]]
         for sparsity, by_name in self.found.items():
             for name, of_seeds in by_name.items():
-                cells = [_over_seeds([getattr(one, key) for one in of_seeds]) for key in _KEYS]
+                cells = []
+                for key in _COLUMNS:
+                    values = [getattr(one, key) for one in of_seeds]
+                    mean = sum(values) / len(values)
+                    cells.append(f"{mean:.2f} [{min(values):.2f}, {max(values):.2f}]")
                 rows.append([f"{sparsity:g}", name, *cells])
-        width = max(map(len, _COLUMNS))
-        meanings = [f"{name.ljust(width)}  {meaning}" for name, meaning in _COLUMNS.items()]
-        return "\n".join([aligned(rows, left=2), "", *meanings])
-
-
-_KEYS = ("recovered", "mmcs", "l_gt", "features_per_latent")
-_COLUMNS = {
-    "recovered": "share of the true features with a decoder row at a cosine above 0.9",
-    "MMCS": "mean over features of the largest cosine with a decoder row",
-    "L_GT": "share of the features' energy that is missing when each is read from its own latent",
-    "features/latent": "true features that a latent answers to (1: monosemantic)",
-}
+        return Table(rows, left=2, meanings=_MEANINGS).text()
 
 
 def run_toy(config: TheoryConfig, out: Path) -> ToyReport:
@@ -110,19 +128,72 @@ def run_toy(config: TheoryConfig, out: Path) -> ToyReport:
     return report
 
 
+@torch.no_grad()
+def measure(
+    decoder: Float[Tensor, "latents n_p"],
+    codes: Float[Tensor, "rows latents"],
+    mixing: Float[Tensor, "n_p n"],
+    x: Float[Tensor, "rows n"],
+) -> Recovery:
+    """Compare a dictionary's decoder, and its codes of W_p x, with W_p and x."""
+    largest = (_unit(decoder.T).T @ _unit(mixing)).amax(0)
+    return Recovery(
+        recovered=float((largest > _FOUND_COSINE).float().mean()),
+        mmcs=float(largest.mean()),
+        l_gt=matched_loss(codes, x),
+        features_per_latent=features_per_latent(codes, x),
+    )
+
+
+def matched_loss(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"]) -> float:
+    """min over matchings and scales of E‖x − c∘z_match‖² / E‖x‖²: share of the true features'
+    energy that is missing when each is matched to at most one latent, at its best scale c.
+
+    That scale is ⟨x_j, z_l⟩/‖z_l‖², which removes ⟨x_j, z_l⟩²/‖z_l‖² of ‖x_j‖²; the matching that
+    removes most is an assignment problem (Kuhn 1955, "Hungarian").
+    """
+    power = codes.double().square().sum(0)
+    product = x.double().T @ codes.double()
+    removed = product.square() / torch.where(power > 0, power, 1.0)
+    rows, columns = linear_sum_assignment(removed.numpy(), maximize=True)
+    return 1 - float(removed[rows, columns].sum() / x.double().square().sum())
+
+
+def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"]) -> float:
+    """Mean participation ratio (Σ_j ρ²)²/Σ_j ρ⁴ of a latent's correlations ρ with the features,
+    each latent weighted by its variance; NaN if all are constant. 1 is a monosemantic latent.
+
+    Weighted by variance, because a spare latent that fires on a few rows correlates with features
+    by chance: it would look like a mixture of all of them, and there are many such latents.
+    """
+    z, features = (codes - codes.mean(0)).double(), (x - x.mean(0)).double()
+    spread = z.norm(dim=0)
+    alive = spread > 0
+    if not bool(alive.any()):
+        return float("nan")
+    rho = (_unit(z[:, alive]).T @ _unit(features)).square()
+    ratio = rho.sum(1).square() / rho.square().sum(1)
+    share = spread[alive].square()
+    return float((ratio * share).sum() / share.sum())
+
+
 def _compared(config: TheoryConfig, sparsity: float, seed: int, out: Path) -> dict[str, Recovery]:
     """What every dictionary of one toy model finds."""
     draw = torch.Generator().manual_seed(_FAR + seed)
-    data = Superposition(toy_model(FEATURES, DIMENSIONS, sparsity, draw, _MODEL_STEPS), sparsity)
+    mixing = toy_model(FEATURES, DIMENSIONS, sparsity, draw, config.model_steps)
+    data = Superposition(mixing, sparsity)
     source = MemorySource(data.observe(_features(data, _TRAIN_ROWS, draw)), _SITE)
     x = _features(data, _TEST_ROWS, draw)
-    dictionaries = _trained(config, source, _active(data), seed, out / f"S{sparsity:g}-seed{seed}")
+    k = min(_MOST_ACTIVE, max(1, round(data.mean_active / 2)))
+    dictionaries = _trained(config, source, k, seed, out / f"S{sparsity:g}-seed{seed}")
     like = next(iter(dictionaries.values()))
     mean = source.statistics().mean.float()
-    dictionaries[RANDOM] = frozen_random(like, mean, float(_active(data)), seed)
-    found = {name: _measured(one, data, x) for name, one in dictionaries.items()}
-    found[CLOSED_FORM] = measure(data.mixing.T, recovered(data.mixing, x), data.mixing, x)
-    return found
+    dictionaries[RANDOM] = frozen_random(like, mean, float(k), seed)
+    found = {
+        name: measure(one.W_dec, one.encode(data.observe(x)), mixing, x)
+        for name, one in dictionaries.items()
+    }
+    return found | {CLOSED_FORM: measure(mixing.T, recovered(mixing, x), mixing, x)}
 
 
 def _trained(
@@ -144,21 +215,12 @@ def _trained(
     return {one.weights.name: dictionaries[one.name] for one in arms}
 
 
-def _active(data: Superposition) -> int:
-    """Latents on a row."""
-    return min(_MOST_ACTIVE, max(1, round(data.mean_active / 2)))
-
-
 def _features(data: Superposition, rows: int, draw: torch.Generator) -> Float[Tensor, "rows n"]:
     """The true features of ``rows`` rows, without those rows that have none."""
     x = data.features(rows, draw)
     return x[(x > 0).any(1)]
 
 
-@torch.no_grad()
-def _measured(dictionary: Dictionary, data: Superposition, x: Tensor) -> Recovery:
-    return measure(dictionary.W_dec, dictionary.encode(data.observe(x)), data.mixing, x)
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+def _unit(columns: Tensor) -> Tensor:
+    """Columns at length 1; those of length 0 stay."""
+    return columns / columns.norm(dim=0).clamp(min=1e-12)

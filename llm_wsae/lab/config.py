@@ -1,0 +1,161 @@
+"""What the laboratory is asked for. Free of torch, for the command line."""
+
+# ruff: noqa: RUF009 - the defaults are frozen
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.outside import SHARE, check_numbers
+from llm_wsae.pipeline.request import (
+    Evaluation,
+    Flag,
+    Flat,
+    ModelConfig,
+    RuleGrid,
+    Spelt,
+    Stores,
+    TextConfig,
+    Training,
+    check_none_given,
+    named,
+)
+from llm_wsae.training.config import ArchitectureName, TrainConfig
+from llm_wsae.weights.config import WeightConfig
+
+_LEAST_STRENGTH = 1e-6  # a weaker plant is lost in the rounding of float32
+_LEAST_PROBABILITY = 1e-6  # rarer: on hardly any held-out row, and float32 cannot draw it exactly
+
+
+@dataclass(frozen=True)
+class PlantConfig:
+    """Features to plant: the same number in every stratum of directions at every strength."""
+
+    seed: int = 0
+    """Seed of the directions, of how often features fire, and of when."""
+    per_cell: int = 16
+    """Features of each stratum at each strength."""
+    strengths: tuple[float, ...] = (0.12, 0.2, 0.35)
+    """Mean strengths, in median norms of the centred rows."""
+    rarest: float = 3e-4
+    """Smallest probability that a feature fires on a row; probabilities are log-uniform."""
+    commonest: float = 1e-2
+    """Largest probability that a feature fires on a row."""
+    token_share: float = 0.25
+    """Share of the features that fire on one token only, on half of its occurrences at random."""
+    natural: bool = False
+    """Also plant along the stream's own directions: Σ^¼g, Σ^½g, and means of tokens."""
+    heldout_share: float = 0.15
+    """Share of the store's rows, its last ones, that are not trained on: recovery is measured
+    there. At least 2,048 rows are held out."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, per_cell=(1, 10_000))
+        if not self.strengths:
+            raise UsageError("give at least one of strengths")
+        if not all(_LEAST_STRENGTH <= strength <= 1 for strength in self.strengths):
+            raise UsageError(
+                f"a plant's strength must be at least {_LEAST_STRENGTH:g}, or it is lost in "
+                "rounding, and at most 1, the median norm of the rows, or it would drown the "
+                f"stream; not {', '.join(map(str, self.strengths))}"
+            )
+        if not _LEAST_PROBABILITY <= self.rarest <= self.commonest < 1:
+            raise UsageError(
+                f"plants fire with probabilities from {self.rarest:g} to {self.commonest:g}; these "
+                f"must rise, be at least {_LEAST_PROBABILITY:g} and less than 1"
+            )
+        if not 0 <= self.token_share <= 1 or not 0 < self.heldout_share < 1:
+            raise UsageError("token-share must be from 0 to 1, heldout-share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TheoryConfig:
+    """Settings of the toy experiment: 200 features in 20 dimensions, 200 latents."""
+
+    sparsity: tuple[float, ...] = (0.9, 0.95, 0.99)
+    """Probabilities that a feature is 0. A toy model is trained at each, and dictionaries on it."""
+    rule: tuple[str, ...] = ("uniform", "variance", "whitening")
+    """Weight rules, as in `train`; uniform is the plain SAE."""
+    alpha: float = 0.5
+    """Exponent of the weights."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the toy model, the rows and the initial weights, which all rules share."""
+    steps: int = 2000
+    """Steps of each dictionary, of 256 rows."""
+    model_steps: int = 1500
+    """Steps of each toy model, of 512 rows."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, sparsity=SHARE, steps=1, model_steps=1)
+        if max(self.sparsity, default=0) == 1:
+            raise UsageError("at a sparsity of 1 there is no feature to find; take a lower one")
+        if not (self.sparsity and self.rule and self.seeds):
+            raise UsageError("name at least one sparsity, one rule and one seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyGrid(RuleGrid):
+    """Which dictionaries to compare; each rule brings its control."""
+
+    rule: tuple[str, ...] = ("variance",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds, each of initial parameters, order of the rows, and controls at once."""
+    architecture: ArchitectureName = "topk"
+    """Architecture: topk has k active latents on every token, others k on average, gba fewer; the
+    frozen ones are topk baselines that leave one half random."""
+    keep_dictionaries: bool = True
+    """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.seeds)) < 2:
+            raise UsageError(
+                "a study needs at least 2 different seeds, not "
+                f"{', '.join(map(str, self.seeds)) or 'none'}: one allows no interval"
+            )
+        if self.architecture == "relu":
+            raise UsageError(
+                "a study compares dictionaries of the same k, which relu does not have; choose "
+                "another architecture"
+            )
+        for name in ("rule", "alpha", "k"):
+            if not getattr(self, name):
+                raise UsageError(f"a study needs at least one {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Everything that ``study`` is asked for."""
+
+    stores: Stores
+    """Activation stores, of one model with the same sites and settings."""
+    site: str
+    """One of their sites."""
+    out: Path
+    """Folder of the study."""
+    dictionary: Path | None = None
+    """First dictionary of the site, for the rule participation. Without it, one is trained for each
+    seed."""
+    plant: Flag = False
+    """Plant known features into the rows, and measure how much of them is recovered."""
+    model: Flat[ModelConfig]
+    corpus: Flat[TextConfig]
+    compare: Flat[StudyGrid] = StudyGrid()
+    weigh: Flat[WeightConfig] = WeightConfig()
+    train: Training = TrainConfig()
+    evaluate: Evaluation = EvaluateConfig()
+    score: Annotated[MonosemanticConfig, named("score", MonosemanticConfig), Spelt] = (
+        MonosemanticConfig()
+    )
+    planted: Annotated[PlantConfig, named("planted", PlantConfig), Spelt] = PlantConfig()
+
+    def __post_init__(self) -> None:
+        if not self.plant:
+            check_none_given("planted", self.planted, "--plant")
+        if self.weigh.draw:
+            raise UsageError(
+                f"draw is {self.weigh.draw}, but a study draws its controls again for every seed; "
+                "leave it 0"
+            )

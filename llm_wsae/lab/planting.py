@@ -1,0 +1,391 @@
+"""Features planted into the rows of a store: the ground truth that language models lack.
+
+They come in strata of directions, because a loss hears some directions better than others:
+
+- ``quiet dimension``, ``loud dimension``: along a dimension of least or of most variance;
+- ``quiet component``, ``loud component``: along a principal component of least or most variance;
+- ``random``: uniform on the sphere;
+- ``antipodal``: two that point in opposite random directions (the paper's digon);
+- ``triangle``: three at 120° in a random plane (its polygon);
+- ``coloured ¼``, ``coloured ½``: Σ^¼g and Σ^½g of a Gaussian g, if natural ones are asked for;
+- ``token mean``: from the mean of all rows to that of the rows of a token, likewise.
+
+They are planted as rows are read, and nothing is written. Which plants fire on a row, and how
+strongly, is drawn from the plants' seed and the number of the row's chunk, so every reader sees the
+same rows: a resumed training, another process, the measurement afterwards.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.packing import Contexts
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.errors import UsageError
+from llm_wsae.lab.config import PlantConfig
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
+
+ON_TOKEN = 0.5
+"""How often a feature that is tied to a token fires on it. If it always fired, a latent of the
+token would recover the feature without knowing its direction; so that latent's F1 is at most ⅔."""
+SPREAD = 0.25
+"""A firing's strength is uniform within this share of the plant's mean strength."""
+_READ_ROWS = 8 * CHUNK_ROWS
+_ROWS_OF_MEANS = 1 << 16  # read for the means of tokens
+_LEAST_OF_A_TOKEN = 64  # rows that a token must have for its mean
+
+
+@dataclass(frozen=True)
+class Plants:
+    """Features to add to rows: x′ = x + Σ_j a_j v_j over those that fire."""
+
+    directions: Float[Tensor, "plants d_in"]
+    """Unit vectors v, float32."""
+    strength: Float[Tensor, " plants"]
+    """Mean strength of each, in the units of the rows (float64)."""
+    relative_strength: tuple[float, ...]
+    """The same in median norms of the centred rows, as it was asked for."""
+    probability: Float[Tensor, " plants"]
+    """Probability that it fires on a row; of one tied to a token, on a row of that token
+    (float64)."""
+    token: Int[Tensor, " plants"]
+    """Id of the token that it is tied to, -1 for none."""
+    stratum: tuple[str, ...]
+    """Where its direction comes from."""
+    seed: int
+    """Seed of the firings."""
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that identify them."""
+        digest = hashlib.sha256(self.directions.numpy().tobytes())
+        for part in (self.strength, self.probability, self.token):
+            digest.update(part.numpy().tobytes())
+        return {"plants": len(self), "seed": self.seed, "sha256": digest.hexdigest()}
+
+
+def make_plants(
+    statistics: Statistics,
+    token_counts: Mapping[int, int],
+    config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
+    token_means: Float[Tensor, "tokens d_in"] | None = None,
+) -> Plants:
+    """Draw plants for a site, from the statistics of its rows before planting.
+
+    ``token_counts`` says how many rows each token id has. ``token_means``, less the mean of all
+    rows, are needed for natural ones.
+
+    Raises UsageError if the site has too few dimensions or the rows too few tokens for that many
+    plants, or if the plants of a row are together longer than the rows (root mean square, and
+    median of the centred rows); LlmWsaeError if the rows do not vary.
+    """
+    draw = np.random.default_rng((config.seed, 0))
+    statistics.check_varying()
+    usual = statistics.usual_sample.double()
+    norm = float((usual - usual.mean(0)).norm(dim=1).median())
+    per_stratum = config.per_cell * len(config.strengths)
+    strata = _directions(statistics, per_stratum, draw)
+    if config.natural:
+        strata |= _natural_directions(statistics, per_stratum, draw, token_means)
+    directions = torch.from_numpy(np.concatenate(list(strata.values())))
+    relative = np.tile(np.repeat(config.strengths, config.per_cell), len(strata))
+    token, probability, on_a_row = _firing(token_counts, config, len(directions), draw)
+    together = _length_of_sum(directions.numpy(), relative, on_a_row)
+    if together > 1:
+        raise UsageError(
+            f"the plants of a row are together {together:.1f} times as long as the rows, and would "
+            "drown the stream; lower strengths, commonest or per-cell"
+        )
+    return Plants(
+        directions.float(),
+        torch.from_numpy(relative * norm),
+        tuple(relative.tolist()),
+        torch.from_numpy(probability),
+        torch.from_numpy(token),
+        tuple(name for name in strata for _ in range(per_stratum)),
+        config.seed,
+    )
+
+
+def _firing(
+    token_counts: Mapping[int, int], config: PlantConfig, count: int, draw: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each plant its token, its probability there, and that on any row."""
+    low, high = np.log([config.rarest, config.commonest])
+    probability = np.exp(draw.uniform(low, high, count))
+    on_a_row, token = probability.copy(), np.full(count, -1)
+    of_cell = np.arange(config.per_cell) < round(config.token_share * config.per_cell)
+    tied = np.flatnonzero(np.tile(of_cell, count // config.per_cell))
+    ids = np.array(sorted(token_counts), dtype=np.int64)
+    if len(tied) > len(ids):
+        raise UsageError(
+            f"the rows have {len(ids):,} different tokens, too few to tie each of {len(tied):,} "
+            "features to one of its own; lower token-share or per-cell"
+        )
+    share = np.array([token_counts[i] for i in ids.tolist()]) / max(1, sum(token_counts.values()))
+    for plant in tied.tolist():
+        nearest = int(np.abs(np.log(share * ON_TOKEN / probability[plant])).argmin())
+        token[plant], probability[plant] = ids[nearest], ON_TOKEN
+        on_a_row[plant] = ON_TOKEN * share[nearest]
+        share[nearest] = np.inf  # another plant takes another token
+    return token, probability, on_a_row
+
+
+def _length_of_sum(directions: np.ndarray, strength: np.ndarray, often: np.ndarray) -> float:
+    """Root mean square of ‖Σ_j b_j a_j v_j‖, where b_j is 1 with probability ``often``, on its own,
+    and a_j is ``strength``."""
+    mean = (often * strength) @ directions
+    return float(np.sqrt(mean @ mean + np.sum(often * (1 - often) * strength**2)))
+
+
+def _directions(
+    statistics: Statistics, count: int, draw: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Stratum → unit vectors [count, d_in], in an order that says nothing of their variance."""
+    d_in = statistics.d_in
+    varying = torch.where(statistics.robust_variance > 0)[0]
+    by_variance = varying[statistics.robust_variance[varying].argsort()].numpy()
+    if len(by_variance) < 2 * count:
+        raise UsageError(
+            f"the site has {len(by_variance)} dimensions that vary, too few to plant along {count} "
+            f"of least and {count} of most variance; lower per-cell"
+        )
+    axes = np.eye(d_in)
+    components = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.T.numpy()
+    components = components[d_in - len(by_variance) :]  # the rest belong to constant dimensions
+
+    def some(vectors: np.ndarray) -> np.ndarray:
+        signs = draw.choice([-1.0, 1.0], size=(count, 1))
+        return vectors[draw.permutation(count)] * signs
+
+    planes = _on_sphere(draw, 2 * -(-count // 3), d_in).reshape(-1, 2, d_in)
+    pairs = _on_sphere(draw, -(-count // 2), d_in)
+    return {
+        "quiet dimension": some(axes[by_variance[:count]]),
+        "loud dimension": some(axes[by_variance[-count:]]),
+        "quiet component": some(components[:count]),
+        "loud component": some(components[-count:]),
+        "random": _on_sphere(draw, count, d_in),
+        "antipodal": np.stack([pairs, -pairs], 1).reshape(-1, d_in)[:count],
+        "triangle": np.concatenate([_triangle(plane) for plane in planes])[:count],
+    }
+
+
+def _natural_directions(
+    statistics: Statistics, count: int, draw: np.random.Generator, token_means: Tensor | None
+) -> dict[str, np.ndarray]:
+    """Those that the stream itself prefers, the louder the more."""
+    if token_means is None or len(token_means) < count:
+        raise UsageError(
+            f"the rows have too few tokens of which there are many to plant along {count} of their "
+            "means; harvest more tokens or lower per-cell"
+        )
+    values, vectors = np.linalg.eigh(statistics.robust_covariance.numpy())
+
+    def coloured(power: float) -> np.ndarray:
+        gaussian = draw.standard_normal((count, statistics.d_in))
+        return _unit(gaussian @ (vectors * values.clip(0) ** power) @ vectors.T)
+
+    chosen = draw.permutation(len(token_means))[:count]
+    return {
+        "coloured ¼": coloured(0.25),
+        "coloured ½": coloured(0.5),
+        "token mean": _unit(token_means.double().numpy()[chosen]),
+    }
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _on_sphere(draw: np.random.Generator, count: int, d_in: int) -> np.ndarray:
+    return _unit(draw.standard_normal((count, d_in)))
+
+
+def _triangle(plane: np.ndarray) -> np.ndarray:
+    """Three unit vectors at 120° in the plane of two."""
+    first, second = np.linalg.qr(plane.T)[0].T
+    angles = np.arange(3) * 2 * np.pi / 3
+    return np.cos(angles)[:, None] * first + np.sin(angles)[:, None] * second
+
+
+class Firings(NamedTuple):
+    """Which plants fire in a run of rows: one entry for each firing, by row."""
+
+    row: Int[np.ndarray, " firings"]
+    """Number of the row in the run, ascending."""
+    plant: Int[np.ndarray, " firings"]
+    """Number of the plant."""
+    strength: Float[np.ndarray, " firings"]
+    """How strongly it fires, in the units of the rows."""
+
+
+class PlantedSource:
+    """One site of a store with plants in its rows, as an ActivationSource.
+
+    The last rows of the store are held out of the batches and of the statistics; ``heldout`` gives
+    them with the truth.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        site: Site,
+        config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
+        window_bytes: int = WINDOW_BYTES,
+    ):
+        """Raises as ``make_plants`` does, and UsageError if the store has too few rows to hold two
+        chunks of them out."""
+        self.store, self.site, self.d_in = store, site, store.d_in
+        self.prepends_bos = store.manifest.bos_token_id is not None
+        chunks = store.num_rows // CHUNK_ROWS
+        heldout = max(2, round(chunks * config.heldout_share))
+        if chunks - heldout < 1:
+            is_small = store.num_rows < 3 * CHUNK_ROWS
+            raise UsageError(
+                f"of the store's {store.num_rows:,} rows, {heldout * CHUNK_ROWS:,} would be held "
+                f"out and fewer than {CHUNK_ROWS:,} trained on; "
+                + ("harvest more tokens" if is_small else "lower heldout-share")
+            )
+        self._trained = (chunks - heldout) * CHUNK_ROWS
+        self.num_rows: int | None = self._trained
+        self._tokens = _of_every_row(store, lambda contexts: contexts.ids[contexts.keep])
+        counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
+        means = self._token_means() if config.natural else None
+        self.plants = make_plants(store.statistics(site), counts, config, means)
+        self._window_bytes = window_bytes
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Endless shuffled batches of the rows that are not held out, float32; of each, only the
+        rows of ``part`` (its number, of how many)."""
+        reader = self.reader(self.num_rows)
+        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
+
+    def statistics(self) -> Statistics:
+        """The statistics of the planted rows that are not held out: one pass, the first time."""
+        return self._measured[0]
+
+    def second_moment(self) -> SecondMoment:
+        """The covariance sums of the same rows, from the same pass, without massive rows."""
+        return self._measured[1]
+
+    @cached_property
+    def _measured(self) -> tuple[Statistics, SecondMoment]:
+        reader = self.reader(self.num_rows)
+        place = _of_every_row(self.store, lambda contexts: np.nonzero(contexts.keep)[1])
+        positions = torch.from_numpy(place)
+        found = Statistics(self.d_in, self.store.context_size)
+        moment = SecondMoment(self.d_in)
+        threshold = self.store.statistics(self.site).massive_threshold
+        total = self._trained
+        with tqdm(total=total, desc="plant", unit="row", unit_scale=True, leave=False) as bar:
+            for start in range(0, total, _READ_ROWS):
+                stop = min(start + _READ_ROWS, total)
+                rows = torch.empty(stop - start, self.d_in)
+                reader.read(start, rows)
+                found.update(rows, positions[start:stop])
+                moment.update(rows[rows.norm(dim=1) <= threshold])
+                bar.update(len(rows))
+        return found, moment
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that identify these rows in this order."""
+        return {
+            **self.store.identity(self.site),
+            "window_bytes": self._window_bytes,
+            "num_rows": self.num_rows,
+            "planted": self.plants.identity(),
+        }
+
+    def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
+        """The held-out rows, planted, with what fires in them; in the order of the text."""
+        reader = self.reader()
+        for start in range(self._trained, reader.num_rows, CHUNK_ROWS):
+            rows = torch.empty(min(CHUNK_ROWS, reader.num_rows - start), self.d_in)
+            yield rows, reader.read(start, rows)
+
+    def reader(self, stop: int | None = None) -> "PlantedReader":
+        """Reads planted rows, of all of the store or of the first ones."""
+        return PlantedReader(self.store.reader(self.site), self.plants, self._tokens, stop)
+
+    def _token_means(self) -> Float[Tensor, "tokens d_in"]:
+        """Of each token that is frequent among the first rows, the mean of its rows less that of
+        all rows."""
+        count = min(self._trained, _ROWS_OF_MEANS)
+        rows = self.store.rows(self.site, 0, count).double()
+        token, index, times = np.unique(
+            self._tokens[:count], return_inverse=True, return_counts=True
+        )
+        sums = torch.zeros(len(token), self.d_in, dtype=torch.float64)
+        sums.index_add_(0, torch.from_numpy(index), rows)
+        frequent = torch.from_numpy(times >= _LEAST_OF_A_TOKEN)
+        return sums[frequent] / torch.from_numpy(times)[frequent, None] - rows.mean(0)
+
+
+class PlantedReader:
+    """Reads runs of rows and adds the plants' firings; otherwise as ``RowReader``."""
+
+    def __init__(
+        self, reader: RowReader, plants: Plants, tokens: np.ndarray, stop: int | None = None
+    ):
+        """``tokens``: the token id of every row; ``stop``: where the rows end, if earlier."""
+        self._reader, self._plants, self._tokens = reader, plants, tokens
+        self._directions = plants.directions.numpy()
+        self.num_rows = reader.num_rows if stop is None else stop
+        self.dtype = torch.float32  # bfloat16 would round a weak plant away on a large coordinate
+        self.row_bytes = plants.directions.shape[1] * self.dtype.itemsize
+
+    def read(self, start: int, out: Float[Tensor, "rows d_in"]) -> Firings:
+        """Fill ``out`` with planted rows from ``start``, and return what was planted.
+
+        Raises as ``RowReader.read`` does.
+        """
+        stop = start + len(out)
+        out.copy_(self._reader.rows(start, stop))
+        pieces = []
+        for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
+            row, plant, strength = self._of_chunk(chunk)
+            row = row + chunk * CHUNK_ROWS
+            here = slice(*np.searchsorted(row, (start, stop)))
+            pieces.append((row[here] - start, plant[here], strength[here]))
+        found = Firings(*(np.concatenate(part) for part in zip(*pieces, strict=True)))
+        planted = torch.from_numpy(
+            found.strength.astype(np.float32)[:, None] * self._directions[found.plant]
+        )
+        out.index_add_(0, torch.from_numpy(found.row), planted)
+        return found
+
+    def _of_chunk(self, chunk: int) -> Firings:
+        """What fires in a chunk of consecutive rows, all drawn at once."""
+        plants = self._plants
+        draw = np.random.default_rng((plants.seed, 1, chunk))
+        tokens = self._tokens[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
+        tied = plants.token.numpy() >= 0
+        uniform = draw.random((CHUNK_ROWS, len(plants)), dtype=np.float32)[: len(tokens)]
+        fires = uniform < plants.probability.numpy().astype(np.float32)
+        fires[:, tied] &= tokens[:, None] == plants.token.numpy()[tied]
+        row, plant = np.nonzero(fires)
+        varied = 1 + SPREAD * draw.uniform(-1, 1, len(row))
+        return Firings(row, plant, plants.strength.numpy()[plant] * varied)
+
+
+def _of_every_row(store: ActivationStore, of: Callable[[Contexts], np.ndarray]) -> np.ndarray:
+    shards = range(len(store.manifest.shards))
+    return np.concatenate([of(store.contexts(shard)) for shard in shards])

@@ -1,1 +1,0 @@
-"""Features planted into a real residual stream: the ground truth that language models lack."""
