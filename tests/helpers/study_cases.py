@@ -1,9 +1,9 @@
 """Made-up results of a study, with a truth that is known."""
 
 import numpy as np
-from llm_wsae.lab.studies.differences import Value
-from llm_wsae.lab.studies.arms import PLAIN
 
+from llm_wsae.lab.studies.arms import PLAIN
+from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.results import Result
 from llm_wsae.statistics.measures import STUDIED
 
