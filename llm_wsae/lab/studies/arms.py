@@ -24,11 +24,9 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import is_finished
 from llm_wsae.training.config import ArchitectureName, Lengths, TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights
-from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
+from llm_wsae.weights.rules import Rule, RuleInputs
 from llm_wsae.weights.weighing import used_decoder
 
 PLAIN = "uniform"

@@ -57,9 +57,8 @@ from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import train_beside, write_request
 from llm_wsae.training.checkpoint import is_finished, recorded
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
-from llm_wsae.training.export import origin_of
-from llm_wsae.training.trainer import train
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.training.trainer import origin_of, train
+from llm_wsae.weights.rules import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 PASS_BYTES = 1 << 30
