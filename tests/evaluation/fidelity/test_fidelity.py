@@ -23,7 +23,7 @@ from llm_wsae.evaluation.fidelity import next_token
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums, ratio
-from llm_wsae.lab.theory.superposition import Superposition, digon_mixing
+from llm_wsae.lab.theory import Superposition, digon_mixing
 from llm_wsae.model import unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
