@@ -7,8 +7,7 @@ import pytest
 import torch
 from command_line import call, content, works
 
-from llm_wsae.data.memory import MemorySource
-from llm_wsae.data.shuffling import ActivationSource
+from llm_wsae.data.shuffling import ActivationSource, MemorySource
 from llm_wsae.lab.theory import Superposition, digon_mixing
 from llm_wsae.lab.toy import features_per_latent, matched_loss, measure
 from llm_wsae.model.site import Site

@@ -28,8 +28,7 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.store import StoreSource
-from llm_wsae.data.stores import open_stores
+from llm_wsae.data.store import StoreSource, open_stores
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError
