@@ -174,7 +174,7 @@ def ours_in_saelens(out: Path) -> Part:
         "hub": {name: [repo, f"{SITE}/{name}"] for name in folders},
     }
     (out / "job.json").write_text(json.dumps(job))
-    with HubServer(out / "hub") as hub:
+    with HubServer() as hub:
         environment = hub.environment(out / "home", WRITER) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         push = [sys.executable, "-m", "llm_wsae", "push", *folders.values(), repo]
         subprocess.run(push, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE)

@@ -16,15 +16,8 @@ from torch import Tensor
 from llm_wsae.artifact.files import load_tensors, read_json, write_text
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
-from llm_wsae.dictionary.hub.card import making
-from llm_wsae.dictionary.hub.card_data import Facts, facts
-from llm_wsae.dictionary.hub.card_tables import (
-    dictionaries_table,
-    fidelity_notes,
-    monosemanticity_section,
-    rule_words,
-    with_baselines,
-)
+from llm_wsae.dictionary.hub.card import making, rule_words, tables
+from llm_wsae.dictionary.info import Facts
 from llm_wsae.model.site import Site
 from llm_wsae.pages.drawing import BLUE, GREY, tidy
 
@@ -121,7 +114,7 @@ def write_pages() -> None:
         rows=rows,
         passes=trained / rows,
         first=everything[0].sae_id,
-        tables=_tables(everything),
+        tables="\n\n".join(tables(everything)),
     )
     write_text(CHECKPOINTS / "README.md", index)
 
@@ -135,7 +128,7 @@ def _facts(folder: Path) -> Facts:
     """Of a dictionary by the name under which ``load_pretrained`` finds it."""
     name = folder.relative_to(CHECKPOINTS).as_posix()
     cfg = read_json(folder / CFG, "dictionary's configuration")
-    return facts(name, cfg, read_json(folder / INFO, "dictionary's information"))
+    return Facts.own(name, cfg, read_json(folder / INFO, "dictionary's information"))
 
 
 def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
@@ -149,17 +142,9 @@ def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
         width=own.d_in,
         sparsity=own.sparsity,
         weights="plain" if own.info.rule == "uniform" else weighted,
-        tables=_tables(beside),
+        tables="\n\n".join(tables(beside)),
         making="\n\n".join([*drawn, *making(own)]),
     )
-
-
-def _tables(dictionaries: list[Facts]) -> str:
-    measured = with_baselines(dictionaries)
-    parts = [dictionaries_table(measured), *fidelity_notes(measured)]
-    if scores := monosemanticity_section(measured):
-        parts += ["## Monosemanticity", *scores]
-    return "\n\n".join(parts)
 
 
 def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:

@@ -5,7 +5,7 @@ TransformerLens bridge at its hook points. The arguments of the module that hold
 how many tokens are in the cache already and which tokens are padding.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from llm_wsae.model.loading import check_causal
 from llm_wsae.model.module_paths import find_paths
 from llm_wsae.model.site import Site
 
-LATENTS = "hook_sae_acts_post"
+_LATENTS = "hook_sae_acts_post"
 
 
 class Call(NamedTuple):
@@ -52,16 +52,22 @@ class Bridge:
 
     @contextmanager
     def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
-        """While open, every forward pass gives the visits the stream at their sites and continues
-        with what they return."""
+        """``Blocks.visiting`` at TransformerLens' hook points, whose ``reset_hooks`` spares it."""
+        added = []
         for site in visits:
             if site.point == "mid":
                 self._blocks.check_overwriting(site)
-        with ExitStack() as hooks:
+        try:
             for site, visit in visits.items():
+                point = self._points[str(site)]
                 visit = overwriting(visit) if site.point == "mid" else visit
-                hooks.callback(_add_hook(self._points[str(site)], visit))
+                point.add_hook(lambda tensor, hook, visit=visit: visit(tensor), is_permanent=True)
+                added.append((point, point.fwd_hooks[-1]))
             yield
+        finally:
+            for point, handle in added:
+                handle.hook.remove()
+                point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
     @contextmanager
     def naming(self, sites: Sequence[Site]) -> Iterator[Mapping[Site, Any]]:
@@ -76,9 +82,9 @@ class Bridge:
         points = {site: HookPoint() for site in sites}
         with ExitStack() as names:
             for site, point in points.items():
-                point.name = f"{site}.{LATENTS}"
-                names.callback(_put(self._registry, point.name, point))
-                names.callback(_put(vars(self._points[str(site)]), LATENTS, point))
+                point.name = f"{site}.{_LATENTS}"
+                names.enter_context(_put(self._registry, point.name, point))
+                names.enter_context(_put(vars(self._points[str(site)]), _LATENTS, point))
             yield points
 
 
@@ -136,27 +142,14 @@ def _padding(mask: Any, cached: int) -> Tensor | None:
     return seen if seen.dtype == torch.bool else seen == 0  # else it is added to scores
 
 
-def _put(names: dict[str, Any], name: str, point: Any) -> Callable[[], None]:
-    """Give a name to a point; what is returned gives it back to what had it before."""
+@contextmanager
+def _put(names: dict[str, Any], name: str, point: Any) -> Iterator[None]:
+    """While open, the point has that name, which then goes back to what had it before."""
     before = names.get(name)
     names[name] = point
-
-    def give_back() -> None:
+    try:
+        yield
+    finally:
         names[name] = before
         if before is None:
             del names[name]
-
-    return give_back
-
-
-def _add_hook(point: Any, visit: Visit) -> Callable[[], None]:
-    """Hook one of TransformerLens' hook points so that ``reset_hooks`` spares the hook; what is
-    returned removes exactly this hook."""
-    point.add_hook(lambda tensor, hook: visit(tensor), is_permanent=True)
-    handle = point.fwd_hooks[-1]
-
-    def remove() -> None:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
-
-    return remove

@@ -30,7 +30,7 @@ def push(
         license: Licence for the card, as the Hub names it, e.g. mit.
     """
     from llm_wsae.dictionary.folder import is_dictionary
-    from llm_wsae.dictionary.hub.pushing import push as push_folders
+    from llm_wsae.dictionary.hub.transfer import push as push_folders
 
     *names, repo_id = dictionaries or ("",)
     # The parser cannot take the last word apart itself.
@@ -61,7 +61,7 @@ def pull(
         out: Folder that receives <site>/<name>.
         revision: Branch, tag or commit.
     """
-    from llm_wsae.dictionary.hub.pulling import pull as pull_folders
+    from llm_wsae.dictionary.hub.transfer import pull as pull_folders
 
     folders = pull_folders(repo_id, out, sae_id, revision=revision)
     facts = {"repo_id": repo_id, "folders": {name: str(path) for name, path in folders.items()}}
@@ -78,7 +78,7 @@ def list_repository(
         repo_id: Repository, user/name.
         revision: Branch, tag or commit.
     """
-    from llm_wsae.dictionary.hub.pulling import list_dictionaries
+    from llm_wsae.dictionary.hub.transfer import list_dictionaries
 
     found = list_dictionaries(repo_id, revision=revision)
     width = max(len("dictionary"), *(len(d.sae_id) for d in found))

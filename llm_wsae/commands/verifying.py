@@ -36,7 +36,7 @@ from llm_wsae.dictionary.folder import (
     check_folder,
 )
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
-from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
+from llm_wsae.dictionary.hub.transfer import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.lab.studies.results import BASIS, read_results, study_in
 from llm_wsae.pages.neuronpedia import export_in

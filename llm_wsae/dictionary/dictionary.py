@@ -7,6 +7,7 @@ Centring and scaling of the inputs were folded into the four tensors, so encodin
 project by name.
 """
 
+import copy
 import hashlib
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_wsae.dictionary.folder import INFO, is_dictionary, write_folder
+from llm_wsae.dictionary.folder import INFO, write_folder
 from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, to_dense
@@ -27,8 +28,8 @@ from llm_wsae.sparse.operations import decode as decode_codes
 
 DENSE_DENSITY = 0.1
 """A latent that fires on a larger share of the rows is dense."""
-_FOLDER = "checkpoints"
-_PACKAGE = Path(__file__).parents[1]
+PRETRAINED = Path(__file__).parents[2] / "checkpoints"
+"""The folder of pretrained dictionaries, in a clone."""
 
 
 class Dictionary(nn.Module):
@@ -79,14 +80,12 @@ class Dictionary(nn.Module):
                 )
         sparsity.check(d_sae)
         Site.parse(info.site)
-        self.W_enc = _parameter(W_enc)
-        self.W_dec = _parameter(W_dec)
-        self.b_enc = _parameter(b_enc)
-        self.b_dec = _parameter(b_dec)
+        self.W_enc, self.W_dec = _parameter(W_enc), _parameter(W_dec)
+        self.b_enc, self.b_dec = _parameter(b_enc), _parameter(b_dec)
         self.register_parameter("threshold", None if threshold is None else _parameter(threshold))
         self.sparsity = sparsity
         self.info = info
-        self.extras = {key: tensor.detach().cpu() for key, tensor in (extras or {}).items()}
+        self.extras = {key: tensor.detach().cpu().clone() for key, tensor in (extras or {}).items()}
         self.folder: Path | None = None
         """Where it was loaded from."""
         self.weights_sha256: str | None = None
@@ -115,10 +114,7 @@ class Dictionary(nn.Module):
         """This dictionary if it is on the CPU, otherwise a copy of it there."""
         if self.W_enc.device.type == "cpu":
             return self
-        tensors = {name: parameter.cpu() for name, parameter in self.named_parameters()}
-        copied = Dictionary(**tensors, sparsity=self.sparsity, info=self.info, extras=self.extras)
-        copied.folder, copied.weights_sha256 = self.folder, self.weights_sha256
-        return copied
+        return copy.deepcopy(self).cpu()
 
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
         """The active latents of every row: indices and values ``[*rows, k]``.
@@ -160,14 +156,8 @@ class Dictionary(nn.Module):
         float16 the file is half as large and the weights are rounded once: measure the reloaded
         dictionary, not this one. Raises as ``folder.write_folder`` does.
         """
-        write_folder(
-            Path(folder),
-            dict(self.named_parameters()),
-            self.sparsity,
-            self.info,
-            self.extras,
-            dtype,
-        )
+        weights = dict(self.named_parameters())
+        write_folder(Path(folder), weights, self.sparsity, self.info, self.extras, dtype)
 
     @classmethod
     def load(
@@ -185,10 +175,7 @@ class Dictionary(nn.Module):
         """
         content = reading.read(Path(folder), site)
         new = cls(
-            **content.weights,
-            sparsity=content.sparsity,
-            info=content.info,
-            extras=content.extras,
+            **content.weights, sparsity=content.sparsity, info=content.info, extras=content.extras
         )
         new.folder, new.weights_sha256 = Path(folder), content.weights_sha256
         return new.to(device)
@@ -206,9 +193,9 @@ class Dictionary(nn.Module):
         """Read a dictionary from a repository on the Hub, through the local cache (also offline).
 
         ``sae_id`` is its folder, ``<site>/<name>`` for one pushed by this package; None takes the
-        only one. Raises as ``hub.pulling.fetch`` and ``load`` do.
+        only one. Raises as ``hub.transfer.fetch`` and ``load`` do.
         """
-        from llm_wsae.dictionary.hub.pulling import fetch
+        from llm_wsae.dictionary.hub.transfer import fetch
 
         return cls.load(fetch(repo_id, sae_id, revision=revision), site=site, device=device)
 
@@ -225,18 +212,13 @@ class Dictionary(nn.Module):
         license: str | None = None,
     ) -> str:
         """Push it to a repository on the Hub and return the commit's address; see
-        ``hub.pushing.push``, which alone also sends explanations, those beside a saved one."""
-        from llm_wsae.dictionary.hub.pushing import push
+        ``hub.transfer.push``, which alone also sends explanations, those beside a saved one."""
+        from llm_wsae.dictionary.hub.transfer import push
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / "dictionary")
-            return push(
-                [Path(folder) / "dictionary"],
-                repo_id,
-                private=private,
-                revision=revision,
-                license=license,
-            ).url
+            own = Path(folder) / "dictionary"
+            self.save(own)
+            return push([own], repo_id, private=private, revision=revision, license=license).url
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the dictionary."""
@@ -245,24 +227,20 @@ class Dictionary(nn.Module):
             f"{self.sparsity}, rule={self.info.rule} alpha={self.info.alpha:g}"
         )
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _codes(self, x: Tensor) -> Codes:
         if x.shape[-1] != self.d_in:
             raise UsageError(
                 f"the activations are {x.shape[-1]} wide, but this dictionary reads {self.d_in} "
                 f"dimensions ({self.site})"
             )
         rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        # The selection must never see a NaN: it would come out as some k latents. This one pass
-        # over the rows costs nothing compared with the encoder's product.
+        # The selection must never see a NaN: it would come out as some k latents.
         finite = torch.isfinite(rows).all(1)
         if not bool(finite.all()):
             raise LlmWsaeError(
                 f"{int((~finite).sum())} of {len(rows)} rows to encode hold NaN or infinity"
             )
-        return rows
-
-    def _codes(self, x: Tensor) -> Codes:
-        return self.sparsity.encode(self._rows(x), self.W_enc.T, self.b_enc, self.threshold)
+        return self.sparsity.encode(rows, self.W_enc.T, self.b_enc, self.threshold)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -283,9 +261,9 @@ def load_pretrained(
     listed in its README.md; they are too large for an installed package.
 
     Without ``repo_id``, it is read from ``checkpoints/`` of the clone of llm-wsae that the package
-    runs from (an editable installation) or that contains the current folder; nothing is downloaded.
-    With ``repo_id``, it is read from a repository on the Hub that holds the dictionaries of this
-    model; there the model's name is dropped.
+    runs from (an editable installation); nothing is downloaded. With ``repo_id``, it is read from a
+    repository on the Hub that holds the dictionaries of this model; there the model's name is
+    dropped.
 
     Raises UsageError for an unknown name, LlmWsaeError if there is no clone, and as
     ``Dictionary.load`` and ``Dictionary.from_pretrained`` do.
@@ -295,31 +273,17 @@ def load_pretrained(
         return Dictionary.from_pretrained(repo_id, sae_id, revision=revision, device=device)
     if revision is not None:
         raise UsageError("a revision needs a repository on the Hub; name it with repo_id")
-    known = _known()
+    known = {
+        path.parent.relative_to(PRETRAINED).as_posix(): path.parent
+        for path in sorted(PRETRAINED.glob(f"*/*/*/{INFO}"))
+    }
     if not known:
         raise LlmWsaeError(
-            f"there are no pretrained dictionaries here: they are in {_FOLDER}/ of llm-wsae's "
-            "repository, not in the installed package; work in a clone of it, or name a "
-            "repository on the Hub that holds them with repo_id"
+            f"there are no pretrained dictionaries here: they are in {PRETRAINED.name}/ of "
+            "llm-wsae's repository, not in the installed package; install it from a clone with pip "
+            "install -e, open one with Dictionary.load, or name a repository on the Hub that holds "
+            "them with repo_id"
         )
     if name not in known:
         raise UsageError(f"there is no pretrained dictionary {name!r}; {nearest(name, known)}")
     return Dictionary.load(known[name], device=device)
-
-
-def _known() -> dict[str, Path]:
-    """The folders of the pretrained dictionaries by name, from the nearest clone that has any."""
-    here = Path.cwd()
-    for clone in (_PACKAGE.parent, here, *here.parents):
-        # Any project may have a folder of that name: this one's is next to the package's.
-        if not (clone / _PACKAGE.name / "__init__.py").is_file():
-            continue
-        root = clone / _FOLDER
-        found = {
-            path.parent.relative_to(root).as_posix(): path.parent
-            for path in sorted(root.glob(f"*/*/*/{INFO}"))
-            if is_dictionary(path.parent)
-        }
-        if found:
-            return found
-    return {}

@@ -2,29 +2,28 @@
 
 The first line names the weights by their checksum, so that labels are never shown beside another
 dictionary, and holds the checksum of the other lines and its own. One line for every explained
-latent follows. The file may come from the Hub: a value
-that does not have the expected type counts as missing, and a text is only ever shown escaped.
+latent follows. The file may come from the Hub, so types are checked, and a text is only ever shown
+escaped.
 """
 
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.artifact import digests
 from llm_wsae.artifact.files import write_atomic, write_text
-from llm_wsae.dictionary.atomic_folder import retry_if_replaced, writing
+from llm_wsae.dictionary.atomic_folder import writing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
     weights_checksum,
 )
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.outside import integer, mapping, number, pair, text
+from llm_wsae.outside import mapping, parsing, typed
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
 _LINES = "lines_sha256"
@@ -66,32 +65,36 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
 
     Raises LlmWsaeError if the file is damaged or belongs to another dictionary.
     """
-    return retry_if_replaced(Path(folder), lambda: _read(Path(folder)))
-
-
-def _read(folder: Path) -> dict[int, Explanation]:
-    path = folder / EXPLANATIONS
+    path = Path(folder) / EXPLANATIONS
     if not path.is_file():
         return {}
-    with _reading(path):
+    with parsing(f"{path} is damaged and cannot be used ({_WAY_OUT})"):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
-        head = digests.check_line(first)
-    version = integer(mapping(head).get("format_version"))
-    if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
-        raise LlmWsaeError(
-            f"{path} does not hold explanations as this version writes them; update llm-wsae, or "
-            f"{_WAY_OUT}"
-        )
-    if head.get("weights_sha256") != weights_checksum(folder):
-        raise LlmWsaeError(
-            f"{path} explains the latents of another dictionary; move it to where it belongs, or "
-            "delete it"
-        )
-    with _reading(path):
+        head = mapping(digests.check_line(first))
+        version = head.get("format_version")
+        if head.get("format") != FORMAT or type(version) is not int or version > FORMAT_VERSION:
+            raise LlmWsaeError(
+                f"{path} does not hold explanations as this version writes them; update llm-wsae, "
+                f"or {_WAY_OUT}"
+            )
+        if head.get("weights_sha256") != weights_checksum(Path(folder)):
+            raise LlmWsaeError(
+                f"{path} explains the latents of another dictionary; move it to where it belongs, "
+                "or delete it"
+            )
         if head.get(_LINES) != _sha256(rest):
             raise digests.Damaged
-        lines = [json.loads(line) for line in rest.split("\n") if line]
-    return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}
+        found = [_explanation(json.loads(line)) for line in rest.split("\n") if line]
+    return {one.latent: one for one in found}
+
+
+def _explanation(line: dict[str, Any]) -> Explanation:
+    scores = {
+        name: Score(**{**score, "interval": tuple(score["interval"])})
+        for name, score in line["scores"].items()
+    }
+    one = typed(Explanation(**{**line, "scores": scores}))
+    return replace(one, text=one.text[:LONGEST] if one.text else None)
 
 
 def keep_explanations(
@@ -106,22 +109,18 @@ def keep_explanations(
     """
     with writing(folder):
         check_keeps_measurements(folder, weights)
-        _keep(folder, found)
-
-
-def _keep(folder: Path, found: Iterable[Explanation]) -> None:
-    known = read_explanations(folder)
-    for one in found:
-        known[one.latent] = _joined(known.get(one.latent), one)
-    rows = [asdict(known[latent]) for latent in sorted(known)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    head = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "weights_sha256": weights_checksum(folder),
-        _LINES: _sha256(lines),
-    }
-    write_text(Path(folder) / EXPLANATIONS, digests.json_line(head) + lines)
+        known = read_explanations(folder)
+        for one in found:
+            known[one.latent] = _joined(known.get(one.latent), one)
+        rows = [asdict(known[latent]) for latent in sorted(known)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        head = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "weights_sha256": weights_checksum(folder),
+            _LINES: _sha256(lines),
+        }
+        write_text(Path(folder) / EXPLANATIONS, digests.json_line(head) + lines)
 
 
 def _joined(old: Explanation | None, new: Explanation) -> Explanation:
@@ -165,36 +164,5 @@ def write_for_delphi(folder: Path, said: Mapping[int, Explanation], site: str) -
         write_text(folder / f"{site}_latent{latent}.txt", json.dumps(one.text))
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except digests.Damaged as error:
-        raise LlmWsaeError(f"{path} is damaged: {error}; {_WAY_OUT}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise LlmWsaeError(f"{path} cannot be read ({error}); {_WAY_OUT}") from None
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _explanation(line: Mapping[str, Any]) -> Explanation | None:
-    latent, said = integer(line.get("latent")), text(line.get("text"))
-    if latent is None or latent < 0:
-        return None
-    scores = {name: _score(mapping(value)) for name, value in mapping(line.get("scores")).items()}
-    return Explanation(
-        latent,
-        said[:LONGEST] if said else None,
-        text(line.get("explainer")) or "not known",
-        {name: score for name, score in scores.items() if score is not None},
-    )
-
-
-def _score(value: Mapping[str, Any]) -> Score | None:
-    mean, interval = number(value.get("value")), pair(value.get("interval"))
-    asked, answered = integer(value.get("asked")), integer(value.get("answered"))
-    if mean is None or interval is None or asked is None or answered is None:
-        return None
-    return Score(mean, interval, asked, answered)

@@ -9,10 +9,9 @@
 
 The folder is written under a temporary name and renamed, so half a dictionary is never found under
 its name. A dictionary may come from the Hub, so reading trusts nothing: every byte is compared with
-its checksum, and what the files' headers say with ``cfg.json`` before a tensor is allocated.
+its checksum, and the names, shapes and numbers of the tensors are checked.
 """
 
-import dataclasses
 import functools
 import os
 import shutil
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.artifact.files import (
+    open_tensors,
     read_json,
     read_own_json,
     remove_partials,
@@ -34,12 +34,10 @@ from llm_wsae.artifact.files import (
     write_json,
 )
 from llm_wsae.artifact.provenance import version_of
-from llm_wsae.dictionary.atomic_folder import not_there, replacing, retry_if_replaced, writing
-from llm_wsae.dictionary.checks import check_finite, read_tensors
+from llm_wsae.dictionary.atomic_folder import replacing, restore, writing
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.model.site import Site
 from llm_wsae.outside import integer, mapping
 
 FORMAT = "llm-wsae dictionary"
@@ -53,13 +51,26 @@ CFG, WEIGHTS, INFO, EXTRAS = (
 EXPLANATIONS = "explanations.jsonl"
 OWN_DIGEST = "own_sha256"
 """Key in ``wsae.json`` of its own digest; those of the other files are under ``sha256``."""
-_OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _PROVED = (CFG, WEIGHTS, EXTRAS)
 WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
-_STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PIECE = 1 << 20  # numbers checked at once
 # The version whose layout cfg.json follows: SAELens rewrites configurations of versions below 6.
 _SAELENS_LAYOUT = "6.0.0"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a dictionary folder holds; its tensors may be pages of the files."""
+
+    weights: dict[str, Tensor]
+    """W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU."""
+    sparsity: Sparsity
+    info: DictionaryInfo
+    extras: dict[str, Tensor]
+    """``gamma`` and statistics, by name."""
+    weights_sha256: str | None = None
+    """Of the file of weights; None for other tools' folders."""
 
 
 def names_of(folders: Iterable[Path]) -> dict[str, Path]:
@@ -73,20 +84,6 @@ def names_of(folders: Iterable[Path]) -> dict[str, Path]:
         name if names.count(name) == 1 else str(path): path
         for name, path in zip(names, different, strict=True)
     }
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a dictionary folder holds."""
-
-    weights: dict[str, Tensor]
-    """W_enc, W_dec, b_enc and b_dec; float32 when ``read_folder`` returns them."""
-    sparsity: Sparsity
-    info: DictionaryInfo
-    extras: dict[str, Tensor]
-    """``gamma`` and statistics, by name."""
-    weights_sha256: str | None = None
-    """Of the file of weights; None for other tools' folders."""
 
 
 def saelens_config(
@@ -122,10 +119,10 @@ def saelens_config(
 
 def write_folder(
     folder: Path,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     sparsity: Sparsity,
     info: DictionaryInfo,
-    extras: dict[str, Tensor],
+    extras: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a dictionary folder atomically, its matrices in ``dtype``.
@@ -134,30 +131,26 @@ def write_folder(
     after rounding, if ``folder`` is not a dictionary or holds other files as well, or if it cannot
     be written. What was there is then unchanged.
     """
-    if dtype not in _STORED_DTYPES:
+    if dtype not in _DTYPES:
         raise UsageError(
             f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
         )
     d_in, d_sae = weights["W_enc"].shape
     # Vectors stay exact: they are small, and b_enc and threshold affect every row's selection.
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
-    for tensors in (stored, extras):
-        check_finite(tensors, f"the dictionary for {folder}")
+    check_finite({**stored, **extras}, f"the dictionary for {folder}")
     with replacing(folder, check_replaceable) as new:
         save_tensors(new / WEIGHTS, stored)
-        save_tensors(new / EXTRAS, extras)
+        save_tensors(new / EXTRAS, dict(extras))
         write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info), key=None)
-        write_json(
-            new / INFO,
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "package_version": version_of("llm-wsae"),
-                "sha256": {name: sha256(new / name) for name in _PROVED},
-                **info.to_dict(),
-            },
-            key=OWN_DIGEST,
-        )
+        about = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "package_version": version_of("llm-wsae"),
+            "sha256": {name: sha256(new / name) for name in _PROVED},
+            **info.to_dict(),
+        }
+        write_json(new / INFO, about, key=OWN_DIGEST)
         _carry_explanations(folder, new)
 
 
@@ -168,138 +161,16 @@ def copy_folder(source: Path, folder: Path) -> None:
     Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
     """
     with replacing(folder, check_replaceable) as new:
-        for name in sorted(_OWN_FILES):
+        for name in (*_PROVED, INFO):
             write_atomic(new / name, functools.partial(shutil.copyfile, source / name))
-        _carry_explanations(folder, new)
-        said = source / EXPLANATIONS
-        if said.is_file() and not (new / EXPLANATIONS).exists():
-            write_atomic(new / EXPLANATIONS, functools.partial(shutil.copyfile, said))
+        for place in (source, folder):  # the latter's stay
+            _carry_explanations(place, new)
 
 
 def _carry_explanations(old: Path, new: Path) -> None:
-    """What was said of a dictionary's latents stays when the same weights are saved again."""
     there = old / EXPLANATIONS
     if there.is_file() and weights_checksum(old) == weights_checksum(new):
-        shutil.copyfile(there, new / EXPLANATIONS)
-
-
-def weights_checksum(folder: Path) -> Any:
-    """The SHA-256 of the weights that a dictionary's description holds; None if it holds none.
-
-    Raises LlmWsaeError if the description cannot be read.
-    """
-    saved = read_json(folder / INFO, "dictionary's information").get("sha256")
-    return saved.get(WEIGHTS) if isinstance(saved, dict) else None
-
-
-def is_dictionary(folder: Path) -> bool:
-    """Whether the folder is marked as a dictionary of this package."""
-    try:
-        header = read_json(Path(folder) / INFO, "dictionary's information")
-    except LlmWsaeError:
-        return False
-    return isinstance(header, dict) and header.get("format") == FORMAT
-
-
-def read_folder(folder: Path) -> Content:
-    """Read a dictionary folder of this package.
-
-    Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
-    truncated, changed since it was saved, inconsistent, of an unknown architecture, or holds NaN or
-    infinite numbers.
-    """
-    stored = _stored(folder)
-    # Copied out of the mapped file, whose pages would change or vanish with it.
-    weights = {key: w.to(torch.float32, copy=True) for key, w in stored.weights.items()}
-    extras = {key: tensor.clone() for key, tensor in stored.extras.items()}
-    return dataclasses.replace(stored, weights=weights, extras=extras)
-
-
-def check_folder(folder: Path) -> DictionaryInfo:
-    """Check that ``read_folder`` would succeed, in no more memory than the files take.
-
-    Raises LlmWsaeError as ``read_folder`` does.
-    """
-    return retry_if_replaced(folder, lambda: _stored(folder)).info
-
-
-def _stored(folder: Path) -> Content:
-    """The folder's content, its weights in the file's dtype (pages of the mapped file)."""
-    if not folder.is_dir():
-        raise not_there(folder)
-    missing = sorted(name for name in _OWN_FILES if not (folder / name).is_file())
-    if missing:
-        raise LlmWsaeError(
-            f"{folder} is not a complete dictionary folder of this package: it lacks "
-            f"{' and '.join(missing)}"
-        )
-    values = _read_info(folder)
-    info = _info_of(folder / INFO, values)
-    _check_digests(folder, values.get("sha256"))
-    d_in, d_sae, sparsity = _read_cfg(folder / CFG, info)
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    if sparsity.has_threshold:
-        shapes["threshold"] = (d_sae,)
-    weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
-    extras = read_tensors(folder / EXTRAS, "side tensors", None, _EXTRAS_DTYPES, d_in)
-    return Content(weights, sparsity, info, extras, values["sha256"][WEIGHTS])
-
-
-def _check_digests(folder: Path, saved: Any) -> None:
-    """The files must hold the bytes that were saved, which what they say cannot show."""
-    digests = saved if isinstance(saved, dict) else {}
-    if changed := [name for name in _PROVED if digests.get(name) != sha256(folder / name)]:
-        raise LlmWsaeError(
-            f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
-            f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
-            f"{EXTRAS} to load it as a SAELens dictionary"
-        )
-
-
-def _read_info(folder: Path) -> dict[str, Any]:
-    """The content of ``wsae.json``, proved."""
-    path = folder / INFO
-    values = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
-    return values
-
-
-def _info_of(path: Path, values: dict[str, Any]) -> DictionaryInfo:
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise LlmWsaeError(
-            f"{path} has the format version {shown(version)}, but this package reads "
-            f"{FORMAT_VERSION}; update llm-wsae"
-        )
-    try:
-        info = DictionaryInfo.from_dict(values)
-        Site.parse(info.site)
-    except LlmWsaeError as error:
-        raise LlmWsaeError(f"{path}: {error}") from None
-    return info
-
-
-def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
-    cfg = mapping(read_json(path, "dictionary's configuration"))
-    d_in, d_sae = integer(cfg.get("d_in")), integer(cfg.get("d_sae"))
-    try:
-        sparsity = sparsity_from_settings(cfg)
-        if d_in is None or d_sae is None or min(d_in, d_sae) < 1:
-            sizes = ", ".join(f"{name} = {shown(cfg.get(name))}" for name in ("d_in", "d_sae"))
-            raise LlmWsaeError(sizes)
-        sparsity.check(d_sae)
-    except LlmWsaeError as error:
-        raise LlmWsaeError(f"{path} cannot be a dictionary's: {error}") from None
-    # Any other value of these keys would change what the weights mean.
-    expected = saelens_config(d_in, d_sae, sparsity, info)
-    for key in expected.keys() - {"metadata", "dtype", "device"}:
-        if cfg.get(key) != expected[key]:
-            raise LlmWsaeError(
-                f"{path} has {key} = {shown(cfg.get(key))}, but a dictionary of this package is "
-                f"always saved with {expected[key]!r}"
-            )
-    return d_in, d_sae, sparsity
+        write_atomic(new / EXPLANATIONS, functools.partial(shutil.copyfile, there))
 
 
 def check_replaceable(folder: Path) -> None:
@@ -311,38 +182,172 @@ def check_replaceable(folder: Path) -> None:
     if is_dictionary(folder):
         remove_partials(folder)  # left by a kill while its measurements were written
     names = {entry.name for entry in folder.iterdir()}
-    if not names:
-        return
-    strange = sorted(names - _OWN_FILES - {EXPLANATIONS})
-    if strange or not is_dictionary(folder):
+    strange = sorted(names - {*_PROVED, INFO, EXPLANATIONS})
+    if strange or (names and not is_dictionary(folder)):
         found = strange[0] if strange else "no sign that this package made it"
         raise LlmWsaeError(
             f"{folder} is not just a dictionary (it holds {found}); save into another folder"
         )
 
 
+def weights_checksum(folder: Path) -> Any:
+    """The SHA-256 of the weights that a dictionary's description holds; None if it holds none.
+
+    Raises LlmWsaeError if the description cannot be read.
+    """
+    about = mapping(read_json(folder / INFO, "dictionary's information"))
+    return mapping(about.get("sha256")).get(WEIGHTS)
+
+
+def is_dictionary(folder: Path) -> bool:
+    """Whether the folder is marked as a dictionary of this package."""
+    try:
+        about = read_json(Path(folder) / INFO, "dictionary's information")
+    except LlmWsaeError:
+        return False
+    return mapping(about).get("format") == FORMAT
+
+
+def read_folder(folder: Path) -> Content:
+    """Read a dictionary folder of this package.
+
+    Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
+    truncated, changed since it was saved, of an unknown architecture, or if names, shapes or
+    numbers of its tensors cannot be a dictionary's.
+    """
+    restore(folder)
+    if not folder.is_dir():
+        raise not_there(folder)
+    if missing := [name for name in (*_PROVED, INFO) if not (folder / name).is_file()]:
+        raise LlmWsaeError(
+            f"{folder} is not a complete dictionary folder of this package: it lacks "
+            f"{' and '.join(missing)}"
+        )
+    about, info = read_info(folder)
+    digests = mapping(about.get("sha256"))
+    if changed := [name for name in _PROVED if digests.get(name) != sha256(folder / name)]:
+        raise LlmWsaeError(
+            f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
+            f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
+            f"{EXTRAS} to load it as a SAELens dictionary"
+        )
+    cfg = mapping(read_json(folder / CFG, "dictionary's configuration"))
+    try:
+        sparsity = sparsity_from_settings(cfg)
+    except LlmWsaeError as error:
+        raise LlmWsaeError(f"{folder / CFG}: {error}") from None
+    d_in, d_sae = integer(cfg.get("d_in")) or 0, integer(cfg.get("d_sae")) or 0
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    if sparsity.has_threshold:
+        shapes["threshold"] = (d_sae,)
+    weights = read_tensors(folder / WEIGHTS, shapes, CFG)
+    extras = read_tensors(folder / EXTRAS)
+    for name, tensor in extras.items():
+        if tuple(tensor.shape) not in ((d_in,), (d_in, d_in)):
+            raise LlmWsaeError(
+                f"{folder / EXTRAS}: {name} has the shape {list(tensor.shape)}, but the dictionary "
+                f"has {d_in} dimensions"
+            )
+    now = mapping(read_json(folder / INFO, "dictionary's information"))
+    if now.get("sha256") != digests:
+        raise LlmWsaeError(f"{folder} was replaced while it was read; try again")
+    return Content(weights, sparsity, info, extras, digests[WEIGHTS])
+
+
+def check_folder(folder: Path) -> DictionaryInfo:
+    """Check that ``read_folder`` succeeds. Raises LlmWsaeError as it does."""
+    return read_folder(folder).info
+
+
+def not_there(folder: Path) -> LlmWsaeError:
+    """The error for a missing dictionary folder."""
+    return LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
+
+
+def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
+    """The content of ``wsae.json``, proved, and the part that says how the dictionary was made.
+
+    Raises LlmWsaeError if it is not one that this version wrote.
+    """
+    path = folder / INFO
+    about = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
+    if about.get("format_version") != FORMAT_VERSION:
+        raise LlmWsaeError(
+            f"{path} has the format version {shown(about.get('format_version'))}, but this package "
+            f"reads {FORMAT_VERSION}; update llm-wsae"
+        )
+    try:
+        info = DictionaryInfo.from_dict(about)
+    except LlmWsaeError as error:
+        raise LlmWsaeError(f"{path}: {error}") from None
+    return about, info
+
+
+def read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None, asked_by: str = ""
+) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, as they are stored.
+
+    Raises LlmWsaeError, naming file and tensor, if one is not of floating point or not finite, or
+    if names and shapes are not those of ``shapes``, which the file ``asked_by`` names.
+    """
+    with open_tensors(path, "file of tensors") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    check_finite(tensors, str(path))
+    if shapes is None:
+        return tensors
+    if tensors.keys() != shapes.keys():
+        raise LlmWsaeError(f"{path} holds {sorted(tensors)} instead of {sorted(shapes)}")
+    check_shapes(path, tensors, shapes, asked_by)
+    return tensors
+
+
+def check_shapes(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    asked_by: str,
+) -> None:
+    """Raises LlmWsaeError, naming file and tensor, if one has another shape."""
+    for name, shape in shapes.items():
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise LlmWsaeError(
+                f"{path}: {name} has the shape {list(found)}, but {asked_by} asks for {list(shape)}"
+            )
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises LlmWsaeError, beginning with ``where``, if a tensor is not of floating point or holds
+    NaN or infinite numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise LlmWsaeError(f"{where}: {name} is stored as {tensor.dtype}")
+        # Piece by piece: on a whole tensor, torch would allocate a second one.
+        pieces = tensor.detach().reshape(-1).split(_PIECE)
+        if bad := sum(len(piece) - int(torch.isfinite(piece).sum()) for piece in pieces):
+            raise LlmWsaeError(f"{where}: {name} holds {bad} NaN or infinite numbers")
+
+
 def check_keeps_measurements(folder: Path, weights: str | None = None) -> None:
     """Raises UsageError for a folder that must not be written to: other tools' files are left
     alone, and so are links, which lead into the Hub's cache. Raises LlmWsaeError if ``weights``,
     the SHA-256 of the weights that something was found out about, is not that of the folder's."""
-
-    def check() -> None:
-        if not is_dictionary(folder):
-            raise UsageError(
-                f"{folder} was not saved by this package, so measurements cannot be kept in it"
-            )
-        if (folder / INFO).is_symlink():
-            raise UsageError(
-                f"{folder / INFO} is only a link, so measurements are not kept there; copy the "
-                "dictionary first, e.g. with llm-wsae pull"
-            )
-        if weights not in (None, weights_checksum(folder)):
-            raise LlmWsaeError(
-                f"the dictionary in {folder} was replaced by another one during the work, so the "
-                "results are not kept with it; run the same command again for the new one"
-            )
-
-    retry_if_replaced(folder, check)
+    if not is_dictionary(folder):
+        raise UsageError(
+            f"{folder} was not saved by this package, so measurements cannot be kept in it"
+        )
+    if (folder / INFO).is_symlink():
+        raise UsageError(
+            f"{folder / INFO} is only a link, so measurements are not kept there; copy the "
+            "dictionary first, e.g. with llm-wsae pull"
+        )
+    if weights not in (None, weights_checksum(folder)):
+        raise LlmWsaeError(
+            f"the dictionary in {folder} was replaced by another one during the work, so the "
+            "results are not kept with it; run the same command again for the new one"
+        )
 
 
 def keep_measurements(
@@ -366,6 +371,6 @@ def change_measurements(
     """``keep_measurements`` for groups that ``change`` computes from the metrics that are there."""
     with writing(folder):
         check_keeps_measurements(folder, weights)
-        info = _read_info(folder)
-        old = mapping(info.get("metrics"))
-        write_json(folder / INFO, {**info, "metrics": {**old, **change(old)}}, key=OWN_DIGEST)
+        about = read_own_json(folder / INFO, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+        old = mapping(about.get("metrics"))
+        write_json(folder / INFO, {**about, "metrics": {**old, **change(old)}}, key=OWN_DIGEST)

@@ -1,15 +1,17 @@
-"""What a dictionary records about how it was made: plain data, light to import."""
+"""What a dictionary says about itself, apart from its tensors: plain data, light to import."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.outside import reason, typed
+from llm_wsae.model.site import Site
+from llm_wsae.outside import integer, mapping, number, reason, text, typed
 
 CENTRED = "center_writing_weights"
 """Key of ``model``, in TransformerLens' words: the rows of the stream had mean 0 over dimensions.
 Such a dictionary encodes any stream correctly; its reconstruction lacks each row's mean."""
+_KINDS = {"topk": "TopK", "standard": "ReLU", "jumprelu": "JumpReLU", "batchtopk": "BatchTopK"}
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,74 @@ class DictionaryInfo:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DictionaryInfo":
+    def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryInfo":
         """The inverse of ``to_dict``; fields of a later version are ignored.
 
-        Raises LlmWsaeError if a field has a value of another type, or the threshold leaves no row.
+        Raises LlmWsaeError if a field has a value of another type, the site is not one, or the
+        threshold leaves no row.
         """
         known = {f.name for f in fields(cls)}
-        found = {key: value for key, value in values.items() if key in known}
         try:
-            info = typed(cls(**found))
+            info = typed(cls(**{key: value for key, value in values.items() if key in known}))
         except TypeError as error:
             raise LlmWsaeError(reason(error)) from None
+        Site.parse(info.site)
         threshold = info.massive_threshold
         if threshold is not None and not threshold > 0:
             raise LlmWsaeError(f"massive_threshold cannot be {threshold}: no row would count")
         return info
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the small files of a dictionary say, this package's or another tool's, as far as they
+    say anything; no tensor is read."""
+
+    sae_id: str
+    """Its folder in a repository."""
+    architecture: str | None
+    """Name of its kind, SAELens' if it has one."""
+    d_in: int | None
+    """Dimensions."""
+    d_sae: int | None
+    """Latents."""
+    k: int | None
+    """Active latents per token, if the kind fixes their number."""
+    info: DictionaryInfo
+    """How it was made. The site is empty if another tool's files do not name one."""
+    package_version: str | None = None
+    """Version of this package that saved it."""
+
+    @classmethod
+    def own(cls, sae_id: str, cfg: Any, info: Any) -> "Facts":
+        """From the contents of ``cfg.json`` and ``wsae.json``. Raises as ``from_dict`` does."""
+        cfg, info = mapping(cfg), mapping(info)
+        return cls(
+            sae_id,
+            text(cfg.get("architecture")),
+            integer(cfg.get("d_in")),
+            integer(cfg.get("d_sae")),
+            integer(cfg.get("k")),
+            DictionaryInfo.from_dict(info),
+            text(info.get("package_version")),
+        )
+
+    @property
+    def sparsity(self) -> str:
+        """The kind of sparsity as text: ``TopK, k = 32``."""
+        kind = _KINDS.get(self.architecture or "", self.architecture or "unknown")
+        return f"{kind}, k = {self.k}" if self.k else kind
+
+    def metric(self, name: str) -> float | None:
+        """A number of its fidelity."""
+        return number(mapping(self.info.metrics.get("fidelity")).get(name))
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model."""
+        return text(self.info.model.get("name"))
+
+    @property
+    def corpus(self) -> str | None:
+        """Name of the text."""
+        return text(self.info.corpus.get("name"))

@@ -1,7 +1,6 @@
 """How a dictionary turns pre-activations into sparse latents: one small frozen class per kind.
 
-Each kind selects latents, and knows the architecture name and the keys under which SAELens ≥ 6
-writes it to ``cfg.json``, so that both packages read the same file.
+Each knows the architecture name and the keys under which SAELens ≥ 6 writes it to ``cfg.json``.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.sparse.codes import Codes, padded
-from llm_wsae.sparse.operations import encode_above, encode_topk, select_topk
+from llm_wsae.sparse.operations import encode_above, encode_topk
 
 
 class Sparsity:
@@ -26,19 +25,6 @@ class Sparsity:
     has_threshold: ClassVar[bool] = False
     """Whether a dictionary of this kind has a threshold for each latent."""
 
-    def select(
-        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
-    ) -> Codes:
-        """The active latents of every row, from its pre-activations; all values ≥ 0, in as many
-        slots as the fullest row needs, at least 1.
-
-        ``threshold`` is given if and only if ``has_threshold``.
-        """
-        above = pre if threshold is None else torch.where(pre > threshold, pre, 0.0)
-        width = max(1, int((above > 0).sum(1).max())) if len(above) else 1
-        best = select_topk(above, width)
-        return Codes(best.indices, best.values.relu())
-
     def encode(
         self,
         rows: Float[Tensor, "batch d_in"],
@@ -46,7 +32,11 @@ class Sparsity:
         bias: Float[Tensor, " d_sae"],
         threshold: Float[Tensor, " d_sae"] | None = None,
     ) -> Codes:
-        """``select`` of rows · encoderᵀ + bias, of which only a part ever exists."""
+        """The active latents of every row, from rows · encoderᵀ + bias, of which only a part ever
+        exists; all values ≥ 0, in as many slots as the fullest row needs, at least 1.
+
+        ``threshold`` is given if and only if ``has_threshold``.
+        """
         least = torch.zeros_like(bias) if threshold is None else threshold.clamp(min=0)
         return padded(encode_above(rows, encoder, bias, least))
 
@@ -71,21 +61,9 @@ class TopK(Sparsity):
         if self.k < 1:
             raise UsageError(f"k = {self.k} active latents is impossible: k must be at least 1")
 
-    def select(
-        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
-    ) -> Codes:
-        """The k largest pre-activations, negative ones set to 0: exactly k slots per row."""
-        best = select_topk(pre, self.k)
-        return Codes(best.indices, best.values.relu())
-
     def encode(
-        self,
-        rows: Float[Tensor, "batch d_in"],
-        encoder: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, " d_sae"],
-        threshold: Float[Tensor, " d_sae"] | None = None,
+        self, rows: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | None = None
     ) -> Codes:
-        """See ``Sparsity.encode``."""
         return encode_topk(rows, encoder, bias, self.k)
 
     def settings(self) -> dict[str, Any]:

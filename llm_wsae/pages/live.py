@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from llm_wsae.attaching.attachment import attach
-from llm_wsae.attaching.edits import Steer
+from llm_wsae.attaching.attachment import Steer, attach
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.sentence import read_sentence, token_ids

@@ -21,19 +21,10 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 
-__all__ = [
-    "WeightedBatchTopKTrainingSAE",
-    "WeightedBatchTopKTrainingSAEConfig",
-    "WeightedJumpReLUTrainingSAE",
-    "WeightedJumpReLUTrainingSAEConfig",
-    "WeightedMatryoshkaBatchTopKTrainingSAE",
-    "WeightedMatryoshkaBatchTopKTrainingSAEConfig",
-    "WeightedStandardTrainingSAE",
-    "WeightedStandardTrainingSAEConfig",
-    "WeightedTopKTrainingSAE",
-    "WeightedTopKTrainingSAEConfig",
-    "register",
-]
+_KINDS = ("BatchTopK", "JumpReLU", "MatryoshkaBatchTopK", "Standard", "TopK")
+__all__ = ["register"]
+__all__ += [f"Weighted{kind}TrainingSAE" for kind in _KINDS]
+__all__ += [f"Weighted{kind}TrainingSAEConfig" for kind in _KINDS]
 
 
 def register() -> list[str]:

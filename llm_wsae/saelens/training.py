@@ -10,20 +10,7 @@ first tokens, ``seqpos_slice=(1,)`` has the same effect.
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    JumpReLUTrainingSAE,
-    JumpReLUTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    StandardTrainingSAE,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-    register_sae_class,
-    register_sae_training_class,
-)
+import sae_lens
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
@@ -92,71 +79,38 @@ class _WeightedTopK(_Weighted):
         return self.cfg.aux_loss_coefficient * share * error  # type: ignore[attr-defined]
 
 
-@dataclass
-class WeightedStandardTrainingSAEConfig(_WeightsFile, StandardTrainingSAEConfig):
-    """SAELens' configuration of ReLU with an L1 penalty, and a weights file."""
-
-
-class WeightedStandardTrainingSAE(_Weighted, StandardTrainingSAE):
-    """ReLU with an L1 penalty, weighted."""
-
-
-@dataclass
-class WeightedTopKTrainingSAEConfig(_WeightsFile, TopKTrainingSAEConfig):
-    """SAELens' configuration of TopK, and a weights file."""
-
-
-class WeightedTopKTrainingSAE(_WeightedTopK, TopKTrainingSAE):
-    """TopK, weighted."""
-
-
-@dataclass
-class WeightedBatchTopKTrainingSAEConfig(_WeightsFile, BatchTopKTrainingSAEConfig):
-    """SAELens' configuration of BatchTopK, and a weights file."""
-
-
-class WeightedBatchTopKTrainingSAE(_WeightedTopK, BatchTopKTrainingSAE):
-    """BatchTopK, weighted."""
-
-
-@dataclass
-class WeightedMatryoshkaBatchTopKTrainingSAEConfig(
-    _WeightsFile, MatryoshkaBatchTopKTrainingSAEConfig
-):
-    """SAELens' configuration of Matryoshka BatchTopK, and a weights file."""
-
-
-class WeightedMatryoshkaBatchTopKTrainingSAE(_WeightedTopK, MatryoshkaBatchTopKTrainingSAE):
-    """Matryoshka BatchTopK, weighted in each of its reconstructions."""
+class _WeightedMatryoshka(_WeightedTopK):
+    """Weighted in each of its reconstructions."""
 
     def calculate_matryoshka_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Raises UsageError: its errors are not weighted."""
         raise UsageError("use_matryoshka_aux_loss has no weighted form; leave it False")
 
 
-@dataclass
-class WeightedJumpReLUTrainingSAEConfig(_WeightsFile, JumpReLUTrainingSAEConfig):
-    """SAELens' configuration of JumpReLU, and a weights file."""
-
-
-class WeightedJumpReLUTrainingSAE(_Weighted, JumpReLUTrainingSAE):
-    """JumpReLU, weighted."""
-
-
-_CLASSES: dict[type, type] = {
-    WeightedStandardTrainingSAE: WeightedStandardTrainingSAEConfig,
-    WeightedTopKTrainingSAE: WeightedTopKTrainingSAEConfig,
-    WeightedBatchTopKTrainingSAE: WeightedBatchTopKTrainingSAEConfig,
-    WeightedMatryoshkaBatchTopKTrainingSAE: WeightedMatryoshkaBatchTopKTrainingSAEConfig,
-    WeightedJumpReLUTrainingSAE: WeightedJumpReLUTrainingSAEConfig,
-}
 ARCHITECTURES: list[str] = []
 """Names under which SAELens knows them."""
 
-for _sae, _config in _CLASSES.items():
-    _name = _config.architecture()  # type: ignore[attr-defined]
-    register_sae_training_class(_name, _sae, _config)
-    ARCHITECTURES.append(_name)
-    _plain = _name.removeprefix(PREFIX)
-    if _plain in ("standard", "topk", "jumprelu"):  # the others become JumpReLU in the end
-        register_sae_class(_name, *get_sae_class(_plain))
+
+def _weighted(kind: str, mixin: type) -> None:
+    """Define the two classes of a kind in this module, and register them."""
+    theirs = f"{kind}TrainingSAE"
+    sae, config = (
+        type(f"Weighted{name}", (own, getattr(sae_lens, name)), {"__module__": __name__})
+        for name, own in ((theirs, mixin), (f"{theirs}Config", _WeightsFile))
+    )
+    sae.__doc__ = f"SAELens' {theirs}, weighted."
+    config.__doc__ = f"SAELens' {theirs}Config, and a weights file."
+    globals().update({sae.__name__: sae, config.__name__: dataclass(config)})
+    name = config.architecture()  # type: ignore[attr-defined]
+    sae_lens.register_sae_training_class(name, sae, config)
+    ARCHITECTURES.append(name)
+    plain = name.removeprefix(PREFIX)
+    if plain in ("standard", "topk", "jumprelu"):  # the others become JumpReLU in the end
+        sae_lens.register_sae_class(name, *get_sae_class(plain))
+
+
+_weighted("Standard", _Weighted)
+_weighted("TopK", _WeightedTopK)
+_weighted("BatchTopK", _WeightedTopK)
+_weighted("MatryoshkaBatchTopK", _WeightedMatryoshka)
+_weighted("JumpReLU", _Weighted)

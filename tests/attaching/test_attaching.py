@@ -7,10 +7,9 @@ import pytest
 import torch
 from looping import looped, over
 from small_dictionaries import make_dictionary
-from tiny import BLOCKS, KNOWN, VOCAB, WIDTH, WITH_MID, tiny_hf_model, tiny_tokenizer
+from tiny import BLOCKS, KNOWN, VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer
 
-from llm_wsae.attaching.attachment import attach
-from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
+from llm_wsae.attaching.attachment import Ablate, Clamp, Scale, Steer, attach
 from llm_wsae.data.packing import Context
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -91,7 +90,7 @@ def test_with_the_error_and_no_edit_not_a_bit_changes(model, backend, ids):
     assert attached.sites == [Site.parse(site) for site in sites_of(model)]
 
 
-@families()
+@families("gpt2", "llama", "neox")
 @both
 def test_without_the_error_the_reconstruction_stands_at_the_site(model, backend, ids):
     target = place(model, backend)
@@ -104,8 +103,7 @@ def test_without_the_error_the_reconstruction_stands_at_the_site(model, backend,
             expected = model.resume(ids, one.site, spliced)
         with attach(target, one, error=False):
             found = logits(target, ids)
-        if backend == "transformers":
-            assert torch.equal(found, expected), site
+        assert backend == "bridge" or torch.equal(found, expected), site
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(found, logits(target, ids), atol=0.1)
 
@@ -151,29 +149,23 @@ def test_cross_entropy_is_what_evaluate_reports(model, backend, point):
         assert float(entropies[scored].mean()) == pytest.approx(expected, abs=1e-5)
 
 
-def placed(value, where):
-    """What gives the latents of a text a value at some positions."""
-
-    def change(own):
-        own = own.clone()
-        own[:, where] = value
-        return own
-
-    return change
+def at_places(own):
+    """What the edits of some places make of latents."""
+    own = own.clone()
+    own[:, 3:6], own[:, 8:] = 5, 0
+    return own
 
 
 EDITS = {  # the edits, and what they do to dense latents [contexts, positions, some]
     "ablate": (lambda n: [Ablate(n)], lambda own: own * 0),
     "clamp": (lambda n: [Clamp(n, 3.0)], lambda own: own * 0 + 3),
-    "scale": (lambda n: [Scale(n, -1.5)], lambda own: own * -1.5),
-    "steer": (lambda n: [Steer(n, 4.0)], lambda own: own + 4),
     "in turn": (
         lambda n: [Steer(n, 2.0), Scale(n, 3.0), Steer(n, -1.0)],
         lambda own: 3 * (own + 2) - 1,
     ),
     "some places": (
         lambda n: [Clamp(n, 5.0, slice(3, 6)), Ablate(n, slice(8, None))],
-        lambda own: placed(0, slice(8, None))(placed(5, slice(3, 6))(own)),
+        at_places,
     ),
 }
 
@@ -213,20 +205,14 @@ def test_edits(model, backend, ids, name, error):
 
 @families("gpt2")
 def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
-    one = dictionary()
-    hidden = model.activations(ids, [one.site])[one.site]
-    common = int(one.encode(hidden).sum((0, 1)).argmax())
-    found = []
-    for latent in (common, [common, common], torch.tensor(common), torch.tensor([common])):
+    one, found = dictionary(), []
+    for latent in (7, [7, 7], torch.tensor(7), torch.tensor([7]), []):
         with attach(model, one) as attached:
             attached.edit(one.site, Clamp(latent, 2.0))
             found.append(logits(model, ids))
-            assert float(attached.latents(SITE)[..., common].max()) == 2
-    for other in found[1:]:
-        assert torch.equal(other, found[0])
-    with attach(model, one) as attached:
-        attached.edit(one.site, Clamp([], 2.0))
-        assert torch.equal(logits(model, ids), logits(model, ids))
+            assert (float(attached.latents(SITE)[..., 7].max()) == 2) == (latent != [])
+    assert all(torch.equal(other, found[0]) for other in found[1:-1])
+    assert torch.equal(found[-1], logits(model, ids))
 
 
 @families("gpt2", "llama")
@@ -294,23 +280,6 @@ def test_what_is_asked_of_the_model_itself_is_no_pass_of_the_outer_block(ids):
         model.resume(ids, outer.site, hidden)
 
 
-@families("gpt2", "neox-sequential")
-@both
-def test_everything_is_restored_after_an_error(model, backend, ids):
-    target = place(model, backend)
-    clean, before = logits(target, ids), hooks_of(target)
-    dictionaries = [dictionary(site) for site in sites_of(model)]
-    with (
-        pytest.raises(ZeroDivisionError),
-        attach(target, dictionaries, error=False),
-        attach(target, dictionary(), error=False) as attached,
-    ):
-        attached.edit(SITE, lambda latents: 1 / 0)
-        logits(target, ids)
-    assert hooks_of(target) == before
-    assert torch.equal(logits(target, ids), clean)
-
-
 @families("gpt2")
 def test_transformer_lens_own_tools_work_inside(model, ids):
     bridge, one = model.bridge(), dictionary()
@@ -330,7 +299,7 @@ def test_transformer_lens_own_tools_work_inside(model, ids):
         assert not torch.equal(logits(bridge, ids), spliced)
 
 
-@families("gpt2", "llama", "neox")
+@families("gpt2", "llama")
 def test_a_bridge_has_latents_by_name(model, ids):
     """As SAELens' users know them: cached, hooked for one run, hooked until reset."""
     bridge, one = model.bridge(), dictionary()
@@ -338,41 +307,40 @@ def test_a_bridge_has_latents_by_name(model, ids):
     clean = logits(bridge, ids)
     before = set(bridge.hook_dict)
 
-    def double(latents, hook):
-        assert hook.name == name
-        return latents * 2
-
     def silence(latents, hook):
+        assert hook.name == name
         latents[..., 1::2] = 0  # in place
+
+    def cached():
+        with no_grad:
+            return bridge.run_with_cache(ids, names_filter=name)
 
     for error in (True, False):
         with attach(bridge, one, error=error) as attached:
             assert set(bridge.hook_dict) - before == {name}
             alone = logits(bridge, ids)
-            with no_grad:
-                found, cache = bridge.run_with_cache(ids, names_filter=name)
+            found, cache = cached()
             assert list(cache) == [name] and torch.equal(found, alone)  # looking changes nothing
             assert torch.equal(cache[name], attached.latents(SITE))
+            doubling = [(name, lambda latents, hook: latents * 2)]
             with no_grad:
-                doubled = bridge.run_with_hooks(ids, fwd_hooks=[(name, double)])
+                doubled = bridge.run_with_hooks(ids, fwd_hooks=doubling)
             torch.testing.assert_close(attached.latents(SITE), cache[name] * 2)
-            assert torch.equal(logits(bridge, ids), alone)
             bridge.add_hook(name, silence)
             silenced = logits(bridge, ids)
             assert not attached.latents(SITE)[..., 1::2].any()
             bridge.reset_hooks()
             assert torch.equal(logits(bridge, ids), alone)
-            attached.edit(SITE, Scale(range(80), 2.0))
-            torch.testing.assert_close(logits(bridge, ids), doubled, atol=1e-3, rtol=1e-3)
-            attached.clear()
-            attached.edit(SITE, Ablate(range(1, 80, 2)))
-            torch.testing.assert_close(logits(bridge, ids), silenced, atol=1e-3, rtol=1e-3)
-            with attach(bridge, dictionary(seed=1)) as inner, no_grad:
-                _, cache = bridge.run_with_cache(ids, names_filter=name)
-                assert torch.equal(cache[name], inner.latents(SITE))
-            with no_grad:
-                _, cache = bridge.run_with_cache(ids, names_filter=name)
-            assert torch.equal(cache[name], attached.latents(SITE))
+            for edit, hooked in (
+                (Scale(range(80), 2.0), doubled),
+                (Ablate(range(1, 80, 2)), silenced),
+            ):
+                attached.edit(SITE, edit)
+                torch.testing.assert_close(logits(bridge, ids), hooked, atol=1e-3, rtol=1e-3)
+                attached.clear()
+            with attach(bridge, dictionary(seed=1)) as inner:
+                assert torch.equal(cached()[1][name], inner.latents(SITE))
+            assert torch.equal(cached()[1][name], attached.latents(SITE))
     assert set(bridge.hook_dict) == before
     assert torch.equal(logits(bridge, ids), clean)
 
@@ -410,24 +378,13 @@ def test_gradients_flow_through_the_reconstruction(ids, point):
     assert float(strength.grad) == pytest.approx(slope, rel=2e-2)
 
 
-def test_half_precision_models(ids):
-    model = LanguageModel.from_live(tiny_hf_model("llama").bfloat16(), None)
-    clean = model.logits(ids)
-    with attach(model, dictionary()) as attached:
-        assert torch.equal(model.logits(ids), clean)
-        attached.edit(SITE, Steer(3, 1.0))
-        assert model.logits(ids).dtype == torch.bfloat16
-
-
-@families("gpt2", "llama", "neox-sequential", "gemma2")
+@families("llama", "gemma2")
 @both
 def test_mid_is_refused_where_the_block_reads_two_streams(model, backend, ids):
-    assert set(WITH_MID) >= {"gpt2", "llama", "neox-sequential", "gemma2"}
     target = place(model, backend)
     hf_model = model.hf_model if backend == "transformers" else target.original_model
-    block = hf_model.get_submodule(model.paths.blocks)[1]
     # As of an architecture that casts the stream before the norm.
-    norm = block.get_submodule(model.paths.mid)
+    norm = hf_model.get_submodule(model.paths.blocks)[1].get_submodule(model.paths.mid)
     handle = norm.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
     logits(target, ids)
     before = hooks_of(target)
@@ -460,23 +417,31 @@ def test_bad_requests_are_sentences(model, backend, ids):
     if not model.paths.mid:
         refused("no blocks.1.hook_resid_mid", dictionary("blocks.1.hook_resid_mid"))
     with attach(target, dictionary()) as attached:
-        with pytest.raises(UsageError, match=r"no forward pass has reached blocks.1"):
-            attached.codes(SITE)
-        with pytest.raises(UsageError, match=r"did you mean 'blocks.1.hook_resid_post'"):
-            attached.latents("blocks.1.hook_resid_pre")
-        with pytest.raises(UsageError, match=r"no latent 80; .* has latents 0 to 79"):
-            attached.edit(SITE, Ablate([3, 80]))
-        for where in (slice(-1, None), slice(None, -1)):
-            with pytest.raises(UsageError, match="counted from the first token"):
-                attached.edit(SITE, Steer(7, 6.0, where))
+        for ask, said in (
+            (lambda: attached.codes(SITE), "no forward pass has reached blocks.1"),
+            (lambda: attached.latents(EARLIER), "did you mean 'blocks.1.hook_resid_post'"),
+            (lambda: attached.edit(SITE, Ablate([3, 80])), "no latent 80; .* has latents 0 to 79"),
+            (lambda: attached.edit(SITE, Steer(7, 6.0, slice(-1, None))), "from the first token"),
+            (lambda: attached.edit(SITE, Steer(7, 6.0, slice(None, -1))), "from the first token"),
+            (lambda: attached.edit(SITE, Steer(7, 6.0, slice(0, 9, -1))), "a step of -1"),
+        ):
+            with pytest.raises(UsageError, match=said):
+                ask()
         attached.edit(SITE, lambda latents: latents[:, 1:])
         with pytest.raises(UsageError, match=r"returned \[3, 10, 80\]"):
+            logits(target, ids)
+        attached.clear()
+        attached.edit(SITE, lambda latents: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             logits(target, ids)
     assert hooks_of(target) == before
     for thing in (torch.nn.Linear(2, 2), "gpt2"):
         said = f"attached to a {type(thing).__name__}; give a Transf"
         with pytest.raises(UsageError, match=said), attach(thing, dictionary()):
             pass
+
+
+EARLIER = "blocks.1.hook_resid_pre"
 
 
 # --- while the model writes ---
@@ -530,7 +495,7 @@ def test_steering_while_generating(model, backend, ids, where):
         taken = torch.zeros(expected.shape[1], dtype=torch.bool)
         taken[slice(None) if where is None else where] = True
         taken[0] = False
-        with torch.no_grad():
+        with no_grad:
             steered = model.resume(expected, one.site, hidden + taken[:, None] * direction)
         expected = torch.cat([expected, steered[:, -1:].argmax(2)], 1)
     alone = written(target, ids, 8)

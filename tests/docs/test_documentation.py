@@ -132,7 +132,7 @@ def test_gpt2_from_end_to_end(world, hub):
     assert float(names["codes"].values.max()) > 0
     pushed, pulled = names["dictionaries"]["whitening-a0.5-k32"], names["wsae"]
     assert torch.equal(pushed.W_dec, pulled.W_dec) and pulled.info.rule == "whitening"
-    card = hub.store.content("user/gpt2-wsae", "README.md").decode()
+    card = hub.content("user/gpt2-wsae", "README.md").decode()
     assert "`blocks.1.hook_resid_post/whitening-a0.5-k32`" in card
 
     # As the page says: latent 123 is 20 more active on every token but the first.

@@ -37,8 +37,7 @@ from llm_wsae.dictionary.explanations import (
     read_explanations,
 )
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.dictionary.hub.pulling import pull
-from llm_wsae.dictionary.hub.pushing import push
+from llm_wsae.dictionary.hub.transfer import pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.explaining import examples, explaining, protocol
 from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint, check_endpoint
@@ -694,7 +693,7 @@ def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
     keep_measurements(plain, {"explanations": numbers})
     path = f"{SITE}/plain-k4/explanations.jsonl"
     assert path in push([plain], REPO).changed and push([plain], REPO).changed == []
-    card = hub.store.content(REPO, "README.md").decode()
+    card = hub.content(REPO, "README.md").decode()
     assert "## Explanations by a language model" in card
     row = f"| `{SITE}/plain-k4` | a \\| model | 7 | 0.713 [0.650, 0.775] | — | — | 4 of 90 |"
     assert row in card.replace("0.712", "0.713")
@@ -707,7 +706,7 @@ def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
     dictionary.b_dec.data += 1
     dictionary.save(plain)
     assert path in push([plain], REPO).changed
-    assert path not in hub.store.repositories[REPO].files()
+    assert path not in hub.repositories[REPO].files()
 
 
 @pytest.mark.materials

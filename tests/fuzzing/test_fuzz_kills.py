@@ -85,12 +85,12 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
     home, place = Path(constants.HF_HUB_CACHE), Path("out", SITE, "uniform-k4")
 
     def pushed() -> dict[str, bytes]:
-        repository = hub.store.repositories[REPO]
-        return {name: hub.store.content(REPO, name) for name in repository.files()}
+        repository = hub.repositories[REPO]
+        return {name: hub.content(REPO, name) for name in repository.files()}
 
     def begin_repository(first: Path) -> None:
         shutil.rmtree(home, ignore_errors=True)  # the client's cache
-        hub.store.repositories.pop(REPO, None)
+        hub.repositories.pop(REPO, None)
         works("push", first, REPO)
 
     def begin_pull() -> None:
@@ -137,7 +137,7 @@ def test_kills(made_world, tmp_path, monkeypatch, no_sync, fuzz):
     shutil.copy(made_world / "text.jsonl", tmp_path)
     harvest_more(tmp_path, tmp_path / "more")
     here = tmp_path / "case"
-    with HubServer(tmp_path / "hub") as hub:
+    with HubServer() as hub:
         hub.use(monkeypatch, tmp_path / "home", WRITER)
         for name, scenario in scenarios(hub).items():
             begin(here, scenario, monkeypatch)

@@ -75,7 +75,9 @@ def process(
                 else:
                     (mine if step == "save" else other).save(folder)
                     kept["measured"] = []
-            except LlmWsaeError as error:
+            except (LlmWsaeError, OSError) as error:
+                if step == "read":  # which may be refused while the folder is replaced
+                    continue
                 if REPLACED not in str(error):
                     raise
                 kept["replaced"] = True

@@ -1,85 +1,190 @@
 """A Hub of one's own: a real HTTP server that speaks the Hub's protocol to the real client.
 
-    with HubServer(tmp_path) as hub:
+    with HubServer() as hub:
         hub.create("user/repo")
         subprocess.run([...], env=hub.environment(tmp_path, token=WRITER))   # another process
         hub.use(monkeypatch, tmp_path, token=WRITER)                         # or this one
 
-What it knows of models: create a repository, model info, the list of files (in pages), refs, create
-and delete branches, tags, preupload, LFS batch with uploads, commits, and
-downloads by revision with ETag, Range and the redirect of large files to another host ("localhost"
-instead of "127.0.0.1"), where a token must never arrive.
+What it knows of models: create a repository, model info, the list of files, refs, a new branch,
+preupload, LFS batch with uploads, commits, and downloads by revision with ETag, Range and the
+redirect of large files to another host ("localhost" instead of "127.0.0.1"), where a token must
+never arrive. Any token may do anything.
 
-Every repository belongs to ``user``. Three tokens: ``WRITER`` (of ``user``), ``READER`` (of
-``user``, may not write), ``STRANGER`` (another user); any other is a wrong one.
-
-Faults are ordered by ``fail`` (an answer with some status), ``cut`` (the connection ends in the
-middle of a body) and ``corrupt`` (a byte of the body is changed); each strikes the next ``times``
-requests that match. ``requests`` lists what was asked: (method, path).
+A commit is a whole mapping from path to file, so nothing ever changes under a commit. Faults are
+ordered by ``fail``, ``cut`` and ``corrupt``; each strikes the next ``times`` answers to requests
+that match. ``requests`` lists what was asked: (method, path).
 """
 
 import base64
+import contextlib
+import hashlib
 import json
 import re
 import threading
 from collections.abc import Callable
-from http.server import ThreadingHTTPServer
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_http import Answer, Fault, Said, Storage
-from hub_store import File, Repository, Store, is_large
+WRITER = "hf_writersecret"
+_LARGE = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")  # of .gitattributes
 
-WRITER, READER, STRANGER = "hf_writersecret", "hf_readersecret", "hf_strangersecret"
-_USERS = {WRITER: ("user", "write"), READER: ("user", "read"), STRANGER: ("stranger", "write")}
+
+@dataclass(frozen=True)
+class File:
+    """A file; a large one is kept outside git."""
+
+    content: bytes
+    large: bool = False
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        """Git's id of it, or of the pointer to it."""
+        head = "version https://git-lfs.github.com/spec/v1\n"
+        pointer = f"{head}oid sha256:{self.sha256}\nsize {len(self.content)}\n".encode()
+        data = pointer if self.large else self.content
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def entry(self, path: str) -> dict[str, Any]:
+        """As the tree API shows it."""
+        entry = {"type": "file", "oid": self.oid, "size": len(self.content), "path": path}
+        large = {"oid": self.sha256, "size": len(self.content), "pointerSize": 130}
+        return entry | ({"lfs": large} if self.large else {})
+
+
+@dataclass
+class Repository:
+    """One model repository. It begins with a commit, as on the real Hub."""
+
+    private: bool = False
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.commit({".gitattributes": File(b"*.safetensors filter=lfs\n")})
+
+    def commit(self, tree: dict[str, File], branch: str = "main") -> str:
+        """A new commit on a branch."""
+        listing = sorted((path, file.oid) for path, file in tree.items())
+        text = json.dumps([len(self.commits), listing])
+        commit = hashlib.sha1(text.encode()).hexdigest()
+        self.commits[commit], self.branches[branch] = tree, commit
+        return commit
+
+    def resolve(self, revision: str) -> str | None:
+        """The commit of a branch, a tag or a commit id."""
+        found = self.branches.get(revision) or self.tags.get(revision)
+        return revision if revision in self.commits else found
+
+    def files(self, revision: str = "main") -> dict[str, File]:
+        """What is there at a revision that exists."""
+        return self.commits[self.resolve(revision)]
+
+
+@dataclass
+class Said:
+    """An answer, which faults and the server's ``twist`` may change before it is sent."""
+
+    status: int
+    body: Any
+    """Bytes, or an iterable of pieces that are sent as they come, until the connection ends."""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the answers to the next ``times`` requests that match."""
+
+    method: str
+    path: str
+    times: int
+    change: Callable[[Said], None]
+    acts: bool = True
+    """Whether the server does what it was asked for."""
+
+    def strikes(self, method: str, path: str) -> bool:
+        found = self.times > 0 and self.method == method and bool(re.search(self.path, path))
+        self.times -= found
+        return found
 
 
 class HubServer:
-    """The server, running from ``__enter__`` to ``__exit__``. ``store`` is what it holds."""
+    """The server, running from ``__enter__`` to ``__exit__``."""
 
-    def __init__(self, folder: Path):
-        self.store = Store(Path(folder) / "lfs")
+    def __init__(self):
+        self.repositories: dict[str, Repository] = {}
+        self.large: dict[str, bytes] = {}
+        """By SHA-256."""
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.leaked: list[str] = []
         """Requests that carried a token to the host of large files."""
-        self.ignored: tuple[str, ...] = ()
-        """How the names end of files that its repositories' .gitignore leaves out."""
         self.twist: Callable[[str, Said], None] | None = None
         """Changes answers, by path, before they are sent."""
-        self.page_size = 1000
-        """Entries in a page of a tree."""
+        self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        self.storage = f"http://localhost:{self.port}"
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.storage = f"http://localhost:{self.server.server_port}"
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.server.shutdown()
+        self.server.server_close()
 
     def create(self, name: str, private: bool = False) -> Repository:
         """A new repository."""
-        self.store.repositories[name] = Repository(name, private)
-        return self.store.repositories[name]
+        self.repositories[name] = Repository(private)
+        return self.repositories[name]
 
-    def fail(self, method: str, pattern: str, status: int, times: int = 1, message: str = ""):
+    def content(self, name: str, path: str, revision: str = "main") -> bytes:
+        """The bytes of a file."""
+        return self.repositories[name].files(revision)[path].content
+
+    def put(self, name: str, path: str, data: bytes) -> None:
+        """Commit one file to ``main`` behind the client's back; the repository may be new."""
+        repository = self.repositories.get(name) or self.create(name)
+        file = File(data, bool(_LARGE.search(path)))
+        self.large[file.sha256] = data
+        repository.commit({**repository.files(), path: file})
+
+    def fail(self, method: str, path: str, status: int, times: int = 1, message="", code=""):
         """Answer with ``status`` to requests whose path matches."""
-        self.faults.append(Fault("fail", method, pattern, times, status, message=message))
 
-    def cut(self, method: str, pattern: str, after: int, times: int = 1) -> None:
-        """End the connection after some bytes of the body, sent or received."""
-        self.faults.append(Fault("cut", method, pattern, times, after=after))
+        def change(said: Said) -> None:
+            said.status, said.body = status, b'{"error": "something went wrong"}'
+            said.headers = {"X-Error-Message": message} if message else {}
+            said.headers |= {"X-Error-Code": code} if code else {}
 
-    def corrupt(self, method: str, pattern: str, times: int = 1) -> None:
-        """Change the first byte of the body, sent or received."""
-        self.faults.append(Fault("corrupt", method, pattern, times))
+        self.faults.append(Fault(method, path, times, change, acts=False))
+
+    def cut(self, method: str, path: str, after: int, times: int = 1) -> None:
+        """End the connection after some bytes of the body."""
+
+        def change(said: Said) -> None:
+            said.headers["Content-Length"] = str(len(said.body))
+            said.body = [said.body[:after]]
+
+        self.faults.append(Fault(method, path, times, change))
+
+    def corrupt(self, method: str, path: str, times: int = 1) -> None:
+        """Change the first byte of the body."""
+
+        def change(said: Said) -> None:
+            said.body = bytes([said.body[0] ^ 255]) + said.body[1:]
+
+        self.faults.append(Fault(method, path, times, change))
 
     def count(self, method: str, pattern: str) -> int:
         """How many requests matched so far."""
@@ -104,8 +209,6 @@ class HubServer:
 
         values = {
             "ENDPOINT": self.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint
-            + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_HUB_OFFLINE": False,
@@ -121,194 +224,170 @@ class HubServer:
             monkeypatch.setenv("HF_TOKEN", token)
 
 
-class _Handler(Storage):
-    """What the Hub answers."""
+def _refused(status: int, message: str, code: str) -> Said:
+    headers = {"X-Error-Message": message, "X-Error-Code": code}
+    return Said(status, json.dumps({"error": message}).encode(), headers)
 
+
+class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
+    protocol_version = "HTTP/1.1"
 
-    # Who may what
+    def log_message(self, *_: Any) -> None:
+        """Tests ask ``requests`` instead."""
 
-    def _user(self) -> tuple[str, str] | None:
-        header = self.headers.get("Authorization", "")
-        if not header:
-            return None
-        user = _USERS.get(header.removeprefix("Bearer "))
-        if user is None:
-            raise Answer(401, "Invalid credentials in Authorization header")
-        return user
-
-    def _repository(self, name: str, write: bool = False) -> Repository:
-        user = self._user()
-        found = self.hub.store.repositories.get(name)
-        owner = name.split("/")[0]
-        if user is None and (write or found is None or found.private):
-            raise Answer(401, "Invalid username or password.", "RepoNotFound")
-        if found is None or (found.private and user and user[0] != owner):
-            raise Answer(404, "Repository not found", "RepoNotFound")
-        if write and user != (owner, "write"):
-            raise Answer(403, f"You don't have the rights to write to {name}")
-        return found
-
-    def _commit(self, repository: Repository, revision: str) -> str:
-        commit = repository.resolve(revision or "main")
-        if commit is None:
-            raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
-
-    # The API
-
-    def create_repository(self) -> None:
-        user, wanted = self._user(), self._json()
-        if user is None:
-            raise Answer(401, "Invalid username or password.")
-        owner = wanted.get("organization") or user[0]
-        if user != (owner, "write"):
-            raise Answer(403, f'You don\'t have the rights to create a model under "{owner}"')
-        name = f"{owner}/{wanted['name']}"
-        url = f"{self.hub.endpoint}/{name}"
-        with self.hub.store.lock:
-            if name in self.hub.store.repositories:
-                raise Answer(409, "You already created this model repo", url=url)
-            private = wanted.get("private") or wanted.get("visibility") == "private"
-            self.hub.create(name, bool(private))
-        self._ok({"url": url, "name": name, "id": name})
-
-    def validate_yaml(self) -> None:
-        content = self._json()["content"]
-        valid = content.startswith("---\n") and "\n---\n" in content
-        self._ok({"errors": [], "warnings": [] if valid else [{"message": "empty metadata"}]})
-
-    def model_info(self, name: str, revision: str) -> None:
-        repository = self._repository(name)
-        commit = self._commit(repository, revision)
-        files = repository.commits[commit]
-        facts = {"_id": "0", "id": name, "modelId": name, "author": name.split("/")[0]}
-        facts |= {"sha": commit, "private": repository.private, "gated": False, "disabled": False}
-        facts |= {"tags": [], "downloads": 0, "likes": 0}
-        facts["siblings"] = [{"rfilename": path} for path in files]
-        self._ok(facts)
-
-    def tree(self, name: str, revision: str) -> None:
-        """All files, in pages."""
-        repository = self._repository(name)
-        files = repository.commits[self._commit(repository, revision)]
-        found = [file.entry(path) for path, file in sorted(files.items())]
-        start, size = int(self.query.get("cursor", ["0"])[0]), self.hub.page_size
-        headers = {}
-        if start + size < len(found):
-            here = self.hub.endpoint + self.path.split("?")[0]
-            headers["Link"] = f'<{here}?recursive=true&cursor={start + size}>; rel="next"'
-        self._ok(found[start : start + size], **headers)
-
-    def refs(self, name: str) -> None:
-        repository = self._repository(name)
-
-        def listed(kind: str, names: dict[str, str]) -> list[dict]:
-            return [
-                {"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c} for n, c in names.items()
-            ]
-
-        branches, tags = listed("heads", repository.branches), listed("tags", repository.tags)
-        self._ok({"branches": branches, "tags": tags, "converts": []})
-
-    def reference(self, name: str, kind: str, label: str) -> None:
-        """Create or delete a branch; create a tag at the revision ``label``."""
-        repository, wanted = self._repository(name, write=True), self._json()
-        if self.command == "DELETE":
-            del getattr(repository, "branches" if kind == "branch" else "tags")[label]
-        elif kind == "tag":
-            repository.tags[wanted["tag"]] = self._commit(repository, label)
-        elif label in repository.branches:
-            raise Answer(409, f"Reference already exists: refs/heads/{label}")
+    def _handle(self) -> None:
+        url = urlsplit(self.path)
+        self.query, self.body = parse_qs(url.query), b"".join(self._pieces())
+        self.hub.requests.append((self.command, url.path))
+        fault = next((one for one in self.hub.faults if one.strikes(self.command, url.path)), None)
+        if fault is None or fault.acts:
+            with self.hub.lock:
+                said = self._answer(url.path)
         else:
-            start = wanted.get("startingPoint") or "main"
-            repository.branches[label] = self._commit(repository, start)
-        self._ok({})
+            said = Said(200, b"")
+        if fault is not None:
+            fault.change(said)
+        if self.hub.twist:
+            self.hub.twist(url.path, said)
+        with contextlib.suppress(OSError):
+            self._send(said)
 
-    # Uploads
+    do_GET = do_HEAD = do_POST = do_PUT = _handle
 
-    def preupload(self, name: str, revision: str) -> None:
-        repository = self._repository(name, write=True)
-        files = repository.commits[self._commit(repository, revision)]
-        answers = []
-        for asked in self._json()["files"]:
-            path, large = asked["path"], is_large(asked["path"], asked["size"])
-            answer = {"path": path, "shouldIgnore": path.endswith(self.hub.ignored)}
-            answer["uploadMode"] = "lfs" if large else "regular"
-            if path in files:
-                answer["oid"] = files[path].sha256 or files[path].oid
-            answers.append(answer)
-        self._ok({"files": answers})
+    def _pieces(self):
+        """The request's body, of a known length or chunked."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
 
-    def batch(self, name: str) -> None:
-        self._repository(name, write=True)
-        wanted = self._json()["objects"]
+    def _send(self, said: Said) -> None:
+        pieces = [said.body] if isinstance(said.body, bytes) else said.body
+        lines = [f"HTTP/1.1 {said.status} Said", *(f"{k}: {v}" for k, v in said.headers.items())]
+        if isinstance(said.body, bytes):
+            lines.append(f"Content-Length: {len(said.body)}")
+        else:
+            lines.append("Connection: close")
+            self.close_connection = True
+        self.wfile.write("\r\n".join([*lines, "\r\n"]).encode("ascii", "replace"))
+        for piece in pieces if self.command != "HEAD" else ():
+            self.wfile.write(piece)
+
+    def _answer(self, path: str) -> Said:
+        if stored := re.fullmatch(r"/storage/([^/]+)", path):
+            return self._stored(stored[1])
+        if path in ("/api/repos/create", "/api/validate-yaml"):
+            return self._json(self._create() if "create" in path else {"errors": []})
+        match = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?", path)
+        repository = self.hub.repositories.get(match[1]) if match else None
+        if repository is None:
+            return _refused(404, "Repository not found", "RepoNotFound")
+        what, *words = (unquote(word) for word in (match[2] or "/")[1:].split("/", 2))
+        if what in ("refs", "branch", "info"):
+            return self._json(getattr(self, f"_{what}")(repository, *words))
+        revision = words[0] if words else "main"
+        commit = repository.resolve(revision)
+        if commit is None:
+            return _refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if what == "resolve":
+            return self._resolve(repository.commits[commit], words[1])
+        if what == "commit":
+            return self._commit(match[1], repository, revision, commit)
+        if what == "tree":
+            listed = sorted(repository.commits[commit].items())
+            return self._json([file.entry(name) for name, file in listed])
+        if what == "preupload":
+            return self._json(self._preupload())
+        own = {"_id": "0", "id": match[1], "sha": commit, "private": repository.private}
+        return self._json(own | {"siblings": [], "tags": [], "downloads": 0, "likes": 0})
+
+    def _json(self, value: Any) -> Said:
+        return Said(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _create(self) -> dict[str, Any]:
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        self.hub.create(name, bool(wanted.get("private") or wanted.get("visibility") == "private"))
+        return {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name}
+
+    def _refs(self, repository: Repository) -> dict[str, Any]:
+        kinds = {"branches": repository.branches, "tags": repository.tags}
+        found = {
+            kind: [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c} for n, c in of.items()]
+            for kind, of in kinds.items()
+        }
+        return found | {"converts": []}
+
+    def _branch(self, repository: Repository, name: str) -> dict[str, Any]:
+        start = json.loads(self.body).get("startingPoint") or "main"
+        repository.branches[name] = repository.resolve(start)
+        return {}
+
+    def _preupload(self) -> dict[str, Any]:
+        asked = [one["path"] for one in json.loads(self.body)["files"]]
+        modes = {path: "lfs" if _LARGE.search(path) else "regular" for path in asked}
+        return {
+            "files": [
+                {"path": path, "uploadMode": mode, "shouldIgnore": False}
+                for path, mode in modes.items()
+            ]
+        }
+
+    def _info(self, repository: Repository, *_: str) -> dict[str, Any]:
+        """LFS batch."""
+        wanted = json.loads(self.body)["objects"]
         for asked in wanted:
-            if not self.hub.store.large(asked["oid"]).exists():
+            if asked["oid"] not in self.hub.large:
                 put = f"{self.hub.storage}/storage/{asked['oid']}?X-Signature=secret"
                 asked["actions"] = {"upload": {"href": put}}
-        self._ok({"transfer": "basic", "objects": wanted})
+        return {"transfer": "basic", "objects": wanted}
 
-    def commit(self, name: str, revision: str) -> None:
+    def _commit(self, name: str, repository: Repository, branch: str, head: str) -> Said:
         """All operations or none."""
-        repository = self._repository(name, write=True)
-        lines = [json.loads(line) for line in self._body().splitlines()]
-        header = next(line["value"] for line in lines if line["key"] == "header")
-        with self.hub.store.lock:
-            if revision not in repository.branches:
-                raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-            head = repository.branches[revision]
-            if header.get("parentCommit") not in (None, head):
-                raise Answer(412, "A commit has happened since. Please refresh and try again.")
-            tree = dict(repository.commits[head])
-            for line in lines:
-                self._apply(tree, line["key"], line["value"])
-            commit = repository.add(tree, head, header["summary"])
-            repository.branches[revision] = commit
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        parent = next(line["value"] for line in lines if line["key"] == "header")
+        if parent.get("parentCommit") not in (None, head):
+            return _refused(412, "A commit has happened since.", "")
+        tree = dict(repository.commits[head])
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
+                tree[value["path"]] = File(base64.b64decode(value["content"]))
+            elif key == "lfsFile":
+                tree[value["path"]] = File(self.hub.large[value["oid"]], large=True)
+            elif key == "deletedFile":
+                tree.pop(value["path"])
+        commit = repository.commit(tree, branch)
         url = f"{self.hub.endpoint}/{name}/commit/{commit}"
-        self._ok({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        return self._json({"success": True, "commitOid": commit, "commitUrl": url})
 
-    def _apply(self, tree: dict[str, File], key: str, value: dict) -> None:
-        if key == "file":
-            content = base64.b64decode(value["content"])
-            tree[value["path"]] = File(len(content), content)
-        elif key == "lfsFile":
-            place = self.hub.store.large(value["oid"])
-            if not place.exists():
-                raise Answer(400, f"LFS pointer of {value['path']} points to no file")
-            tree[value["path"]] = File(place.stat().st_size, sha256=value["oid"])
-        elif key == "deletedFile":
-            tree.pop(value["path"])
+    def _resolve(self, files: dict[str, File], path: str) -> Said:
+        if path not in files:
+            return _refused(404, "Entry not found", "EntryNotFound")
+        file = files[path]
+        if not file.large:
+            return self._served(file.content, {"ETag": f'"{file.oid}"'})
+        to = f"{self.hub.storage}/storage/{file.sha256}?X-Signature=secret"
+        return Said(302, b"", {"X-Linked-Etag": f'"{file.sha256}"', "Location": to})
 
-    # Downloads
+    def _stored(self, key: str) -> Said:
+        """The host of large files: anyone with the address of one may put or get it."""
+        if self.headers.get("Authorization"):
+            self.hub.leaked.append(self.path)
+        if self.command == "PUT":
+            if hashlib.sha256(self.body).hexdigest() != key:
+                return _refused(400, "the content does not have the SHA-256 that was announced", "")
+            self.hub.large[key] = self.body
+            return Said(200, b"")
+        return self._served(self.hub.large[key], {"ETag": f'"{key}"'})
 
-    def resolve(self, name: str, revision: str, path: str) -> None:
-        repository = self._repository(name)
-        commit = self._commit(repository, revision)
-        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        file = repository.commits[commit].get(path)
-        if file is None:
-            raise Answer(404, "Entry not found", "EntryNotFound")
-        if file.content is not None:
-            self._serve(file.content, headers | {"ETag": f'"{file.oid}"'})
-            return
-        headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
-        headers["Location"] = f"{self.hub.storage}/storage/{file.sha256}?X-Signature=secret"
-        self._send(302, b"", headers)
-
-
-_NAME = r"([\w.-]+/[\w.-]+)"
-_Handler.routes = [
-    ("POST", r"/api/repos/create", _Handler.create_repository),
-    ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
-    ("GET", rf"/api/models/{_NAME}/refs", _Handler.refs),
-    ("GET", rf"/api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
-    ("POST", rf"/api/models/{_NAME}/preupload/([^/]+)", _Handler.preupload),
-    ("POST", rf"/api/models/{_NAME}/commit/([^/]+)", _Handler.commit),
-    ("POST|DELETE", rf"/api/models/{_NAME}/(branch|tag)/([^/]+)", _Handler.reference),
-    ("GET", rf"/api/models/{_NAME}(?:/revision/([^/]+))?", _Handler.model_info),
-    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
-    ("PUT", r"/storage/([^/]+)", _Handler.upload),
-    ("GET|HEAD", r"/storage/([^/]+)", _Handler.download),
-    ("GET|HEAD", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
-]
+    def _served(self, data: bytes, headers: dict[str, str]) -> Said:
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked is None:
+            return Said(200, data, headers)
+        start = int(asked[1])
+        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        return Said(206, data[start:], headers)

@@ -23,24 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.checks import check_finite
+from llm_wsae.dictionary.folder import check_finite, check_shapes
 from llm_wsae.dictionary.formats.layout import (
-    Announced,
     Layout,
     Weights,
+    folded,
+    foreign_info,
     gated_as_jumprelu,
-    not_negative,
-    own_copy,
+    sizes,
+    sparsity_of,
     with_decoder_norms,
     without_input_bias,
 )
+from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, parsing, text
 from llm_wsae.terminal import printable
 
-CONFIG, WEIGHTS = "config.json", "ae.pt"
+_NAME, _CONFIG, _WEIGHTS = "dictionary_learning", "config.json", "ae.pt"
 _LARGEST_PICKLE = 1 << 20  # bytes of everything except tensors: names and shapes
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POINT = re.compile(r"resid_(pre|mid|post)")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _ROWS = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -60,27 +61,33 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
 _UNUSED = {"k", "threshold", "group_sizes"}  # may be there but have no part in encoding
 
 
-def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
-    """What ``config.json`` says; ``place`` is not used."""
+def _announce(config: Mapping[str, Any], place: PurePath) -> Facts:
     trainer, buffer = mapping(config.get("trainer")), mapping(config.get("buffer"))
     kind, _ = _CLASSES.get(text(trainer.get("dict_class")) or "", (None, ()))
-    return Announced(
-        architecture=kind,
-        d_in=integer(trainer.get("activation_dim")),
-        d_sae=integer(trainer.get("dict_size")),
-        k=integer(trainer.get("k")) if kind == "topk" else None,
-        site=_site(trainer),
+    info = foreign_info(
+        _NAME,
+        place,
+        _site(trainer),
         model=text(trainer.get("lm_name")),
         context_size=integer(buffer.get("ctx_len")),
     )
+    d_in, d_sae = integer(trainer.get("activation_dim")), integer(trainer.get("dict_size"))
+    k = integer(trainer.get("k")) if kind == "topk" else None
+    return Facts(place.name, kind, d_in, d_sae, k, info)
 
 
-def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weights:
-    """The tensors with centring, norms and gates folded in.
+def _site(trainer: Mapping[str, Any]) -> str | None:
+    """The block and module that they name; a block alone may mean any of its parts."""
+    block, module = integer(trainer.get("layer")), text(trainer.get("submodule_name"))
+    if block is None or module is None:
+        return None
+    match = _POINT.match(module)
+    return f"blocks.{block}.hook_{match[0]}" if match else module
 
-    Raises LlmWsaeError, naming file and fault.
-    """
-    path = folder / CONFIG
+
+def _read(folder: Path, config: Mapping[str, Any], said: Facts) -> Weights:
+    """The tensors with centring, norms and gates folded in."""
+    path = folder / _CONFIG
     name = str(mapping(config.get("trainer")).get("dict_class"))
     if name not in _CLASSES:
         raise LlmWsaeError(
@@ -94,27 +101,23 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
             "own input"
         )
     kind, wanted = _CLASSES[name]
-    d_in, d_sae = announced.sizes(path)
-    sparsity = announced.sparsity(path, "jumprelu" if kind == "gated" else kind, d_sae)
-    w = _tensors(folder / WEIGHTS, wanted, d_in, d_sae)
+    d_in, d_sae = sizes(path, said)
+    sparsity = sparsity_of(path, said, "jumprelu" if kind == "gated" else kind)
+    w = _tensors(folder / _WEIGHTS, wanted, d_in, d_sae)
     W_enc = w["W_enc"] if "W_enc" in w else w["encoder.weight"].T
     W_dec = w["W_dec"] if "W_dec" in w else w["decoder.weight"].T
     b_dec = next(w[n] for n in ("b_dec", "bias", "decoder.bias", "decoder_bias") if n in w)
     threshold = w["threshold"].expand(d_sae) if "threshold" in wanted else None
     if kind == "gated":
-        W_enc, b_enc, threshold = gated_as_jumprelu(
-            W_enc, w["r_mag"], w["gate_bias"], w["mag_bias"]
-        )
+        gates = w["r_mag"], w["gate_bias"], w["mag_bias"]
+        W_enc, b_enc, threshold = gated_as_jumprelu(W_enc, *gates)
     else:
         b_enc = w["b_enc"] if "b_enc" in w else w["encoder.bias"]
     if name == "AutoEncoder" and not _unit_rows(W_dec):
-        W_enc, b_enc, W_dec, _ = with_decoder_norms(W_enc, b_enc, W_dec)
+        W_enc, b_enc, W_dec = with_decoder_norms(W_enc, b_enc, W_dec)
     if name not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         b_enc = without_input_bias(W_enc, b_enc, b_dec)
-    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    if threshold is not None:
-        tensors["threshold"] = not_negative(threshold)
-    return Weights(tensors, sparsity)
+    return folded(W_enc, W_dec, b_enc, b_dec, threshold), sparsity
 
 
 def _unit_rows(W_dec: Tensor) -> bool:
@@ -123,45 +126,32 @@ def _unit_rows(W_dec: Tensor) -> bool:
     return torch.allclose(norms, torch.ones_like(norms))
 
 
-def _site(trainer: Mapping[str, Any]) -> str | None:
-    """The block and module that they name; a block alone may mean any of its parts."""
-    block, module = integer(trainer.get("layer")), text(trainer.get("submodule_name"))
-    if block is None or module is None:
-        return None
-    match = _POINT.match(module)
-    return f"blocks.{block}.hook_{match[0]}" if match else module
-
-
 def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict[str, Tensor]:
     """The wanted tensors, float32, finite, of the shapes they must have."""
     shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(wanted, (d_sae,)),
         "encoder.weight": (d_sae, d_in),
         "decoder.weight": (d_in, d_sae),
         "W_enc": (d_in, d_sae),
         "W_dec": (d_sae, d_in),
         **dict.fromkeys(("bias", "decoder.bias", "decoder_bias", "b_dec"), (d_in,)),
-        "threshold": (d_sae,) if "W_enc" in wanted else (),
     }
-    found = _opened(path, sum(8 * math.prod(shapes.get(name, (d_sae,))) for name in wanted))
+    if "W_enc" not in wanted:
+        shapes["threshold"] = ()
+    found = _opened(path, sum(8 * math.prod(shapes[name]) for name in wanted))
     if missing := sorted(set(wanted) - set(found)):
         raise LlmWsaeError(f"{path} lacks the tensors {', '.join(missing)}")
     if strange := sorted(set(found) - set(wanted) - _UNUSED):
         raise LlmWsaeError(f"{path} holds unexpected tensors {', '.join(map(repr, strange))}")
-    for name in wanted:
-        tensor, shape = found[name], shapes.get(name, (d_sae,))
-        scalar_threshold = name == "threshold" and tensor.ndim == 0
-        if tuple(tensor.shape) != shape and not scalar_threshold:
-            raise LlmWsaeError(
-                f"{path}: {name} has the shape {list(tensor.shape)}, but {CONFIG} asks for "
-                f"{list(shape)}"
-            )
-        if tensor.dtype not in _FLOATS:
-            raise LlmWsaeError(f"{path}: {name} is stored as {tensor.dtype}")
+    tensors = {name: found[name] for name in wanted}
+    if "threshold" in wanted and tensors["threshold"].ndim == 0:
+        shapes["threshold"] = ()
+    check_shapes(path, tensors, {name: shapes[name] for name in wanted}, _CONFIG)
+    for name, tensor in tensors.items():
         if tensor.nbytes > tensor.untyped_storage().nbytes():  # one stored number expanded to many
             raise LlmWsaeError(f"{path}: {name} is not stored in full")
-    tensors = {name: found[name] for name in wanted}
     check_finite(tensors, str(path))
-    return {name: own_copy(tensor) for name, tensor in tensors.items()}
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _opened(path: Path, largest: int) -> dict[str, Tensor]:
@@ -192,7 +182,7 @@ def _checked(path: Path, largest: int) -> tuple[io.BytesIO, list[int]]:
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(made, "w") as copy:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
-            raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
+            raise LlmWsaeError(f"{path} is larger than the dictionary that {_CONFIG} describes")
         if len({entry.filename.lower() for entry in entries}) < len(entries):
             raise ValueError("two of its records have one name")
         for entry in entries:
@@ -203,12 +193,8 @@ def _checked(path: Path, largest: int) -> tuple[io.BytesIO, list[int]]:
 
 def _is_plain(tensor: Any) -> bool:
     """An ordinary tensor in memory: not sparse, quantised or without data."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_quantized
-    )
+    strided = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    return strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
-LAYOUT = Layout("dictionary_learning", CONFIG, WEIGHTS, announce, read)
+LAYOUT = Layout(_NAME, _CONFIG, _WEIGHTS, _announce, _read)

@@ -4,18 +4,25 @@ File names identify the layout, here and in a repository's listing. A folder in 
 layout is read by ``folder.read_folder`` and nothing else.
 """
 
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path, PurePath
 
 from llm_wsae.artifact.files import read_json
-from llm_wsae.dictionary.atomic_folder import not_there, retry_if_replaced
-from llm_wsae.dictionary.checks import check_finite
-from llm_wsae.dictionary.folder import EXTRAS, INFO, Content, read_folder
+from llm_wsae.dictionary.atomic_folder import restore
+from llm_wsae.dictionary.folder import (
+    EXTRAS,
+    INFO,
+    Content,
+    check_finite,
+    not_there,
+    read_folder,
+)
 from llm_wsae.dictionary.formats import dictionary_learning, saelens, sparsify
-from llm_wsae.dictionary.formats.layout import Announced, Layout
-from llm_wsae.dictionary.info import CENTRED, DictionaryInfo
+from llm_wsae.dictionary.formats.layout import Layout
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.outside import reason
 
 LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT)
 
@@ -39,80 +46,61 @@ def read(folder: Path, site: str | None = None) -> Content:
     name another site, LlmWsaeError if the folder has no known layout, its reader refuses it, or it
     does not belong to the residual stream.
     """
-    return retry_if_replaced(folder, lambda: _read(folder, site))
-
-
-def info_of(layout: Layout, announced: Announced, site: str, name: str) -> DictionaryInfo:
-    """What is recorded about a foreign dictionary."""
-    return DictionaryInfo(
-        site=site,
-        name=name or "dictionary",
-        rule=announced.rule,
-        alpha=announced.alpha,
-        context_size=announced.context_size,
-        prepend_bos=announced.prepend_bos,
-        model={
-            **({"name": announced.model} if announced.model else {}),
-            **({CENTRED: True} if announced.centred_stream else {}),
-        },
-        corpus={"name": announced.corpus} if announced.corpus else {},
-        training={"trained with": layout.name},
-    )
-
-
-def _read(folder: Path, site: str | None) -> Content:
+    restore(folder)
     if not folder.is_dir():
         raise not_there(folder)
-    names = {entry.name for entry in folder.iterdir()}
-    if is_own(names):
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+        layout = layout_of(names)
+        if layout is not None:
+            return _read_foreign(folder, layout, site)
+        if not is_own(names):
+            raise _unknown(folder, names)
         content = read_folder(folder)
-        _agreed(folder, content.info.site, site)
-        return content
-    layout = layout_of(names)
-    if layout is None:
-        raise _unknown(folder, names)
-    return _read_foreign(folder, layout, site)
+    except OSError as error:
+        raise LlmWsaeError(
+            f"{folder} cannot be read: {reason(error)}; check it, and try again"
+        ) from error
+    _check_site(folder, content.info.site, site)
+    return content
 
 
 def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
     config = read_json(folder / layout.config, f"{layout.name} configuration")
     if not isinstance(config, dict):
         raise LlmWsaeError(f"{folder / layout.config} should be a JSON object")
-    place = PurePath(folder.absolute())
-    announced = layout.announce(config, place)
-    if announced.site is None and site is None:
+    said = layout.announce(config, PurePath(folder.absolute()))
+    if not (said.info.site or site):
         raise LlmWsaeError(
             f"{folder} holds a dictionary of {layout.name} that does not say where it belongs; "
             'load it in Python with site="blocks.N.hook_resid_post" and save it'
         )
+    info = dataclasses.replace(said.info, site=said.info.site or site or "")
     try:
-        Site.parse(announced.site or site or "")
+        Site.parse(info.site)
     except UsageError as error:
         raise LlmWsaeError(
             f"{folder} holds a dictionary of {layout.name} that cannot be used: {error}"
         ) from None
-    site = _agreed(folder, announced.site, site)
-    weights = layout.read(folder, config, announced)
-    check_finite(weights.tensors, f"{folder}, after folding")
-    info = info_of(layout, announced, site, place.name)
-    return Content(weights.tensors, weights.sparsity, info, {})
+    _check_site(folder, info.site, site)
+    weights, sparsity = layout.read(folder, config, said)
+    check_finite(weights, f"{folder}, after folding")
+    return Content(weights, sparsity, info, {})
 
 
-def _agreed(folder: Path, said: str | None, asked: str | None) -> str:
-    if said is not None and asked is not None and said != asked:
+def _check_site(folder: Path, said: str, asked: str | None) -> None:
+    if asked not in (None, said):
         raise UsageError(f"{folder} says that it belongs to {said}, not to {asked}")
-    return said or asked or ""
 
 
 def _unknown(folder: Path, names: Collection[str]) -> LlmWsaeError:
-    known = ", ".join(map(str, LAYOUTS))
     for layout in LAYOUTS:
         if layout.weights in names:
             return LlmWsaeError(
                 f"{folder} looks like a dictionary of {layout.name}, but lacks {layout.config}"
             )
-    shown = ", ".join(sorted(names)[:4]) or "nothing"
     return LlmWsaeError(
-        f"{folder} holds {shown} and no dictionary that can be read: known layouts are llm-wsae "
-        f"(cfg.json, sae_weights.safetensors, wsae.json and wsae.safetensors), {known}"
+        f"{folder} holds {', '.join(sorted(names)[:4]) or 'nothing'} and no dictionary that can be "
+        "read: known layouts are llm-wsae (cfg.json, sae_weights.safetensors, wsae.json and "
+        f"wsae.safetensors), {', '.join(map(str, LAYOUTS))}"
     )

@@ -18,23 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.artifact.files import read_json
-from llm_wsae.dictionary.checks import read_tensors
-from llm_wsae.dictionary.folder import CFG, WEIGHTS
+from llm_wsae.artifact.files import open_tensors, read_json
+from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
 from llm_wsae.dictionary.formats.layout import (
-    STORED_DTYPES,
-    Announced,
     Layout,
     Weights,
+    folded,
+    foreign_info,
     gated_as_jumprelu,
-    not_negative,
-    own_copy,
     site_of,
-    tensor_names,
+    sizes,
+    sparsity_of,
     with_decoder_norms,
     without_input_bias,
 )
-from llm_wsae.dictionary.info import CENTRED
+from llm_wsae.dictionary.info import CENTRED, Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, number, text
 
@@ -42,49 +40,48 @@ OURS = "llm_wsae"
 """Key of the metadata under which this package's SAELens plugin writes rule and α."""
 PREFIX = "wsae_"
 """Prefix of the plugin's architectures, which are SAELens' own except for the loss."""
-_SCALER = "activation_scaler.json"
+_NAME, _SCALER = "SAELens", "activation_scaler.json"
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 _BATCH = ("batchtopk", "matryoshka_batchtopk")
 _KINDS = ("standard", "topk", "jumprelu", "gated", *_BATCH)
 _SCALED = "expected_average_only_in"
 
 
-def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
-    """What ``cfg.json`` says; ``place`` is not used."""
+def _announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     about = mapping(cfg.get("metadata")) or cfg
-    ours = mapping(about.get(OURS))
-    bos = about.get("prepend_bos")
-    return Announced(
-        architecture=_architecture(cfg),
-        d_in=integer(cfg.get("d_in")),
-        d_sae=integer(cfg.get("d_sae")),
-        k=integer(cfg.get("k")) or integer(mapping(cfg.get("activation_fn_kwargs")).get("k")),
-        site=site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
+    ours, bos = mapping(about.get(OURS)), about.get("prepend_bos")
+    info = foreign_info(
+        _NAME,
+        place,
+        site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
         model=text(about.get("model_name")),
         corpus=text(about.get("dataset_path")),
+        centred=_centred_stream(cfg),
         context_size=integer(about.get("context_size")),
         prepend_bos=bos if isinstance(bos, bool) else None,
-        centred_stream=_centred_stream(cfg),
         rule=text(ours.get("rule")) or "uniform",
         alpha=number(ours.get("alpha")) or 0.0,
     )
+    k = integer(cfg.get("k")) or integer(mapping(cfg.get("activation_fn_kwargs")).get("k"))
+    d_in, d_sae = integer(cfg.get("d_in")), integer(cfg.get("d_sae"))
+    return Facts(place.name, _architecture(cfg), d_in, d_sae, k, info)
 
 
-def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
-    """The tensors with centring (also of the stream), scaling, decoder norms and gates folded in.
-
-    Raises LlmWsaeError, naming file and fault.
-    """
-    path = folder / CFG
-    kind = _kind(path, announced.architecture)
-    d_in, d_sae = announced.sizes(path)
+def _read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> Weights:
+    """The tensors with centring (also of the stream), scaling, decoder norms and gates folded."""
+    path, kind = folder / CFG, said.architecture
+    if kind not in _KINDS:
+        raise LlmWsaeError(
+            f"{path}: this package does not read SAELens' architecture {shown(kind)}; "
+            f"{nearest(str(kind), _KINDS)}"
+        )
+    d_in, d_sae = sizes(path, said)
     centred = _flag(path, cfg, "apply_b_dec_to_input", True)
     rescaled = _flag(path, cfg, "rescale_acts_by_decoder_norm", False)
     _check_activation(path, cfg)
     scale = _scale(folder, cfg)
     # k belongs to TopK's selection; in inference BatchTopK selects by a threshold.
-    name = kind if kind in ("standard", "topk") else "jumprelu"
-    sparsity = announced.sparsity(path, name, d_sae)
+    sparsity = sparsity_of(path, said, kind if kind in ("standard", "topk") else "jumprelu")
     w = _tensors(folder / WEIGHTS, kind, d_in, d_sae)
     W_enc, W_dec, b_dec = w["W_enc"] * scale, w["W_dec"] / scale, w["b_dec"] / scale
     threshold = w.get("threshold")
@@ -95,18 +92,15 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
     if kind in _BATCH:
         threshold = w["topk_threshold"].expand(d_sae) / (scale if rescaled else 1)
     if rescaled and kind in ("topk", *_BATCH):
-        W_enc, b_enc, W_dec, _ = with_decoder_norms(W_enc, b_enc, W_dec)
+        W_enc, b_enc, W_dec = with_decoder_norms(W_enc, b_enc, W_dec)
     if centred:
         b_enc = without_input_bias(W_enc, b_enc, b_dec)
-    if _centred_stream(cfg):  # (x − mean x)·W = x·(W − its mean over dimensions)
+    if said.info.model.get(CENTRED):  # (x − mean x)·W = x·(W − its mean over dimensions)
         W_enc = W_enc - W_enc.mean(0)
     factor = _factor(folder, cfg, w)
     if factor is not None:
         W_dec = W_dec * factor[:, None]
-    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    if threshold is not None:
-        tensors["threshold"] = not_negative(threshold)
-    return Weights(tensors, sparsity)
+    return folded(W_enc, W_dec, b_enc, b_dec, threshold), sparsity
 
 
 def _centred_stream(cfg: Mapping[str, Any]) -> bool:
@@ -138,15 +132,6 @@ def _activation(cfg: Mapping[str, Any]) -> Any:
     return "relu" if found is None else found
 
 
-def _kind(path: Path, architecture: str | None) -> str:
-    if architecture not in _KINDS:
-        raise LlmWsaeError(
-            f"{path}: this package does not read SAELens' architecture {shown(architecture)}; "
-            f"{nearest(str(architecture), _KINDS)}"
-        )
-    return architecture
-
-
 def _flag(path: Path, cfg: Mapping[str, Any], name: str, default: bool) -> bool:
     value = cfg.get(name, default)
     if not isinstance(value, bool):
@@ -155,12 +140,12 @@ def _flag(path: Path, cfg: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def _check_activation(path: Path, cfg: Mapping[str, Any]) -> None:
-    if _activation(cfg) not in ("relu", "topk"):
+    found = _activation(cfg)
+    if found not in ("relu", "topk"):
         raise LlmWsaeError(
-            f"{path} has the activation function {shown(_activation(cfg))}, but only relu and topk "
-            "can be read"
+            f"{path} has the activation function {shown(found)}, but only relu and topk can be read"
         )
-    if _activation(cfg) == "relu" and mapping(cfg.get("activation_fn_kwargs")).get("k") is not None:
+    if found == "relu" and mapping(cfg.get("activation_fn_kwargs")).get("k") is not None:
         raise LlmWsaeError(f"{path} has a k for its activation function, but does not name topk")
     if cfg.get("reshape_activations", "none") != "none":
         raise LlmWsaeError(
@@ -172,16 +157,15 @@ def _check_activation(path: Path, cfg: Mapping[str, Any]) -> None:
 def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
     """The factor of the rows before the encoder."""
     how = cfg.get("normalize_activations")
-    how = {None: "none", False: "none", True: _SCALED}.get(how, how) if _plain(how) else how
     path = folder / _SCALER
     scaler = mapping(read_json(path, "scale of the activations") if path.is_file() else {})
-    if how == "none":
+    if how in (None, False, "none"):
         if scaler.get("scaling_factor") is not None or scaler.get("has_whitening"):
             raise LlmWsaeError(
                 f"{path} holds a scale of the activations, but {CFG} says that there is none"
             )
         return 1.0
-    if how != _SCALED:
+    if how not in (True, _SCALED):
         raise LlmWsaeError(
             f"{folder / CFG} has normalize_activations = {shown(how)}, which this package cannot "
             "fold into the weights; SAELens folds what can be folded when a training ends"
@@ -196,24 +180,18 @@ def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
     return scale
 
 
-def _plain(value: Any) -> bool:
-    """Whether it can be a key of a dict, as lists and objects cannot."""
-    return value is None or isinstance(value, bool | str)
-
-
 def _tensors(path: Path, kind: str, d_in: int, d_sae: int) -> dict[str, Tensor]:
+    with open_tensors(path, "file of tensors") as file:
+        factors = [name for name in file.keys() if name in _FACTORS]  # noqa: SIM118
+    vectors = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
         "W_dec": (d_sae, d_in),
         "b_dec": (d_in,),
+        **dict.fromkeys((*vectors.get(kind, ("b_enc",)), *factors), (d_sae,)),
+        **({"topk_threshold": ()} if kind in _BATCH else {}),
     }
-    vectors = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
-    shapes |= dict.fromkeys(vectors.get(kind, ("b_enc",)), (d_sae,))
-    if kind in _BATCH:
-        shapes["topk_threshold"] = ()
-    shapes |= dict.fromkeys(tensor_names(path) & set(_FACTORS), (d_sae,))
-    found = read_tensors(path, "weights file", shapes, STORED_DTYPES)
-    return {name: own_copy(tensor) for name, tensor in found.items()}
+    return {name: tensor.float() for name, tensor in read_tensors(path, shapes, CFG).items()}
 
 
 def _factor(folder: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -231,4 +209,4 @@ def _factor(folder: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor])
     )
 
 
-LAYOUT = Layout("SAELens", CFG, WEIGHTS, announce, read, optional=(_SCALER,))
+LAYOUT = Layout(_NAME, CFG, WEIGHTS, _announce, _read, optional=(_SCALER,))

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -19,18 +20,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from llm_wsae.artifact.provenance import portable
-from llm_wsae.dictionary.hub.card_data import Facts
-from llm_wsae.dictionary.hub.card_tables import (
-    dictionaries_table,
-    escape,
-    explanations_section,
-    fidelity_notes,
-    is_plain,
-    monosemanticity_section,
-    rule_words,
-    with_baselines,
-)
-from llm_wsae.outside import mapping, parsing, text
+from llm_wsae.dictionary.folder import EXPLANATIONS
+from llm_wsae.dictionary.info import Facts
+from llm_wsae.outside import integer, mapping, parsing, text
+from llm_wsae.statistics.measures import FIDELITY, MEASURES, score_text
 from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
@@ -44,6 +37,14 @@ TAGS = (
     "transformer-lens",
 )
 _METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # the Hub indexes them
+_LONGEST = 200  # characters of a foreign text
+_MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
+_NONE = "—"
+_JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
+_BASELINES = ("raw dimensions", "frozen random", "frozen decoder", "frozen encoder")
+_ENTROPIES = ("ce_clean", "ce_spliced", "ce_mean_ablated", "ce_zero_ablated", "ce_recovered_mean")
+_NOT_LEARNT = "none"
+_SHOWN = [measure for measure in FIDELITY if measure.card]
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a token, not hf_hub_download
 _BODY = """{begin}
 
@@ -134,21 +135,24 @@ def _metadata(
     repo_id: str, dictionaries: Sequence[Facts], license: str | None, old: dict[str, Any]
 ) -> dict[str, Any]:
     """What the Hub indexes: the old metadata, updated; tags and model index are united."""
-    measured = [d for d in dictionaries if d.metric("fvu") is not None]
     name = repo_id.split("/")[-1]
-    tags, index = (found if isinstance(found := old.get(key), list) else [] for key in _LISTS)
-    # One call for each: it unites results on the same text.
+    tags, index = (
+        found if isinstance(found := old.get(key), list) else [] for key in ("tags", "model-index")
+    )
+    measured = [d for d in dictionaries if d.metric("fvu") is not None]
     results = [
         one
-        for d in measured
+        for d in measured  # one call for each: it unites results on the same text
         for one in eval_results_to_model_index(name, _results(d))[0]["results"]
     ]
+    # only what came from the Hub has a revision
+    models = [d.model for d in dictionaries if d.model and text(d.info.model.get("revision"))]
     ours = {
         "library_name": LIBRARY,
         "license": license,
         "tags": list(dict.fromkeys([*TAGS, *(tag for tag in tags if isinstance(tag, str))])),
-        "base_model": list(dict.fromkeys(d.hub_model for d in dictionaries if d.hub_model)),
-        "datasets": list(dict.fromkeys(own for d in dictionaries for own in d.hub_datasets)),
+        "base_model": list(dict.fromkeys(models)),
+        "datasets": list(dict.fromkeys(own for d in dictionaries for own in _hub_datasets(d))),
         "metrics": [m for m in _METRICS if any(d.metric(m) is not None for d in measured)],
         "model-index": [
             *([{"name": name, "results": results}] if results else []),
@@ -158,17 +162,22 @@ def _metadata(
     return {**old, **{key: value for key, value in ours.items() if value}}
 
 
-_LISTS = ("tags", "model-index")
+def _hub_datasets(d: Facts) -> list[str]:
+    """The Hub datasets among the corpus' parts: those whose names have an owner."""
+    parts = [part.split(":")[0] for part in (d.corpus or "").split("+")]
+    return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
 
 
 def _results(d: Facts) -> list[EvalResult]:
     """What was measured of one dictionary."""
+    held_out = text(mapping(d.info.metrics.get("fidelity")).get("corpus")) or d.corpus
+    own = next(iter(_hub_datasets(d)), "text") if held_out == d.corpus else "text"
     return [
         EvalResult(
             task_type="feature-extraction",
             task_name=d.sae_id,
-            dataset_type="text" if d.measured_on else next(iter(d.hub_datasets), "text"),
-            dataset_name=f"held-out text of {d.measured_on or d.corpus or 'the corpus'}",
+            dataset_type=own,
+            dataset_name=f"held-out text of {held_out or 'the corpus'}",
             metric_type=metric,
             metric_name=metric,
             metric_value=round(value, 6),
@@ -190,7 +199,7 @@ def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> 
         dictionaries=f"{count} {'dictionary' if count == 1 else 'dictionaries'}",
         sites=", ".join(dict.fromkeys(escape(d.info.site) for d in dictionaries)),
         trained=f", trained with {escape(tools.pop())}" if len(tools) == 1 else "",
-        measured="\n\n".join(_measured(dictionaries)),
+        measured="\n\n".join([*tables(dictionaries), *_explanations_section(dictionaries)]),
         names=names,
         revision=f", revision={json.dumps(revision)}" if revision else "",
         width=first.d_in or "d_in",
@@ -206,16 +215,6 @@ def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> 
     )
 
 
-def _measured(dictionaries: Sequence[Facts]) -> list[str]:
-    all_of_them = with_baselines(dictionaries)
-    parts = [dictionaries_table(all_of_them), *fidelity_notes(all_of_them)]
-    if scores := monosemanticity_section(all_of_them):
-        parts += ["## Monosemanticity", *scores]
-    if explained := explanations_section(dictionaries):
-        parts += ["## Explanations by a language model", *explained]
-    return parts
-
-
 def making(d: Facts) -> list[str]:
     """How a dictionary was made: the command, the settings."""
     info, training = d.info, dict(d.info.training)
@@ -225,7 +224,7 @@ def making(d: Facts) -> list[str]:
         "model": f"{d.model} ({revision})" if d.model and revision else d.model,
         "text": d.corpus,
         "site": info.site,
-        "rule": info.rule if is_plain(d) else f"{rule_words(d)}, α = {info.alpha:g}",
+        "rule": info.rule if info.rule == "uniform" else f"{rule_words(d)}, α = {info.alpha:g}",
         "context size": info.context_size,
         "rows": info.store.get("num_rows"),
         "seed": info.seed,
@@ -245,3 +244,162 @@ def making(d: Facts) -> list[str]:
         command = portable(command).replace("`", "'").replace("\n", " ").replace("<!--", "<! --")
         parts = [f"```bash\n{command}\n```", *parts]
     return parts
+
+
+def escape(value: str) -> str:
+    """The text escaped: one line, no Markdown, no HTML, of limited length."""
+    line = " ".join(value.split())
+    line = "".join(c for c in line if c.isprintable())
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\1", line)
+
+
+def rule_words(d: Facts) -> str:
+    """The rule that made the weights, with the space where these are one."""
+    place = d.info.weights.get("place")
+    return d.info.rule + (f", {place}" if place == "space" else "")
+
+
+def tables(dictionaries: Sequence[Facts]) -> list[str]:
+    """What each dictionary is, how faithful to the model and how monosemantic; beside them the
+    untrained and half-trained baselines."""
+    everything = [*dictionaries, *_baselines(dictionaries)]
+    return [
+        _dictionaries_table(everything),
+        *_fidelity_notes(everything),
+        *_monosemanticity_section(everything),
+    ]
+
+
+def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
+    """For each site the dimensions of the activations, a random dictionary and two half-random
+    ones, as they were measured beside a dictionary there."""
+    found: dict[str, Facts] = {}
+    for d in dictionaries:
+        measured = mapping(d.info.metrics.get("baselines"))
+        for name in _BASELINES:
+            if metrics := mapping(measured.get(name)):
+                info = replace(d.info, rule=_NOT_LEARNT, metrics=dict(metrics))
+                sae_id = f"{name}, {d.info.site}"
+                one = replace(d, sae_id=sae_id, info=info, d_sae=None, architecture="topk", k=None)
+                found.setdefault(sae_id, one)
+    return list(found.values())
+
+
+def _dictionaries_table(dictionaries: Sequence[Facts]) -> str:
+    header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
+    rows = [
+        [
+            f"`{d.sae_id}`",
+            f"{_count(d.d_in)} → {_count(d.d_sae)}",
+            escape(d.sparsity),
+            escape(rule_words(d)),
+            _NONE if d.info.rule in ("uniform", _NOT_LEARNT) else f"{d.info.alpha:g}",
+            *(one.text(mapping(d.info.metrics.get("fidelity"))) or _NONE for one in _SHOWN),
+        ]
+        for d in dictionaries
+    ]
+    return markdown([[*header, *(one.title for one in _SHOWN)], *rows], left=4)
+
+
+def _fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
+    """What the columns mean, and the measured cross-entropies with their baselines."""
+    measured = [d for d in dictionaries if d.metric("fvu") is not None]
+    if not measured:
+        return ["Their fidelity was not measured; `llm-wsae evaluate --keep` measures it."]
+    notes = ["; ".join(f"{one.title}: {one.meaning}" for one in _SHOWN) + "."]
+    if any(d.info.rule == _NOT_LEARNT for d in measured):
+        notes.append(
+            "Raw dimensions (two latents for each dimension of the activations) and frozen random "
+            "(random directions) are untrained; of frozen decoder and frozen encoder one half is "
+            "random, the other was trained. A number says little unless it is far from theirs."
+        )
+    header = ["cross-entropy in nats", "held-out tokens", "documents", "effective documents"]
+    header += ["model", "with the reconstruction", "with the mean", "with zeros"]
+    header += ["CE recovered against the mean"]
+    rows = [
+        [
+            f"`{d.sae_id}`",
+            *(_figure(d.metric(m), 0) for m in ("rows", "documents", "effective_documents")),
+            *(_figure(d.metric(m), 3) for m in _ENTROPIES),
+        ]
+        for d in measured
+    ]
+    notes.append(markdown([header, *rows]))
+    massive = [
+        f"`{d.sae_id}` {count:,.0f}, with them its FVU is "
+        f"{_figure(d.metric('fvu_with_massive'), 3)}"
+        for d in measured
+        if (count := d.metric("massive_rows"))
+    ]
+    if massive:
+        notes.append(
+            "Tokens with massive activations are excluded and keep the model's own activation: "
+            f"{'; '.join(massive)}."
+        )
+    return notes
+
+
+def _monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
+    """What the measures mean, and a table with a column for each, the control in brackets."""
+    cells = {}
+    for d in dictionaries:
+        found = mapping(d.info.metrics.get("monosemanticity"))
+        if scores := {name: cell for name in found if (cell := score_text(found, name))}:
+            cells[d.sae_id] = scores
+    names = list(dict.fromkeys(name for scores in cells.values() for name in scores))
+    names = [name for name in MEASURES if name in names] + [n for n in names if n not in MEASURES]
+    if not names:
+        return []
+    rows = [
+        [f"`{sae_id}`", *(scores.get(name, _NONE) for name in names)]
+        for sae_id, scores in cells.items()
+    ]
+    known = [MEASURES[name] for name in names if name in MEASURES]
+    meanings = "; ".join(f"{one.title}: {one.meaning}" for one in known)
+    titles = [one.title for one in known]
+    titles += [escape(name.replace("_", " ")) for name in names if name not in MEASURES]
+    intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
+    notes = [f"{intervals}{meanings}."] if known else []
+    return ["## Monosemanticity", *notes, markdown([["dictionary", *titles], *rows])]
+
+
+def _explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
+    """How well a language model explained every dictionary's latents; empty if it was not asked."""
+    rows = []
+    for d in dictionaries:
+        found = mapping(d.info.metrics.get("explanations"))
+        latents = integer(found.get("latents"))
+        if latents is None:
+            continue
+        unread, questions = (integer(found.get(key)) for key in ("unread", "questions"))
+        rows.append(
+            [
+                f"`{d.sae_id}`",
+                escape(text(found.get("explainer")) or _NONE),
+                f"{latents:,}",
+                *(score_text(found, name) or _NONE for name in _JUDGED),
+                _count(unread) + (f" of {questions:,}" if questions else ""),
+            ]
+        )
+    if not rows:
+        return []
+    header = ["dictionary", "explained and judged by", "latents", *_JUDGED, "answers not readable"]
+    return [
+        "## Explanations by a language model",
+        "Detection: does a text excite the latent, by its explanation? Fuzzing: are the marked "
+        "tokens those that excite it? Both are balanced accuracies (chance: 0.5) on documents that "
+        "the explainer did not see. Intruder: which of five texts does not excite it (accuracy "
+        "without an explanation; chance: 0.2). Means over a sample of latents, with 95 % intervals "
+        f"over them. The explanations are in `{EXPLANATIONS}`.",
+        markdown([header, *rows], left=2),
+    ]
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return _NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return _NONE if value is None else f"{value:,}"

@@ -2,44 +2,74 @@
 
 Neither a repository nor its server is trusted. Paths, commits and digests in the list of files are
 checked before anything is fetched, only files of a dictionary (in this package's layout or a known
-foreign one) are downloaded, and what arrives is compared with its digest in the list.
+foreign one) are downloaded, and what arrives is compared with its digest in the list. So files are
+not fetched by the client's own functions, which name files of the cache after headers of answers.
 
 Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and
 links in ``snapshots/<commit>``. Only those are written.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
+import io
+import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub import HfApi, constants, errors
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, httpx
 from huggingface_hub.utils.sha import git_hash
 
 from llm_wsae.artifact.files import read_json, sha256
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
-from llm_wsae.dictionary.formats.layout import Announced, Layout
+from llm_wsae.dictionary.formats.layout import Layout
 from llm_wsae.dictionary.formats.reading import layout_of
-from llm_wsae.dictionary.hub.client import ask, download, hub_errors
+from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
-from llm_wsae.outside import check_revision, hub_is_unreachable, integer, mapping, text
-from llm_wsae.terminal import printable
+from llm_wsae.outside import check_revision, check_token, hub_is_unreachable, reason
+from llm_wsae.terminal import printable, without_secrets
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
-README = "README.md"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGEST = {".json": 16 << 20, ".md": 4 << 20, ".jsonl": 256 << 20}  # bytes; the last: 2¹⁸ latents
-_MOST_PAGES = 100  # of the list of files, a thousand on each
+_MOST_FILES = 100_000
 _PART = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_LOGIN = "log in (`hf auth login`, or the variable HF_TOKEN)"
+_AGAIN = "run the same command again"
+_KNOWN: dict[Any, str] = {  # the first class that fits
+    errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo}, "
+    "and the local cache does not hold it; unset it",
+    errors.HFValidationError: "{repo!r} cannot be the name of a repository on the Hub; give "
+    "user/name",
+    errors.GatedRepoError: f"{{repo}} is gated: accept its terms on the Hub and {_LOGIN}",
+    errors.RevisionNotFoundError: "{repo} has no revision {revision!r}; look at its branches on "
+    "the Hub",
+    errors.RepositoryNotFoundError: "there is no repository {repo} on the Hub that you may see; "
+    f"check the name, or {_LOGIN}",
+    httpx.TransportError: "the connection to the Hub ({hub}) failed ({kind}), and nothing of "
+    f"{{repo}} is half written; check the network and {_AGAIN}",
+}
+_NAMES = (errors.HFValidationError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
+_CHANGED = (
+    f"{{repo}} was changed by someone else in the meantime, and nothing was written; {_AGAIN}"
+)
+_BY_STATUS = {
+    401: f"the Hub does not accept your token, or needs one; {_LOGIN}",
+    403: f"your token may not do that with {{repo}}; {_LOGIN} as someone who may",
+    409: _CHANGED,
+    412: _CHANGED,
+}
 
 
 @dataclass(frozen=True)
@@ -76,28 +106,32 @@ class Repository:
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "Repository":
-        """Ask the Hub, or the local cache if the Hub cannot be reached.
-
-        Raises UsageError for a name or revision that does not exist, LlmWsaeError without access or
-        if neither Hub nor cache can answer.
-        """
+        """Ask the Hub, or the local cache if the Hub cannot be reached. Raises as ``hub_errors``
+        does."""
         check_revision(revision)
         with hub_errors(repo_id, revision):
             try:
-                commit, _ = head_of(repo_id, revision)
-                return cls(repo_id, revision, commit, remote_files(repo_id, commit))
+                return cls.at(repo_id, revision, HfApi().model_info(repo_id, revision=revision).sha)
             except Exception as error:
-                cached = _cached(repo_id, revision) if hub_is_unreachable(error) else None
-                if cached is not None:
+                if hub_is_unreachable(error) and (cached := _cached(repo_id, revision)):
                     return cached
                 raise
 
+    @classmethod
+    def at(cls, repo_id: str, revision: str | None, commit: Any) -> "Repository":
+        """The files of a commit on the Hub; use it within ``hub_errors``."""
+        commit = commit_of(commit)
+        listed = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
+        entries = list(itertools.islice(listed, _MOST_FILES + 1))
+        if len(entries) > _MOST_FILES:
+            raise LlmWsaeError(f"{repo_id} lists files without an end, so nothing of it is read")
+        files = dict(_entry(repo_id, one) for one in entries if isinstance(one, RepoFile))
+        return cls(repo_id, revision, commit, files)
+
     @functools.cached_property
     def layouts(self) -> dict[str, Layout | None]:
-        """The dictionaries by name, sorted: their folders, "." for the repository itself.
-
-        Folders in this package's own layout, which hold a ``wsae.json``, have the layout None.
-        """
+        """The dictionaries by name, sorted: their folders, "." for the repository itself. This
+        package's own have the layout None."""
         folders: dict[str, set[str]] = {}
         for path in map(PurePosixPath, self.files):
             folders.setdefault(str(path.parent), set()).add(path.name)
@@ -105,11 +139,8 @@ class Repository:
         return {name: found for name, found in known.items() if found or INFO in folders[name]}
 
     def wanted(self, sae_id: str | None) -> list[str]:
-        """The dictionary of that name, or all of them.
-
-        Raises UsageError, suggesting the nearest name, if there is no such dictionary; LlmWsaeError
-        if there is none at all.
-        """
+        """The dictionary of that name, or all of them. Raises UsageError if there is no such one,
+        LlmWsaeError if there is none at all."""
         known = list(self.layouts)
         if not known:
             raise LlmWsaeError(f"{self._here} holds no dictionary of a layout that can be read")
@@ -120,17 +151,25 @@ class Repository:
             raise UsageError(f"{self._here} has no dictionary {sae_id!r}; {nearest(name, known)}")
         return [name]
 
-    def read_json(self, path: str) -> dict[str, Any]:
-        """A small JSON object. Raises LlmWsaeError if it is too large or not an object."""
+    def facts(self, sae_id: str) -> Facts:
+        """What the small files of a dictionary say. Raises LlmWsaeError if one cannot be read."""
+        if layout := self.layouts[sae_id]:
+            place = PurePosixPath(self.repo_id, sae_id)
+            found = layout.announce(self._json(sae_id, layout.config), place)
+            return dataclasses.replace(found, sae_id=sae_id)
+        cfg = self._json(sae_id, CFG) if inside(sae_id, CFG) in self.files else {}
+        info = self._json(sae_id, INFO)
+        try:
+            return Facts.own(sae_id, cfg, info)
+        except LlmWsaeError as error:
+            raise LlmWsaeError(f"{inside(sae_id, INFO)} of {self._here}: {error}") from None
+
+    def _json(self, sae_id: str, name: str) -> dict[str, Any]:
+        path = inside(sae_id, name)
         value = read_json(self.fetch(path), f"{path} of {self._here}")
         if not isinstance(value, dict):
             raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
         return value
-
-    def announced(self, sae_id: str, layout: Layout) -> Announced:
-        """What a foreign dictionary's configuration and path say. Raises as ``fetch`` does."""
-        config = self.read_json(inside(sae_id, layout.config))
-        return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
     def dictionary_folder(self, sae_id: str) -> Path:
         """The folder in the cache with the files of a dictionary; ``reading.read`` judges them.
@@ -186,14 +225,21 @@ class Repository:
     def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
         """Put a file's content at ``blob``; what a broken download left beside it is continued."""
         partial = blob.with_name(f"{blob.name}.incomplete")
-        shown_as = {"total": remote.size, "unit": "B", "unit_scale": True, "desc": printable(path)}
-        with open(partial, "ab") as file, tqdm(**shown_as) as bar:
-            download(self.repo_id, self.commit, path, file, remote.size, bar.update)
+        url = f"{constants.ENDPOINT}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
+        with _UpTo(partial, remote.size, path) as file:
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                expected_size=remote.size,
+                displayed_filename=printable(path),
+            )
         if not remote.is_same_as(partial):
             partial.unlink()
             raise LlmWsaeError(
                 f"{path} of {self._here} arrived damaged: its checksum is not the one that the Hub "
-                "names; run the same command again"
+                f"names; {_AGAIN}"
             )
         partial.replace(blob)
 
@@ -203,60 +249,42 @@ class Repository:
         return f"the local cache of {name}" if self.is_cached else name
 
 
-def head_of(repo_id: str, revision: str | None = None) -> tuple[str, bool]:
-    """The commit of a revision, or of the default branch, and whether the repository is private.
+class _UpTo(io.FileIO):
+    """A file that is appended to, and refuses more than it should hold."""
 
-    Raises as ``ask`` does, and ValueError for a name or an answer that cannot be one.
-    """
-    validate_repo_id(repo_id)
-    at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
-    said = mapping(ask(f"{repo_id}{at}")[0])
-    return commit_of(said.get("sha")), said.get("private") is True
+    def __init__(self, place: Path, size: int, path: str):
+        super().__init__(place, "ab")
+        self._size, self._path = size, path
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._size:
+            raise LlmWsaeError(
+                f"the Hub ({constants.ENDPOINT}) sends more for {self._path} than the "
+                f"{self._size:,} bytes that it lists, so it is not read"
+            )
+        return super().write(data)
 
 
 def commit_of(value: Any) -> str:
-    """The value if it is the id of a commit. Raises ValueError for anything else: a commit that a
-    server names becomes the name of a folder."""
+    """The value, which must be the id of a commit: it becomes the name of a folder."""
     if not (isinstance(value, str) and COMMIT.fullmatch(value)):
         raise ValueError(f"{shown(value)} is not the id of a commit")
     return value
 
 
-def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
-    """The files of a commit on the Hub.
-
-    Raises LlmWsaeError if one of their paths would leave the folder or there are too many, and as
-    ``ask`` does; ValueError for entries that are none.
-    """
-    files: dict[str, RemoteFile] = {}
-    asked = {"recursive": "true"}
-    for _ in range(_MOST_PAGES):
-        entries, cursor = ask(f"{repo_id}/tree/{commit}", asked)
-        for entry in map(mapping, entries):
-            if entry.get("type") == "file":
-                files.update([_entry(repo_id, entry)])
-        if cursor is None:
-            return files
-        asked["cursor"] = cursor
-    raise LlmWsaeError(f"{repo_id} lists files without an end, so nothing of it is read")
-
-
-def _entry(repo_id: str, said: Mapping[str, Any]) -> tuple[str, RemoteFile]:
-    """Path and file of an entry in the list. Raises as ``remote_files`` does."""
-    path, size = text(said.get("path")), integer(said.get("size"))
-    digest = text(mapping(said.get("lfs")).get("oid", said.get("oid")))
-    if path is None or size is None or size < 0 or not _DIGEST.fullmatch(digest or ""):
-        raise ValueError(f"its list of files has {shown(said)}")
-    if not all(map(_PART.fullmatch, path.split("/"))):
+def _entry(repo_id: str, said: RepoFile) -> tuple[str, RemoteFile]:
+    digest = said.blob_id if said.lfs is None else said.lfs.sha256
+    if type(said.size) is not int or said.size < 0 or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"its list of files has {shown(vars(said))}")
+    if not all(map(_PART.fullmatch, said.path.split("/"))):
         raise LlmWsaeError(
-            f"{repo_id} names a file {shown(path)}, which cannot be put into a folder safely, so "
-            "nothing of it is read"
+            f"{repo_id} names a file {shown(said.path)}, which cannot be put into a folder safely, "
+            "so nothing of it is read"
         )
-    return path, RemoteFile(size, digest)
+    return said.path, RemoteFile(said.size, digest)
 
 
 def _cache_folder(repo_id: str) -> Path:
-    """The folder of a repository in the client's cache."""
     name = repo_folder_name(repo_id=repo_id, repo_type="model")
     return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
 
@@ -281,3 +309,43 @@ def _cached(repo_id: str, revision: str | None) -> Repository | None:
     except (OSError, ValueError):
         return None
     return Repository(repo_id, revision, commit, files, is_cached=True) if files else None
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn every failure inside the block into one sentence. Keep it to requests, and to what reads
+    answers: a server that answers oddly makes the client raise anything.
+
+    Raises UsageError when a name is wrong (repository, revision), LlmWsaeError for everything else:
+    no access, no network, a failing server, a full disk.
+    """
+    check_token()
+    try:
+        yield
+    except (LlmWsaeError, MemoryError):
+        raise
+    except Exception as error:
+        raise _sentence(error, repo_id, revision) from error
+
+
+def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError:
+    """The client wraps failures in failures, so the causes are searched for one that is known."""
+    known = {"repo": repo_id, "revision": revision, "hub": constants.ENDPOINT}
+    cause: BaseException | None = error
+    while cause is not None:
+        for kind, sentence in _KNOWN.items():
+            if isinstance(cause, kind):
+                ours = UsageError if isinstance(cause, _NAMES) else LlmWsaeError
+                return ours(sentence.format(**known, kind=type(cause).__name__))
+        if isinstance(cause, errors.HfHubHTTPError):
+            status, said = cause.response.status_code, str(cause.server_message or "")
+            said = f" ({without_secrets(' '.join(said.split()))[:300]})" if said else ""
+            other = f"the Hub answered with status {status} about {{repo}}{{said}}; {_AGAIN} later"
+            return LlmWsaeError(_BY_STATUS.get(status, other).format(**known, said=said))
+        cause = cause.__cause__ or cause.__context__
+    said = without_secrets(reason(error))
+    if isinstance(error, OSError):
+        return LlmWsaeError(f"reading or writing files for {repo_id} failed: {said}")
+    return LlmWsaeError(
+        f"an answer of the Hub ({constants.ENDPOINT}) about {repo_id} cannot be used: {said}"
+    )

@@ -1,13 +1,12 @@
 """Every reader on files in the published layout, written here (the real tools: test_interop)."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import content
 from foreign_folders import (
-    CLASSES,
-    D_IN,
     SITE,
     WRITERS,
     Expected,
@@ -21,16 +20,16 @@ from foreign_folders import (
     write_json,
 )
 from hub_server import HubServer
-from small_dictionaries import make_dictionary
+from looping import over
+from safetensors.torch import load_file, save_file
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
-from llm_wsae.dictionary.hub.pushing import push
+from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 
-@pytest.mark.parametrize("layout", WRITERS)
-def test_it_computes_what_the_other_tool_does_also_saved_as_ours(tmp_path, layout):
+@over(layout=WRITERS)
+def test_it_computes_what_the_other_tool_does_also_saved_as_ours(tmp_path, capsys, layout):
     folder = place(tmp_path, layout)
     expected = WRITERS[layout](folder)
     dictionary = Dictionary.load(folder)
@@ -43,15 +42,12 @@ def test_it_computes_what_the_other_tool_does_also_saved_as_ours(tmp_path, layou
     again = Dictionary.load(tmp_path / "ours")
     assert again.info == dictionary.info and again.sparsity == dictionary.sparsity
     assert torch.equal(again(expected.x), dictionary(expected.x))
+    assert capsys.readouterr().err.count("nothing in it is run") == layout.startswith("learning")
 
 
-def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path):
+@over(layout=["saelens-topk", "saelens-old", "saelens-gated"])
+def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path, layout):
     """As SAELens trained them on TransformerLens models with centred weights."""
-    for layout in ("saelens-topk", "saelens-old", "saelens-gated"):
-        check_centred(tmp_path / layout, layout)
-
-
-def check_centred(tmp_path, layout):
     plain, centred = place(tmp_path / "plain", layout), place(tmp_path / "centred", layout)
     WRITERS[layout](plain)
     x = WRITERS[layout](centred).x
@@ -63,8 +59,7 @@ def check_centred(tmp_path, layout):
     torch.testing.assert_close(other.encode(x), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other.encode(x + 3), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(one.encode(x), expected, atol=1e-2)
-    other.save(tmp_path / "ours")
-    assert Dictionary.load(tmp_path / "ours").info.model["center_writing_weights"] is True
+    assert other.info.model["center_writing_weights"] is True
     assert "center_writing_weights" not in one.info.model
 
 
@@ -83,11 +78,13 @@ def test_old_dictionaries_of_gpt2_saw_a_centred_stream(tmp_path):
 
 
 def test_the_site_and_model_are_found(tmp_path):
-    for layout in ("saelens-topk", "saelens-old", "learning-BatchTopKSAE"):
-        folder = place(tmp_path, layout)
-        WRITERS[layout](folder)
-        info = Dictionary.load(folder).info
-        assert (info.site, info.context_size) == (SITE, 64)
+    metadata = saelens_cfg("topk")["metadata"] | {"llm_wsae": {"rule": "variance", "alpha": -0.25}}
+    saelens_topk(tmp_path / "saelens", metadata=metadata)  # as our plugin trains them
+    saelens_old(tmp_path / "old")
+    learning(tmp_path / "learning", "BatchTopKSAE")
+    for name, rule in (("saelens", "variance"), ("old", "uniform"), ("learning", "uniform")):
+        info = Dictionary.load(tmp_path / name).info
+        assert (info.name, info.site, info.context_size, info.rule) == (name, SITE, 64, rule)
         assert info.model["name"] in ("tiny", "owner/tiny")
     for name in ("layers.3", "gpt_neox.layers.3", "h.3"):
         sparsify(tmp_path / name)
@@ -161,17 +158,7 @@ def test_a_gate_that_never_opens_and_thresholds_below_zero(tmp_path):
     torch.testing.assert_close(dictionary.encode(expected.x), pre.relu(), atol=1e-5, rtol=1e-5)
 
 
-def test_every_class_says_that_it_is_a_pickle(tmp_path, capsys):
-    for name in CLASSES:
-        learning(tmp_path / name, name)
-        Dictionary.load(tmp_path / name)
-        said = capsys.readouterr().err
-        assert said.count("is a pickle") == 1 and "nothing in it is run" in said
-
-
 def test_half_precision_is_read(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     expected = saelens_topk(tmp_path / "d")
     path = tmp_path / "d" / "sae_weights.safetensors"
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -197,15 +184,6 @@ def test_an_unknown_layout_is_one_sentence_with_the_known_ones(tmp_path):
             Dictionary.load(tmp_path / layout)
 
 
-def test_what_our_plugin_trained_remembers_its_rule(tmp_path):
-    metadata = saelens_cfg("topk")["metadata"] | {"llm_wsae": {"rule": "variance", "alpha": -0.25}}
-    saelens_topk(tmp_path / "d", metadata=metadata)
-    info = Dictionary.load(tmp_path / "d").info
-    assert (info.rule, info.alpha) == ("variance", -0.25)
-    assert Dictionary.load(tmp_path / "d").d_in == D_IN
-
-
-pytest_plugins = ("hub_fixtures",)
 REPO = "user/mixed"
 FOLDERS = {
     "a/topk": "saelens-topk-rescaled",
@@ -214,11 +192,9 @@ FOLDERS = {
 }
 
 
-def put(hub: HubServer, repo: str, sae_id: str, folder) -> None:
-    if repo not in hub.store.repositories:
-        hub.create(repo)
+def put(hub: HubServer, repo: str, place: str, folder: Path) -> None:
     for name, data in content(folder).items():
-        hub.store.put(repo, f"{sae_id}/{name}" if sae_id else name, data)
+        hub.put(repo, f"{place}{name}", data)
 
 
 @pytest.fixture
@@ -227,9 +203,9 @@ def mixed(hub, tmp_path) -> dict[str, Expected]:
     expected = {}
     for sae_id, layout in FOLDERS.items():
         expected[sae_id] = WRITERS[layout](tmp_path / "written" / sae_id)
-        put(hub, REPO, sae_id, tmp_path / "written" / sae_id)
-    hub.store.put(REPO, "README.md", b"# theirs\n")
-    hub.store.put(REPO, "b/trainer_0/checkpoints/ae_100.pt", b"unused")
+        put(hub, REPO, f"{sae_id}/", tmp_path / "written" / sae_id)
+    hub.put(REPO, "README.md", b"# theirs\n")
+    hub.put(REPO, "b/trainer_0/checkpoints/ae_100.pt", b"unused")
     return expected
 
 
@@ -238,21 +214,17 @@ def close(dictionary: Dictionary, expected: Expected) -> None:
     torch.testing.assert_close(made, expected.reconstruction, atol=1e-5, rtol=1e-5)
 
 
-def test_they_are_listed_without_their_tensors(hub, mixed):
+def test_on_the_hub_they_are_listed_and_become_ours(hub, mixed, tmp_path):
     found = {d.sae_id: d for d in list_dictionaries(REPO)}
     assert list(found) == sorted(FOLDERS)
     assert [d.info.site for d in found.values()] == [SITE] * 3
     assert [(d.d_in, d.d_sae) for d in found.values()] == [(12, 48)] * 3
     assert [d.sparsity for d in found.values()] == ["TopK, k = 5", "JumpReLU", "TopK, k = 5"]
     assert found["a/topk"].model == "tiny"
-    assert hub.count("GET", "/storage/") == 0
-
-
-def test_from_pretrained_and_pull_make_them_ours(hub, mixed, tmp_path):
-    for sae_id, expected in mixed.items():
-        close(Dictionary.from_pretrained(REPO, sae_id), expected)
+    assert hub.count("GET", "/storage/") == 0  # no tensor was asked for
     folders = pull(REPO, tmp_path / "out")
     for sae_id, expected in mixed.items():
+        close(Dictionary.from_pretrained(REPO, sae_id), expected)
         assert (folders[sae_id] / "wsae.json").is_file()
         dictionary = Dictionary.load(folders[sae_id])
         close(dictionary, expected)
@@ -268,10 +240,9 @@ def test_one_at_the_top_of_a_repository(hub, tmp_path):
     close(Dictionary.load(tmp_path / "out" / "one"), expected)
 
 
-def test_a_card_speaks_only_of_our_own(hub, mixed, tmp_path):
-    make_dictionary("plain-k4").save(tmp_path / "ours")
-    push([tmp_path / "ours"], REPO)
-    card = hub.store.content(REPO, "README.md").decode()
+def test_a_card_speaks_only_of_our_own(hub, mixed, plain):
+    push([plain], REPO)
+    card = hub.content(REPO, "README.md").decode()
     assert "plain-k4" in card and "# theirs" in card
     assert "trainer_0" not in card and "layers.3" not in card
     assert len(list_dictionaries(REPO)) == 4

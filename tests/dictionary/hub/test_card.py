@@ -1,6 +1,7 @@
 """The card of a repository: the numbers that were measured, metadata that the Hub indexes, and
 texts from files that cannot become anything but text."""
 
+import contextlib
 import re
 
 import pytest
@@ -9,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_dictionaries import FIDELITY, SITE, make_info
 
-from llm_wsae.dictionary.hub.card import BEGIN, END, card
-from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
-from llm_wsae.dictionary.hub.card_tables import escape
+from llm_wsae.dictionary.hub.card import BEGIN, END, card, escape
+from llm_wsae.dictionary.hub.transfer import folder_name
+from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError
 
 REPO = "user/saes"
 CFG = {"architecture": "topk", "k": 4, "d_in": 12, "d_sae": 80}
 
 
-def some(name: str = "plain-k4", cfg=CFG, **changes) -> Facts:
+def some(name: str = "plain-k4", **changes) -> Facts:
     info = make_info(name, **changes)
-    return facts(folder_name(info), cfg, {**info.to_dict(), "package_version": "0.1.0"})
+    return Facts.own(folder_name(info), CFG, {**info.to_dict(), "package_version": "0.1.0"})
 
 
 def parts(text: str) -> tuple[dict, str]:
@@ -35,33 +36,6 @@ def cells(body: str, first: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split(" | ")]
 
 
-def test_another_text_that_was_measured_on_is_named():
-    here = some(metrics={"fidelity": {**FIDELITY, "corpus": "owner/words:english+sotu"}})
-    elsewhere = some(metrics={"fidelity": {**FIDELITY, "corpus": "other.jsonl"}})
-    for one, kind, name in (
-        (here, "owner/words", "held-out text of owner/words:english+sotu"),
-        (elsewhere, "text", "held-out text of other.jsonl"),
-    ):
-        metadata, _ = parts(card(REPO, [one]))
-        (result,) = metadata["model-index"][0]["results"]
-        assert result["dataset"] == {"type": kind, "name": name}
-
-
-def test_the_seed_is_that_of_the_weights():
-    _, body = parts(card(REPO, [some(seed=3, training={"seed": 0, "k": 4})]))
-    assert cells(body, "seed")[1] == "3" and cells(body, "seed of the batches")[1] == "0"
-
-
-def test_who_trained_them_is_said_where_it_is_one():
-    ours, theirs = some(), some("scope-k4", training={"trained with": "Gemma Scope"})
-    for chosen, said in (
-        ([ours], "directions, trained with llm-wsae."),
-        ([theirs], "directions, trained with Gemma Scope."),
-        ([ours, theirs], "sum of directions. A"),
-    ):
-        assert said in parts(card(REPO, chosen))[1]
-
-
 def test_metadata_is_what_the_hub_indexes():
     plain = some("uniform-k4", rule="uniform", alpha=1.0)
     metadata, _ = parts(card(REPO, [plain, some()], license="mit"))
@@ -71,19 +45,16 @@ def test_metadata_is_what_the_hub_indexes():
     assert {"sparse-autoencoder", "saelens"} <= set(metadata["tags"])
     assert metadata["metrics"] == ["explained_variance", "ce_recovered", "kl", "l0"]
     (index,) = metadata["model-index"]
-    assert index["name"] == "saes"
-    assert [r["task"]["name"] for r in index["results"]] == [
-        f"{SITE}/uniform-k4",
-        f"{SITE}/plain-k4",
-    ]
+    names = [f"{SITE}/uniform-k4", f"{SITE}/plain-k4"]
+    assert index["name"] == "saes" and [r["task"]["name"] for r in index["results"]] == names
     result = index["results"][0]
-    assert result["dataset"]["type"] == "owner/words"
-    assert {m["type"]: m["value"] for m in result["metrics"]} == {
-        "explained_variance": 0.75,
-        "ce_recovered": 0.975,
-        "kl": 0.5,
-        "l0": 3.5,
-    }
+    held_out = "held-out text of owner/words:english+sotu"
+    assert result["dataset"] == {"type": "owner/words", "name": held_out}
+    found = {m["type"]: m["value"] for m in result["metrics"]}
+    assert found == {"explained_variance": 0.75, "ce_recovered": 0.975, "kl": 0.5, "l0": 3.5}
+    elsewhere = some(metrics={"fidelity": {**FIDELITY, "corpus": "other.jsonl"}})
+    (result,) = parts(card(REPO, [elsewhere]))[0]["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "text", "name": "held-out text of other.jsonl"}
 
 
 def test_what_is_not_known_is_not_claimed():
@@ -111,20 +82,26 @@ def test_metadata_that_cannot_be_read_is_left_alone():
 
 
 def test_tables_hold_the_measured_numbers():
-    plain = some("uniform-k4", rule="uniform", alpha=1.0)
-    _, body = parts(card(REPO, [plain, some()]))
+    plain = some("uniform-k4", rule="uniform", alpha=1.0, training={"seed": 0, "k": 4})
+    _, body = parts(card(REPO, [some(), plain]))
     assert cells(body, f"`{SITE}/plain-k4`") == [
         f"`{SITE}/plain-k4`", "12 → 80", "TopK, k = 4", "variance", "-0.25", "0.250",
         "0.975 [0.960, 0.990]", "0.500", "3.5", "12.5", "6.2",
     ]  # fmt: skip
     assert cells(body, f"`{SITE}/uniform-k4`")[3:5] == ["uniform", "—"]
-    baselines = body.split("cross-entropy in nats")[1]
-    assert cells(baselines, f"`{SITE}/plain-k4`")[1:] == [
+    entropies = body.split("cross-entropy in nats")[1]
+    assert cells(entropies, f"`{SITE}/plain-k4`")[1:] == [
         "5,000", "—", "—", "3.000", "3.250", "8.000", "13.000", "0.950",
     ]  # fmt: skip
     assert cells(body, "rows")[1] == "12345" and cells(body, "learning rate")[1] == "0.003"
     assert cells(body, "model")[1] == f"owner/tiny-lm ({'0' * 40})"
-    assert cells(body, "rule")[1] == "uniform" and "variance, α = -0.25" in body
+    assert cells(body, "rule")[1] == "variance, α = -0.25"
+    made = body.split("### ")[2]
+    assert cells(made, "rule")[1] == "uniform"
+    assert cells(made, "seed")[1] == "3" and cells(made, "seed of the batches")[1] == "0"
+    for other, said in ((None, "trained with llm-wsae."), ("Gemma Scope", "sum of directions. A")):
+        theirs = some("scope-k4", training={"trained with": other} if other else {})
+        assert said in parts(card(REPO, [some(), theirs]))[1]
 
 
 def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
@@ -168,26 +145,18 @@ def test_monosemanticity_comes_with_its_controls():
 
 
 def test_the_command_and_versions_that_made_it():
+    """The command shows no folder of the machine, and cannot end our part of the card: what follows
+    our last line is taken to be the user's own text when the card is made again."""
     made = {
-        "command": "llm-wsae train /home/me/secret/store --k 4 --out ~/runs/x `rm`\n```",
+        "command": f"llm-wsae train /home/me/secret/store --out ~/runs/x `rm`\n``` {END} <img>",
         "versions": {"torch": "2.6.0", "python": "3.12"},
-        "num_steps": 6,
     }
-    _, body = parts(card(REPO, [some(training=made)]))
-    assert "```bash\nllm-wsae train store --k 4 --out x " in body
-    assert "secret" not in body  # no folder of the machine is shown
+    text = card(REPO, [some(training=made)], old="mine\n")
+    _, body = parts(text)
+    assert "```bash\nllm-wsae train store --out x " in body and "secret" not in body
     assert cells(body, "versions")[1] == "torch 2.6.0, python 3.12"
-    assert body.count("```") % 2 == 0
-
-
-def test_a_command_cannot_end_our_part_of_the_card():
-    """What follows our last line is taken to be the user's own text when the card is made again."""
-    command = f"llm-wsae train {END} <img src=x onerror=alert(1)>"
-    first = card(REPO, [some(training={"command": command})], old="mine\n")
-    assert first.count(END) == 1 and command.replace("<!--", "<! --") in first
-    assert card(REPO, [some(training={"command": command})], old=first) == first
-    older = first.replace("<! --", "<!--")  # as earlier versions wrote it
-    assert card(REPO, [some()], old=older) == card(REPO, [some()], old="mine\n")
+    assert body.count("```") % 2 == 0 and text.count(END) == 1
+    assert card(REPO, [some(training=made)], old=text) == text
 
 
 def test_how_to_load_it():
@@ -215,17 +184,20 @@ def test_a_card_written_again_is_the_same():
 
 
 EVIL = "<script>alert(1)</script> | [x](javascript:alert(1)) `code` ![y](z)\n\n# head\n| a | b |"
+SECRET = "hf_" + "a1B2" * 8
 
 
-def test_texts_from_files_stay_texts():
+def test_texts_from_files_stay_texts_and_a_token_is_not_shown():
     hostile = some(
         rule=EVIL,
         model={"name": EVIL, "revision": EVIL},
         corpus={"name": EVIL},
-        training={"note": EVIL, "versions": {"torch": EVIL}},
+        training={"note": EVIL, "own": SECRET, "versions": {"torch": EVIL}},
         metrics={"fidelity": FIDELITY, "monosemanticity": {EVIL: 1.0}},
     )
-    _, body = parts(card(REPO, [hostile]))
+    text = card(REPO, [hostile], old=f"mine {SECRET}")
+    _, body = parts(text)
+    assert SECRET not in text
     assert "<script" not in body and "\n# head" not in body and "\n| a | b |" not in body
     assert not re.search(r"(?<!\\)\]\((javascript|z)", body)
     rows = [line for line in body.splitlines() if line.startswith("| ")]
@@ -242,34 +214,31 @@ def test_escaped_markdown_shows_the_text_itself():
         assert "".join(child.content for child in inline.children) == f"x {line} x"
 
 
-def test_a_token_never_gets_into_a_card():
-    secret = "hf_" + "a1B2" * 8
-    made = {"command": f"HF_TOKEN={secret} llm-wsae train", "note": secret}
-    text = card(REPO, [some(training=made, corpus={"name": secret})], old=f"mine {secret}")
-    assert secret not in text
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
     max_leaves=12,
 )
-KEYS = ("site", "name", "rule", "alpha", "model", "corpus", "store", "training", "metrics", "seed")
 INNER = ("name", "revision", "fidelity", "fvu", "ce_recovered_interval", "monosemanticity",
-         "versions", "command", "num_rows")  # fmt: skip
+         "versions", "command", "num_rows", "baselines", "explanations", "latents")  # fmt: skip
+TEXTS = {"name": st.text(max_size=20), "rule": st.text(max_size=20)}
+DICTS = dict.fromkeys(
+    ("model", "corpus", "store", "training", "metrics", "weights"),
+    st.dictionaries(st.sampled_from(INNER), JSON | st.dictionaries(st.sampled_from(INNER), JSON)),
+)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 @given(
     cfg=st.dictionaries(st.sampled_from([*CFG]), JSON),
-    info=st.dictionaries(
-        st.sampled_from(KEYS), JSON | st.dictionaries(st.sampled_from(INNER), JSON)
-    ),
+    info=st.fixed_dictionaries({}, optional={**TEXTS, **DICTS, "seed": JSON, "alpha": JSON}),
 )
-def test_any_json_makes_a_card(cfg, info):
+def test_any_json_makes_a_card_or_is_refused(cfg, info):
     """A repository's other dictionaries may hold anything; a card comes out, and its YAML reads."""
-    text = card(REPO, [facts("some/name", cfg, info), some()])
-    metadata, body = parts(text)
+    known = [some()]
+    with contextlib.suppress(LlmWsaeError):
+        known.append(Facts.own("some/name", cfg, {"site": SITE, **info}))
+    metadata, body = parts(card(REPO, known))
     assert metadata["library_name"] == "llm-wsae"
     assert cells(body, f"`{SITE}/plain-k4`")[5] == "0.250"
     assert not re.search(r"<(?!!-- )", re.sub(r"```.*?\n```", "", body, flags=re.DOTALL))

@@ -1,29 +1,71 @@
-"""What can go wrong with the Hub: each failure is one sentence without a token, leaves repository
-and disk as they were, and is over when its cause is."""
+"""What can go wrong with the Hub, and what a hostile one can try: each failure is one sentence
+without a token, leaves repository and disk as they were, and is over when its cause is."""
 
+import contextlib
 import dataclasses
+import json
+from contextlib import contextmanager
 
 import pytest
 import torch
-from command_line import content
+from command_line import call, content
 from hub_fixtures import REPO, head, sentence
-from hub_server import READER, STRANGER
-from huggingface_hub import HfApi, constants
+from hub_server import WRITER, HubServer
+from huggingface_hub import constants
+from looping import over
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.hub.pulling import pull
-from llm_wsae.dictionary.hub.pushing import push
+from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
+
+HERE = f"{SITE}/plain-k4"
+
+
+@pytest.fixture
+def there(hub, plain) -> HubServer:
+    """A Hub with one good dictionary, ready to be spoilt."""
+    for name, data in content(plain).items():
+        hub.put(REPO, f"{HERE}/{name}", data)
+    return hub
+
+
+@pytest.fixture
+def refused(there, tmp_path):
+    """What comes of pulling: one sentence, and nothing on disk."""
+
+    def check() -> str:
+        with pytest.raises(LlmWsaeError) as error:
+            pull(REPO, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return sentence(error)
+
+    return check
+
+
+@contextmanager
+def spoilt(hub: HubServer, case: object):
+    """Undo what the block does to the repository; a failure names the case."""
+    repository = hub.repositories[REPO]
+    good = repository.branches["main"]
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"case: {case!r}"[:200])
+        raise
+    finally:
+        repository.branches["main"] = good
+
+
+# Networks and servers that fail
 
 
 def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, monkeypatch):
     push([plain, weighted], REPO)
-    sae_id = f"{SITE}/plain-k4"
-    wanted = Dictionary.from_pretrained(REPO, sae_id)
+    wanted = Dictionary.from_pretrained(REPO, HERE)
     asked = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
+    assert torch.equal(Dictionary.from_pretrained(REPO, HERE).W_enc, wanted.W_enc)
     assert len(hub.requests) == asked
     with pytest.raises(UsageError) as error:
         Dictionary.from_pretrained(REPO, f"{SITE}/weighted-k4")
@@ -31,155 +73,130 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
     with pytest.raises(LlmWsaeError) as error:
         Dictionary.from_pretrained("user/never-seen")
     assert "HF_HUB_OFFLINE is set" in sentence(error) and "user/never-seen" in sentence(error)
-    with pytest.raises(LlmWsaeError, match="HF_HUB_OFFLINE is set"):
-        push([plain], REPO)
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.fail("GET", "/api/models/", 503, times=2)
-    assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
+    assert torch.equal(Dictionary.from_pretrained(REPO, HERE).W_enc, wanted.W_enc)
     with pytest.raises(LlmWsaeError, match="the Hub answered with status 503"):
         Dictionary.from_pretrained("user/never-seen")
-
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
-    folders = pull(REPO, tmp_path / "out", sae_id)
+    folders = pull(REPO, tmp_path / "out", HERE)
     assert content(*folders.values()) == content(plain)
     with pytest.raises(LlmWsaeError) as error:
         push([plain], REPO)
     assert "the connection to the Hub (http://127.0.0.1:9) failed" in sentence(error)
 
 
-BREAKS = {
-    "preupload": ("fail", "POST", "/preupload/", 503, "the Hub answered with status 503"),
-    "batch": ("fail", "POST", "/objects/batch", 500, "the Hub answered with status 500"),
-    "upload": ("fail", "PUT", "/storage/", 503, "the Hub answered with status 503"),
-    "upload cut": ("cut", "PUT", "/storage/", 100, "the connection to the Hub"),
-    "upload damaged": ("corrupt", "PUT", "/storage/", 0, "the content does not have the SHA-256"),
-    "commit": ("fail", "POST", "/commit/", 500, "the Hub answered with status 500"),
-    "limit": ("fail", "POST", "/commit/", 429, "the Hub answered with status 429"),
-    "forbidden": ("fail", "POST", "/commit/", 403, "your token may not do that with user/saes"),
-}
+BREAKS = (  # method, path, status, code, the sentence
+    ("GET", "/api/models/user/saes$", 404, "RepoNotFound", "on the Hub that you may see; check"),
+    ("GET", "/api/models/user/saes$", 401, "", "does not accept your token, or needs one"),
+    ("GET", "/tree/", 403, "GatedRepo", "is gated: accept its terms"),
+    ("POST", "/preupload/", 503, "", "the Hub answered with status 503"),
+    ("POST", "/objects/batch", 500, "", "the Hub answered with status 500"),
+    ("PUT", "/storage/", 503, "", "the Hub answered with status 503"),
+    ("POST", "/commit/", 429, "", "the Hub answered with status 429"),
+    ("POST", "/commit/", 403, "", "your token may not do that with user/saes"),
+    ("POST", "/commit/", 412, "", "was changed by someone else in the meantime"),
+)
 
 
 def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, plain, weighted):
     push([plain], REPO)
-    before, messages = head(hub), list(hub.store.repositories[REPO].messages)
-    for how, (kind, method, pattern, number, said) in BREAKS.items():
-        {"fail": hub.fail, "cut": hub.cut}.get(kind, lambda *a: hub.corrupt(*a[:2], times=99))(
-            method, pattern, number, *([99] if kind != "corrupt" else [])
-        )
+    before, commits = head(hub), len(hub.repositories[REPO].commits)
+    for method, path, status, code, said in BREAKS:
+        hub.fail(method, path, status, times=99, code=code)
+        if code == "RepoNotFound":
+            hub.fail("POST", "/create", 403, times=99)
+            said = "your token may not do that"
         with pytest.raises(LlmWsaeError) as error:
             push([weighted], REPO)
-        assert said in sentence(error), how
-        assert head(hub) == before and hub.store.repositories[REPO].messages == messages, how
+        assert said in sentence(error), path
+        assert head(hub) == before and len(hub.repositories[REPO].commits) == commits, path
         hub.faults.clear()
+    hub.fail("POST", "/preupload/", 503, times=2)  # that passes, and is waited for
     assert f"{SITE}/weighted-k4/wsae.json" in push([weighted], REPO).changed
-    assert len(hub.store.repositories[REPO].messages) == len(messages) + 1
 
 
-def test_a_push_that_breaks_leaves_no_new_branch(hub, plain, weighted):
+def test_a_pull_that_may_not_leaves_nothing(there, refused):
+    for method, path, status, code, said in BREAKS[:3]:
+        there.fail(method, path, status, times=99, code=code)
+        assert said in refused(), path
+        there.faults.clear()
+
+
+def test_someone_else_pushes_in_between(hub, plain, weighted):
     push([plain], REPO)
-    hub.fail("POST", "/commit/", 403)
-    with pytest.raises(LlmWsaeError):
-        push([weighted], REPO, revision="try")
-    assert list(hub.store.repositories[REPO].branches) == ["main"]
-
-
-def test_a_failure_that_passes_is_waited_for(hub, plain):
-    hub.fail("POST", "/preupload/", 503, times=2)
-    hub.cut("PUT", "/storage/", after=100, times=2)
-    assert len(push([plain], REPO).changed) == 5
-
-
-def test_someone_else_pushes_in_between(hub, plain, weighted, monkeypatch):
-    push([plain], REPO)
-    upload = HfApi.preupload_lfs_files
-
-    def slow(self, repo_id, additions, **options):
-        hub.store.put(REPO, "theirs.txt", b"quicker")
-        return upload(self, repo_id, additions, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HfApi, "preupload_lfs_files", slow)
-        with pytest.raises(LlmWsaeError) as error:
-            push([weighted], REPO)
+    hub.twist = lambda path, said: "/preupload/" in path and hub.put(REPO, "theirs", b"quicker")
+    with pytest.raises(LlmWsaeError) as error:
+        push([weighted], REPO)
     assert "was changed by someone else" in sentence(error)
-    assert "theirs.txt" in hub.store.repositories[REPO].files()
+    hub.twist = None
     push([weighted], REPO)
-    assert {"theirs.txt", f"{SITE}/weighted-k4/cfg.json"} < set(
-        hub.store.repositories[REPO].files()
-    )
+    assert {"theirs", f"{SITE}/weighted-k4/cfg.json"} < set(hub.repositories[REPO].files())
 
 
-WHO = {  # token: the sentence on pulling from and on pushing to a private repository of user
-    None: ("on the Hub that you may see; check the name", "log in (`hf auth login`"),
-    "hf_wrongsecret": ("does not accept your token", "does not accept your token"),
-    STRANGER: ("that you may see", "your token may not do that"),
-    READER: (None, "your token may not do that"),
-}
+def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
+    make_dictionary(d_in=64, d_sae=1024).save(tmp_path / "big")
+    push([tmp_path / "big"], REPO)
+    hub.cut("GET", "/storage/", after=100_000, times=4)  # the first request is for a small file
+    folders = pull(REPO, tmp_path / "out")
+    assert content(*folders.values()) == content(tmp_path / "big")
+    assert hub.count("GET", "/storage/") == 1 + 4  # so each of the four brought what was missing
+    before = content(tmp_path / "out")
+    make_dictionary(d_in=64, d_sae=1024, seed=7).save(tmp_path / "big")
+    push([tmp_path / "big"], REPO)
+    hub.cut("GET", "/storage/", after=0, times=99)
+    with pytest.raises(LlmWsaeError, match="the connection to the Hub"):
+        pull(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == before
 
 
-def test_who_may_what(hub, plain, weighted, tmp_path, login):
-    push([plain], REPO, private=True)
-    before = head(hub)
-    for token, (pulling, pushing) in WHO.items():
-        login(token)
-        if pulling is None:
-            assert content(*pull(REPO, tmp_path / "out").values()) == content(plain)
-        else:
-            with pytest.raises(LlmWsaeError) as error:
-                pull(REPO, tmp_path / "out")
-            assert pulling in sentence(error), token
-            assert not (tmp_path / "out").exists(), token
-        with pytest.raises(LlmWsaeError) as error:
-            push([weighted], REPO)
-        assert pushing in sentence(error), token
-        assert head(hub) == before, token
-
-
-def test_names_that_are_not_there(hub, plain, tmp_path):
-    push([plain], REPO)
-    out = tmp_path / "out"
-    with pytest.raises(UsageError) as error:
-        pull(REPO, out, f"{SITE}/plian-k4")
-    assert f"user/saes has no dictionary '{SITE}/plian-k4'; did you mean" in sentence(error)
-    assert f"'{SITE}/plain-k4'?" in sentence(error)
-    with pytest.raises(UsageError) as error:
-        pull(REPO, out, revision="v9")
-    assert "user/saes has no revision 'v9'; look at its branches" in sentence(error)
-    with pytest.raises(UsageError) as error:
-        pull("user/nothing", out)
-    assert "there is no repository user/nothing" in sentence(error)
-    with pytest.raises(UsageError) as error:
-        pull("no name/at all", out)
-    assert "'no name/at all' cannot be the name of a repository" in sentence(error)
-    hub.create("user/empty")
-    with pytest.raises(LlmWsaeError, match="user/empty holds no dictionary of a layout"):
-        pull("user/empty", out)
+@over(pattern=[r"/storage/", r"/resolve/.*/cfg.json"])
+def test_a_file_damaged_on_its_way_is_noticed_and_fetched_again(
+    there, plain, tmp_path, monkeypatch, pattern
+):
+    there.use(monkeypatch, tmp_path / f"home {len(pattern)}", WRITER)  # an empty cache
+    out = tmp_path / f"out {len(pattern)}"
+    there.corrupt("GET", pattern)
+    with pytest.raises(LlmWsaeError, match=r"arrived damaged.*run the same command again"):
+        pull(REPO, out)
     assert not out.exists()
+    assert content(*pull(REPO, out).values()) == content(plain)
 
 
-def test_another_models_dictionary_is_not_replaced(hub, plain, tmp_path):
-    push([plain], REPO)
-    before, commit = hub.store.repositories[REPO].files(), head(hub)
-    other = make_dictionary("plain-k4", seed=9)
-    other.info = dataclasses.replace(other.info, model={"name": "someone/else"})
-    other.save(tmp_path / "other")
-    with pytest.raises(UsageError, match=r"another dictionary named .*/other is for someone/else"):
-        push([tmp_path / "other"], REPO)
-    assert (hub.store.repositories[REPO].files(), head(hub)) == (before, commit)
-    theirs, mine = make_dictionary("new-k4", seed=1), make_dictionary("new-k4", seed=2)
-    theirs.info = dataclasses.replace(theirs.info, model={"name": "someone/else"})
-    theirs.save(tmp_path / "theirs")
-    mine.save(tmp_path / "mine")
-    for name in ("cfg.json", "sae_weights.safetensors"):  # as SAELens writes it
-        data = (tmp_path / "theirs" / name).read_bytes()
-        hub.store.put(REPO, f"{SITE}/new-k4/{name}", data)
-    with pytest.raises(UsageError, match=r"new-k4, for the model someone/else, and .*/mine is for"):
-        push([tmp_path / "mine"], REPO)
-    newer = make_dictionary("plain-k4", seed=9)
-    newer.save(tmp_path / "newer")
-    assert push([tmp_path / "newer"], REPO).changed  # of the same model: a new version
+# Requests that cannot be
+
+
+def test_names_that_are_not_there(there, tmp_path):
+    there.create("user/empty")
+    for repo, sae_id, revision, said in (
+        (REPO, f"{SITE}/plian-k4", None, f"user/saes has no dictionary '{SITE}/plian-k4'; did you"),
+        (REPO, None, "v9", "user/saes has no revision 'v9'; look at its branches"),
+        (REPO, None, "../x", "'../x' cannot be a branch, tag or commit"),
+        ("user/nothing", None, None, "there is no repository user/nothing"),
+        ("no name/at all", None, None, "'no name/at all' cannot be the name of a repository"),
+        ("user/empty", None, None, "user/empty holds no dictionary of a layout"),
+    ):
+        with pytest.raises(LlmWsaeError) as error:
+            pull(repo, tmp_path / "out", sae_id, revision=revision)
+        assert said in sentence(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_models_dictionary_is_not_replaced(there, tmp_path):
+    before = head(there)
+    for name in ("plain-k4", "new-k4"):
+        mine, theirs = make_dictionary(name, seed=2), make_dictionary(name, seed=1)
+        theirs.info = dataclasses.replace(theirs.info, model={"name": "someone/else"})
+        mine.save(tmp_path / "mine")
+        theirs.save(tmp_path / "theirs")
+        if name == "new-k4":  # as SAELens writes it
+            for file in ("cfg.json", "sae_weights.safetensors"):
+                there.put(REPO, f"{SITE}/{name}/{file}", (tmp_path / "theirs" / file).read_bytes())
+            before, theirs = head(there), mine
+        pushed = tmp_path / ("mine" if name == "new-k4" else "theirs")
+        with pytest.raises(UsageError, match=f"another dictionary named {SITE}/{name}, for the"):
+            push([pushed], REPO)
+        assert head(there) == before
 
 
 def test_what_cannot_be_pushed(hub, plain, tmp_path):
@@ -197,3 +214,134 @@ def test_what_cannot_be_pushed(hub, plain, tmp_path):
     with pytest.raises(LlmWsaeError, match=r"sae_weights.safetensors changed since it was saved"):
         push([plain], REPO)
     assert hub.requests == []  # all of it was found out here
+
+
+# A server or a repository that means harm
+
+
+def lying(headers=None, sha=None, body=None, size=None):
+    """A twist of a server that wants a file of the user's: its path, or the bytes that it sends."""
+
+    def twist(path, answer):
+        if sha and path == f"/api/models/{REPO}":
+            answer.body = json.dumps(json.loads(answer.body) | {"sha": sha}).encode()
+        if size is not None and "/tree/" in path:
+            entries = json.loads(answer.body)
+            answer.body = json.dumps([one | {"size": size} for one in entries]).encode()
+        if "/resolve/" in path or "/storage/" in path:
+            answer.headers |= headers or {}
+            answer.body = body or answer.body
+
+    return twist
+
+
+@over(way=["etag", "sha"], exists=[False, True], damaged=[False, True])
+def test_a_server_names_no_file_outside(there, plain, tmp_path, way, exists, damaged):
+    """By the ETag or the revision, which the client makes names of files in its cache."""
+    target = tmp_path / "home" / "sitecustomize.py"
+    target.parent.mkdir(exist_ok=True)
+    target.unlink(missing_ok=True)
+    if exists:
+        target.write_text("mine")
+    repository = there.repositories[REPO]
+    repository.tags[str(target)] = repository.branches["main"]  # so it answers for that, too
+    quoted = {"ETag": f'"{target}"', "X-Linked-Etag": f'"{target}"'}
+    there.twist = lying(
+        quoted if way == "etag" else None,
+        str(target) if way == "sha" else None,
+        b"import os" if damaged else None,
+    )
+    for action in (
+        lambda: list_dictionaries(REPO),
+        lambda: pull(REPO, tmp_path / "out"),
+        lambda: Dictionary.from_pretrained(REPO),
+        lambda: push([plain], REPO),
+    ):
+        with contextlib.suppress(LlmWsaeError):
+            action()
+        left = {name for name in content(target.parent) if name[:4] != "hub/"}
+        assert left == ({target.name} if exists else set())
+        assert not exists or target.read_text() == "mine"
+
+
+def test_a_download_ends_at_the_size_that_was_listed(there, refused):
+    def more():
+        for sent in range(100):
+            most.append(sent)
+            yield b" " * (1 << 20)
+
+    most: list[int] = []
+    there.twist = lying(body=more())
+    assert "sends more for" in refused() and max(most) < 40  # MiB; what the connection holds
+    there.twist = lying(size=2**50)
+    assert "is not read: it has 1,125,899,906,842,624 bytes" in refused()
+
+
+def test_a_list_without_an_end_is_not_read(there, refused):
+    def twist(path, answer):
+        if "/tree/" in path:
+            answer.headers["Link"] = f'<{there.endpoint}{path}?cursor=7>; rel="next"'
+            answer.body = b"[" + b",".join([answer.body[1:-1]] * 12_000) + b"]"
+
+    there.twist = twist
+    assert "lists files without an end" in refused()
+
+
+PATHS = ("../evil.json", "/etc/evil.json", f"{SITE}/../../evil", "a//b", "./a", "a\\..\\b", "c:x",
+         "a/\x00b", "a\nb")  # fmt: skip
+
+
+def test_a_path_that_leaves_the_folder_is_refused(there, refused, plain, tmp_path):
+    before = content(tmp_path)
+    for path in PATHS:
+        with spoilt(there, path):
+            there.put(REPO, path, b"{}")
+            said = refused()
+            assert repr(path)[1:-1] in said and "nothing of it is read" in said
+    with spoilt(there, "push"), pytest.raises(LlmWsaeError, match="nothing of it is read"):
+        there.put(REPO, PATHS[0], b"{}")
+        push([plain], REPO)
+    assert content(tmp_path) == before
+
+
+NONSENSE = (b"", b"{", b"[]", b"7", b"\xff\xfe", b"{}", b"[" * 200_000, b'{"format": 7}',
+            b"1" * 10_000)  # fmt: skip
+
+
+def test_nonsense_is_one_sentence(there, refused):
+    for name in ("cfg.json", "wsae.json"):
+        for nonsense in NONSENSE:
+            with spoilt(there, (name, nonsense[:20])):
+                there.put(REPO, f"{HERE}/{name}", nonsense)
+                assert "json" in refused()
+    with spoilt(there, "large"):
+        there.put(REPO, f"{HERE}/wsae.json", b" " * ((16 << 20) + 1))
+        assert "wsae.json of user/saes is not read: it has 16,777,217 bytes" in refused()
+    repository = there.repositories[REPO]
+    repository.commit({p: file for p, file in repository.files().items() if "cfg.json" not in p})
+    assert "is not a complete dictionary of this package: it lacks cfg.json" in refused()
+
+
+def test_someone_elses_nonsense_does_not_stop_a_push(there, weighted, capfd):
+    there.put(REPO, f"{HERE}/wsae.json", b"{")
+    there.put(REPO, "a`b/wsae.json", b"{}")  # a name that a card could not hold
+    assert push([weighted], REPO).sae_ids == [f"{SITE}/weighted-k4"]
+    assert f"the card omits {HERE}: " in capfd.readouterr().err
+    card = there.content(REPO, "README.md").decode()
+    assert "weighted-k4" in card and "plain-k4" not in card and "a`b" not in card
+
+
+def test_a_traceback_shows_no_token(there, monkeypatch):
+    def twist(path, answer):
+        answer.status, answer.headers["X-Error-Message"] = 418, f"\x1b[2J {token} of yours"
+
+    there.twist = twist
+    for token in (WRITER, "a-mirrors-own-token"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        result = call("--debug", "list", REPO)
+        assert result.code == 1 and "Traceback" in result.err and "of yours" in result.err
+        assert token not in result.err and "\x1b" not in result.err
+    monkeypatch.setenv("HF_TOKEN", "hf_wröngsecret")
+    result = call("--debug", "list", REPO)
+    assert result.code == 1 and "secret" not in result.err
+    assert "your token holds characters that no token has" in result.err

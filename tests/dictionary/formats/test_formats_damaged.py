@@ -1,4 +1,5 @@
-"""Files made to do harm: code in a pickle, archives that unfold, tensors larger than their file."""
+"""Damaged files of every format, and files made to do harm (code in a pickle, archives that unfold,
+tensors larger than their file): an error of one sentence, or the dictionary that is there."""
 
 import json
 import os
@@ -7,10 +8,146 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_folders import learning
+from foreign_folders import WRITERS, learning, place
+from looping import over
+from mutations import BYTES, CUT, OTHER_JSON, config_changes, tensor_changes, write
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
+
+LAYOUTS = (  # our own: tests/fuzzing
+    "saelens-checkpoint", "saelens-old-topk", "saelens-old-finetuned", "sparsify",
+    "learning-BatchTopKSAE",
+)  # fmt: skip
+LONGEST = 400  # characters of an error, beside the path of the folder
+
+# Other values that are a valid dictionary, but another one: the value stands for what it says.
+MEANT = {
+    "apply_b_dec_to_input": {True, False, "removed"},
+    "rescale_acts_by_decoder_norm": {True, False, "removed"},
+    "k": {1},
+    "activation_fn_kwargs.k": {1},
+    "scaling_factor": {1, 1.5, 2**31, 2**70},
+}
+# What dictionary_learning stores and does not use when it encodes.
+UNUSED = ("k ", "group_sizes ")
+
+
+def make(tmp_path: Path, layout: str) -> Path:
+    folder = place(tmp_path, layout)
+    WRITERS[layout](folder)
+    return folder
+
+
+def outcome(folder: Path) -> Dictionary | None:
+    """What is read; None after an error, which must be one sentence that names the folder."""
+    try:
+        return Dictionary.load(folder)
+    except LlmWsaeError as error:
+        said = str(error)
+        assert "\n" not in said and str(folder) in said, said
+        assert len(said.replace(str(folder), "")) < LONGEST, said
+        return None
+
+
+def same(one: Dictionary, other: Dictionary) -> bool:
+    a, b = dict(one.named_parameters()), dict(other.named_parameters())
+    return (
+        one.sparsity == other.sparsity
+        and a.keys() == b.keys()
+        and all(torch.equal(a[name], b[name]) for name in a)
+    )
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, read by somebody else than us."""
+    if path.suffix == ".safetensors":
+        found = load_file(path)
+    else:
+        found = torch.load(path, weights_only=True)
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> None:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+
+
+def test_bytes_of_an_archive_that_are_cut_off_changed_or_another_files(tmp_path):
+    folder = make(tmp_path, "learning-BatchTopKSAE")
+    whole, path = Dictionary.load(folder), folder / "ae.pt"
+    data = path.read_bytes()
+    for name, mutation in BYTES.items():
+        path.write_bytes(mutation(data))
+        found = outcome(folder)
+        assert found is None or (same(found, whole) and name not in CUT), name
+    path.unlink()
+    path.mkdir()
+    assert outcome(folder) is None
+
+
+@over(layout=LAYOUTS)
+def test_values_of_the_configuration(tmp_path, layout):
+    """Each exchanged for twenty others and removed: an error, or it has no part in encoding."""
+    folder = make(tmp_path, layout)
+    whole = Dictionary.load(folder)
+    tried = failed = 0
+    for path in sorted(folder.glob("*.json")):
+        data = path.read_bytes()
+        for key, value, changed in config_changes(json.loads(data)):
+            write(path, changed)
+            found = outcome(folder)
+            tried, failed = tried + 1, failed + (found is None)
+            if found is not None and not same(found, whole):
+                # nan is like nothing else, and 1 == True
+                meant = [m for m in MEANT.get(key, ()) if type(m) is type(value) and m == value]
+                assert meant, f"{key} = {value!r} changed the dictionary"
+        for what, other in OTHER_JSON.items():
+            path.write_bytes(other)
+            assert outcome(folder) is None, what
+        path.write_bytes(data)
+    assert tried > 100 and failed > 20
+
+
+@over(layout=LAYOUTS)
+def test_tensors_that_are_missing_or_of_another_kind(tmp_path, layout):
+    folder = make(tmp_path, layout)
+    whole = Dictionary.load(folder)
+    (weights,) = (path for path in folder.iterdir() if path.suffix != ".json")
+    data = weights.read_bytes()
+    for what, changed in tensor_changes(tensors_of(weights)):
+        save(weights, changed)
+        found = outcome(folder)
+        if what.startswith(UNUSED) or (layout, what) == (
+            "saelens-old-topk",
+            "scaling_factor missing",
+        ):
+            assert found is None or same(found, whole)
+        else:
+            assert found is None, what
+    weights.write_bytes(data)
+    assert same(Dictionary.load(folder), whole)
+
+
+@over(layout=LAYOUTS)
+def test_what_was_read_does_not_change_with_its_file(tmp_path, layout):
+    """Tools write a file again in its place, and what lies in its pages would be gone."""
+    folder = make(tmp_path, layout)
+    read = Dictionary.load(folder)
+    before = {name: tensor.clone() for name, tensor in read.named_parameters()}
+    for path in folder.iterdir():
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            file.write(bytes(size))
+            file.truncate(size // 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read.named_parameters())
+
+
+# Files made to do harm
 
 
 class Harm:
@@ -149,19 +286,3 @@ def test_tensors_that_share_their_numbers_are_read_as_they_are(topk):
     torch.save(tensors | {"encoder.weight": weight, "decoder.weight": weight.T}, topk / "ae.pt")
     dictionary = Dictionary.load(topk)
     assert torch.equal(dictionary.W_dec, weight) and torch.equal(dictionary.W_enc, weight.T)
-
-
-def test_a_pickle_that_says_it_is_encrypted(topk):
-    encrypt(topk / "ae.pt")
-    refused(topk, "is not a complete file of torch.save: File .* is encrypted")
-
-
-def encrypt(path):
-    """Say so of every entry of an archive."""
-    data = bytearray(path.read_bytes())
-    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-        at = data.find(signature)
-        while at >= 0:
-            data[at + offset] |= 1
-            at = data.find(signature, at + 1)
-    path.write_bytes(data)
