@@ -12,8 +12,7 @@ from typing import Any
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.firings import check_store
-from llm_wsae.inspecting.latents import Example, Latent, Word, check_latents, look_at
+from llm_wsae.inspecting.latents import Example, Latent, Word, check_latents, check_store, look_at
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary

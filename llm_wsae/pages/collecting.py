@@ -21,7 +21,7 @@ from llm_wsae.data.packing import Contexts
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.inspecting.firings import check_store, not_massive
+from llm_wsae.inspecting.latents import check_store, not_massive
 
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation

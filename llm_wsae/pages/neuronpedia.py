@@ -37,7 +37,7 @@ from llm_wsae.dictionary.explanations import (
     write_for_neuronpedia,
 )
 from llm_wsae.errors import UsageError, shown
-from llm_wsae.inspecting.firings import check_store
+from llm_wsae.inspecting.latents import check_store
 from llm_wsae.inspecting.readout import Readout, top_words
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary

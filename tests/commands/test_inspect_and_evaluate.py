@@ -97,40 +97,25 @@ def test_a_sentence(inside):
     assert f"\nlatent {strongest['latent']}: " in text and text.startswith("latent ")
 
 
-def test_a_model_with_other_weights_is_warned_of(inside):
-    other = LanguageModel.load("model")
+def test_a_model_that_is_another_or_not_there(inside, monkeypatch):
+    """Without it tokens are not shown. A dictionary may come from anybody, and name a model of any
+    size, so it makes none be downloaded."""
     with changed(weights_sha256="0" * 64):
         result = works("inspect", "changed", "--latent", 0, "--model", "model")
-        assert f"trained on a model whose weights differ from those of {other.name}" in result.err
+        assert "trained on a model whose weights differ from those of model" in result.err
         refused = call("inspect", "changed", "--latent", 0, "--store", "store")
         assert refused.code == 1 and "(other weights)" in refused.err
-
-
-def test_a_model_that_cannot_be_loaded_hides_the_tokens_only(inside, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    packing = {"drop_positions": "1", "of the future": 2}
-    with changed(packing, name="nobody/not-there", revision="x"):
-        shown = works("inspect", "changed", "--latent", 0).out
-        assert "writes to" in shown and "tokens are not shown: " in shown
-        assert "nobody/not-there" in shown
-        assert works("inspect", "changed", "--text", "w5 w6", "--model", "model").code == 0
-        assert call("inspect", "changed", "--text", "w5").code != 0
-
-
-def test_a_dictionary_makes_no_model_be_downloaded(inside, monkeypatch):
-    """It may come from anybody, and name a model of any size."""
-    asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    hub = "huggingface_hub.HfApi.model_info"
-    monkeypatch.setattr(hub, lambda *_, **__: asked.append(1) or 1 / 0)
-    with changed(name="some/model", revision="0" * 40):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    packing = {"drop_positions": "1", "of the future": 2}
+    with changed(packing, name="nobody/not-there", revision="0" * 40):
         shown = works("inspect", "changed", "--latent", 0).out
-        assert "tokens are not shown: 'some/model' is neither" in shown and "--model" in shown
+        assert "writes to" in shown and "--model" in shown
+        assert "tokens are not shown: 'nobody/not-there' is neither" in shown
+        assert works("inspect", "changed", "--text", "w5 w6", "--model", "model").code == 0
         assert call("inspect", "changed", "--text", "w5").code == 2
-        assert not asked
-        with pytest.raises(ZeroDivisionError):  # the user says so
-            call("inspect", "changed", "--text", "w5", "--model", "some/model")
-        assert asked
+        said = call("inspect", "changed", "--latent", 0, "--model", "nobody/not-there").err
+        assert "is neither" not in said and "127.0.0.1" in said  # the user says so
 
 
 def test_the_public_verb_takes_folders_or_opened_things(inside, dense):
@@ -193,43 +178,114 @@ def test_mistakes_are_one_sentence(world, monkeypatch, subtests):
 NAMES = ("uniform-k4", "variance-a0.5-k4")
 
 
+HALF = {"frozen decoder": "uniform-frozen-decoder-k4",
+        "frozen encoder": "uniform-frozen-encoder-k4"}  # fmt: skip
+UNTRAINED = ("raw dimensions", "frozen random")
+
+
 @pytest.fixture(scope="module")
 def world(world):
     save_encoder(world / "encoder")
+    half = ("--architecture", "frozen-decoder", "frozen-encoder", "--out", world / "half")
+    works("train", world / "store", "--site", SITE, "--k", 4, "--tokens", 4096, "--expansion", 2,
+          *half)  # fmt: skip
     return world
 
 
-@pytest.fixture
-def words(world, tmp_path):
+def asked_of(world, folder, *more):
     """The command, on copies of the dictionaries."""
     for name in NAMES:
-        shutil.copytree(world / "trained" / name, tmp_path / name)
-    return ["evaluate", *(tmp_path / name for name in NAMES), "--model", world / "model",
-            "--corpus", world / "text.jsonl", "--part", "all", "--tokens", 500,
-            "--bootstraps", 50, "--out", tmp_path / "report.json"]  # fmt: skip
+        shutil.copytree(world / "trained" / name, folder / name)
+    for name in HALF.values():
+        shutil.copytree(world / "half" / name, folder / name)
+    return ["evaluate", *(folder / name for name in (*NAMES, *HALF.values())), "--model",
+            world / "model", "--corpus", world / "text.jsonl", "--tokens", 500, "--bootstraps", 50,
+            "--out", folder / "report.json", "--monosemantic", "--score.encoder",
+            world / "encoder", *more]  # fmt: skip
 
 
-def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
+def plain(words):
+    """The command without scores of latents."""
+    return words[: words.index("--monosemantic")]
+
+
+@pytest.fixture(scope="module")
+def kept(world, tmp_path_factory):
+    """The folder, its files before, the command, and what it printed."""
+    folder = tmp_path_factory.mktemp("kept")
+    words = asked_of(world, folder, "--score.tokens", 1500, "--keep")
+    before = content(folder)
+    return folder, before, words, works(*words, "--json").json
+
+
+def test_what_is_printed_and_kept(kept):
+    folder, before, _, found = kept
+    report = json.loads((folder / "report.json").read_text())
+    assert found.items() <= report.items() and report["command"] == "evaluate"
+    rows = [*NAMES, *HALF.values(), *UNTRAINED]
+    scored = found["monosemanticity"]
+    assert list(found["dictionaries"]) == list(scored["dictionaries"]) == rows
+    assert 1500 <= scored["num_rows"] < 1515
+    assert scored["config"]["bootstraps"] == 50 and scored["config"]["tokens"] == 1500
+    for name in UNTRAINED:
+        k = found["dictionaries"][NAMES[0]]["l0"]
+        assert found["dictionaries"][name]["l0"] == pytest.approx(k, rel=0.2)
+    after = content(folder)
+    after.pop("report.json")
+    different = {name for name in after if after[name] != before[name]}
+    assert different == {f"{name}/wsae.json" for name in (*NAMES, *HALF.values())}
+    labels = HALF | {name: name for name in UNTRAINED}
+    for name in (*NAMES, *HALF.values()):
+        metrics, own = Dictionary.load(folder / name).info.metrics, scored["dictionaries"][name]
+        assert metrics["training"] == json.loads(before[f"{name}/wsae.json"])["metrics"]["training"]
+        assert metrics["fidelity"]["fvu"] == found["dictionaries"][name]["fvu"]
+        assert "latent_density" not in metrics["fidelity"]
+        check_card(metrics["monosemanticity"], own, scored)
+        assert metrics["baselines"].keys() == labels.keys()
+        for label, row in labels.items():
+            beside, scores = metrics["baselines"][label], scored["dictionaries"][row]
+            assert beside["fidelity"]["kl"] == found["dictionaries"][row]["kl"]
+            check_card(beside["monosemanticity"], scores, scored)
+
+
+def check_card(card, scores, scored):
+    purity, means = scores["latents"]["purity"], scored["sites"][scores["site"]]["means"]
+    assert card["purity"] == {
+        "value": purity["mean"],
+        "interval": purity["interval"],
+        "control": scored["chance"]["purity"],
+    }
+    assert 0 <= card["eligible_share"] == scores["eligible_share"] == purity["share"]
+    assert card["probe_5"]["value"] == scores["concepts"]["means"]["best_5"]["mean"]
+    assert card["probe_5"]["control"] == means["best_5"]
+    letters = scores["concepts"]["families"].get("letter", {"selectivity": None})
+    assert card["selectivity_letters"] == letters["selectivity"]
+
+
+def test_another_measurement_replaces_its_own_group_only(kept):
+    folder, _, words, _ = kept
+    once = content(folder / NAMES[0])
+    works(*plain(words), "--keep", "--no-baselines")
+    metrics, before = (
+        json.loads(one["wsae.json"])["metrics"] for one in (content(folder / NAMES[0]), once)
+    )
+    assert metrics["baselines"].keys() == HALF.keys()
+    same = [key for key in before if metrics[key] == before[key]]
+    assert {*before} - {*same} == {"baselines"}  # the same text, the same numbers
+    with pytest.raises(UsageError, match="was not saved by this package"):
+        keep_measurements(folder, {"fidelity": {}})
+
+
+def test_a_table_of_text_that_was_not_held_out(world, tmp_path):
+    words = asked_of(world, tmp_path, "--score.tokens", 3000, "--part", "all")
     before = content(tmp_path)
-    plain = works(*words, "--json").json
-    result = works(*words, "--monosemantic", "--score.tokens", 3000, "--json")
-    assert {k: v for k, v in result.json.items() if k != "monosemanticity"} == plain
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert result.json.items() <= report.items() and report["command"] == "evaluate"
-    found = result.json["monosemanticity"]
-    rows = [*NAMES, "raw dimensions", "frozen random"]
-    assert 3000 <= found["num_rows"] < 3015 and list(found["dictionaries"]) == rows
-    assert found["config"]["bootstraps"] == 50 and found["config"]["tokens"] == 3000
-    assert {"number"} <= found["sites"][found["dictionaries"][NAMES[0]]["site"]]["families"].keys()
-    scores = found["dictionaries"][NAMES[0]]
-    assert 0 < scores["eligible_share"] <= 1
-    assert scores["latents"]["purity"]["share"] == scores["eligible_share"]
-
-    text = works(*words, "--monosemantic", "--score.tokens", 3000).out
+    text = works(*words[:3], *words[5:]).out
     rows = [line for line in text.splitlines() if line.startswith(NAMES[0])]
     assert len(rows) == 2  # fidelity, monosemanticity
+    report = json.loads((tmp_path / "report.json").read_text())["monosemanticity"]
+    scores = report["dictionaries"][NAMES[0]]
+    assert {"number"} <= report["sites"][scores["site"]]["families"].keys()
     assert f"{100 * scores['eligible_share']:.1f}" in rows[1].split()
-    assert f"{scores['latents']['purity']['mean']:.3f}" in rows[1].split()
     assert text.endswith(f"report  {tmp_path / 'report.json'}\n")
     assert text.count(" tokens of text from ") == 2 and "held-out text from" not in text
     assert "was not read where it is held out: this text may have been seen" in text
@@ -238,113 +294,24 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     assert unchanged == before  # nothing is kept unless asked
 
 
-def test_untrained_baselines_have_rows_of_their_own(words, tmp_path):
-    before = {name: content(tmp_path / name) for name in NAMES}
-    more = ("--monosemantic", "--score.tokens", 1500, "--keep", "--json")
-    words[words.index("all")] = "heldout"
-    found = works(*words, *more).json
-    rows = [*NAMES, "raw dimensions", "frozen random"]
-    assert list(found["dictionaries"]) == rows
-    assert list(found["monosemanticity"]["dictionaries"]) == rows
-    k = found["dictionaries"][NAMES[0]]["l0"]
-    for name in rows[2:]:
-        assert found["dictionaries"][name]["l0"] == pytest.approx(k, rel=0.2)
-    assert {name for name in NAMES if content(tmp_path / name) != before[name]} == set(NAMES)
-    for name in NAMES:
-        kept = Dictionary.load(tmp_path / name).info.metrics["baselines"]
-        assert list(kept) == rows[2:]
-        for row, own in kept.items():
-            assert own["fidelity"]["kl"] == found["dictionaries"][row]["kl"]
-            scores = found["monosemanticity"]["dictionaries"][row]["latents"]
-            assert own["monosemanticity"]["purity"]["value"] == scores["purity"]["mean"]
-    works(*words, "--keep", "--no-baselines")  # another measurement, without them
-    assert Dictionary.load(tmp_path / NAMES[0]).info.metrics["baselines"] == {}
+def test_what_cannot_be_done_is_said_before_the_work(world, tmp_path):
+    words = asked_of(world, tmp_path)
 
-
-def test_half_random_dictionaries_are_kept_beside_the_others(words, world, tmp_path):
-    half = tmp_path / "half"
-    works("train", world / "store", "--site", SITE, "--k", 4, "--tokens", 4096, "--expansion", 2,
-          "--architecture", "frozen-decoder", "frozen-encoder", "--out", half)  # fmt: skip
-    words[words.index("all")] = "heldout"
-    names = {path.name: path for path in half.iterdir() if path.is_dir()}
-    found = works(*words[:3], *names.values(), *words[3:], "--keep", "--json").json
-    labels = {"frozen decoder": "uniform-frozen-decoder-k4",
-              "frozen encoder": "uniform-frozen-encoder-k4"}  # fmt: skip
-    for folder in (*(tmp_path / name for name in NAMES), *names.values()):
-        kept = Dictionary.load(folder).info.metrics["baselines"]
-        assert kept.keys() == {*labels, "raw dimensions", "frozen random"}
-        for label, name in labels.items():
-            assert kept[label]["fidelity"]["kl"] == found["dictionaries"][name]["kl"]
-
-
-def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
-    words[words.index("all")] = "heldout"
-    before = {name: content(tmp_path / name) for name in NAMES}
-    asked = ["--monosemantic", "--keep", "--score.tokens", 1500]
-    asked += ["--score.encoder", world / "encoder"]
-    report = works(*words, *asked, "--json").json
-    for name in NAMES:
-        after = content(tmp_path / name)
-        changed = [file for file in after if after[file] != before[name][file]]
-        assert changed == ["wsae.json"]
-        metrics = Dictionary.load(tmp_path / name).info.metrics
-        assert metrics["fidelity"]["fvu"] == report["dictionaries"][name]["fvu"]
-        assert "latent_density" not in metrics["fidelity"]
-        kept = metrics["monosemanticity"]
-        scores = report["monosemanticity"]["dictionaries"][name]
-        purity = scores["latents"]["purity"]
-        assert kept["purity"] == {
-            "value": purity["mean"],
-            "interval": purity["interval"],
-            "control": report["monosemanticity"]["chance"]["purity"],
-        }
-        dimensions = report["monosemanticity"]["sites"][scores["site"]]["means"]
-        assert kept["probe_5"]["value"] == scores["concepts"]["means"]["best_5"]["mean"]
-        assert kept["probe_5"]["control"] == dimensions["best_5"]
-        assert kept["eligible_share"] == scores["eligible_share"]
-        letters = scores["concepts"]["families"].get("letter", {"selectivity": None})
-        assert kept["selectivity_letters"] == letters["selectivity"]
-        assert metrics["training"] == Dictionary.load(tmp_path / name).info.metrics["training"]
-    once = content(tmp_path / NAMES[0])
-    works(*words[:3], *words[1:], *asked)  # each of them twice
-    assert content(tmp_path / NAMES[0]) == once
-
-
-def test_what_cannot_be_done_is_said_before_the_work(words, tmp_path, world):
-    def fails(match, *more, code=2):
-        result = call(*words, *more)
+    def fails(match, *more, code=2, asked=words):
+        result = call(*asked, *more)
         assert result.code == code and match in result.err, result.err
         assert result.err.rstrip().count("\n") <= 1  # "loading", and the sentence
         assert "evaluate:" not in result.err and not (tmp_path / "report.json").exists()
 
-    asked = ("--score.encoder", world / "encoder", "--monosemantic", "--score.tokens")
-    fails("is not a sentence encoder", *asked, 3000, "--score.encoder", world / "model")
-    labels = ("--score.labels", "nmber")
-    fails("no document has a label 'nmber'; did you mean 'number'", *asked, 3000, *labels)
-    fails("but 1,000,000 in at least 2 contexts are needed", *asked, 1_000_000, code=1)
-    fails("--score: tokens is 0, but must be at least 1", *asked, 0)
-    fails("--score.labels: only with --monosemantic; add that", "--score.labels", "number")
-    fails("--score.tokens and --score.encoder: only with", asked[-1], 3000, *asked[:2])
+    fails("is not a sentence encoder", "--score.encoder", world / "model")
+    labels = ("--score.tokens", 900, "--score.labels", "nmber")
+    fails("no document has a label 'nmber'; did you mean 'number'", *labels)
+    fails("but 1,000,000 in at least 2 contexts are needed", "--score.tokens", 1_000_000, code=1)
+    fails("--score: tokens is 0, but must be at least 1", "--score.tokens", 0)
+    fails("--score.labels: only with --monosemantic; add that", "--score.labels", "number",
+          asked=plain(words))  # fmt: skip
+    fails("--keep stores what was measured on held-out text", "--keep", "--part", "all")
     (tmp_path / NAMES[1] / "wsae.json").rename(tmp_path / "elsewhere.json")
-    fails("--keep stores what was measured on held-out text", *asked, 3000, "--keep")
-    words[words.index("all")] = "heldout"
-    fails("was not saved by this package", *asked, 1500, "--keep")
+    fails("was not saved by this package", "--keep")
     (tmp_path / NAMES[1] / "wsae.json").symlink_to(tmp_path / "elsewhere.json")
-    fails("wsae.json is only a link", *asked, 1500, "--keep")
-
-
-def test_a_measurement_replaces_its_own_group_only(world, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(world / "trained" / NAMES[0], folder)
-    keep_measurements(folder, {"fidelity": {"fvu": 0.5}})
-    keep_measurements(folder, {"monosemanticity": {"purity": 0.7}})
-    keep_measurements(folder, {"fidelity": {"kl": 0.1}})
-    metrics = Dictionary.load(folder).info.metrics
-    assert metrics["fidelity"] == {"kl": 0.1} and metrics["monosemanticity"] == {"purity": 0.7}
-    assert (
-        metrics["training"]
-        == Dictionary.load(world / "trained" / NAMES[0]).info.metrics["training"]
-    )
-    with pytest.raises(UsageError, match="was not saved by this package"):
-        keep_measurements(tmp_path, {"fidelity": {}})
-    assert Dictionary.load(folder).info.metrics == metrics
+    fails("wsae.json is only a link", "--keep")

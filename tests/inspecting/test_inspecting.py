@@ -19,22 +19,20 @@ from tiny import (
     write_jsonl,
 )
 
-import llm_wsae.inspecting.firings as firings_module
+import llm_wsae.inspecting.latents as latents_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.firings import firings
 from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
-from llm_wsae.inspecting.latents import check_latents, look_at
+from llm_wsae.inspecting.latents import check_latents, firings, look_at
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.terminal import printable, printable_json
 
 SITE = Site.parse("blocks.1.hook_resid_post")
@@ -81,11 +79,9 @@ def all_latents(store, dictionary):
     return dictionary.encode(rows) * usable[:, None], usable
 
 
-@over(kind=SPARSITIES)
-@over(share=[1.0, 0.8])
+@over(kind=SPARSITIES, share=(1.0, 0.8))
 def test_density_and_top_contexts_are_those_of_all_rows(store, model, kind, share, monkeypatch):
-    monkeypatch.setattr(firings_module, "_ROWS_AT_ONCE", 700)
-    monkeypatch.setattr(firings_module, "_LOOK_AT", 5)
+    monkeypatch.setattr(latents_module, "_ROWS_OF_STORE", 700)
     norms = store.rows(SITE, 0, store.num_rows).norm(dim=1)
     one = dictionary_for(model, kind, massive_threshold=float(norms.quantile(share)))
     dense, usable = all_latents(store, one)
@@ -94,54 +90,39 @@ def test_density_and_top_contexts_are_those_of_all_rows(store, model, kind, shar
     often = (dense > 0).sum(0)
     latents = [int(often.argmax()), *often.argsort()[20:60:10].tolist(), int(often.argmin())]
     found = firings(store, one, torch.tensor(latents), top=6)
-    for latent, firing in zip(latents, found, strict=True):
+    spread = firings(store, one, torch.tensor(latents), top=6, sample_rows=store.num_rows // 4)
+    for latent, firing, sampled in zip(latents, found, spread, strict=True):
         values = dense[:, latent]
+        fires = values[usable] > 0
         assert firing.rows_looked_at == int(usable.sum())  # a small store is looked at whole
-        assert firing.density == pytest.approx(int((values > 0).sum()) / int(usable.sum()))
-        if values.any():
-            mean = float(values[values > 0].mean())
-            assert firing.mean_activation == pytest.approx(mean, rel=1e-4)
-        else:
-            assert firing.mean_activation is None
+        assert firing.density == pytest.approx(float(fires.float().mean()))
+        mean = pytest.approx(float(values[values > 0].mean()), rel=1e-4) if fires.any() else None
+        assert firing.mean_activation == mean
+        fires = values[::4][usable[::4]] > 0
+        assert sampled.rows_looked_at == len(fires)
+        assert sampled.density == pytest.approx(float(fires.float().mean()))
         best = torch.zeros(int(context.max()) + 1).scatter_reduce_(0, context, values, "amax")
         expected = best.sort(descending=True).values[:6]
         assert firing.values == pytest.approx(expected[expected > 0].tolist(), rel=1e-5)
         assert values[firing.rows].tolist() == pytest.approx(firing.values, rel=1e-5)
         assert len({int(context[row]) for row in firing.rows}) == len(firing.rows)
-        assert firing.searched_all
+        assert firing.searched_all and (sampled.rows, sampled.values) == (
+            firing.rows,
+            firing.values,
+        )
     assert len(found[0].rows) == 6 > len(found[-1].rows)
 
 
-def test_density_is_estimated_from_evenly_spread_rows(store, model, monkeypatch):
-    monkeypatch.setattr(firings_module, "SAMPLE_ROWS", 500)
-    monkeypatch.setattr(firings_module, "_ROWS_AT_ONCE", 100)
-    one = dictionary_for(model)
-    dense, usable = all_latents(store, one)
-    stride = store.num_rows // 500
-    assert stride > 3 and usable.all()
-    latents = (dense > 0).sum(0).argsort(descending=True)[:8]
-    for latent, firing in zip(latents.tolist(), firings(store, one, latents, 2), strict=True):
-        sample = dense[::stride, latent]
-        assert firing.rows_looked_at == len(sample)
-        assert firing.density == pytest.approx(float((sample > 0).float().mean()))
-        assert firing.density == pytest.approx(
-            float((dense[:, latent] > 0).float().mean()), abs=0.07
-        )
-
-
-def test_it_says_when_the_candidates_ran_out(store, model, monkeypatch):
+def test_it_says_when_the_candidates_ran_out(store, model):
     """Under TopK a latent that is never among the k largest has nothing but candidates."""
     one = dictionary_for(model)
     one.b_enc.data += 50  # all pre-activations are positive
     dense, _ = all_latents(store, one)
-    silent = int((dense > 0).sum(0).argmin())
-    latents = torch.tensor([silent])
-    monkeypatch.setattr(firings_module, "CANDIDATES", 40)
-    (firing,) = firings(store, one, latents, 3)
-    assert not dense[:, silent].any() and not firing.rows and not firing.searched_all
-    monkeypatch.setattr(firings_module, "CANDIDATES", 10_000)
-    (firing,) = firings(store, one, latents, 3)
-    assert firing.searched_all
+    silent = (dense > 0).sum(0).argmin()[None]
+    assert not dense[:, silent].any()
+    for candidates, searched_all in ((40, False), (10_000, True)):
+        (firing,) = firings(store, one, silent, 3, candidates=candidates)
+        assert not firing.rows and firing.searched_all == searched_all
 
 
 def test_examples_lead_back_to_the_text(store, model):
@@ -224,9 +205,8 @@ def test_words_are_the_best_and_the_worst_tokens(model):
     assert [w.id for w in view.promotes] == logits.argsort(descending=True)[:10].tolist()
     assert [w.id for w in view.suppresses] == logits.argsort()[:10].tolist()
     assert view.promotes[0].logit == pytest.approx(float(logits.max()))
-    assert [w.token for w in view.promotes if w.id < 50] == [
-        WORDS[w.id] for w in view.promotes if w.id < 50
-    ]
+    shown = [w for w in view.promotes if w.id < len(WORDS)]
+    assert [w.token for w in shown] == [WORDS[w.id] for w in shown]
 
 
 @pytest.mark.parametrize("device", ["cpu", CARD])
@@ -247,14 +227,6 @@ def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind,
         )
     assert moved.W_enc.device.type == device  # it is left where it was
     assert (moved.on_cpu() is moved) == (device == "cpu")
-
-
-def test_latents_are_looked_at_on_the_cpu(store, model, monkeypatch):
-    """Where there is no GPU, the device without numbers takes its place: any use of it fails."""
-    one, elsewhere = dictionary_for(model), dictionary_for(model).to("meta")
-    monkeypatch.setattr(Dictionary, "on_cpu", lambda _: one)
-    assert look_at(elsewhere, [5, 9], store=store) == look_at(one, [5, 9], store=store)
-    assert named_dictionaries([elsewhere]) == {"plain-k4": one}
 
 
 def test_embeddings_that_no_token_uses_are_not_shown():
@@ -283,16 +255,13 @@ def test_sentence(model):
     assert f"{strongest.latent} {strongest.activation:.2f}" in lines[3]
     assert lines[1].split() == ["«<s>»", "—"]
     assert f"latent {strongest.latent}: «w17» {strongest.activation:.2f}" in lines[7]
-
-
-def test_sentence_without_bos_and_massive_rows(model):
-    ids = torch.tensor([[5, 17, 5, 30]])
-    norms = model.activations(ids, [SITE])[SITE][0].norm(dim=1)
-    one = dictionary_for(model, prepend_bos=False, massive_threshold=float(norms[2]) + 1e-4)
-    tokens = read_sentence(model, one, "w5 w17 w5 w30")
-    assert [token.id for token in tokens] == ids[0].tolist()
+    norms = model.activations(torch.tensor([ids[1:4]]), [SITE])[SITE][0].norm(dim=1)
+    most = float(norms[2]) + 1e-4
+    one = dictionary_for(model, prepend_bos=False, massive_threshold=most)
+    tokens = read_sentence(model, one, "w5 w17 w5")
+    assert [token.id for token in tokens] == ids[1:4]
     fires = [bool(token.latents) for token in tokens]
-    assert fires == [at > 0 and bool(norm <= norms[2] + 1e-4) for at, norm in enumerate(norms)]
+    assert fires == [at > 0 and bool(norm <= most) for at, norm in enumerate(norms)]
 
 
 def test_bad_requests_are_sentences(store, model):
