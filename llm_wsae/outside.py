@@ -62,12 +62,9 @@ def parsing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LlmWsaeError, MemoryError):
-        raise
-    except Exception as error:
-        raise LlmWsaeError(f"{what}: {reason(error)}") from error
     except BaseException as error:
-        if not is_panic(error):
+        ours = isinstance(error, LlmWsaeError | MemoryError)
+        if ours or not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise LlmWsaeError(f"{what}: {reason(error)}") from error
 
@@ -89,17 +86,10 @@ def reason(error: BaseException) -> str:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """The value that a JSON text stands for; ``what`` names it in the error.
-
-    Raises LlmWsaeError for anything that is not JSON: wrong characters, numbers without end,
-    brackets without end.
-    """
-    try:
+    """The value that a JSON text stands for. Raises LlmWsaeError, in which ``what`` names it, for
+    anything that is not JSON, also brackets without end."""
+    with parsing(f"{what} is not readable JSON"):
         return json.loads(text)
-    except RecursionError:
-        raise LlmWsaeError(f"{what} is not readable JSON: it is nested too deeply") from None
-    except ValueError as error:
-        raise LlmWsaeError(f"{what} is not readable JSON: {reason(error)}") from None
 
 
 def lines(file: IO[str], what: str) -> Iterator[str]:
@@ -146,10 +136,8 @@ def pair(value: Any) -> tuple[float, float] | None:
 
 
 def typed(made: T) -> T:
-    """A dataclass that was filled from JSON, whose fields need not hold what they are declared to.
-
-    Raises TypeError, naming the field, unless they do, also within other dataclasses.
-    """
+    """A dataclass that was filled from JSON. Raises TypeError, naming the field, unless its fields
+    hold what they are declared to, also within other dataclasses."""
     hints = get_type_hints(type(made))
     for field in dataclasses.fields(made):  # type: ignore[arg-type]
         value = getattr(made, field.name)
@@ -181,9 +169,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def check_numbers(settings: Any, **limits: int | tuple[int, int]) -> None:
     """Check every number among the fields of a configuration, also within tuples.
 
-    The limits of a field are what it must at least be, or that and what it must at most be; those
-    that are not given follow from its kind, as in ``check_number``. Raises UsageError, naming field
-    and limit.
+    The limits of a field are what it must at least be, or that and what it must at most be; others
+    follow from its kind. Raises as ``check_number`` does.
     """
     for field in dataclasses.fields(settings):
         given = limits.get(field.name)
@@ -207,8 +194,7 @@ def check_number(
 ) -> None:
     """Raises UsageError, naming the number and the limit, unless least ≤ value ≤ most.
 
-    A whole number is a count or a seed, so it is at least 0; any other is only of a size that can
-    be worked with. NaN is no number.
+    A whole number is a count or a seed, so at least 0, and NaN is no number.
     """
     if not isinstance(value, Real):
         raise UsageError(f"{name} is {value!r}, but must be a number")
@@ -222,10 +208,8 @@ def check_number(
 
 
 def from_environment(name: str, least: int, most: int) -> int:
-    """A whole number that a launcher put into the environment.
-
-    Raises UsageError, naming the variable, if it is not one from ``least`` to ``most``.
-    """
+    """A whole number that a launcher put into the environment. Raises UsageError, naming the
+    variable, if it is not one from ``least`` to ``most``."""
     found = os.environ[name]
     value = int(found) if re.fullmatch(r"\d{1,9}", found, re.ASCII) else None
     if value is None or not least <= value <= most:
@@ -244,11 +228,9 @@ def check_revision(name: str | None) -> None:
 
 
 def local_path(name: str, what: str) -> Path:
-    """The path of that name, ``~`` expanded; ``what`` names it in the error ("corpus").
-
-    Raises UsageError for an empty name, which would be the current folder, for the home of a user
-    that does not exist, and for a name that no file can have.
-    """
+    """The path of that name, ``~`` expanded. Raises UsageError, in which ``what`` names it
+    ("corpus"), for an empty name, which would be the current folder, for the home of a user that
+    does not exist, and for a name that no file can have."""
     if not name.strip():
         raise UsageError(f"the name of the {what} is empty; this folder is called .")
     if "\0" in name:

@@ -15,7 +15,6 @@ import pytest
 from command_line import call
 from looping import over
 
-from llm_wsae import outside
 from llm_wsae.artifact.outputs import check_file, check_room, is_record_of
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -54,7 +53,6 @@ class Settings:
 def test_numbers_have_limits():
     for given, said in (
         ({"count": 0}, "count is 0, but must be at least 1"),
-        ({"count": 10**30}, "but must be at most 1,000,000,000,000,000"),
         ({"share": float("nan")}, "share is nan, but must be a number"),
         ({"share": float("inf")}, "share is inf, but must be at most 1"),
         ({"share": -1e300}, "share is -1e.300, but must be at least 0"),
@@ -111,14 +109,11 @@ def test_whatever_a_library_raises():
             raise passed
 
 
-def test_a_line_without_an_end(monkeypatch, tmp_path):
-    monkeypatch.setattr(outside, "_LONGEST_LINE", 8)
-    path = tmp_path / "t"
-    path.write_text("1234567\n\nab")
-    with open(path) as file:
+def test_a_line_without_an_end(tmp_path):
+    (tmp_path / "t").write_text("1234567\n\nab")
+    with open(tmp_path / "t") as file:
         assert list(lines(file, "t")) == ["1234567\n", "\n", "ab"]
-    path.write_text("12\n123456789")
-    with open(path) as file, pytest.raises(LlmWsaeError, match="t, line 2: longer than 8"):
+    with open("/dev/zero") as file, pytest.raises(LlmWsaeError, match="t, line 1: longer than 67"):
         list(lines(file, "t"))
 
 

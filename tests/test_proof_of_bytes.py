@@ -91,19 +91,20 @@ def test_every_bit_of_a_json_file_counts(world):
     assert digests.check_json(digests.json_text(value)) == value
 
 
-def test_every_bit_of_a_file_of_tensors_counts(tmp_path):
+def test_every_byte_of_a_file_of_tensors_counts(tmp_path):
     path, facts = tmp_path / "f.safetensors", {"step": 31, "name": "größe"}
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}
     save_own_tensors(path, tensors, facts)
     good = frozen(load_own_tensors(path, "file"))
     assert good == frozen((tensors, facts))
-    for at, bit, data in every_bit(path.read_bytes()):
-        path.write_bytes(data)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(flipped(whole, at, at % 8))
         try:
             found = load_own_tensors(path, "file")
         except LlmWsaeError:
             continue  # a space in the header may become a tab
-        assert frozen(found) == good, f"bit {bit} of byte {at}: {data[at - 20 : at + 20]!r}"
+        assert frozen(found) == good, f"byte {at}: {whole[max(at - 20, 0) : at + 20]!r}"
 
 
 def test_weights_of_another_tool_have_no_checksum_and_open(tmp_path):

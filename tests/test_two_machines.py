@@ -8,17 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-from command_line import HARVEST, SITE, TRAIN, asked, call, content, works
+from command_line import TRAIN, asked, call, works
 from places import ROOT
 from several import run
 
 SECONDS = 240
-
-
-@pytest.fixture(scope="module")
-def world(made_world):
-    return made_world
 
 
 class Launchers:
@@ -84,8 +78,8 @@ def command(*words):
     return call(*words).code
 
 
-def test_a_training(world, tmp_path):
-    words = ("train", world / "store", *TRAIN, "--k", 4, "--tokens", 200_000,
+def test_a_training(made_world, tmp_path):
+    words = ("train", made_world / "store", *TRAIN, "--k", 4, "--tokens", 200_000,
              "--checkpoint-seconds", 0.2)  # fmt: skip
     out = tmp_path / "two"
     launchers = Launchers(tmp_path, *words, "--out", out)
@@ -98,19 +92,3 @@ def test_a_training(world, tmp_path):
         for folder in (tmp_path / "at once", out)
     ]
     assert weights[0] == weights[1]
-
-
-def test_a_harvest(world, tmp_path):
-    words = ("harvest", "--model", world / "model", "--corpus", world / "text.jsonl", *HARVEST,
-             "--shard-tokens", 512, "--dtype", "float32")  # fmt: skip
-    out = tmp_path / "two"
-    launchers = Launchers(tmp_path, *words, "--out", out)
-    launchers.restart_second(lambda: any(out.glob(f"{SITE}/*.safetensors")))
-    launchers.end()
-    works("verify", out)
-    works(*words, "--out", tmp_path / "one")
-    rows = [
-        {name: data for name, data in content(folder / SITE).items()}
-        for folder in (tmp_path / "one", out)
-    ]
-    assert rows[0] == rows[1]

@@ -36,7 +36,7 @@ class FileRecord:
         return cls(path.stat().st_size, sha256(path))
 
     def has_size(self, path: Path) -> bool:
-        """Whether there is a file of that size; what it holds is not compared."""
+        """Whether there is a file of that size."""
         return path.is_file() and path.stat().st_size == self.bytes
 
     def problem(self, path: Path) -> str | None:
@@ -53,8 +53,7 @@ class FileRecord:
         return f"{path} is damaged: its checksum does not match" if changed else None
 
     def check(self, path: Path, way_out: str) -> None:
-        """Raise LlmWsaeError, which ends with ``way_out``, unless the file at that path holds what
-        was written."""
+        """Raise LlmWsaeError, which ends with ``way_out``, if there is a problem."""
         if problem := self.problem(path):
             raise LlmWsaeError(f"{problem}; {way_out}")
 
@@ -92,16 +91,14 @@ class Artifact:
         return self.path.is_file()
 
     def is_complete(self) -> bool:
-        """Whether what was asked for is done. Raises as ``read`` does, but not for a folder without
-        a record."""
+        """Whether there is a record of finished work. Raises as ``read`` does."""
         return self.is_begun() and self.read().complete
 
     def check_place(self, *names: str) -> None:
-        """Check, before any work, that the folder can be written to. If it has no record, it must
-        hold none of these ``names``; without any, nothing at all (hidden files do not count).
+        """Check that the folder can be written to. Without a record, it must hold none of these
+        ``names``, or nothing at all if there are none (hidden files do not count).
 
-        Raises UsageError if it is no folder, LlmWsaeError if it holds something else or cannot be
-        written.
+        Raises UsageError if it is no folder, LlmWsaeError if it holds something else.
         """
         check_folder(self.folder)
         if self.is_begun() or not self.folder.is_dir():
@@ -117,11 +114,8 @@ class Artifact:
             )
 
     def begin(self, request: Mapping[str, Any], *names: str) -> Record:
-        """The folder's record, or a new one for this ``request``; see ``check_place``.
-
-        Call this under the folder's lock. Raises LlmWsaeError, which names each difference, if
-        something else was asked for before.
-        """
+        """The folder's record, or a new one for this ``request``. Call this under the folder's
+        lock. Raises as ``check_place`` and ``check_request`` do."""
         wanted = plain(request)
         if not self.is_begun():
             self.check_place(*names)
@@ -154,10 +148,8 @@ class Artifact:
         write_json(self.path, {**value, **facts})
 
     def read(self) -> Record:
-        """The folder's record.
-
-        Raises LlmWsaeError if there is none, it is damaged, or it is of another version or kind.
-        """
+        """The folder's record. Raises LlmWsaeError if there is none, or it is damaged or of another
+        version or kind."""
         if not self.is_begun():
             raise LlmWsaeError(f"there is no {self.kind} in {self.folder}: it has no {self.name}")
         way_out = "restore it from a copy, or make it again in another folder"

@@ -25,8 +25,8 @@ _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
 class Damaged(ValueError):
     """The digest is not that of the content."""
 
-    def __init__(self) -> None:
-        super().__init__("its checksum does not match")
+    def __str__(self) -> str:
+        return "its checksum does not match"
 
 
 # --- JSON
@@ -43,11 +43,8 @@ def json_text(value: Any, key: str | None = KEY) -> str:
 
 
 def check_json(text: str, key: str = KEY) -> Any:
-    """The object that ``json_text`` wrote, without its digest.
-
-    Raises Damaged if the text, to the last space, is not what was written; ValueError if it is not
-    JSON.
-    """
+    """The object that ``json_text`` wrote, without its digest. Raises Damaged if the text, to the
+    last space, is not what was written; ValueError if it is not JSON."""
     return _checked(text, key, _dumps)
 
 
@@ -93,12 +90,9 @@ def header(facts: Mapping[str, Any], digest: str) -> dict[str, str]:
 
 
 def of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any]]) -> str:
-    """The digest of facts and of tensors on the CPU, by name, which are taken one at a time.
-
-    It is the SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its
+    """The SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its
     consecutive 4 MiB: training waits while a checkpoint is written, hence a cheap checksum on all
-    cores.
-    """
+    cores. The tensors, by name and on the CPU, are taken one at a time."""
     import torch
 
     whole = hashlib.sha256(json.dumps(json.loads(json.dumps(facts)), sort_keys=True).encode())
@@ -115,10 +109,8 @@ def of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any]]) -> 
 def check_header(
     metadata: Mapping[str, str], tensors: Iterable[tuple[str, Any]]
 ) -> dict[str, Any] | None:
-    """The facts in a safetensors file's metadata; None for another tool's file, without any.
-
-    Raises Damaged if the file is not what was written.
-    """
+    """The facts in a safetensors file's metadata; None for another tool's file, without any. Raises
+    Damaged if the file is not what was written."""
     if HEADER not in metadata:
         if any(map(_ENDS_WITH_DIGEST.search, metadata.values())):  # its name was damaged
             raise Damaged
@@ -128,15 +120,3 @@ def check_header(
     if digest is None or digest != of_tensors(facts, tensors):
         raise Damaged
     return facts
-
-
-# --- Rows
-
-
-def crc32s(data: memoryview, size: int) -> list[int]:
-    """The CRC-32 of each ``size`` bytes; the last piece may be shorter.
-
-    It finds every change within 32 bits, and all but one in 4·10⁹ of other changes, at a quarter of
-    the cost of SHA-256.
-    """
-    return [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]

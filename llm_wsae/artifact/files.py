@@ -42,13 +42,12 @@ _PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}", re.ASCII)  # wi
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, sync it and rename it to ``path``.
+    """Let ``write`` fill a temporary file, sync it and rename it to ``path``.
 
-    The file has a temporary folder to itself: ``write`` may leave files of its own there when it is
-    killed (safetensors does), and any name that ``path`` can have fits.
+    The file has a temporary folder beside ``path`` to itself: ``write`` may leave files of its own
+    there when it is killed (safetensors does), and any name that ``path`` can have fits.
 
-    Raises LlmWsaeError if the disk is full or the folder cannot be written; nothing is left behind
-    then, and the old file is unchanged.
+    Raises LlmWsaeError if the operating system refuses; then the old file is unchanged.
     """
     path, mine = Path(path), f".{os.getpid()}{PARTIAL_SUFFIX}"
     try:
@@ -67,11 +66,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_error(path: Path, error: BaseException) -> LlmWsaeError | None:
-    """The error for a write that the operating system refused; None for any other error."""
-    reason = _system_reason(error)
-    if reason is None:
+    """The error for a write that the operating system refused, also if safetensors wrapped it; None
+    for any other error."""
+    if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
         return None
-    return LlmWsaeError(f"cannot write {path}: {reason}; {way_out(error, _FULL)}")
+    why = getattr(error, "strerror", None) or error
+    return LlmWsaeError(f"cannot write {path}: {why}; {way_out(error, _FULL)}")
 
 
 def way_out(error: BaseException, otherwise: str) -> str:
@@ -81,31 +81,25 @@ def way_out(error: BaseException, otherwise: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
-    write_atomic(path, lambda partial: _write_bytes(partial, text.encode()))
+    write_atomic(path, lambda partial: partial.write_bytes(text.encode()))
 
 
 def write_json(path: Path, value: Any, *, key: str | None = digests.KEY) -> None:
-    """Write JSON atomically, an object with its own digest under ``key`` (``digests.json_text``).
-
-    None writes no digest: for a file whose keys are another tool's.
-    """
+    """Write JSON atomically, an object with its own digest under ``key`` (``digests.json_text``);
+    with none if that is None, for a file whose keys are another tool's."""
     write_text(path, digests.json_text(value, key))
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file of anybody; ``what`` names it in the error ("store manifest").
-
-    Raises LlmWsaeError if the file is missing or is not JSON.
-    """
+    """Read a JSON file of anybody. Raises LlmWsaeError, in which ``what`` names it ("store
+    manifest"), if the file is missing or is not JSON."""
     with _reading_json(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Any:
-    """Read a JSON object that ``write_json`` wrote. ``way_out`` ends the error for damage.
-
-    Raises LlmWsaeError as ``read_json`` does, and if the digest is not that of the content.
-    """
+    """Read a JSON object that ``write_json`` wrote. Raises as ``read_json`` does, and LlmWsaeError,
+    which ends with ``way_out``, if the digest is not that of the content."""
     with _reading_json(path, what, way_out):
         return digests.check_json(Path(path).read_bytes().decode("utf-8"), key)
 
@@ -130,11 +124,7 @@ def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, An
 
 
 def load_tensors(path: Path, what: str, way_out: str = "") -> tuple[dict[str, Any], dict[str, str]]:
-    """Read all of a safetensors file: (tensors, metadata). ``what`` names it in the error, which
-    ends with ``way_out``.
-
-    Raises LlmWsaeError if the file is missing, truncated or not safetensors.
-    """
+    """Read all of a safetensors file: (tensors, metadata). Raises as ``open_tensors`` does."""
     with open_tensors(path, what, way_out) as file:
         return dict(each_tensor(file)), file.metadata() or {}
 
@@ -143,29 +133,24 @@ def load_own_tensors(
     path: Path, what: str, way_out: str = AGAIN
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read all of a file that ``save_own_tensors`` wrote: (tensors, facts). Another tool's file has
-    no facts.
-
-    ``way_out`` ends the error for damage. Raises LlmWsaeError as ``load_tensors`` does, and if the
-    digest is not that of the file.
-    """
+    no facts. Raises as ``open_tensors`` does, and LlmWsaeError if the digest does not match."""
     with open_tensors(path, what, way_out) as file:
         facts = own_facts(file, path, what, way_out)
         return dict(each_tensor(file)), facts or {}
 
 
 def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[str, Any] | None:
-    """The facts in the header of a file that ``open_tensors`` has opened, after a check of all of
-    its content; None for another tool's file. Raises as ``load_own_tensors`` does."""
+    """The facts in the header of an open file, after a check of all of its content; None for
+    another tool's file. Raises as ``load_own_tensors`` does."""
     with _reading_json(path, what, way_out):
         return digests.check_header(file.metadata() or {}, each_tensor(file))
 
 
 @contextmanager
 def open_tensors(path: Path, what: str, way_out: str = "") -> Iterator[Any]:
-    """A safetensors file as ``safe_open`` opens it, to read parts of it.
-
-    ``what`` names it in the error, which ends with ``way_out``. Raises as ``load_tensors`` does.
-    """
+    """A safetensors file as ``safe_open`` opens it, to read parts of it. Raises LlmWsaeError, in
+    which ``what`` names it and ``way_out`` ends the sentence, if it is missing, truncated or not
+    safetensors."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -189,8 +174,8 @@ def sha256(path: Path) -> str:
 def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Callable[[], None]]:
     """Lock a folder for one run that writes to it; the kernel releases it when its processes end.
 
-    Yields a function: once it is called, other processes may hold the folder ``shared`` with this
-    one, but none may hold it alone. Raises LlmWsaeError if another run holds it.
+    Once the function that it yields is called, other processes may hold the folder ``shared`` with
+    this one, but none alone. Raises LlmWsaeError if another run holds it.
     """
     folder = Path(folder)
     try:
@@ -221,18 +206,15 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; of one that a kill leaves half deleted, ``remove_partials`` deletes the
-    rest."""
+    """Delete a folder, or leave to ``remove_partials`` what a kill leaves of it."""
     leaving = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     folder.rename(leaving)
     shutil.rmtree(leaving)
 
 
 def remove_partials(folder: Path, *below: str) -> None:
-    """Delete what killed writers left half written in a folder and in the subfolders ``below``.
-
-    Nothing else is touched. Call this only under the folder's lock.
-    """
+    """Delete what killed writers left half written in a folder and in the subfolders ``below``,
+    and nothing else. Call this only under the folder's lock."""
     for own in (Path(folder), *(Path(folder) / name for name in below)):
         for path in own.glob(".*"):
             if not _PARTIALS.fullmatch(path.name):
@@ -285,23 +267,9 @@ def each_tensor(file: Any) -> Iterator[tuple[str, Any]]:
     return ((name, file.get_tensor(name)) for name in sorted(file.keys()))
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-
-
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _system_reason(error: BaseException) -> str | None:
-    """The operating system's reason for a failed write, also if safetensors wrapped it."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if type(error).__name__ == "SafetensorError":
-        return str(error)
-    return None

@@ -16,11 +16,8 @@ from llm_wsae.outside import mapping
 
 
 def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Check that a file can be written to ``path``; ``is_ours`` judges one that is there.
-
-    Raises UsageError if the path is a folder or below a file; LlmWsaeError if the file is someone
-    else's or the folder cannot be written.
-    """
+    """Raises UsageError if a path is a folder or below a file; LlmWsaeError if it is someone else's
+    file, as ``is_ours`` judges one that is there, or cannot be written."""
     if _is_there(path):
         if path.is_dir():
             raise UsageError(f"--out is the name of a file to write, but {path} is a folder")
@@ -33,10 +30,8 @@ def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Check that files can be written into a folder, which may not exist yet.
-
-    Raises UsageError if the path is no folder, LlmWsaeError if it cannot be written.
-    """
+    """Raises UsageError if a path is no folder and cannot become one, LlmWsaeError if it cannot be
+    written."""
     if _is_there(path) and not path.is_dir():
         raise UsageError(f"--out is the name of a folder, but {path} is a file")
     _check_writable(path, path)

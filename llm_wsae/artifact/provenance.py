@@ -44,8 +44,7 @@ def version_of(package: str) -> str:
 def command_line() -> str:
     """The command that this process runs, ``portable``; empty in any other program."""
     program = Path(sys.argv[0])
-    as_module = program.name == "__main__.py" and program.parent.name == "llm_wsae"
-    ours = program.name == "llm-wsae" or as_module
+    ours = program.name == "llm-wsae" or program.parts[-2:] == ("llm_wsae", "__main__.py")
     return portable(shlex.join(["llm-wsae", *sys.argv[1:]])) if ours else ""
 
 
@@ -61,8 +60,7 @@ def portable(command: str) -> str:
 
 
 def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
-    """Write ``{command, config, number_formats, versions}`` as JSON. Raises as ``write_json``
-    does."""
+    """Write ``{command, config, number_formats, versions}`` as JSON."""
     found = {"number_formats": number_formats, "versions": versions()}
     write_json(path, {"command": command, "config": plain(config), **found})
 

@@ -33,10 +33,10 @@ _TIE = 1.05
 
 def fast_dtype(device: torch.device, kind: Kind = "model", began: Any = None) -> torch.dtype:
     """The number format in which a device is faster, at a model's layers and unembedding or at the
-    product of a dictionary's encoder.
+    product of a dictionary's encoder; the reason goes to ``provenance.number_formats``.
 
     ``began`` is the format in the record of what is resumed or read, if any: it is kept, since
-    another one would change the result. The reason goes to ``provenance.number_formats``.
+    another one would change the result.
     """
     if device.type == "cpu":
         chosen, why = _on_cpu(kind)

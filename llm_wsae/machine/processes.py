@@ -52,11 +52,8 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A piece of work that all processes start and end together.
-
-        An error in one process ends it for all: the others raise the same sentence (as a
-        LlmWsaeError with the same exit code) when they next wait.
-        """
+        """A piece of work that all processes start and end together. An error in one process ends
+        it for all: the others raise the same sentence, with its exit code, when they next wait."""
         yield
 
     def lead(self, work: Callable[[], T]) -> T:
@@ -71,8 +68,8 @@ class Processes:
         """Wait until all processes have called this."""
 
     def check_agreed(self, mine: dict[str, Any], what: str) -> None:
-        """Raise LlmWsaeError, naming each difference, unless all processes have the same ``what``,
-        which must be JSON."""
+        """Raise LlmWsaeError, naming each difference, unless all processes have the same values,
+        JSON, of ``what``."""
         owners = ("process 0", f"process {self.rank}")
         if clauses := differences(self.lead(lambda: plain(mine)), mine, owners):
             raise LlmWsaeError(
@@ -84,9 +81,7 @@ class Processes:
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
         """Lock a folder for this run: no other may write there while a process of this one lives.
-
-        Raises LlmWsaeError if another run has locked it.
-        """
+        Raises LlmWsaeError if another run has locked it."""
         with files.folder_lock(folder, what):
             yield
 
@@ -128,10 +123,7 @@ class Several(Processes):
         return values
 
     def meet(self) -> None:
-        from torch import distributed
-
-        with self.explained():
-            distributed.barrier(self._group)
+        self.gather(None)
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
@@ -204,11 +196,11 @@ class Collectives:
 
     def sum_(self, tensor: "Tensor") -> "Tensor":
         """Sum over all processes, in place; the same bits everywhere."""
-        return self._reduce(tensor, self._torch.ReduceOp.SUM)
+        return self._reduced(tensor, self._torch.ReduceOp.SUM)
 
     def min_(self, tensor: "Tensor") -> "Tensor":
         """Minimum over all processes, in place."""
-        return self._reduce(tensor, self._torch.ReduceOp.MIN)
+        return self._reduced(tensor, self._torch.ReduceOp.MIN)
 
     def gather(self, tensor: "Tensor") -> "list[Tensor]":
         """The tensors of all processes, of one shape, by rank."""
@@ -233,7 +225,7 @@ class Collectives:
         self._torch.destroy_process_group(self._group)
         del self._group  # which a traceback would keep open
 
-    def _reduce(self, tensor: "Tensor", operation: Any) -> "Tensor":
+    def _reduced(self, tensor: "Tensor", operation: Any) -> "Tensor":
         assert tensor.is_contiguous()
         with self._processes.explained():
             self._torch.all_reduce(tensor, operation, self._group)
@@ -242,11 +234,9 @@ class Collectives:
 
 @contextmanager
 def collectives(processes: Several, device: "torch.device") -> Iterator[Collectives]:
-    """Connect all processes for tensors on ``device``, until the block ends or fails.
-
-    Raises UsageError for a device whose tensors cannot be exchanged, or if nothing says which of
-    the machine's GPUs is this process's own.
-    """
+    """Connect all processes for tensors on ``device``, until the block ends or fails. Raises
+    UsageError for one whose tensors cannot be exchanged, or if nothing says which GPU is this
+    process's own."""
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
     backend = "gloo"
@@ -256,8 +246,7 @@ def collectives(processes: Several, device: "torch.device") -> Iterator[Collecti
         if device.index is None:
             raise UsageError(
                 "several processes were started without LOCAL_RANK, which says which GPU each of "
-                "them takes; start them with torchrun, or set LOCAL_RANK to their numbers on each "
-                "machine"
+                "them takes; start them with torchrun, or set LOCAL_RANK to their numbers"
             )
         torch.cuda.set_device(device)
         each_has_its_own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
@@ -284,10 +273,8 @@ def leads() -> bool:
 
 @functools.cache
 def join() -> Processes:
-    """All processes of this run, as soon as each of them has called this.
-
-    Raises LlmWsaeError if they do not all call it, or cannot reach each other.
-    """
+    """All processes of this run, as soon as each of them has called this. Raises LlmWsaeError if
+    they do not all call it, or cannot reach each other."""
     if count() == 1:
         return Processes()
     from_environment("RANK", 0, count() - 1)

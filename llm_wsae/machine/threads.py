@@ -11,17 +11,14 @@ from typing import TypeVar
 
 import torch
 
-_Piece = TypeVar("_Piece")
-_Result = TypeVar("_Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _END = object()
 
 
-def parallel_map(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) -> list[_Result]:
-    """``work`` of every piece, in order.
-
-    The threads do not inherit modes of the caller such as ``no_grad``: ``work`` sets its own. The
-    first error among the pieces is raised once all have ended.
-    """
+def parallel_map(work: Callable[[Item], Result], pieces: Sequence[Item]) -> list[Result]:
+    """``work`` of every piece, in order. It must set modes such as ``no_grad`` itself. The first
+    error among the pieces is raised once all have ended."""
     cores = torch.get_num_threads()
     workers = min(cores, len(pieces))
     if workers < 2:
@@ -34,16 +31,10 @@ def parallel_map(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) ->
             torch.set_num_threads(cores)  # later threads start with this value too
 
 
-Item = TypeVar("Item")
-
-
 def prefetch(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    """The same items, up to ``depth`` of them computed ahead in one background thread.
-
-    Nothing starts before the first item is requested. An error of the computation is raised in
-    place of its item. Closing or dropping the iterator ends the thread after its current item and
-    closes the source.
-    """
+    """The same items, up to ``depth`` of them computed ahead in one background thread, once the
+    first is requested. An error of the computation is raised in place of its item. Closing or
+    dropping the iterator ends the thread after its current item and closes the source."""
     source = iter(items)
     ahead: deque[Future] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -59,6 +50,5 @@ def prefetch(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
             del item  # otherwise one more than promised stays in memory
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        close = getattr(source, "close", None)
-        if close is not None:
-            close()
+        if isinstance(source, Generator):
+            source.close()

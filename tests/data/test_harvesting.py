@@ -90,7 +90,6 @@ def ends(renames, work):
     ended."""
     child = fork()
     if child == 0:
-        torch.set_num_threads(1)
         replace, left = os.replace, [renames]
 
         def counted(*paths):

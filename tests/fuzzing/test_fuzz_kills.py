@@ -195,7 +195,6 @@ def run(work: Callable[[], object], count: Path, last: int | None) -> int | None
     moments if it has none of that number."""
     child = fork()
     if child == 0:
-        torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
         reached = [0]
 
         def moment() -> None:

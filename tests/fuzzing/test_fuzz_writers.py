@@ -3,17 +3,13 @@
 A case decides what each does and in which order; the machine, how they meet.
 """
 
-import os
-import pickle
 import random
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fuzzing import SECONDS, Fuzz, fork
+from fuzzing import Fuzz, begun
 from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -22,33 +18,12 @@ from llm_wsae.dictionary.folder import check_folder, keep_measurements
 from llm_wsae.errors import LlmWsaeError
 
 REPLACED = "was replaced by another one"
+MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
 
 
 def both(works: list[Callable[[], Any]]) -> list[Any]:
-    """What each of the works gives, or its error, done at once in a process each."""
-    children = []
-    for work in works:
-        reading, writing = os.pipe()
-        child = fork()
-        if child == 0:
-            signal.alarm(SECONDS)
-            torch.set_num_threads(1)
-            try:
-                found = work()
-            except BaseException as error:
-                found = error
-            with open(writing, "wb") as pipe:
-                pickle.dump(found, pipe)
-            os._exit(0)
-        os.close(writing)
-        children.append((child, reading))
-    found = []
-    for child, reading in children:
-        with open(reading, "rb") as pipe:
-            data = pipe.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        found.append(pickle.loads(data) if data else RuntimeError(f"it ended with {status}"))
-    return found
+    """What each of the works gives, done at once in a process each."""
+    return [wait() for wait in [begun(work, MEMORY) for work in works]]
 
 
 def process(
@@ -114,8 +89,6 @@ def plan(draw: random.Random) -> list[str]:
 
 def judge(folder: Path, found: list[Any], saves: str | None) -> tuple[str, object]:
     """A save resets the measurements of before, and one of other weights all that was said."""
-    if errors := [one for one in found if isinstance(one, BaseException)]:
-        return "traceback", errors
     try:
         Dictionary.load(folder)
         metrics, said = check_folder(folder).metrics, read_explanations(folder)

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from llm_wsae.cli import _explained
 
-OUTCOMES = ("tried", "refused", "harmless", "different", "traceback", "code", "lost")
 _SHOWN = 10  # failures in a message
 SECONDS = 30
 """The longest that a case in a process of its own may take; what it takes is mostly much less."""
@@ -81,12 +80,14 @@ def fork() -> int:
     child = os.fork()
     if child == 0:
         tqdm.set_lock(threading.RLock())
+        torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
     return child
 
 
-def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
-    """What the work gives or raises in a process of its own, which may not take long nor have more
-    than ``memory`` bytes of addresses. Raises RuntimeError if the process ends otherwise."""
+def begun(work: Callable[[], Any], memory: int) -> Callable[[], Any]:
+    """Begin a piece of work in a process of its own, which may not take long nor have more than
+    ``memory`` bytes of addresses. The function waits for it and gives or raises what it did, or
+    RuntimeError if the process ended otherwise."""
     reading, writing = os.pipe()
     child = fork()
     if child == 0:
@@ -94,7 +95,6 @@ def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
         try:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
             signal.alarm(SECONDS)
-            torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
             try:
                 found = work(), None
             except Exception as error:
@@ -105,14 +105,23 @@ def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
         finally:
             os._exit(status)
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        found = pipe.read()
-    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-        raise RuntimeError(f"the process ended with {status}")
-    value, error = pickle.loads(found)
-    if error is not None:
-        raise error
-    return value
+
+    def end() -> Any:
+        with open(reading, "rb") as pipe:
+            found = pipe.read()
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise RuntimeError(f"the process ended with {status}")
+        value, error = pickle.loads(found)
+        if error is not None:
+            raise error
+        return value
+
+    return end
+
+
+def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
+    """What the work gives or raises, as ``begun``."""
+    return begun(work, memory)()
 
 
 def frozen(value: Any) -> Any:
@@ -148,12 +157,6 @@ def blind(data: bytes, draw: random.Random, other: bytes) -> tuple[str, bytes]:
     return " and ".join(done), data
 
 
-def flipped(data: bytes, bit: int) -> bytes:
-    """The bytes with one bit turned."""
-    at = bit // 8
-    return data[:at] + bytes([data[at] ^ (1 << bit % 8)]) + data[at + 1 :]
-
-
 def _piece(data: bytes, draw: random.Random, longest: int = 200) -> tuple[int, int]:
     """Begin and end of a piece of the bytes; often a small one."""
     begin = draw.randint(0, len(data))
@@ -161,7 +164,10 @@ def _piece(data: bytes, draw: random.Random, longest: int = 200) -> tuple[int, i
 
 
 def _flip(data: bytes, draw: random.Random, _: bytes) -> bytes:
-    return flipped(data, draw.randrange(8 * len(data))) if data else data
+    if not data:
+        return data
+    at, bit = divmod(draw.randrange(8 * len(data)), 8)
+    return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
 
 
 def _put(data: bytes, draw: random.Random, new: bytes) -> bytes:

@@ -15,29 +15,27 @@ from torch import Tensor
 
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
-    "one byte": lambda data: data[:1],
     "eight bytes": lambda data: data[:8],
-    "a quarter": lambda data: data[: len(data) // 4],
     "half": lambda data: data[: len(data) // 2],
-    "a tail cut off": lambda data: data[:-16],
     "the last byte cut off": lambda data: data[:-1],
     "the first byte cut off": lambda data: data[1:],
     "a hole": lambda data: data[: len(data) // 3] + data[len(data) // 2 :],
     "zeros": lambda data: bytes(len(data)),
     "zeros at the beginning": lambda data: bytes(16) + data[16:],
-    "zeros in the middle": lambda data: _zeroed(data, len(data) // 2),
+    "zeros in the middle": lambda data: (
+        data[: len(data) // 2]
+        + bytes(len(data[len(data) // 2 :][:64]))
+        + data[len(data) // 2 + 64 :]
+    ),
     "zeros at the end": lambda data: data[:-16] + bytes(16),
-    "backwards": lambda data: data[::-1],
     "every bit turned": lambda data: bytes(255 - byte for byte in data),
     "more behind it": lambda data: data + b"x",
     "twice": lambda data: data + data,
-    "a web page": lambda data: b"<!doctype html><title>Not found</title>",
     "a pointer of large files": lambda data: (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
     ),
 }
-CUT = ("empty", "one byte", "eight bytes", "a quarter", "half", "zeros", "a web page",
-       "a pointer of large files")  # fmt: skip
+CUT = ("empty", "eight bytes", "half", "zeros", "a pointer of large files")
 """Those after which nothing can be read from any file."""
 
 OTHER_VALUES: tuple[Any, ...] = (
@@ -47,44 +45,31 @@ OTHER_VALUES: tuple[Any, ...] = (
 REMOVED = "removed"
 OTHER_JSON = {
     "a list": b"[]",
-    "null": b"null",
-    "a number": b"3",
     "a text": b'"x"',
     "two objects": b"{}{}",
     "nothing in it": b"{}",
     "brackets without end": b"[" * 100_000,
-    "objects without end": b'{"a":' * 100_000,
     "a number of 5000 digits": b'{"d_in": ' + b"9" * 5000 + b"}",
     "no UTF-8": b'{"a": "\xff"}',
-    "UTF-16": '{"a": 1}'.encode("utf-16"),
     "a byte-order mark": b"\xef\xbb\xbf{}",
 }
 
 
-def _zeroed(data: bytes, start: int, length: int = 64) -> bytes:
-    return data[:start] + bytes(min(length, len(data) - start)) + data[start + length :]
-
-
 def config_changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(key, value, the configuration): each value, two deep, exchanged or ``"removed"``."""
-    for path in _paths(config):
+    paths = [(key,) for key in config]
+    paths += [
+        (key, own) for key, value in config.items() if isinstance(value, dict) for own in value
+    ]
+    for *above, key in paths:
         for value in (REMOVED, *OTHER_VALUES):
             changed = copy.deepcopy(config)
-            inner = changed
-            for key in path[:-1]:
-                inner = inner[key]
+            inner = changed[above[0]] if above else changed
             if value is REMOVED:
-                del inner[path[-1]]
+                del inner[key]
             else:
-                inner[path[-1]] = value
-            yield ".".join(path), value, changed
-
-
-def _paths(config: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for key, value in config.items():
-        yield (*above, key)
-        if isinstance(value, dict) and not above:
-            yield from _paths(value, (key,))
+                inner[key] = value
+            yield ".".join([*above, key]), value, changed
 
 
 def tensor_changes(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -104,14 +89,14 @@ def _changed(tensor: Tensor) -> dict[str, Tensor]:
     changed = {
         "as whole numbers": tensor.to(torch.int32),
         "as truth values": tensor > 0,
-        "as bytes": tensor.to(torch.uint8),
         "in a box": tensor[None],
         "twice as long": torch.cat([flat, flat]),
         "without anything": tensor.new_zeros(0),
     }
     if tensor.is_floating_point():
-        changed["not a number"] = _with(flat, float("nan")).view(tensor.shape)
-        changed["infinite"] = _with(flat, float("-inf")).view(tensor.shape)
+        for what, value in (("not a number", "nan"), ("infinite", "-inf")):
+            changed[what] = tensor.clone()
+            changed[what].view(-1)[-1] = float(value)
     if tensor.ndim:
         changed["one short"] = tensor[1:].clone()
         changed["one long"] = torch.cat([tensor, tensor[:1]])
@@ -119,12 +104,6 @@ def _changed(tensor: Tensor) -> dict[str, Tensor]:
         changed["turned"] = tensor.T.contiguous()
         changed["flat"] = flat
     return changed
-
-
-def _with(flat: Tensor, value: float) -> Tensor:
-    flat = flat.clone()
-    flat[-1] = value
-    return flat
 
 
 def write(path: Path, config: Any) -> None:

@@ -1,0 +1,188 @@
+"""The faster number format, memory that is given back, and how processes keep together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from command_line import HARVEST, SITE, call, content, works
+from looping import over
+from several import run
+
+from llm_wsae.artifact import provenance
+from llm_wsae.data.manifest import Manifest
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.machine import number_format, processes
+from llm_wsae.machine.number_format import fast_dtype, name_of
+from llm_wsae.machine.processes import Processes, Several, collectives, join, may_speak
+
+CPU = torch.device("cpu")
+TRAIN = ("--site", SITE, "--expansion", 4, "--batch-size", 256, "--k", 4)
+
+
+def measured(monkeypatch, of_float32):
+    """As on a processor with bfloat16 where float32 takes so many times its time."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: of_float32 > 0)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seconds = {torch.float32: 1e-3 * of_float32, torch.bfloat16: 1e-3}
+    products = ("layers", "unembedding", "encoder")
+    monkeypatch.setattr(number_format, "product_seconds", lambda: dict.fromkeys(products, seconds))
+
+
+@over(
+    kind=["model", "encoder"],
+    found=[
+        (2, torch.bfloat16),
+        (0.96, torch.bfloat16),  # a tie takes less memory
+        (0.94, torch.float32),
+        (0, torch.float32),  # without the instructions
+    ],
+)
+def test_the_faster_number_format_is_chosen(kind, found, monkeypatch):
+    of_float32, faster = found
+    measured(monkeypatch, of_float32)
+    assert fast_dtype(CPU, kind) == faster
+    why = "measured to be" if of_float32 else "the processor has no bfloat16"
+    assert provenance.number_formats[kind].startswith(f"{name_of(faster)}: {why}")
+
+
+def test_the_measurement_takes_little_and_leaves_the_threads():
+    number_format.product_seconds.cache_clear()
+    threads = torch.get_num_threads()
+    found = number_format.product_seconds()
+    assert found is number_format.product_seconds() and torch.get_num_threads() == threads
+    assert found.keys() == {"layers", "unembedding", "encoder"}
+    for seconds in found.values():
+        assert seconds.keys() == {torch.float32, torch.bfloat16}
+        assert all(0 < one < 1 for one in seconds.values())
+
+
+def test_what_was_begun_goes_on_in_its_format(made_world, tmp_path, monkeypatch):
+    """A harvest, a training, and a stream: the second measurement finds the opposite."""
+    text = ("--model", made_world / "model", "--corpus", made_world / "text.jsonl")
+    store, out, streamed = (tmp_path / name for name in ("store", "out", "streamed"))
+    harvest = ("harvest", *text, *HARVEST, "--tokens", 2000, "--out", store)
+    trainings = {
+        out: ("train", store, *TRAIN),
+        streamed: ("train", *text, *TRAIN, "--context-size", 16, "--tokens", 2560),
+    }
+    measured(monkeypatch, 0.5)
+    works(*harvest)
+    for folder, words in trainings.items():
+        works(*words, "--out", folder)
+    before = {folder: content(folder / "uniform-k4") for folder in trainings}
+    made = [json.loads((out / name).read_text()) for name in ("training.json", "train.json")]
+    assert made[0]["request"]["dtype"] == "float32" == Manifest.load(store).model["dtype"]
+    assert made[1]["number_formats"]["encoder"] == "float32: measured to be the faster one here"
+    measured(monkeypatch, 2)
+    for folder, words in trainings.items():
+        works(*words, "--out", folder)  # finished: it would be refused in another format
+        assert content(folder / "uniform-k4") == before[folder]
+    kept = "float32: as recorded when this was begun"
+    record = json.loads((streamed / "train.json").read_text())
+    assert record["number_formats"] == {"model": kept, "encoder": kept}
+    works(*harvest, "--tokens", 3000)
+    assert Manifest.load(store).model["dtype"] == Manifest.load(store).dtype == "float32"
+    assert json.loads((store / "harvest.json").read_text())["number_formats"]["model"] == kept
+    assert call(*harvest, "--model-dtype", "bfloat16").code == 1
+
+
+FREED = """
+from pathlib import Path
+import torch
+from llm_wsae.machine.hardware import return_freed_memory
+
+MB = 2**20
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+large = torch.ones(30 * MB, dtype=torch.uint8)
+del large  # from now on the allocator takes blocks below this size from its own
+before = resident()
+blocks = [torch.ones(MB, dtype=torch.uint8) for _ in range(200)]
+held = resident()
+del blocks[:-1]  # the last one lies above all others
+kept = resident()
+return_freed_memory()
+assert blocks[0].all()
+print(held - before > 150 * MB, kept - before > 150 * MB, resident() - before < 50 * MB)
+"""
+"""In a process of its own: one that has run for long holds freed memory in which blocks fit."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc, and the allocator of glibc")
+def test_freed_memory_is_returned():
+    said = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert said.stdout == "True True True\n", said.stderr
+
+
+# --- Processes
+
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def work():
+    all_of_us = join()
+    rank = all_of_us.rank
+    with all_of_us.together():
+        led = [all_of_us.lead(lambda: {"rank": rank, "text": "ü"}), all_of_us.lead(lambda: None)]
+        ranks = all_of_us.gather(rank)
+    return [all_of_us.leads, processes.leads(), led, ranks]
+
+
+def test_who_does_what():
+    led = [{"rank": 0, "text": "ü"}, None]
+    assert run(3, work) == [[rank == 0, rank == 0, led, [0, 1, 2]] for rank in range(3)]
+
+
+def fails(kind):
+    all_of_us = join()
+    try:
+        with all_of_us.together():
+            if all_of_us.rank == 1:
+                if kind is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise kind(f"no {kind.__name__}")
+            all_of_us.meet()
+    except LlmWsaeError as error:
+        return [f"{type(error).__name__}: {error}", may_speak()]
+
+
+def test_an_error_reaches_all_with_its_exit_code_and_is_said_once():
+    for kind in (UsageError, LlmWsaeError):
+        outcomes = run(2, fails, kind)
+        assert [said for said, _ in outcomes] == 2 * [f"{kind.__name__}: no {kind.__name__}"]
+        assert sorted(speaks for _, speaks in outcomes) == [False, True]
+    (said, _), killed = run(2, fails, None)
+    assert "another process of this run exited without an error message" in said
+    assert killed is None
+
+
+def test_processes_that_cannot_begin_are_one_sentence(monkeypatch):
+    """As of ``srun`` alone, which sets no LOCAL_RANK; and if the others do not come."""
+    connected = collectives(object.__new__(Several), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
+        connected.__enter__()
+    for name, value in zip(ENVIRONMENT, ("1", "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_JOIN", timedelta(seconds=1))
+    with pytest.raises(LlmWsaeError, match=r"the 2 processes .* at 127\.0\.0\.1:1 \("):
+        join.__wrapped__()
+
+
+def test_one_process_needs_nothing(tmp_path, monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    alone = join.__wrapped__()
+    assert (alone.rank, alone.size, alone.leads, may_speak()) == (0, 1, True, True)
+    with alone.together(), alone.folder_lock(tmp_path, "store"):
+        assert alone.lead(lambda: 3) == 3 and alone.gather(3) == [3]
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "1")
+    assert type(join.__wrapped__()) is Processes  # a launcher that starts one
