@@ -5,15 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import SITE, WORDS, one_latent_a_word, planted_model
+from evaluation_cases import SITE, WORDS, planted_model
 from tiny import words
 
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
-from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize, owners, per_document
 from llm_wsae.statistics.uncertainty import over_seeds_and_items
@@ -36,13 +34,6 @@ def corpus(tmp_path_factory):
     return write(tmp_path_factory.mktemp("texts") / "a.jsonl", [long, *short])
 
 
-class Listed:
-    """A context of tokens that are all kept."""
-
-    def __init__(self, ids):
-        self.ids, self.keep = ids, np.ones(len(ids), dtype=bool)
-
-
 def taken(corpus, contexts):
     packer = Packer.for_model(planted_model(), PackConfig(context_size=CONTEXT))
     (block,) = packer.blocks(corpus, contexts, limit=contexts)
@@ -58,29 +49,6 @@ def test_a_long_document_gives_two_contexts_before_all_others_have_given(corpus)
     assert not size.warnings()
     everything = taken(corpus, 1100)  # and then the rest of it
     assert everything.count("a.jsonl#1") > 40 * PAGE
-
-
-def test_dictionaries_that_differ_on_the_long_document_alone_are_nearly_level(corpus):
-    """One is blind to its words: on the first contexts of the text it would lose everything."""
-    model = planted_model()
-    good, blind = one_latent_a_word("good"), one_latent_a_word("blind")
-    blind.W_enc.data[:4] = 0
-    report = evaluate({"good": good, "blind": blind}, model, corpus, EvaluateConfig(tokens=3000))
-    one, other = report.dictionaries["good"], report.dictionaries["blind"]
-    assert one.documents > 100 and one.effective_documents > 0.9 * one.documents
-    differs = np.array(other.kl_per_document) - np.array(one.kl_per_document)
-    assert (np.abs(differs) > 0.01).sum() <= 3  # two contexts hold a part of another document
-    text = next(corpus.sources[0].documents()).text
-    first = planted_model().tokenizer(text)["input_ids"][: 3 * CONTEXT]
-    alone = evaluate(
-        {"good": good, "blind": blind},
-        model,
-        [Listed(np.array(first[at : at + CONTEXT])) for at in range(0, len(first), CONTEXT)],
-        EvaluateConfig(tokens=20),
-    ).dictionaries
-    assert other.fvu - one.fvu < 0.05 < 0.5 < alone["blind"].fvu - alone["good"].fvu
-    low, high = other.kl_interval
-    assert low <= one.kl <= high
 
 
 def test_the_same_sections_every_time_and_from_any_section_on(corpus):

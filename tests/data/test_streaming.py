@@ -54,14 +54,6 @@ def streams(model, corpus):
     return ActivationStreams(model, corpus, SITES, STREAM)
 
 
-def arms_of(streams):
-    found = {}
-    for site in streams.sites:
-        inputs = RuleInputs(streams.statistics(site), second_moment=streams.second_moment(site))
-        found[site] = make_arms(choose_weights(inputs, ("uniform", "whitening"), (0.5,)), (4,))
-    return found
-
-
 def files(folder):
     """What a training leaves, without what holds times."""
     return {
@@ -166,17 +158,31 @@ def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams):
     batches.close()
 
 
-def test_sites_in_step_are_trained_as_alone(streams, model, corpus, tmp_path):
-    arms = arms_of(streams)
-    together = train_sites(streams, arms, TRAIN, tmp_path / "together")
+@pytest.fixture(scope="module")
+def whole(model, corpus, tmp_path_factory):
+    """Two sites in step: the arms by site, and the folder of the finished training."""
+    streams, folder = ActivationStreams(model, corpus, SITES, STREAM), tmp_path_factory.mktemp("w")
+    arms = {}
     for site in SITES:
-        source = ActivationStream(model, corpus, site, STREAM)
-        alone = train(source, arms[site], TRAIN, tmp_path / str(site))
-        for name, dictionary in alone.items():
-            assert torch.equal(dictionary.W_enc, together[site][name].W_enc)
-        assert files(tmp_path / str(site)) == files(tmp_path / "together" / str(site))
-    found = verify(tmp_path / "together")
+        inputs = RuleInputs(streams.statistics(site), second_moment=streams.second_moment(site))
+        arms[site] = make_arms(choose_weights(inputs, ("uniform", "whitening"), (0.5,)), (4,))
+    train_sites(streams, arms, TRAIN, folder)
+    return arms, folder
+
+
+def test_sites_in_step_are_trained_as_alone(whole, streams, tmp_path, monkeypatch):
+    arms, together = whole
+    for site in SITES:
+        train(streams.source(site), arms[site], TRAIN, tmp_path / str(site))
+        assert files(tmp_path / str(site)) == files(together / str(site))
+    found = verify(together)
     assert found.kind == "run" and not found.problems
+    enough = 24 * len(arms[site]) * TRAIN.expansion * streams.d_in**2  # bytes for one site alone
+    monkeypatch.setattr(hardware, "memory_of", lambda device: enough)
+    with pytest.raises(UsageError, match="GiB of memory, but"):
+        train_sites(streams, arms, TRAIN, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+    train(streams.source(site), arms[site], TRAIN, tmp_path / "one")
 
 
 class Broken(ActivationStreams):
@@ -193,63 +199,45 @@ class Broken(ActivationStreams):
             yield rows
 
 
-def test_what_was_trained_is_kept_when_the_text_fails(streams, tmp_path):
-    arms = arms_of(streams)
-    train_sites(streams, arms, TRAIN, tmp_path / "whole")
+def test_what_was_trained_is_kept_when_the_text_fails(whole, streams, tmp_path):
+    arms, finished = whole
     for again in (False, True):  # without a step between the two
         with pytest.raises(LlmWsaeError, match="connection to the text broke") as raised:
             train_sites(Broken(streams, 17), arms, TRAIN, tmp_path / "t")
         said = str(raised.value)
         assert "(stopped after step 17 of 40, 1,088 of 2,560 rows; the dictionaries so far" in said
-        for site, own in arms.items():
-            for arm in own:
-                folder = tmp_path / "t" / str(site) / arm.name
-                early = Dictionary.load(folder)
-                assert early.info.training["step"] == 17
-                assert torch.isfinite(early.W_dec).all()
-                if not again:
-                    shutil.rmtree(folder)
+        for folder in [
+            tmp_path / "t" / str(site) / arm.name for site in SITES for arm in arms[site]
+        ]:
+            early = Dictionary.load(folder)
+            assert early.info.training["step"] == 17
+            assert torch.isfinite(early.W_dec).all()
+            if not again:
+                shutil.rmtree(folder)
     train_sites(streams, arms, TRAIN, tmp_path / "t")
-    assert files(tmp_path / "t") == files(tmp_path / "whole")
+    assert files(tmp_path / "t") == files(finished)
     assert "step" not in Dictionary.load(folder).info.training
     with pytest.raises(LlmWsaeError, match=r"broke$"):  # nothing was learnt
         train_sites(Broken(streams, 0), arms, TRAIN, tmp_path / "nothing")
     assert not list(tmp_path.glob("nothing/*/*.safetensors"))
 
 
-def test_the_memory_of_all_sites_is_asked_for_at_once(streams, tmp_path, monkeypatch):
-    arms = arms_of(streams)
-    first, *_ = (
-        len(own) * TRAIN.expansion * streams.source(s).d_in ** 2 for s, own in arms.items()
-    )
-    monkeypatch.setattr(hardware, "memory_of", lambda device: 24 * first)
-    with pytest.raises(UsageError, match="GiB of memory, but"):
-        train_sites(streams, arms, TRAIN, tmp_path / "t")
-    assert not (tmp_path / "t").exists()
-    site = next(iter(arms))
-    train(streams.source(site), arms[site], TRAIN, tmp_path / "one")
-
-
-def test_a_site_whose_checkpoint_is_newer_waits(streams, tmp_path):
+def test_a_site_whose_checkpoint_is_newer_waits(whole, streams, tmp_path):
     """A kill between the checkpoints of two sites, or between the ends of two."""
-    arms = arms_of(streams)
-    train_sites(streams, arms, TRAIN, tmp_path / "whole")
+    arms, finished = whole
+    stopped = {40: finished}
     for at in (9, 23):
+        stopped[at] = tmp_path / str(at)
         with pytest.raises(LlmWsaeError):
-            train_sites(Broken(streams, at), arms, TRAIN, tmp_path / str(at))
-    first, second = (str(site) for site in SITES)
-    for earlier, later in ((9, 23), (23, 9)):
-        mixed = tmp_path / f"{earlier}-{later}"
-        shutil.copytree(tmp_path / str(earlier) / first, mixed / first)
-        shutil.copytree(tmp_path / str(later) / second, mixed / second)
+            train_sites(Broken(streams, at), arms, TRAIN, stopped[at])
+    for steps in ((9, 23), (23, 9), (40, 23)):
+        mixed = tmp_path / str(steps)
+        for site, at in zip(map(str, SITES), steps, strict=True):
+            shutil.copytree(stopped[at] / site, mixed / site)
         train_sites(streams, arms, TRAIN, mixed)
-        assert files(mixed) == files(tmp_path / "whole")
-    half = tmp_path / "half"
-    shutil.copytree(tmp_path / "whole" / first, half / first)
-    shutil.copytree(tmp_path / "23" / second, half / second)
-    train_sites(streams, arms, TRAIN, half)
-    assert files(half) == files(tmp_path / "whole")
-    assert not list(half.rglob(CHECKPOINT)) and all(is_finished(half / str(site)) for site in SITES)
+        assert files(mixed) == files(finished)
+        assert not list(mixed.rglob(CHECKPOINT))
+        assert all(is_finished(mixed / str(site)) for site in SITES)
 
 
 def test_statistics_are_kept_and_read_back(model, corpus, tmp_path, capsys):
