@@ -40,7 +40,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory
-from llm_wsae.machine.processes import Processes, join
+from llm_wsae.machine.processes import Processes, join, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -254,16 +254,7 @@ def _write_shards(
     batches = _shard_batches(packer, corpus, manifest, whole, own)
     lacking = sum(map(manifest.shard_contexts, own)) * manifest.context_size
     there = sum(map(manifest.shard_contexts, whole)) * manifest.context_size
-    # of several processes, the one that leads shows its own part
-    bar = tqdm(
-        total=there + lacking,
-        initial=there,
-        desc="harvest",
-        unit="tok",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=not processes.leads,
-    )
+    bar = progress("harvest", there + lacking, "tok", there)
     with bar, StoreWriter(out, manifest) as writer:
         for shard, contexts in prefetch(batches, _PACKED_AHEAD):
             rows = kept_rows(model, contexts, sites)

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import differences
 from llm_wsae.data.manifest import (
@@ -43,7 +42,7 @@ from llm_wsae.data.shard_reader import RowFile, RowReader
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.stored_measurement import MEASUREMENTS, StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.machine.processes import join, leads
+from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.moments import Statistics
@@ -221,14 +220,8 @@ class ActivationStore:
         """The sums over each of these parts of the rows."""
         threshold, reader = self.statistics(site).massive_threshold, self.reader(site)
         ends = [self.num_rows * number // _PARTS for number in range(_PARTS + 1)]
-        with tqdm(
-            total=sum(ends[part + 1] - ends[part] for part in parts),
-            desc="covariance",
-            unit="row",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not leads(),
-        ) as bar:
+        total = sum(ends[part + 1] - ends[part] for part in parts)
+        with progress("covariance", total, "row") as bar:
             for part in parts:
                 found = SecondMoment(self.d_in)
                 for start in range(ends[part], ends[part + 1], _ROWS_AT_ONCE):

@@ -29,7 +29,7 @@ from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.machine.processes import leads
+from llm_wsae.machine.processes import leads, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -180,15 +180,7 @@ class ActivationStreams:
 
     def _first_rows(self, what: str) -> Iterator[tuple[Contexts, dict[Site, Tensor]]]:
         """The first ``statistics_tokens`` tokens, with their rows."""
-        limit = max(1, self.config.statistics_tokens // self.config.context_size)
-        with tqdm(
-            total=limit * self.config.context_size,
-            desc=what,
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not leads(),
-        ) as bar:
+        with progress(what, self.config.statistics_tokens, "tok") as bar:
             for contexts in self._first_contexts(self.config.statistics_tokens):
                 yield contexts, self._rows(contexts)
                 bar.update(contexts.ids.size)

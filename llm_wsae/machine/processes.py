@@ -26,6 +26,7 @@ from llm_wsae.outside import from_environment
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, distributed
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -269,6 +270,21 @@ def count() -> int:
 def leads() -> bool:
     """Whether this process is rank 0, without waiting for the others."""
     return count() == 1 or from_environment("RANK", 0, count() - 1) == 0
+
+
+def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm":
+    """A bar that the process that leads shows, for its own part of the work."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not leads(),
+    )
 
 
 @functools.cache
