@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 - the defaults are frozen
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -194,14 +195,19 @@ def dashboard(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages import dashboard as pages
     from llm_wsae.pages.frame import is_page
-    from llm_wsae.pages.live import listen, serve
 
     if out.suffix not in (".html", ".htm"):
         raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
     check_file(out, is_page)  # before the model is loaded
     if port and not live:
         raise UsageError("--port is for --live; add that")
-    listening = listen(port) if live else None  # refused before the work
+    listening = None
+    if live:  # refused before the work
+        if not (find_spec("uvicorn") and find_spec("starlette")):
+            raise UsageError("--live needs a server: pip install 'llm-wsae[page]'")
+        from llm_wsae.pages.live import listen, serve
+
+        listening = listen(port)
     named, opened = pages.named_dictionaries(dictionaries), ActivationStore.open(store)
     language_model = loading.load_model(model, opened.manifest.model)
     shown: dict[str, Any] = {"prompts": prompt, "top": top, "bands": bands, "rows": rows}

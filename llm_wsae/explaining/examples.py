@@ -47,27 +47,21 @@ _CANDIDATES = 4  # texts of neighbours for each that is wanted: in some the late
 _STRATA = 10
 
 
-class NothingToExplain(LlmWsaeError):
-    """No latent of a dictionary is active in enough documents."""
-
-
 def choose(
     store: ActivationStore,
     dictionary: Dictionary,
     vocabulary: Vocabulary,
     config: ExplainConfig,
-    encoder: Encoder | None,
+    encoder: Encoder,
 ) -> tuple[list[LatentTexts], int]:
-    """Choose latents and their texts; and say how many latents have enough. Without an ``encoder``,
-    texts are alike that share rare tokens.
+    """Choose latents and their texts; and say how many latents have enough.
 
-    Raises LlmWsaeError if the store does not fit the dictionary, NothingToExplain if no latent has
-    enough texts.
+    Raises LlmWsaeError if the store does not fit the dictionary, or no latent has enough texts.
     """
     choice = _Choice(store, dictionary, vocabulary, config)
     rows = choice.rows_of_latents()
     if not rows:
-        raise NothingToExplain(
+        raise LlmWsaeError(
             f"no latent of {dictionary.info.name} is active in enough documents of "
             f"{store.folder}: {config.examples} texts are needed to explain one, and "
             f"{config.positives} from other documents to judge it; use a larger store, or fewer "
@@ -105,7 +99,6 @@ class _Pool(NamedTuple):
     """Random texts for the judge."""
 
     texts: list[str]
-    ids: list[list[int]]
     token: Int[Tensor, " pool"]
     """The token that each was drawn for."""
     silent: Bool[np.ndarray, "latents pool"]
@@ -159,7 +152,7 @@ class _Choice:
         self,
         latents: Int[np.ndarray, " latents"],
         table: Int[np.ndarray, "latents texts"],
-        encoder: Encoder | None,
+        encoder: Encoder,
     ) -> list[LatentTexts]:
         """The texts of every latent; ``table`` has its rows."""
         pool, config, own = self._pool(latents), self._config, table.shape[1]
@@ -170,12 +163,8 @@ class _Choice:
             [self._marked(*pair, draw) for pair in zip(i[:own], a[:own], strict=True)]
             for i, a, draw in zip(ids, activation, draws, strict=True)
         ]
-        scores: list[float] = [np.nan] * len(latents)
-        if encoder is None:
-            likeness = _shared_tokens(ids[:, : config.examples], pool)
-        else:
-            tokens = torch.from_numpy(ids[:, :own, WINDOW - 1]).long()
-            likeness, scores = self._likeness(encoder, active, tokens, pool)
+        tokens = torch.from_numpy(ids[:, :own, WINDOW - 1]).long()
+        likeness, scores = self._likeness(encoder, active, tokens, pool)
         found = []
         for place, (latent, draw) in enumerate(zip(latents.tolist(), draws, strict=True)):
             silent = self._from_pool(pool, pool.silent[place], likeness[place], draw)
@@ -195,7 +184,7 @@ class _Choice:
         chosen = self._usable(some, show=False)[:POOL]
         around = self._around(latents[:1], chosen[None])[0][0]
         cuts = [_cut(wide, draw) for wide in around]
-        ids = [wide[cut].tolist() for wide, cut in zip(around, cuts, strict=True)]
+        texts = [self._text(wide[cut].tolist()) for wide, cut in zip(around, cuts, strict=True)]
         silent = np.ones((len(latents), len(chosen)), dtype=bool)
         reader, numbers = self._store.reader(self._dictionary.site), torch.from_numpy(latents)
         for place, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
@@ -206,7 +195,7 @@ class _Choice:
             encoder = self._dictionary.W_enc[:, numbers]
             silent[:, place] = ~activations_of(self._dictionary, x, encoder, numbers, floor).any(0)
         token = torch.from_numpy(around[:, WINDOW - 1]).long()
-        return _Pool([self._text(one) for one in ids], ids, token, silent)
+        return _Pool(texts, token, silent)
 
     def _from_pool(
         self,
@@ -322,14 +311,3 @@ def _cut(wide: Int[np.ndarray, " wide"], draw: np.random.Generator) -> slice:
         first = int(draw.integers(max(first, middle - WINDOW + 1), min(middle, stop - WINDOW) + 1))
         stop = first + WINDOW
     return slice(first, stop)
-
-
-def _shared_tokens(
-    shown: Int[np.ndarray, "latents shown wide"], pool: _Pool
-) -> Float[np.ndarray, "latents pool"]:
-    """How rare the tokens are, in sum, that the pool's texts share with those of each latent."""
-    tokens, where = np.unique(np.concatenate(pool.ids), return_inverse=True)
-    holds = np.zeros((len(pool.ids), len(tokens)), dtype=np.float32)
-    holds[np.repeat(np.arange(len(pool.ids)), [len(one) for one in pool.ids]), where] = 1
-    rarity = np.log(len(pool.ids) / holds.sum(0))
-    return np.stack([holds @ (np.isin(tokens, own) * rarity) for own in shown])

@@ -1,13 +1,19 @@
-"""``explain``: a language model explains latents, and is scored on recognising them by it."""
+"""``explain``: a language model explains latents, and is scored on recognising them by it.
+
+The scores of a latent have intervals over its examples, those of a dictionary over its latents. A
+rank correlation says whether the judge orders latents as detection without a language model does.
+"""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from scipy import stats
 from tqdm import tqdm
 
 from llm_wsae.artifact.files import read_json, write_json
@@ -15,30 +21,42 @@ from llm_wsae.artifact.outputs import check_file
 from llm_wsae.artifact.provenance import command_line, plain, versions
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
+from llm_wsae.dictionary.explanations import (
+    Explanation,
+    Score,
+    keep_explanations,
+    read_explanations,
+)
 from llm_wsae.dictionary.folder import change_measurements, check_keeps_measurements, names_of
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.heldout import Encoder
-from llm_wsae.explaining.endpoint import Endpoint
+from llm_wsae.evaluation.monosemanticity.report import Mean, mean_of
+from llm_wsae.explaining.endpoint import ANSWERS, Endpoint, Tally
 from llm_wsae.explaining.examples import choose
 from llm_wsae.explaining.protocol import (
+    SCORES,
     WINDOW,
     Examined,
     ExplainConfig,
     LatentTexts,
     Question,
     Text,
+    Trial,
     examine,
 )
-from llm_wsae.explaining.report import DictionaryExplained, Explained
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.outside import mapping
+from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
+from llm_wsae.terminal import Table
 
 REPORT = "report.json"
 _CHARACTERS = 4  # of a token, about
+_BOOTSTRAPS = 1000
+_FEWEST = 5  # latents of a rank correlation
 
 
 @dataclass(frozen=True)
@@ -73,14 +91,122 @@ def price_of(config: ExplainConfig, latents: int) -> Price:
         return json.dumps({"explanation": text})
 
     silent = {"random": [text] * config.negatives}
-    examine(
-        LatentTexts(0, [one] * config.examples, [one] * config.positives, silent), ask, config, ""
-    )
+    texts = LatentTexts(0, [one] * config.examples, [one] * config.positives, silent)
+    examine(texts, ask, config, "")
     questions, tokens_in, tokens_out = (totals * latents).tolist()
     money = None
     if config.price_in is not None and config.price_out is not None:
         money = (tokens_in * config.price_in + tokens_out * config.price_out) / 1e6
     return Price(questions, tokens_in, tokens_out, money)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation over latents."""
+
+    value: float
+    interval: Interval
+    """95 %, by Fisher's transformation with the variance of Bonett and Wright (2000)."""
+    latents: int
+
+
+@dataclass(frozen=True)
+class DictionaryExplained:
+    """What was said of one dictionary's latents."""
+
+    folder: Path
+    d_sae: int
+    eligible: int
+    """Latents that are active in enough documents."""
+    latents: list[Explanation]
+    means: dict[str, Mean]
+    """By score, over the latents that have it."""
+    recognised: dict[str, float]
+    """Of the texts in which a latent is silent, by how they were chosen: the share that detection
+    said so of."""
+    own_detection: Mean
+    """Detection without a language model on the same texts."""
+    agreement: dict[str, Correlation]
+    """By score: its rank correlation with that detection, where it is defined."""
+    questions: int
+    unread: int
+    """Questions whose answers have another form than was asked for."""
+    failed: int
+    """Questions without an answer."""
+
+    def card_numbers(self, older: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What is kept in the dictionary's description, JSON-able; empty if nothing was scored.
+
+        ``older`` is what is kept there now. Of it stay the scores by the same explainer that this
+        run did not measure again."""
+        scores = {
+            name: {"value": mean.mean, "interval": mean.interval}
+            for name, mean in self.means.items()
+            if mean.count
+        }
+        if not scores:
+            return {}
+        explainer, known = self.latents[0].explainer, mapping(older.get("explanations"))
+        numbers: dict[str, Any] = {"explainer": explainer, "latents": len(self.latents)}
+        numbers |= {name: getattr(self, name) for name in ("questions", "unread", "failed")}
+        if known.get("explainer") == explainer:
+            numbers |= {name: known[name] for name in SCORES if name in known}
+        return {"explanations": plain({**numbers, **scores})}
+
+    def notes(self) -> list[str]:
+        """What the table has no columns for."""
+        shares = ", ".join(f"{kind} {share:.2f}" for kind, share in self.recognised.items())
+        found = ", ".join(
+            f"{name} {c.value:.2f} [{c.interval[0]:.2f}, {c.interval[1]:.2f}]"
+            for name, c in self.agreement.items()
+        )
+        return [
+            f"{self.eligible:,} of {self.d_sae:,} latents are active in enough documents to be "
+            "explained and judged",
+            *([f"silent texts recognised: {shares}"] if shares else ()),
+            f"detection without a language model on these texts: {_text(self.own_detection)}; "
+            f"its rank correlation over latents: {found or 'not defined'}",
+        ]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What ``explain`` found."""
+
+    dictionaries: dict[str, DictionaryExplained]
+    """By name."""
+    tally: Tally
+    """What was asked in this run."""
+    out: Path
+    text: TextSize
+    """Of the store whose texts were shown."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; a number that does not exist is null."""
+        return plain(self)
+
+    def table(self) -> str:
+        """A table for people, with what it means below it."""
+        rows = [["dictionary", "latents", *SCORES, "not readable", "no answer"]]
+        words = []
+        for name, one in self.dictionaries.items():
+            cells = [_text(one.means.get(score)) for score in SCORES]
+            unread = f"{one.unread:,} of {one.questions:,}"
+            rows.append([name, str(len(one.latents)), *cells, unread, f"{one.failed:,}"])
+            words += [name, *(f"  {note}" for note in one.notes()), ""]
+        tally = self.tally
+        words += [
+            f"texts are from {self.text.text('the store')}",
+            *(f"note: {warning}" for warning in self.text.warnings()),
+            f"asked {tally.asked:,} questions ({tally.tokens_in:,} tokens in, "
+            f"{tally.tokens_out:,} out); {tally.known:,} were answered before",
+        ]
+        if tally.failed:
+            words.append(
+                f"{tally.failed:,} have no answer ({tally.why}); the same command asks them again"
+            )
+        words.append(f"answers  {self.out / ANSWERS}")
+        return Table(rows, meanings=SCORES, words=words).text()
 
 
 def explain(
@@ -113,32 +239,23 @@ def explain(
     Raises:
         UsageError: The request cannot be right: no dictionary, a folder that is not this
             package's, an address or key that cannot be one.
-        LlmWsaeError: A folder cannot be read or belongs to another model, no latent is active in
-            enough documents, or the endpoint refuses or fails.
+        LlmWsaeError: A folder cannot be read or belongs to another model, the sentence encoder is
+            missing, no latent is active in enough documents, or the endpoint refuses or fails.
     """
     folders = check_folders(dictionaries)
     check_file(Path(out) / REPORT, _is_report)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
+    encoder = SentenceEncoder.load(config.encoder) if encoder is None else encoder
     vocabulary, done = Vocabulary(model.tokenizer), dict[str, DictionaryExplained]()
     with Endpoint(endpoint, explainer, Path(out), config.answer_tokens, config.schema) as asked:
-        alike = f"the sentence encoder {config.encoder}"
-        if encoder is None and (encoder := _encoder(config)) is None:
-            alike = "the rare tokens that they share"
         for name, folder in folders.items():
             dictionary = Dictionary.load(folder)
             check_width(model, dictionary)
             latents, eligible = choose(store, dictionary, vocabulary, config, encoder)
-            one = DictionaryExplained.of(
-                _examine_all(latents, asked, config, name),
-                explainer,
-                config.seed,
-                folder=folder,
-                d_sae=dictionary.d_sae,
-                eligible=eligible,
-                alike=alike,
-            )
+            examined = _examine_all(latents, asked, config, name)
+            one = _scored(examined, explainer, config.seed, folder, dictionary.d_sae, eligible)
             keep_explanations(folder, one.latents, dictionary.weights_sha256)
             change_measurements(folder, one.card_numbers, dictionary.weights_sha256)
             done[name] = one
@@ -172,18 +289,6 @@ def check_folders(
     return named
 
 
-def _encoder(config: ExplainConfig) -> SentenceEncoder | None:
-    """The sentence encoder; None, and a note, if the default one is missing."""
-    try:
-        return SentenceEncoder.load(config.encoder)
-    except UsageError:
-        raise
-    except LlmWsaeError as error:
-        said = f"{error}; until then, texts that share rare tokens count as alike"
-        print(f"llm-wsae: {said}", file=sys.stderr)
-        return None
-
-
 def _examine_all(
     latents: Sequence[LatentTexts], endpoint: Endpoint, config: ExplainConfig, name: str
 ) -> list[Examined]:
@@ -201,3 +306,93 @@ def _examine_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [job.result() for job in jobs]
+
+
+def _scored(
+    examined: Sequence[Examined],
+    explainer: str,
+    seed: int,
+    folder: Path,
+    d_sae: int,
+    eligible: int,
+) -> DictionaryExplained:
+    """Score what was answered; ``seed`` is that of the resamplings."""
+    latents = []
+    for one in examined:
+        scores = {name: score_of(name, trials, seed) for name, trials in one.trials.items()}
+        there = {name: score for name, score in scores.items() if score is not None}
+        latents.append(Explanation(one.texts.latent, one.explanation, explainer, there))
+    bootstrap = Bootstrap(len(latents), _BOOTSTRAPS, seed)
+
+    def mean(column: Sequence[float | None]) -> Mean:
+        values = [np.nan if value is None else value for value in column]
+        return mean_of(torch.tensor(values, dtype=torch.float64), bootstrap, len(values))
+
+    own = [one.texts.detection for one in examined]
+    columns = {
+        name: [one.scores[name].value if name in one.scores else None for one in latents]
+        for name in SCORES
+        if any(name in one.trials for one in examined)
+    }
+    agreement = {name: rank_correlation(column, own) for name, column in columns.items()}
+    silent: dict[str, list[bool]] = {}
+    for one in examined:
+        for trial in one.trials.get("detection", []):
+            if not trial.truth and trial.answer is not None:
+                silent.setdefault(trial.kind, []).append(not trial.answer)
+    return DictionaryExplained(
+        folder=folder,
+        d_sae=d_sae,
+        eligible=eligible,
+        latents=latents,
+        means={name: mean(column) for name, column in columns.items()},
+        recognised={kind: float(np.mean(said)) for kind, said in sorted(silent.items())},
+        own_detection=mean(own),
+        agreement={name: found for name, found in agreement.items() if found is not None},
+        questions=sum(one.questions for one in examined),
+        unread=sum(one.unread for one in examined),
+        failed=sum(one.failed for one in examined),
+    )
+
+
+def score_of(name: str, trials: Sequence[Trial], seed: int) -> Score | None:
+    """Accuracy in finding intruders; for the other scores balanced accuracy, the mean over texts
+    whose answer is yes and those whose is no. Of the trials with an answer, with its interval over
+    trials; None if a side has no answer, as where a latent is silent in no text."""
+    read = [trial for trial in trials if trial.answer is not None]
+    sides = (True,) if name == "intruder" else (True, False)
+    sums: dict[str, np.ndarray] = {}
+    for side in sides:
+        own = np.array([trial.truth == side for trial in read], dtype=float)
+        sums[f"all {side}"] = own
+        sums[f"right {side}"] = own * [trial.answer == trial.truth for trial in read]
+        if not own.any():
+            return None
+
+    def accuracy(drawn: Mapping[str, Any]) -> Any:
+        return sum(drawn[f"right {side}"] / drawn[f"all {side}"] for side in sides) / len(sides)
+
+    value = float(accuracy({name: column.sum() for name, column in sums.items()}))
+    interval = Bootstrap(len(read), _BOOTSTRAPS, seed).interval(accuracy, sums)
+    return Score(value, interval, len(trials), len(read))
+
+
+def rank_correlation(
+    one: Sequence[float | None], other: Sequence[float | None]
+) -> Correlation | None:
+    """Of two scores, over the latents that have both; None if a score is the same for all of them,
+    or they are fewer than 5."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    if len(pairs) < _FEWEST or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+        return None
+    value = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+    error = np.sqrt((1 + value**2 / 2) / (len(pairs) - 3))
+    centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
+    low, high = np.tanh(centre + np.array(stats.norm.interval(LEVEL)) * error).tolist()
+    return Correlation(value, (low, high), len(pairs))
+
+
+def _text(mean: Mean | None) -> str:
+    if mean is None or not mean.count:
+        return "–"
+    return f"{mean.mean:.3f} [{mean.interval[0]:.3f}, {mean.interval[1]:.3f}]"

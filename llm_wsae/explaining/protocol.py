@@ -61,8 +61,7 @@ class ExplainConfig:
     batch: int = 10
     """Texts in one question: fewer are easier for a small model, more are cheaper."""
     encoder: str = DEFAULT_ENCODER
-    """Sentence encoder that says which texts are alike.
-    Where the default one is missing, shared tokens say it."""
+    """Sentence encoder that says which texts are alike."""
     seed: int = 0
     """Seed of everything drawn: halves of the documents, latents, texts, their order."""
     parallel: int = 4
@@ -110,8 +109,7 @@ class LatentTexts:
     silent: Mapping[str, Sequence[str]]
     """To judge: texts in which it is silent, by how they were chosen; ``random`` is one way."""
     detection: float | None = None
-    """Its detection without a language model on the same texts; None without a sentence
-    encoder."""
+    """Its detection without a language model on the same texts; None if there are too few."""
 
 
 class Trial(NamedTuple):

@@ -1,32 +1,44 @@
-"""``dashboard``: one HTML file that shows what dictionaries found. It opens without a network."""
+"""``dashboard``: one HTML file that shows what dictionaries found. It opens without a network.
 
+What the page knows of a dictionary is JSON: facts, one table of all latents, and the latents
+themselves in chunks that the browser unpacks one by one.
+"""
+
+import base64
+import gzip
 import html
 import itertools
+import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from llm_wsae.artifact.files import read_own_json, write_text
 from llm_wsae.artifact.outputs import check_file
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.dictionary.explanations import read_explanations
+from llm_wsae.dictionary.explanations import Explanation, read_explanations
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.latents import nearest
-from llm_wsae.inspecting.readout import Readout
-from llm_wsae.inspecting.sentence import check_width, read_sentence
+from llm_wsae.inspecting.latents import dimensions_written, nearest, written
+from llm_wsae.inspecting.readout import Readout, top_words
+from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.outside import check_number, mapping
-from llm_wsae.pages.collecting import collect
+from llm_wsae.outside import check_number, mapping, number, pair
+from llm_wsae.pages.collecting import Firings, collect, windows
 from llm_wsae.pages.frame import filled, is_page
-from llm_wsae.pages.payload import SCORES, Latents, Words, active_latents, facts, packed, table
+from llm_wsae.statistics.documents import FEWEST, TextSize
+from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY, score_text
+from llm_wsae.terminal import printable
 
 MOST_MEGABYTES = 60
 EXAMPLES = 10
@@ -35,6 +47,19 @@ _FEWEST = 3  # of each kind, before a dictionary is left out rather
 _BYTES_A_LATENT, _BYTES_AN_EXAMPLE = 200, 105  # packed: docs/log.md
 _RARE = 1.5  # times the limit: latents that fire rarely have fewer examples, so a page may be less
 _MOST_EXAMPLES = 1000  # of one kind, for each latent
+
+CHUNK = 64
+"""Latents that are unpacked together."""
+BEFORE, AFTER = 20, 8
+"""Tokens shown around an example."""
+_NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
+_SHOWN = 12  # latents of a token of a sentence
+_SHADES = 99  # levels of an activation: two digits
+_LONGEST = 80  # characters of a token that are shown
+_LOGITS_AT_ONCE = 4 * CHUNK
+_BINS = 24  # of the histogram of logits
+SCORES = {one.name: one.title for one in MONOSEMANTICITY if one.source == "latents"}
+"""Scores of latents that become measures of the page, with their titles."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +173,10 @@ def most_megabytes(latents: Sequence[int], examples: int, firings: Sequence[int]
 def what_fits(latents: Sequence[int]) -> tuple[int, int]:
     """How many of the dictionaries, from the first on, and how many examples of each kind, fit onto
     a page; one example of one dictionary if nothing does."""
-    for number in range(len(latents), 0, -1):
-        for examples in range(EXAMPLES, _FEWEST - 1 if number > 1 else 0, -1):
-            if most_megabytes(latents[:number], 2 * examples) <= MOST_MEGABYTES:
-                return number, examples
+    for count in range(len(latents), 0, -1):
+        for examples in range(EXAMPLES, _FEWEST - 1 if count > 1 else 0, -1):
+            if most_megabytes(latents[:count], 2 * examples) <= MOST_MEGABYTES:
+                return count, examples
     return 1, 1
 
 
@@ -212,7 +237,7 @@ def read_scores(
             )
         columns = {key: one for key, one in theirs[name]["per_latent"].items() if key in SCORES}
         found[name] = {
-            key: torch.tensor([nan if value is None else value for value in column])
+            key: torch.tensor([math.nan if value is None else value for value in column])
             for key, column in columns.items()
         }
     if not found:
@@ -221,3 +246,280 @@ def read_scores(
             "`llm-wsae evaluate --monosemantic` writes them"
         )
     return found
+
+
+class Words:
+    """The tokens that a page shows, each once."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self._numbers: dict[int, int] = {}
+        self.texts: list[str] = []
+
+    def number(self, token: int) -> int:
+        """The place of a token in the page's list."""
+        if token not in self._numbers:
+            self._numbers[token] = len(self.texts)
+            self.texts.append(shown(self._vocabulary.text(token)))
+        return self._numbers[token]
+
+    def numbers(self, tokens: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The places of many tokens; −1 stays."""
+        found = np.unique(tokens)
+        places = np.full(found.max(initial=0) + 2, -1, dtype=np.int32)  # the last is that of −1
+        for token in found[found >= 0].tolist():
+            places[token] = self.number(token)
+        return places[tokens]
+
+
+def shown(text: str) -> str:
+    """A token as the page shows it: harmless, on one line and not too long."""
+    text = printable(text.replace("\n", "↵").replace("\t", "→"))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> dict[str, Any]:
+    """What the overview says of a dictionary: titles, and lines of name, value and meaning;
+    ``seen`` is the size of the text of the page's rows."""
+    info = dictionary.info
+    weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
+    weights += ", as a space" if info.weights.get("place") == "space" else ""
+    rows, dense = found.rows_seen, found.count > DENSE_DENSITY * max(found.rows_seen, 1)
+    groups = {
+        "What it is": [
+            ("model", str(info.model.get("name", "not known")), ""),
+            ("site", info.site, ""),
+            ("weights", weights, ""),
+            ("sparsity", str(dictionary.sparsity), ""),
+            ("latents", f"{dictionary.d_sae:,}, in {dictionary.d_in} dimensions", ""),
+        ],
+        "On the rows of this page": [
+            ("rows", f"{rows:,}", ""),
+            ("documents", _documents(seen.documents, seen.effective), ""),
+            ("active latents a row", f"{float(found.count.sum()) / max(rows, 1):.1f}", ""),
+            ("silent latents", f"{int((found.count == 0).sum()):,}", ""),
+            ("dense latents", f"{int(dense.sum()):,}", "on > 10 % of rows"),
+        ],
+        **_measured(info.metrics),
+    }
+    return {
+        "name": name,
+        "facts": [[title, lines] for title, lines in groups.items() if lines],
+        "d_sae": dictionary.d_sae,
+        "firstEdge": found.first_edge,
+    }
+
+
+def _measured(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """What ``evaluate --keep`` stored. It may come from the Hub, so numbers may be missing."""
+    fidelity, scores, baselines = (
+        mapping(metrics.get(name)) for name in ("fidelity", "monosemanticity", "baselines")
+    )
+    faithful = [(one.title, text, one.meaning) for one in DRAWN if (text := one.text(fidelity))]
+    documents = pair([fidelity.get(key) for key in ("documents", "effective_documents")])
+    if documents is not None:
+        faithful.append(("documents", _documents(*documents), "that it was measured on"))
+    beside = []
+    for label, own in baselines.items():
+        record = mapping(mapping(own).get("fidelity"))
+        if all(number(record.get(one.key)) is not None for one in DRAWN):
+            values = (one.cell(record).split()[0] for one in DRAWN)
+            beside.append((label, ", ".join(values), ""))
+    titles = ", ".join(one.title for one in DRAWN)
+    return {
+        "Fidelity on held-out text": faithful,
+        f"The same of untrained and half-trained baselines ({titles})": beside,
+        "Monosemanticity on held-out text": [
+            (one.title, text, one.meaning)
+            if (one := MEASURES.get(key)) is not None
+            else (key.replace("_", " "), text, "")
+            for key in scores
+            if (text := score_text(scores, key))
+        ],
+    }
+
+
+def _documents(number: int | float, effective: float) -> str:
+    few = ": too few to say much of other text" if effective < FEWEST else ""
+    return f"{number:,.0f} (effectively {effective:.0f}{few})"
+
+
+def table(
+    dictionary: Dictionary,
+    found: Firings,
+    cosine: Float[Tensor, " d_sae"],
+    partner: tuple[Tensor, Tensor] | None,
+    scores: Mapping[str, Float[Tensor, " d_sae"]],
+) -> dict[str, list[float | None]]:
+    """Measures of all latents, column by column; ``cosine`` is that of the nearest latent."""
+    first, second = principal_components(dictionary.W_dec).T
+    columns = {
+        "density": found.count / max(found.rows_seen, 1),
+        "mean": found.total / found.count.clamp(min=1),
+        "largest": found.value[:, 0],
+        "dimensions": dimensions_written(dictionary.W_dec),
+        "nearest": cosine,
+        "pca1": first,
+        "pca2": second,
+        **scores,
+    }
+    if partner is not None:
+        columns |= {"likeness": partner[1][:, 0], "partner": partner[0][:, 0]}
+    return {name: _rounded(column) for name, column in columns.items()}
+
+
+def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
+    """Where the decoder rows, at length 1, lie along the two directions in which they differ most.
+
+    The largest weight of each direction is positive, so that the same dictionary gives the same
+    picture.
+    """
+    rows = normalize(decoder, dim=1)
+    with torch.random.fork_rng(devices=[]):  # the method starts from random directions
+        torch.manual_seed(0)
+        _, _, directions = torch.pca_lowrank(rows, q=min(6, *rows.shape), niter=4)
+    directions = directions[:, :2]
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    found = (rows - rows.mean(0)) @ (directions * largest.sign())
+    return pad(found, (0, 2 - found.shape[1]))  # a single latent has one
+
+
+class Latents:
+    """The latents of one dictionary, chunk by chunk."""
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        store: ActivationStore,
+        found: Firings,
+        words: Words,
+        readout: Readout,
+        explanations: Mapping[int, Explanation],
+    ):
+        self._decoder, self._found, self._words = dictionary.W_dec, found, words
+        self._readout, self._explanations = readout, explanations
+        every = torch.arange(dictionary.d_sae)
+        self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
+        alone = self._near[1].new_full((1,), math.nan)
+        self.cosine = self._near[1][:, 0] if dictionary.d_sae > 1 else alone
+        """That of each latent with the one nearest to it."""
+        self._written = [
+            [[one.dimension, *map(_short, (one.decoder, one.share, one.gamma))] for one in own]
+            for own in written(dictionary, every, _DIMENSIONS)
+        ]
+        self._windows = windows(store, dictionary, every, found.row, found.floor, BEFORE, AFTER)
+        self._tokens = words.numbers(self._windows.ids)
+        largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
+        shades = np.ceil(self._windows.activation / largest[:, None] * _SHADES)
+        self._shades = shades.clip(0, _SHADES).astype(np.uint8)
+        self.search: list[str] = []
+        """Of each latent: its explanation, the tokens that it fires on most, and those that it
+        promotes."""
+
+    def chunks(self) -> Iterator[str]:
+        """Packed lists of latents; ``search`` grows with them."""
+        chunk = []
+        for first in range(0, len(self._decoder), _LOGITS_AT_ONCE):
+            logits = self._readout.logits(self._decoder[first : first + _LOGITS_AT_ONCE])
+            for latent, own in enumerate(logits, first):
+                chunk.append(self._latent(latent, own))
+                if len(chunk) == CHUNK or latent == len(self._decoder) - 1:
+                    yield packed(chunk)
+                    chunk = []
+
+    def _latent(self, latent: int, logits: Float[Tensor, " words"]) -> dict[str, Any]:
+        found, texts = self._found, self._words.texts
+        ranks = torch.where(found.row[latent] >= 0)[0].tolist()
+        examples = [self._example(latent, rank) for rank in ranks]
+        together = _pairs(found.together[latent], found.overlap[latent])
+        best = {name: top_words(logits, _WORDS, name == "promotes")
+                for name in ("promotes", "suppresses")}  # fmt: skip
+        promoted = {
+            name: [[self._words.number(token), _short(value)] for token, value in pairs]
+            for name, pairs in best.items()
+        }
+        new: dict[str, Any] = {
+            "examples": examples,
+            "histogram": found.histogram[latent].tolist(),
+            "neighbours": _pairs(self._near[0][latent], self._near[1][latent]),
+            "together": [one for one in together if one[1] > 0],
+            "dimensions": self._written[latent],
+            **promoted,
+            "logits": _histogram(logits),
+        }
+        fires = [texts[tokens[centre]].strip() for _, _, _, centre, tokens, _, _ in examples[:6]]
+        promotes = [texts[token].strip() for token, _ in new["promotes"][:3]]
+        listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promotes)]
+        if (said := self._explanations.get(latent)) is not None:
+            new["explanation"] = _said(said)
+            listed = [printable(said.text), "·", *listed] if said.text else listed
+        self.search.append(" ".join(listed))
+        return new
+
+    def _example(self, latent: int, rank: int) -> list[Any]:
+        """Rank, activation, document, place of the centre, tokens, their shades, and sources."""
+        place = latent * self._found.row.shape[1] + rank
+        there = np.flatnonzero(self._tokens[place] >= 0)  # a run around the centre
+        here = slice(int(there[0]), int(there[-1]) + 1)
+        sources = zip(self._windows.source[place], self._windows.part[place], strict=True)
+        return [
+            rank,
+            _short(float(self._found.value[latent, rank])),
+            shown(self._windows.document[place]),
+            BEFORE - here.start,
+            self._tokens[place, here].tolist(),
+            self._shades[place, here].tolist(),
+            [[int(dimension), _short(float(part), 3)] for dimension, part in sources],
+        ]
+
+
+def _said(said: Explanation) -> dict[str, Any]:
+    """What a language model said of a latent, and how well it recognised the latent by that."""
+    return {
+        "text": printable(said.text or ""),
+        "explainer": shown(said.explainer),
+        "scores": [
+            [shown(name), *map(_short, (score.value, *score.interval)), score.answered, score.asked]
+            for name, score in said.scores.items()
+        ],
+    }
+
+
+def _histogram(logits: Float[Tensor, " words"]) -> list[float | list[int] | None]:
+    """Smallest and largest logit, and how many lie in each of equal bins between.
+
+    By NumPy: for one row of a vocabulary torch takes longer to wake its threads than to count.
+    """
+    row = logits.numpy()
+    low, high = float(row.min()), float(row.max())
+    scale = _BINS / (high - low) if high > low else 0.0
+    bins = ((row - low) * scale).astype(np.intp).clip(max=_BINS - 1)
+    return [_short(low), _short(high), np.bincount(bins, minlength=_BINS).tolist()]
+
+
+def _pairs(indices: Tensor, values: Tensor) -> list[list[Any]]:
+    return [[i, v] for i, v in zip(indices.tolist(), _rounded(values), strict=True)]
+
+
+def _rounded(values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> list[Any]:
+    """Four significant digits are enough to look at; numbers of latents stay whole."""
+    found = values.tolist()
+    return [_short(value) for value in found] if values.is_floating_point() else found
+
+
+def _short(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None or math.isnan(value) else float(f"{value:.{digits}g}")
+
+
+def packed(value: Any) -> str:
+    """JSON, gzipped, base64."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def active_latents(tokens: Sequence[Token], name: Callable[[Token], Any]) -> list[Any]:
+    """The names of a sentence's tokens, each with the latents that fire most on it."""
+    return [
+        (name(token), [(one.latent, _short(one.activation)) for one in token.latents[:_SHOWN]])
+        for token in tokens
+    ]

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from command_line import SITE, call, content, works
 from evaluation_cases import WordCounts
 from hostile import with_hostile_tokens
 from hub_fixtures import REPO
+from looping import over
 from tiny import save_encoder
 
 import llm_wsae
@@ -39,12 +41,11 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.dictionary.hub.transfer import pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.explaining import examples, explaining, protocol
+from llm_wsae.explaining import examples, protocol
 from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint, check_endpoint
 from llm_wsae.explaining.examples import choose, sample_by_density
-from llm_wsae.explaining.explaining import price_of
+from llm_wsae.explaining.explaining import price_of, rank_correlation, score_of
 from llm_wsae.explaining.protocol import Question, Trial
-from llm_wsae.explaining.report import rank_correlation, score_of
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -142,10 +143,10 @@ def chosen(world, store, model):
     return texts_of(world / PLAIN, store, model)
 
 
-def texts_of(folder, store, model, config=CONFIG, encoder=WordCounts()):  # noqa: B008
+def texts_of(folder, store, model, config=CONFIG):
     """The latents chosen of a dictionary, with their texts."""
     vocabulary = Vocabulary(model.tokenizer)
-    return choose(store, Dictionary.load(folder), vocabulary, config, encoder)[0]
+    return choose(store, Dictionary.load(folder), vocabulary, config, WordCounts())[0]
 
 
 def form_of(body: dict) -> str:
@@ -181,38 +182,35 @@ def oracle(latents):
 # --- what is asked, and what counts as an answer ------------------------------------------------
 
 
-def test_an_answer_counts_only_in_the_form_that_was_asked_for():
-    def answers(text):
-        return protocol.read_answers(text, 3)
-
-    def intruder(text):
-        return protocol.read_intruder(text, 5)
-
-    for read, text, value in (
-        (answers, '{"answers": [1, 0, 1]}', [True, False, True]),
-        (answers, '```json\n{"answers": [0, 0, 0]}\n```', [False] * 3),
-        (answers, '<think>{"answers": [1, 1, 1]}</think>{"answers": [0, 0, 0]}', [False] * 3),
-        (protocol.read_explanation, '{"explanation": " the\\nword  of "}', "the word of"),
-        (protocol.read_explanation, '{"explanation": "half \\ud800"}', "half ?"),
-        (intruder, '{"intruder": 5}', 4),
-    ):
-        assert read(text) == value
-    for read, wrong in (
-        (answers, (
-            "", "1, 0, 1", "[1, 0, 1]", '{"answers": [1, 0]}', '{"answers": [1, 0, 1, 1]}',
-            '{"answers": [1, 0, 2]}', '{"answers": [true, false, true]}', '{"answers": "101"}',
-            '{"answers": [1, 0, 1], "note": ""}', '{"answers": [0, 0, 0], "answers": [1, 1, 1]}',
-            'Sure! {"answers": [1, 0, 1]}', '{"answer": [1, 0, 1]}', '{"answers": [1, 0, 1]',
-            '{"answers": [1.0, 0.0, 1.0]}', "[" * 100_000,
+@over(
+    case=[
+        ("answers", "[1, 0, 1]", [True, False, True]),
+        ('```json\n{"answers": [0, 0, 0]}\n```', None, [False] * 3),
+        ('<think>{"answers": [1, 1, 1]}</think>{"answers": [0, 0, 0]}', None, [False] * 3),
+        ("explanation", '" the\\nword  of "', "the word of"),
+        ("explanation", '"half \\ud800"', "half ?"),
+        ("intruder", "5", 4),
+        *(("answers", wrong, None) for wrong in (
+            "[1, 0]", "[1, 0, 1, 1]", "[1, 0, 2]", "[true, false, true]", '"101"', "[1, 0, 1",
+            '[1, 0, 1], "note": ""', '[0, 0, 0], "answers": [1, 1, 1]', "[1.0, 0.0, 1.0]",
         )),
-        (protocol.read_explanation, (
-            '{"explanation": ""}', '{"explanation": 3}', '{"explanation": ["a"]}', "of",
-            json.dumps({"explanation": "x" * 401}), '[["explanation", "x"]]',
+        *((wrong, None, None) for wrong in (
+            "", "1, 0, 1", "[1, 0, 1]", 'Sure! {"answers": [1, 0, 1]}', '{"answer": [1, 0, 1]}',
+            "[" * 100_000, '[["answers", [1, 0, 1]]]',
         )),
-        (intruder, ('{"intruder": 0}', '{"intruder": 6}', '{"intruder": "2"}',
-                    '{"intruder": true}')),
-    ):  # fmt: skip
-        assert [text for text in wrong if read(text) is not None] == []
+        *(("explanation", wrong, None) for wrong in ('""', "3", '["a"]', f'"{"x" * 401}"')),
+        *(("intruder", wrong, None) for wrong in ("0", "6", '"2"', "true")),
+    ]
+)  # fmt: skip
+def test_an_answer_counts_only_in_the_form_that_was_asked_for(case):
+    """The value of a key, or a whole answer; and what is read in it."""
+    key, value, expected = case
+    text = key if value is None else f'{{"{key}": {value}}}'
+    read = {
+        "explanation": protocol.read_explanation,
+        "intruder": partial(protocol.read_intruder, count=5),
+    }.get(key, partial(protocol.read_answers, count=3))
+    assert read(text) == expected
 
 
 HOSTILE = (
@@ -243,25 +241,25 @@ def test_a_corpus_stays_within_its_strings():
 def test_texts_are_what_a_slow_look_finds(world, store, chosen):
     dictionary = Dictionary.load(world / PLAIN)
     dense = dictionary.encode(store.rows(Site.parse(SITE), 0, store.num_rows).float())
-    where = {}  # eight words in a row are at one place of this text
-    active_at, document_at, row = {}, {}, 0
+    where, active_at, document_at, row = {}, {}, {}, 0  # five words in a row are at one place
     for shard in range(len(store.manifest.shards)):
         contexts = store.contexts(shard)
-        for context, (ids, keep) in enumerate(zip(contexts.ids, contexts.keep, strict=True)):
-            for position in range(len(ids)):
-                place = (shard, context, position)
-                document_at[place] = int(contexts.document[context, position])
-                active_at[place] = dense[row] if keep[position] else torch.zeros(dictionary.d_sae)
-                row += bool(keep[position])
-                words = tuple(f"w{i}" for i in ids[position : position + 5])
-                where.setdefault(words, []).append(place)
+        for context, position in np.ndindex(contexts.ids.shape):
+            place, ids = (shard, context, position), contexts.ids[context]
+            kept = bool(contexts.keep[context, position])
+            document_at[place] = int(contexts.document[context, position])
+            active_at[place] = dense[row] if kept else torch.zeros(dictionary.d_sae)
+            row += kept
+            words = tuple(f"w{i}" for i in ids[position : position + 5])
+            where.setdefault(words, []).append(place)
 
     def places(text: str) -> list:
         words = text.replace("<<", "").replace(">>", "").split()
         starts = where[tuple(words[:5])] if len(words) >= 5 else []
-        return [] if len(starts) != 1 else [
-            (starts[0][0], starts[0][1], starts[0][2] + n) for n in range(len(words))
-        ]  # fmt: skip
+        if len(starts) != 1:
+            return []
+        ((shard, context, position),) = starts
+        return [(shard, context, position + n) for n in range(len(words))]
 
     seen = 0
     shows, judges = set(), set()
@@ -293,19 +291,14 @@ def test_texts_are_what_a_slow_look_finds(world, store, chosen):
     assert seen > 1000 and shows and judges and not shows & judges
 
 
-def test_hard_texts_are_nearest_by_meaning_or_by_shared_tokens(world, store, model, chosen):
-    by_tokens = texts_of(world / PLAIN, store, model, encoder=None)
-    assert [one.latent for one in by_tokens] == [one.latent for one in chosen]
-    many = replace(CONFIG, latents=12, negatives=16)
-    for encoder in (WordCounts(), None):
-        shared = {"random": [], "hard": []}
-        for one in texts_of(world / PLAIN, store, model, many, encoder):
-            words = {word for text in one.shown[:5] for word in text.plain.split()}
-            for kind, own in shared.items():
-                own += [len(words.intersection(t.split())) for t in one.silent[kind]]
-        assert np.mean(shared["hard"]) > 1.1 * np.mean(shared["random"])
+def test_hard_texts_are_nearest_by_meaning(world, store, model, chosen):
+    shared = {"random": [], "hard": []}
+    for one in texts_of(world / PLAIN, store, model, replace(CONFIG, latents=12, negatives=16)):
+        words = {word for text in one.shown[:5] for word in text.plain.split()}
+        for kind, own in shared.items():
+            own += [len(words.intersection(t.split())) for t in one.silent[kind]]
+    assert np.mean(shared["hard"]) > 1.1 * np.mean(shared["random"])
     assert all(0 <= one.detection <= 1 for one in chosen)
-    assert all(one.detection is None for one in by_tokens)
 
 
 def test_a_sample_has_as_many_latents_from_every_tenth_by_density():
@@ -584,21 +577,6 @@ def test_the_command_says_the_price_first(world, judge, tmp_path, monkeypatch):
     assert "rank correlation over latents: not defined" in text
 
 
-def test_without_the_default_encoder_tokens_say_what_is_alike(
-    world, store, model, judge, tmp_path, monkeypatch, capfd
-):
-    def missing(*_, **__):
-        raise LlmWsaeError("the sentence encoder is not here")
-
-    monkeypatch.setattr(explaining.SentenceEncoder, "load", missing)
-    even = judge(lambda number, body: "")
-    config = replace(CONFIG, scores=("intruder",), latents=2)
-    found = explain([world / PLAIN], store, model, even.address, "m", tmp_path, config)
-    assert "texts that share rare tokens count as alike" in capfd.readouterr().err
-    one = found.dictionaries["uniform-k4"]
-    assert one.alike == "the rare tokens that they share" and one.own_detection is None
-
-
 # --- a corpus that talks to the judge, and where its words end up ---------------------------------
 
 
@@ -636,52 +614,49 @@ def said_of(latent: int, text: str) -> Explanation:
     return Explanation(latent, text, "a model", {"detection": Score(0.75, (0.5, 1.0), 16, 15)})
 
 
-def test_explanations_stay_with_their_weights(world, tmp_path):
+def test_explanations_are_joined_and_stay_with_their_weights(world, tmp_path):
     dictionary, folder = Dictionary.load(world / PLAIN), tmp_path / "one"
     dictionary.save(folder)
-    keep_explanations(folder, [said_of(5, "five"), said_of(2, "two")])
-    keep_explanations(folder, [said_of(2, "two again"), said_of(9, "nine")])
-    found = read_explanations(folder)
-    assert {n: one.text for n, one in found.items()} == {2: "two again", 5: "five", 9: "nine"}
-    assert found[5] == said_of(5, "five")
-    keep_explanations(folder, [said_of(11, "two\u2028lines\x85of text")])
-    assert read_explanations(folder)[11].text == "two\u2028lines\x85of text"
+
+    def keep(*found: Explanation) -> dict[int, Explanation]:
+        keep_explanations(folder, found)
+        return read_explanations(folder)
+
+    keep(said_of(5, "five"), said_of(2, "two"))
+    found = keep(said_of(2, "two again"), said_of(9, "two\u2028lines\x85of text"))
+    texts = {2: "two again", 5: "five", 9: "two\u2028lines\x85of text"}
+    assert {n: one.text for n, one in found.items()} == texts and found[5] == said_of(5, "five")
     # A later run that asked for less, or got no answer, takes nothing away.
     intruder = {"intruder": Score(0.25, (0.0, 0.5), 8, 8)}
-    keep_explanations(folder, [Explanation(5, None, "a model", intruder),
-                               Explanation(9, None, "another", intruder)])  # fmt: skip
-    now = read_explanations(folder)
+    now = keep(Explanation(5, None, "a model", intruder), Explanation(9, None, "another", intruder))
     assert now[5] == replace(found[5], scores=found[5].scores | intruder) and now[9] == found[9]
-    keep_explanations(folder, [replace(now[5], scores={"fuzzing": intruder["intruder"]})])
-    assert set(read_explanations(folder)[5].scores) == {"detection", "intruder", "fuzzing"}
-    keep_explanations(folder, [Explanation(7, None, "a model", intruder)])
-    keep_explanations(folder, [said_of(7, "seven")])
-    assert set(read_explanations(folder)[7].scores) == {"detection", "intruder"}
-    keep_explanations(folder, [said_of(5, "otherwise")])
-    assert read_explanations(folder)[5] == said_of(5, "otherwise")
-    found = read_explanations(folder)
+    now = keep(replace(now[5], scores={"fuzzing": intruder["intruder"]}))
+    assert set(now[5].scores) == {"detection", "intruder", "fuzzing"}
+    keep(Explanation(7, None, "a model", intruder))
+    assert set(keep(said_of(7, "seven"))[7].scores) == {"detection", "intruder"}
+    found = keep(said_of(5, "otherwise"))
+    assert found[5] == said_of(5, "otherwise")
     dictionary.info = replace(dictionary.info, metrics={})
     dictionary.save(folder)  # the same weights
     assert read_explanations(folder) == found
-    other = Dictionary.load(world / WEIGHTED)
-    other.save(tmp_path / "other")
-    path = tmp_path / "other/explanations.jsonl"
-    path.write_bytes((folder / "explanations.jsonl").read_bytes())
+    other, path = Dictionary.load(world / WEIGHTED), tmp_path / "other/explanations.jsonl"
+    other.save(path.parent)
+    path.write_bytes((folder / path.name).read_bytes())
+    page = tmp_path / "page.html"
     for use in (
-        lambda: read_explanations(tmp_path / "other"),
-        lambda: push([tmp_path / "other"], REPO),
-        lambda: llm_wsae.dashboard([tmp_path / "other"], world / "store", str(world / "model"),
-                                   tmp_path / "page.html"),
-    ):  # fmt: skip
+        lambda: read_explanations(path.parent),
+        lambda: push([path.parent], REPO),
+        lambda: llm_wsae.dashboard([path.parent], world / "store", str(world / "model"), page),
+    ):
         with pytest.raises(LlmWsaeError, match="explains the latents of another dictionary"):
             use()
-    assert not (tmp_path / "page.html").exists() and call("verify", tmp_path / "other").code == 1
+    assert not page.exists() and call("verify", path.parent).code == 1
     head = path.read_text().splitlines()[0]
     newer = digests.json_line({**digests.check_line(head), "format_version": 2})
     for damaged, said in ((newer, "update"), ("", "cannot"), (head.replace("1", "2", 1), "checks")):
         path.write_text(damaged)
         with pytest.raises(LlmWsaeError, match=said):
-            read_explanations(tmp_path / "other")
+            read_explanations(path.parent)
     other.save(folder)  # other weights
     assert read_explanations(folder) == {}
 
