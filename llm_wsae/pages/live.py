@@ -45,10 +45,15 @@ _BETWEEN_LOOKS = 1.0  # seconds
 
 
 class Session:
-    """What the page may ask of the model."""
+    """What the page may ask of the model, which writes, or is waited for, so many seconds."""
 
-    def __init__(self, model: LanguageModel, dictionaries: Mapping[str, Dictionary]):
-        self._model = model
+    def __init__(
+        self,
+        model: LanguageModel,
+        dictionaries: Mapping[str, Dictionary],
+        seconds: float = SECONDS,
+    ):
+        self._model, self._seconds = model, seconds
         self._dictionaries = list(dictionaries.values())
         self._busy = threading.Lock()
 
@@ -64,7 +69,7 @@ class Session:
         if not isinstance(number, int) or not 0 <= number < len(self._dictionaries):
             raise UsageError("there is no such dictionary")
         dictionary = self._dictionaries[number]
-        if not self._busy.acquire(timeout=2 * SECONDS):
+        if not self._busy.acquire(timeout=2 * self._seconds):
             raise UsageError("the model is busy with another question; ask again")
         try:
             with torch.no_grad():
@@ -104,9 +109,9 @@ class Session:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=count,
                 do_sample=False,
-                max_time=SECONDS,
+                max_time=self._seconds,
             )[0, ids.shape[1] :]
-            cut = len(new) < count and time.monotonic() - started > SECONDS
+            cut = len(new) < count and time.monotonic() - started > self._seconds
             return tokenizer.decode(new), cut, logits
 
         before, cut, clean = write()

@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsing import check_width_and_colours, watched
 from command_line import SITE, call, works
 from hostile import with_hostile_tokens
+from looping import over
 from small_dictionaries import make_dictionary
 
 from llm_wsae import dashboard, inspect
@@ -31,11 +34,19 @@ from llm_wsae.inspecting.sentence import read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages import collecting, live
+from llm_wsae.pages import collecting
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
-from llm_wsae.pages.dashboard import most_megabytes, named_dictionaries, what_fits
+from llm_wsae.pages.dashboard import (
+    Words,
+    facts,
+    most_megabytes,
+    named_dictionaries,
+    principal_components,
+    shown,
+    table,
+    what_fits,
+)
 from llm_wsae.pages.live import Session, application
-from llm_wsae.pages.payload import Words, facts, principal_components, shown, table
 from llm_wsae.statistics.documents import TextSize
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
@@ -64,7 +75,7 @@ def of_kind(world, store, kind: str) -> Dictionary:
     return Dictionary(**parts, sparsity=JumpReLU(), threshold=torch.full((one.d_sae,), 0.02))
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+@over(kind=["topk", "jumprelu"])
 def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeypatch):
     monkeypatch.setattr(collecting, "ROWS_AT_ONCE", 700)  # pieces that end within contexts
     dictionary = of_kind(world, store, kind)
@@ -202,15 +213,6 @@ def silence(d_sae: int) -> Firings:
                    none)  # fmt: skip
 
 
-def test_partners_of_a_wide_dictionary_are_exact():
-    """Other numbers of the table have four digits."""
-    one = make_dictionary(d_sae=12_000)
-    order = torch.randperm(one.d_sae, generator=torch.Generator().manual_seed(1))
-    partner = nearest(one.W_dec, one.W_dec[order], 1)
-    columns = table(one, silence(one.d_sae), torch.zeros(one.d_sae), partner, {})
-    assert columns["partner"] == order.argsort().tolist()
-
-
 def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browser, page, tab):
     text = page.read_text()
     assert [one.startswith(f"{LABEL} · ") for one in unpacked(text, "search-0")[:7]] == [
@@ -250,6 +252,10 @@ def test_the_card_shows_what_was_measured():
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
+    partner = nearest(dictionary.W_dec, dictionary.W_dec[order] + 0.0, 1)
+    columns = table(dictionary, nothing, torch.zeros(80), (partner[0] + 12_345, partner[1]), {})
+    assert columns["partner"] == (order.argsort() + 12_345).tolist()  # numbers are exact
     unmeasured = facts(make_dictionary(metrics={}), "one", nothing, seen)["facts"]
     assert [title for title, _ in unmeasured] == ["What it is", "On the rows of this page"]
 
@@ -316,38 +322,30 @@ def test_a_single_latent_has_none_near_it(world, store, model, tmp_path):
 
 
 def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
-    world, store, model, tmp_path, monkeypatch
+    world, model, tmp_path
 ):
     assert most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
     for d_sae, fits in ((4608, (3, 10)), (16_384, (3, 4)), (32_768, (2, 3)), (10**6, (1, 1))):
         assert what_fits([d_sae] * 3) == fits
         assert most_megabytes([d_sae] * fits[0], 2 * fits[1]) <= 60 or fits == (1, 1)
-    monkeypatch.setattr("llm_wsae.pages.dashboard.MOST_MEGABYTES", 0.05)
-    dictionary, out = Dictionary.load(world / PLAIN), tmp_path / "large.html"
-    said = r"the page would be 0 MB large, more than 0\.05; ask for fewer dictionaries"
-    with pytest.raises(UsageError, match=said):  # found when it is written
-        dashboard([dictionary], store, model, out, top=1, bands=1)
-    monkeypatch.setattr("llm_wsae.pages.dashboard.collect", lambda *_: 1 / 0)
+    assert most_megabytes([4608], 20, [20 * 32]) < 1  # few rows have few examples
+    damaged = shutil.copytree(world / "store", tmp_path / "store")
+    for shard in (damaged / SITE).glob("0*.safetensors"):
+        shard.write_bytes(b"")
+    one = Dictionary.load(world / PLAIN)
+    parts = {"W_enc": one.W_enc.repeat(1, 8000), "W_dec": one.W_dec.repeat(8000, 1)}
+    wide = Dictionary(
+        **parts, b_enc=one.b_enc.repeat(8000), b_dec=one.b_dec, info=one.info, sparsity=TopK(1)
+    )
+    said = r"the page would be 103 MB large, more than 60; ask for fewer dictionaries"
     with pytest.raises(UsageError, match=said):
-        dashboard([dictionary], store, model, out)
-    with pytest.raises(ZeroDivisionError):  # 20 rows fire 80 latents: that may fit
-        dashboard([dictionary], store, model, out, rows=20)
+        dashboard([wide], damaged, model, tmp_path / "large.html")
 
 
 def named(dictionary: Dictionary, name: str) -> Dictionary:
     other = copy.copy(dictionary)
     other.info = replace(dictionary.info, name=name)
     return other
-
-
-def watched(browser, allowed: str, **options):
-    """A tab, and what it complains of or asks for outside the allowed address."""
-    tab, wrong = browser.new_page(**options), []
-    tab.on("console", lambda message: wrong.append(message.text))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("dialog", lambda dialog: wrong.append("dialog"))
-    tab.on("request", lambda r: None if r.url.startswith(allowed) else wrong.append(r.url))
-    return tab, wrong
 
 
 @pytest.fixture
@@ -509,19 +507,9 @@ def test_paper_is_white(tab):
     assert not tab.locator("header").is_visible() and tab.locator("main h1").is_visible()
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, width):
-    tab.set_viewport_size({"width": width, "height": 900})
-    for scheme in ("light", "dark"):
-        tab.emulate_media(color_scheme=scheme)
-        for view in ("overview", "latents", "compare", "prompts"):
-            show(tab, view)
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
-    tab.click("#theme")
-    colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert colour == "rgb(255, 255, 255)"
+def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
+    views = ("overview", "latents", "compare", "prompts")
+    check_width_and_colours(tab, lambda view: show(tab, view), views)
 
 
 def test_hostile_text_does_nothing(browser, world, model, tmp_path):
@@ -570,15 +558,11 @@ AS_JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def session(world, model):
-    return Session(model, named_dictionaries([world / PLAIN, world / WEIGHTED]))
-
-
-@pytest.fixture(scope="module")
-def client(session):
+def client(world, model):
     pytest.importorskip("starlette", reason="the extra page is not installed")
     from starlette.testclient import TestClient
 
+    session = Session(model, named_dictionaries([world / PLAIN, world / WEIGHTED]))
     return TestClient(application("the page", session, "secret", 8123), "http://127.0.0.1:8123")
 
 
@@ -630,21 +614,20 @@ def test_questions_are_answered_or_refused_in_a_sentence(client, world):
         assert reply.status_code == 400 and said in reply.json()["error"]
 
 
-def test_the_model_writes_and_waits_for_a_limited_time(client, session, monkeypatch):
-    monkeypatch.setattr(live, "SECONDS", 0.0)
+def test_the_model_writes_and_waits_for_a_limited_time(world, model):
+    session = Session(model, named_dictionaries([world / PLAIN]), seconds=0.0)
     steer = {"text": "w1 w2", "dictionary": 0, "latent": 5, "strength": 1.0, "tokens": 50}
-    answer = client.post("/secret/ask", json=steer).json()
+    answer = session.answer(steer)
     assert answer["cut"] and len(answer["before"].split()) < 50
-    with session._busy:
-        reply = client.post("/secret/ask", json=steer)
-    assert reply.status_code == 400 and "busy" in reply.json()["error"]
+    with session._busy, pytest.raises(UsageError, match="busy"):
+        session.answer(steer)
 
 
 CROWDED = """
 import resource, socket
-from llm_wsae.pages import live_server
+from llm_wsae.pages import live
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-live_server.SECONDS_TO_ASK = 1.0
+live.SECONDS_TO_ASK = 1.0
 async def page(scope, receive, send):
     if scope["type"] == "http":
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -653,7 +636,7 @@ listening = socket.socket()
 listening.bind(("127.0.0.1", 0))
 listening.listen()
 print(listening.getsockname()[1], flush=True)
-live_server.run(page, listening)
+live.run_server(page, listening)
 """
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from browsing import check_width_and_colours, watched
+from looping import over
 from study_cases import MEASURES, Made
 
 from llm_wsae import EvaluateConfig, choose_weights, evaluate, make_arms
@@ -75,11 +77,7 @@ def test_the_page_has_the_numbers_of_the_report(report, page):
 
 def opened(browser, path, **how):
     """A tab with a page; whatever it complains of or asks for is kept in ``wrong``."""
-    tab, wrong = browser.new_page(**how), []
-    tab.on("console", lambda message: wrong.append(message.text))
-    tab.on("dialog", lambda dialog: wrong.append("dialog"))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file:") else None)
+    tab, wrong = watched(browser, "file:", **how)
     tab.goto(f"file://{path}")
     return tab, wrong
 
@@ -186,10 +184,7 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
     tab.keyboard.press("Escape")
     assert highlighted() == set()
     every = tab.evaluate("about.series.length")
-    for key, number in (
-        ("k", every - 1),
-        ("j", 0),
-    ):  # nothing is chosen: from the end, or the start
+    for key, number in (("k", every - 1), ("j", 0)):  # nothing is chosen: from an end
         tab.keyboard.press(key)
         assert highlighted() == {str(number)}
         tab.keyboard.press("Escape")
@@ -198,21 +193,15 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
 
 
 def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
-    for width in (390, 1280):
-        tab.set_viewport_size({"width": width, "height": 900})
-        for scheme in ("light", "dark"):
-            tab.emulate_media(color_scheme=scheme)
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
-    tab.click("#theme")
-    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    check_width_and_colours(tab)
 
 
-@pytest.mark.parametrize("kind", ["linear", "log", "lost", "difference"])
-def test_an_axis_of_values_that_differ_by_rounding(tab, kind):
-    for values in ([0.3, 0.30000000000000004], [0.3], [0.0, 0.0]):
-        assert len(tab.evaluate(f"axis('{kind}', {values}, 5).ticks")) < 12
+@over(
+    kind=["linear", "log", "lost", "difference"],
+    values=[[0.3, 0.30000000000000004], [0.3], [0.0, 0.0]],
+)
+def test_an_axis_of_values_that_differ_by_rounding(tab, kind, values):
+    assert len(tab.evaluate(f"axis('{kind}', {values}, 5).ticks")) < 12
 
 
 def test_hostile_names_do_nothing(browser, tmp_path):
