@@ -2,21 +2,16 @@
 disk as it was. Each kind of mistake once, through the command line; details are tested where the
 mistake is found."""
 
-import contextlib
 import resource
 import shutil
 import signal
-from pathlib import Path
 
-import huggingface_hub
 import pytest
 import tiny
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, save_model, works
-from huggingface_hub.utils import httpx
 from safetensors.torch import save_file
 
-import llm_wsae.cli
 from llm_wsae.cli import main
 from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.data.text_sources import HubDataset
@@ -86,22 +81,10 @@ STUDYING = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--s
 WEIGHING = ("weigh", "store", "--site", SITE)
 
 # what stands for several words, or for what cannot be typed here
-WORDS = {
-    "HARVEST": HARVEST,
-    "TRAIN": TRAIN,
-    "HARVESTING": HARVESTING,
-    "TRAINING": TRAINING,
-    "EVALUATING": EVALUATING,
-    "MEASURING": MEASURING,
-    "RUNNING": RUNNING,
-    "STUDYING": STUDYING,
-    "WEIGHING": WEIGHING,
-    "SITE": [SITE],
-    "OTHER_SITE": [OTHER_SITE],
-    "LONG": [300 * "x"],
-    "./LONG": ["./" + 300 * "x"],
-    "BYTES": ["a\udcff"],
-}
+NAMES = ("HARVEST", "TRAIN", "HARVESTING", "TRAINING", "EVALUATING", "MEASURING", "RUNNING",
+         "STUDYING", "WEIGHING")  # fmt: skip
+WORDS = {name: globals()[name] for name in NAMES}
+WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"]}
 # exit code and command, without --out; below it, what the sentence holds
 MISTAKES = """\
 2 harvst
@@ -313,14 +296,6 @@ def test_an_option_is_given_once(capsys):
         assert out == "" and said in err.splitlines()[-1]
 
 
-def test_what_the_parser_does_not_tell_is_shown_as_it_tells_it(world, monkeypatch):
-    """Its hook for errors is private: a release may have none, or other events."""
-    monkeypatch.setattr(llm_wsae.cli, "_on_parse_error", contextlib.nullcontext)
-    result = call("verify", world / "store", "--depth", 3)
-    assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
-    assert "Unrecognized options: --depth" in result.err
-
-
 # exit code and command: the result cannot go there, or that is of another command or settings
 PLACES = """\
 2 WEIGHING --out weights.json
@@ -386,16 +361,6 @@ def test_what_one_may_not_read_or_write(refused, world, tmp_path):
             result = call(*command)
             assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
             assert said in result.err and "ask its owner for access" in result.err
-
-
-def test_the_hub_out_of_reach(refused, monkeypatch, tmp_path):
-    def unreachable(*_, **__):
-        raise httpx.ConnectError("Name or service not known")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    refused(1, *HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "out",
-            said=["'owner/texts'", "the Hub cannot be reached"])  # fmt: skip
-    assert not (tmp_path / "out").exists()
 
 
 class Rows:
@@ -465,39 +430,27 @@ def test_a_full_disk(refused, world, tmp_path):
     assert left == unbroken
 
 
-def damaged(store: Path) -> dict[str, str]:
-    """Damages three files of a store; what must be said about each."""
+def test_verify_names_every_damaged_file(refused, world, tmp_path):
+    store = shutil.copytree(world / "store", tmp_path / "store")
     flipped, short, gone = (store / SITE / f"0000{i}.safetensors" for i in range(3))
     byte = bytearray(flipped.read_bytes())
     byte[-9] ^= 4
     flipped.write_bytes(byte)
     short.write_bytes(short.read_bytes()[:-64])
     gone.unlink()
-    return {
-        str(flipped): "is damaged: its checksum does not match",
-        str(short): "is truncated",
-        str(gone): "is missing",
-    }
-
-
-def test_verify_names_every_damaged_file(refused, world, tmp_path):
-    store = tmp_path / "store"
-    shutil.copytree(world / "store", store)
-    said = [f"{path} {problem}" for path, problem in damaged(store).items()]
+    said = [f"{flipped} is damaged: its checksum", f"{short} is truncated", f"{gone} is missing"]
     sentence = refused(1, "verify", store, said=said)
     assert sentence.count(";") == 3 and sentence.endswith(
         "run the same harvest again, which rewrites those missing"
     )
-    refused(1, "verify", "torn", said=["in torn, sae_weights.safetensors changed since it was"])
-    refused(1, "verify", "half", said=["half", "lacks cfg.json"])
-    refused(1, "verify", "foreign", said=["foreign holds cfg.json and no dictionary"])
-    refused(
-        1,
-        "verify",
-        "nothing",
-        said=["nothing holds nothing that verify knows: store (with a man", "training"],
-    )
-    refused(1, "verify", "nowhere", said=["there is no file or folder nowhere"])
+    for place, said in {
+        "torn": "in torn, sae_weights.safetensors changed since it was",
+        "half": "half is not a complete dictionary folder of this package: it lacks cfg.json",
+        "foreign": "foreign holds cfg.json and no dictionary",
+        "nothing": "nothing holds nothing that verify knows: store (with a man",
+        "nowhere": "there is no file or folder nowhere",
+    }.items():
+        refused(1, "verify", place, said=[said])
 
 
 def test_debug_shows_where_it_happened(world, monkeypatch):
