@@ -28,6 +28,12 @@ dimensions, where its weights are steep: dimensions that count little would hard
 SMALLEST_NORM = 1e-8
 """A decoder row is divided by its norm, or by this if it is smaller."""
 
+Rows = Float[Tensor, "batch d_in"]
+Weights = Float[Tensor, "d_sae d_in"]
+"""Of the encoder or the decoder: a row for each latent."""
+PerLatent = Float[Tensor, " d_sae"]
+PerDimension = Float[Tensor, " d_in"]
+PerSlot = Float[Tensor, " active"]
 Gradients = tuple[Tensor, Tensor, Tensor]
 """By the encoder [d_sae, d_in], the decoder [d_sae, d_in] and the encoder's bias [d_sae]."""
 
@@ -46,14 +52,14 @@ class RaggedCodes(NamedTuple):
 
     indices: Int[Tensor, " active"]
     """Latent numbers, int64, in no particular order within a row."""
-    values: Float[Tensor, " active"]
+    values: PerSlot
     """Latent activations, ≥ 0."""
     offsets: Int[Tensor, " batch_and_one"]
     """Row i owns the slots from offsets[i] up to offsets[i + 1], int64."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch, those without any slot included."""
+        """Of the batch, those without any slot included."""
         return len(self.offsets) - 1
 
     def rows(self) -> Int[Tensor, " active"]:
@@ -64,11 +70,11 @@ class RaggedCodes(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The encoder's matrix product, all in one dtype."""
+    """The encoder's product, all in one dtype."""
 
-    x: Float[Tensor, "batch d_in"]
-    encoder: Float[Tensor, "d_sae d_in"]
-    bias: Float[Tensor, " d_sae"]
+    x: Rows
+    encoder: Weights
+    bias: PerLatent
 
     def pre(self, rows: slice = slice(None)) -> Float[Tensor, "rows d_sae"]:
         """Pre-activations x·encoderᵀ + bias of some rows."""
@@ -104,12 +110,12 @@ class SparseGradients(NamedTuple):
     """What the gradients by the latents' weights are sums of: a term for every active latent."""
 
     codes: RaggedCodes
-    x: Float[Tensor, "batch d_in"]
+    x: Rows
     """Float32, or rounded to bfloat16; the sums are float32 all the same."""
     output_gradient: Float[Tensor, "batches d_in"]
     """By the reconstructions, in the dtype of ``x``. There may be several of each row, all of one
     kind before all of the next, as there are rows of the codes: row i belongs to x[i mod batch]."""
-    by_value: Float[Tensor, " active"]
+    by_value: PerSlot
     """By each active pre-activation, as of ``value_gradients``."""
     more: SubsetGradients | None = None
     """What else some latents get."""
@@ -118,13 +124,13 @@ class SparseGradients(NamedTuple):
 class Latents(NamedTuple):
     """The weights of all latents and their moments in Adam; a step updates them in place."""
 
-    encoder: Float[Tensor, "d_sae d_in"]
-    decoder: Float[Tensor, "d_sae d_in"]
-    encoder_mean: Float[Tensor, "d_sae d_in"]
-    decoder_mean: Float[Tensor, "d_sae d_in"]
-    encoder_square: Float[Tensor, "d_sae d_in"]
-    decoder_square: Float[Tensor, "d_sae d_in"]
-    encoder_fast: Float[Tensor, "d_sae d_in"] | None = None
+    encoder: Weights
+    decoder: Weights
+    encoder_mean: Weights
+    decoder_mean: Weights
+    encoder_square: Weights
+    decoder_square: Weights
+    encoder_fast: Weights | None = None
     """What the new encoder is copied to, in its dtype, for the next step's product."""
 
 
@@ -132,28 +138,26 @@ class RawRows(NamedTuple):
     """What leads to the raw rows v and e of latents whose rows are v/L and L·e, where L is the norm
     of v (see ``training.optimiser``)."""
 
-    lengths: Float[Tensor, " d_sae"]
+    lengths: PerLatent
     """L, updated in place."""
-    bias: Float[Tensor, " d_sae"]
+    bias: PerLatent
     """The encoder's bias, L times a raw one; it is only read."""
 
 
 class Reconstruction(NamedTuple):
     """What a step needs to know about its reconstruction."""
 
-    residual: Float[Tensor, "batch d_in"]
+    residual: Rows
     """(reconstruction − x), each row times its weight."""
-    output_gradient: Float[Tensor, "batch d_in"]
+    output_gradient: Rows
     """The residual, each column times its weight, in the dtype asked for."""
-    by_value: Float[Tensor, " active"]
+    by_value: PerSlot
     """Gradient by each active pre-activation, as of ``value_gradients``."""
     row_errors: Float[Tensor, " batch"]
     """Σ over columns of residual · output_gradient."""
 
     @classmethod
-    def empty(
-        cls, codes: RaggedCodes, x: Float[Tensor, "batch d_in"], fast: torch.dtype
-    ) -> "Reconstruction":
+    def empty(cls, codes: RaggedCodes, x: Rows, fast: torch.dtype) -> "Reconstruction":
         """Memory for a kernel to write."""
         return cls(
             residual=torch.empty_like(x, memory_format=torch.contiguous_format),

@@ -2,19 +2,12 @@
 differentiable.
 
 Only a few of d_sae latents are active in a row, so everything after the encoder's matrix product
-costs that share of its dense form. Latents are rows here (``[d_sae, d_in]`` for encoder and
-decoder), because every operation reads or writes whole latents. A sum of few rows is an embedding
-bag: decoding sums decoder rows over a row's latents, a weight gradient sums rows over a latent's
-occurrences.
+costs that share of its dense form. A sum of few rows is an embedding bag: decoding sums decoder
+rows over a row's latents, a weight gradient sums rows over a latent's occurrences.
 
 ``backends`` has faster versions of the same names: ``cpu`` in C++ and ``triton`` for CUDA. They are
 looked up at every call, by device, dtype and whether autograd is on; ``using`` overrides that. Ties
-may be broken differently, and sums added in another order; the tests compare all of them with a
-dense reference.
-
-AuxK's two, ``encode_dead`` and ``dead_gradients``, use dense products over the dead latents: those
-are few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
-codes to be faster.
+may be broken differently, and sums added in another order.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,13 +32,18 @@ from llm_wsae.sparse.codes import (
     Codes,
     Gradients,
     Latents,
+    PerDimension,
+    PerLatent,
+    PerSlot,
     Product,
     RaggedCodes,
     RawRows,
     Reconstruction,
+    Rows,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
+    Weights,
     exact_dtype,
     joined,
     keep_slots,
@@ -73,12 +71,7 @@ def using(backend: ModuleType | None) -> Iterator[None]:
         _forced.reset(before)
 
 
-def encode_topk(
-    x: Float[Tensor, "batch d_in"],
-    encoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_sae"],
-    k: int,
-) -> Codes:
+def encode_topk(x: Rows, encoder: Weights, bias: PerLatent, k: int) -> Codes:
     """The k largest pre-activations x·encoderᵀ + bias of every row, negative ones set to 0.
 
     ``x``, ``encoder`` and ``bias`` share one dtype, that of the matrix product; values come back in
@@ -98,19 +91,17 @@ def topk_of_tiles(product: Product, k: int) -> Codes:
 
 
 def encode_above(
-    x: Float[Tensor, "batch d_in"],
-    encoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_sae"],
-    threshold: Float[Tensor, " d_sae"],
+    x: Rows,
+    encoder: Weights,
+    bias: PerLatent,
+    threshold: PerLatent,
     capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
-    """Every pre-activation above its latent's threshold (≥ 0): 0 is ReLU, a learnt one JumpReLU.
+    """Every pre-activation above its latent's threshold (≥ 0); meant for few of them.
 
-    Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. Memory
-    grows with the number of active latents: meant for few of them.
-
-    With ``capacity`` nothing waits for a GPU, and the codes are complete only if
-    ``capacity.enough()`` then says so; if not, call again.
+    Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. With
+    ``capacity`` nothing waits for a GPU, and the codes are complete only if ``capacity.enough()``
+    then says so; if not, call again.
     """
     product = Product(x, encoder, bias)
     if faster := _faster("encode_above", product, _FOR_PRODUCTS):
@@ -119,9 +110,9 @@ def encode_above(
 
 
 def encode_batch_topk(
-    x: Float[Tensor, "batch d_in"],
-    encoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_sae"],
+    x: Rows,
+    encoder: Weights,
+    bias: PerLatent,
     k: int,
     guess: float | Float[Tensor, ""],
     kept: Bool[Tensor, " batch"] | None = None,
@@ -171,12 +162,7 @@ def largest_of_batch(
     return _largest(joined(parts), wanted)
 
 
-def exact_values(
-    codes: RaggedCodes,
-    x: Float[Tensor, "batch d_in"],
-    encoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_sae"],
-) -> RaggedCodes:
+def exact_values(codes: RaggedCodes, x: Rows, encoder: Weights, bias: PerLatent) -> RaggedCodes:
     """The codes with the values x·encoder[index] + bias[index], summed in ``x``'s float32.
 
     The product that picked the latents rounds them, if it is in bfloat16; ``encoder`` still may be.
@@ -187,11 +173,7 @@ def exact_values(
 
 
 def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
-    """Exactly the k largest entries of every row, in no particular order, sign kept.
-
-    The k largest lie in the k groups with the largest maxima. A group's members stand d_sae / 8
-    apart, so that its maximum is an elementwise maximum of contiguous runs.
-    """
+    """Exactly the k largest entries of every row, in no particular order, sign kept."""
     if faster := _faster("select_topk", (pre,), _FOR_PRODUCTS):
         return faster(pre, k)
     batch, d_sae = pre.shape
@@ -199,6 +181,8 @@ def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     if d_sae % _GROUP or k >= stride:
         values, indices = pre.topk(k, dim=1, sorted=False)
         return Codes(indices, values)
+    # They lie in the k groups with the largest maxima. A group's members stand d_sae / 8 apart, so
+    # that its maximum is an elementwise maximum of contiguous runs.
     groups = pre.view(batch, _GROUP, stride).amax(1).topk(k, dim=1, sorted=False).indices
     offsets = torch.arange(0, d_sae, stride, device=pre.device)
     candidates = (groups[:, :, None] + offsets).flatten(1)
@@ -207,17 +191,14 @@ def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
 
 
 def encode_dead(
-    x: Float[Tensor, "batch d_in"],
+    x: Rows,
     encoder: Float[Tensor, "some d_in"],
     bias: Float[Tensor, " some"],
     dead: Bool[Tensor, " some"] | None,
     k: int,
 ) -> Float[Tensor, "batch some"]:
-    """The k largest positive pre-activations of every row, or more where they tie; others are 0.
-
-    Latents that are not ``dead`` are 0 in all rows; None says that all are dead. In the dtype of
-    ``x``, ``encoder`` and ``bias``, for the products that follow.
-    """
+    """The k largest positive pre-activations of every row, or more where they tie; others are 0, as
+    are latents that are not ``dead`` (None: all are). In the inputs' dtype."""
     product = Product(x, encoder, bias)
     if faster := _faster("encode_dead", product, _FOR_PRODUCTS):
         return faster(product, dead, k)
@@ -231,16 +212,16 @@ def encode_dead(
 
 def dead_gradients(
     active: Float[Tensor, "batch some"],
-    x: Float[Tensor, "batch d_in"],
+    x: Rows,
     decoder: Float[Tensor, "some d_in"],
-    output_gradient: Float[Tensor, "batch d_in"],
+    output_gradient: Rows,
     sums: SubsetGradients,
 ) -> None:
-    """Add to ``sums`` the gradients by the weights of latents with the values ``active``.
+    """Add to ``sums`` the gradients by the weights of latents with the values ``active``:
+    by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows, where by_latent is
+    output_gradient · decoderᵀ where a latent is active, else 0.
 
-    With by_latent = output_gradient · decoderᵀ where a latent is active, else 0, these are
-    by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows. All inputs share one
-    dtype, that of the products; the sums are float32, or float64 for float64 inputs.
+    Inputs have the dtype of the products; the sums are float32, or float64 for float64 inputs.
     """
     given = (active, x, decoder, output_gradient)
     if faster := _faster("dead_gradients", given, _FOR_PRODUCTS):
@@ -258,20 +239,14 @@ def add_products(latents: Tensor, rows: Tensor, sums: Tensor) -> None:
         sums[some] += latents[:, some].T @ rows
 
 
-def decode(
-    codes: RaggedCodes, decoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_in"]
-) -> Float[Tensor, "batch d_in"]:
+def decode(codes: RaggedCodes, decoder: Weights, bias: PerDimension) -> Rows:
     """Σ_j values_j · decoder[indices_j] + bias, for every row."""
     if faster := _faster("decode", (codes.values, decoder, bias)):
         return faster(codes, decoder, bias)
     return _bags(codes.indices, decoder, codes.offsets, codes.values.to(decoder.dtype)).add_(bias)
 
 
-def value_gradients(
-    codes: RaggedCodes,
-    decoder: Float[Tensor, "d_sae d_in"],
-    output_gradient: Float[Tensor, "batch d_in"],
-) -> Float[Tensor, " active"]:
+def value_gradients(codes: RaggedCodes, decoder: Weights, output_gradient: Rows) -> PerSlot:
     """Gradient of the loss by each active pre-activation: decoder[index] · output_gradient[row].
 
     0 where the value is 0: an unused slot was clipped by the ReLU and must not move any weight.
@@ -293,11 +268,11 @@ def value_gradients(
 
 def reconstruct(
     codes: RaggedCodes,
-    decoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_in"],
-    x: Float[Tensor, "batch d_in"],
+    decoder: Weights,
+    bias: PerDimension,
+    x: Rows,
     row_weights: Float[Tensor, " batch"],
-    column_weights: Float[Tensor, " d_in"],
+    column_weights: PerDimension,
     fast: torch.dtype,
 ) -> Reconstruction:
     """``decode``, the residual, its weighted gradient and ``value_gradients``.
@@ -340,7 +315,7 @@ def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
     return sums
 
 
-def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
+def firing_counts(codes: RaggedCodes, d_sae: int) -> PerLatent:
     """How many rows each latent is active in, with a value above 0."""
     counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
     return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
@@ -352,16 +327,13 @@ def adam(
     step: int,
     learning_rate: float,
     raw: RawRows | None = None,
-) -> Float[Tensor, " d_sae"]:
-    """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1.
+) -> PerLatent:
+    """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1;
+    biases do not move: the gradient by the encoder's is returned.
 
     ``step`` counts from 1; the result is that of torch.optim.Adam with ``codes.BETAS`` and
     ``codes.EPSILON``. With ``raw``, the raw rows v and e move, and with them L, the norm of v, and
-    the rows v/L and L·e that are seen. Biases do not move: the gradient by the encoder's is
-    returned.
-
-    A backend may sum a latent's sparse gradients where they are used and never hold all of them.
-    Raw rows whose gradients are dense are moved by plain torch on every device.
+    the rows v/L and L·e that are seen. A backend may never hold all gradients.
     """
     weights, now = latents[:6], (step, learning_rate)
     if isinstance(gradients, SparseGradients):

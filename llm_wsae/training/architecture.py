@@ -1,10 +1,8 @@
 """What a step of training takes and returns, and what an architecture decides about it.
 
-Inputs are normalised before they come here: centred, divided by one global scale, massive rows set
-to 0 and masked. Latents are rows, so ``encoder`` is W_encᵀ. An arm holds one object of its
-architecture, which computes the step and remembers what the next step needs, such as a running
-threshold; the files in ``architectures/`` are the architectures. The sparse ones share the part of
-a step from codes to gradients (``sparse_step``).
+Latents are rows, so ``encoder`` is W_encᵀ. An arm holds one object of its architecture, which
+computes the step and remembers what the next step needs, such as a running threshold. The files in
+``architectures/`` are the architectures.
 """
 
 from abc import ABC, abstractmethod
@@ -39,7 +37,7 @@ class Parameters(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Normalised rows, shared by all arms."""
+    """Rows, centred and divided by one global scale; shared by all arms."""
 
     x: Float[Tensor, "batch d_in"]
     """Float32 rows; masked ones are 0."""
@@ -173,8 +171,7 @@ def sparse_step(
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients.
 
-    ``penalty_gradient`` is the gradient of a penalty by every active latent; the loss does not
-    include the penalty. The weights' gradients sum rows in the number format of the products.
+    ``penalty_gradient`` is that of a penalty, which the loss lacks, by every active latent.
     """
     encoder, decoder, _, decoder_bias = parameters
     weights = error_weights(batch.num_rows, metric)
@@ -198,19 +195,16 @@ def sparse_step(
 
 
 def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
-    """The codes with values summed in float32, not rounded by the product that picked them.
-
-    A rounding error comes back several times as large in the encoder's gradient, since the
-    reconstruction error is small compared with the values. The encoder may still be the rounded
-    one, which halves what is read.
-    """
+    """The codes with values summed in float32, not rounded by the product that picked them: a
+    rounding error comes back several times as large in the encoder's gradient, since the
+    reconstruction error is small compared with the values."""
     if batch.x_fast.dtype == batch.x.dtype:
         return codes
     return exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
 
 
 def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:
-    """The codes with the slots of masked rows unused: those rows count nowhere."""
+    """The codes with the slots of masked rows unused."""
     return codes._replace(values=codes.values * batch.mask[codes.rows()])
 
 

@@ -32,8 +32,7 @@ _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the t
 class ArmConfig:
     """What distinguishes one arm of a training from the others.
 
-    Raises UsageError for an unknown architecture, one whose ``k`` is not given, or one that does
-    not have the ``k`` or ``l1`` that is.
+    Raises UsageError for an unknown architecture, or one whose ``k`` or ``l1`` is not as it should.
     """
 
     weights: LossWeights
@@ -159,8 +158,8 @@ class Arm:
         is the coefficient of AuxK's loss, 0 for none, and ``dead_after`` how many rows without
         firing make a latent dead.
 
-        A GPU is never left idle: a number from it is read only when it already has more work
-        queued, except once in the first step. Several processes wait for each other.
+        A number from a GPU is read only when it already has more work queued, except once in the
+        first step.
         """
         with torch.no_grad():
             step = self.evaluate(batch)
@@ -272,10 +271,9 @@ def make_arms(
 ) -> list[ArmConfig]:
     """Every combination of weights, architectures, their sparsities and seeds.
 
-    Half-random dictionaries come last, and are plain where there are plain weights.
-    ``ks`` are for every architecture except those that take ``l1s``; of these ``relu`` need not be
-    listed when there are some. Raises UsageError for such an architecture without L1 coefficients,
-    or a negative one.
+    Baselines come last, and are plain where there are plain weights. ``relu`` need not be listed
+    when there are ``l1s``. Raises UsageError for ``relu`` without L1 coefficients, or a negative
+    one.
     """
     with_l1 = [name for name in architectures if find_architecture(name).setting == "l1"]
     if l1s and not with_l1:

@@ -34,11 +34,10 @@ class DeadLatents(NamedTuple):
 
 
 class DeadFinder:
-    """Finds the dead latents of one arm.
+    """Finds the dead latents of one arm, and on a GPU does not wait for their number.
 
-    To gather them, their number must be known, and asking a GPU for it means waiting. So on a GPU a
-    search runs only now and then, and includes latents that may die before the search after next.
-    Its count is read long after it has arrived, and a mask says which latents are dead in a step.
+    There a search runs only now and then, and includes latents that may die before the search after
+    next. Its count is read long after it has arrived, and a mask says which are dead in a step.
     """
 
     def __init__(self, device: torch.device):

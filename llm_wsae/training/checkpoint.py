@@ -1,10 +1,8 @@
 """A training on disk: the record of its folder, and its state, one safetensors file that is
 replaced atomically and deleted in the end.
 
-Where several processes hold latents they write the file at once. Its format is a header with every
-tensor's place, then their bytes. Rows of a tensor are contiguous, so each process writes its own
-rows in place, and the file equals one written by a single process with all rows. Nothing is
-gathered: no process holds more than its part.
+Where several processes hold latents, each writes its own rows into the one file: its format is a
+header with every tensor's place, then their bytes. No process holds more than its part.
 """
 
 import json
@@ -119,11 +117,7 @@ def load_checkpoint(folder: Path, arms: Sequence[Arm], processes: Processes) -> 
 
 def load_learnt(folder: Path, arm: Arm) -> tuple[Parameters, Architecture]:
     """What an arm learnt, with the latents of all processes, from the checkpoint that this run has
-    just saved.
-
-    Only what a dictionary is made of is read: the optimiser's moments are twice as large as the
-    weights, and such dictionaries fill memory as it is.
-    """
+    just saved; without the optimiser's moments, since such dictionaries fill memory as it is."""
     config = arm.config
     architecture = config.kind(config.level, arm.d_sae)
     with open_tensors(folder / CHECKPOINT, _WHAT) as file:
@@ -170,12 +164,8 @@ def save_together(
     facts: Mapping[str, Any],
     processes: Processes,
 ) -> None:
-    """Write the file atomically, as ``save_own_tensors`` does; rank 0 writes tensors that are not
-    in ``own``, and its ``facts`` count.
-
-    All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
-    cannot write.
-    """
+    """``save_own_tensors`` by all processes; rank 0 writes tensors that are not in ``own``, and its
+    ``facts`` count. Raises LlmWsaeError, in all of them, if one cannot write."""
     header, starts = _layout(tensors, own, digests.header(facts, "0" * 64))
 
     def write(partial: Path) -> None:

@@ -15,9 +15,8 @@ from llm_wsae.weights.loss_weights import Gamma
 class Normaliser:
     """Centre at the mean, divide by one scale so that the mean variance of a dimension is 1.
 
-    The centre is the mean of the row sample without its massive rows, and the variance the
-    winsorised one: a few rows must not decide the units of all. Rows whose norm exceeds the
-    massive threshold are masked.
+    A few rows must not decide the units of all: massive rows do not count in the mean and are
+    masked, and the variance is the winsorised one.
     """
 
     def __init__(
@@ -76,13 +75,11 @@ def folded(
 ) -> dict[str, Tensor]:
     """The dictionary's tensors with input centring, scaling and space folded in, float32.
 
-    Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
-    larger) decoder rows keep unit norm and W_enc stays as it is; only the vectors change:
-    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
-
-    In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
-    b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training: rescaling decoder rows here would change
-    which latents are the largest. So they have unit norm in the space.
+    Training sees x' = (x − mean)/scale. With latents in the units of x (scale times larger) only
+    the vectors change: b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean,
+    threshold ← scale·threshold. In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc
+    first, W_dec ← W_dec Γ⁻ᵀ and b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training, so decoder
+    rows have unit norm in the space.
     """
     encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
     mean = mean.cpu().double()

@@ -1,13 +1,11 @@
 """Adam for one arm.
 
 Encoder and decoder are updated in one pass by ``operations.adam``, which also keeps decoder rows at
-norm 1 and writes the encoder in the number format of the next step's product. The biases are small.
+norm 1 and writes the encoder in the number format of the next step's product.
 
 Decoder rows may have lengths of their own while they train, as SAELens' do. Then Adam moves raw
 rows v and e, and a raw bias b. With L the length of v, the latent has the decoder row v/L, the
-encoder row L·e and the bias L·b; only these are seen elsewhere. So a latent's strength is learnt
-in one number besides its rows, and the part of a gradient along the decoder row, which the division
-by L undoes, does not enter Adam's moments.
+encoder row L·e and the bias L·b; only these are seen elsewhere.
 """
 
 import torch
@@ -22,7 +20,9 @@ PAIR_BYTES = 2 * 3 * 4
 """Of a weight of the encoder and one of the decoder: each in float32, with its two moments."""
 INITIAL_LENGTH = 0.1
 """Of free v and e, beside the rows that an arm begins with otherwise; SAELens' value."""
-_ROWS_DRAWN = 4096  # a multiple of 16
+_ROWS_DRAWN = (
+    4096  # a multiple of 16: so many numbers are drawn at a time, so pieces give the whole
+)
 
 
 def initial_parameters(
@@ -35,8 +35,7 @@ def initial_parameters(
 ) -> Parameters:
     """Random unit decoder rows, the encoder equal to them, biases 0; only for latents ``own``.
 
-    The rows are those of ``torch.randn(d_sae, d_in)``, without holding the others: torch draws
-    normal numbers 16 at a time, so pieces of 16 rows give the numbers of the whole.
+    The rows are those of ``torch.randn(d_sae, d_in)``, without holding the others.
     """
     generator, own = torch.Generator().manual_seed(seed), own or range(d_sae)
     decoder = torch.empty(len(own), d_in, dtype=dtype)
@@ -89,10 +88,7 @@ class Optimiser:
         by_decoder_bias: Float[Tensor, " d_in"],
         learning_rate: float,
     ) -> None:
-        """Update the parameters in place; decoder rows have norm 1 again afterwards.
-
-        ``by_weights`` as in ``Step``.
-        """
+        """Update the parameters in place; decoder rows have norm 1 again afterwards."""
         self._steps += 1
         bias, now = self._parameters.encoder_bias, (self._steps, learning_rate)
         moments = (*self._means[:2], *self._squares[:2])
@@ -116,10 +112,8 @@ class Optimiser:
             bias.mul_(self._lengths)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and the number of steps, named as in torch.optim.Adam, and L.
-
-        The rows are kept as they are seen: the raw ones follow from them and L.
-        """
+        """The moments and the number of steps, named as in torch.optim.Adam, and L: with it the raw
+        rows follow from those that are seen."""
         tensors = {} if self._lengths is None else {"decoder.length": self._lengths}
         for name in Parameters._fields:
             tensors[f"{name}.exp_avg"] = getattr(self._means, name)

@@ -4,14 +4,12 @@ A step consists of sums over rows, over latents, or over both, and of selections
 latents of a row or of a batch. An architecture's step is written once: it names what each sum goes
 over, and the strategy knows which of them must cross processes.
 
-- ``Strategy``: one process, in which no sum crosses and all of this costs nothing.
-- ``DataParallel``: every process has all latents and some rows of each batch. The loss is a mean
-  over the unmasked rows of the whole batch, so every process divides its sums by their number, and
-  the gradients only need to be added up. Then all processes take the same optimiser step.
+- ``DataParallel``: every process has all latents and some rows of each batch. It divides its sums
+  by the number of unmasked rows of the whole batch, so the gradients only need to be added up. Then
+  all processes take the same optimiser step.
 - ``LatentParallel``, for dictionaries that do not fit one device: every process holds a run of
   latents, with their optimiser state and counters, and works on all rows of each batch. Processes
-  exchange their largest values, so that the largest of all are known, and their shares of the
-  reconstruction.
+  exchange their largest values and their shares of the reconstruction.
 """
 
 import math
@@ -25,7 +23,16 @@ from torch import Tensor
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.processes import Collectives, Processes, Several, collectives
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.codes import Codes, RaggedCodes, keep_slots, ragged
+from llm_wsae.sparse.codes import (
+    Codes,
+    PerDimension,
+    PerLatent,
+    RaggedCodes,
+    Rows,
+    Weights,
+    keep_slots,
+    ragged,
+)
 from llm_wsae.training.config import Shard
 
 _SMALL = 1 << 16  # numbers; smaller tensors share one reduction, since each has a fixed cost
@@ -36,13 +43,12 @@ _MORE_OF_LATENTS = 2.0  # some processes have more of the active latents than ot
 class Strategy:
     """One process has all rows and all latents; ``DataParallel`` and ``LatentParallel`` differ.
 
-    All processes must call the same methods in the same order. They get results that are equal to
-    the last bit, so that what each of them computes from these stays equal too.
+    All processes must call the same methods in the same order, and get results that are equal to
+    the last bit.
     """
 
     row_part: tuple[int, int] = (0, 1)
-    """Which part of every batch's rows this process has: its number, and how many parts there
-    are."""
+    """Which part of every batch's rows this process has: its number, of how many."""
     latent_parts = 1
     """How many processes share the latents."""
 
@@ -51,11 +57,8 @@ class Strategy:
 
     def agree(self, want: Callable[[], int]) -> Callable[[], int]:
         """Start to agree on the largest of what all processes want; the returned function waits
-        for the answer.
-
-        ``want`` is called at the start of a step, so that the answer is there when the step ends.
-        A single process calls it at the end.
-        """
+        for the answer. ``want`` is called now, so that the answer is there when a step ends; by a
+        single process, then."""
         return want
 
     def own_latents(self, d_sae: int) -> range:
@@ -81,7 +84,7 @@ class Strategy:
         """The minimum over all rows and latents, from the minimum over this process's."""
         return value
 
-    def largest_over_rows(self, values: Float[Tensor, " latents"]) -> Float[Tensor, " latents"]:
+    def largest_over_rows(self, values: PerLatent) -> PerLatent:
         """The largest value of every latent, from the largest in this process's rows."""
         return values
 
@@ -105,12 +108,7 @@ class Strategy:
         others become 0."""
         return active
 
-    def decode(
-        self,
-        codes: RaggedCodes,
-        decoder: Float[Tensor, "latents d_in"],
-        bias: Float[Tensor, " d_in"],
-    ) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: RaggedCodes, decoder: Weights, bias: PerDimension) -> Rows:
         """The reconstruction by all latents, from the codes of this process's latents."""
         return operations.decode(codes, decoder, bias)
 
@@ -145,9 +143,9 @@ class _SeveralProcesses(Strategy):
     def batch_topk(
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:
-        """A process cannot know how many of its values are among the largest of all, so it tries
-        its share and some more, and twice as many as long as the smallest value of any process is
-        above the smallest of all."""
+        # A process cannot know how many of its values are among the largest of all, so it tries its
+        # share and some more, and twice as many as long as the smallest value of any process is
+        # above the smallest of all.
         num_rows = int(kept.sum())
         wanted = k * int(self.sum_over_rows(torch.tensor(num_rows)))
         share = _MORE_OF_ROWS * k
@@ -206,7 +204,7 @@ class DataParallel(_SeveralProcesses):
         for part, summed in zip(small, joint.split([p.numel() for p in small]), strict=True):
             part.copy_(summed.view_as(part))
 
-    def largest_over_rows(self, values: Float[Tensor, " latents"]) -> Float[Tensor, " latents"]:
+    def largest_over_rows(self, values: PerLatent) -> PerLatent:
         return -self._collectives.min_(-values)
 
 
@@ -249,12 +247,7 @@ class LatentParallel(_SeveralProcesses):
         everyone = torch.cat(self._collectives.gather(own), dim=1)
         return active.mul_(active >= everyone.topk(k, dim=1).values[:, -1:])
 
-    def decode(
-        self,
-        codes: RaggedCodes,
-        decoder: Float[Tensor, "latents d_in"],
-        bias: Float[Tensor, " d_in"],
-    ) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: RaggedCodes, decoder: Weights, bias: PerDimension) -> Rows:
         part = operations.decode(codes, decoder, torch.zeros_like(bias))
         return self._collectives.sum_(part).add_(bias)
 

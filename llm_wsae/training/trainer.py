@@ -67,10 +67,8 @@ _CONTINUE, _SAVE, _STOP, _FAIL = range(4)
 
 
 class Interrupted(LlmWsaeError):
-    """The training was stopped by a signal after saving a checkpoint.
-
-    The exit code is what a shell reports for that signal: 130 for Ctrl-C, 143 for SIGTERM.
-    """
+    """The training was stopped by a signal after saving a checkpoint. The exit code is what a shell
+    reports for that signal: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, sentence: str, number: int):
         super().__init__(sentence)
@@ -83,16 +81,13 @@ def train(
     """Train every arm on the source's rows and save one dictionary folder each under ``out``.
 
     The same call resumes a run that was stopped or killed from its last checkpoint, and on the CPU
-    ends with the same bits as an uninterrupted run. A finished run is only loaded.
-
-    Under ``torchrun`` all processes make the same call and train the same dictionaries together, up
-    to the order in which numbers are added; ``config.shard`` says what is distributed. They need a
-    folder that all can reach, and a run may be resumed with another number of processes.
+    ends with the same bits as an uninterrupted run. A finished run is only loaded. Under
+    ``torchrun`` all processes make the same call and train together, up to the order in which
+    numbers are added; they need a folder that all can reach.
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM. When the source fails, in whichever process, a checkpoint and the dictionaries as they
-    are then are saved first.
+    SIGTERM. When the source fails, a checkpoint and the dictionaries as they are then are saved.
     """
     return _train([(source, arms, Path(out))], source.batches, config)[0]
 
@@ -101,11 +96,8 @@ def train_sites(
     rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]], config: TrainConfig, out: Path
 ) -> dict[Site, dict[str, Dictionary]]:
     """Train the arms of several sites: of a stream in step, since one forward pass gives the rows
-    of all; of a store one after the other.
-
-    Each site has its own folder under ``out``, named after it, as ``train`` would fill it.
-    Everything else is as for ``train``.
-    """
+    of all; of a store one after the other. Each site has its own folder under ``out``, named after
+    it, as ``train`` would fill it."""
     if unknown := [str(site) for site in arms if site not in rows.sites]:
         raise UsageError(
             f"the rows that are computed are of {', '.join(map(str, rows.sites))}, not of "
@@ -121,10 +113,8 @@ def train_sites(
 
 
 def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> None:
-    """Raise UsageError if there are none, two of the same name, or one that cannot be trained so.
-
-    No weights are looked at, so this can be asked before they are measured.
-    """
+    """Raise UsageError if there are none, two of the same name, or one that cannot be trained so,
+    whatever its weights are."""
     names = [arm.name for arm in arms]
     if not arms:
         raise UsageError(
@@ -382,7 +372,6 @@ class Training:
 
 
 _Batches = Callable[[int, int, int, tuple[int, int]], Iterator[Any]]
-"""Those of a source, or of several sites."""
 
 
 def _train(
@@ -572,12 +561,9 @@ def _not_finite(what: str) -> LlmWsaeError:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are collected here, so that no step is cut short; a second one interrupts.
-
-    Outside the main thread, where signals cannot be caught, the list stays empty.
-    """
+    """Ctrl-C and SIGTERM are collected, so that no step is cut short; a second one interrupts."""
     stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # signals cannot be caught there
         yield stopped
         return
 

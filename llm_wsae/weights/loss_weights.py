@@ -3,9 +3,8 @@
 They come from a rule's scores s as γ = s^α (Cui et al. 2026), from its matrix S as Γ = S^α, or from
 a file; clipped and normalised. Normalised means that the weighted variance equals the plain one,
 Σ γ²·var = Σ var or tr ΓΣΓᵀ = tr Σ, so a dictionary that explains nothing has the same loss under
-any weights. The losses of arms are then comparable, and one λ of a penalty means the same in all of
-them; Adam's steps do not depend on the scale. Variances are winsorised throughout, because the loss
-ignores massive rows too.
+any weights, and one λ of a penalty means the same in all arms. Variances are winsorised throughout,
+because the loss ignores massive rows too.
 """
 
 import dataclasses
@@ -107,9 +106,7 @@ class LossWeights:
 
     def save(self, path: Path, facts: dict[str, Any] | None = None) -> None:
         """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header, and a digest.
-
-        Raises LlmWsaeError when the file cannot be written.
-        """
+        Raises LlmWsaeError when the file cannot be written."""
         header = {"rule": self.rule.name, "alpha": self.alpha, **dataclasses.asdict(self.config)}
         save_own_tensors(path, {"gamma": self.gamma}, header | (facts or {}))
 
@@ -119,10 +116,9 @@ class LossWeights:
     ) -> "LossWeights":
         """Read what ``save`` wrote, or any safetensors file with one vector or matrix in it.
 
-        ``own_config`` are the settings of custom weights; those of a rule are in the file, and
-        others are refused. ``sites`` are those to be weighted; a file that does not say whose
-        weights it holds fits all of them. Raises UsageError for other settings or another site,
-        LlmWsaeError when the file is not a weights file, or not what was saved.
+        ``own_config`` are the settings of custom weights; those of a rule are in the file. Raises
+        UsageError for others, or if the file names a site that is not one of ``sites``;
+        LlmWsaeError when it is not a weights file, or not what was saved.
         """
         tensors, header = load_own_tensors(path, "weights file")
         made_for = header.get("site")
@@ -197,9 +193,7 @@ def choose_weights(
     config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
 ) -> list[LossWeights]:
     """Normalised weights of every rule and α, without repetitions, and weights from a file last.
-
-    ``uniform`` ignores α, so it comes once. Raises as ``weights_from_rule`` and ``own_weights`` do.
-    """
+    Raises as ``weights_from_rule`` and ``own_weights`` do."""
     chosen: dict[str, LossWeights] = {}
     for rule in map(Rule.of, rules):
         for alpha in (1.0,) if rule.is_plain else alphas:
@@ -246,10 +240,7 @@ def weights_from_rule(
 
 def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWeights:
     """Weights from a file, checked against the site, clipped if they are custom, and normalised.
-
-    Raises LlmWsaeError as ``check_for`` does, and on rows of which hardly any differs, or a space
-    that cannot be left again.
-    """
+    Raises LlmWsaeError as ``check_for`` and ``weights_from_rule`` do."""
     statistics = RuleInputs.of(inputs).statistics
     statistics.check_varying()
     weights.check_for(statistics.d_in)

@@ -238,10 +238,7 @@ def variance(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
 
 def kurtosis(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = E(x_i − μ_i)⁴ / Var(x_i)² of the usual rows: 3 for a Gaussian, large for something
-    rarely active (sparse coding, e.g. Olshausen & Field 1996), 0 for a constant dimension.
-
-    Not the excess (minus 3), which is negative for flat distributions and could not be a weight.
-    """
+    rarely active (sparse coding, e.g. Olshausen & Field 1996), 0 for a constant dimension."""
     rows = inputs.statistics.usual_sample.double()
     square = (rows - rows.mean(0)).square()
     return _ratio(square.square().mean(0), square.mean(0).square())
@@ -250,10 +247,7 @@ def kurtosis(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
 def participation(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = 1/PR_i = Σ_j q_ij² / (Σ_j q_ij)², q_ij = E z_j²·W_ji²: one over the number of latents
     of a first dictionary that share dimension i, each counted by how often and how strongly it
-    fires.
-
-    Proposed here, after the participation ratio of Bell and Dean 1970.
-    """
+    fires. Proposed here, after the participation ratio of Bell and Dean 1970."""
     assert inputs.decoder is not None and inputs.energy is not None
     q = inputs.decoder.double().square() * inputs.energy.double()[:, None]
     return _ratio(q.square().sum(0), q.sum(0).square())
@@ -265,11 +259,9 @@ def sensitivity(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
 
 
 def sensitivity_matrix(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
-    """S = F, the Fisher information of the model's next-token distribution (Amari 1998).
-
-    With α = ½, ½‖Γδ‖² is the KL divergence that a small change δ of the activation causes, to
-    second order; a smaller power goes part of the way.
-    """
+    """S = F, the Fisher information of the model's next-token distribution (Amari 1998): with
+    α = ½, ½‖Γδ‖² is the KL divergence that a small change δ of the activation causes, to second
+    order."""
     assert inputs.fisher is not None
     return inputs.fisher.double()
 

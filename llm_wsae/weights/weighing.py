@@ -1,8 +1,7 @@
 """Measures what weight rules need beyond the statistics: covariance, Fisher information, a decoder.
 
-Everything is measured on the text of the rows, so that rules see what the dictionaries will be
-trained on. What took minutes is kept in the store's folder ``evidence``, or in the folder of the
-training that a stream goes into, and read from there the next time.
+Everything is measured on the text of the rows. What took minutes is kept in the store's folder
+``evidence``, or in that of the training that a stream goes into, and read from there the next time.
 
 The Fisher information of the next-token distribution says how much the model's predictions depend
 on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from
@@ -58,12 +57,10 @@ def measure_inputs(
     """The statistics of a site, and what the rules need in addition.
 
     ``rows``: a store, or the streams of a model. Statistics and covariance are those of
-    ``planted``, if features are planted into the rows. Fisher information is read if it is kept, or
-    else measured if a ``model`` is given; a stream has its own. What cannot be measured without a
-    model or dictionary is omitted: the rule will name it. Under ``torchrun`` all processes make the
-    same call: they sum the covariance together, and rank 0 measures the rest before the others read
-    it. Raises UsageError for a dictionary of another site; LlmWsaeError for a model that did not
-    make the store.
+    ``planted``, if features are planted into the rows. What cannot be measured without a ``model``
+    (a stream has its own) or a ``dictionary``, and is not kept, is omitted: the rule will name it.
+    Under ``torchrun`` all processes make the same call. Raises UsageError for a dictionary of
+    another site; LlmWsaeError for a model that did not make the store.
     """
     parsed = [Rule.of(rule) for rule in rules]
     for rule in parsed:

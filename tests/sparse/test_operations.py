@@ -407,15 +407,6 @@ def test_adam(d_in, fast, summing):
     assert not latents.decoder[7].any()
 
 
-@over(name=SUMS)
-def test_firing_counts(name, summing):
-    codes, d_sae = SUMS[name].codes, len(SUMS[name].decoder)
-    counts = operations.firing_counts(summing.cast(SUMS[name]).codes, d_sae)
-    assert counts.dtype == summing.exact
-    wanted = torch.bincount(codes.indices[codes.values > 0], minlength=d_sae)
-    assert torch.equal(counts.cpu().long(), wanted)
-
-
 def test_codes_end_to_end():
     codes = Codes(torch.arange(6).view(3, 2), torch.ones(3, 2))
     assert ragged(codes).offsets.tolist() == [0, 2, 4, 6]

@@ -24,7 +24,6 @@ from training_cases import (
 )
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.training.architecture import Parameters, squared
 from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
@@ -104,28 +103,12 @@ def test_arms_that_share_a_space_share_the_product(source, inputs, tmp_path):
     assert int((batch.mask == 0).sum()) == 2 and not entered.x[batch.mask == 0].any()
 
 
-def test_the_identity_is_the_plain_training(source, inputs, tmp_path):
-    """Γ = 1 as a space, as a matrix in the loss, and plain: the same at the same rate."""
-    eye, trained = torch.eye(WIDTH), {}
-    for name, weights in {
-        "plain": weights_from_rule("uniform", 1.0, inputs),
-        "space": LossWeights(eye, config=SPACE),
-        "loss": LossWeights(eye),
-    }.items():
-        config = replace(SHORT, learning_rate=4e-3)
-        found = train(source, make_arms([weights], [4]), config, tmp_path / name)
-        (trained[name],) = found.values()
-    for name, parameter in trained["plain"].named_parameters():
-        assert torch.equal(parameter, getattr(trained["space"], name)), name
-        torch.testing.assert_close(parameter, getattr(trained["loss"], name), rtol=1e-3, atol=1e-4)
-    with pytest.raises(LlmWsaeError, match="other settings"):  # nor is one gone on with as another
-        train(source, make_arms([LossWeights(eye)], [4]), config, tmp_path / "space")
-
-
 def test_every_architecture_trains_in_a_space(source, inputs, tmp_path):
-    """The saved dictionary has the FVU that was logged, which is that of x and not of Γx."""
+    """The saved dictionary has the FVU that was logged, which is that of x and not of Γx. It
+    remembers its weights."""
+    settings = WeightConfig(place="space", clip=8.0, draw=1)
     weights = [
-        weights_from_rule("sensitivity", 0.25, inputs, SPACE),
+        weights_from_rule("rotated:sensitivity", 0.25, inputs, settings),
         weights_from_rule("variance", -0.5, inputs, SPACE),
     ]
     names = ("topk", "batch-topk", "matryoshka", "jumprelu")
@@ -137,17 +120,12 @@ def test_every_architecture_trains_in_a_space(source, inputs, tmp_path):
         assert found < 0.6, name
         norms = dictionary.W_dec.norm(dim=1)
         assert float(norms.max() / norms.min()) > 1.05  # of norm 1 in the space only
-
-
-def test_what_a_dictionary_remembers_of_its_weights(source, inputs, tmp_path):
-    config = WeightConfig(place="space", clip=8.0, draw=1)
-    weights = weights_from_rule("rotated:sensitivity", 0.25, inputs, config)
-    name = "rotated-sensitivity-a0.25-c8-space-d1-k4"
-    train(source, make_arms([weights], [4]), SHORT, tmp_path / "out")
-    dictionary = Dictionary.load(tmp_path / "out" / name)
-    assert torch.equal(dictionary.extras["gamma"], weights.gamma)
+    dictionary = Dictionary.load(
+        tmp_path / "out" / "rotated-sensitivity-a0.25-c8-space-d1-jumprelu-k4"
+    )
+    assert torch.equal(dictionary.extras["gamma"], weights[0].gamma)
     assert dictionary.info.rule == "rotated:sensitivity" and dictionary.info.alpha == 0.25
-    assert WeightConfig(**dictionary.info.weights) == config
+    assert WeightConfig(**dictionary.info.weights) == settings
 
 
 @pytest.mark.parametrize("form", ["diagonal", "matrix"])

@@ -30,7 +30,7 @@ from llm_wsae.training.architectures.relu import ReLU
 from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
-from llm_wsae.training.optimiser import Optimiser, initial_parameters
+from llm_wsae.training.optimiser import INITIAL_LENGTH, Optimiser, initial_parameters
 from llm_wsae.training.strategy import Strategy
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
@@ -207,6 +207,34 @@ def test_it_is_adam_with_decoder_rows_of_norm_one(name):
         torch.testing.assert_close(found.double(), wanted.data, rtol=1e-5, atol=1e-6)
     assert torch.equal(optimiser.encoder(torch.bfloat16), parameters.encoder.bfloat16())
     assert optimiser.encoder(torch.float32) is parameters.encoder
+
+
+def test_free_lengths_are_adam_on_the_raw_rows():
+    """That autograd folds, on a loss that pulls all that is seen towards other parameters."""
+    drawn = initial_parameters(12, 30, 0, CPU)
+    target = initial_parameters(12, 30, 1, CPU)
+    target.encoder_bias.normal_(generator=torch.Generator().manual_seed(2))
+
+    raw = [INITIAL_LENGTH * drawn.encoder, INITIAL_LENGTH * drawn.decoder, *drawn[2:]]
+    raw = [torch.nn.Parameter(one.double()) for one in raw]
+    theirs = torch.optim.Adam(raw, lr=0.02, eps=EPSILON)
+
+    def seen():
+        encoder, decoder, bias, decoder_bias = raw
+        length = decoder.norm(dim=1)
+        rows = (encoder * length[:, None], decoder / length[:, None])
+        return Parameters(*rows, bias * length, decoder_bias)
+
+    ours = Optimiser(drawn, free_lengths=True)
+    for _ in range(6):
+        theirs.zero_grad()
+        sum(((a - b) ** 2).sum() for a, b in zip(seen(), target, strict=True)).backward()
+        theirs.step()
+        *by_weights, by_decoder_bias = (2 * (a - b) for a, b in zip(drawn, target, strict=True))
+        ours.step(tuple(by_weights), by_decoder_bias, 0.02)
+    for found, wanted in zip(drawn, seen(), strict=True):
+        torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn.decoder.norm(dim=1), torch.ones(30))
 
 
 WIDE_D_IN, WIDE_D_SAE, WIDE_BATCH, WIDE_K = 16, 16384, 2048, 4

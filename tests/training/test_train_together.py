@@ -33,15 +33,15 @@ float32. Sums are added up in another order, and Adam makes more of it."""
 
 
 def arms():
-    """Every architecture, and dictionaries trained in spaces."""
+    """Of every kind of step (test_steps_together.py has all), one trained in a space, and one with
+    a matrix in the loss."""
     matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4 + torch.eye(16)
-    space, diagonal = WeightConfig(place="space"), torch.linspace(0.5, 1.5, 16)
-    spaces = [
-        LossWeights(diagonal, RULES["variance"], 0.5, space),
-        LossWeights(matrix, RULES["sensitivity"], 0.5, space),
+    weights = [
+        LossWeights(matrix, RULES["sensitivity"], 0.5, WeightConfig(place="space")),
         LossWeights(matrix.T @ matrix, RULES["sensitivity"], 1.0),
     ]
-    return [*arms_for(Planted(massive=True)), *make_arms(spaces, (2,))]
+    kinds = ("topk", "batch-topk", "jumprelu")
+    return [*arms_for(Planted(massive=True), architectures=kinds), *make_arms(weights, (2,))]
 
 
 ALL = tuple(arm.name for arm in arms())

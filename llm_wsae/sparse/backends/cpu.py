@@ -73,7 +73,7 @@ def available() -> bool:
 
 
 def supports(tensor: Tensor) -> bool:
-    """Whether the kernels take it."""
+    """Whether the kernels take such a tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in _NAMES and available()
 
 
@@ -220,12 +220,9 @@ def _rates(step: int, learning_rate: float) -> tuple[float, ...]:
 def softmax_sums(
     logits: Tensor, clean: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row of logits [rows, vocab] its maximum m (float32) and Σ exp(logit − m) (float64).
-
-    With ``clean``, other logits of the same dtype and their maxima c, also
-    Σ exp(clean − c)·(clean − logit) where clean is not −∞, float64; without it, the third result is
-    uninitialised.
-    """
+    """Of every row of logits [rows, vocab] its maximum m (float32) and Σ exp(logit − m) (float64);
+    with ``clean``, other logits of the same dtype and their maxima c, also
+    Σ exp(clean − c)·(clean − logit) where clean is not −∞ (float64; otherwise uninitialised)."""
     maxima, sums = _floats(len(logits)), torch.empty(2, len(logits), dtype=torch.float64)
     other, other_maxima = (one.contiguous() for one in clean) if clean else (None, None)
     _call(
@@ -294,11 +291,8 @@ class _Lists:
 
 
 def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The tile's product with the encoder, without bias: (first latent, [latents, rows]).
-
-    A block is gone when the next one is asked for. A caller that deletes it before then has one
-    block in cache, not two.
-    """
+    """The tile's product with the encoder, without bias: (first latent, [latents, rows]). A caller
+    that deletes a block before it asks for the next has one in cache, not two."""
     size = max(1, _BLOCK_BYTES // (max(1, len(tile)) * tile.element_size()))
     memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
     for first in range(0, len(encoder), size):

@@ -1,11 +1,8 @@
 """The sparse operations on CUDA: cuBLAS for the encoder's product, Triton for the rest.
 
-A tile of pre-activations is sized to stay in the card's L2 cache while the k largest of each row
-are found, so batch × d_sae is never held. Nothing here waits for the device, except
-``encode_above`` without a capacity.
-
-In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of it runs on the CPU.
-What each operation does is said in ``llm_wsae.sparse.operations``.
+What each operation does is said in ``llm_wsae.sparse.operations``. Nothing here waits for the
+device, except ``encode_above`` without a capacity. In Triton's interpreter (``TRITON_INTERPRET=1``
+before the first import) all of it runs on the CPU.
 """
 
 from collections.abc import Iterator
@@ -75,10 +72,7 @@ def select_topk(pre: Tensor, k: int) -> Codes:
 def encode_above(
     product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
-    """Every row has as many slots as the capacity says; some are unused.
-
-    Without ``capacity`` it waits for the device to report whether the slots were enough.
-    """
+    """Every row has as many slots as the capacity says; some are unused."""
     if capacity is not None:
         return _entries_above(product, threshold, capacity)
     capacity = SlotCapacity()
@@ -88,11 +82,8 @@ def encode_above(
 def encode_batch_topk(
     product: Product, k: int, guess: float | Tensor, kept: Tensor | None = None
 ) -> RaggedCodes:
-    """Ignores the guess: acting on it would mean waiting for the device.
-
-    The result has batch·k slots whatever the values and however many rows are kept; excess slots
-    are unused and have the value 0. Each tile keeps that many candidates.
-    """
+    """Ignores the guess: acting on it would mean waiting for the device. There are batch·k slots
+    however many rows are kept; excess ones are unused."""
     x, (batch, d_sae) = product.x, (len(product.x), len(product.encoder))
     slots = min(k * batch, batch * d_sae)
     values, places = [], []
@@ -192,11 +183,8 @@ def sparse_adam(
 
 
 def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Occurrences, Sums]:
-    """The occurrences grouped by latent, and the partial sums of dense latents.
-
-    One program sums a latent's first ``span`` occurrences; the further ones of a dense latent are
-    summed here in pieces of ``span``. Those are few: at most slots // span, known without asking.
-    """
+    """The occurrences grouped by latent, and what a dense latent has beyond its first ``span``,
+    summed in pieces of ``span``: at most slots // span of them, known without asking."""
     codes, x, output_gradient, by_value, _ = gradients
     device, (batch, d_in), num_slots = x.device, x.shape, len(codes.indices)
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
@@ -233,10 +221,8 @@ def _rate(step: int, learning_rate: float) -> Rate:
 
 
 def _select(pre: Tensor, best: Codes, clip: bool) -> None:
-    """The k largest of every row of ``pre`` into ``best``; with ``clip``, negative ones as 0.
-
-    A row too wide for one program is cut into parts, and the k largest of each part compete.
-    """
+    """The k largest of every row of ``pre`` into ``best``; with ``clip``, negative ones as 0. The k
+    largest of each part of a wide row compete."""
     rows, width = pre.shape
     k = best.indices.shape[1]
     parts = cdiv(width, _PART)
@@ -296,13 +282,11 @@ def _entries_above(product: Product, threshold: Tensor, capacity: SlotCapacity) 
 
 
 def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Launch on the device of the tensors, which need not be the current one.
-
-    Fusing of products and sums is named because Triton's default is about to change.
-    """
+    """Launch on the device of the tensors, which need not be the current one."""
     tensors = list(_tensors(arguments))
     assert all(tensor.is_contiguous() for tensor in tensors)
     with torch.cuda.device_of(tensors[0]):
+        # named because Triton's default is about to change
         kernel[grid](*arguments, **constants, enable_fp_fusion=True)
 
 

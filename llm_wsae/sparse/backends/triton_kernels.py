@@ -49,8 +49,7 @@ def select_kernel(
 ):
     """The k largest entries of one part of one row, in order of position; first ones where tied.
 
-    A part stays in registers while the k-th largest is found. Floats are compared as integers of
-    the same order, of which bfloat16 needs only 16 bits; NaN is the largest, so that it is seen.
+    Floats are compared as integers of the same order; NaN is the largest, so that it is seen.
     Positions beyond the row count as -inf and come last, so they are chosen only in a part with
     fewer than k entries, and never from among the candidates of all parts.
     """
@@ -97,10 +96,8 @@ def above_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """Entries of one row above their thresholds into its slots, as many as fit; and how many are.
-
-    Counted in full even where they do not fit, so that the caller learns how many slots they need.
-    """
+    """Entries of one row above their thresholds into its slots, as many as fit; and how many are,
+    also where they do not fit."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(starts_ptr + row)
     capacity = tl.load(starts_ptr + row + 1) - start
@@ -142,11 +139,8 @@ def activate_dead_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Activations of one row, 0 where they are below the k-th largest.
-
-    That one is found bit by bit from the top: the bits of numbers that are not negative are in the
-    order of the numbers. The row is read anew for every bit, from the cache.
-    """
+    """Activations of one row, 0 where they are below the k-th largest, which is found bit by bit
+    from the top; the row is read anew for every bit, from the cache."""
     pre_ptr += tl.program_id(0).to(tl.int64) * width
     wide: tl.constexpr = tl.float64 if BITS == 64 else tl.float32
     whole: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
@@ -258,10 +252,7 @@ def reconstruct_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row whole: decode it, weigh what is left, and the gradients by its values from that.
-
-    The decoder's rows are read twice, the second time from the cache.
-    """
+    """One row whole: decode it, weigh what is left, and the gradients by its values from that."""
     exact = residual_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -50,10 +50,7 @@ class BatchTopK(Architecture):
         return step._replace(observed=self.smallest_value(codes))
 
     def codes(self, parameters: Parameters, batch: Batch) -> RaggedCodes:
-        """The largest positive pre-activations of the batch, k per row that is not masked.
-
-        A masked row is 0 and would otherwise be encoded by its biases.
-        """
+        """The largest positive pre-activations of the batch, k per row that is not masked."""
         fast, kept = batch.x_fast.dtype, batch.mask.bool()
         encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
         # Makes the selection fast and never changes it. It stays on the device: an implementation
@@ -67,12 +64,9 @@ class BatchTopK(Architecture):
         return self.strategy.batch_topk(largest, self.k, kept)
 
     def smallest_value(self, codes: RaggedCodes) -> Float[Tensor, ""]:
-        """The smallest active value of the batch; 0 if no latent is active.
-
-        It is the smallest of the values that picked the latents. Once these are recomputed exactly,
-        the smallest of the many that nearly tie is the one that rounding had raised most, and a
-        threshold there lets in too many.
-        """
+        """The smallest of the values that picked the latents; 0 if no latent is active. Once they
+        are recomputed exactly, the smallest of the many that nearly tie is the one that rounding
+        had raised most, and a threshold there lets in too many."""
         smallest = codes.values.new_full((), torch.inf)
         if len(codes.values):
             smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()

@@ -45,11 +45,7 @@ up to 50."""
 
 
 class GBA(DenseStart):
-    """About k active latents on average, by a target frequency for each latent.
-
-    It remembers thresholds, amplitudes with their Adam, and what has fired since the last
-    adaptation.
-    """
+    """About k active latents on average, by a target frequency for each latent."""
 
     name = "gba"
     revives_dead = False
@@ -78,8 +74,7 @@ class GBA(DenseStart):
         return self.threshold * self.amplitude
 
     def dense_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
-        """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients, as if encoder and
-        decoder were not tied."""
+        """Loss and gradients as if encoder and decoder were not tied."""
         step, largest = dense_step(parameters, batch, metric, self.strategy, self.thresholds())
         return self._observed(step, largest, batch)
 

@@ -31,14 +31,12 @@ from llm_wsae.training.strategy import Strategy
 from llm_wsae.weights.loss_weights import Gamma
 
 _TILE_ROWS = 1024
-_FEW = 1 / 64
-"""Share of active latents below which the sparse step is the faster one. A sparse latent costs its
-rows of both matrices, a dense one its part of four matrix products."""
+_FEW = 1 / 64  # share of active latents below which the sparse step is the faster one
 
 
 class DenseStart(Architecture):
-    """It remembers which share of the latents was active in the last step, for the next step's will
-    be about the same."""
+    """It remembers which share of the latents was active in the last step: the next one's will be
+    about the same."""
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
@@ -46,7 +44,7 @@ class DenseStart(Architecture):
         self._capacity = SlotCapacity()
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
-        """The dense step or the sparse one, whichever is the faster."""
+        """Whichever of the two is the faster."""
         share = self.active_share()
         if share is None or share >= _FEW:
             return self.dense_step(parameters, batch, metric)

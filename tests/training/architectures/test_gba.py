@@ -112,17 +112,16 @@ def test_a_latent_above_its_target_rises_and_one_that_never_fired_falls():
     torch.testing.assert_close(made.threshold, expected)
 
 
-def test_adaptations_look_at_all_steps_since_the_last_and_become_rarer():
+def test_adaptations_become_rarer():
     made = GBA(3, 30)
     at, before = [], made.threshold.clone()
-    for step in range(1, 15_000):
+    for step in range(1, 12_000):
         follow(made, torch.full((30,), float(step % 2)), torch.ones(30))
         if not torch.equal(made.threshold, before):
             at.append(step)
         before = made.threshold.clone()
     gaps = [b - a for a, b in pairwise(at)]
-    assert gaps[:100] == [1] * 100
-    assert gaps[-1] == EVERY and sorted(set(gaps)) == list(range(min(gaps), EVERY + 1))
+    assert gaps[:100] == [1] * 100 and set(gaps) == set(range(1, EVERY + 1))
     assert at[gaps.index(EVERY)] == pytest.approx(STEPS_EACH * (EVERY - 1), abs=EVERY)
 
 
