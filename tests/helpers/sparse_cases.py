@@ -157,31 +157,25 @@ def _lengths(batch: int, highest: int) -> Tensor:
     return lengths
 
 
-SUMS: dict[str, Sums]
-if INTERPRETED:
-    SUMS = {
-        "ragged": _sums(_lengths(6, 9), 37),
-        "all latents": _sums([19] * 2, 19),
-        "odd width": _sums(_lengths(6, 5), 11, 37),
-        "few latents hot": _sums([4] * 16, 37, hot=True),
-        "nothing used": _sums([3] * 4, 11, unused=2.0),
-        "no slots": _sums([0] * 6, 11),
-        "empty batch": _sums([], 11),
-    }
-else:
-    SUMS = {
-        "ragged": _sums(_lengths(200, 40), 160),
-        "twelve a row": _sums([12] * 300, 160),
+def _size(many: int, few: int) -> int:
+    return few if INTERPRETED else many
+
+
+SUMS = {
+    "ragged": _sums(_lengths(_size(200, 6), _size(40, 9)), _size(160, 37)),
+    "all latents": _sums([_size(160, 19)] * _size(30, 2), _size(160, 19)),
+    "odd width": _sums(_lengths(_size(90, 6), _size(20, 5)), _size(157, 11), 37),
+    "few latents hot": _sums([_size(12, 4)] * _size(300, 16), _size(160, 37), hot=True),
+    "nothing used": _sums(_lengths(_size(40, 4), _size(9, 3)), _size(160, 11), unused=2.0),
+    "no slots": _sums([0] * 6, 11),
+    "empty batch": _sums([], 11),
+}
+if not INTERPRETED:
+    SUMS |= {
         "one a row": _sums([1] * 50, 160),
-        "all latents": _sums([160] * 30, 160),
-        "odd width": _sums(_lengths(90, 20), 157, 37),
         "wide": _sums(_lengths(40, 30), 400, 1031),
         "most latents dead": _sums(_lengths(20, 3), 3000),
         "one latent": _sums([1] * 40, 1),
-        "few latents hot": _sums([12] * 300, 160, hot=True),
-        "nothing used": _sums(_lengths(40, 9), 160, unused=2.0),
-        "no slots": _sums([0] * 6, 160),
-        "empty batch": _sums([], 160),
     }
 
 
