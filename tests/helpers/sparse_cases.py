@@ -10,7 +10,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-import dense_reference
 import looping
 import pytest
 import torch
@@ -36,11 +35,15 @@ over = partial(looping.over, one_at_a_time=INTERPRETED)
 
 
 def using(name: str):
-    """Within the block every operation is that of a backend, of the dense reference or of plain
-    torch; Triton is not installed everywhere."""
-    if name == "reference":
-        return operations.using(dense_reference)
+    """Within the block every operation is that of a backend, or of plain torch ("pytorch"); Triton
+    is not installed everywhere."""
     return operations.using(None if name == "pytorch" else _backend(name))
+
+
+def dense(codes: RaggedCodes, slots: Tensor, d_sae: int) -> Tensor:
+    """[batch, d_sae]: a number for every slot of the codes, at its row and latent."""
+    out = torch.zeros(codes.num_rows, d_sae, dtype=slots.dtype, device=slots.device)
+    return out.index_put_((codes.rows(), codes.indices), slots, accumulate=True)
 
 
 def _backend(name: str) -> ModuleType:

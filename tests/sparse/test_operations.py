@@ -1,4 +1,4 @@
-"""Every implementation of every operation against the dense reference in float64.
+"""Every implementation of every operation against dense products in float64.
 
 Each implementation runs as it is, and "cut": with tiles so small that small inputs have several.
 Triton runs on a card, and on the CPU in its interpreter, to which ``backends/test_triton.py`` gives
@@ -8,7 +8,6 @@ this file.
 import itertools
 from typing import NamedTuple
 
-import dense_reference as reference
 import pytest
 import torch
 from sparse_cases import (
@@ -22,6 +21,7 @@ from sparse_cases import (
     Sums,
     cast,
     cut_tiles,
+    dense,
     integers,
     over,
     random,
@@ -147,7 +147,7 @@ def test_encode_above(name, threshold, way):
     assert codes.values.dtype == way.exact
     assert_found(codes, pre, tolerance)
     expected = torch.where(pre > level, pre, 0)
-    found = reference.dense(codes, codes.values.double(), len(bias)).cpu()
+    found = dense(codes, codes.values.double(), len(bias)).cpu()
     if name == "random":  # rounding may decide about an entry at the threshold
         away = (pre - level).abs() > tolerance
         expected, found = expected[away], found[away]
@@ -226,19 +226,18 @@ def test_dead_gradients(name, way):
     """Of small whole numbers, so that what is added up is exact but for the last rounding."""
     x, encoder, bias = DEAD[name]
     some = len(bias)
-    case = Sums((x @ encoder.T + bias).relu(), x, encoder, bias, integers(*x.shape, seed=7))
+    active, by_output = (x @ encoder.T + bias).relu(), integers(*x.shape, seed=7)
     start = SubsetGradients(
         torch.arange(some), random(some, D_IN), random(some, D_IN, seed=1), random(some, seed=2)
     )
-    wanted, found = cast(start, F64), cast(start, way.exact, way.device)
-    for add, given, sums in (
-        (reference.dead_gradients, case, wanted),
-        (operations.dead_gradients, way.cast(case), found),
-    ):
-        add(*given[:3], given.output_gradient, sums)
-    for one, other in zip(found[1:], wanted[1:], strict=True):
-        assert_close(one, other, way.exact, TOLERANCE[way.dtype])
-    silent = ~(case[0] > 0).any(0)
+    by_latent = (by_output @ encoder.T) * (active > 0)
+    added = (by_latent.T @ x, active.T @ by_output, by_latent.sum(0))
+    found = cast(start, way.exact, way.device)
+    given = (part.to(way.device, way.dtype) for part in (active, x, encoder, by_output))
+    operations.dead_gradients(*given, found)
+    for one, before, more in zip(found[1:], start[1:], added, strict=True):
+        assert_close(one, before + more, way.exact, TOLERANCE[way.dtype])
+    silent = ~(active > 0).any(0)
     assert torch.equal(found.encoder.cpu()[silent], start.encoder[silent].to(way.exact))
 
 
@@ -260,54 +259,48 @@ def assert_rounded(found, exact):
     torch.testing.assert_close(found, exact.to(found.dtype), rtol=cut_off, atol=0)
 
 
-@over(name=SUMS)
-def test_decode_and_value_gradients(name, summing):
-    codes, _, decoder, bias, by_output = summing.cast(SUMS[name])
-    wide = SUMS[name]
-    found = operations.decode(codes, decoder, bias)
-    assert_close(found, reference.decode(wide.codes, wide.decoder, wide.bias), summing.exact)
-    found = operations.value_gradients(codes, decoder, by_output)
-    expected = reference.value_gradients(wide.codes, wide.decoder, wide.output_gradient)
-    assert_close(found, expected, summing.exact)
-    assert not found[codes.values == 0].any()  # else clipped slots would push the encoder
+def by_values(codes, decoder, output_gradient):
+    by_latent = output_gradient @ decoder.T
+    return by_latent[codes.rows(), codes.indices] * (codes.values > 0)
 
 
 @over(fast=[F32, BF16], name=SUMS)
-def test_exact_values(name, fast, summing):
-    """Whatever the values were before, and with the encoder rounded or not."""
-    wide = SUMS[name]
-    codes, x, encoder, _, _ = summing.cast(wide)
-    bias = random(len(encoder), seed=9)
-    encoder = encoder.to(fast if summing.exact == F32 else F64)
-    found = operations.exact_values(codes, x, encoder, bias.to(x.device, x.dtype))
-    pre = wide.x @ encoder.cpu().double().T + bias
+def test_operations_on_codes(name, fast, summing):
+    """Decoding, gradients by values, exact values, and a reconstruction that needs all of them."""
+    wide, fast = SUMS[name], fast if summing.exact == F32 else F64
+    codes, x, decoder, bias, by_output = summing.cast(wide)
+    decoded = dense(wide.codes, wide.codes.values, len(decoder)) @ wide.decoder + wide.bias
+    assert_close(operations.decode(codes, decoder, bias), decoded, summing.exact)
+    found = operations.value_gradients(codes, decoder, by_output)
+    assert_close(found, by_values(wide.codes, wide.decoder, wide.output_gradient), summing.exact)
+    assert not found[codes.values == 0].any()  # else clipped slots would push the encoder
+
+    encoder, own = decoder.to(fast), random(len(decoder), seed=9)
+    found = operations.exact_values(codes, x, encoder, own.to(x))
+    pre = wide.x @ encoder.cpu().double().T + own
     expected = pre[wide.codes.rows(), wide.codes.indices].relu() * (wide.codes.values > 0)
     assert_close(found.values, expected, summing.exact)
     assert torch.equal(found.indices, codes.indices) and torch.equal(found.offsets, codes.offsets)
     assert not found.values[codes.values == 0].any()
 
-
-@over(fast=[F32, BF16], name=SUMS)
-def test_reconstruct(name, fast, summing):
-    case, fast = SUMS[name], fast if summing.exact == F32 else F64
-    rows, columns = random(len(case.x), seed=7).relu(), random(case.x.shape[1], seed=8).relu()
-    expected = reference.reconstruct(
-        case.codes, (case.decoder, case.bias, case.x, rows, columns), F64
+    rows, columns = random(len(x), seed=7).relu(), random(x.shape[1], seed=8).relu()
+    residual = (decoded - wide.x) * rows[:, None]
+    gradient = residual * columns
+    expected = (
+        residual,
+        by_values(wide.codes, wide.decoder, gradient),
+        (residual * gradient).sum(1),
     )
-    codes, x, decoder, bias, _ = summing.cast(case)
-    rows, columns = (weights.to(x) for weights in (rows, columns))
-    found = operations.reconstruct(codes, decoder, bias, x, rows, columns, fast)
-    assert_close(found.residual, expected.residual, summing.exact)
-    assert_close(found.by_value, expected.by_value, summing.exact)
-    assert_close(found.row_errors, expected.row_errors, summing.exact)
+    found = operations.reconstruct(codes, decoder, bias, x, rows.to(x), columns.to(x), fast)
+    assert_all_close((found.residual, found.by_value, found.row_errors), expected, summing.exact)
     assert found.output_gradient.dtype == fast
-    assert_rounded(found.output_gradient, found.residual * columns)
+    assert_rounded(found.output_gradient, found.residual * columns.to(x))
 
 
 def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
     """The gradients of a problem, with ``kinds`` rows of codes to every row of x; float64."""
     codes, x, decoder, _, output_gradient = case
-    by_value = reference.value_gradients(codes, decoder, output_gradient)
+    by_value = by_values(codes, decoder, output_gradient)
     some = None
     if more:
         latents = torch.randperm(len(decoder), generator=torch.Generator().manual_seed(0))
@@ -318,10 +311,12 @@ def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradie
 
 
 def weight_gradients(gradients: SparseGradients, d_sae: int):
-    """By the reference, with what else some latents get."""
-    sums = reference.weight_gradients(gradients, d_sae)
-    if gradients.more is not None:
-        gradients.more.add_to(sums)
+    codes, x, output_gradient, by_value, more = gradients
+    by_latent, latents = (dense(codes, slots, d_sae) for slots in (by_value, codes.values))
+    x = x.repeat(len(output_gradient) // max(1, len(x)), 1)
+    sums = (by_latent.T @ x, latents.T @ output_gradient, by_latent.sum(0))
+    if more is not None:
+        more.add_to(sums)
     return sums
 
 
@@ -349,7 +344,7 @@ def weights_of(case: Sums) -> Latents:
 def test_sparse_adam(name, summing, more, fast, raw):
     """It is Adam with the gradients that the sparse ones sum to, of rows that are rounded or not.
 
-    Of raw rows it is what dense sums give; test_free_lengths.py compares that with autograd."""
+    Of raw rows it is what dense sums give; test_steps.py compares that with autograd."""
     case = SUMS[name]
     d_sae, start = len(case.decoder), weights_of(case)
     lengths, bias = random(d_sae, seed=1).abs() + 0.1, random(d_sae, seed=2)
@@ -363,11 +358,10 @@ def test_sparse_adam(name, summing, more, fast, raw):
         found = found._replace(encoder_fast=torch.zeros_like(found.encoder, dtype=fast))
     expected, sums = cast(start, F64), weight_gradients(gradients, d_sae)
     expected_raw, found_raw = None, None
-    if raw_rows is None:
-        reference.adam(expected, sums, 3, 0.01)
-    else:
+    if raw_rows is not None:
         expected_raw, found_raw = cast(raw_rows, F64), summing.cast(raw_rows)
-        operations.adam_raw(expected, sums, 3, 0.01, expected_raw)
+    with using("pytorch"):
+        operations.adam(expected, sums, 3, 0.01, expected_raw)
     by_bias = operations.adam(found, given, 3, 0.01, found_raw)
     assert_close(by_bias, sums[2], summing.exact)
     assert_all_close(found[:6], expected[:6], summing.exact)
@@ -461,8 +455,8 @@ def test_the_choice_of_a_backend():
         assert chosen(other) is None
     with torch.no_grad():
         assert chosen(torch.ones(1, requires_grad=True)) is here
-    with operations.using(reference):
-        with operations.using(None):
-            assert chosen(number) is None
-        assert chosen(number) is reference.decode
+    with operations.using(None):
+        with operations.using(operations):
+            assert chosen(number) is operations.decode
+        assert chosen(number) is None
     assert chosen(number) is here

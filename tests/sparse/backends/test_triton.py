@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import dense_reference as reference
 import pytest
 import torch
-from sparse_cases import D_IN, INTERPRETED, cut_tiles, integers, over, random, using, whole
+from sparse_cases import D_IN, INTERPRETED, cut_tiles, dense, integers, over, random, using, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.machine.hardware import DeferredScalar
@@ -89,7 +88,7 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(triton):
     pre = torch.addmm(bias, x, encoder.T)
     assert torch.equal(pre.gather(1, codes.indices.view(BATCH, 5)), codes.values.view(BATCH, 5))
     codes = operations.encode_above(*given, little)
-    assert little.enough() and torch.equal(reference.dense(codes, codes.values, D_SAE), pre)
+    assert little.enough() and torch.equal(dense(codes, codes.values, D_SAE), pre)
 
 
 def test_a_batch_has_as_many_slots_whatever_the_guess(triton):
@@ -204,7 +203,7 @@ def test_a_step_that_lacked_room_is_made_again(triton, l1):
     weights = LossWeights(torch.ones(D_IN), UNIFORM)
     kind = {"l1": l1, "architecture": "relu"} if l1 else {"k": 12, "architecture": "jumprelu"}
     found = []
-    for name in ("triton", "reference"):
+    for name in ("triton", "pytorch"):
         arm = Arm(ArmConfig(weights, **kind), D_IN, D_SAE, torch.device(DEVICE))
         arm.parameters.encoder_bias.fill_(1)
         if l1:  # so that it goes sparse

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_reference import dense
+from sparse_cases import dense
 from torch import Tensor
 from training_cases import (
     CPU,
