@@ -5,7 +5,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import Batch, Parameters
 from llm_wsae.training.strategy import SINGLE, Strategy
@@ -101,19 +100,9 @@ def folded(
 
 
 def _inverse(gamma: Gamma) -> Gamma:
-    """1/γ or Γ⁻¹, float64 on the CPU. Raises LlmWsaeError if there is none."""
+    """1/γ or Γ⁻¹, float64 on the CPU; ``own_weights`` refuses those that have none."""
     gamma = gamma.cpu().double()
-    if gamma.ndim == 1:
-        found, is_singular = 1 / gamma, not bool(gamma.all())
-    else:
-        found, info = torch.linalg.inv_ex(gamma)
-        is_singular = bool(info)
-    if is_singular:
-        raise LlmWsaeError(
-            "a space to train in cannot have weights of 0 in any direction, since nothing leads "
-            "back from there; choose_weights refuses such weights"
-        )
-    return found
+    return 1 / gamma if gamma.ndim == 1 else torch.linalg.inv(gamma)
 
 
 def _transform(rows: Tensor, gamma: Tensor) -> Tensor:

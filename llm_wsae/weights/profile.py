@@ -136,19 +136,15 @@ def profile_text(facts: dict[str, Any]) -> str:
             f"{weights['gamma_min']:>10.3g}{weights['gamma_max']:>9.3g}   {largest}"
         )
     if constant := facts["constant_dimensions"]:
+        shown = ", ".join(map(str, constant[:_SHOWN])) + ", …" * (len(constant) > _SHOWN)
         are, their = ("dimensions are", "their") if len(constant) > 1 else ("dimension is", "its")
         lines.append(
-            f"warning: {len(constant)} {are} constant ({_first(constant)}), so there is nothing "
+            f"warning: {len(constant)} {are} constant ({shown}), so there is nothing "
             f"to explain there; whitening takes {their} variance as a small number above 0"
         )
     lines += [f"warning: {w['warning']}" for w in facts["weights"] if w["warning"]]
     lines.append(_NO_FORECAST)
     return "\n".join(lines)
-
-
-def _first(dimensions: list[int]) -> str:
-    shown = ", ".join(map(str, dimensions[:_SHOWN]))
-    return shown if len(dimensions) <= _SHOWN else f"{shown}, …"
 
 
 def _where(positions: list[dict[str, int]]) -> str:

@@ -23,7 +23,7 @@ from llm_wsae.training.checkpoint import CHECKPOINT, is_finished, training_in
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
 from llm_wsae.training.log import TrainingLog
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.weights.config import IN_LOSS, WeightConfig
+from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 
 CONFIG = replace(LONG, tokens=256 * 60, log_every=20, dtype="auto")
@@ -226,10 +226,10 @@ def test_impossible_settings_are_refused(tmp_path):
     source, still, endless, out = Planted(), Planted(), Planted(), tmp_path / "out"
     still.rows = torch.ones_like(still.rows)
     endless.rows = endless.rows * 1e18
-    plain, space = torch.ones(16), WeightConfig(place="space")
+    plain = torch.ones(16)
 
-    def own(gamma, config=IN_LOSS):
-        return make_arms([LossWeights(gamma, config=config)], ks=(4,))
+    def own(gamma):
+        return make_arms([LossWeights(gamma)], ks=(4,))
 
     for rows, arms, config, said in (
         (source, arms_for(source, ks=(100,)), CONFIG, r"k = 100 .* than the dictionary's 64 lat"),
@@ -238,8 +238,6 @@ def test_impossible_settings_are_refused(tmp_path):
         (still, own(plain), CONFIG, "nothing to learn: apart from a few, the rows do not vary"),
         (endless, own(plain), CONFIG, "most rows are longer than 1e"),
         (source, own(plain[:9]), CONFIG, "for 9 dimensions, but the site has 16; make them from"),
-        (source, own(torch.ones(16, 16), space), CONFIG, "choose_weights refuses such weights"),
-        (source, own(1 - torch.eye(16)[0], space), CONFIG, "choose_weights refuses such weights"),
     ):
         with pytest.raises(LlmWsaeError, match=said):
             train(rows, arms, config, out)
