@@ -26,7 +26,6 @@ from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
 from llm_wsae.weights.weighing import (
     fisher_information,
-    fisher_of,
     measure_inputs,
     used_decoder,
 )
@@ -59,15 +58,15 @@ def all_contexts(store):
 
 
 def test_sensitivity_is_measured_on_the_stores_text(model, store):
+    def fisher(tokens):
+        config = RuleInputConfig(sensitivity_tokens=tokens)
+        return measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher
+
     ids, keep = all_contexts(store)
-    everything = fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=10**6))
-    torch.testing.assert_close(
-        everything,
-        fisher_information(model, zip(ids.split(8), keep.split(8), strict=True), SITE),
-        rtol=1e-4,
-        atol=1e-9,
-    )
-    part = fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=100))
+    everything = fisher(10**6)
+    expected = fisher_information(model, zip(ids.split(8), keep.split(8), strict=True), SITE)
+    torch.testing.assert_close(everything, expected, rtol=1e-4, atol=1e-9)
+    part = fisher(100)
     chosen = torch.linspace(0, len(ids) - 1, -(-100 * len(ids) // store.num_rows)).round().long()
     assert int(keep[chosen].sum()) == pytest.approx(100, abs=24)
     wanted = fisher_information(model, [(ids[chosen], keep[chosen])], SITE)

@@ -6,7 +6,7 @@ computes the step and remembers what the next step needs, such as a running thre
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -99,6 +99,9 @@ class Architecture(ABC):
     """Whether something of the parameters is not learnt but set after each step (``tie``)."""
     is_baseline: ClassVar[bool] = False
     """Whether it is only trained beside others, to say what they should exceed."""
+    memory: ClassVar[dict[str, str]] = {}
+    """The attributes that a checkpoint keeps, by their names in it: tensors with one entry for each
+    latent that is here, or single numbers."""
 
     def __init__(
         self,
@@ -135,8 +138,8 @@ class Architecture(ABC):
         format of ``batch.x_fast``.
         """
 
-    def follow(self, observed: Tensor, learning_rate: float) -> None:  # noqa: B027 - optional
-        """Take in what a step observed (``Step.observed``, if anything), once it counts."""
+    def follow(self, observed: Any, learning_rate: float) -> None:  # noqa: B027 - optional
+        """Take in what a step observed (``Step.observed``), once it counts."""
 
     def through_tie(self, step: Step, parameters: Parameters) -> Step:
         """If it is tied: the step with the gradients by what is learnt.
@@ -153,12 +156,17 @@ class Architecture(ABC):
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The memory, for a checkpoint. A tensor with one entry a latent holds those that are
-        here; any other is a single number."""
-        return {}
+        """The memory, for a checkpoint."""
+        return {name: torch.as_tensor(getattr(self, own)) for name, own in self.memory.items()}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - optional
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``; ``tensors`` holds the whole arm's state."""
+        for name, own in self.memory.items():
+            held = getattr(self, own)
+            if isinstance(held, Tensor):
+                held.copy_(tensors[name])
+            else:
+                setattr(self, own, int(tensors[name]))
 
 
 def sparse_step(

@@ -174,8 +174,7 @@ class Arm:
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
             # before the optimiser: it may ask the device for a number, which the optimiser's work
             # then hides
-            if step.observed is not None:
-                self.architecture.follow(step.observed, learning_rate)
+            self.architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
             if self.architecture.is_tied:
                 self.architecture.tie(self.parameters)
@@ -246,20 +245,19 @@ class Arm:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed training needs, as tensors."""
-        tensors = dict(self.parameters._asdict(), last_fired=self.last_fired)
-        tensors |= self._optimiser.state() | self.architecture.state()
-        return tensors | {f"progress.{name}": value for name, value in self._sums.items()}
+        return self._held() | self._optimiser.state() | self.architecture.state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
         self._finder = DeadFinder(self.last_fired.device)
-        self.last_fired.copy_(tensors["last_fired"])
-        for name, parameter in self.parameters._asdict().items():
-            parameter.copy_(tensors[name])
+        for name, held in self._held().items():
+            held.copy_(tensors[name])
         self._optimiser.load_state(tensors)
         self.architecture.load_state(tensors)
-        for name, value in self._sums.items():
-            value.copy_(tensors[f"progress.{name}"])
+
+    def _held(self) -> dict[str, Tensor]:
+        sums = {f"progress.{name}": value for name, value in self._sums.items()}
+        return {**self.parameters._asdict(), "last_fired": self.last_fired, **sums}
 
 
 def make_arms(

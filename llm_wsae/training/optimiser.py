@@ -114,22 +114,21 @@ class Optimiser:
     def state(self) -> dict[str, Tensor]:
         """The moments and the number of steps, named as in torch.optim.Adam, and L: with it the raw
         rows follow from those that are seen."""
-        tensors = {} if self._lengths is None else {"decoder.length": self._lengths}
-        for name in Parameters._fields:
-            tensors[f"{name}.exp_avg"] = getattr(self._means, name)
-            tensors[f"{name}.exp_avg_sq"] = getattr(self._squares, name)
-            tensors[f"{name}.step"] = torch.tensor(float(self._steps))
-        return tensors
+        steps = torch.tensor(float(self._steps))
+        return self._held() | {f"{name}.step": steps.clone() for name in Parameters._fields}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``, after the parameters themselves have been restored."""
-        for name in Parameters._fields:
-            getattr(self._means, name).copy_(tensors[f"{name}.exp_avg"])
-            getattr(self._squares, name).copy_(tensors[f"{name}.exp_avg_sq"])
-        if self._lengths is not None:
-            self._lengths.copy_(tensors["decoder.length"])
+        for name, held in self._held().items():
+            held.copy_(tensors[name])
         self._steps = int(tensors["encoder.step"])
         self._encoder_fast = None
+
+    def _held(self) -> dict[str, Tensor]:
+        held: dict[str, Tensor] = {} if self._lengths is None else {"decoder.length": self._lengths}
+        for name, mean, square in zip(Parameters._fields, self._means, self._squares, strict=True):
+            held |= {f"{name}.exp_avg": mean, f"{name}.exp_avg_sq": square}
+        return held
 
 
 def adam_vector(

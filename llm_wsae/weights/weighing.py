@@ -97,7 +97,16 @@ def _kept_fisher(
         return found["fisher"]
     if model is None:
         return None
-    measured = fisher_of(model, rows, site, config)
+    rows.check_model(model.identity())
+    tokens = min(config.sensitivity_tokens, rows.statistics(site).count)
+
+    def contexts() -> Iterator[tuple[Tensor, Tensor]]:
+        with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
+            for ids, keep in rows.some_text(config.sensitivity_tokens):
+                yield ids, keep
+                bar.update(int(keep.sum()))
+
+    measured = fisher_information(model, contexts(), site, config.seed)
     kept.write({"fisher": measured})
     return measured
 
@@ -123,26 +132,6 @@ def used_decoder(
         energy /= max(len(sample), 1)
         used = energy > 0
         return dictionary.W_dec.detach().cpu()[used], energy[used]
-
-
-def fisher_of(
-    model: LanguageModel,
-    rows: SiteRows,
-    site: Site,
-    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-) -> Float[Tensor, "d_in d_in"]:
-    """``fisher_information`` on the rows' text. Raises LlmWsaeError for a model that did not make a
-    store."""
-    rows.check_model(model.identity())
-    tokens = min(config.sensitivity_tokens, rows.statistics(site).count)
-
-    def contexts() -> Iterator[tuple[Tensor, Tensor]]:
-        with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
-            for ids, keep in rows.some_text(config.sensitivity_tokens):
-                yield ids, keep
-                bar.update(int(keep.sum()))
-
-    return fisher_information(model, contexts(), site, config.seed)
 
 
 def fisher_information(

@@ -6,7 +6,7 @@ dictionary uses a threshold instead, as in the paper: the mean over batches of t
 pre-activation that was selected. It is saved as the JumpReLU that it then is.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,10 @@ class BatchTopK(Architecture):
 
     name = "batch-topk"
     has_free_lengths = True
+    memory: ClassVar[dict[str, str]] = {
+        "threshold.mean": "running_threshold",
+        "threshold.steps": "_steps",
+    }
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
@@ -82,16 +86,6 @@ class BatchTopK(Architecture):
 
     def thresholds(self) -> Float[Tensor, " latents"]:
         return self.running_threshold.float().expand(self.num_latents)
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            "threshold.mean": self.running_threshold,
-            "threshold.steps": torch.tensor(self._steps),
-        }
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.running_threshold.copy_(tensors["threshold.mean"])
-        self._steps = int(tensors["threshold.steps"])
 
 
 ARCHITECTURE = BatchTopK

@@ -19,7 +19,7 @@ of some hundred steps would end while half of all latents are active. All rows h
 which their root mean square is √d_in, so the largest θ is √d_in instead of 1.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,16 @@ class GBA(DenseStart):
     name = "gba"
     revives_dead = False
     is_tied = True
+    memory: ClassVar[dict[str, str]] = {
+        "threshold": "threshold",
+        "amplitude": "amplitude",
+        "amplitude.exp_avg": "_mean",
+        "amplitude.exp_avg_sq": "_square",
+        "since.frequency": "_frequency",
+        "since.excess": "_excess",
+        "since.steps": "_steps_since",
+        "gba.steps": "_steps",
+    }
     num_groups = 10
     span = 100.0
     """The highest target frequency over the lowest."""
@@ -147,29 +157,6 @@ class GBA(DenseStart):
         self._frequency.zero_()
         self._excess.zero_()
         self._steps_since = 0
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {
-            "threshold": self.threshold,
-            "amplitude": self.amplitude,
-            "amplitude.exp_avg": self._mean,
-            "amplitude.exp_avg_sq": self._square,
-            "since.frequency": self._frequency,
-            "since.excess": self._excess,
-            "since.steps": torch.tensor(self._steps_since),
-            "gba.steps": torch.tensor(self._steps),
-        }
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        super().load_state(tensors)
-        self.threshold.copy_(tensors["threshold"])
-        self.amplitude.copy_(tensors["amplitude"])
-        self._mean.copy_(tensors["amplitude.exp_avg"])
-        self._square.copy_(tensors["amplitude.exp_avg_sq"])
-        self._frequency.copy_(tensors["since.frequency"])
-        self._excess.copy_(tensors["since.excess"])
-        self._steps_since = int(tensors["since.steps"])
-        self._steps = int(tensors["gba.steps"])
 
 
 def target_frequencies(

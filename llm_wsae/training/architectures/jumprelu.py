@@ -17,7 +17,7 @@ training of some hundred steps (SAELens learns θ itself for that reason).
 
 import math
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -55,6 +55,12 @@ class JumpReLU(Architecture):
 
     name = "jumprelu"
     revives_dead = False
+    memory: ClassVar[dict[str, str]] = {
+        "threshold.log": "log_threshold",
+        "threshold.exp_avg": "_mean",
+        "threshold.exp_avg_sq": "_square",
+        "threshold.steps": "_steps",
+    }
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
@@ -124,20 +130,6 @@ class JumpReLU(Architecture):
 
     def thresholds(self) -> Float[Tensor, " latents"]:
         return self.log_threshold.exp()
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            "threshold.log": self.log_threshold,
-            "threshold.exp_avg": self._mean,
-            "threshold.exp_avg_sq": self._square,
-            "threshold.steps": torch.tensor(self._steps),
-        }
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.log_threshold.copy_(tensors["threshold.log"])
-        self._mean.copy_(tensors["threshold.exp_avg"])
-        self._square.copy_(tensors["threshold.exp_avg_sq"])
-        self._steps = int(tensors["threshold.steps"])
 
 
 def initial_threshold(k: int, d_sae: int) -> float:

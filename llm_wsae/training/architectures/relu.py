@@ -79,10 +79,11 @@ class DenseStart(Architecture):
 
     def state(self) -> dict[str, Tensor]:
         share = self.active_share()
-        return {} if share is None else {"active_share": torch.tensor(share)}
+        return super().state() | ({} if share is None else {"active_share": torch.tensor(share)})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """There is no share before the first step."""
+        super().load_state(tensors)
         if "active_share" in tensors:
             self._active_share = DeferredScalar(tensors["active_share"])
 
