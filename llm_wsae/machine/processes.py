@@ -210,17 +210,6 @@ class Collectives:
             self._torch.all_gather(parts, tensor.contiguous(), self._group)
         return parts
 
-    def begin_max(self, tensor: "Tensor") -> "distributed.Work":
-        """Start a maximum in place over all processes, on the CPU; ``end`` waits for it."""
-        largest = self._torch.ReduceOp.MAX
-        with self._processes.explained():
-            return self._torch.all_reduce(tensor, largest, self._group, async_op=True)
-
-    def end(self, work: "distributed.Work") -> None:
-        """Wait for what ``begin_max`` started."""
-        with self._processes.explained():
-            work.wait()
-
     def close(self) -> None:
         """Disconnect, which wakes processes that still wait for this one."""
         self._torch.destroy_process_group(self._group)

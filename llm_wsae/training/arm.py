@@ -158,8 +158,8 @@ class Arm:
         is the coefficient of AuxK's loss, 0 for none, and ``dead_after`` how many rows without
         firing make a latent dead.
 
-        A number from a GPU is read only when it already has more work queued, except once in the
-        first step.
+        A number from a GPU is read only when it already has more work queued, except where dead
+        latents are looked for.
         """
         with torch.no_grad():
             step = self.evaluate(batch)

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SubsetGradients
 from llm_wsae.sparse.operations import dead_gradients, encode_dead
 from llm_wsae.training.architecture import Batch, Parameters, times
@@ -34,17 +33,16 @@ class DeadLatents(NamedTuple):
 
 
 class DeadFinder:
-    """Finds the dead latents of one arm, and on a GPU does not wait for their number.
+    """Finds the dead latents of one arm.
 
-    There a search runs only now and then, and includes latents that may die before the search after
-    next. Its count is read long after it has arrived, and a mask says which are dead in a step.
+    A GPU is asked for their number only now and then, since that means waiting. The search then
+    includes latents that may die before the next one, and a mask says which are dead in a step.
     """
 
     def __init__(self, device: torch.device):
         self._waits = device.type != "cpu"
         self._found = torch.empty(0, dtype=torch.int64, device=device)
         self._until = -1  # ``_found`` has all dead latents until this many rows have been seen
-        self._next: _Search | None = None
 
     def find(
         self, last_fired: Int[Tensor, " latents"], rows_seen: int, dead_after: int
@@ -52,28 +50,10 @@ class DeadFinder:
         """The latents that have not fired for ``dead_after`` rows."""
         if not self._waits:
             return DeadLatents((rows_seen - last_fired > dead_after).nonzero().flatten())
-        between = dead_after // _SEARCHES_PER_DEATH
         if rows_seen > self._until:
-            search = self._next
-            if search is None or rows_seen > search.until:  # the first step, or a very large batch
-                search = _Search(last_fired, rows_seen + between, dead_after)
-            self._found, self._until, self._next = search.found(), search.until, None
-        if self._next is None and rows_seen > self._until - between:
-            self._next = _Search(last_fired, rows_seen + 2 * between, dead_after)
+            self._until = rows_seen + dead_after // _SEARCHES_PER_DEATH
+            self._found = (self._until - last_fired > dead_after).nonzero().flatten()
         return DeadLatents(self._found, rows_seen - last_fired[self._found] > dead_after)
-
-
-class _Search:
-    """Which latents may be dead by the time that ``until`` rows have been seen."""
-
-    def __init__(self, last_fired: Int[Tensor, " latents"], until: int, dead_after: int):
-        self.until = until
-        may_be = until - last_fired > dead_after
-        self._number = DeferredScalar(may_be.sum())
-        self._order = may_be.byte().argsort(descending=True, stable=True)  # these first
-
-    def found(self) -> Int[Tensor, " some"]:
-        return self._order[: int(self._number.read())]
 
 
 def auxk_gradients(

@@ -55,10 +55,8 @@ class Strategy:
     def __init__(self, processes: Processes | None = None):
         self.processes = processes or Processes()
 
-    def agree(self, want: Callable[[], int]) -> Callable[[], int]:
-        """Start to agree on the largest of what all processes want; the returned function waits
-        for the answer. ``want`` is called now, so that the answer is there when a step ends; by a
-        single process, then."""
+    def agree(self, want: int) -> int:
+        """The largest of what all processes want."""
         return want
 
     def own_latents(self, d_sae: int) -> range:
@@ -124,15 +122,8 @@ class _SeveralProcesses(Strategy):
         super().__init__(processes)
         self._collectives = collectives
 
-    def agree(self, want: Callable[[], int]) -> Callable[[], int]:
-        largest = torch.tensor(want())
-        work = self._collectives.begin_max(largest)
-
-        def agreed() -> int:
-            self._collectives.end(work)
-            return int(largest)
-
-        return agreed
+    def agree(self, want: int) -> int:
+        return -int(self.minimum(torch.tensor(-want)))
 
     def minimum(self, value: Tensor) -> Tensor:
         return self._collectives.min_(value.clone())

@@ -458,17 +458,16 @@ class _Steps:
     def _take_until(self, bar: tqdm) -> int:
         """Take the steps; returns what the processes agreed on at last."""
         rows = self._fetch(self._done)
-        wanted = self._strategy.agree(lambda: _FAIL if self._failure else _CONTINUE)()
+        wanted = self._strategy.agree(_FAIL if self._failure else _CONTINUE)
         while self._done < self._num_steps and wanted < _STOP:
             # before this step, so that no process begins one that another cannot take
             following = self._fetch(self._done + 1)
-            agreed = self._strategy.agree(self._want)
             for training in self._trainings:
                 if training.reached == self._done:
                     training.advance(rows[training.place], bar)
             self._done += 1
             bar.update(self._config.batch_size)
-            wanted, rows = agreed(), following
+            wanted, rows = self._strategy.agree(self._want()), following
             if wanted >= _SAVE:
                 self._save()
                 self._saved_at = time.monotonic()

@@ -171,7 +171,7 @@ def test_nothing_waits_for_the_device_or_holds_all_pre_activations(triton, monke
     "architecture", ["topk", "batch-topk", "matryoshka", "jumprelu", "dense relu", "sparse relu"]
 )
 def test_no_whole_step_waits_for_the_device(triton, architecture, monkeypatch):
-    """With a masked row, and with dead latents that were looked for in the steps before."""
+    """With a masked row, and with dead latents that were looked for in the first step."""
     weights, relu = LossWeights(torch.ones(8), UNIFORM), architecture.endswith(" relu")
     kind = {"l1": 0.1, "architecture": "relu"} if relu else {"k": 2, "architecture": architecture}
     arm = Arm(ArmConfig(weights, **kind), 8, D_SAE, torch.device(DEVICE))
@@ -183,16 +183,16 @@ def test_no_whole_step_waits_for_the_device(triton, architecture, monkeypatch):
     mask = (torch.arange(6, device=DEVICE) != 3).float()
     x *= mask[:, None] / x.std()
     batch = Batch(x, x, mask)
-    arm.step(batch, 6, 0.01, 1 / 32, 160)
+    arm.step(batch, 6, 0.01, 1 / 32, 1600)
     for rows_seen in (12, 24):
         before = arm.parameters.encoder.clone()
         with monkeypatch.context() as patch, Watched(patch) as watched:
-            arm.step(batch, rows_seen, 0.01, 1 / 32, 160)
+            arm.step(batch, rows_seen, 0.01, 1 / 32, 1600)
         assert watched.waited == []
     if relu:
         assert (arm.architecture.active_share() < 1 / 64) == (architecture == "sparse relu")
     moved = (arm.parameters.encoder != before).any(1)
-    assert moved[arm.dead(24, 160)].any() == arm.architecture.revives_dead
+    assert moved[arm.dead(24, 1600)].any() == arm.architecture.revives_dead
 
 
 @over(l1=[None, 0.1])
