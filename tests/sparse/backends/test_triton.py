@@ -235,11 +235,10 @@ if not INTERPRETED:
         )
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
         outcome = run.stdout.splitlines()[-1]
-        assert int(re.match(r"(\d+) passed", outcome)[1]) > 40 and "skipped" not in outcome
+        assert int(re.match(r"(\d+) passed", outcome)[1]) > 30 and "skipped" not in outcome
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("d_in", "dtype"), [(200, torch.float32), (768, torch.bfloat16)])
-    def test_the_kernels_compile_for_a_card_without_one(monkeypatch, tmp_path, dtype, d_in):
+    def test_the_kernels_compile_for_a_card_without_one(monkeypatch, tmp_path):
         """To machine code for an H100, specialised as each launch would be."""
         from triton import runtime
         from triton.backends.compiler import GPUTarget
@@ -261,31 +260,32 @@ if not INTERPRETED:
         monkeypatch.setattr(runtime.driver, "_active", card)
         monkeypatch.setattr(triton, "_run", compile_only)
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        encoder, bias = torch.zeros(5000, d_in, dtype=dtype), torch.zeros(5000, dtype=dtype)
-        x = torch.zeros(40, d_in, dtype=dtype)
-        product = Product(x, encoder, bias)
-        for k in (1, 32):
-            triton.encode_topk(product, k)
-        triton.encode_dead(product, bias > 0, 32)
-        triton.encode_above(product, bias.float(), SlotCapacity())
+        for dtype in (torch.float32, torch.bfloat16):  # of products
+            encoder, bias = torch.zeros(5000, 768, dtype=dtype), torch.zeros(5000, dtype=dtype)
+            x = torch.zeros(40, 768, dtype=dtype)
+            product = Product(x, encoder, bias)
+            for k in (1, 32):
+                triton.encode_topk(product, k)
+            triton.encode_dead(product, bias > 0, 32)
+            triton.encode_above(product, bias.float(), SlotCapacity())
         ones = torch.zeros(40 * 5000, dtype=torch.int64)
         codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)
         triton.decode(codes, encoder, encoder[0])
         triton.value_gradients(codes, encoder, x.float())
         wide = encoder.float()
-        target = (wide, wide[0], x.float(), torch.ones(40), torch.ones(d_in))
-        triton.reconstruct(codes, target, dtype)
+        target = (wide, wide[0], x.float(), torch.ones(40), torch.ones(768))
+        triton.reconstruct(codes, target, torch.bfloat16)
         triton.weight_gradients(SparseGradients(codes, x, x.float(), codes.values), 5000)
         latents = Latents(*[wide] * 6, encoder)
         triton.adam(latents, (wide, wide, bias.float()), 1, 0.01)
         more = SubsetGradients(torch.arange(5000), wide, wide, bias.float())
-        for some in (None, more) if dtype == torch.bfloat16 else (more,):  # float32 is slow
+        for some in (None, more):
             gradients = SparseGradients(codes, x, x, codes.values, some)
             for raw in (None, RawRows(bias.float(), bias.float())):
                 triton.sparse_adam(latents, gradients, 1, 0.01, raw)
         kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
         assert compiled.keys() == kernels
         assert all(code["cubin"] for codes in compiled.values() for code in codes)
-        if dtype == torch.bfloat16:  # rounded to nearest, which the interpreter isn't
-            for name in ("adam_kernel", "sparse_adam_kernel", "reconstruct_kernel"):
-                assert all("cvt.rn.bf16" in code["ptx"] for code in compiled[name])
+        for name in ("adam_kernel", "sparse_adam_kernel", "reconstruct_kernel"):
+            # rounded to nearest, which the interpreter isn't
+            assert all("cvt.rn.bf16" in code["ptx"] for code in compiled[name])
