@@ -199,15 +199,6 @@ def test_powers_of_a_matrix(inputs):
     )
 
 
-def test_half_whitening_leaves_half_of_the_covariance(inputs):
-    half = weights_from_rule("whitening", 0.5, inputs, SPACE).gamma.double()
-    sigma = inputs.covariance
-    root = half @ sigma @ half  # ∝ Σ^½
-    torch.testing.assert_close(
-        (root @ root) / (root @ root).trace(), sigma / sigma.trace(), rtol=1e-4, atol=1e-5
-    )
-
-
 def test_powers_that_are_no_numbers_or_lead_into_no_space_are_refused(inputs):
     for rule in ("variance", "whitening"):
         for alpha in (float("nan"), float("inf"), -1e308):
@@ -376,14 +367,6 @@ def test_the_warning(statistics):
     inputs = RuleInputs(found, second_moment=second_moment(found))
     matrix = collapse_warning(weights_from_rule("whitening", -1.0, inputs), found)
     assert "dominated by 1.0 of 100 directions (1.0%; one direction alone carries 100%)" in matrix
-
-
-def test_stretching_is_gamma_or_singular_values():
-    gamma = torch.tensor([3.0, 1.0, 2.0])
-    assert stretching(LossWeights(gamma)).tolist() == [3, 1, 2]
-    q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
-    found = stretching(LossWeights(q @ gamma.diag()))
-    torch.testing.assert_close(found, torch.tensor([3.0, 2.0, 1.0]).double())
 
 
 def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
