@@ -31,7 +31,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
 from llm_wsae.machine.number_format import fast_dtype, name_of
-from llm_wsae.machine.processes import join
+from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import Batch
@@ -439,21 +439,12 @@ class _Steps:
             self._rows = batches(config.batch_size, config.shuffle_seed, self._done, part)
             if (close := getattr(self._rows, "close", None)) is not None:
                 opened.callback(close)  # ends a thread that reads ahead
-            with _stop_signals() as self._stopped, self._bar() as bar:
+            arms, size = sum(len(one.arms) for one in self._trainings), config.batch_size
+            what = f"train {arms} arm{'s' * (arms > 1)}"
+            bar = progress(what, self._num_steps * size, "tok", self._done * size)
+            with _stop_signals() as self._stopped, bar:
                 wanted = self._take_until(bar)
             self._end(wanted)
-
-    def _bar(self) -> tqdm:
-        arms, size = sum(len(one.arms) for one in self._trainings), self._config.batch_size
-        return tqdm(
-            total=self._num_steps * size,
-            initial=self._done * size,
-            desc=f"train {arms} arm{'s' * (arms > 1)}",
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not self._processes.leads,
-        )
 
     def _take_until(self, bar: tqdm) -> int:
         """Take the steps; returns what the processes agreed on at last."""

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_wsae.data.streaming import SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.machine.processes import join
+from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
@@ -101,7 +100,7 @@ def _kept_fisher(
     tokens = min(config.sensitivity_tokens, rows.statistics(site).count)
 
     def contexts() -> Iterator[tuple[Tensor, Tensor]]:
-        with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
+        with progress("sensitivity", tokens, "tok") as bar:
             for ids, keep in rows.some_text(config.sensitivity_tokens):
                 yield ids, keep
                 bar.update(int(keep.sum()))
