@@ -4,7 +4,6 @@ Adding one touches one file and its test: the diff in the docs is applied and ru
 """
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,6 @@ import pytest
 import torch
 from looping import over
 from places import ROOT
-from safetensors import safe_open
 from training_cases import (
     ARCHITECTURES,
     CONFIG,
@@ -106,19 +104,7 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     torch.testing.assert_close(loaded(rows), reconstruction, rtol=1e-4, atol=1e-4)
     assert loaded.sparsity == arm.architecture.sparsity
     assert isinstance(loaded.sparsity, JumpReLU) == (threshold is not None)
-
-
-@over(name=NAMES)
-def test_what_a_dictionary_remembers_of_its_architecture(trained, name):
-    _, out, _ = trained
-    training = Dictionary.load(out / name).info.training
-    if name == "uniform-relu-l0.1":
-        assert training["architecture"] == "relu" and training["l1"] == 0.1
-    else:
-        assert training["architecture"] == (name[8:-3] or "topk") and training["k"] == 2
-    cfg = json.loads((out / name / "cfg.json").read_text())
-    with safe_open(out / name / "sae_weights.safetensors", framework="pt") as file:
-        assert ("threshold" in file.keys()) == (cfg["architecture"] == "jumprelu")  # noqa: SIM118
+    assert config.settings().items() <= trained[2][name].info.training.items()
 
 
 def test_a_terminated_training_resumes_bit_for_bit(tmp_path):
