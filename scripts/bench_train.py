@@ -37,7 +37,7 @@ import torch
 from benchmarks import PEERS, Worker, WorkerFailed, machine, write_benchmark
 from tqdm import tqdm
 
-from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shards import RowReader
 from llm_wsae.data.shuffling import CHUNK_ROWS
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError

@@ -9,11 +9,11 @@ from several import run
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data import stored_measurement
+from llm_wsae.data import store as stores
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shards import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -207,8 +207,8 @@ def measured(folder, is_full):
 
     RowReader.rows = counted
     if is_full:
-        stored_measurement.save_own_tensors = full
-    stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
+        stores.save_own_tensors = full
+    stores.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return read[0], said.getvalue(), inputs.covariance.tolist()
 

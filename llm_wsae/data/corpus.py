@@ -52,10 +52,9 @@ class Section:
     document: int
     """Number of its document, in the order in which documents give their first section."""
     name: str
-    """Name of its document."""
+    """Of its document, as ``labels`` are."""
     text: str
     labels: dict[str, Any]
-    """Labels of its document."""
 
 
 class Corpus:
@@ -68,10 +67,8 @@ class Corpus:
         heldout_fraction: float = HELDOUT,
         text_column: str | None = None,
     ):
-        """Restrict sources to a part; ``open`` finds them by name.
-
-        Raises UsageError for an unknown part or an impossible fraction.
-        """
+        """``open`` finds sources by name. Raises UsageError for an unknown part or an impossible
+        fraction."""
         if part not in TEXT_OF_PART:
             raise UsageError(f"a corpus has no part {part!r}; {nearest(part, TEXT_OF_PART)}")
         if not 0 < heldout_fraction < 1:
@@ -111,10 +108,7 @@ class Corpus:
 
     def sections(self, size: SectionSize | None, start: int = 0) -> Iterator[Section]:
         """The text of this part over its documents, from section ``start`` on; without ``size``,
-        each document is one section.
-
-        Raises LlmWsaeError if there is no text at all.
-        """
+        each document is one section. Raises LlmWsaeError if there is no text at all."""
         readers = [_in_rounds(self._documents(source), size) for source in self.sources]
         given = dict.fromkeys(range(len(readers)), 0)  # characters; who gave the least is next
         documents: dict[tuple[int, int], int] = {}

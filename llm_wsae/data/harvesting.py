@@ -35,9 +35,8 @@ from llm_wsae.data.manifest import (
     store_in,
 )
 from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
-from llm_wsae.data.shard_writer import StoreWriter, finish_store
-from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stored_measurement import MEASUREMENTS
+from llm_wsae.data.shards import StoreWriter, finish_store
+from llm_wsae.data.store import MEASUREMENTS, ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory
 from llm_wsae.machine.processes import Processes, join, progress
@@ -60,19 +59,15 @@ def harvest(
     their statistics and covariance sums.
 
     The same call resumes a harvest that was stopped or killed, and ends with the same bytes as an
-    uninterrupted one. A call with more tokens extends a store. A complete store is left unchanged,
-    except that covariance sums are added if it lacks them.
+    uninterrupted one. A call with more tokens extends a store; a complete one is left unchanged.
 
     Under ``torchrun`` each of W processes makes every W-th missing shard, in one folder that all
     can reach. The bytes are those of a single process (as far as a forward pass gives the same bits
-    there), and a stopped harvest can be resumed with any number of processes. Each process packs
-    the whole text. They sum the covariance together.
+    there), so the number of processes may change when a harvest is resumed.
 
-    Raises UsageError for a site or context size that the model does not have, or a process group
-    of the caller's that does not reach the CPU; LlmWsaeError if the
-    folder holds something else or is being written, the corpus is too small (what was harvested
-    stays, and the same call with fewer tokens completes it), an activation is not finite, or the
-    disk is full (all complete shards stay).
+    Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
+    folder holds something else or is being written, the corpus is too small (the same call with
+    fewer tokens completes what is there), an activation is not finite, or the disk is full.
     """
     out, processes = Path(out), join()
     sites = sorted(set(sites))
@@ -179,7 +174,14 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
         manifest = Manifest.load(out)
         store_in(out).check_request(manifest.request(), wanted.request())
         shards = complete_shards(out, manifest)
-        _check_not_fewer(out, manifest, shards, wanted)
+        per_shard, size = manifest.contexts_per_shard, manifest.context_size
+        reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
+        if reached > wanted.num_contexts:
+            raise LlmWsaeError(
+                f"{out} already holds {reached * size:,} tokens, more than the "
+                f"{wanted.num_contexts * size:,} requested; choose another folder, or request at "
+                "least as many"
+            )
         whole = {
             i: shard
             for i, shard in shards.items()
@@ -199,19 +201,6 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
     wanted.save(out)
     _remove_unlisted(out, wanted, whole)
     return {i: Cursor(*shard.next) for i, shard in whole.items()}
-
-
-def _check_not_fewer(
-    out: Path, manifest: Manifest, shards: Mapping[int, ShardRecord], wanted: Manifest
-) -> None:
-    per_shard, size = manifest.contexts_per_shard, manifest.context_size
-    reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
-    if reached > wanted.num_contexts:
-        raise LlmWsaeError(
-            f"{out} already holds {reached * size:,} tokens, more than the "
-            f"{wanted.num_contexts * size:,} requested; choose another folder, or request at "
-            "least as many"
-        )
 
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:

@@ -38,18 +38,16 @@ class ShardRecord:
     """One complete shard."""
 
     contexts: int
-    """Number of contexts."""
     rows: int
-    """Number of rows at each site."""
+    """At each site."""
     first: tuple[int, int]
     """Section and offset at which its first context begins."""
     next: tuple[int, int]
     """Section and offset at which the next shard begins."""
     files: dict[str, FileRecord]
-    """Its files, by path within the store."""
+    """By path within the store."""
     row_checks: dict[str, str]
-    """CRC-32 of each ``ROWS_PER_CHECK`` rows of a file of activations, by its path: 32-bit numbers,
-    little-endian, in base64."""
+    """Of a file of activations, by its path; see the function ``row_checks``."""
 
     def crc32s(self, path: str) -> np.ndarray:
         """The CRC-32s of a file of activations."""
@@ -65,13 +63,13 @@ class Manifest:
     corpus: dict[str, Any]
     """``Corpus.identity()``."""
     sites: list[str]
-    """Sites, in the order of a forward pass."""
+    """In the order of a forward pass."""
     dtype: str
     """Number format of the rows, ``bfloat16`` or ``float32``."""
     d_in: int
     """Width of the rows."""
     packing: dict[str, Any]
-    """How documents became contexts and which positions were dropped: ``PackConfig``."""
+    """``PackConfig.packing()``."""
     bos_token_id: int | None
     """Token at the beginning of each context, None if there is none."""
     contexts_per_batch: int
@@ -150,11 +148,8 @@ def save_record(folder: Path, index: int, record: ShardRecord) -> None:
 
 
 def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
-    """The complete shards of a store by index: those in its manifest and, while the store is not
-    complete, those that have a record.
-
-    Raises LlmWsaeError if a record is damaged.
-    """
+    """The complete shards of a store by index: those in its manifest or, while the store is not
+    complete, those that have a record. Raises LlmWsaeError if one is damaged."""
     if manifest.complete:
         return dict(enumerate(manifest.shards))
     found = {}
@@ -171,11 +166,8 @@ def _shard_from(value: Mapping[str, Any], files: dict[str, FileRecord]) -> Shard
 
 
 def row_checks(rows: Tensor) -> str:
-    """The CRC-32s of contiguous rows, as a record has them.
-
-    They find every change within 32 bits, and all but one in 4·10⁹ of other changes, at a quarter
-    of the cost of SHA-256.
-    """
+    """The CRC-32 of each ``ROWS_PER_CHECK`` contiguous rows: 32-bit numbers, little-endian, in
+    base64. It finds all but one in 4·10⁹ changes at a quarter of the cost of SHA-256."""
     data, size = bytes_of(rows), ROWS_PER_CHECK * rows.shape[1] * rows.itemsize
     found = [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]
     return base64.b64encode(np.array(found, dtype=_CRC).tobytes()).decode()

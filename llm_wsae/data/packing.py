@@ -38,7 +38,7 @@ class Cursor(NamedTuple):
     section: int
     """Number of the section."""
     offset: int
-    """Number of the token in the section; the separator follows the last one."""
+    """Number of the token in the section."""
 
 
 BEGINNING = Cursor(0, 0)
@@ -57,16 +57,15 @@ class Context(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """Consecutive contexts, with where they begin and end in the corpus."""
+    """Consecutive contexts; ``first`` and ``next`` are where they begin in the corpus, and where
+    the next one does."""
 
     ids: Int32[np.ndarray, "contexts positions"]
     keep: Bool[np.ndarray, "contexts positions"]
     document: Int32[np.ndarray, "contexts positions"]
     offset: Int32[np.ndarray, "contexts positions"]
     first: Cursor
-    """Where the first context begins."""
     next: Cursor
-    """Where the next context begins."""
     headers: dict[int, dict[str, Any]]
     """Name and labels of every document in them."""
 
@@ -103,10 +102,7 @@ class Packer:
 
     @classmethod
     def for_model(cls, model: Any, config: PackConfig) -> "Packer":
-        """A packer for a LanguageModel.
-
-        Raises UsageError if its contexts are too long for the model.
-        """
+        """A packer for a LanguageModel. Raises UsageError for contexts that are too long for it."""
         if model.max_context is not None and config.context_size > model.max_context:
             raise UsageError(
                 f"contexts of {config.context_size} tokens are too long for {model.name}, "
@@ -121,15 +117,9 @@ class Packer:
             yield from block.each()
 
     def blocks(
-        self,
-        corpus: Corpus,
-        block_size: int,
-        start: Cursor = BEGINNING,
-        limit: int | None = None,
+        self, corpus: Corpus, block_size: int, start: Cursor = BEGINNING, limit: int | None = None
     ) -> Iterator[Contexts]:
-        """The contexts of a corpus from a cursor on, ``block_size`` at a time.
-
-        The last block may be smaller. Ends with the corpus, or after ``limit`` contexts.
+        """The contexts of a corpus from a cursor on, ``block_size`` at a time, at most ``limit``.
 
         Tokens at the end of the corpus that do not fill a context are dropped (unless each document
         has its own context). Raises LlmWsaeError if the tokenizer returns an id that the model does
@@ -266,10 +256,7 @@ def save_contexts(path: Path, batches: Sequence[Contexts]) -> None:
 
 
 def load_contexts(path: Path, first: tuple[int, int], following: tuple[int, int]) -> Contexts:
-    """Read such a file; the cursors come from the manifest.
-
-    Raises LlmWsaeError if it is missing or damaged.
-    """
+    """Read such a file; the cursors come from the manifest."""
     tensors, metadata = load_tensors(path, "tokens of a shard")
     headers = json.loads(metadata["documents"])
     numbered = {int(index): header for index, header in headers.items()}

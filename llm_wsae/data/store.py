@@ -16,8 +16,9 @@ import bisect
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import differences
+from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.manifest import (
     REPAIR,
     STATISTICS,
@@ -38,20 +42,55 @@ from llm_wsae.data.manifest import (
     tokens_path,
 )
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts, load_contexts
-from llm_wsae.data.shard_reader import RowFile, RowReader
+from llm_wsae.data.shards import RowFile, RowReader
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
-from llm_wsae.data.stored_measurement import MEASUREMENTS, StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.machine.processes import join, progress
+from llm_wsae.machine.processes import join, leads, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 
+MEASUREMENTS = "evidence"
 _SHARDS_OF_TOKENS_KEPT = 8
 _CONTEXTS_AT_ONCE = 8  # of the text that is read for a measurement
 _PARTS = 16  # of the rows; as many processes at most share the work of the covariance
 _ROWS_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True)
+class StoredMeasurement:
+    """A measurement that is kept on disk, valid only for the same rows and settings."""
+
+    path: Path | None
+    """Its file; None if it is not kept."""
+    rows: dict[str, Any]
+    """What identifies the rows; JSON."""
+    settings: dict[str, Any]
+
+    def read(self) -> dict[str, Tensor] | None:
+        """The tensors by name; None if they are not there, damaged, or of something else."""
+        if self.path is None or not self.path.exists():
+            return None
+        rows, why = plain(self.rows), "it is of other rows"
+        try:
+            tensors, header = load_own_tensors(self.path, "measurement")
+            if header.items() >= rows.items():
+                return tensors if header == {**rows, **self.settings} else None
+        except LlmWsaeError:  # which would say to delete the file
+            why = "it is damaged"
+        if leads():
+            tqdm.write(f"what {self.path} holds is measured anew, since {why}", file=sys.stderr)
+        return None
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Keep what was measured; if the store cannot be written to, say so."""
+        if self.path is None or not leads():
+            return
+        try:
+            save_own_tensors(self.path, tensors, {**plain(self.rows), **self.settings})
+        except LlmWsaeError as error:  # a read-only store
+            tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
 
 
 class Located(NamedTuple):
@@ -60,10 +99,9 @@ class Located(NamedTuple):
     context: Int[Tensor, " rows"]
     """Number of the context in the store."""
     position: Int[Tensor, " rows"]
-    """Position in the context."""
+    """In the context."""
     document: Int[Tensor, " rows"]
-    """Number of the document in the corpus, counted through all stores that are read in turn; -1
-    for a token that belongs to none."""
+    """Number of the document in the corpus; -1 for a token that belongs to none."""
     offset: Int[Tensor, " rows"]
     """Number of the token in its section."""
     ids: Int[Tensor, "rows positions"]
@@ -89,10 +127,7 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> "ActivationStore":
-        """Open a store.
-
-        Raises LlmWsaeError if there is none, it has another format, or it is unfinished.
-        """
+        """Raises LlmWsaeError if there is no store, it has another format, or it is unfinished."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
         if not manifest.complete:
@@ -139,9 +174,7 @@ class ActivationStore:
 
     def reader(self, site: Site) -> RowReader:
         """A reader of a site's rows, for many calls: it compares each row with its checksum once.
-
-        Raises UsageError if the store lacks the site.
-        """
+        Raises UsageError if the store lacks the site."""
         return RowReader(self._row_files(site), self.d_in, getattr(torch, self.manifest.dtype))
 
     def identity(self, site: Site) -> dict[str, Any]:
@@ -246,10 +279,7 @@ class ActivationStore:
         return shard, number - self.first_context(shard)
 
     def locate(self, rows: Int[Tensor, " rows"]) -> Located:
-        """Where rows come from, by their numbers in the store.
-
-        Raises UsageError for a number that the store does not have.
-        """
+        """Where rows come from, by their numbers. Raises UsageError for one that is not there."""
         numbers = rows.numpy()
         if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.num_rows):
             raise UsageError(f"a row number is not one of the store's {self.num_rows} rows")

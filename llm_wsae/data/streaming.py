@@ -24,10 +24,9 @@ from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import kept_rows, too_small
 from llm_wsae.data.packing import Contexts, Packer
-from llm_wsae.data.shard_writer import NO_ROWS
+from llm_wsae.data.shards import NO_ROWS
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
-from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stored_measurement import StoredMeasurement
+from llm_wsae.data.store import ActivationStore, StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads, progress
 from llm_wsae.machine.threads import prefetch
@@ -40,7 +39,7 @@ _PACKED_AHEAD = 4
 
 
 class ActivationStreams:
-    """The rows of several sites from the same forward passes, in the same order."""
+    """The rows of several sites, from the same forward passes."""
 
     in_step = True
 
@@ -77,18 +76,16 @@ class ActivationStreams:
         """Endless shuffled batches from number ``start`` on, one for each site, in the model's
         dtype; of ``part`` (its number, of how many) only its rows.
 
-        Raises UsageError if the numbers make no sense; LlmWsaeError, with the batch concerned, if
-        the corpus fills no context or cannot be read, or an activation is not finite.
+        Raises UsageError for impossible numbers; LlmWsaeError, with the batch concerned, if the
+        corpus fills no context or cannot be read, or an activation is not finite.
         """
         if batch_size < 1 or start < 0:
             raise UsageError(f"cannot begin at batch {start} of {batch_size} rows")
         return self._batches(batch_size, seed, start * batch_size, part)
 
     def statistics(self, site: Site) -> Statistics:
-        """Statistics of the rows of the first ``statistics_tokens`` tokens.
-
-        Raises LlmWsaeError, before they are kept, if the corpus fills no context.
-        """
+        """Statistics of the rows of the first ``statistics_tokens`` tokens. Raises LlmWsaeError if
+        the corpus fills no context."""
         return self._measured("statistics", Statistics, self._new_statistics)[site]
 
     def second_moment(self, site: Site) -> SecondMoment:
@@ -258,10 +255,7 @@ class ActivationStream:
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches from number ``start`` on, in the model's dtype.
-
-        Raises as ``ActivationStreams.batches``.
-        """
+        """Endless shuffled batches; see ``ActivationStreams.batches``."""
         batches = self._alone.batches(batch_size, seed, start, part)
 
         def of_one() -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.packing import Contexts
-from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shards import RowReader
 from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import UsageError

@@ -18,7 +18,7 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import kept_rows, manifest_of
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shard_writer import StoreWriter, finish_store
+from llm_wsae.data.shards import StoreWriter, finish_store
 from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name

@@ -18,7 +18,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest, save_record
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shard_writer import StoreWriter
+from llm_wsae.data.shards import StoreWriter
 from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.data.store import ActivationStore, open_stores
 from llm_wsae.errors import LlmWsaeError, UsageError
