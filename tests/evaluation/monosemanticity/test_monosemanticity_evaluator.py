@@ -21,6 +21,7 @@ from evaluation_cases import (
     planted_model,
     planted_text,
 )
+from looping import over
 from scipy import stats
 from torch.nn.functional import normalize
 
@@ -70,20 +71,14 @@ def report(model, corpus):
     return scored(both(), model, corpus)
 
 
-def test_what_was_read_is_reported(report):
+def test_latents_of_one_word_are_monosemantic(report):
     assert 3000 <= report.num_rows < 3000 + 15 and report.num_rows == 15 * report.num_contexts
     assert report.num_documents == 80 and report.notes == []
     # Five of some thirty words are hardly ever the same.
-    assert 0.2 <= report.chance["purity"] < 0.33
-    assert 1.9 < report.chance["entropy"] <= math.log2(5)
-    for scores in report.dictionaries.values():
-        assert (scores.rows, scores.massive_rows) == (report.num_rows, 0)
-        assert scores.site == SITE and scores.l0 == pytest.approx(1)
-
-
-def test_latents_of_one_word_are_monosemantic(report):
+    assert 0.2 <= report.chance["purity"] < 0.33 and 1.9 < report.chance["entropy"] <= math.log2(5)
     found = report.dictionaries["words"]
-    assert found.d_sae == WIDTH
+    assert (found.d_sae, found.rows, found.massive_rows) == (WIDTH, report.num_rows, 0)
+    assert found.site == SITE and found.l0 == pytest.approx(1)
     # Every word is found in enough contexts; eight latents never fire.
     assert found.eligible_share == pytest.approx(NUM_WORDS / WIDTH)
     assert found.dead_share == pytest.approx(1 - NUM_WORDS / WIDTH) and found.dense_share == 0
@@ -96,8 +91,7 @@ def test_latents_of_one_word_are_monosemantic(report):
     # Nothing is left of a word's latent without that word.
     nothing = found.latents["detection_without_tokens"]
     assert math.isnan(nothing.mean) and (nothing.count, nothing.share) == (0, 0)
-    density = found.per_latent["density"]
-    assert float(density.sum()) == pytest.approx(1) and (density[NUM_WORDS:] == 0).all()
+    assert (found.per_latent["density"][NUM_WORDS:] == 0).all()
 
 
 def test_latents_of_four_words_are_not(report):
@@ -219,21 +213,15 @@ def test_seeds_are_compared_with_each_other(model, corpus):
     assert "\x1b" not in strange and "\x07" not in strange
 
 
-def test_text_without_labels_has_concepts_of_tokens_only(model, tmp_path):
-    labelled = planted_text(tmp_path / "labelled.jsonl").read_text().splitlines()
-    lines = [json.dumps({"text": json.loads(line)["text"]}) for line in labelled]
-    path = tmp_path / "bare.jsonl"
-    path.write_text("\n".join(lines))
-    found = scored({"words": one_latent_a_word()}, model, Corpus.open(str(path))).dictionaries[
-        "words"
-    ]
-    assert found.concepts.means["best_1"].count > 0
-    assert found.latents["purity"].mean == pytest.approx(1)
-
-
-def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
+def test_a_dictionary_that_never_fires_has_no_scores(model, tmp_path):
+    """Here on text without labels, which has concepts of tokens only."""
+    lines = planted_text(tmp_path / "labelled.jsonl").read_text().splitlines()
+    bare = [json.dumps({"text": json.loads(line)["text"]}) for line in lines]
+    (tmp_path / "bare.jsonl").write_text("\n".join(bare))
     silent = {"silent": dictionary(torch.zeros(5, WIDTH), "silent")}
-    report = scored(silent, model, corpus)
+    asked = dataclasses.replace(CONFIG, tokens=2000)
+    report = scored(silent, model, Corpus.open(str(tmp_path / "bare.jsonl"), "all"), asked)
+    assert "era=early" not in report.sites[SITE]["concepts"]
     found = report.dictionaries["silent"]
     assert (found.eligible_share, found.dead_share, found.l0) == (0, 1, 0)
     assert math.isnan(found.latents["purity"].mean) and found.latents["purity"].count == 0
@@ -244,27 +232,26 @@ def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
 
 
 def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus):
-    def fails(error, match, dictionaries, **settings):
-        config = dataclasses.replace(CONFIG, **settings)
-        with pytest.raises(error, match=match) as caught:
-            scored(dictionaries, model, corpus, config)
-        assert str(caught.value).count("\n") == 0
+    def made(directions=None, **info):
+        one = one_latent_a_word() if directions is None else dictionary(directions, "x")
+        one.info = dataclasses.replace(one.info, **info)
+        return one
 
-    good = one_latent_a_word()
-    fails(UsageError, "there is no dictionary to score; name at least one", {})
-    fails(LlmWsaeError, "the held-out text has .* but 10,000,000", {"x": good}, tokens=10_000_000)
-    fails(UsageError, "no document has a label 'eara'; did you mean 'era'", {"x": good},
-          labels=("eara",))  # fmt: skip
-    other = one_latent_a_word()
-    other.info = dataclasses.replace(other.info, store={"packing": {"context_size": 32}})
-    fails(UsageError, "'x' and 'y' were trained on differently packed", {"x": good, "y": other})
-    narrow = dictionary(torch.eye(4, 8), "narrow")
-    fails(UsageError, "dictionary 'x' has 8 dimensions, but planted has 48", {"x": narrow})
-    deep = one_latent_a_word()
-    deep.info = dataclasses.replace(deep.info, site="blocks.5.hook_resid_pre")
-    fails(UsageError, "blocks.5.hook_resid_pre", {"x": deep})
-    with pytest.raises(UsageError, match="top is 1, but must be at least 2"):
-        dataclasses.replace(CONFIG, top=1)
+    good, other = made(), made(store={"packing": {"context_size": 32}})
+    for error, match, dictionaries, settings in (
+        (UsageError, "there is no dictionary to score; name at least one", {}, {}),
+        (LlmWsaeError, "text has .* but 10,000,000", {"x": good}, {"tokens": 10_000_000}),
+        (UsageError, "no document has a label 'eara'; did you mean 'era'", {"x": good},
+         {"labels": ("eara",)}),
+        (UsageError, "'x' and 'y' were trained on differently packed", {"x": good, "y": other}, {}),
+        (UsageError, "dictionary 'x' has 8 dimensions, but planted has 48",
+         {"x": made(torch.eye(4, 8))}, {}),
+        (UsageError, "blocks.5.hook_resid_pre", {"x": made(site="blocks.5.hook_resid_pre")}, {}),
+        (UsageError, "top is 1, but must be at least 2", {"x": good}, {"top": 1}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match) as caught:
+            scored(dictionaries, model, corpus, dataclasses.replace(CONFIG, **settings))
+        assert str(caught.value).count("\n") == 0
 
 
 def test_the_report_is_json_and_a_table(report):
@@ -287,51 +274,35 @@ def test_the_report_is_json_and_a_table(report):
     assert f"the purity of random contexts is {report.chance['purity']:.3f}." in report.table()
 
 
-MASSIVE = 3
 AT = Site.parse(SITE)
 
 
-@pytest.fixture(scope="module", params=[None, MASSIVE])
-def case(request, tmp_path_factory):
-    """Without and with a massive word: model, text, and the rows that count."""
-    path = planted_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=20)
-    model = planted_model(request.param)
-    packer = Packer.for_model(model, PackConfig(**PACKING))
-    text = HeldoutText.take(packer.blocks(Corpus.open(str(path), "all"), block_size=8), 1000)
-    usable = torch.ones(text.num_rows, dtype=torch.bool)
-    if request.param is not None:
-        usable = text.token != request.param
-    return model, text, usable
-
-
-def expected(text, usable, units):
-    """Share of each word among the rows of each unit."""
-    found = torch.zeros(len(units.size), WIDTH)
-    for row in range(text.num_rows):
-        if units.of_row[row] >= 0 and usable[row]:
-            found[units.of_row[row], text.token[row]] += 1
-    return found / units.size[:, None]
-
-
-def test_activations_and_latents_are_averaged_over_units(case):
-    model, text, usable = case
+@over(massive=(None, 3))
+def test_activations_and_latents_are_averaged_over_units(massive, corpus):
+    """Without and with a massive word, whose rows do not count."""
+    model, packing = planted_model(massive), PackConfig(**PACKING)
+    text = HeldoutText.take(Packer.for_model(model, packing).blocks(corpus, block_size=8), 1000)
+    usable = torch.ones(text.num_rows).bool() if massive is None else text.token != massive
     kinds = [units_of_tokens(text, 300, 0), units_of_documents(text, 0)]
     assert len(kinds[0].size) == 300 and not kinds[1].single
     activations = ActivationCache(model, text.ids, text.keep, batch_tokens=64)
-    dictionary = one_latent_a_word()
-    threshold = activations.massive_threshold(AT, [dictionary])
+    one = one_latent_a_word()
+    threshold = activations.massive_threshold(AT, [one])
     assert threshold == pytest.approx(10)  # most rows have norm 1
     units_x = read_units(activations, {AT: threshold}, kinds)[AT]
     windows = text.windows(torch.arange(0, text.num_rows, 50), 2, 2)
-    recorder = Recorder(dictionary, threshold, text, windows, (4, 6), 0, kinds)
+    recorder = Recorder(one, threshold, text, windows, (4, 6), 0, kinds)
     record(activations, [recorder])
     for units, x, table in zip(kinds, units_x, recorder.tables(), strict=True):
-        wanted = expected(text, usable, units)
+        wanted = torch.zeros(len(units.size), WIDTH)  # share of each word among the rows
+        here = usable & (units.of_row >= 0)
+        wanted.index_put_((units.of_row[here], text.token[here]), torch.ones(1), accumulate=True)
+        wanted /= units.size[:, None]
         torch.testing.assert_close(x, wanted)
         torch.testing.assert_close(table.to_dense().T, wanted)
     firings = recorder.firings()
     assert firings.num_rows == int(usable.sum())
-    counts = torch.bincount(text.token[usable], minlength=dictionary.d_sae)
+    counts = torch.bincount(text.token[usable], minlength=one.d_sae)
     assert torch.equal(firings.counts, counts)
 
 

@@ -1,10 +1,17 @@
+"""Probes of concepts, and what latents are to them: removed, missing, absorbing."""
+
+import math
+
 import numpy as np
 import pytest
 import torch
+from looping import over
 
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
     ProbedConcepts,
+    absorption,
     falls,
+    main_latents,
     probe_latents,
     probe_site,
     selectivity,
@@ -21,8 +28,17 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     sparse_probes,
     splits,
 )
+from llm_wsae.statistics.measures import LETTER
 
 UNITS, D_IN, D_SAE = 400, 6, 30
+EVERY = torch.ones(D_SAE, dtype=torch.bool)
+
+
+def probed_concepts(concepts):
+    """Of units that are one row each."""
+    numbers = torch.arange(len(concepts.half))
+    return ProbedConcepts(Units(numbers, torch.ones_like(numbers), numbers), concepts,
+                          splits(concepts, 0))  # fmt: skip
 
 
 def planted(seed=0):
@@ -89,7 +105,7 @@ def test_a_planted_label_is_found_by_its_latents(case):
     latents, _, halves = case
     table = latents.T.to_sparse()
     for split in halves:
-        chosen = best_columns(correlations(table, split).abs(), torch.ones(D_SAE).bool(), 5)
+        chosen = best_columns(correlations(table, split).abs(), EVERY, 5)
         assert int(chosen[0, 0]) == 3 and set(chosen[1, :2].tolist()) == {4, 5}
         taken = SelectedColumns.of(table, chosen)
         one, two = sparse_probes(taken, split, 1), sparse_probes(taken, split, 2)
@@ -156,50 +172,116 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     draw = torch.Generator().manual_seed(1)
     decoder = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     x = latents @ decoder + 0.01 * torch.randn(UNITS, D_SAE, generator=draw)
-    units = Units(torch.arange(UNITS), torch.ones(UNITS, dtype=torch.long), torch.arange(UNITS))
-    site = probe_site([ProbedConcepts(units, concepts, splits(concepts, 0))], [x])
+    site = probe_site([probed_concepts(concepts)], [x])
     assert site.columns["dense"][:2].min() > 0.99 and site.columns["accuracy"][:2].min() > 0.95
     assert 0.5 < site.columns["best_1"][1] < site.columns["best_2"][1] < 0.95
-    density, every = (latents > 0).double().mean(0), torch.ones(D_SAE, dtype=torch.bool)
-    without = every.clone()
+    density, without = (latents > 0).double().mean(0), EVERY.clone()
     without[3] = False
     table = latents.T.to_sparse()
-    good, blind = probe_latents(site, [table], decoder, density, [every, without])
+    good, blind = probe_latents(site, [table], decoder, density, [EVERY, without])
     assert float(good["best_1"][0]) == 1 and float(good["best_2"][1]) == 1
     # (the "latents" of pure chance may be those of anything)
     assert good["own_fall"][:2].min() > 0.4 and good["others_fall"][:2].abs().max() < 0.1
     turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     turned = (latents @ turn.T).T
-    (mixed,) = probe_latents(site, [turned], turn @ decoder, density, [every])
+    (mixed,) = probe_latents(site, [turned], turn @ decoder, density, [EVERY])
     assert mixed["selectivity"][:2].max() < good["selectivity"][:2].min() - 0.1
     assert float(blind["best_1"][0]) < 0.7 and float(blind["own_fall"][0]) < 0.1
 
 
 def test_no_concept_gives_empty_scores():
-    site, every = probe_site([], []), torch.ones(D_SAE, dtype=torch.bool)
-    (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE), [every])
+    site = probe_site([], [])
+    (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE), [EVERY])
     assert {len(values) for values in (*site.columns.values(), *found.values())} == {0}
 
 
-@pytest.mark.parametrize(
-    ("own", "hit", "expected"),
-    [
+@over(
+    case=(
         ((0.03, 0.07, 0.50), (0.01, 0.03, 0.9), 0.02),  # half-way between one latent and two
         ((0.10, 0.20, 0.50), (0.04, 0.90, 0.9), 0.02),  # half-way between none and one
         ((0.01, 0.02, 0.05), (0.00, 0.01, 0.02), 0.02),  # with the last
-        ((0.00, 0.01, 0.04), (0.00, 0.00, 0.9), None),  # never
-    ],
+        ((0.00, 0.01, 0.04), (0.00, 0.00, 0.9), math.nan),  # never
+    )
 )
-def test_spill_is_read_off_at_the_same_own_drop(own, hit, expected):
-    """Of the first concept, beside five that are hit and one that gains."""
+def test_spill_is_read_off_at_the_same_own_drop(case):
+    """Of the first concept, beside five that are hit and one that gains; it needs five."""
     by_size = {}
-    for size, own_drop, others in zip((1, 2, 5), own, hit, strict=True):
+    for size, own_drop, others in zip((1, 2, 5), *case[:2], strict=True):
         by_size[size] = torch.full((7, 7), others, dtype=torch.float64)
         by_size[size][0, 0], by_size[size][0, 6] = own_drop, -1
-    found = spill(by_size)[0]
-    assert bool(found.isnan()) if expected is None else float(found) == pytest.approx(expected)
+    assert float(spill(by_size)[0]) == pytest.approx(case[2], nan_ok=True)
+    few = {size: falls[:5, :5] for size, falls in by_size.items()}
+    assert bool(spill(few).isnan().all())
 
 
-def test_spill_needs_five_others():
-    by_size = {size: torch.full((5, 5), 0.1, dtype=torch.float64) for size in (1, 2, 5)}
-    assert bool(spill(by_size).isnan().all())
+LETTER_LATENT, WORD_LATENT, OTHERS = 3, 7, range(10, D_SAE)
+WORD = 0.2
+"""Share of the letter's tokens that are one word."""
+
+
+def letter_and_word(speaks: bool):
+    """Units whose letter is dimension 0 and whose word is dimension 1. The letter's latent is
+    silent on the word; that of the word contains the letter if it ``speaks``."""
+    draw = torch.Generator().manual_seed(0)
+    letter = torch.rand(6000, generator=draw) < 0.3
+    word = letter & (torch.rand(6000, generator=draw) < WORD)
+    x = 0.1 * torch.randn(6000, 8, generator=draw)
+    x[letter, 0] += 1
+    x[word, 1] += 1
+    latents = torch.zeros(6000, D_SAE)
+    latents[letter & ~word, LETTER_LATENT] = 1
+    latents[word, WORD_LATENT] = 1
+    chance = torch.rand(6000, len(OTHERS), generator=draw)
+    latents[:, list(OTHERS)] = chance * (chance < 0.2)
+    decoder = torch.zeros(D_SAE, 8)
+    decoder[LETTER_LATENT, 0] = 1
+    decoder[WORD_LATENT, :2] = torch.tensor([1.0 if speaks else 0.0, 1.0])
+    decoder[list(OTHERS), 3] = 1
+    half = torch.rand(6000, generator=draw) < 0.5
+    one = torch.ones(6000, 1, dtype=torch.bool)
+    concepts = Concepts([f"{LETTER} s"], [LETTER], letter[:, None], one, half)
+    return x, latents, decoder, probed_concepts(concepts)
+
+
+def probed(speaks, is_sparse=True, without=()):
+    x, latents, decoder, asked = letter_and_word(speaks)
+    table = latents.T.to_sparse() if is_sparse else latents.T
+    allowed = torch.ones(D_SAE, dtype=torch.bool)
+    allowed[list(without)] = False
+    density = (latents > 0).float().mean(0)
+    (found,) = probe_latents(probe_site([asked], [x]), [table], decoder, density, [allowed])
+    return float(found["missed"]), float(found["absorbed"])
+
+
+def test_a_word_that_takes_its_letter_is_found(monkeypatch):
+    """By one other latent that counts: not one that the probe needs, nor one that is left out
+    because it is dense, say; and not where units are several rows."""
+    missed, absorbed = probed(True)
+    assert missed == pytest.approx(0, abs=0.01) and absorbed == 0
+    missed, absorbed = probed(True, without=(LETTER_LATENT, WORD_LATENT))
+    assert missed > 0.5 and absorbed == 0
+    assert all(map(math.isnan, probed(True, is_sparse=False)))
+    # with one main latent; the word's own would be the second
+    monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.concept_scores.GAIN", 1.0)
+    assert probed(True) == pytest.approx((WORD, WORD), abs=0.03)
+    assert probed(False) == pytest.approx((WORD, 0.0), abs=0.03)
+
+
+def test_the_number_of_main_latents_follows_what_they_add():
+    correlation = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1, -0.9]]).repeat(4, 1)
+    area = torch.tensor(
+        [[0.90, 0.80, 0.80, 0.80], [0.91, 0.90, 0.90, 0.81], [0.99, 0.91, 0.99, 0.99]]
+    )
+    allowed = torch.tensor([True, True, False, True, True, True])
+    found = main_latents(correlation, area, allowed)
+    assert [row[row >= 0].tolist() for row in found] == [[0], [0, 1], [0, 1, 3, 4], [0]]
+
+
+def test_a_letter_that_no_probe_recognises_has_no_share():
+    x, latents, decoder, asked = letter_and_word(True)
+    split = asked.splits[0]
+    exam = Exam([LETTER], split, x[:8].T[:, :1], torch.zeros(1, split.items.shape[1]))
+    correlation, every = torch.eye(len(decoder))[[LETTER_LATENT]], torch.ones(len(decoder)).bool()
+    table = latents.T.to_sparse()
+    both = absorption(exam, table, correlation, torch.ones(3, 1), every, decoder)
+    assert bool(both.isnan().all())
