@@ -17,29 +17,22 @@ LETTER = "letter"
 class Measure:
     """One measure, and where and how it is shown."""
 
-    key: str
-    """Its name in JSON."""
+    key: str  # its name in JSON
     title: str
     meaning: str
     source: Literal["fidelity", "dictionary", "latents", "concepts", "plants"]
     """Whether it says how faithful a dictionary is, or something else of all of it; or is a mean
     over latents, concepts or planted features."""
-    of: str = ""
-    """Its name in the scores of latents, concepts or plants, if that is another."""
+    of: str = ""  # its name in the scores of latents, concepts or plants, if that is another
     lower_is_better: bool = False
     digits: int = 3
-    percent: bool = False
-    """Shown in per cent; JSON holds the share."""
-    interval: bool = False
-    """A table in a terminal shows its 95 % interval, where there is little room."""
-    tables: bool = True
-    """Tables of ``evaluate`` show it."""
-    card: bool = True
-    """Model cards show it."""
+    percent: bool = False  # shown in per cent; JSON holds the share
+    interval: bool = False  # a table in a terminal, where there is little room, shows it
+    tables: bool = True  # tables of ``evaluate`` show it
+    card: bool = True  # model cards show it
     scale: Literal["log", "lost"] | None = None
     """Of fidelity: reports as pages draw it, with this axis (``lost``: logarithm of 1 minus it)."""
-    study: bool = False
-    """Studies compare it."""
+    study: bool = False  # studies compare it
     per_document: bool = False
     """Known for each document. A study's differences are then shares of the plain dictionary's."""
     unscored: float | None = None

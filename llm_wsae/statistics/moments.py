@@ -15,6 +15,7 @@ of the data, so that shards, processes and resumed runs add up:
 
 import math
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ _MIN_OCTAVE, _MAX_OCTAVE = -24, 40
 _NUM_BINS = (_MAX_OCTAVE - _MIN_OCTAVE) * _BINS_PER_OCTAVE
 _SINGLE_POSITIONS = 16  # positions kept apart; later ones share a bucket per octave
 _CHUNK_ROWS = 512  # the copies made during an update stay in cache
+_SAVED = {
+    **{name: f"_{name}" for name in ("m2", "m3", "m4", "norms", "sample")},
+    **{name: name for name in ("mean", "minimum", "maximum")},
+    "sample_priority": "_priority",
+}
+"""Attributes by their names in files."""
 
 
 class Statistics:
@@ -48,7 +55,8 @@ class Statistics:
         self._m4 = torch.zeros(d_in, dtype=torch.float64)
         self.minimum = torch.full((d_in,), math.inf, dtype=torch.float64)
         self.maximum = torch.full((d_in,), -math.inf, dtype=torch.float64)
-        self._norms = torch.zeros(num_buckets(context_size), _NUM_BINS, dtype=torch.int64)
+        buckets = int(_bucket_of(torch.tensor([max(context_size - 1, 0)]))) + 1
+        self._norms = torch.zeros(buckets, _NUM_BINS, dtype=torch.int64)
         self._sample = torch.empty(0, d_in)
         self._priority = torch.empty(0, dtype=torch.float64)
         self._sample_limit = 1.0  # the sample holds every row whose priority is below this
@@ -180,9 +188,7 @@ class Statistics:
 
         Winsorised over the row sample, so its relative standard error is about 2 % (float64).
         """
-        if "variance" not in self._of_sample:
-            self._of_sample["variance"] = self._winsorised().square().mean(0)
-        return self._of_sample["variance"]
+        return self._once("variance", lambda centred: centred.square().mean(0))
 
     @property
     def robust_covariance(self) -> Float[Tensor, "d_in d_in"]:
@@ -191,10 +197,12 @@ class Statistics:
         The relative error of its eigenvalues is about √(d_in / sample), 26 % for 576 dimensions and
         8192 rows; the smallest are underestimated (float64).
         """
-        if "covariance" not in self._of_sample:
-            centred = self._winsorised()
-            self._of_sample["covariance"] = centred.T @ centred / len(centred)
-        return self._of_sample["covariance"]
+        return self._once("covariance", lambda centred: centred.T @ centred / len(centred))
+
+    def _once(self, name: str, of: Callable[[Tensor], Tensor]) -> Tensor:
+        if name not in self._of_sample:
+            self._of_sample[name] = of(self._winsorised())
+        return self._of_sample[name]
 
     def _winsorised(self) -> Float[Tensor, "sample d_in"]:
         """The usual rows, clipped and centred, in float64; one row of zeros if there are none."""
@@ -273,15 +281,7 @@ class Statistics:
         """Everything as tensors, for a safetensors file."""
         return {
             "count": torch.tensor([self.count, self.context_size, self.sample_rows]),
-            "mean": self.mean,
-            "m2": self._m2,
-            "m3": self._m3,
-            "m4": self._m4,
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-            "norms": self._norms,
-            "sample": self._sample,
-            "sample_priority": self._priority,
+            **{name: getattr(self, attribute) for name, attribute in _SAVED.items()},
             "sample_limit": torch.tensor([self._sample_limit], dtype=torch.float64),
         }
 
@@ -290,18 +290,10 @@ class Statistics:
         """The inverse of ``to_tensors``."""
         count, context_size, sample_rows = tensors["count"].tolist()
         new = cls(len(tensors["mean"]), context_size, sample_rows)
-        new.count, new.mean = count, tensors["mean"]
-        new._m2, new._m3, new._m4 = (tensors[name] for name in ("m2", "m3", "m4"))
-        new.minimum, new.maximum = tensors["minimum"], tensors["maximum"]
-        new._norms, new._sample = tensors["norms"], tensors["sample"]
-        new._priority = tensors["sample_priority"]
-        new._sample_limit = float(tensors["sample_limit"])
+        new.count, new._sample_limit = count, float(tensors["sample_limit"])
+        for name, attribute in _SAVED.items():
+            setattr(new, attribute, tensors[name])
         return new
-
-
-def num_buckets(context_size: int) -> int:
-    """Number of position buckets for contexts of that size."""
-    return int(_bucket_of(torch.tensor([max(context_size - 1, 0)]))) + 1
 
 
 def _bucket_of(positions: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 LEVEL = 0.95
 # Numbers drawn at once, 8 bytes each; enough that 1000 resamplings of 30,000 items are one block.
@@ -73,25 +72,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def over_seeds_and_items(
-    own: Float[np.ndarray, "seeds items"], other: Float[np.ndarray, "seeds items"]
-) -> tuple[float, Interval]:
-    """How much more the sum of one is than that of the other, as a share, with its 95 % interval.
-
-    Over items as in ``crossed_ratio``; the variance over seeds is added, with Satterthwaite's
-    degrees of freedom (1946). With one seed the interval is over items alone.
-    """
-    ratios, of_items = crossed_ratio(own, other)
-    mean, seeds = float(ratios.mean()), len(ratios)
-    variances = [of_items]
-    if seeds > 1:
-        variances.append((float(ratios.var(ddof=1)) / seeds, seeds - 1))
-    total = sum(variance for variance, _ in variances)
-    freedom = total**2 / max(sum(v**2 / df for v, df in variances), 1e-300)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * total**0.5
-    return mean, (mean - half, mean + half)
 
 
 def crossed_ratio(
