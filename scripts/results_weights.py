@@ -54,7 +54,7 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.lab.config import PlantConfig
 from llm_wsae.lab.planting import PlantedSource
 from llm_wsae.lab.recovery import measure_recovery
-from llm_wsae.statistics.uncertainty import over_seeds_and_items
+from llm_wsae.lab.studies.differences import Value, compared
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import default_learning_rate
@@ -242,11 +242,15 @@ def show() -> Iterator[str]:
 
 def fidelity(own: Sequence[Any], plain: Sequence[Any]) -> list[str]:
     fvu, kl = (float(np.mean([line[name] for line in own])) for name in ("fvu", "kl"))
-    mine, theirs = (np.array([one["kl_per_document"] for one in some]) for some in (own, plain))
-    if own == plain:
+    mine, theirs = (
+        {line["seed"]: Value(line["kl"], documents=line["kl_per_document"]) for line in some}
+        for some in (own, plain)
+    )
+    found = None if own == plain else compared(mine, theirs)
+    if found is None:
         return [f"{fvu:.3f}", f"{kl:.3f}", "–"]
-    by, (low, high) = over_seeds_and_items(mine, theirs)
-    beside = f"{100 * by:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+    low, high = found.interval
+    beside = f"{100 * found.difference:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
     return [f"{fvu:.3f}", f"{kl:.3f}", beside.replace("-", MINUS)]
 
 

@@ -9,7 +9,6 @@ so the interval of their ratio is much narrower than their own.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 LEVEL = 0.95
 # Numbers drawn at once, 8 bytes each; enough that 1000 resamplings of 30,000 items are one block.
@@ -72,19 +71,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def crossed_ratio(
-    own: Float[np.ndarray, "seeds items"], other: Float[np.ndarray, "seeds items"]
-) -> tuple[Float[np.ndarray, " seeds"], tuple[float, float]]:
-    """By seed, how much more the sum of one is than that of the other, as a share; and what the
-    choice of items adds to the squared error of their mean, with its degrees of freedom.
-
-    Items (documents) are the same in every seed, so both are crossed: the variance over items, of
-    the mean over seeds, is that of a ratio of sums (delta method).
-    """
-    items = own.shape[1]
-    ratios = own.sum(1) / other.sum(1) - 1
-    scale = other.sum(1, keepdims=True) / items
-    residuals = ((own - (1 + ratios[:, None]) * other) / scale).mean(0)
-    return ratios, (float(residuals.var(ddof=1)) / items, items - 1.0)

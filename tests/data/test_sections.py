@@ -14,7 +14,6 @@ from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize, owners, per_document
-from llm_wsae.statistics.uncertainty import over_seeds_and_items
 
 CONTEXT = 16
 PAGE = 3 * CONTEXT
@@ -115,19 +114,3 @@ def test_the_size_of_a_text():
     assert owners([np.array([5, 5, 9]), np.array([9]), np.array([5])]).tolist() == [0, 1, 0]
     sums = per_document(np.array([1.0, 2.0, 4.0]), np.array([0, 1, 0]))
     assert sums.tolist() == [5.0, 2.0]
-
-
-def test_intervals_cross_documents_and_seeds():
-    """Against a simulation in which both vary: 95 % of the intervals hold the truth."""
-    draw = np.random.default_rng(0)
-    hits, widths = 0, []
-    for _ in range(300):
-        plain = draw.gamma(2.0, size=200)
-        documents, seeds = draw.normal(0, 0.3, 200), draw.normal(0, 0.02, 4)
-        own = plain * (1.1 + documents + seeds[:, None])
-        _, (low, high) = over_seeds_and_items(own, np.tile(plain, (4, 1)))
-        hits += low <= 0.1 <= high
-        widths.append(high - low)
-    assert 270 <= hits <= 297
-    one = over_seeds_and_items(own[:1], plain[None])[1]  # one seed: over documents alone
-    assert 0 < one[1] - one[0] < np.mean(widths) * 1.5

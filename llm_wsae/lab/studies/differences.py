@@ -25,9 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 from scipy import special
 
-from llm_wsae.statistics.uncertainty import LEVEL, crossed_ratio
+from llm_wsae.statistics.uncertainty import LEVEL
 
 _Part = tuple[float, float]  # a squared error of a mean, and its degrees of freedom
 
@@ -82,7 +83,7 @@ def compared(own: Mapping[int, Value], other: Mapping[int, Value]) -> Estimate |
         tables = [[one[seed].documents or () for seed in seeds] for one in (own, other)]
         if len(seeds) < 2 or any(len(sums) < 2 for table in tables for sums in table):
             return None
-        ratios, of_documents = crossed_ratio(*(np.array(table, dtype=float) for table in tables))
+        ratios, of_documents = _crossed_ratio(*(np.array(table, dtype=float) for table in tables))
         return _estimate(dict(zip(seeds, ratios.tolist(), strict=True)), [of_documents])
     differences = {seed: own[seed].less(other[seed]) for seed in seeds}
     there = {seed: value for seed, value in differences.items() if value is not None}
@@ -91,6 +92,22 @@ def compared(own: Mapping[int, Value], other: Mapping[int, Value]) -> Estimate |
     parts = (_item_part([*there.values()]), _document_part([*there.values()]))
     by_seed = {seed: value.mean for seed, value in there.items()}
     return _estimate(by_seed, [part for part in parts if part is not None])
+
+
+def _crossed_ratio(
+    own: Float[np.ndarray, "seeds items"], other: Float[np.ndarray, "seeds items"]
+) -> tuple[Float[np.ndarray, " seeds"], tuple[float, float]]:
+    """By seed, how much more the sum of one is than that of the other, as a share; and what the
+    choice of items adds to the squared error of their mean, with its degrees of freedom.
+
+    Items (documents) are the same in every seed, so both are crossed: the variance over items, of
+    the mean over seeds, is that of a ratio of sums (delta method).
+    """
+    items = own.shape[1]
+    ratios = own.sum(1) / other.sum(1) - 1
+    scale = other.sum(1, keepdims=True) / items
+    residuals = ((own - (1 + ratios[:, None]) * other) / scale).mean(0)
+    return ratios, (float(residuals.var(ddof=1)) / items, items - 1.0)
 
 
 def _estimate(by_seed: dict[int, float], parts: Sequence[_Part]) -> Estimate:
