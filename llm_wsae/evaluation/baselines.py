@@ -55,10 +55,10 @@ def frozen_random(
 
 
 def raw_dimensions(info: DictionaryInfo, statistics: Statistics, l0: float) -> Dictionary:
-    """The dimensions of the activations as ``signed_axes``; ``statistics`` are of their rows."""
+    """The dimensions of the activations as ``signed_dimensions``; ``statistics`` are of their
+    rows."""
     deviation, mean = statistics.robust_variance.sqrt(), statistics.usual_sample.mean(0)
-    axes = torch.eye(len(deviation), dtype=torch.float64)
-    return signed_axes(info, axes, deviation, mean, l0)
+    return signed_dimensions(info, deviation, mean, l0)
 
 
 def with_raw_dimensions(
@@ -69,20 +69,14 @@ def with_raw_dimensions(
     return {**dictionaries, RAW: raw_dimensions(_info(like, RAW), statistics, l0)}
 
 
-def signed_axes(
-    info: DictionaryInfo,
-    axes: Float[Tensor, "d_in d_in"],
-    deviation: Float[Tensor, " d_in"],
-    mean: Float[Tensor, " d_in"],
-    l0: float,
+def signed_dimensions(
+    info: DictionaryInfo, deviation: Float[Tensor, " d_in"], mean: Float[Tensor, " d_in"], l0: float
 ) -> Dictionary:
-    """A dictionary with two latents for each of the orthonormal ``axes``, one for either sign.
-
-    A latent is the row's distance from the ``mean`` in standard deviations along its axis, if that
-    is among the ``l0`` largest. The dimensions of the activations are the axes of the identity.
-    """
-    signed = torch.cat([axes, -axes]).double()
-    scale = torch.cat([deviation, deviation]).double()[:, None].clamp(min=1e-6)
+    """A dictionary with two latents for each dimension, one for either sign. A latent is the row's
+    distance from the ``mean`` in standard deviations, if that is among the ``l0`` largest."""
+    axes = torch.eye(len(deviation), dtype=torch.float64)
+    signed, scale = torch.cat([axes, -axes]), torch.cat([deviation, deviation]).double()[:, None]
+    scale = scale.clamp(min=1e-6)
     return _of(info, signed / scale, signed * scale, mean, l0)
 
 
@@ -134,8 +128,7 @@ def baselines_of(
         codes = like.encode_sparse(rows.to(like.W_enc.device))
         l0 = float((codes.values > 0).sum() / len(rows))
         where = "" if len(sites) == 1 else f", {site}"
-        axes = torch.eye(like.d_in, dtype=torch.float64)
-        raw = signed_axes(_info(like, RAW), axes, deviation, mean, l0)
+        raw = signed_dimensions(_info(like, RAW), deviation, mean, l0)
         found[f"{RAW}{where}"] = raw.to(like.W_enc.device)
         found[f"frozen random{where}"] = frozen_random(like, mean, l0, _SEED)
     return found

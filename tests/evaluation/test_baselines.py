@@ -1,12 +1,11 @@
 """Untrained and half-trained baselines."""
 
-import pytest
 import torch
 from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.evaluation.baselines import half_random_beside, signed_axes
+from llm_wsae.evaluation.baselines import half_random_beside, signed_dimensions
 
 D_IN = 6
 INFO = DictionaryInfo("blocks.1.hook_resid_post", massive_threshold=50.0)
@@ -17,27 +16,18 @@ def rows(count=400):
     return torch.randn(count, D_IN, generator=draw) * torch.arange(1.0, D_IN + 1) + 5
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_all_axes_together_are_the_row(rotated):
-    x, axes = rows(), torch.eye(D_IN)
-    if rotated:
-        axes = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=torch.manual_seed(1))).Q
-    mean, deviation = x.mean(0), ((x - x.mean(0)) @ axes.T).std(0)
-    every = signed_axes(INFO, axes, deviation, mean, float(D_IN))
+def test_all_dimensions_together_are_the_row_and_the_largest_deviations_are_active():
+    x = rows()
+    mean, deviation = x.mean(0), x.std(0)
+    every = signed_dimensions(INFO, deviation, mean, float(D_IN))
     torch.testing.assert_close(every(x), x, rtol=1e-4, atol=1e-4)
-    latents = every.encode(x)
+    latents, away = every.encode(x), (x - mean) / deviation
     # either sign has a latent, and at most one of the two is active
-    away = ((x - mean) @ axes.T) / deviation
     torch.testing.assert_close(latents[:, :D_IN] - latents[:, D_IN:], away, rtol=1e-4, atol=1e-4)
     assert float((latents[:, :D_IN] * latents[:, D_IN:]).abs().max()) == 0
-
-
-def test_the_largest_deviations_are_active():
-    x = rows()
-    two = signed_axes(INFO, torch.eye(D_IN), x.std(0), x.mean(0), 2.2)
+    two = signed_dimensions(INFO, deviation, mean, 2.2)
     assert two.sparsity == TopK(2) and two.info == INFO
-    away = ((x - x.mean(0)) / x.std(0)).abs()
-    active = two.encode(x) > 0
+    active, away = two.encode(x) > 0, away.abs()
     assert torch.equal((active[:, :D_IN] | active[:, D_IN:]), away >= away.topk(2).values[:, 1:])
 
 

@@ -418,22 +418,6 @@ def test_in_digons_the_codes_do_not_know_what_was_lost():
     assert found["shrunk"] == pytest.approx(0, abs=1e-6)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    draw = np.random.default_rng(0)
-    hits = 0
-    for seed in range(200):
-        loss = draw.normal(2.0, 1.0, size=60)
-        low, high = Bootstrap(60, 300, seed).interval(
-            lambda t: t["loss"] / t["n"], {"loss": loss, "n": np.ones(60)}
-        )
-        hits += low < 2.0 < high
-    assert 178 <= hits <= 199  # 95 % of 200, ± 4 standard errors (a little low at 60 contexts)
-    bootstrap = Bootstrap(60, 300, 0)
-    sums = {"a": loss + 5, "b": loss}
-    paired = bootstrap.interval(lambda t: t["a"] - t["b"], sums)
-    assert paired == pytest.approx((300.0, 300.0))
-
-
 def test_resamplings_in_blocks_are_those_of_one_draw():
     items, count = 5000, 7000  # numbers that one block does not hold
     columns = {"a": np.arange(items) % 7.0, "b": np.ones(items)}
@@ -444,21 +428,16 @@ def test_resamplings_in_blocks_are_those_of_one_draw():
 
 
 def test_report_is_json_and_a_table(model, contexts, tmp_path):
-    report = evaluate(
-        {"plain": trained(), "weighted α=0.5": nothing(model={"weights_sha256": "other"})},
-        model,
-        contexts,
-        CONFIG,
-    )
+    other = nothing(model={"weights_sha256": "other"})
+    report = evaluate({"plain": trained(), "weighted α=0.5": other}, model, contexts, CONFIG)
     report.write(tmp_path / "report.json")
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert read["dictionaries"]["plain"]["fvu"] == report.dictionaries["plain"].fvu
+    found = report.dictionaries["plain"]
+    assert read["dictionaries"]["plain"]["fvu"] == found.fvu and read["config"]["tokens"] == 80
     assert len(read["dictionaries"]["plain"]["latent_density"]) == 40
-    assert read["config"]["tokens"] == 80
     table = report.table()
     lines = table.splitlines()
     assert lines[0].split()[:2] == ["dictionary", "FVU"] and lines[2].startswith("plain")
-    found = report.dictionaries["plain"]
     low, high = found.ce_recovered_interval
     assert f"{found.ce_recovered:.3f} [{low:.3f}, {high:.3f}]" in lines[2]
     assert len({len(line) for line in lines[2:4]}) == 1
@@ -471,18 +450,14 @@ def test_report_is_json_and_a_table(model, contexts, tmp_path):
 def test_a_weighted_dictionary_is_compared_with_the_plain_one_beside_it(model, contexts):
     rows = {"sha256": "of rows"}
     made = {"training": {"k": 4}, "store": rows}
-    found = evaluate(
-        {
-            "plain": trained(**made),
-            "same": trained(**made, rule="variance"),
-            "empty": nothing(**made, rule="variance"),
-            "other seed": nothing(**made, seed=1, rule="variance"),
-            "other k": nothing(training={"k": 8}, store=rows, rule="variance"),
-        },
-        model,
-        contexts,
-        CONFIG,
-    )
+    known = {
+        "plain": trained(**made),
+        "same": trained(**made, rule="variance"),
+        "empty": nothing(**made, rule="variance"),
+        "other seed": nothing(**made, seed=1, rule="variance"),
+        "other k": nothing(training={"k": 8}, store=rows, rule="variance"),
+    }
+    found = evaluate(known, model, contexts, CONFIG)
     assert list(found.from_plain) == ["same", "empty"]
     same, empty = found.from_plain.values()
     assert same.plain == empty.plain == "plain"
@@ -494,48 +469,40 @@ def test_a_weighted_dictionary_is_compared_with_the_plain_one_beside_it(model, c
     low, high = plain.ce_recovered_interval
     assert empty.ce_recovered_interval == pytest.approx((-high, -low))
     assert empty.kl_interval[0] < empty.kl < empty.kl_interval[1]
-    alone = evaluate({"empty": nothing(**made, rule="variance")}, model, contexts, CONFIG)
-    assert alone.from_plain == {}
+    assert evaluate({"empty": known["empty"]}, model, contexts, CONFIG).from_plain == {}
 
 
 def test_bad_requests(model, contexts):
-    with pytest.raises(UsageError, match="no dictionary"):
-        evaluate({}, model, contexts, CONFIG)
-    with pytest.raises(LlmWsaeError, match=r"holds 103 tokens in 12 contexts, but 5,000 tokens"):
-        evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5000))
-    with pytest.raises(LlmWsaeError, match="in at least 2 contexts"):
-        evaluate({"a": identity()}, model, contexts[:1], EvaluateConfig(tokens=5))
-    assert evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5)).num_contexts == 2
     cut = SimpleNamespace(ids=contexts[1].ids[:7], keep=contexts[1].keep[:7])
-    with pytest.raises(UsageError, match="contexts of 10 and of 7 tokens; pack or pad them"):
-        evaluate({"a": identity()}, model, [contexts[0], cut], EvaluateConfig(tokens=12))
     last = np.arange(POSITIONS) == POSITIONS - 1  # as with drop_positions = context_size − 1
     single = [SimpleNamespace(ids=one.ids, keep=last) for one in contexts]
-    with pytest.raises(UsageError, match=r"no context .* has two rows, so no prediction can be"):
-        evaluate({"a": identity()}, model, single, EvaluateConfig(tokens=5))
+    narrow = dictionary(torch.zeros(D - 1, 20), torch.zeros(20, D - 1))
+    for kind, said, known, text, tokens in (
+        (UsageError, "no dictionary", {}, contexts, 80),
+        (UsageError, "the model has 3 blocks", identity(site="blocks.3.hook_resid_post"), [], 80),
+        (UsageError, "15 dimensions, but tiny has 16", narrow, [], 80),
+        (LlmWsaeError, "holds 103 tokens in 12 contexts, but 5,000 t", identity(), contexts, 5000),
+        (LlmWsaeError, "in at least 2 contexts", identity(), contexts[:1], 5),
+        (UsageError, "of 10 and of 7 tokens; pack or pad", identity(), [contexts[0], cut], 12),
+        (UsageError, "no context .* has two rows, so no predict", identity(), single, 5),
+    ):
+        known = {"a": known} if known else {}
+        with pytest.raises(kind, match=said):
+            evaluate(known, model, text, EvaluateConfig(tokens=tokens))
+    assert evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5)).num_contexts == 2
     two = SimpleNamespace(ids=contexts[1].ids, keep=last | (np.arange(POSITIONS) == 3))
     report = evaluate({"a": identity()}, model, [*single[:3], two], EvaluateConfig(tokens=5))
     assert report.num_scored == 1
-    with pytest.raises(UsageError, match="the model has 3 blocks"):
-        evaluate({"a": identity(site="blocks.3.hook_resid_post")}, model, contexts, CONFIG)
-    narrow = dictionary(torch.zeros(D - 1, 20), torch.zeros(20, D - 1))
-    with pytest.raises(UsageError, match="15 dimensions, but tiny has 16"):
-        evaluate({"a": narrow}, model, contexts, CONFIG)
     with pytest.raises(UsageError, match="batch-tokens is 0"):
         EvaluateConfig(batch_tokens=0)
 
 
-def test_activations_that_are_not_finite(model, contexts):
-    weight = model.hf_model.get_input_embeddings().weight
-    before = weight[int(contexts[0].ids[2])].clone()
+def test_activations_that_are_not_finite(contexts):
+    made = fresh_model()
     with torch.no_grad():
-        weight[int(contexts[0].ids[2])] = float("nan")
-    try:
-        with pytest.raises(LlmWsaeError, match=r"activations of the model at .* are NaN or inf"):
-            evaluate({"a": identity()}, model, contexts, CONFIG)
-    finally:
-        with torch.no_grad():
-            weight[int(contexts[0].ids[2])] = before
+        made.hf_model.get_input_embeddings().weight[int(contexts[0].ids[2])] = torch.nan
+    with pytest.raises(LlmWsaeError, match=r"activations of the model at .* are NaN or inf"):
+        evaluate({"a": identity()}, made, contexts, CONFIG)
 
 
 def test_predictions_that_are_not_numbers(contexts):
@@ -570,9 +537,8 @@ def test_a_model_that_excludes_tokens_is_the_same_when_it_is_resumed(contexts):
 HELD_OUT = {"name": "wiki", "part": "heldout", "heldout_fraction": 0.1, "fingerprint": "f"}
 
 
-@pytest.mark.parametrize(
-    ("trained", "said"),
-    [
+@over(
+    case=(
         ({}, None),
         ({"part": "train"}, None),
         ({"part": "train", "heldout_fraction": 0.2}, None),
@@ -580,12 +546,12 @@ HELD_OUT = {"name": "wiki", "part": "heldout", "heldout_fraction": 0.1, "fingerp
         ({"part": "all"}, "on all of wiki"),
         ({"part": "train", "heldout_fraction": 0.05}, "with less of wiki held out"),
         ({"part": "train", "fingerprint": "g"}, "on another version of wiki"),
-    ],
+    )
 )
-def test_text_that_was_not_held_out_is_noted(trained, said):
-    made = identity()
+def test_text_that_was_not_held_out_is_noted(case):
+    trained, said = case
     corpus = HELD_OUT | {"part": "train"} | trained if trained else {}
-    made.info = replace(made.info, corpus=corpus)
+    made = identity(corpus=corpus)
     notes = notes_on_text({"d": made}, HELD_OUT)
     assert len(notes) == (said is not None) and all(said in note for note in notes)
     elsewhere = notes_on_text({"d": made}, HELD_OUT | {"part": "all"})

@@ -162,38 +162,6 @@ def test_purity_and_entropy_by_hand():
     assert found["purity"][3].isnan() and found["entropy"][3].isnan()
 
 
-def test_detection_by_hand():
-    draw = torch.Generator().manual_seed(0)
-    top, sample, random = (
-        normalize(torch.randn(*shape, 6, generator=draw), dim=-1)
-        for shape in ((2, 4), (2, 5), (40,))
-    )
-    silent = torch.rand(2, 40, generator=draw) > 0.2
-    tokens = [torch.randint(12, shape, generator=draw) for shape in ((2, 4), (2, 5), (40,))]
-    tokens[1][1] = tokens[0][1, 0]  # all of the second latent's samples are of one top token
-    found = detection(top, sample, random, silent, tuple(tokens))
-    for latent in range(2):
-        centroid = top[latent].mean(0)
-        known = set(tokens[0][latent].tolist())
-        positive = [
-            (float(x @ centroid), int(t))
-            for x, t in zip(sample[latent], tokens[1][latent], strict=True)
-        ]
-        negative = [
-            (float(x @ centroid), int(t))
-            for x, t, s in zip(random, tokens[2], silent[latent], strict=True)
-            if s
-        ]
-        every = by_pairs([s for s, _ in positive], [s for s, _ in negative])
-        assert float(found.auroc[latent]) == pytest.approx(every)
-        left = [s for s, t in positive if t not in known]
-        expected = by_pairs(left, [s for s, t in negative if t not in known])
-        if len(left) < 3:
-            expected = math.nan
-        assert float(found.without_tokens[latent]) == pytest.approx(expected, nan_ok=True)
-    assert not found.without_tokens[0].isnan() and found.without_tokens[1].isnan()
-
-
 CONFIG = MonosemanticConfig(top=4, sample=4, silent=200, before=0, after=0)
 
 
@@ -208,34 +176,49 @@ def fired(text, codes, one, config=CONFIG):
 
 
 def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
+    """By hand: every pair of a sampled window and a silent one, without documents, with them, with
+    resamplings of them, and without the tokens of top contexts. All samples of the second latent
+    are of one such token."""
     draw = torch.Generator().manual_seed(0)
+    shapes = ((2, 4), (2, 9), (300,))
     top, sample, random = (
-        normalize(torch.randn(*shape, 6, generator=draw), dim=-1)
-        for shape in ((1, 4), (1, 9), (300,))
+        normalize(torch.randn(*shape, 6, generator=draw), dim=-1) for shape in shapes
     )
-    silent = torch.rand(1, 300, generator=draw) > 0.2
-    tokens = tuple(torch.arange(n).view(shape) for n, shape in ((4, (1, 4)), (9, (1, 9))))
-    places = [torch.randint(20, shape, generator=draw) for shape in ((1, 4), (1, 9), (300,))]
-    places[1][0, :5] = torch.arange(5) + 14
-    places[0][0] = torch.tensor([0, 1, 2, 15])
-    genre = torch.arange(20) % 2
-    drawn = torch.randint(3, (7, 20), generator=draw).float()
+    silent = torch.rand(2, 300, generator=draw) > 0.2
+    tokens = tuple(torch.randint(12, shape, generator=draw) for shape in shapes)
+    tokens[1][1] = tokens[0][1, 0]
+    places = [torch.randint(20, shape, generator=draw) for shape in shapes]
+    places[1][:, :5] = torch.arange(5) + 14
+    places[0][:] = torch.tensor([0, 1, 2, 15])
+    genre, drawn = torch.arange(20) % 2, torch.randint(3, (7, 20), generator=draw).float()
     drawn[0] = 1  # the text as it is
-    found = detection(
-        top, sample, random, silent, (*tokens, torch.full((300,), 99)),
-        Documents(*places, genre, drawn),
-    )  # fmt: skip
-    centroid, left_out = top[0].mean(0), set(places[0][0].tolist())
-    won, every = torch.zeros(7), torch.zeros(7)
-    for x, one in zip(sample[0], places[1][0].tolist(), strict=True):
-        for y, other, s in zip(random, places[2].tolist(), silent[0], strict=True):
-            if s and not {one, other} & left_out and genre[one] == genre[other]:
-                times = drawn[:, one] * drawn[:, other]
-                won += times * float(x @ centroid > y @ centroid)
-                every += times
-    assert torch.allclose(found.resampled[0].float(), won / every, atol=1e-5)
-    assert float(found.auroc[0]) == pytest.approx(float(won[0] / every[0]), abs=1e-5)
-    assert float(every[0]) < 9 * 100
+    asked = (top, sample, random, silent, tokens)
+    alone, found = detection(*asked), detection(*asked, Documents(*places, genre, drawn))
+    for latent in range(2):
+        centroid, known = top[latent].mean(0), set(tokens[0][latent].tolist())
+        positive = [
+            (float(x @ centroid), int(t), int(p))
+            for x, t, p in zip(sample[latent], tokens[1][latent], places[1][latent], strict=True)
+        ]
+        negative = [
+            (float(x @ centroid), int(t), int(p))
+            for x, t, p, s in zip(random, tokens[2], places[2], silent[latent], strict=True)
+            if s
+        ]
+        left = [[s for s, t, _ in side if t not in known] for side in (positive, negative)]
+        wanted = by_pairs(*left) if len(left[0]) >= 3 else math.nan
+        assert float(alone.without_tokens[latent]) == pytest.approx(wanted, nan_ok=True)
+        wanted = by_pairs(*([s for s, *_ in side] for side in (positive, negative)))
+        assert float(alone.auroc[latent]) == pytest.approx(wanted)
+        won, every, out = torch.zeros(7), torch.zeros(7), {0, 1, 2, 15}
+        for x, _, one in positive:
+            for y, _, other in negative:
+                if not {one, other} & out and genre[one] == genre[other]:
+                    won += drawn[:, one] * drawn[:, other] * float(x > y)
+                    every += drawn[:, one] * drawn[:, other]
+        assert torch.allclose(found.resampled[latent].float(), won / every, atol=1e-5)
+        assert float(found.auroc[latent]) == pytest.approx(float(won[0] / every[0]), abs=1e-5)
+    assert not alone.without_tokens[0].isnan() and alone.without_tokens[1].isnan()
 
 
 def test_a_resampling_without_any_scored_document_widens_nothing():
@@ -315,9 +298,9 @@ def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
     assert float(scores["detection_without_tokens"][0]) > 0.7
 
 
-def test_windows_are_embedded_once():
-    text, encoder = make_text(), WordCounts()
-    embeddings = WindowEmbeddings(text, Spelling(), encoder, 2, 1)
+def test_windows_are_embedded_once_and_end_with_context_and_document():
+    text, encoder = make_text(contexts=20, positions=6, documents=14), WordCounts()
+    embeddings = WindowEmbeddings(text, Spelling(), encoder, 3, 1)
     embeddings.prepare(torch.tensor([3, 50, 3]))
     embeddings.prepare(torch.tensor([[50, 3], [7, 7]]))
     assert encoder.embedded == 3
@@ -326,15 +309,10 @@ def test_windows_are_embedded_once():
     assert torch.allclose(embeddings.of(rows), expected, atol=1e-3)
     with pytest.raises(AssertionError):
         embeddings.of(torch.tensor([8]))
-
-
-def test_a_window_ends_with_its_context_and_its_document():
-    text = make_text(contexts=4, positions=6, documents=3)  # 20 tokens, 7 to a document
-    embeddings = WindowEmbeddings(text, Spelling(), WordCounts(), 3, 1)
     words = [f"w{i}" for i in text.token.tolist()]
-    # Row 5 begins the second context; row 7 begins the second document; row 6 is before it.
-    expected = {0: words[0:2], 4: words[1:5], 5: words[5:7], 6: words[5:7], 7: words[7:9]}
-    for row, window in expected.items():
+    # Row 5 begins the second context; row 8 begins the second document; row 7 is before it.
+    ends = {0: words[0:2], 4: words[1:5], 5: words[5:7], 7: words[5:8], 8: words[8:10]}
+    for row, window in ends.items():
         assert embeddings.texts(torch.tensor([row]))[0].split() == window
 
 
