@@ -33,12 +33,11 @@ def test_a_wheel_has_every_file_and_works_outside_the_clone(tmp_path):
     there = [path for path in there if path.suffix != ".pyc"]
     assert packed == {path.relative_to(ROOT).as_posix() for path in there}
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=tmp_path,
-        env=environment,
-        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )

@@ -39,16 +39,14 @@ def write(path: Path, quantized: bool) -> None:
     and scores, and packed weights."""
     draw = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(BLOCKS)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(2 * WIDTH)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS // 2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_rope_freq_base(10_000.0)
+    for what, value in {
+        "name": "tiny", "block_count": BLOCKS, "context_length": 64, "embedding_length": WIDTH,
+        "feed_forward_length": 2 * WIDTH, "head_count": HEADS, "head_count_kv": HEADS // 2,
+        "layer_norm_rms_eps": 1e-5, "rope_dimension_count": WIDTH // HEADS,
+        "rope_freq_base": 10_000.0, "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0,
+        "add_bos_token": True,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{what}")(value)
     space = "▁" if quantized else "Ġ"
     merges = [f"{space} w", *(f"{space}w {digit}" for digit in DIGITS)]
     tokens = ["<unk>", "<s>", "</s>", space, "w", *DIGITS]
@@ -61,10 +59,6 @@ def write(path: Path, quantized: bool) -> None:
         writer.add_token_scores([-float(i) for i in range(len(tokens))])
     else:
         writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
     shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
     shapes |= {"output": shapes["token_embd"]} if quantized else {}  # else it is the embedding
     for block in range(BLOCKS):
@@ -135,13 +129,9 @@ class File:
         reader = gguf.GGUFReader(path)
         found = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
         self.keys = [[one.name, (*map(int, one.types), one.contents())] for one in found]
+        begin = reader.data_offset
         self.tensors = [
-            [
-                one.name,
-                one.shape.tolist(),
-                int(one.tensor_type),
-                one.data_offset - reader.data_offset,
-            ]
+            (one.name, one.shape.tolist(), int(one.tensor_type), one.data_offset - begin)
             for one in reader.tensors
         ]
         self.body = path.read_bytes()[reader.data_offset :]
@@ -213,21 +203,18 @@ def _list(file: File, draw: random.Random) -> str:
     lists = [one for one in file.keys if one[1][0] == ARRAY and one[1][1] != ARRAY and one[1][-1]]
     entry = draw.choice(lists)
     items, at = list(entry[1][-1]), draw.randrange(len(entry[1][-1]))
-    how = draw.choice(("shorter", "longer", "empty", "shuffled", "one other", "all alike"))
-    if how == "shorter":
-        del items[at:]
-    elif how == "longer":
-        items += items[: at + 1] if draw.random() < 0.5 else items[:1] * 999
-    elif how == "empty":
-        items.clear()
-    elif how == "shuffled":
-        draw.shuffle(items)
-    elif how == "all alike":
-        items = items[at : at + 1] * len(items)
-    elif isinstance(items[at], str):
-        items[at] = draw.choice(("", " ", "x", "x y", "a b c", "é\0", " " * 9, "ab" * 60_000))
-    else:
-        items[at] = draw.choice((0, 1, 3, 4, 6, 99))
+    words = ("", " ", "x", "x y", "a b c", "é\0", " " * 9, "ab" * 60_000)
+    other = draw.choice(words if isinstance(items[at], str) else (0, 1, 3, 4, 6, 99))
+    ways = {
+        "shorter": items[:at],
+        "longer": items + (items[: at + 1] if draw.random() < 0.5 else items[:1] * 999),
+        "empty": [],
+        "shuffled": draw.sample(items, len(items)),
+        "one other": [*items[:at], other, *items[at + 1 :]],
+        "all alike": items[at : at + 1] * len(items),
+    }
+    how = draw.choice(list(ways))
+    items = ways[how]
     entry[1] = (*entry[1][:-1], items)
     return f"{entry[0]} {how} {at}"
 

@@ -3,15 +3,10 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer, write_jsonl
+from tiny import WIDTH, tiny_hf_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llm_wsae.data.config import HarvestConfig
-from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.harvesting import harvest
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.fidelity import next_token
-from llm_wsae.evaluation.fidelity.next_token import next_token_sums
 from llm_wsae.model.forward import _zeros_like
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import POINTS, Site
@@ -56,6 +51,7 @@ def test_rows_logits_and_identity_are_those_of_one_device(folder, spread):
     assert any(p.is_meta for p in spread.parameters())
     assert apart.identity() == model.identity()
     assert apart.device == torch.device("cpu")
+    assert model.side_by_side and not apart.side_by_side
     sites = [site for site in SITES if site.point != "mid" or model._blocks.has_mid(site.block)]
     expected, found = model.activations(IDS, sites), apart.activations(IDS, sites)
     for site in sites:
@@ -65,39 +61,6 @@ def test_rows_logits_and_identity_are_those_of_one_device(folder, spread):
     torch.testing.assert_close(apart.logits(IDS), model.logits(IDS), rtol=1e-5, atol=1e-6)
     assert torch.equal(apart.W_U, model.W_U) and torch.equal(apart.W_E, model.W_E)
     assert any(p.is_meta for p in spread.parameters())  # nothing has stayed
-
-
-def test_a_harvest_has_the_same_rows(folder, spread, tmp_path):
-    corpus = Corpus.open(str(write_jsonl(tmp_path / "text.jsonl", [30] * 60)))
-    config = HarvestConfig(context_size=12, tokens=600, batch_tokens=48, shard_tokens=300)
-    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
-    apart = LanguageModel.from_live(spread, model.tokenizer, "model")
-    one = harvest(model, corpus, SITES[-1:], tmp_path / "one", config)
-    many = harvest(apart, corpus, SITES[-1:], tmp_path / "many", config)
-    assert one.manifest.packing == many.manifest.packing
-    rows = [store.rows(SITES[-1], 0, store.num_rows) for store in (one, many)]
-    torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
-    many.check_model(model.identity())
-
-
-def test_fidelity_is_that_of_one_device(folder, spread, monkeypatch):
-    monkeypatch.setattr(next_token, "_TILE_ROWS", 2)  # enough tiles that threads would meet
-    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
-    apart = LanguageModel.from_live(spread, model.tokenizer, "model")
-    assert model.side_by_side and not apart.side_by_side
-    ids = torch.arange(160).view(16, -1) % VOCAB
-    clean, other = (
-        torch.randn(16, 10, WIDTH, generator=torch.manual_seed(seed)) for seed in (0, 1)
-    )
-    scored = torch.ones(16, 9, dtype=torch.bool)
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        expected, found = (next_token_sums(m, clean, [other], ids, scored) for m in (model, apart))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0].min() > 10 and found[1][0][1].min() > 1
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_zeros_in_the_place_of_an_attention_are_on_its_device():
