@@ -51,7 +51,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _not_raised(about: Any) -> None:
-    """Ctrl-C while an object is being deleted, where Python would print the exception and go on."""
+    """Ctrl-C while an object is deleted, where Python would print the exception and go on."""
     if about.exc_type is KeyboardInterrupt:
         os._exit(_INTERRUPTED)
     sys.__unraisablehook__(about)

@@ -1,8 +1,7 @@
 """What goes to a terminal: foreign text made safe to print, and rows of cells as a table.
 
-What a corpus holds cannot control the terminal. Control characters (escape sequences move the
-cursor, change titles, type for the user), marks that reverse the direction of writing, and
-everything else that is not printable are shown as Python escapes: ``\\n``, ``\\x1b``, ``\\u202e``.
+What a corpus holds cannot control the terminal: whatever is not printable (escape sequences, marks
+that reverse the direction of writing) is shown as Python escapes, such as ``\\x1b``.
 """
 
 import json
@@ -20,19 +19,14 @@ def printable(text: str) -> str:
     """The text on one line, with escapes for what is not printable."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
+    escape = "unicode_escape"
+    return "".join(c if c.isprintable() else c.encode(escape).decode("ascii") for c in text)
 
 
 def printable_json(value: Any) -> str:
     """The value as JSON on one line; unprintable characters are JSON escapes."""
     text = json.dumps(value, ensure_ascii=False)
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def without_secrets(text: str) -> str:
@@ -62,9 +56,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """The same table in Markdown."""
-    head, *body = rows
-    rule = ["---" if i < left else "--:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+    rule = ["---" if i < left else "--:" for i in range(len(rows[0]))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
 @dataclass(frozen=True)

@@ -57,23 +57,21 @@ _SETTINGS = (
 class LanguageModel:
     """A causal language model of transformers, frozen and in eval mode.
 
-    Threads that call its methods at once wait for each other, since a forward pass puts hooks on
-    the modules. (Visits, while they are open, see the passes of all threads.)
+    Threads that call its methods at once wait for each other: a forward pass puts hooks on the
+    modules. (Visits, while they are open, see the passes of all threads.)
 
     Attributes: ``hf_model`` and ``tokenizer`` of transformers; ``name`` (Hub id, or the bare name
     of a file or folder), ``revision`` (commit hash or None), ``device``, ``dtype``; ``num_blocks``,
-    ``d_model``; ``max_context`` (tokens the model can read, None if unlimited); ``bos_token_id``
-    (None if the model has none); ``paths`` (where its modules are).
+    ``d_model``; ``max_context`` (tokens it can read, None if unlimited); ``bos_token_id`` (or
+    None); ``paths`` (where its modules are).
     """
 
     def __init__(self, hf_model: Any, tokenizer: Any, name: str, revision: str | None = None):
         """Wrap a frozen model in eval mode; use ``load`` or ``from_live``."""
         config = text_config(hf_model)
         self.paths = find_paths(hf_model)
-        self.hf_model = hf_model
-        self.tokenizer = tokenizer
-        self.name = name
-        self.revision = revision
+        self.hf_model, self.tokenizer = hf_model, tokenizer
+        self.name, self.revision = name, revision
         self.device: torch.device = device_of(hf_model)
         self.dtype: torch.dtype = hf_model.dtype
         self._blocks = Blocks(hf_model, self.paths)
@@ -99,10 +97,10 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load a model by Hub id, local folder or ``.gguf`` file.
 
-        ``device``: auto (cuda, then mps, then cpu) or a torch device name; spread, for a model that
-        is larger than a device: over all accelerators, then memory, then disk. ``dtype``: float32,
-        bfloat16, float16, or auto, the faster of the first two, which is measured on a CPU.
-        Without ``download``, a model of the Hub is taken from the local cache or not at all.
+        ``device``: auto (cuda, then mps, then cpu), a torch device name, or spread: over all
+        accelerators, then memory, then disk. ``dtype``: float32, bfloat16, float16, or auto, the
+        faster of the first two, measured on a CPU. Without ``download``, a model of the Hub is
+        taken from the local cache or not at all.
 
         Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
         if the model cannot be fetched or read.
@@ -162,12 +160,10 @@ class LanguageModel:
     @torch.no_grad()
     def activations(self, ids: Ids, sites: Sequence[Site]) -> dict[Site, Stream]:
         """The residual stream at each site, in the model's dtype; nothing after the last site is
-        computed.
+        computed. Raises UsageError for a site that the model lacks or contexts that it cannot read.
 
         On a CPU the contexts are divided among the cores: a caller's own hooks on ``hf_model`` see
         a few contexts at a time, in several threads; those of ``visiting`` see all at once.
-
-        Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
         if not sites:
             raise UsageError("there is no site to record at; name at least one")
@@ -208,10 +204,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def resume_to_end(self, ids: Ids, site: Site, hidden: Stream) -> Stream:
-        """As ``resume``, up to the last block's output; ``unembedding`` makes logits of its rows.
-
-        On a CPU the contexts are divided among the cores, as by ``activations``.
-        """
+        """As ``resume``, up to the last block's output, whose rows ``unembedding`` takes."""
         ids = self._checked(ids, (site,))
         hidden = hidden.to(self.device, self.dtype)
         with self._one_pass:
@@ -227,8 +220,8 @@ class LanguageModel:
 
     @contextmanager
     def prepacked(self) -> Iterator[None]:
-        """While open, passes on a CPU are a little faster, for the memory of a copy of
-        the weights that they use; the weights must not change meanwhile."""
+        """While open, passes on a CPU are a little faster, for the memory of a copy of the weights
+        that they use; these must not change meanwhile."""
         with self._one_pass:
             self._prepacked.open()
         try:
@@ -351,10 +344,7 @@ def _sample(parameter: Tensor) -> Tensor:
 
 
 def share_weights(hf_model: nn.Module) -> Any:
-    """A copy of the modules, configurations and buffers over the same parameter memory, frozen.
-
-    Changes that the owner makes to the weights in place (an optimiser step) show in the copy.
-    """
+    """A copy of the modules, configurations and buffers over the same parameter memory, frozen."""
     memo: dict[int, Any] = {}
     for parameter in hf_model.parameters():
         memo[id(parameter)] = parameter  # quantised ones carry more than memory
@@ -364,10 +354,8 @@ def share_weights(hf_model: nn.Module) -> Any:
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str, device: torch.device) -> Any:
-    """TransformerLens' TransformerBridge over a weight-sharing copy of ``hf_model``.
-
-    Needs no network and leaves model and tokenizer unchanged.
-    """
+    """TransformerLens' TransformerBridge over a weight-sharing copy of ``hf_model``, made without a
+    network. Model and tokenizer are left unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformer_lens.model_bridge import TransformerBridge
@@ -385,11 +373,8 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str, device: torch.device) 
 
 
 def _offline_tokenizer(tokenizer: Any, name: str) -> Any:
-    """A copy that TransformerLens will not fetch from the Hub again.
-
-    It reloads any tokenizer with a BOS from ``init_kwargs["name_or_path"]`` unless
-    ``add_bos_token`` is set. Whether the tokenizer really prepends a BOS it finds out by trying.
-    """
+    """A copy that TransformerLens will not fetch from the Hub again, as it does for any tokenizer
+    with a BOS unless ``add_bos_token`` is set."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True

@@ -142,11 +142,8 @@ def _offload_folder() -> str:
 
 
 def checked_config(source: str, options: dict[str, Any]) -> Any:
-    """The configuration of a model, before anything of the sizes in it is built.
-
-    Raises ValueError if it has more blocks than any model, or names code to fetch: transformers
-    would run an attention kernel from the Hub where it can.
-    """
+    """The configuration of a model, before anything of the sizes in it is built. Raises ValueError
+    if it has more blocks than any model, or names an attention kernel to fetch and run."""
     config = AutoConfig.from_pretrained(source, **options)
     if (blocks := getattr(config, "num_hidden_layers", 0)) > _MOST_BLOCKS:
         raise ValueError(f"its configuration has {shown(blocks)} blocks, which is too many")
@@ -158,11 +155,8 @@ def checked_config(source: str, options: dict[str, Any]) -> Any:
 
 
 def check_weights(config: Any, folder: Path, kind: Any) -> None:
-    """Raises ValueError if a configuration asks for far more numbers than the weights in its folder
-    can hold: transformers would allocate them before it misses any.
-
-    ``kind`` is the class of transformers that will load it.
-    """
+    """Raises ValueError if a configuration asks ``kind``, a class of transformers, for far more
+    numbers than the weights in its folder hold: it would allocate them before it misses any."""
     files = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
     stored = sum(path.stat().st_size for path in files)
     if stored:  # otherwise transformers says what is missing

@@ -102,12 +102,11 @@ class Plan:
 
 
 def plan(request: Run, model: LanguageModel | None = None) -> Plan:
-    """What a run takes, on the disk of its folder.
+    """What a run takes, on the disk of its folder. ``model`` is one that is loaded already.
 
-    ``model`` is one that is loaded already. Where something does not fit, ``Plan.shortage`` says
-    so, and no time is measured. What weight rules measure and the trials of an automatic α are not
-    counted. Raises UsageError for a site that the model lacks, LlmWsaeError for a text that gives
-    no row.
+    Where something does not fit, ``Plan.shortage`` says so, and no time is measured. What rules
+    measure and the trials of an automatic α are not counted. Raises UsageError for a site that the
+    model lacks, LlmWsaeError for a text that gives no row.
     """
     model = model or request.model.load()
     for site in request.sites:
@@ -223,10 +222,9 @@ def _first_steps(
 
 
 def _in_bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 2**10:,.1f} KiB"
+    sizes = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, size in sizes.items() if count >= size), "KiB")
+    return f"{count / sizes[unit]:,.1f} {unit}"
 
 
 def _in_time(seconds: float) -> str:

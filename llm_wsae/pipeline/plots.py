@@ -63,11 +63,8 @@ def plot_profile(
             label = f"{w.name}\n{effective:.1f} effective dimensions"
             bottom.plot(rank, cumulative, color=colour, lw=1.8, label=label)
         middle.set(yscale="log", ylabel="weight γ")
-        bottom.set(
-            xscale="log",
-            ylim=(0, 1.02),
-            ylabel="share of the loss carried\nby the first dimensions",
-        )
+        share = "share of the loss carried\nby the first dimensions"
+        bottom.set(xscale="log", ylim=(0, 1.02), ylabel=share)
     pairs[-1].set_xlabel(
         "dimension, by falling winsorised variance (share of the loss: by falling share)"
     )
@@ -79,11 +76,8 @@ def plot_profile(
 
 
 def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) -> None:
-    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side.
-
-    Half-random arms are grey.
-    ``arms`` maps an arm's name to its numbers. What is None is not drawn.
-    """
+    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side, half-random
+    ones in grey. ``arms`` maps an arm's name to its numbers; what is None is not drawn."""
     names = list(arms)
     figure = Figure(figsize=(12, 1.6 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(DRAWN), sharey=True)
@@ -98,15 +92,8 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
             colour = INK if name.startswith("uniform") else BLUE
             colour = GREY if "-frozen-" in name else colour
             axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=4)
-            axis.annotate(
-                f"{value:.3f}",
-                (value, row),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-                color=GREY,
-            )
+            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(f"{value:.3f}", (value, row), fontsize=9, color=GREY, **above)
         better = "lower" if measure.lower_is_better else "higher"
         axis.set(xlabel=f"{measure.title} ({better} is better)", ylim=(len(names) - 0.4, -0.7))
         axis.margins(x=0.25)
@@ -117,19 +104,13 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
 
 
 def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path) -> None:
-    """The fidelity of a site's arms as ``pages/report.html``.
-
-    Raises LlmWsaeError if the page cannot be written.
-    """
+    """The fidelity of a site's arms as ``pages/report.html``."""
     plain_first = sorted(arms, key=lambda arm: not arm.weights.rule.is_plain)
     found = {_series_of(arm): _group_of(arm) for arm in plain_first}
+    colours = [None, *(number % len(PALETTE) for number in range(len(found) - 1))]
     series = [
-        {
-            "name": name,
-            "group": group,
-            "colour": (number - 1) % len(PALETTE) if number else None,
-        }
-        for number, (name, group) in enumerate(found.items())
+        {"name": name, "group": group, "colour": colour}
+        for (name, group), colour in zip(found.items(), colours, strict=True)
     ]
     of_arm = {arm.name: list(found).index(_series_of(arm)) for arm in arms}
     rows = [
@@ -172,9 +153,7 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
             {"series": of_arm[name], "name": name, "text": _sentence(one)}
             for name, one in report.from_plain.items()
         ],
-        "tables": [
-            report.measured.of_page(),
-        ],
+        "tables": [report.measured.of_page()],
     }
     write_text(path, filled("report.html", about))
 

@@ -90,17 +90,15 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
 
     The folder receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
-    training part of the corpus is harvested; its held-out part is used for the evaluation, which
-    reads it once for all sites and then writes their reports. If one of several sites cannot be
-    evaluated, the others' reports are written before its error is raised.
-    With ``request.stream`` there is no store: all sites are trained in step, and weights come from
-    the first tokens of the text. Before the harvest, a table on stderr says what the run takes
+    training part of the corpus is harvested, its held-out part evaluated on, once for all sites. If
+    one of several sites cannot be evaluated, the others' reports are written before its error is
+    raised. With ``request.stream`` there is no store: all sites are trained in step, and weights
+    come from the first tokens of the text. First, a table on stderr says what the run takes
     (``plan``). ``model`` is one that is loaded already.
 
     Under ``torchrun`` all processes make the same call. They harvest and train together, as
-    ``harvest`` and ``train`` say; rank 0 alone says what the run takes, which is what it would take
-    in one process, judges the trials of an exponent, evaluates and writes. The others wait for it
-    and return ``{}``.
+    ``harvest`` and ``train`` say; rank 0 alone plans (for one process), judges the trials of an
+    exponent, evaluates and writes, and the others return ``{}``.
 
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, save_model, works
+from safetensors.torch import save_file
 
 from llm_wsae.cli import main
 from llm_wsae.data.manifest import Manifest, complete_shards
@@ -32,6 +33,7 @@ def world(world):
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff")
     works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
           "--tokens", 16, "--dtype", "float32", "--out", folder / "few")  # fmt: skip
+    save_file({"gamma": torch.ones(16)}, folder / "own.safetensors")
     (folder / "notes.safetensors").write_text("my notes")
     LossWeights(torch.ones(16)).save(folder / "theirs.safetensors", {"site": OTHER_SITE})
     shutil.copytree(folder / "trained/uniform-k4", folder / "torn")
@@ -134,6 +136,10 @@ MISTAKES = """\
     --alpha auto is for `run` and `plan` alone; give a number
 1 weigh few --site SITE --rule whitening
     15 rows are too few for the covariance of 16 dimensions … harvest at least 160 tokens
+2 TRAINING --k 4 4
+    uniform-k4 is listed twice
+2 TRAINING --k 4 --weights own.safetensors --form matrix --rule
+    custom weights have the form that they are given in, diagonal, not matrix
 2 TRAINING --k 4 --weights theirs.safetensors
     holds the weights of 'blocks.1.hook_resid_mid', not of blocks.1.hook_resid_post … llm-wsae weigh
 1 TRAINING --weights notes.safetensors
