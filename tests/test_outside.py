@@ -15,7 +15,7 @@ import pytest
 from command_line import call
 from looping import over
 
-from llm_wsae.artifact.outputs import check_file, check_room, is_record_of
+from llm_wsae.artifact.artifact import check_file, check_room, is_record_of
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import (

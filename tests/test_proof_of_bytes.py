@@ -13,8 +13,16 @@ from fuzzing import frozen
 from safetensors.torch import save_file
 from training_cases import CONFIG, Planted, arms_for
 
-from llm_wsae.artifact import digests
-from llm_wsae.artifact.files import load_own_tensors, read_own_json, save_own_tensors, write_json
+from llm_wsae.artifact.files import (
+    DIGEST,
+    Damaged,
+    check_json,
+    json_text,
+    load_own_tensors,
+    read_own_json,
+    save_own_tensors,
+    write_json,
+)
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data.manifest import STATISTICS
 from llm_wsae.data.store import ActivationStore
@@ -80,16 +88,16 @@ def resume(out: Path) -> dict[str, Dictionary]:
 def test_every_bit_of_a_json_file_counts(world):
     value = {"k": 4, "share": 1e-05, "name": 'größe "\\\x1f', "of": [{"a": None}, True, 0.1]}
     info = (world / "trained/uniform-k4/wsae.json").read_text()
-    for good, key in ((digests.json_text(value), digests.KEY), (info, OWN_DIGEST)):
-        assert digests.check_json(good, key)
+    for good, key in ((json_text(value), DIGEST), (info, OWN_DIGEST)):
+        assert check_json(good, key)
         for at, bit, data in every_bit(good.encode()):
             with pytest.raises(ValueError):
-                digests.check_json(data.decode(), key)
+                check_json(data.decode(), key)
                 pytest.fail(f"bit {bit} of byte {at} passed: {data[at - 20 : at + 20]!r}")
         for text in (good.replace("\n", "\r\n"), good + " ", good.replace('": ', '":', 1)):
-            with pytest.raises(digests.Damaged):
-                digests.check_json(text, key)
-    assert digests.check_json(digests.json_text(value)) == value
+            with pytest.raises(Damaged):
+                check_json(text, key)
+    assert check_json(json_text(value)) == value
 
 
 def test_every_byte_of_a_file_of_tensors_counts(tmp_path):

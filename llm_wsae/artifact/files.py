@@ -2,6 +2,11 @@
 
 Everything is written under a temporary name in the same folder, synced, then renamed, so that a
 process killed at any instant leaves either the old file or the new one.
+
+A JSON object and a header of tensors end with their own digest, and so does each line of a file
+that grows; other files are listed, with theirs, in the record of their folder. A digest finds
+damage: a flipped bit, a torn write, an edit. It is no signature: whoever changes a file on purpose
+can compute its digest too.
 """
 
 import errno
@@ -12,15 +17,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact import digests
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import reason
 
+DIGEST = "sha256"
+HEADER = "llm_wsae"
+"""Key of the JSON object in the metadata of this package's safetensors files."""
+_ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
+_BLOCK = 4 << 20  # bytes with a CRC-32 of their own
 AGAIN = "delete it and run the command that wrote it again"
 """What to do about most damaged files."""
 
@@ -39,6 +50,90 @@ _WAYS_OUT = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 _PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}", re.ASCII)  # with a process id
+
+
+class Damaged(ValueError):
+    """The digest is not that of the content."""
+
+    def __str__(self) -> str:
+        return "its checksum does not match"
+
+
+def json_text(value: Any, key: str | None = DIGEST, *, indent: int | None = 1) -> str:
+    """JSON as this package writes it, keys in the order given; an object ends with the digest of
+    its other entries, under ``key`` if that is not None."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    if key is None or not isinstance(value, dict):
+        return text
+    assert key not in value
+    proved = {**value, key: _digest_of(json.loads(text))}  # as it will be read
+    return json.dumps(proved, indent=indent, ensure_ascii=False) + "\n"
+
+
+def check_json(text: str, key: str = DIGEST, *, indent: int | None = 1) -> Any:
+    """The object that ``json_text`` wrote, without its digest. Raises Damaged if the text, to the
+    last space, is not what was written; ValueError if it is not JSON."""
+    value = json.loads(text)
+    if not isinstance(value, dict) or key not in value:
+        raise Damaged
+    del value[key]
+    if json_text(value, key, indent=indent) != text:
+        raise Damaged
+    return value
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """An object as one line of JSON that ends with the digest of its other entries."""
+    return json_text(dict(value), indent=None)
+
+
+def check_line(text: str) -> Any:
+    """``check_json`` for what ``json_line`` gave, with its line's end or without."""
+    return check_json(text.removesuffix("\n") + "\n", indent=None)
+
+
+def _digest_of(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def tensor_header(facts: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """The metadata of a safetensors file with these facts (JSON) and the digest of all of it."""
+    assert DIGEST not in facts
+    return {HEADER: json.dumps({**facts, DIGEST: digest})}
+
+
+def digest_of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any]]) -> str:
+    """The SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its
+    consecutive 4 MiB: training waits while a checkpoint is written, hence a cheap checksum on all
+    cores. The tensors, by name and on the CPU, are taken one at a time."""
+    import torch
+
+    whole = hashlib.sha256(json.dumps(json.loads(json.dumps(facts)), sort_keys=True).encode())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, tensor in tensors:
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            pieces = [data[start : start + _BLOCK] for start in range(0, len(data), _BLOCK)]
+            checks = list(pool.map(zlib.crc32, pieces))
+            shown = json.dumps([name, str(tensor.dtype), list(tensor.shape), checks])
+            whole.update(shown.encode())
+    return whole.hexdigest()
+
+
+def _check_header(
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, Any]]
+) -> dict[str, Any] | None:
+    """The facts in a safetensors file's metadata; None for another tool's file, without any. Raises
+    Damaged if the file is not what was written."""
+    if HEADER not in metadata:
+        if any(map(_ENDS_WITH_DIGEST.search, metadata.values())):  # its name was damaged
+            raise Damaged
+        return None
+    facts = json.loads(metadata[HEADER])
+    digest = facts.pop(DIGEST, None) if isinstance(facts, dict) else None
+    if digest is None or digest != digest_of_tensors(facts, tensors):
+        raise Damaged
+    return facts
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -84,10 +179,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda partial: partial.write_bytes(text.encode()))
 
 
-def write_json(path: Path, value: Any, *, key: str | None = digests.KEY) -> None:
-    """Write JSON atomically, an object with its own digest under ``key`` (``digests.json_text``);
+def write_json(path: Path, value: Any, *, key: str | None = DIGEST) -> None:
+    """Write JSON atomically, an object with its own digest under ``key`` (``json_text``);
     with none if that is None, for a file whose keys are another tool's."""
-    write_text(path, digests.json_text(value, key))
+    write_text(path, json_text(value, key))
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -97,11 +192,11 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Any:
+def read_own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = DIGEST) -> Any:
     """Read a JSON object that ``write_json`` wrote. Raises as ``read_json`` does, and LlmWsaeError,
     which ends with ``way_out``, if the digest is not that of the content."""
     with _reading_json(path, what, way_out):
-        return digests.check_json(Path(path).read_bytes().decode("utf-8"), key)
+        return check_json(Path(path).read_bytes().decode("utf-8"), key)
 
 
 def has_digest(path: Path) -> bool:
@@ -119,7 +214,7 @@ def save_tensors(
 def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, Any]) -> None:
     """Write a safetensors file atomically, with facts (JSON) and a digest in its header."""
     ready = _on_cpu(tensors)
-    header = digests.header(facts, digests.of_tensors(facts, sorted(ready.items())))
+    header = tensor_header(facts, digest_of_tensors(facts, sorted(ready.items())))
     write_atomic(path, lambda partial: _save(partial, ready, header))
 
 
@@ -143,7 +238,7 @@ def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[st
     """The facts in the header of an open file, after a check of all of its content; None for
     another tool's file. Raises as ``load_own_tensors`` does."""
     with _reading_json(path, what, way_out):
-        return digests.check_header(file.metadata() or {}, each_tensor(file))
+        return _check_header(file.metadata() or {}, each_tensor(file))
 
 
 @contextmanager
@@ -232,7 +327,7 @@ def _reading_json(path: Path, what: str, way_out: str = "") -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
-    except digests.Damaged as error:
+    except Damaged as error:
         raise LlmWsaeError(f"{path} is damaged: {error}{_then(way_out)}") from error
     except IsADirectoryError:
         raise LlmWsaeError(f"{path} is a folder; it should be the {what}, a file") from None

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from llm_wsae.artifact.artifact import check_file, is_record_of
 from llm_wsae.artifact.files import write_json
-from llm_wsae.artifact.outputs import check_file, is_record_of
 from llm_wsae.artifact.provenance import number_formats, plain, versions
 from llm_wsae.commands import Result
 from llm_wsae.errors import LlmWsaeError, UsageError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from llm_wsae.artifact.outputs import check_file, check_folder, is_record_of
+from llm_wsae.artifact.artifact import check_file, check_folder, is_record_of
 from llm_wsae.commands import Result
 from llm_wsae.data.config import HarvestConfig, PackConfig, StreamConfig
 from llm_wsae.errors import LlmWsaeError, UsageError

@@ -20,9 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.artifact.artifact import FileRecord
+from llm_wsae.artifact.artifact import FileRecord, check_room
 from llm_wsae.artifact.files import remove_partials
-from llm_wsae.artifact.outputs import check_room
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import (

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact import digests
-from llm_wsae.artifact.files import write_atomic, write_text
+from llm_wsae.artifact.files import Damaged, check_line, json_line, write_atomic, write_text
 from llm_wsae.dictionary.atomic_folder import writing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
@@ -70,7 +69,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
         return {}
     with parsing(f"{path} is damaged and cannot be used ({_WAY_OUT})"):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
-        head = mapping(digests.check_line(first))
+        head = mapping(check_line(first))
         version = head.get("format_version")
         if head.get("format") != FORMAT or type(version) is not int or version > FORMAT_VERSION:
             raise LlmWsaeError(
@@ -83,7 +82,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
                 "or delete it"
             )
         if head.get(_LINES) != _sha256(rest):
-            raise digests.Damaged
+            raise Damaged
         found = [_explanation(json.loads(line)) for line in rest.split("\n") if line]
     return {one.latent: one for one in found}
 
@@ -120,7 +119,7 @@ def keep_explanations(
             "weights_sha256": weights_checksum(folder),
             _LINES: _sha256(lines),
         }
-        write_text(Path(folder) / EXPLANATIONS, digests.json_line(head) + lines)
+        write_text(Path(folder) / EXPLANATIONS, json_line(head) + lines)
 
 
 def _joined(old: Explanation | None, new: Explanation) -> Explanation:

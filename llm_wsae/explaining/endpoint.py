@@ -21,8 +21,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub.utils import httpx
 
-from llm_wsae.artifact import digests
-from llm_wsae.artifact.files import folder_lock, write_error
+from llm_wsae.artifact.files import check_line, folder_lock, json_line, write_error
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.explaining.protocol import Question
 from llm_wsae.outside import integer, mapping, parse_json, reason
@@ -252,7 +251,7 @@ class Endpoint:
         answer = line["answer"].encode(errors="replace").decode()  # half a character
         line["answer"] = answer = self._without_key(answer)
         try:
-            self._file.write(digests.json_line(line).encode())
+            self._file.write(json_line(line).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -314,7 +313,7 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
     data = path.read_bytes() if path.exists() else b""
     for line in data.split(b"\n"):
         try:
-            entry = digests.check_line(line.decode("utf-8"))
+            entry = check_line(line.decode("utf-8"))
         except (ValueError, RecursionError):
             continue  # damaged or cut off: it is asked again
         known[entry["question"]] = entry["answer"]

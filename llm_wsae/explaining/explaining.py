@@ -16,8 +16,8 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from llm_wsae.artifact.artifact import check_file
 from llm_wsae.artifact.files import read_json, write_json
-from llm_wsae.artifact.outputs import check_file
 from llm_wsae.artifact.provenance import command_line, plain, versions
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from llm_wsae.artifact.artifact import check_file, check_folder, is_record_of
 from llm_wsae.artifact.files import write_json
-from llm_wsae.artifact.outputs import check_file, check_folder, is_record_of
 from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.dictionary.dictionary import Dictionary

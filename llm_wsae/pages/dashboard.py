@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from llm_wsae.artifact.artifact import check_file
 from llm_wsae.artifact.files import read_own_json, write_text
-from llm_wsae.artifact.outputs import check_file
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import Explanation, read_explanations

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm_wsae.artifact.outputs import existing, free_space
+from llm_wsae.artifact.artifact import existing, free_space
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import kept_rows, manifest_of

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_wsae.artifact import digests
 from llm_wsae.artifact.artifact import Artifact, FileRecord
 from llm_wsae.artifact.files import (
+    digest_of_tensors,
     each_tensor,
     open_tensors,
     own_facts,
     save_own_tensors,
+    tensor_header,
     write_atomic,
     write_error,
 )
@@ -166,7 +167,7 @@ def save_together(
 ) -> None:
     """``save_own_tensors`` by all processes; rank 0 writes tensors that are not in ``own``, and its
     ``facts`` count. Raises LlmWsaeError, in all of them, if one cannot write."""
-    header, starts = _layout(tensors, own, digests.header(facts, "0" * 64))
+    header, starts = _layout(tensors, own, tensor_header(facts, "0" * 64))
 
     def write(partial: Path) -> None:
         if processes.leads:
@@ -186,9 +187,9 @@ def save_together(
         processes.meet()
         if processes.leads:
             with open_tensors(partial, _WHAT) as written:
-                digest = digests.of_tensors(facts, each_tensor(written))
+                digest = digest_of_tensors(facts, each_tensor(written))
             with open(partial, "r+b") as file:
-                file.write(_layout(tensors, own, digests.header(facts, digest))[0])
+                file.write(_layout(tensors, own, tensor_header(facts, digest))[0])
 
     if processes.leads:
         write_atomic(path, write)

@@ -29,7 +29,7 @@ from tiny import save_encoder
 
 import llm_wsae
 from llm_wsae import ExplainConfig, explain
-from llm_wsae.artifact import digests
+from llm_wsae.artifact.files import check_line, json_line
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
@@ -652,7 +652,7 @@ def test_explanations_are_joined_and_stay_with_their_weights(world, tmp_path):
             use()
     assert not page.exists() and call("verify", path.parent).code == 1
     head = path.read_text().splitlines()[0]
-    newer = digests.json_line({**digests.check_line(head), "format_version": 2})
+    newer = json_line({**check_line(head), "format_version": 2})
     for damaged, said in ((newer, "update"), ("", "cannot"), (head.replace("1", "2", 1), "checks")):
         path.write_text(damaged)
         with pytest.raises(LlmWsaeError, match=said):

@@ -13,7 +13,7 @@ from evaluation_cases import WordCounts
 from fuzzing import blind, frozen
 from training_cases import CONFIG, Planted, arms_for
 
-from llm_wsae.artifact import digests
+from llm_wsae.artifact.files import json_line
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data.manifest import (
     MANIFEST,
@@ -224,7 +224,7 @@ def of_others(folder: Path) -> dict[str, Kind]:
         known[f"{number:064}"] = f"answer {number}"
         line = {"question": f"{number:064}", "about": "x", "answer": f"answer {number}"}
         with open(answers, "a") as file:
-            file.write(digests.json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
+            file.write(json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
 
     def read_measured() -> Any:
         found = measured.read()

@@ -24,8 +24,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from llm_wsae.artifact.artifact import check_file, is_record_of
 from llm_wsae.artifact.files import folder_lock, read_json
-from llm_wsae.artifact.outputs import check_file, is_record_of
 from llm_wsae.artifact.provenance import write_record
 from llm_wsae.dictionary.atomic_folder import restore
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
