@@ -136,8 +136,7 @@ class Study:
     out: Path
     """Folder of the study."""
     dictionary: Path | None = None
-    """First dictionary of the site, for the rule participation. Without it, one is trained for each
-    seed."""
+    """First dictionary of the site, for the rule participation."""
     plant: Flag = False
     """Plant known features into the rows, and measure how much of them is recovered."""
     model: Flat[ModelConfig]

@@ -2,14 +2,11 @@
 
 The server listens on 127.0.0.1. Its address holds a random token, a request must name this host and
 port (so that no other site's name can be pointed here), and a request that a page of another origin
-makes is refused. The model answers one request at a time, and each within a limited time. There are
-few connections at once, and none that waits without asking: another program on this machine may
-connect without knowing the address, and must not be able to lock out whoever does.
+makes is refused. The model answers one request at a time, and each within a limited time.
 
 Import this only where the extra ``page`` is installed.
 """
 
-import asyncio
 import contextlib
 import secrets
 import socket
@@ -26,7 +23,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llm_wsae.attaching.attachment import Steer, attach
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -38,10 +34,6 @@ from llm_wsae.pages.dashboard import active_latents, shown
 
 LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
 SECONDS = 20.0  # for one text that the model writes, and to wait for the model
-MOST_CONNECTIONS = 50
-SECONDS_TO_ASK = 10.0
-"""How long a connection may be open without a complete head of a request."""
-_BETWEEN_LOOKS = 1.0  # seconds
 
 
 class Session:
@@ -183,48 +175,4 @@ def serve(
     listening.listen()  # who follows the address at once waits, and is not refused
     announce(f"http://127.0.0.1:{port}/{token}/")
     with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
-        run_server(made, listening)
-
-
-class _Connection(H11Protocol):
-    """A connection that is closed if it asks nothing for some seconds, or is in the way of others
-    meanwhile."""
-
-    quiet_since = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.quiet_since = self.loop.time()
-        # One that was aborted stays in the set until the loop has closed it.
-        still_open: list[Any] = [c for c in self.connections if not c.transport.is_closing()]
-        if len(still_open) > MOST_CONNECTIONS:
-            quiet = [one for one in still_open if not one.asks]
-            min(quiet, key=lambda one: one.quiet_since).transport.abort()  # at most this one
-        self._look()
-
-    @property
-    def asks(self) -> bool:
-        """Whether a request is being answered."""
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _look(self) -> None:
-        now = self.loop.time()
-        if self.asks:
-            self.quiet_since = now
-        if now - self.quiet_since > SECONDS_TO_ASK:
-            self.transport.abort()
-        elif not self.transport.is_closing():
-            self.loop.call_later(_BETWEEN_LOOKS, self._look)
-
-
-def run_server(application: Any, listening: socket.socket) -> None:
-    """Serve an ASGI application on a socket until the process is interrupted."""
-    config = uvicorn.Config(
-        application,
-        http=_Connection,
-        ws="none",
-        log_level="error",
-        timeout_keep_alive=5,
-        backlog=MOST_CONNECTIONS,  # accepted at once
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(made, ws="none", log_level="error")).run(sockets=[listening])

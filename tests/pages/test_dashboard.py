@@ -1,14 +1,12 @@
 """The page: what is collected is what a slow look finds, and a browser can use it."""
 
 import base64
-import contextlib
 import copy
 import gzip
 import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -621,55 +619,6 @@ def test_the_model_writes_and_waits_for_a_limited_time(world, model):
     assert answer["cut"] and len(answer["before"].split()) < 50
     with session._busy, pytest.raises(UsageError, match="busy"):
         session.answer(steer)
-
-
-CROWDED = """
-import resource, socket
-from llm_wsae.pages import live
-resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
-live.SECONDS_TO_ASK = 1.0
-async def page(scope, receive, send):
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"the page"})
-listening = socket.socket()
-listening.bind(("127.0.0.1", 0))
-listening.listen()
-print(listening.getsockname()[1], flush=True)
-live.run_server(page, listening)
-"""
-
-
-def test_unfinished_requests_do_not_lock_the_owner_out():
-    pytest.importorskip("uvicorn", reason="the extra page is not installed")
-    server = subprocess.Popen(
-        [sys.executable, "-c", CROWDED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    half = []
-    try:
-        port = int(server.stdout.readline())
-
-        def asked() -> bytes:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as own:
-                own.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-                return b"".join(iter(lambda: own.recv(999), b""))
-
-        for _ in range(8):
-            server.send_signal(signal.SIGSTOP)  # busy elsewhere: 40 connections reach it at once
-            for _ in range(40):
-                half.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-                half[-1].sendall(b"GET / HTTP/1.1\r\nx: ")
-            server.send_signal(signal.SIGCONT)
-            assert b"the page" in asked()
-        half[-1].settimeout(10)
-        with contextlib.suppress(ConnectionError):
-            assert half[-1].recv(1) == b""  # closed: it asked nothing in time
-    finally:
-        server.send_signal(signal.SIGINT)
-        _, said = server.communicate(timeout=30)
-        for one in half:
-            one.close()
-    assert "Exception in" not in said and "system resource" not in said
 
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):

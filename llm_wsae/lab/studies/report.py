@@ -41,10 +41,6 @@ _HOW_TO_READ = (
     "seeds and k beforehand: whoever looks, adds some and looks again errs more often than 5 times "
     "in 100."
 )
-_AFTER_FIRST = (
-    "{} and their controls were trained on half of the rows, with weights of a first dictionary of "
-    "the same seed that was trained on half as well: as many rows in all as for a plain one."
-)
 _BASELINES = (
     "Means over seeds. Baselines are untrained or half-trained TopK dictionaries: the "
     "dimensions themselves, and a decoder or an encoder that stays random (arXiv 2602.14111). "
@@ -329,12 +325,10 @@ class StudyReport:
     def _tables(self) -> list[Table]:
         """Those of the Markdown and of the page."""
         titles = [STUDIED[measure].title for measure in deciding(self.results)]
-        words = [_HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")]
-        if halved := {r.label for r in self.results if r.control is not None and r.share < 1}:
-            words += [_AFTER_FIRST.format(", ".join(sorted(halved)))]
+        words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
         rows, title = self._differences(self._measures), "Differences from plain dictionaries"
         return [
-            Table(rows, words=[" ".join(words)], title=f"{title} of the same k"),
+            Table(rows, words=[words], title=f"{title} of the same k"),
             Table(self._dictionaries(), words=[_BASELINES], title="Dictionaries"),
         ]
 

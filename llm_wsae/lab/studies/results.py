@@ -3,8 +3,7 @@ report is made.
 
 study.json              what all its dictionaries share; a command with other settings is refused
 command.json            the last command
-first/                  plain dictionaries of which some rules take their weights, one of each seed
-training/               dictionaries in training, one group of one seed at a time
+training/               dictionaries in training, those of one seed at a time
 dictionaries/<name>/    trained dictionaries, and the raw dimensions
 results/<name>.json     measured dictionaries; none is measured twice
 report.json, report.md, report.html
@@ -32,7 +31,7 @@ from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import STUDIED, Measure
 
 BASIS, COMMAND = "study.json", "command.json"
-FIRST, TRAINING, DICTIONARIES, RESULTS = "first", "training", "dictionaries", "results"
+TRAINING, DICTIONARIES, RESULTS = "training", "dictionaries", "results"
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,6 @@ class Result:
     """``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``."""
     density: float
     """Latents active per token, dense ones not counted."""
-    share: float = 1.0
-    """Of the rows: less if a first dictionary was trained on the others."""
     text: TextSize | None = None
     """What fidelity was measured on."""
 
@@ -82,6 +79,7 @@ def read_result(path: Path) -> Result:
     """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
     way_out = "delete it to measure that dictionary again"
     found = read_own_json(path, "result of a study", way_out)["result"]
+    found.pop("share", None)  # of the rows, as earlier versions wrote it
     values = {name: Value(**value) for name, value in found["values"].items()}
     return Result(**{**found, "values": values, "text": TextSize(**found["text"])})
 
@@ -150,7 +148,6 @@ def _result_of(
         fvu=summary["fvu"],
         shares={key: found[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
         density=float(density.mean()) * len(density) if len(density) else 0.0,
-        share=planned.share,
         text=TextSize(rows, summary["documents"], summary["effective_documents"]),
     )
 

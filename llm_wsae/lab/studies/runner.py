@@ -31,7 +31,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import StoreSource, open_stores
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.heldout import Encoder
@@ -39,12 +39,11 @@ from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluat
 from llm_wsae.lab.config import Study
 from llm_wsae.lab.planting import PlantedSource
 from llm_wsae.lab.recovery import measure_recovery
-from llm_wsae.lab.studies.arms import RAW, PlannedArm, after_first, baselines, on_share, plan
+from llm_wsae.lab.studies.arms import RAW, PlannedArm, baselines, plan
 from llm_wsae.lab.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.lab.studies.results import (
     COMMAND,
     DICTIONARIES,
-    FIRST,
     RESULTS,
     TRAINING,
     read_results,
@@ -57,7 +56,6 @@ from llm_wsae.pipeline.request import train_beside, write_request
 from llm_wsae.training.checkpoint import is_finished, recorded
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.training.trainer import origin_of, train
-from llm_wsae.weights.rules import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 PASS_BYTES = 1 << 30
@@ -76,8 +74,7 @@ def study(
 
     The dictionaries are trained on the stores and measured on the held-out part of the text.
     ``model`` is one that is loaded already, the one that made the stores; ``encoder`` a sentence
-    encoder to use in place of ``request.score.encoder``. Without a first dictionary, the study
-    trains one for each seed where a rule needs one, and both share the rows (``studies.arms``).
+    encoder to use in place of ``request.score.encoder``.
 
     Raises UsageError for a request that cannot be right (a rule that does not exist, k above
     d_sae, …); LlmWsaeError if the folder holds another study, the text is too short, the model did
@@ -86,6 +83,11 @@ def study(
     out, grid, site = request.out, request.compare, Site.parse(request.site)
     folder, written = study_in(out), (*REPORT_FILES, COMMAND, RESULTS, DICTIONARIES, TRAINING)
     folder.check_place(*written)
+    if request.dictionary is None and any(rule.need == "dictionary" for rule in grid.rules):
+        raise UsageError(
+            "the rule participation needs a first dictionary of the site; train a plain one on "
+            "other seeds, and name its folder with --dictionary"
+        )
     store, training = open_stores(request.stores), train_beside(request.train, request.model)
     model = model or request.model.load(store.manifest.model)
     store.check_model(model.identity())
@@ -101,13 +103,10 @@ def study(
         dictionary=Dictionary.load(request.dictionary) if request.dictionary else None,
         planted=planted,  # weights are chosen for the rows that are trained on
     )
-    needs_first = any(rule.need == "dictionary" for rule in grid.rules)
-    trains_first = needs_first and request.dictionary is None
-    # a decoder of no consequence: what cannot be trained is found before a first dictionary is
-    width = inputs.statistics.d_in
-    energy = torch.ones(width, dtype=torch.float64)
-    stand_in = replace(inputs, decoder=torch.eye(width), energy=energy)
-    arms = _planned(request, inputs, training, stand_in if trains_first else None)
+    arms = plan(inputs, grid, request.weigh)
+    for planned in arms:
+        planned.arm.check(training.expansion * inputs.statistics.d_in)
+        planned.arm.lengths(training.lengths)
     basis = _basis(store.identity(site), heldout, request, training)
     judge = partial(MonosemanticityEvaluator, model, heldout, packing, request.score, encoder)
     with folder_lock(out, "study"):
@@ -116,9 +115,6 @@ def study(
         monosemanticity = None if folder.is_begun() else judge()
         folder.begin(basis, *written)
         source = store.source(site) if planted is None else planted
-        if trains_first:
-            first = after_first(source, inputs, out / FIRST, grid, training)
-            arms = plan(inputs, grid, request.weigh, first)
         jobs = _Jobs(request, source, training, fidelity, model.device)
         if missing := jobs.missing(arms + baselines(inputs, grid)):
             jobs.finish(missing, monosemanticity or judge())
@@ -153,19 +149,6 @@ def _settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in _PROCEDURAL}
 
 
-def _planned(
-    request: Study, inputs: RuleInputs, training: TrainConfig, first: RuleInputs | None
-) -> list[PlannedArm]:
-    """As ``plan``. Raises UsageError for an arm that does not fit the dictionaries' width, or that
-    cannot be trained with the lengths that are asked for."""
-    by_seed = None if first is None else dict.fromkeys(request.compare.seeds, first)
-    arms = plan(inputs, request.compare, request.weigh, by_seed)
-    for planned in arms:
-        planned.arm.check(training.expansion * inputs.statistics.d_in)
-        planned.arm.lengths(training.lengths)
-    return arms
-
-
 class _Jobs:
     """The dictionaries of one study that have no result yet, in training and in measurement."""
 
@@ -196,6 +179,7 @@ class _Jobs:
                 continue
             found = read_own_json(path, "result of a study")["identity"]
             own = plain(planned.identity(self._training.lengths))
+            found.pop("share", None)  # of the rows, as earlier versions wrote it
             sums = found.pop("gamma_sum"), own.pop("gamma_sum")
             if found != own or not math.isclose(*sums, rel_tol=_SAME_WEIGHTS):
                 raise LlmWsaeError(
@@ -219,7 +203,7 @@ class _Jobs:
 
     def _groups(self, arms: Sequence[PlannedArm]) -> Iterator[list[PlannedArm]]:
         """First those that are trained, then the groups of which a training was stopped, then the
-        others by seed and number of rows."""
+        others by seed."""
         left = {planned.name: planned for planned in arms}
         if trained := [one for one in arms if self._dictionary(one).exists() or one.label == RAW]:
             yield [left.pop(one.name) for one in trained]
@@ -229,8 +213,9 @@ class _Jobs:
                 yield [left.pop(name) for name in names]
             elif all((self._out / RESULTS / f"{name}.json").exists() for name in names):
                 shutil.rmtree(folder)  # another command measured them, or nothing was begun
-        for one in dict.fromkeys(planned.group for planned in left.values()):
-            yield from _chunks([own for own in left.values() if own.group == one], self._at_once)
+        for seed in dict.fromkeys(planned.arm.init_seed for planned in left.values()):
+            own = [planned for planned in left.values() if planned.arm.init_seed == seed]
+            yield from _chunks(own, self._at_once)
 
     def _train(self, group: Sequence[PlannedArm]) -> None:
         if not group:
@@ -242,10 +227,9 @@ class _Jobs:
             made = raw_dimensions(info, statistics, float(group[0].arm.level))
             made.save(self._dictionary(group[0]))
             return
-        seed, share = group[0].group
         names = " ".join(sorted(planned.name for planned in group))
         folder = self._out / TRAINING / hashlib.sha256(names.encode()).hexdigest()[:12]
-        config = replace(on_share(self._training, self._source, share), shuffle_seed=seed)
+        config = replace(self._training, shuffle_seed=group[0].arm.init_seed)
         train(self._source, [planned.arm for planned in group], config, folder)
         self._collect()
 

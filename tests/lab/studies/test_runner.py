@@ -136,39 +136,17 @@ def test_every_dictionary_is_trained_measured_reported_and_then_only_read(whole,
     assert content(out) == before and trained(out) == there
 
 
-def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(study, new):
-    """Its own first dictionary for each seed, which is counted."""
-    report = study(new, AFTER_FIRST)
-    steps = {
-        str(path.parent.relative_to(new)): Dictionary.load(path.parent).info.training["num_steps"]
-        for path in new.rglob("wsae.json")
-        if path.parent.name != RAW
-    }
-    of_plain = steps["dictionaries/uniform-k4"]
-    assert set(steps.values()) == {of_plain, of_plain // 2}
-    assert {name for name, count in steps.items() if count < of_plain} == {
-        "first/s0/uniform-k4-s1000",
-        "first/s1/uniform-k4-s1001",
-        "dictionaries/participation-a0.5-k4",
-        "dictionaries/participation-a0.5-k4-s1",
-        "dictionaries/permuted-participation-a0.5-k4",
-        "dictionaries/permuted-participation-a0.5-d1-k4-s1",
-    }
-    folders = [new / f"dictionaries/participation-a0.5-k4{seed}" for seed in ("", "-s1")]
-    assert not torch.equal(*(Dictionary.load(folder).extras["gamma"] for folder in folders))
-    said = "participation-a0.5 and their controls were trained on half of the rows"
-    assert said in report.markdown() and said in report.page()
-    assert {r.share for r in report.results if r.label == "uniform"} == {1.0}
-
-    before = trained(new)
-    assert study(new, AFTER_FIRST).to_dict() == report.to_dict() and trained(new) == before
-    more = study(new, replace(AFTER_FIRST, k=(8, 4)))  # their first dictionaries are there
-    assert {r.k for r in more.results if r.label == "participation-a0.5"} == {4, 8}
-    assert len(list((new / "first").glob("*/*/wsae.json"))) == 2
-    study(new, replace(AFTER_FIRST, k=(8,), seeds=(2, 3)))  # of one label, so after the same k
-    assert [path.parent.name for path in new.glob("first/s2/*/wsae.json")] == ["uniform-k4-s1002"]
-    with pytest.raises(LlmWsaeError, match="another first dictionary"):
-        study(new, AFTER_FIRST, dictionary=new / "first/s0/uniform-k4-s1000")
+def test_a_rule_may_need_a_first_dictionary(whole, study, new):
+    with pytest.raises(UsageError, match="needs a first dictionary of the site; train a plain one"):
+        study(new, AFTER_FIRST)
+    assert not new.exists()
+    first = whole[0] / "dictionaries/uniform-k4-s1"
+    report = study(new, AFTER_FIRST, dictionary=first)
+    labels = {r.label: r.control for r in report.results if not r.is_baseline}
+    control = "permuted-participation-a0.5"
+    assert labels == {"uniform": None, "participation-a0.5": control, control: None}
+    with pytest.raises(LlmWsaeError, match="from another first dictionary"):
+        study(new, AFTER_FIRST, dictionary=whole[0] / "dictionaries/uniform-k4")
 
 
 def cells(table: str, label: str) -> list[list[str]]:
@@ -277,14 +255,6 @@ def test_a_study_resumes_where_it_was_killed(whole, study, new):
     study(new)
     assert len(there) > 2 and there.items() <= trained(new).items()
     assert results(new) == results(whole[0])
-
-
-def test_a_study_that_was_killed_after_a_first_dictionary_resumes(study, new):
-    killed(study, new, AFTER_FIRST, when=(new / "first/s1").exists)
-    (first,) = new.glob("first/s0/*/wsae.json")
-    before = first.stat().st_mtime_ns
-    assert len(study(new, AFTER_FIRST).results) == len(ALL)
-    assert first.stat().st_mtime_ns == before
 
 
 def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, out):
@@ -402,7 +372,6 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
     free = replace(TRAIN, lengths="free")
     for wrong, said in (
         ({"compare": replace(GRID, k=(2, 65))}, "65"),
-        ({"compare": replace(AFTER_FIRST, k=(65,))}, "k = 65 active latents is more"),
         ({"compare": replace(GRID, architecture="jumprelu"), "train": free}, "has no free lengths"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -432,7 +401,7 @@ def test_the_command(world, tmp_path, no_sync):
         (("--rule", "varianse"), 2, "there is no weight rule 'varianse'"),
         (("--eval-tokens", 10**7), 1, "ask for fewer tokens"),
         (("--score.tokens", 10**7), 1, "ask for fewer tokens"),
-        (("--score.encoder", "nobody/nothing"), 2, "nobody/nothing"),
+        (("--score.encoder", "nobody/nothing"), 1, "nobody/nothing"),
     ):
         result = call(*words, *changes)
         sentence = result.err.splitlines()[-1]
@@ -499,6 +468,6 @@ def test_baselines_are_topk_with_one_k_on_every_seed(inputs):
             if architecture != f"frozen-{half}"  # which all others are
         }
         assert {(p.name, p.label) for p in found} == wanted and len(found) == len(wanted)
-        assert all(p.control is None and p.share == 1 for p in found)
+        assert all(p.control is None for p in found)
         assert not {p.name for p in found} & {p.name for p in planned}
         assert {p.arm.architecture for p in planned} == {architecture}
