@@ -48,6 +48,7 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
     ),
     "pickled": ("pickled models, also with code", "it loads, and nothing in it ran"),
     "repository": ("repositories on the Hub", "what was pulled is the dictionary"),
+    "answer of a Hub": ("answers of a Hub", "what came is the dictionary"),
     "endpoint": ("replies of a model server", "the answer is read"),
     "two processes": (
         "two writers to one dictionary",

@@ -11,8 +11,8 @@ redirect of large files to another host ("localhost" instead of "127.0.0.1"), wh
 never arrive. Any token may do anything.
 
 A commit is a whole mapping from path to file, so nothing ever changes under a commit. Faults are
-ordered by ``fail`` and ``cut``; each strikes the next ``times`` answers to requests that match.
-``requests`` lists what was asked: (method, path).
+ordered by ``fail``, ``cut`` and ``corrupt``; each strikes the next ``times`` answers to requests
+that match. ``requests`` lists what was asked: (method, path).
 """
 
 import base64
@@ -178,6 +178,14 @@ class HubServer:
 
         self.faults.append(Fault(method, path, times, change))
 
+    def corrupt(self, method: str, path: str, times: int = 1) -> None:
+        """Change the first byte of the body."""
+
+        def change(said: Said) -> None:
+            said.body = bytes([said.body[0] ^ 255]) + said.body[1:]
+
+        self.faults.append(Fault(method, path, times, change))
+
     def count(self, method: str, pattern: str) -> int:
         """How many requests matched so far."""
         return sum(m == method and bool(re.search(pattern, path)) for m, path in self.requests)
@@ -201,8 +209,6 @@ class HubServer:
 
         values = {
             "ENDPOINT": self.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint
-            + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_HUB_OFFLINE": False,
@@ -288,9 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return _refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         if what == "resolve":
-            said = self._resolve(repository.commits[commit], words[1])
-            said.headers["X-Repo-Commit"] = commit
-            return said
+            return self._resolve(repository.commits[commit], words[1])
         if what == "commit":
             return self._commit(match[1], repository, revision, commit)
         if what == "tree":
@@ -299,8 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "preupload":
             return self._json(self._preupload())
         own = {"_id": "0", "id": match[1], "sha": commit, "private": repository.private}
-        own["siblings"] = [{"rfilename": path} for path in repository.commits[commit]]
-        return self._json(own | {"tags": [], "downloads": 0, "likes": 0})
+        return self._json(own | {"siblings": [], "tags": [], "downloads": 0, "likes": 0})
 
     def _json(self, value: Any) -> Said:
         return Said(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -368,8 +371,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.large:
             return self._served(file.content, {"ETag": f'"{file.oid}"'})
         to = f"{self.hub.storage}/storage/{file.sha256}?X-Signature=secret"
-        linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
-        return Said(302, b"", {**linked, "Location": to})
+        return Said(302, b"", {"X-Linked-Etag": f'"{file.sha256}"', "Location": to})
 
     def _stored(self, key: str) -> Said:
         """The host of large files: anyone with the address of one may put or get it."""

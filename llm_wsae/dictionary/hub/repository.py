@@ -1,38 +1,50 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
-A repository is not trusted. Paths in its list of files are checked before anything is fetched, only
-files of a dictionary (in this package's layout or a known foreign one) are downloaded, by the Hub's
-client into its cache, and reading compares what arrives with the dictionary's own checksums.
+Neither a repository nor its server is trusted. Paths, commits and digests in the list of files are
+checked before anything is fetched, only files of a dictionary (in this package's layout or a known
+foreign one) are downloaded, and what arrives is compared with its digest in the list. So files are
+not fetched by the client's own functions, which name files of the cache after headers of answers.
+
+Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and
+links in ``snapshots/<commit>``. Only those are written.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
-import glob
+import io
+import itertools
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
-from huggingface_hub import HfApi, constants, errors, snapshot_download
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import HfApi, constants, errors
+from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import build_hf_headers, httpx
 from huggingface_hub.utils.sha import git_hash
 
 from llm_wsae.artifact.files import read_json, sha256
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Layout
-from llm_wsae.dictionary.formats.reading import LAYOUTS, layout_of
+from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.outside import check_revision, check_token, hub_is_unreachable, reason
-from llm_wsae.terminal import without_secrets
+from llm_wsae.terminal import printable, without_secrets
 
-FILES = (INFO, CFG, EXTRAS, WEIGHTS)
+FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGEST = {".json": 16 << 20, ".md": 4 << 20, ".jsonl": 256 << 20}  # bytes; the last: 2¹⁸ latents
+_MOST_FILES = 100_000
 _PART = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOGIN = "log in (`hf auth login`, or the variable HF_TOKEN)"
 _AGAIN = "run the same command again"
 _KNOWN: dict[Any, str] = {  # the first class that fits
@@ -61,17 +73,36 @@ _BY_STATUS = {
 
 
 @dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository."""
+
+    size: int
+    """Bytes."""
+    digest: str | None
+    """SHA-256 of a large file, git's id of a small one; None if only the cache was asked."""
+
+    def is_same_as(self, path: Path) -> bool:
+        """Whether a local file has this content."""
+        if self.digest is None or not path.is_file():
+            return False
+        large = len(self.digest) == 64
+        return self.digest == (sha256(path) if large else git_hash(path.read_bytes()))
+
+
+@dataclass(frozen=True)
 class Repository:
     """The files of one commit."""
 
     repo_id: str
     """``user/name``."""
     revision: str | None
-    """The branch, tag or commit; None for the default branch."""
-    files: Mapping[str, RepoFile | None]
-    """By path in the repository; what the Hub says of each."""
-    cached: Path | None = None
-    """The folder of the cache, if the Hub could not be asked."""
+    """The branch, tag or commit asked for; None for the default branch."""
+    commit: str
+    """The commit that it points to."""
+    files: Mapping[str, RemoteFile]
+    """By path in the repository."""
+    is_cached: bool = False
+    """Whether the Hub could not be asked, so that these are the files in the cache."""
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "Repository":
@@ -80,24 +111,22 @@ class Repository:
         check_revision(revision)
         with hub_errors(repo_id, revision):
             try:
-                return cls.listed(repo_id, revision)
+                return cls.at(repo_id, revision, HfApi().model_info(repo_id, revision=revision).sha)
             except Exception as error:
                 if hub_is_unreachable(error) and (cached := _cached(repo_id, revision)):
                     return cached
                 raise
 
     @classmethod
-    def listed(cls, repo_id: str, revision: str | None) -> "Repository":
-        """What the Hub lists; use it within ``hub_errors``."""
-        listed = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision)
-        files = {one.path: one for one in listed if isinstance(one, RepoFile)}
-        for path in files:
-            if not all(map(_PART.fullmatch, path.split("/"))):
-                raise LlmWsaeError(
-                    f"{repo_id} names a file {shown(path)}, which cannot be put into a folder "
-                    "safely, so nothing of it is read"
-                )
-        return cls(repo_id, revision, files)
+    def at(cls, repo_id: str, revision: str | None, commit: Any) -> "Repository":
+        """The files of a commit on the Hub; use it within ``hub_errors``."""
+        commit = commit_of(commit)
+        listed = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
+        entries = list(itertools.islice(listed, _MOST_FILES + 1))
+        if len(entries) > _MOST_FILES:
+            raise LlmWsaeError(f"{repo_id} lists files without an end, so nothing of it is read")
+        files = dict(_entry(repo_id, one) for one in entries if isinstance(one, RepoFile))
+        return cls(repo_id, revision, commit, files)
 
     @functools.cached_property
     def layouts(self) -> dict[str, Layout | None]:
@@ -137,21 +166,12 @@ class Repository:
 
     def _json(self, sae_id: str, name: str) -> dict[str, Any]:
         path = inside(sae_id, name)
-        value = read_json(self._configurations / path, f"{path} of {self._here}")
+        value = read_json(self.fetch(path), f"{path} of {self._here}")
         if not isinstance(value, dict):
             raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
         return value
 
-    @functools.cached_property
-    def _configurations(self) -> Path:
-        """Where the small files of all dictionaries are."""
-        names = {INFO, *(layout.config for layout in LAYOUTS)}
-        places = [(path, PurePosixPath(path)) for path in self.files]
-        return self.fetch(
-            [path for path, p in places if p.name in names and str(p.parent) in self.layouts]
-        )
-
-    def dictionary_folder(self, sae_id: str, *, again: bool = False) -> Path:
+    def dictionary_folder(self, sae_id: str) -> Path:
         """The folder in the cache with the files of a dictionary; ``reading.read`` judges them.
 
         Raises LlmWsaeError if a file is missing, and as ``fetch`` does.
@@ -164,41 +184,109 @@ class Repository:
                 f"{sae_id} of {self._here} is not a complete dictionary of this package: it lacks "
                 f"{' and '.join(missing)}"
             )
-        paths = [inside(sae_id, name) for name in (*names, *optional)]
-        return self.fetch([path for path in paths if path in self.files], again) / sae_id
+        for path in (inside(sae_id, name) for name in (*optional, *names)):
+            if path in self.files:
+                local = self.fetch(path)
+        return local.parent
 
-    def fetch(self, paths: Sequence[str], again: bool = False) -> Path:
-        """The folder of the cache with these files; those that it lacks are downloaded, or all of
-        them ``again``. Raises LlmWsaeError if one is too large for its kind, or as ``hub_errors``.
+    def fetch(self, path: str) -> Path:
+        """A file in the local cache, downloaded if necessary and compared with its checksum.
+
+        Raises LlmWsaeError if it is too large for its kind, cannot be fetched or arrives damaged.
         """
-        for path in paths:
-            size, limit = getattr(self.files[path], "size", 0), _LARGEST.get(Path(path).suffix)
-            if limit is not None and size > limit:
-                raise LlmWsaeError(
-                    f"{path} of {self._here} is not read: it has {size:,} bytes, but at most "
-                    f"{limit:,} are possible"
-                )
-        if self.cached is not None:
-            return self.cached
+        remote, limit = self.files[path], _LARGEST.get(PurePosixPath(path).suffix)
+        if limit is not None and remote.size > limit:
+            raise LlmWsaeError(
+                f"{path} of {self._here} is not read: it has {remote.size:,} bytes, but at most "
+                f"{limit:,} are possible"
+            )
+        root = _cache_folder(self.repo_id)
+        link = root / "snapshots" / self.commit / path
+        if self.is_cached:
+            return link
         with hub_errors(self.repo_id, self.revision):
-            patterns = [glob.escape(path) for path in paths]
-            given: dict[str, Any] = {"allow_patterns": patterns, "force_download": again}
-            return Path(snapshot_download(self.repo_id, revision=self.revision, **given))
+            if not remote.is_same_as(link):
+                blob = root / "blobs" / str(remote.digest)
+                blob.parent.mkdir(parents=True, exist_ok=True)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                with open(root / ".llm-wsae.lock", "a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # held until it is closed
+                    if not remote.is_same_as(blob):
+                        self._download(path, remote, blob)
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(os.path.relpath(blob, link.parent))
+            if self.revision != self.commit:  # so that the cache can answer offline
+                ref = root / "refs" / (self.revision or "main")
+                with contextlib.suppress(OSError):
+                    ref.parent.mkdir(parents=True, exist_ok=True)
+                    ref.write_text(self.commit)
+        return link
+
+    def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
+        """Put a file's content at ``blob``; what a broken download left beside it is continued."""
+        partial = blob.with_name(f"{blob.name}.incomplete")
+        url = f"{constants.ENDPOINT}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
+        with _UpTo(partial, remote.size, path) as file:
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                expected_size=remote.size,
+                displayed_filename=printable(path),
+            )
+        if not remote.is_same_as(partial):
+            partial.unlink()
+            raise LlmWsaeError(
+                f"{path} of {self._here} arrived damaged: its checksum is not the one that the Hub "
+                f"names; {_AGAIN}"
+            )
+        partial.replace(blob)
 
     @property
     def _here(self) -> str:
         name = f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
-        return f"the local cache of {name}" if self.cached else name
+        return f"the local cache of {name}" if self.is_cached else name
 
 
-def is_same(there: RepoFile | None, path: Path) -> bool:
-    """Whether a local file has the content of one on the Hub: by SHA-256 if that is large, by git's
-    id if it is small."""
-    if there is None or not path.is_file():
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == sha256(path)
-    return there.blob_id == git_hash(path.read_bytes())
+class _UpTo(io.FileIO):
+    """A file that is appended to, and refuses more than it should hold."""
+
+    def __init__(self, place: Path, size: int, path: str):
+        super().__init__(place, "ab")
+        self._size, self._path = size, path
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._size:
+            raise LlmWsaeError(
+                f"the Hub ({constants.ENDPOINT}) sends more for {self._path} than the "
+                f"{self._size:,} bytes that it lists, so it is not read"
+            )
+        return super().write(data)
+
+
+def commit_of(value: Any) -> str:
+    """The value, which must be the id of a commit: it becomes the name of a folder."""
+    if not (isinstance(value, str) and COMMIT.fullmatch(value)):
+        raise ValueError(f"{shown(value)} is not the id of a commit")
+    return value
+
+
+def _entry(repo_id: str, said: RepoFile) -> tuple[str, RemoteFile]:
+    digest = said.blob_id if said.lfs is None else said.lfs.sha256
+    if type(said.size) is not int or said.size < 0 or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"its list of files has {shown(vars(said))}")
+    if not all(map(_PART.fullmatch, said.path.split("/"))):
+        raise LlmWsaeError(
+            f"{repo_id} names a file {shown(said.path)}, which cannot be put into a folder safely, "
+            "so nothing of it is read"
+        )
+    return said.path, RemoteFile(said.size, digest)
+
+
+def _cache_folder(repo_id: str) -> Path:
+    name = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
 
 
 def inside(sae_id: str, name: str) -> str:
@@ -208,13 +296,19 @@ def inside(sae_id: str, name: str) -> str:
 
 def _cached(repo_id: str, revision: str | None) -> Repository | None:
     """What the local cache has of a revision."""
-    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
-    named = root / "refs" / (revision or "main")
-    commit = named.read_text().strip() if named.is_file() else revision or "none"
-    folder = root / "snapshots" / commit
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    files = dict.fromkeys(path.relative_to(folder).as_posix() for path in found)
-    return Repository(repo_id, revision, files, folder) if files else None
+    root = _cache_folder(repo_id)
+    try:
+        named = root / "refs" / (revision or "main")
+        commit = commit_of(named.read_text().strip() if named.is_file() else revision)
+        folder = root / "snapshots" / commit
+        files = {
+            path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size, None)
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+    except (OSError, ValueError):
+        return None
+    return Repository(repo_id, revision, commit, files, is_cached=True) if files else None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from llm_wsae.artifact.artifact import check_file, is_record_of
 from llm_wsae.artifact.files import folder_lock, read_json
 from llm_wsae.artifact.provenance import write_record
-from llm_wsae.dictionary.atomic_folder import clear_up
+from llm_wsae.dictionary.atomic_folder import restore
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
@@ -44,14 +44,13 @@ from llm_wsae.dictionary.folder import (
 )
 from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card import card
-from llm_wsae.dictionary.hub.repository import FILES, Repository, hub_errors, is_same
+from llm_wsae.dictionary.hub.repository import COMMIT, FILES, Repository, commit_of, hub_errors
 from llm_wsae.dictionary.info import DictionaryInfo, Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.outside import check_revision, mapping
 
 _README = "README.md"
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
 RECORD = "pull.json"
 """The record of the command, next to the dictionaries."""
@@ -94,15 +93,14 @@ def push(
     local = _local_dictionaries(folders)
     with hub_errors(repo_id, revision):
         head, is_new = _prepare(repo_id, private, revision)
-        remote = Repository.listed(repo_id, None if is_new else revision)
+        remote = Repository.at(repo_id, revision, head)
     theirs = _their_facts(local, remote)
     with tempfile.TemporaryDirectory() as place:
         staged = {name: _staged(name, local[name], remote, Path(place)) for name in local}
         known = theirs | {name: _facts(name, folder) for name, folder in staged.items()}
         old = ""
         if _README in remote.files:
-            own = remote.fetch([_README]) / _README
-            old = own.read_text(encoding="utf-8", errors="replace")
+            old = remote.fetch(_README).read_text(encoding="utf-8", errors="replace")
         ordered = [known[name] for name in sorted(known)]
         new = card(repo_id, ordered, old=old, license=license, revision=revision)
         changed: dict[str, Path | bytes | None] = {} if new == old else {_README: new.encode()}
@@ -120,7 +118,8 @@ def push(
                 revision=revision,
                 parent_commit=head,
             )
-        return Pushed(str(done.commit_url), done.oid, list(local), sorted(changed))
+            commit = commit_of(done.oid)
+        return Pushed(str(done.commit_url), commit, list(local), sorted(changed))
 
 
 def folder_name(info: DictionaryInfo) -> str:
@@ -162,30 +161,31 @@ def _prepare(repo_id: str, private: bool, revision: str | None) -> tuple[str, bo
             "another name, or make it private in its settings"
         )
     if revision is None:
-        return str(main.sha), False
+        return commit_of(main.sha), False
     refs = api.list_repo_refs(repo_id)
     heads = {one.name: one.target_commit for one in refs.branches}
     if revision in heads:
-        return heads[revision], False
-    if _COMMIT.fullmatch(revision) or revision in [one.name for one in refs.tags]:
+        return commit_of(heads[revision]), False
+    if COMMIT.fullmatch(revision) or revision in [one.name for one in refs.tags]:
         raise UsageError(
             f"{revision} is not a branch of {repo_id}, so nothing can be pushed to it; "
             f"{nearest('', heads)}"
         )
-    return str(main.sha), True
+    return commit_of(main.sha), True
 
 
 def _staged(sae_id: str, folder: Path, remote: Repository, place: Path) -> Path:
     """The folder, or, where others described the same weights, a copy below ``place`` that also
     holds what others measured and said; what is known here counts more."""
     weights, info, said = (f"{sae_id}/{name}" for name in (WEIGHTS, INFO, EXPLANATIONS))
-    if info not in remote.files or not is_same(remote.files.get(weights), folder / WEIGHTS):
+    same = weights in remote.files and remote.files[weights].is_same_as(folder / WEIGHTS)
+    if not same or info not in remote.files:
         return folder
-    theirs = remote.fetch([path for path in (info, said) if path in remote.files]) / sae_id
+    theirs = [remote.fetch(path).parent for path in (info, said) if path in remote.files]
     copy = place / sae_id
     copy_folder(folder, copy)
     with contextlib.suppress(LlmWsaeError):  # what is damaged there is replaced
-        _add_what_is_new(theirs, copy)
+        _add_what_is_new(theirs[0], copy)
     return copy
 
 
@@ -195,7 +195,8 @@ def _changed(sae_id: str, folder: Path, remote: Repository) -> dict[str, Path | 
     changed: dict[str, Path | bytes | None] = {}
     for name in (*FILES, EXPLANATIONS):
         path = f"{sae_id}/{name}"
-        if (folder / name).is_file() and not is_same(remote.files.get(path), folder / name):
+        there = remote.files.get(path)
+        if (folder / name).is_file() and not (there and there.is_same_as(folder / name)):
             changed[path] = folder / name
     said = f"{sae_id}/{EXPLANATIONS}"
     if said in remote.files and said not in changed and f"{sae_id}/{WEIGHTS}" in changed:
@@ -277,7 +278,7 @@ def pull(
 def _is_there(source: Path, folder: Path, ours: list[Any]) -> bool:
     """Whether the folder holds the dictionary of ``source``; raises LlmWsaeError if it holds one
     that may not be replaced: only ``ours`` may, which were pulled from the same repository."""
-    clear_up(folder)
+    restore(folder)
     here, there = _digests(folder), _digests(source)
     if not here:
         return False
@@ -318,10 +319,7 @@ def _own_layout(repository: Repository, name: str) -> Iterator[Path]:
     """The folder of a dictionary in the cache, checked; a foreign one is converted, into another
     folder."""
     source = repository.dictionary_folder(name)
-    try:
-        read = reading.read(source)
-    except LlmWsaeError:  # what is in the cache may be damaged
-        read = reading.read(repository.dictionary_folder(name, again=True))
+    read = reading.read(source)
     if repository.layouts[name] is None:
         yield source
         return

@@ -1,8 +1,9 @@
-"""What can go wrong with the Hub or a repository there: each failure is one sentence without a
-token, leaves repository and disk as they were, and is over when its cause is."""
+"""What can go wrong with the Hub, and what a hostile one can try: each failure is one sentence
+without a token, leaves repository and disk as they were, and is over when its cause is."""
 
+import contextlib
 import dataclasses
-import shutil
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -11,10 +12,11 @@ from command_line import call, content
 from hub_fixtures import REPO, head, sentence
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
+from looping import over
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.hub.transfer import pull, push
+from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 HERE = f"{SITE}/plain-k4"
@@ -72,7 +74,7 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
         Dictionary.from_pretrained("user/never-seen")
     assert "HF_HUB_OFFLINE is set" in sentence(error) and "user/never-seen" in sentence(error)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.fail("GET", "/api/models/", 503, times=99)
+    hub.fail("GET", "/api/models/", 503, times=2)
     assert torch.equal(Dictionary.from_pretrained(REPO, HERE).W_enc, wanted.W_enc)
     with pytest.raises(LlmWsaeError, match="the Hub answered with status 503"):
         Dictionary.from_pretrained("user/never-seen")
@@ -85,8 +87,8 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
 
 
 BREAKS = (  # method, path, status, code, the sentence
-    ("GET", "user/saes(/tree/main)?$", 404, "RepoNotFound", "on the Hub that you may see; check"),
-    ("GET", "user/saes(/tree/main)?$", 401, "", "does not accept your token, or needs one"),
+    ("GET", "/api/models/user/saes$", 404, "RepoNotFound", "on the Hub that you may see; check"),
+    ("GET", "/api/models/user/saes$", 401, "", "does not accept your token, or needs one"),
     ("GET", "/tree/", 403, "GatedRepo", "is gated: accept its terms"),
     ("POST", "/preupload/", 503, "", "the Hub answered with status 503"),
     ("POST", "/objects/batch", 500, "", "the Hub answered with status 500"),
@@ -148,16 +150,17 @@ def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
     assert content(tmp_path / "out") == before
 
 
-def test_what_is_damaged_in_the_cache_is_fetched_again(there, plain, tmp_path):
-    (folder,) = pull(REPO, tmp_path / "out").values()
-    for path in (tmp_path / "home").rglob("blobs/*"):
-        path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(LlmWsaeError, match="pull it again"):
-        Dictionary.from_pretrained(REPO)
-    shutil.rmtree(folder)
-    pull(REPO, tmp_path / "out")
-    assert content(folder) == content(plain)
-    assert torch.equal(Dictionary.from_pretrained(REPO).W_enc, Dictionary.load(plain).W_enc)
+@over(pattern=[r"/storage/", r"/resolve/.*/cfg.json"])
+def test_a_file_damaged_on_its_way_is_noticed_and_fetched_again(
+    there, plain, tmp_path, monkeypatch, pattern
+):
+    there.use(monkeypatch, tmp_path / f"home {len(pattern)}", WRITER)  # an empty cache
+    out = tmp_path / f"out {len(pattern)}"
+    there.corrupt("GET", pattern)
+    with pytest.raises(LlmWsaeError, match=r"arrived damaged.*run the same command again"):
+        pull(REPO, out)
+    assert not out.exists()
+    assert content(*pull(REPO, out).values()) == content(plain)
 
 
 # Requests that cannot be
@@ -213,7 +216,75 @@ def test_what_cannot_be_pushed(hub, plain, tmp_path):
     assert hub.requests == []  # all of it was found out here
 
 
-# A repository that means harm
+# A server or a repository that means harm
+
+
+def lying(headers=None, sha=None, body=None, size=None):
+    """A twist of a server that wants a file of the user's: its path, or the bytes that it sends."""
+
+    def twist(path, answer):
+        if sha and path == f"/api/models/{REPO}":
+            answer.body = json.dumps(json.loads(answer.body) | {"sha": sha}).encode()
+        if size is not None and "/tree/" in path:
+            entries = json.loads(answer.body)
+            answer.body = json.dumps([one | {"size": size} for one in entries]).encode()
+        if "/resolve/" in path or "/storage/" in path:
+            answer.headers |= headers or {}
+            answer.body = body or answer.body
+
+    return twist
+
+
+@over(way=["etag", "sha"], exists=[False, True], damaged=[False, True])
+def test_a_server_names_no_file_outside(there, plain, tmp_path, way, exists, damaged):
+    """By the ETag or the revision, which the client makes names of files in its cache."""
+    target = tmp_path / "home" / "sitecustomize.py"
+    target.parent.mkdir(exist_ok=True)
+    target.unlink(missing_ok=True)
+    if exists:
+        target.write_text("mine")
+    repository = there.repositories[REPO]
+    repository.tags[str(target)] = repository.branches["main"]  # so it answers for that, too
+    quoted = {"ETag": f'"{target}"', "X-Linked-Etag": f'"{target}"'}
+    there.twist = lying(
+        quoted if way == "etag" else None,
+        str(target) if way == "sha" else None,
+        b"import os" if damaged else None,
+    )
+    for action in (
+        lambda: list_dictionaries(REPO),
+        lambda: pull(REPO, tmp_path / "out"),
+        lambda: Dictionary.from_pretrained(REPO),
+        lambda: push([plain], REPO),
+    ):
+        with contextlib.suppress(LlmWsaeError):
+            action()
+        left = {name for name in content(target.parent) if name[:4] != "hub/"}
+        assert left == ({target.name} if exists else set())
+        assert not exists or target.read_text() == "mine"
+
+
+def test_a_download_ends_at_the_size_that_was_listed(there, refused):
+    def more():
+        for sent in range(100):
+            most.append(sent)
+            yield b" " * (1 << 20)
+
+    most: list[int] = []
+    there.twist = lying(body=more())
+    assert "sends more for" in refused() and max(most) < 40  # MiB; what the connection holds
+    there.twist = lying(size=2**50)
+    assert "is not read: it has 1,125,899,906,842,624 bytes" in refused()
+
+
+def test_a_list_without_an_end_is_not_read(there, refused):
+    def twist(path, answer):
+        if "/tree/" in path:
+            answer.headers["Link"] = f'<{there.endpoint}{path}?cursor=7>; rel="next"'
+            answer.body = b"[" + b",".join([answer.body[1:-1]] * 12_000) + b"]"
+
+    there.twist = twist
+    assert "lists files without an end" in refused()
 
 
 PATHS = ("../evil.json", "/etc/evil.json", f"{SITE}/../../evil", "a//b", "./a", "a\\..\\b", "c:x",
@@ -262,8 +333,7 @@ def test_someone_elses_nonsense_does_not_stop_a_push(there, weighted, capfd):
 
 def test_a_traceback_shows_no_token(there, monkeypatch):
     def twist(path, answer):
-        answer.status, answer.body = 418, b"{}"
-        answer.headers["X-Error-Message"] = f"\x1b[2J {token} of yours"
+        answer.status, answer.headers["X-Error-Message"] = 418, f"\x1b[2J {token} of yours"
 
     there.twist = twist
     for token in (WRITER, "a-mirrors-own-token"):
