@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import HARVEST, SITE, call, content, works
+from command_line import SITE, call, works
 from fuzzing import frozen
 from safetensors.torch import save_file
 from training_cases import CONFIG, Planted, arms_for
@@ -19,7 +19,6 @@ from llm_wsae.artifact.files import (
     check_json,
     json_text,
     load_own_tensors,
-    read_own_json,
     save_own_tensors,
     write_json,
 )
@@ -227,25 +226,6 @@ def test_rows_are_compared_once_when_they_are_first_read(world):
             read()
 
 
-def test_a_damaged_store_is_mended_by_the_same_harvest(world):
-    store = world / "store"
-    before = content(store)
-    lost = [f"{SITE}/{name}.safetensors" for name in ("00001", "statistics")]
-    lost.append("tokens/00003.safetensors")
-    for name in lost:
-        (store / name).unlink()
-    said = call("verify", store).err
-    assert all(name in said for name in lost) and "run the same harvest again" in said
-    with pytest.raises(LlmWsaeError, match=r"is missing; delete it, if it is there, and run"):
-        ActivationStore.open(store).contexts(3)
-    works("harvest", "--model", world / "model", "--corpus", world / "text.jsonl", *HARVEST,
-          "--dtype", "float32", "--out", store)  # fmt: skip
-    after = content(store)
-    assert {n: d for n, d in after.items() if n != "harvest.json"} == {
-        n: d for n, d in before.items() if n != "harvest.json"
-    }
-
-
 # --- verify
 
 
@@ -308,12 +288,3 @@ def test_verify_finds_what_was_exchanged_or_is_missing(world):
     shutil.copytree(other, trained)
     said = call("verify", world / "trained").err
     assert "uniform-k4/sae_weights.safetensors is damaged: its checksum does not match" in said
-
-
-def test_what_an_older_version_wrote_is_refused_in_a_sentence(world):
-    for name, kind in (("store/manifest.json", "activation store"),
-                       ("trained/training.json", "training")):  # fmt: skip
-        value = read_own_json(world / name, "record")
-        write_json(world / name, {"package_version": "0.2.0", **value["request"]})
-        said = call("verify", (world / name).parent)
-        assert said.code == 1 and f"{kind} as this version writes it" in said.err

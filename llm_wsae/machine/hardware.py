@@ -1,6 +1,6 @@
-"""The device to use, its faster products, its memory, and numbers read without waiting for the
-device."""
+"""The device to use, its faster products, its memory, and numbers read without waiting for it."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -19,43 +19,30 @@ from llm_wsae.outside import from_environment
 def choose_device(name: str = "auto") -> torch.device:
     """A device by name; ``auto`` takes cuda, then mps, then cpu.
 
-    Processes started by ``torchrun`` each take one of their machine's GPUs, in turn.
-
-    Raises UsageError when this machine lacks the named device.
+    Processes started by ``torchrun`` each take one of their machine's GPUs, in turn. Raises
+    UsageError when this machine lacks the named device.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    mps = int(torch.backends.mps.is_available())
+    counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
     if name == "auto":
-        name = next(kind for kind, here in available.items() if here)
-    if not _is_there(name, available):
-        here = ", ".join(kind for kind, ok in available.items() if ok)
-        count = f" ({torch.cuda.device_count()} of them)" if available["cuda"] else ""
-        raise UsageError(f"there is no device {name!r} on this machine; it has {here}{count}")
+        name = next(kind for kind, count in counts.items() if count)
+    device = None
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+    if device is None or (device.index or 0) >= counts.get(device.type, 0):
+        here = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        raise UsageError(f"there is no device {name!r} on this machine; it has {here}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         number = from_environment("LOCAL_RANK", 0, 1 << 16)
-        return torch.device("cuda", number % torch.cuda.device_count())
-    return torch.device(name)
-
-
-def _is_there(name: str, available: dict[str, bool]) -> bool:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return False
-    counts = {"cuda": torch.cuda.device_count()}
-    return available.get(device.type, False) and (device.index or 0) < counts.get(device.type, 1)
+        return torch.device("cuda", number % counts["cuda"])
+    return device
 
 
 @cache
 def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies faster on this CPU than what torch chooses by itself.
-
-    In bfloat16 that is oneDNN, too, but it lays the weights out anew for each product. In float32
-    it is MKL, which leaves out half of a vector's width on AMD's processors.
-    """
+    """Whether oneDNN multiplies faster on this CPU than what torch chooses by itself: in bfloat16
+    that is oneDNN, too, but it lays the weights out anew for each product; in float32 it is MKL,
+    which leaves out half of a vector's width on AMD's processors."""
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     if not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return False
@@ -80,11 +67,8 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 class DeferredScalar:
-    """A number that a device is still computing, requested now and read when it is needed.
-
-    Reading waits for the work queued before the request, not for work queued since. If there is
-    some, the device is never idle.
-    """
+    """A number that a device is still computing, requested now and read when it is needed. Reading
+    waits for the work queued before the request, not for work queued since."""
 
     def __init__(self, number: Tensor):
         self._number = number.detach().to("cpu", non_blocking=number.is_cuda)

@@ -1,4 +1,4 @@
-"""Which number format a device multiplies faster: measured, not read from a flag.
+"""Which number format a device multiplies faster.
 
 Some processors have bfloat16 instructions and still multiply float32 faster. So each kind of
 product is timed in both formats, once a process, in about a tenth of a second of one thread. A
@@ -71,8 +71,8 @@ def _on_cpu(kind: Kind) -> tuple[torch.dtype, str]:
 
 @cache
 def product_seconds() -> dict[str, Seconds]:
-    """How long one thread computes each product in float32 and in bfloat16: the least of some
-    repeats, between which the products take turns."""
+    """How long one thread computes each product in both formats: the least of some repeats, between
+    which the products take turns."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

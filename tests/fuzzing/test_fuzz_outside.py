@@ -51,18 +51,16 @@ OPTIONS = {
     name: re.findall(r"--(?!live)[\w.-]+", rest)  # it would serve without an end
     for name, rest in re.findall(r"^(\w+)\n(.*?)(?=^\w|\Z)", FLAGS.read_text(), re.M | re.S)
 }
-NUMBERS = ("0", "1", "2", "7", "64", "1000", "-1", "-64", "0.5", "1.5", "-0.25", "1e-9", "1e15",
-           "1000000", "4294967296", "1000000000000", "10" * 9, "9" * 5000, "nan", "inf", "-inf",
-           "1e400", "0x10", "1_000")  # fmt: skip
+NUMBERS = ("0", "1", "7", "1000", "-1", "0.5", "1.5", "-0.25", "1e-9", "1e15", "4294967296",
+           "10" * 9, "9" * 5000, "nan", "-inf", "1e400", "0x10", "1_000")  # fmt: skip
 VALUES = (
-    "", " ", "٣", "true", "None", "null", "[1,2]", "{}", ".", "~nosuch/x",
-    "/dev/null", "/dev/full", "/dev/zero", "/proc/self/mem", "/proc/1/environ", "x" * 300,
-    "a\nb", "a\x1b[2Jb", "‮gnp", "a\0b", "\udcff", "*", "$(id)", "`id`", "; id", "model", "store",
-    "trained", "trained/uniform-k4", "text.jsonl", "model/model.safetensors", "store/manifest.json",
-    "loop", "fifo", "empty", "nothing", "link", "binary", "text.jsonl+", "+", "user/saes", "gpt2",
-    "blocks.9.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.-1.hook_resid_post", "uniform",
-    "whitening", "permuted:variance", "rotated:whitening", "cuda", "cuda:99", "meta", "float8",
-    "topk", "jumprelu", "http://[", "http://u:p@x/v1", "file:///etc/passwd", "main", "é" * 200,
+    "", " ", "٣", "true", "null", "[1,2]", ".", "~nosuch/x", "/dev/null", "/dev/full", "/dev/zero",
+    "/proc/self/mem", "x" * 300, "a\nb", "a\x1b[2Jb", "‮gnp", "a\0b", "\udcff", "$(id)", "model",
+    "store", "trained", "trained/uniform-k4", "text.jsonl", "model/model.safetensors",
+    "store/manifest.json", "loop", "fifo", "empty", "nothing", "link", "binary", "text.jsonl+",
+    "user/saes", "gpt2", "blocks.9.hook_resid_post", "blocks.-1.hook_resid_post", "uniform",
+    "whitening", "permuted:variance", "rotated:whitening", "cuda:99", "meta", "float8", "topk",
+    "http://[", "http://u:p@x/v1", "file:///etc/passwd", "main",
 )  # fmt: skip
 
 
@@ -185,10 +183,10 @@ def spoilt(path: Path, how: str) -> Iterator[None]:
 
 
 READS = ("text.jsonl", "model", "model/config.json", "model/model.safetensors",
-         "model/tokenizer.json", "store", "store/manifest.json", f"store/{SITE}",
-         f"store/{SITE}/00001.safetensors", f"store/{SITE}/statistics.safetensors",
-         "store/tokens/00000.safetensors", "trained", "trained/uniform-k4",
-         "trained/uniform-k4/cfg.json", "trained/uniform-k4/wsae.safetensors")  # fmt: skip
+         "model/tokenizer.json", "store", "store/manifest.json", f"store/{SITE}/00001.safetensors",
+         f"store/{SITE}/statistics.safetensors", "store/tokens/00000.safetensors", "trained",
+         "trained/uniform-k4", "trained/uniform-k4/cfg.json",
+         "trained/uniform-k4/wsae.safetensors")  # fmt: skip
 WAYS = ("gone", "folder", "empty", "loop", "fifo", "forbidden")
 OUTS = ("empty/x", "nothing", "store", "model", "trained", "trained/uniform-k4", "text.jsonl",
         "model/config.json", "/proc/x", "/dev/null", "/dev/full", "loop", "loop/x", "link", "fifo",
