@@ -30,7 +30,8 @@ def choose_device(name: str = "auto") -> torch.device:
     with contextlib.suppress(RuntimeError):
         device = torch.device(name)
     if device is None or (device.index or 0) >= counts.get(device.type, 0):
-        here = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        here = ", ".join(kind for kind, count in counts.items() if count)
+        here += f" ({counts['cuda']} of them)" if counts["cuda"] else ""
         raise UsageError(f"there is no device {name!r} on this machine; it has {here}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         number = from_environment("LOCAL_RANK", 0, 1 << 16)
