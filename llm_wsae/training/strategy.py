@@ -55,10 +55,6 @@ class Strategy:
     def __init__(self, processes: Processes | None = None):
         self.processes = processes or Processes()
 
-    def agree(self, want: int) -> int:
-        """The largest of what all processes want."""
-        return want
-
     def own_latents(self, d_sae: int) -> range:
         """The latents that this process holds."""
         return range(d_sae)
@@ -86,9 +82,13 @@ class Strategy:
         """The largest value of every latent, from the largest in this process's rows."""
         return values
 
+    def agree(self, want: int) -> int:
+        """The largest of what all processes want."""
+        return want
+
     def all_agree(self, yes: bool) -> bool:
         """Whether all processes say yes."""
-        return yes
+        return not self.agree(not yes)
 
     def topk(self, codes: Codes, k: int) -> RaggedCodes:
         """The k largest of every row among this process's latents, given its own k largest."""
@@ -127,9 +127,6 @@ class _SeveralProcesses(Strategy):
 
     def minimum(self, value: Tensor) -> Tensor:
         return self._collectives.min_(value.clone())
-
-    def all_agree(self, yes: bool) -> bool:
-        return bool(self.minimum(torch.tensor(int(yes))))
 
     def batch_topk(
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
