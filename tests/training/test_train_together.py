@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from command_line import PAIR, TRAIN, content, make_world, works
-from several import ROOT, launched, run, torchrun
+from command_line import TRAIN, content
+from several import ROOT, launched, run
 from training_cases import CONFIG, Planted, arms_for, check_same, log_of
 
 from llm_wsae.artifact.files import load_tensors
@@ -188,33 +188,12 @@ def of_own_rate(out):
     return make(out, replace(SHORT, learning_rate=[0.1, 0.2][int(os.environ["RANK"])]), FEW)
 
 
-# --- The command
+# --- The command, of which test_two_machines.py trains a whole dictionary
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-def test_the_command_under_torchrun(world, tmp_path):
-    """From a store, of which each process reads its rows only."""
-    out, alone = tmp_path / "out", tmp_path / "alone"
-    words = ("train", world / "store", *TRAIN, *PAIR, "--k", 4)
-    works(*words, "--out", alone)
-    done = torchrun(2, *words, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("uniform-k4") == 1 and "train 2 arms: 100%" in done.stderr
-    assert done.stderr.count("train 2 arms:   0%") == 1
-    assert content(out).keys() == content(alone).keys()
-    for name in ("uniform-k4", "variance-a0.5-k4"):
-        found, expected = Dictionary.load(out / name), Dictionary.load(alone / name)
-        torch.testing.assert_close(found.W_enc, expected.W_enc, rtol=CLOSE, atol=CLOSE)
-        assert found.info.training["command"].startswith("llm-wsae train")
-
-
-def test_interrupting_the_launcher_saves_and_says_so_once(world, tmp_path):
+def test_interrupting_the_launcher_saves_and_says_so_once(made_world, tmp_path):
     out = tmp_path / "out"
-    words = ("train", world / "store", *TRAIN, "--k", 4, "--tokens", 256 * 50_000, "--out", out,
+    words = ("train", made_world / "store", *TRAIN, "--k", 4, "--tokens", 10**7, "--out", out,
              "--checkpoint-seconds", 0, "--shard", "latents")  # fmt: skip
     command = subprocess.Popen(launched(2, *words), stderr=subprocess.PIPE, text=True, cwd=ROOT)
     deadline = time.monotonic() + 300
