@@ -16,7 +16,6 @@ import torch
 from looping import over
 from places import ROOT
 from training_cases import (
-    ARCHITECTURES,
     CONFIG,
     CPU,
     NAMES,
@@ -170,7 +169,6 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
     assert only.identity()["architecture"] == only.settings()["architecture"] == "relu"
     for wrong, said in (
         (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
-        (lambda: make_arms([gamma], (4,), (-1.0,)), "l1 is -1.0, but must be at least 0"),
         (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu takes an L1 coefficient, not k"),
         (lambda: ArmConfig(gamma, l1=0.1), "topk takes k, not an L1 coefficient; relu takes"),
         (lambda: ArmConfig(gamma, 4, 0.1), "topk takes k, not an L1 coefficient; relu takes"),
@@ -181,15 +179,6 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
     ):
         with pytest.raises(UsageError, match=said):
             wrong()
-
-
-@over(architecture=ARCHITECTURES)
-def test_impossible_k(architecture):
-    gamma = LossWeights(torch.ones(16), RULES["uniform"])
-    for k, said in ((0, "k must be at least 1"), (65, "more than the dictionary's 64 latents")):
-        with pytest.raises(UsageError, match=said):
-            Arm(ArmConfig(gamma, k=k, architecture=architecture), 16, 64, CPU)
-    Arm(ArmConfig(gamma, k=64, architecture=architecture), 16, 64, CPU)
 
 
 PAGE = ROOT / "docs/adding-an-architecture.md"
