@@ -368,7 +368,8 @@ def _built() -> Path:
     for own in (folder.parent, folder):
         own.mkdir(0o700, parents=True, exist_ok=True)
     _check_private(root, folder.parent, folder)
-    if not target.is_file():
+    # one of another owner was put there while others could write to the folder
+    if not target.is_file() or target.stat().st_uid != os.geteuid():
         write_atomic(target, lambda partial: _compile(compiler, partial))
     return target
 
