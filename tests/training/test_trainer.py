@@ -221,18 +221,21 @@ def test_a_folder_in_use_is_refused(trained, tmp_path):
         train(source, two_arms(source), CONFIG, tmp_path)
 
 
-def test_rows_that_nothing_can_be_learnt_from_are_refused_before_a_folder_is_made(tmp_path):
-    """Other mistakes are in commands/test_bad_input.py."""
-    still, endless, out = Planted(), Planted(), tmp_path / "out"
+def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path):
+    source, still, endless, out = Planted(), Planted(), Planted(), tmp_path / "out"
     still.rows = torch.ones_like(still.rows)
     endless.rows = endless.rows * 1e18
-    arms = make_arms([LossWeights(torch.ones(16))], ks=(4,))
-    for rows, said in (
-        (still, "nothing to learn: apart from a few, the rows do not vary"),
-        (endless, "most rows are longer than 1e"),
+    arms, short = two_arms(source), make_arms([LossWeights(torch.ones(9))], ks=(4,))
+    for rows, wanted, said in (
+        (source, [], "there is nothing to train: give at least one rule"),
+        (source, arms * 2, "the arms must be different, but uniform-k4 is listed twice"),
+        (source, arms_for(source, ks=(65,)), r"k = 65 .* than the dictionary's 64 latents"),
+        (source, short, "for 9 dimensions, but the site has 16; make them from"),
+        (still, arms, "nothing to learn: apart from a few, the rows do not vary"),
+        (endless, arms, "most rows are longer than 1e"),
     ):
         with pytest.raises(LlmWsaeError, match=said):
-            train(rows, arms, CONFIG, out)
+            train(rows, wanted, CONFIG, out)
     assert not out.exists()
 
 

@@ -31,9 +31,21 @@ from llm_wsae.weights.rules import OWN, RULES, Rule, RuleInputs
 SPACE = WeightConfig(place="space")
 
 
-def test_annealing_is_a_share_of_the_steps():
-    with pytest.raises(UsageError, match="a share of the steps, from 0 to 1"):
-        WeightConfig(anneal=1.5)
+def test_settings_that_cannot_be():
+    for more, sentence in [
+        ({"clip": 0.5}, "clip must be a factor of at least 1, not 0.5"),
+        ({"anneal": 1.5}, "a share of the steps"),
+        ({"anneal": 0.5, "place": "space"}, "only weights in the loss can be annealed"),
+    ]:
+        with pytest.raises(UsageError, match=sentence):
+            WeightConfig(**more)
+    for gamma, form, other in (
+        (torch.eye(4), "matrix", "diagonal"),
+        (torch.ones(4), "diagonal", "matrix"),
+    ):
+        assert LossWeights(gamma, config=WeightConfig(form=form)).config.form == form
+        with pytest.raises(UsageError, match=f"given in, {form}, not {other}; leave form at"):
+            LossWeights(gamma, config=WeightConfig(form=other))
 
 
 def test_names_and_labels():
@@ -106,6 +118,9 @@ def test_bad_files_are_refused(tmp_path):
         with pytest.raises(LlmWsaeError, match=sentence):
             LossWeights.load(path)
 
+    refused("there is no .* weights file")
+    save_file({"gamma": torch.tensor([1.0, torch.nan])}, path)
+    refused("the weights must be finite")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, path)
     refused("a weights file has one, 'gamma'")
     for wrong in (torch.ones(2, 3), torch.ones(2, 2, 2), torch.ones(2).int()):
@@ -179,6 +194,8 @@ def test_powers_of_a_matrix(inputs):
 
 def test_powers_that_lead_into_no_space_are_refused(inputs):
     for rule in ("variance", "whitening"):
+        with pytest.raises(UsageError, match="alpha is nan, but must be a number"):
+            weights_from_rule(rule, torch.nan, inputs)
         for alpha in (1e6, -1e15):
             with pytest.raises(UsageError, match=r"weights vanish on 3 of 4 dimensions; choose"):
                 weights_from_rule(rule, alpha, inputs)
@@ -264,6 +281,7 @@ def test_own_weights_are_normalised(statistics):
 def test_bad_own_weights_are_refused(statistics):
     for gamma, config, sentence in [
         (torch.tensor([1.0, 1, 1, -1]), WeightConfig(), "finite and not negative"),
+        (torch.tensor([1.0, 1, 1, torch.nan]), WeightConfig(), "finite and not negative"),
         (torch.zeros(4), WeightConfig(), "leave no dimension in the loss"),
         (torch.zeros(4, 4), WeightConfig(), "leave no dimension in the loss"),
         (torch.ones(4, 4), SPACE, "no space to train in; set clip"),
