@@ -25,7 +25,7 @@ from llm_wsae.outside import from_environment
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, distributed
+    from torch import Tensor
     from tqdm import tqdm
 
 T = TypeVar("T")
@@ -39,12 +39,11 @@ _LINGER_SECONDS = 5.0  # for the sentence of a lost process to arrive
 
 
 class Processes:
-    """All processes of this run; this class is the ordinary case of one process."""
+    """All processes of this run: one, or several that are connected by their launcher's key-value
+    store."""
 
-    rank = 0
-    """Number of this process."""
-    size = 1
-    """Number of processes."""
+    def __init__(self, store: Any = None, rank: int = 0, size: int = 1):
+        self.rank, self.size, self._store = rank, size, store
 
     @property
     def leads(self) -> bool:
@@ -55,18 +54,34 @@ class Processes:
     def together(self) -> Iterator[None]:
         """A piece of work that all processes start and end together. An error in one process ends
         it for all: the others raise the same sentence, with its exit code, when they next wait."""
-        yield
+        try:
+            self.meet()
+            yield
+            self.meet()
+        except BaseException as error:
+            if self.size > 1:
+                self._leave(error)
+            raise
 
     def lead(self, work: Callable[[], T]) -> T:
         """Do the work on rank 0 only; all processes return its result."""
-        return work()
+        result: list[Any] = [work() if self.leads else None]
+        if self.size > 1:
+            with self.explained() as distributed:
+                distributed.broadcast_object_list(result, group=self._group)
+        return result[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
-        return [value]
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with self.explained() as distributed:
+                distributed.all_gather_object(values, value, group=self._group)
+        return values
 
     def meet(self) -> None:
         """Wait until all processes have called this."""
+        self.gather(None)
 
     def check_agreed(self, mine: dict[str, Any], what: str) -> None:
         """Raise LlmWsaeError, naming each difference, unless all processes have the same values,
@@ -83,72 +98,24 @@ class Processes:
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
         """Lock a folder for this run: no other may write there while a process of this one lives.
         Raises LlmWsaeError if another run has locked it."""
-        with files.folder_lock(folder, what):
-            yield
-
-
-class Several(Processes):
-    """Several processes, started by a launcher and connected by its key-value store."""
-
-    def __init__(self, store: "distributed.Store", rank: int, size: int):
-        self.rank, self.size, self._store = rank, size, store
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        from torch import distributed
-
-        try:
-            self.meet()
-            yield
-            self.meet()
-        except BaseException as error:
-            self._leave(error)
-            if group := self.__dict__.pop("_group", None):
-                distributed.destroy_process_group(group)  # wakes those that wait for this one
-            raise
-
-    def lead(self, work: Callable[[], T]) -> T:
-        from torch import distributed
-
-        result: list[Any] = [work() if self.leads else None]
-        with self.explained():
-            distributed.broadcast_object_list(result, group=self._group)
-        return result[0]
-
-    def gather(self, value: T) -> list[T]:
-        from torch import distributed
-
-        values: list[Any] = [None] * self.size
-        with self.explained():
-            distributed.all_gather_object(values, value, group=self._group)
-        return values
-
-    def meet(self) -> None:
-        self.gather(None)
-
-    @contextmanager
-    def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
         # Rank 0 takes the lock and then all share it, so that it is free only when the last of
         # them has ended, whichever is killed.
-        if self.leads:
-            with files.folder_lock(folder, what) as share:
+        if not self.leads:
+            self.meet()
+        with files.folder_lock(folder, what, shared=not self.leads) as share:
+            if self.leads:
                 share()
                 self.meet()
-                yield
-        else:
-            self.meet()
-            with files.folder_lock(folder, what, shared=True):
-                yield
-
-    def asks_first(self) -> bool:
-        """Whether this process is the first in the run to call this."""
-        return self._store.add("asked", 1) == 1
+            yield
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn the failure of an exchange with others into the error that another one left."""
+    def explained(self) -> Iterator[Any]:
+        """``torch.distributed`` for an exchange with others, whose failure becomes the error that
+        another one left."""
+        from torch import distributed
+
         try:
-            yield
+            yield distributed
         except RuntimeError as error:  # of torch.distributed
             try:
                 self._store.wait(["error"], timedelta(seconds=_LINGER_SECONDS))
@@ -173,19 +140,23 @@ class Several(Processes):
         return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def _leave(self, error: BaseException) -> None:
-        """Leave this error for the others, if it is the first."""
+        """Leave this error for the others, if it is the first, and wake those that wait."""
+        from torch import distributed
+
         sentence, code = f"process {self.rank} ended: {error!r}", LlmWsaeError.exit_code
         if isinstance(error, LlmWsaeError):
             sentence, code = str(error), error.exit_code
         with suppress(RuntimeError):  # the store has closed, and nobody could read this
             self._store.compare_set("error", "", json.dumps([sentence, code]))
+        if group := self.__dict__.pop("_group", None):
+            distributed.destroy_process_group(group)
 
 
 class Collectives:
     """Sums, minima and gathers of tensors over the processes, which must all make the same calls in
     the same order."""
 
-    def __init__(self, processes: Several, backend: str):
+    def __init__(self, processes: Processes, backend: str):
         from torch import distributed
 
         self.rank, self.size = processes.rank, processes.size
@@ -223,7 +194,7 @@ class Collectives:
 
 
 @contextmanager
-def collectives(processes: Several, device: "torch.device") -> Iterator[Collectives]:
+def collectives(processes: Processes, device: "torch.device") -> Iterator[Collectives]:
     """Connect all processes for tensors on ``device``, until the block ends or fails. Raises
     UsageError for one whose tensors cannot be exchanged, or if nothing says which GPU is this
     process's own."""
@@ -287,7 +258,7 @@ def join() -> Processes:
 
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=_JOIN))
-        return Several(distributed.PrefixStore("llm_wsae", store), rank, size)
+        return Processes(distributed.PrefixStore("llm_wsae", store), rank, size)
     except (RuntimeError, ValueError) as error:
         raise LlmWsaeError(
             f"the {count()} processes of this run did not find each other at "
@@ -300,7 +271,7 @@ def may_speak() -> bool:
     """Whether this process is the one that prints an error, for all of them."""
     try:
         processes = join()
-        return not isinstance(processes, Several) or processes.asks_first()
+        return processes.size == 1 or processes._store.add("asked", 1) == 1
     except (LlmWsaeError, RuntimeError):
         return True  # they can no longer agree; better twice than never
 

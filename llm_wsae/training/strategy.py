@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
-from llm_wsae.machine.processes import Collectives, Processes, Several, collectives
+from llm_wsae.machine.processes import Collectives, Processes, collectives
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import (
     Codes,
@@ -243,7 +243,7 @@ class LatentParallel(_SeveralProcesses):
 @contextmanager
 def strategy_of(processes: Processes, device: torch.device, shard: Shard) -> Iterator[Strategy]:
     """Connect the processes for a training on ``device``, until the block ends or fails."""
-    if not isinstance(processes, Several):
+    if processes.size == 1:
         yield Strategy(processes)
         return
     kind = DataParallel if shard == "rows" else LatentParallel
