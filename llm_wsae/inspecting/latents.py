@@ -260,13 +260,70 @@ def firings(
     are of another width or another model, or cannot be read.
     """
     check_store(store, dictionary)
-    reader = store.reader(dictionary.site)
-    search = _Search(dictionary, latents, max(1, store.num_rows // sample_rows), candidates)
+    reader, stride = store.reader(dictionary.site), max(1, store.num_rows // sample_rows)
+    column = latents.new_full((dictionary.d_sae,), len(latents))
+    column[latents] = torch.arange(len(latents))
+    looked_at, sums = 0, torch.zeros(2, len(latents) + 1)  # the last is for all other latents
+    best, row = torch.empty(0, len(latents)), torch.empty(0, len(latents)).long()
     starts = range(0, store.num_rows, _ROWS_OF_STORE)
     for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
-        stop = min(start + _ROWS_OF_STORE, store.num_rows)
-        search.look(start, reader.rows(start, stop).float())
-    return [search.firing(store, reader, n, one, top) for n, one in enumerate(latents.tolist())]
+        x = reader.rows(start, min(start + _ROWS_OF_STORE, store.num_rows)).float()
+        usable = not_massive(dictionary, x)
+        pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
+        pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
+        highest, place = pre.topk(min(candidates, len(pre)), dim=0)
+        best, row = torch.cat([best, highest]), torch.cat([row, place + start])
+        best, place = best.topk(min(candidates, len(best)), dim=0)
+        row = row.gather(0, place)
+
+        spread = slice(-start % stride, None, stride)
+        sample = x[spread][usable[spread]]
+        codes = dictionary.encode_sparse(sample)
+        values, at = codes.values.flatten(), column[codes.indices].flatten()
+        looked_at += len(sample)
+        sums.index_add_(1, at, torch.stack([(values > 0).float(), values]))
+    found = []
+    for number, latent in enumerate(latents.tolist()):
+        rows = row[:, number][best[:, number] > 0]
+        contexts = _top_contexts(store, reader, dictionary, latent, rows, top)
+        count, total = sums[:, number].tolist()
+        found.append(
+            Firing(
+                density=count / max(looked_at, 1),
+                rows_looked_at=looked_at,
+                mean_activation=total / count if count else None,
+                rows=[one for one, _ in contexts],
+                values=[value for _, value in contexts],
+                searched_all=len(contexts) == top or len(rows) < candidates,
+            )
+        )
+    return found
+
+
+def _top_contexts(
+    store: ActivationStore,
+    reader: RowReader,
+    dictionary: Dictionary,
+    latent: int,
+    candidates: Int[Tensor, " rows"],
+    top: int,
+) -> list[tuple[int, float]]:
+    """The first candidates on which the latent fires, each of another context, with its
+    activations."""
+    found: dict[int, tuple[int, float]] = {}  # by context
+    for part in candidates.split(_LOOK_AT):
+        x = torch.empty(len(part), store.d_in, dtype=reader.dtype)
+        for row, place in zip(part.tolist(), x[:, None], strict=True):
+            reader.read(row, place)
+        codes = dictionary.encode_sparse(x.float())
+        value = (codes.values * (codes.indices == latent)).sum(1)
+        context = store.locate(part).context
+        for one in torch.where(value > 0)[0].tolist():
+            if len(found) < top:
+                found.setdefault(int(context[one]), (int(part[one]), float(value[one])))
+        if len(found) == top:
+            break
+    return list(found.values())
 
 
 def check_store(store: ActivationStore, dictionary: Dictionary) -> None:
@@ -280,68 +337,6 @@ def check_store(store: ActivationStore, dictionary: Dictionary) -> None:
         raise LlmWsaeError(
             f"the store {store.folder} was made by {store.manifest.model.get('name')}, but the "
             f"dictionary was trained on {dictionary.info.model.get('name')} (other weights)"
-        )
-
-
-class _Search:
-    """What one pass over the rows collects."""
-
-    def __init__(self, dictionary: Dictionary, latents: Tensor, stride: int, candidates: int):
-        self._dictionary, self._latents, self._stride = dictionary, latents, stride
-        self._most = candidates
-        self._column = latents.new_full((dictionary.d_sae,), len(latents))
-        self._column[latents] = torch.arange(len(latents))
-        self._looked_at = 0
-        self._count = torch.zeros(len(latents) + 1)  # the last entry is for all other latents
-        self._total = torch.zeros(len(latents) + 1)
-        self._best: Float[Tensor, "candidates latents"] = torch.empty(0, len(latents))
-        self._row: Int[Tensor, "candidates latents"] = torch.empty(0, len(latents)).long()
-
-    def look(self, start: int, x: Tensor) -> None:
-        """Look at consecutive rows, the first of which has the number ``start``."""
-        encoder = self._dictionary
-        usable = not_massive(encoder, x)
-        pre = torch.addmm(encoder.b_enc[self._latents], x, encoder.W_enc[:, self._latents])
-        pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
-        best, place = pre.topk(min(self._most, len(pre)), dim=0)
-        best, row = torch.cat([self._best, best]), torch.cat([self._row, place + start])
-        self._best, place = best.topk(min(self._most, len(best)), dim=0)
-        self._row = row.gather(0, place)
-
-        spread = slice(-start % self._stride, None, self._stride)
-        sample = x[spread][usable[spread]]
-        codes = encoder.encode_sparse(sample)
-        column, values = self._column[codes.indices].flatten(), codes.values.flatten()
-        self._looked_at += len(sample)
-        self._count.index_add_(0, column, (values > 0).float())
-        self._total.index_add_(0, column, values)
-
-    def firing(
-        self, store: ActivationStore, reader: RowReader, number: int, latent: int, top: int
-    ) -> Firing:
-        """What was found of a latent, the one at place ``number``."""
-        candidates = self._row[:, number][self._best[:, number] > 0]
-        found: dict[int, tuple[int, float]] = {}  # by context: its row and activation
-        for part in candidates.split(_LOOK_AT):
-            x = torch.empty(len(part), store.d_in, dtype=reader.dtype)
-            for row, place in zip(part.tolist(), x[:, None], strict=True):
-                reader.read(row, place)
-            codes = self._dictionary.encode_sparse(x.float())
-            value = (codes.values * (codes.indices == latent)).sum(1)
-            context = store.locate(part).context
-            for one in torch.where(value > 0)[0].tolist():
-                if len(found) < top:
-                    found.setdefault(int(context[one]), (int(part[one]), float(value[one])))
-            if len(found) == top:
-                break
-        count, total = float(self._count[number]), float(self._total[number])
-        return Firing(
-            density=count / max(self._looked_at, 1),
-            rows_looked_at=self._looked_at,
-            mean_activation=total / count if count else None,
-            rows=[row for row, _ in found.values()],
-            values=[value for _, value in found.values()],
-            searched_all=len(found) == top or len(candidates) < self._most,
         )
 
 
