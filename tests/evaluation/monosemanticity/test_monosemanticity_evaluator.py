@@ -34,8 +34,11 @@ from llm_wsae.evaluation.checks import common_packing
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.concepts import units_of_documents, units_of_tokens
-from llm_wsae.evaluation.monosemanticity.consistency import matched_cosine, pw_mcc
-from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
+from llm_wsae.evaluation.monosemanticity.evaluator import (
+    MonosemanticityEvaluator,
+    matched_cosine,
+    pw_mcc,
+)
 from llm_wsae.evaluation.monosemanticity.firings import Recorder, read_units, record
 from llm_wsae.evaluation.monosemanticity.report import card_numbers, mean_of_families
 from llm_wsae.model.site import Site

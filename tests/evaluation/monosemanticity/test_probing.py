@@ -7,26 +7,23 @@ import pytest
 import torch
 from looping import over
 
-from llm_wsae.evaluation.monosemanticity.concept_scores import (
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts, Units
+from llm_wsae.evaluation.monosemanticity.probing import (
+    RIDGE_DENSE,
+    Exam,
     ProbedConcepts,
+    SelectedColumns,
     absorption,
+    best_columns,
+    correlations,
+    dense_probes,
     falls,
     main_latents,
     probe_latents,
     probe_site,
     selectivity,
-    spill,
-)
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts, Units
-from llm_wsae.evaluation.monosemanticity.probing import (
-    RIDGE_DENSE,
-    Exam,
-    SelectedColumns,
-    best_columns,
-    correlations,
-    dense_probes,
     sparse_probes,
-    splits,
+    spill,
 )
 from llm_wsae.statistics.measures import LETTER
 
@@ -37,8 +34,7 @@ EVERY = torch.ones(D_SAE, dtype=torch.bool)
 def probed_concepts(concepts):
     """Of units that are one row each."""
     numbers = torch.arange(len(concepts.half))
-    return ProbedConcepts(Units(numbers, torch.ones_like(numbers), numbers), concepts,
-                          splits(concepts, 0))  # fmt: skip
+    return ProbedConcepts.of(Units(numbers, torch.ones_like(numbers), numbers), concepts, 0)
 
 
 def planted(seed=0):
@@ -62,7 +58,7 @@ def planted(seed=0):
 @pytest.fixture(scope="module")
 def case():
     latents, concepts = planted()
-    return latents, concepts, splits(concepts, 0)
+    return latents, concepts, probed_concepts(concepts).splits
 
 
 def test_training_and_testing_share_no_unit(case):
@@ -262,7 +258,7 @@ def test_a_word_that_takes_its_letter_is_found(monkeypatch):
     assert missed > 0.5 and absorbed == 0
     assert all(map(math.isnan, probed(True, is_sparse=False)))
     # with one main latent; the word's own would be the second
-    monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.concept_scores.GAIN", 1.0)
+    monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.probing.GAIN", 1.0)
     assert probed(True) == pytest.approx((WORD, WORD), abs=0.03)
     assert probed(False) == pytest.approx((WORD, 0.0), abs=0.03)
 
