@@ -38,42 +38,27 @@ def take(model, folder, documents, tokens, labels=()):
     return HeldoutText.take(blocks, tokens, labels)
 
 
-def test_documents_take_turns(model, tmp_path):
-    """Twenty long documents, of which a third is taken: as much of each, up to a section."""
-    text = take(model, tmp_path, [(150, {})] * 20, 1000)
-    assert 1000 <= text.num_rows < 1000 + SIZE
-    counts = torch.bincount(text.document_of)
-    assert counts.max() - counts.min() <= 2 * SIZE and len(counts) == 20
-    assert set(text.headers) == set(range(20))
-
-
 def test_labelled_documents_have_half_of_the_rows_as_far_as_they_go(model, tmp_path):
     some = [(60, {"kind": "a"} if i % 5 == 0 else {"other": "x"} if i % 5 == 1 else {})
             for i in range(50)]  # fmt: skip
-
-    def share(text, names):
-        labelled = [n for n, header in text.headers.items() if names & set(header["labels"])]
-        return float(torch.isin(text.owner[text.context], torch.tensor(labelled)).double().mean())
-
     # A fifth of 3000 words has "kind": all of that, where half would be more.
-    assert share(take(model, tmp_path, some, 800, ("kind",)), {"kind"}) == pytest.approx(
-        0.5, abs=0.05
-    )
-    assert share(take(model, tmp_path, some, 800), {"kind", "other"}) == pytest.approx(
-        0.5, abs=0.05
-    )
-    many = take(model, tmp_path, some, 2000, ("kind",))
-    assert share(many, {"kind"}) == pytest.approx(0.3, abs=0.03)
+    for tokens, labels, names, share in (
+        (800, ("kind",), {"kind"}, 0.5),
+        (800, (), {"kind", "other"}, 0.5),
+        (2000, ("kind",), {"kind"}, 0.3),
+    ):
+        text = take(model, tmp_path, some, tokens, labels)
+        labelled = [n for n, header in text.headers.items() if names & set(header["labels"])]
+        theirs = torch.isin(text.owner[text.context], torch.tensor(labelled)).double().mean()
+        assert tokens <= text.num_rows < tokens + SIZE
+        assert float(theirs) == pytest.approx(share, abs=0.05)
 
 
-def test_a_few_tokens_are_taken_from_two_contexts(model, tmp_path):
+def test_a_few_tokens_are_taken_from_two_contexts_and_too_few_are_an_error(model, tmp_path):
     """One holds them, but what compares contexts would not be defined."""
     for tokens, documents in ((5, [{}, {}]), (1, [{}, {"kind": "a"}]), (5, [{}, {"kind": "a"}])):
         text = take(model, tmp_path, [(40, own) for own in documents], tokens)
         assert text.num_contexts == 2 and bool((text.keep.sum(1) > 10).all())
-
-
-def test_too_little_text_is_said_in_a_sentence(model, tmp_path):
     with pytest.raises(LlmWsaeError, match=r"has \d+ tokens in \d+ contexts, but 10,000 in"):
         take(model, tmp_path, [(60, {})] * 5, 10_000)
     with pytest.raises(LlmWsaeError, match="does not fill a single context"):

@@ -150,25 +150,27 @@ def test_neighbours_and_dimensions(model):
     one.W_dec.data[9] = 0
     one.W_dec.data[9, 3] = -2
     first, second = look_at(one, [5, 9, 5], top=4)  # each once
-    assert (first.latent, second.latent) == (5, 9)
+    assert (first.latent, second.latent, first.neighbours[0].latent) == (5, 9, 7)
     cosine = torch.nn.functional.cosine_similarity(one.W_dec[5], one.W_dec, dim=1)
     cosine[5] = -2
-    assert [n.latent for n in first.neighbours] == cosine.argsort(descending=True)[:4].tolist()
-    largest = cosine.sort(descending=True).values[:4]
-    assert [n.cosine for n in first.neighbours] == pytest.approx(largest.tolist(), abs=1e-5)
-    assert first.neighbours[0].latent == 7
+    values, near = cosine.sort(descending=True)
+    assert [n.latent for n in first.neighbours] == near[:4].tolist()
+    assert [n.cosine for n in first.neighbours] == pytest.approx(values[:4].tolist(), abs=1e-5)
     w = one.W_dec[5].double()
     assert first.effective_dimensions == pytest.approx(float((w**2).sum() ** 2 / (w**4).sum()))
-    share = (w**2 / (w**2).sum()).sort(descending=True)
-    assert [d.share for d in first.dimensions] == pytest.approx(share.values[:4].tolist())
-    assert [d.dimension for d in first.dimensions] == share.indices[:4].tolist()
+    share, largest = (w**2 / (w**2).sum()).sort(descending=True)
+    assert [d.share for d in first.dimensions] == pytest.approx(share[:4].tolist())
+    assert [d.dimension for d in first.dimensions] == largest[:4].tolist()
     assert first.promotes is None and first.firing is None and first.examples == []
+    only = second.dimensions[0]
     assert second.effective_dimensions == pytest.approx(1)
-    only, gamma = second.dimensions[0], float(one.extras["gamma"][3])
     assert (only.dimension, only.decoder, only.share) == (3, -2, pytest.approx(1))
-    assert only.gamma == pytest.approx(gamma)
-    matrix = torch.randn(model.d_model, model.d_model)
-    for extras, expected in (({"gamma": matrix}, float(matrix[:, 3].norm())), ({}, None)):
+    gamma, matrix = one.extras["gamma"], torch.randn(model.d_model, model.d_model)
+    for extras, expected in (
+        ({"gamma": gamma}, float(gamma[3])),
+        ({"gamma": matrix}, float(matrix[:, 3].norm())),
+        ({}, None),
+    ):
         one.extras = extras
         assert look_at(one, [9], top=1)[0].dimensions[0].gamma == pytest.approx(expected)
 
@@ -198,17 +200,6 @@ def test_promoted_tokens_are_those_whose_logits_grow(family):
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
 
 
-def test_words_are_the_best_and_the_worst_tokens(model):
-    one = dictionary_for(model)
-    (view,) = look_at(one, [3], vocabulary=Vocabulary(model.tokenizer), readout=Readout(model))
-    logits = Readout(model).logits(one.W_dec[[3]])[0]
-    assert [w.id for w in view.promotes] == logits.argsort(descending=True)[:10].tolist()
-    assert [w.id for w in view.suppresses] == logits.argsort()[:10].tolist()
-    assert view.promotes[0].logit == pytest.approx(float(logits.max()))
-    shown = [w for w in view.promotes if w.id < len(WORDS)]
-    assert [w.token for w in shown] == [WORDS[w.id] for w in shown]
-
-
 @pytest.mark.parametrize("device", ["cpu", CARD])
 @over(kind=SPARSITIES)
 def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind, device):
@@ -229,9 +220,17 @@ def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind,
     assert (moved.on_cpu() is moved) == (device == "cpu")
 
 
-def test_embeddings_that_no_token_uses_are_not_shown():
+def test_words_are_the_best_and_the_worst_tokens(model):
+    one, readout = dictionary_for(model), Readout(model)
+    (view,) = look_at(one, [3], vocabulary=Vocabulary(model.tokenizer), readout=readout)
+    logits = readout.logits(one.W_dec[[3]])[0]
+    assert [w.id for w in view.promotes] == logits.argsort(descending=True)[:10].tolist()
+    assert [w.id for w in view.suppresses] == logits.argsort()[:10].tolist()
+    assert view.promotes[0].logit == pytest.approx(float(logits.max()))
+    shown = [w for w in view.promotes if w.id < len(WORDS)]
+    assert [w.token for w in shown] == [WORDS[w.id] for w in shown]
     live = tiny_hf_model("llama")
-    live.resize_token_embeddings(VOCAB + 12)
+    live.resize_token_embeddings(VOCAB + 12)  # which no token uses
     wide = LanguageModel.from_live(live, tiny_tokenizer())
     assert Readout(wide).logits(torch.ones(1, WIDTH)).shape == (1, VOCAB)
 
@@ -318,15 +317,14 @@ class NastyTokenizer:
 
 def test_tokens_that_are_no_text_of_their_own():
     vocabulary = Vocabulary(NastyTokenizer())
-    assert vocabulary.text(0) == "good" and vocabulary.text(5) == "ÿ"
-    assert vocabulary.text(9) == "<9>"
-    marked = vocabulary.marked([0, 1, 2, 0], 2)
-    assert (marked.before, marked.token, marked.after) == ("good ", "€", "good")
-    marked = vocabulary.marked([0, 3, 4], 1)
-    assert (marked.before, marked.token, marked.after) == ("good", "\x1b[31m", "\n")
-    nothing = Vocabulary(None)
-    marked = nothing.marked([4, 7, 1], 1)
-    assert (marked.before, marked.token, marked.after) == ("<4>", "<7>", "<1>")
+    assert [vocabulary.text(token) for token in (0, 5, 9)] == ["good", "ÿ", "<9>"]
+    for own, ids, at, pieces in (
+        (vocabulary, [0, 1, 2, 0], 2, ("good ", "€", "good")),
+        (vocabulary, [0, 3, 4], 1, ("good", "\x1b[31m", "\n")),
+        (Vocabulary(None), [4, 7, 1], 1, ("<4>", "<7>", "<1>")),
+    ):
+        marked = own.marked(ids, at)
+        assert (marked.before, marked.token, marked.after) == pieces
 
 
 def test_what_is_printed_is_printable(store, model):

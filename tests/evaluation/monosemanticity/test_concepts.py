@@ -94,28 +94,23 @@ def test_concepts_of_tokens_are_read_off_the_text(story):
     assert yes(*story, "quotation")[0] == ["Stop", " now", "Why", "his", " words"]
 
 
-def test_an_unpaired_quote_ends_with_its_line():
-    texts = ['a "b c\nd e "f" g']
-    tokenizer = spelling_tokenizer(texts)
-    text = text_of(texts, tokenizer)
-    assert yes(text, tokenizer, "quotation")[0] == ["b", " c", "f"]
-
-
-def test_concepts_look_across_contexts_but_not_across_gaps():
-    """Contexts of three tokens; without the second one, nothing is known of what came before."""
+def test_concepts_look_across_contexts_but_not_across_gaps_or_lines():
+    """Contexts of three tokens; without the second one, nothing is known of what came before. An
+    unpaired quote ends with its line."""
     texts = ['Yes. "Go on now" he said. So it is']
     tokenizer = spelling_tokenizer(texts)
     whole = text_of(texts, tokenizer, 3)
     assert yes(whole, tokenizer, "quotation")[0] == ["Go", " on", " now"]
     assert yes(whole, tokenizer, "sentence start")[0] == ["Yes", "Go", " So"]
-    chosen = torch.tensor([0, 3])
-    keep = torch.ones(2, 4, dtype=torch.bool)
-    keep[:, 0] = False
-    cut = HeldoutText(
-        whole.ids[chosen], keep, whole.document[chosen], whole.offset[chosen], whole.headers
+    ids, keep, document, offset = (
+        part[[0, 3]] for part in (whole.ids, whole.keep, whole.document, whole.offset)
     )
+    cut = HeldoutText(ids, keep, document, offset, whole.headers)
     assert yes(cut, tokenizer, "quotation")[0] == []
     assert yes(cut, tokenizer, "sentence start")[0] == ["Yes", " So"]
+    texts = ['a "b c\nd e "f" g']
+    tokenizer = spelling_tokenizer(texts)
+    assert yes(text_of(texts, tokenizer), tokenizer, "quotation")[0] == ["b", " c", "f"]
 
 
 def test_folded_tokens_are_the_same_for_space_and_case():
@@ -142,32 +137,28 @@ HEADERS = {
 
 
 def test_concepts_of_documents_are_their_labels():
-    document = torch.tensor([*range(12), *range(12), 12])
+    document, numbers = torch.tensor([*range(12), *range(12), 12]), torch.arange(12)
     half = torch.arange(25) < 12
     found = document_concepts(HEADERS, document, half, least=0)
-    kept = {"party=left", "party=none", "party=right", "spoken=False",
-            "year<1804", "1804<=year<1808", "year>=1808"}  # fmt: skip
-    assert set(found.names) == kept  # no single document's name
+    expected = {
+        "party=left": numbers % 3 == 0,
+        "party=none": numbers % 3 == 2,
+        "party=right": numbers % 3 == 1,
+        "spoken=False": numbers % 2 == 1,
+        "year<1804": numbers < 4,
+        "1804<=year<1808": (numbers >= 4) & (numbers < 8),
+        "year>=1808": numbers >= 8,
+    }
+    assert set(found.names) == expected.keys()  # no single document's name
     assert set(found.families) == {"party", "spoken", "year"}
     for i, name in enumerate(found.names):
-        expected = {
-            "party=left": [n % 3 == 0 for n in range(12)],
-            "party=none": [n % 3 == 2 for n in range(12)],
-            "party=right": [n % 3 == 1 for n in range(12)],
-            "spoken=False": [n % 2 == 1 for n in range(12)],
-            "year<1804": [n < 4 for n in range(12)],
-            "1804<=year<1808": [4 <= n < 8 for n in range(12)],
-            "year>=1808": [n >= 8 for n in range(12)],
-        }[name]
-        assert found.positive[:12, i].tolist() == found.positive[12:24, i].tolist() == expected
+        assert found.positive[:24, i].tolist() == expected[name].repeat(2).tolist()
         assert found.applies[:, i].tolist() == [True] * 24 + [False]
     asked = document_concepts(HEADERS, document, half, ("year", "year"), least=0)
     assert asked.families == ["year"] * 3  # listed twice, counted once
     with pytest.raises(UsageError, match="no document has a label 'yaer'; did you mean 'year'"):
         document_concepts(HEADERS, document, half, ("yaer",))
-
-
-def test_a_number_that_is_mostly_one_value_still_divides_the_documents():
+    # a number that is mostly one value still divides the documents
     headers = {n: {"labels": {"score": max(0, n - 9)}} for n in range(16)}
     found = document_concepts(headers, torch.arange(16).repeat(4), torch.arange(64) < 32, least=4)
     assert found.names == ["score<1"]
