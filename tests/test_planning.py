@@ -11,7 +11,6 @@ from llm_wsae import ModelConfig, Run, RunGrid, TextConfig, plan, run
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.pipeline import planning
 from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
@@ -85,13 +84,14 @@ def test_arms_are_those_that_will_be_trained():
         assert len(stand_ins(grid, WeightConfig(), 8)) == count
 
 
-def test_what_does_not_fit_is_said_and_not_measured(model, asked, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(planning, "memory_of", lambda device: 10_000)
-        assert "lower the expansion" in plan(asked, model).shortage()
-    monkeypatch.setattr(planning, "free_space", lambda path: 10_000)
-    found = plan(asked, model)
-    assert not found.seconds and "9.8 KiB are free; ask for fewer tokens" in found.shortage()
+def test_what_does_not_fit_is_said_and_not_measured(model, asked):
+    found = plan(replace(asked, train=replace(TRAIN, expansion=10**7)), model)
+    assert not found.seconds and found.shortage().startswith("the run would need ")
+    fits = replace(found, disk_bytes=10**5, memory_bytes=10**6)
+    assert fits.shortage() is None
+    assert "lower the expansion" in replace(fits, memory_there=10_000).shortage()
+    short = replace(fits, disk_free=10_000)
+    assert "9.8 KiB are free; ask for fewer tokens" in short.shortage()
 
 
 def test_requests_that_cannot_be_are_refused(model, asked, tmp_path):

@@ -172,11 +172,9 @@ class File:
 
 
 def header(path: Path, draw: random.Random) -> tuple[str, bytes]:
-    """(what was done, the bytes): one or two things said otherwise, or a number that is a lie."""
-    file, done = File(path), []
-    ways = (_value, _list, _architecture)
-    for how in draw.choices(ways, k=draw.choice((0, 1, 2))):
-        done.append(how(file, draw))
+    """(what was done, the bytes): one or two keys with other values, or a number that is a lie."""
+    file = File(path)
+    done = [_value(file, draw) for _ in range(draw.choice((0, 1, 2)))]
     data = file.encoded()
     if not done:
         what = draw.choice(list(file.numbers))
@@ -188,42 +186,38 @@ def header(path: Path, draw: random.Random) -> tuple[str, bytes]:
 
 
 def _value(file: File, draw: random.Random) -> str:
-    """Another value under a key: a size or, half of the time, any, also one that nobody gives."""
+    """Another size, list or architecture, or any value under any key, also one nobody gives."""
     sizes = [entry for entry in file.keys if entry[1][0] == UINT32]
+    lists = [one for one in file.keys if one[1][0] == ARRAY and one[1][1] != ARRAY and one[1][-1]]
     every = [*file.keys, ["general.alignment", None], ["llama.expert_count", None]]
+    how = draw.choice(("size", "any", "list", "architecture"))
+    if how == "architecture":
+        new, all_keys = draw.choice(OTHERS), draw.random() < 0.7
+        rename(file, new, all_keys)
+        return f"architecture {new!r}, {all_keys}"
     entry, new = draw.choice(every), draw.choice(VALUES)
-    if draw.random() < 0.5:
+    if how == "size":
         entry, new = draw.choice(sizes), (UINT32, draw.choice(SIZES))
+    elif how == "list":  # tokens, their types, merges, scores
+        entry = draw.choice(lists)
+        new = (*entry[1][:-1], _other_items(entry[1][-1], draw))
     file.keys = [one for one in file.keys if one is not entry] + [[entry[0], new]]
     return f"{entry[0]} became {new!r:.60}"
 
 
-def _list(file: File, draw: random.Random) -> str:
-    """A list (tokens, their types, merges, scores): shorter, longer or with other things."""
-    lists = [one for one in file.keys if one[1][0] == ARRAY and one[1][1] != ARRAY and one[1][-1]]
-    entry = draw.choice(lists)
-    items, at = list(entry[1][-1]), draw.randrange(len(entry[1][-1]))
-    words = ("", " ", "x", "x y", "a b c", "é\0", " " * 9, "ab" * 60_000)
+def _other_items(items: list, draw: random.Random) -> list:
+    """The items of a list: fewer, more, in another order, all alike, or with another among them."""
+    at, words = draw.randrange(len(items)), ("", " ", "x", "x y", "a b c", "é\0", "ab" * 60_000)
     other = draw.choice(words if isinstance(items[at], str) else (0, 1, 3, 4, 6, 99))
-    ways = {
-        "shorter": items[:at],
-        "longer": items + (items[: at + 1] if draw.random() < 0.5 else items[:1] * 999),
-        "empty": [],
-        "shuffled": draw.sample(items, len(items)),
-        "one other": [*items[:at], other, *items[at + 1 :]],
-        "all alike": items[at : at + 1] * len(items),
-    }
-    how = draw.choice(list(ways))
-    items = ways[how]
-    entry[1] = (*entry[1][:-1], items)
-    return f"{entry[0]} {how} {at}"
-
-
-def _architecture(file: File, draw: random.Random) -> str:
-    """Another architecture, with keys of its own or with those of a Llama."""
-    new, all_keys = draw.choice(OTHERS), draw.random() < 0.7
-    rename(file, new, all_keys)
-    return f"architecture {new!r}, {all_keys}"
+    ways = (
+        items[:at],
+        items + items[: at + 1],
+        items + items[:1] * 999,
+        draw.sample(items, len(items)),
+        items[at : at + 1] * len(items),
+        [*items[:at], other, *items[at + 1 :]],
+    )
+    return draw.choice(ways)
 
 
 def rename(file: File, architecture: str, all_keys: bool = True) -> None:
