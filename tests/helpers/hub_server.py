@@ -209,6 +209,8 @@ class HubServer:
 
         values = {
             "ENDPOINT": self.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint
+            + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_HUB_OFFLINE": False,
@@ -294,7 +296,9 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return _refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         if what == "resolve":
-            return self._resolve(repository.commits[commit], words[1])
+            said = self._resolve(repository.commits[commit], words[1])
+            said.headers["X-Repo-Commit"] = commit
+            return said
         if what == "commit":
             return self._commit(match[1], repository, revision, commit)
         if what == "tree":

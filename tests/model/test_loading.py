@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary
 from tiny import VOCAB, tiny_encoder, tiny_hf_model, tiny_tokenizer
@@ -21,7 +19,6 @@ from llm_wsae.inspecting.sentence import token_ids
 from llm_wsae.machine.hardware import choose_device, exact_dtype
 from llm_wsae.machine.number_format import fast_dtype
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.loading import _explained
 from llm_wsae.model.site import Site
 
 
@@ -200,20 +197,21 @@ def test_gguf_files_that_cannot_be_read(tmp_path):
 
 def test_answers_of_the_hub_become_sentences(hub, folder):
     """A model of the Hub is known by its commit, also without a network."""
-    repository = hub.create("org/tiny")
     for path in folder.iterdir():
-        hub.store.put("org/tiny", path.name, path.read_bytes())
+        hub.put("org/tiny", path.name, path.read_bytes())
     refused("there is no model 'org/none'", "org/none", kind=UsageError)
     refused("org/tiny has no revision 'v9'", "org/tiny", kind=UsageError, revision="v9")
+    hub.fail("GET", "/api/models/", 403, code="GatedRepo")
+    refused("org/tiny is gated: accept its licence", "org/tiny")
     model = LanguageModel.load("org/tiny")
-    assert (model.name, model.revision) == ("org/tiny", repository.branches["main"])
+    assert (model.name, model.revision) == (
+        "org/tiny",
+        hub.repositories["org/tiny"].branches["main"],
+    )
     hub.fail("GET", "/api/models/", 503, times=99)
     for revision in (None, model.revision):
         assert LanguageModel.load("org/tiny", revision=revision).identity() == model.identity()
     refused("the Hub cannot be reached", "org/tiny", revision="v2")
-    response = httpx.Response(403, request=httpx.Request("GET", "https://example.org"))
-    gated = _explained(GatedRepoError("403", response=response), "who/what", None)
-    assert "who/what is gated: accept its licence" in str(gated)
 
 
 @pytest.mark.parametrize("asked", ["model", "corpus"])

@@ -100,9 +100,8 @@ def test_the_default_comes_from_the_hub_or_offline_from_the_package(hub, monkeyp
     """The package is looked for only when the Hub can neither answer nor has a cached copy."""
     monkeypatch.setitem(sys.modules, ENCODER_PACKAGE, None)
     refused(DEFAULT_ENCODER, "connect to the network, or pip install")
-    hub.create(DEFAULT_ENCODER)
     for path in save_encoder(tmp_path / "encoder").iterdir():
-        hub.store.put(DEFAULT_ENCODER, path.name, path.read_bytes())
+        hub.put(DEFAULT_ENCODER, path.name, path.read_bytes())
     online = SentenceEncoder.load(device="cpu")
     hub.fail("GET", "/api/models/", 503, times=99)
     cached = SentenceEncoder.load(device="cpu")
