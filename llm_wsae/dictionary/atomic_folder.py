@@ -66,6 +66,12 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
 def restore(folder: Path) -> None:
     """Bring back a folder that a killed writer left renamed."""
     if not os.path.lexists(folder) and _beside(folder, "old").exists():
+        clear_up(folder)
+
+
+def clear_up(folder: Path) -> None:
+    """``restore``, and delete what else a killed writer left beside the folder."""
+    if folder.parent.is_dir():
         with writing(folder):
             _clear_up(folder)
 

@@ -240,8 +240,8 @@ def read_folder(folder: Path) -> Content:
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if sparsity.has_threshold:
         shapes["threshold"] = (d_sae,)
-    weights = read_tensors(folder / WEIGHTS, shapes, CFG)
-    extras = read_tensors(folder / EXTRAS)
+    weights, extras = read_tensors(folder / WEIGHTS), read_tensors(folder / EXTRAS)
+    check_shapes(folder / WEIGHTS, weights, shapes)
     for name, tensor in extras.items():
         if tuple(tensor.shape) not in ((d_in,), (d_in, d_in)):
             raise LlmWsaeError(
@@ -285,22 +285,12 @@ def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
     return about, info
 
 
-def read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None, asked_by: str = ""
-) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, as they are stored.
-
-    Raises LlmWsaeError, naming file and tensor, if one is not of floating point or not finite, or
-    if names and shapes are not those of ``shapes``, which the file ``asked_by`` names.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, as they are stored. Raises LlmWsaeError if it cannot be
+    read, and as ``check_finite`` does."""
     with open_tensors(path, "file of tensors") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     check_finite(tensors, str(path))
-    if shapes is None:
-        return tensors
-    if tensors.keys() != shapes.keys():
-        raise LlmWsaeError(f"{path} holds {sorted(tensors)} instead of {sorted(shapes)}")
-    check_shapes(path, tensors, shapes, asked_by)
     return tensors
 
 
@@ -308,9 +298,12 @@ def check_shapes(
     path: Path,
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-    asked_by: str,
+    asked_by: str = CFG,
 ) -> None:
-    """Raises LlmWsaeError, naming file and tensor, if one has another shape."""
+    """Raises LlmWsaeError, naming file and tensor, unless names and shapes are those of ``shapes``,
+    which the file ``asked_by`` gives."""
+    if tensors.keys() != shapes.keys():
+        raise LlmWsaeError(f"{path} holds {sorted(tensors)} instead of {sorted(shapes)}")
     for name, shape in shapes.items():
         if (found := tuple(tensors[name].shape)) != shape:
             raise LlmWsaeError(

@@ -141,7 +141,7 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
     found = _opened(path, sum(8 * math.prod(shapes[name]) for name in wanted))
     if missing := sorted(set(wanted) - set(found)):
         raise LlmWsaeError(f"{path} lacks the tensors {', '.join(missing)}")
-    if strange := sorted(set(found) - set(wanted) - _UNUSED):
+    if strange := sorted(map(str, set(found) - set(wanted) - _UNUSED)):
         raise LlmWsaeError(f"{path} holds unexpected tensors {', '.join(map(repr, strange))}")
     tensors = {name: found[name] for name in wanted}
     if "threshold" in wanted and tensors["threshold"].ndim == 0:
@@ -154,7 +154,7 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _opened(path: Path, largest: int) -> dict[str, Tensor]:
+def _opened(path: Path, largest: int) -> dict[Any, Tensor]:
     """What the pickle holds, by name; its tensors take at most ``largest`` bytes."""
     print(
         f"llm-wsae: {printable(str(path))} is a pickle; only tensors are taken from it (torch's "
@@ -165,12 +165,8 @@ def _opened(path: Path, largest: int) -> dict[str, Tensor]:
         checked, sizes = _checked(path, largest)
     with parsing(f"{path} holds something other than a dictionary's tensors, or is damaged"):
         found = torch.load(checked, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and _is_plain(tensor) for name, tensor in found.items()
-    ):
-        raise LlmWsaeError(f"{path} is not a dictionary: it should hold tensors by name")
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found.values()}
     # torch believes the pickle about the size of a record, and would read beyond it.
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found.values()}
     if sorted(s.nbytes() for s in storages.values() if s.nbytes()) != sorted(filter(None, sizes)):
         raise LlmWsaeError(f"{path} is damaged: its tensors do not have the sizes of its records")
     return found
@@ -189,12 +185,6 @@ def _checked(path: Path, largest: int) -> tuple[io.BytesIO, list[int]]:
             copy.writestr(entry.filename, archive.read(entry))  # raises if the checksum differs
     made.seek(0)
     return made, [entry.file_size for entry in entries if "/data/" in entry.filename]
-
-
-def _is_plain(tensor: Any) -> bool:
-    """An ordinary tensor in memory: not sparse, quantised or without data."""
-    strided = isinstance(tensor, Tensor) and tensor.layout is torch.strided
-    return strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 LAYOUT = Layout(_NAME, _CONFIG, _WEIGHTS, _announce, _read)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.artifact.files import open_tensors, read_json
-from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
+from llm_wsae.artifact.files import read_json
+from llm_wsae.dictionary.folder import CFG, WEIGHTS, check_shapes, read_tensors
 from llm_wsae.dictionary.formats.layout import (
     Layout,
     Weights,
@@ -181,8 +181,8 @@ def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
 
 
 def _tensors(path: Path, kind: str, d_in: int, d_sae: int) -> dict[str, Tensor]:
-    with open_tensors(path, "file of tensors") as file:
-        factors = [name for name in file.keys() if name in _FACTORS]  # noqa: SIM118
+    tensors = read_tensors(path)
+    factors = [name for name in _FACTORS if name in tensors]
     vectors = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
@@ -191,7 +191,8 @@ def _tensors(path: Path, kind: str, d_in: int, d_sae: int) -> dict[str, Tensor]:
         **dict.fromkeys((*vectors.get(kind, ("b_enc",)), *factors), (d_sae,)),
         **({"topk_threshold": ()} if kind in _BATCH else {}),
     }
-    return {name: tensor.float() for name, tensor in read_tensors(path, shapes, CFG).items()}
+    check_shapes(path, tensors, shapes)
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _factor(folder: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:

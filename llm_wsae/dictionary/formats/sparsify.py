@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm_wsae.dictionary.folder import CFG, read_tensors
+from llm_wsae.dictionary.folder import CFG, check_shapes, read_tensors
 from llm_wsae.dictionary.formats.layout import (
     Layout,
     Weights,
@@ -57,8 +57,8 @@ def _read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> Weights:
         "W_dec": (d_sae, d_in),
         "b_dec": (d_in,),
     }
-    found = read_tensors(folder / _WEIGHTS, shapes, CFG)
-    w = {name: tensor.float() for name, tensor in found.items()}
+    w = {name: tensor.float() for name, tensor in read_tensors(folder / _WEIGHTS).items()}
+    check_shapes(folder / _WEIGHTS, w, shapes)
     W_enc = w["encoder.weight"].T
     b_enc = without_input_bias(W_enc, w["encoder.bias"], w["b_dec"])
     return folded(W_enc, w["W_dec"], b_enc, w["b_dec"], None), sparsity_of(path, said, "topk")

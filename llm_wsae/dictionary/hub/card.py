@@ -346,23 +346,22 @@ def _monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
     cells = {}
     for d in dictionaries:
         found = mapping(d.info.metrics.get("monosemanticity"))
-        if scores := {name: cell for name in found if (cell := score_text(found, name))}:
+        if scores := {key: cell for key, one in MEASURES.items() if (cell := one.text(found))}:
             cells[d.sae_id] = scores
-    names = list(dict.fromkeys(name for scores in cells.values() for name in scores))
-    names = [name for name in MEASURES if name in names] + [n for n in names if n not in MEASURES]
-    if not names:
+    shown = [one for key, one in MEASURES.items() if any(key in own for own in cells.values())]
+    if not shown:
         return []
     rows = [
-        [f"`{sae_id}`", *(scores.get(name, _NONE) for name in names)]
-        for sae_id, scores in cells.items()
+        [f"`{sae_id}`", *(own.get(one.key, _NONE) for one in shown)]
+        for sae_id, own in cells.items()
     ]
-    known = [MEASURES[name] for name in names if name in MEASURES]
-    meanings = "; ".join(f"{one.title}: {one.meaning}" for one in known)
-    titles = [one.title for one in known]
-    titles += [escape(name.replace("_", " ")) for name in names if name not in MEASURES]
-    intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
-    notes = [f"{intervals}{meanings}."] if known else []
-    return ["## Monosemanticity", *notes, markdown([["dictionary", *titles], *rows])]
+    meanings = "; ".join(f"{one.title}: {one.meaning}" for one in shown)
+    return [
+        "## Monosemanticity",
+        "All on held-out text, without a language model as judge, with 95 % intervals. "
+        f"{meanings}.",
+        markdown([["dictionary", *(one.title for one in shown)], *rows]),
+    ]
 
 
 def _explanations_section(dictionaries: Sequence[Facts]) -> list[str]:

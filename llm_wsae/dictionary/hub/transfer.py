@@ -27,7 +27,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from llm_wsae.artifact.artifact import check_file, is_record_of
 from llm_wsae.artifact.files import folder_lock, read_json
 from llm_wsae.artifact.provenance import write_record
-from llm_wsae.dictionary.atomic_folder import restore
+from llm_wsae.dictionary.atomic_folder import clear_up
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
@@ -278,7 +278,7 @@ def pull(
 def _is_there(source: Path, folder: Path, ours: list[Any]) -> bool:
     """Whether the folder holds the dictionary of ``source``; raises LlmWsaeError if it holds one
     that may not be replaced: only ``ours`` may, which were pulled from the same repository."""
-    restore(folder)
+    clear_up(folder)
     here, there = _digests(folder), _digests(source)
     if not here:
         return False

@@ -126,19 +126,19 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
 
 def test_monosemanticity_comes_with_its_controls():
     scores = {
-        "detection_auroc": {"value": 0.8, "interval": [0.75, 0.85], "control": 0.52},
-        "token_purity": 0.4,
-        "note": "not a number",
+        "detection": {"value": 0.8, "interval": [0.75, 0.85], "control": 0.52},
+        "coherence": 0.4,
+        "note": "no measure",
         "purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.2},
     }
     with_scores = some(metrics={"fidelity": FIDELITY, "monosemanticity": scores})
     _, body = parts(card(REPO, [with_scores, some("other-k4")]))
-    assert "| dictionary | purity | detection auroc | token purity |" in body
+    assert "| dictionary | detection | purity | coherence |" in body
     table = body.split("## Monosemanticity")[1].split("##")[0]
     assert "purity: share of the most frequent token" in table
     assert cells(table, f"`{SITE}/plain-k4`")[1:] == [
-        "0.600 [0.500, 0.700] (control 0.200)",
         "0.800 [0.750, 0.850] (control 0.520)",
+        "0.600 [0.500, 0.700] (control 0.200)",
         "0.400",
     ]
     assert "other-k4" not in table and "note" not in table
@@ -193,7 +193,7 @@ def test_texts_from_files_stay_texts_and_a_token_is_not_shown():
         model={"name": EVIL, "revision": EVIL},
         corpus={"name": EVIL},
         training={"note": EVIL, "own": SECRET, "versions": {"torch": EVIL}},
-        metrics={"fidelity": FIDELITY, "monosemanticity": {EVIL: 1.0}},
+        metrics={"fidelity": FIDELITY},
     )
     text = card(REPO, [hostile], old=f"mine {SECRET}")
     _, body = parts(text)
