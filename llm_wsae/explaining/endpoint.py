@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub.utils import httpx
@@ -63,12 +63,6 @@ class Tally:
     tokens_out: int = 0
     why: str = ""
     """What the last failed question failed of."""
-
-
-class _Reply(NamedTuple):
-    status: int
-    text: str
-    retry_after: str
 
 
 class Endpoint:
@@ -153,14 +147,15 @@ class Endpoint:
             return self._keep({"question": digest, "about": about, **answer, "messages": messages})
 
     def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str, int]:
-        """The endpoint's reply, or None and why there is none; and the last status, or 0."""
+        """The endpoint's reply, or None and why there is none; and the last status, or 0. Raises
+        LlmWsaeError where no other question would fare better."""
         why, status = "the run was stopped", 0
         for attempt in range(TRIES):
             if self._stopped.is_set():
                 break
             pause = 2.0**attempt
             try:
-                reply = asyncio.run(self._reply(body))
+                status, text, asked_pause = asyncio.run(self._reply(body))
             except (TimeoutError, httpx.TimeoutException):
                 why = "it did not answer in time"
             except (httpx.HTTPError, ValueError, LookupError, RuntimeError, OSError) as error:
@@ -170,20 +165,20 @@ class Endpoint:
                 if isinstance(error, httpx.ConnectError) and not self.tally.asked:
                     raise LlmWsaeError(f"{self._url} was not asked anything: {why}") from error
             else:
-                status = reply.status
-                if status == 200 and (found := _content(reply.text)) is not None:
+                if status == 200 and (found := _content(text)) is not None:
                     return found, "", status
-                why, again = self._refusal(reply)
-                pause = max(pause, again)
+                why = self._refusal(status, text)
                 if status != 200 and status not in _PASSING:
                     break
+                pause = max(pause, self._seconds(asked_pause) if status != 200 else 0.0)
             if attempt + 1 < TRIES:
                 self._wait(pause)
         return None, why, status
 
-    async def _reply(self, body: dict[str, Any]) -> _Reply:
-        """The reply to one request. Raises TimeoutError if it is not complete in time; ValueError
-        if it is too large or packed in an unknown way; and what httpx raises."""
+    async def _reply(self, body: dict[str, Any]) -> tuple[int, str, str]:
+        """Status, text and Retry-After of the reply to one request. Raises TimeoutError if it is
+        not complete in time; ValueError if it is too large or packed in an unknown way; and what
+        httpx raises."""
         client = httpx.AsyncClient(
             verify=self._tls,
             timeout=self._timeout,
@@ -205,25 +200,30 @@ class Endpoint:
                 if len(data) > _LARGEST:
                     raise ValueError(f"it has more than {_LARGEST:,} bytes")
         text = data.decode("utf-8", "replace")
-        return _Reply(reply.status_code, text, reply.headers.get("retry-after", ""))
+        return reply.status_code, text, reply.headers.get("retry-after", "")
 
-    def _refusal(self, reply: _Reply) -> tuple[str, float]:
-        """What a reply without an answer says, and how many seconds it asks to wait. Raises
-        LlmWsaeError if no other question would fare better, or for too many seconds."""
-        status = reply.status
+    def _refusal(self, status: int, text: str) -> str:
+        """What a reply without an answer says."""
         if status == 200:
-            return f"its reply is not one of chat/completions: {self._safe(reply.text)}", 0.0
+            return f"its reply is not one of chat/completions: {self._safe(text)}"
         if status in _HOPELESS:
             raise LlmWsaeError(f"{self._url} answered with {status}: {_HOPELESS[status]}")
-        seconds = _seconds(reply.retry_after) if status in _PASSING else 0.0
+        form = self._schema and status in (400, 422)
+        hint = "; --schema False does without response_format" if form else ""
+        return f"it answered with {status}: {self._safe(text)}{hint}"
+
+    def _seconds(self, retry_after: str) -> float:
+        """How long a reply asks to wait; 0 for a date, which model servers do not send."""
+        try:
+            seconds = max(0.0, float(retry_after or 0))
+        except ValueError:
+            return 0.0
         if seconds > LONGEST_WAIT:
             raise LlmWsaeError(
                 f"{self._url} asks to wait {seconds:.6g} seconds; run the same command again then: "
                 "what was answered is kept"
             )
-        form = self._schema and status in (400, 422)
-        hint = "; --schema False does without response_format" if form else ""
-        return f"it answered with {status}: {self._safe(reply.text)}{hint}", seconds
+        return seconds
 
     def _safe(self, text: str) -> str:
         """Foreign text, printable, on one line, short and without the key."""
@@ -332,11 +332,3 @@ def _content(text: str) -> dict[str, Any] | None:
         return None
     spent = [integer(usage.get(name)) or 0 for name in ("prompt_tokens", "completion_tokens")]
     return {"answer": content or "", "tokens_in": max(0, spent[0]), "tokens_out": max(0, spent[1])}
-
-
-def _seconds(value: str) -> float:
-    """Of a Retry-After header; 0 for a date, which model servers do not send."""
-    try:
-        return max(0.0, float(value or 0))
-    except ValueError:
-        return 0.0

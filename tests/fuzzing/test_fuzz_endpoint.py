@@ -9,18 +9,18 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import pytest
 from fuzzing import Fuzz, blind, change
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.explaining import endpoint
 from llm_wsae.explaining.endpoint import Endpoint
 from llm_wsae.explaining.protocol import Question
 
 SECRET = "sk-do-not-show-me-0123456789"
-SECONDS = 0.4  # for a whole reply
+SECONDS = 0.3  # for a whole reply, of which there are six at most
 GRACE = 10.0  # seconds; the machine may be busy
 MEMORY = 1 << 29  # bytes that all cases together may add: a bomb alone has as many
 ANSWER = {
@@ -30,8 +30,6 @@ ANSWER = {
 }
 GOOD = json.dumps(ANSWER).encode()
 BOMB = gzip.compress(bytes(MEMORY), 1)
-CHARSETS = ("utf-7", "utf-16", "utf-32", "latin-1", "idna", "punycode", "hex", "rot13", "bz2",
-            "undefined", "x-none", "\xff", "a" * 9999, "utf-8; charset=utf-16", "")  # fmt: skip
 PACKINGS = ("gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip", " GZIP ", "identity",
             "\xe9", "a" * 9999, "")  # fmt: skip
 WAITS = ("0", "1", "-1", "nan", "inf", "1e400", "9" * 5000, "soon", "3600", "\xff",
@@ -42,15 +40,14 @@ STATUSES = (*range(200, 207), 300, 301, 302, 304, 307, 308, 400, 401, 402, 403, 
 DEEP = ("[" * 9999, '{"choices":' * 9999, "[" * 9999 + "]" * 9999,
         '{"a":' * 900 + "1" + "}" * 900)  # fmt: skip
 
-Pieces = Iterator[bytes | float]
-"""What a server sends, and how many seconds it waits in between."""
+Pieces = Iterator[bytes | float]  # what a server sends, and how long it waits in between
 
 
 class Server:
     """Reads a request and replies with the pieces that it is given."""
 
     def __init__(self) -> None:
-        self.pieces: list[bytes | float] | Pieces = []
+        self.pieces: Callable[[], Iterable[bytes | float]] = list  # for each connection
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -72,7 +69,7 @@ class Server:
                     if not (part := connection.recv(1 << 16)):
                         return
                     data += part
-                for piece in self.pieces:
+                for piece in self.pieces():
                     if isinstance(piece, float):
                         time.sleep(piece)
                     else:
@@ -81,17 +78,12 @@ class Server:
             pass  # the other side had enough
 
 
-class Endless:
-    """A piece without end, after a few others; each connection begins anew."""
-
-    def __init__(self, first: list[bytes], then: bytes, pause: float):
-        self.first, self.then, self.pause = first, then, pause
-
-    def __iter__(self) -> Pieces:
-        yield from self.first
-        for _ in range(100 if self.pause else 10_000):
-            yield self.then
-            yield self.pause
+def endless(first: list[bytes], then: bytes, pause: float) -> Pieces:
+    """A piece without end, after a few others."""
+    yield from first
+    for _ in range(100 if pause else 10_000):
+        yield then
+        yield pause
 
 
 def head(status: int = 200, **fields: object) -> bytes:
@@ -104,28 +96,16 @@ def whole(body: bytes, status: int = 200, **fields: object) -> list[bytes]:
     return [head(status, content_length=len(body), **fields), body]
 
 
-def bodies(draw: random.Random):
-    value = json.loads(GOOD)
-    done = change(value, draw)
-    return done, whole(json.dumps(value).encode())
-
-
 def damaged(draw: random.Random):
-    done, body = blind(GOOD, draw, BOMB[:999])
-    return done, whole(body)
-
-
-def damaged_head(draw: random.Random):
-    first, body = whole(GOOD)
-    done, first = blind(first, draw, GOOD)
-    return done, [first, body]
-
-
-def charsets(draw: random.Random):
-    name = draw.choice(CHARSETS)
-    body = draw.choice((GOOD, GOOD.decode().encode("utf-16"), b"\xff" + GOOD, b"\0" + GOOD))
-    kind = f"application/json; charset={name}"
-    return name[:20], whole(body, draw.choice((200, 200, 500)), content_type=kind)
+    """A value of the answer changed, or bytes of the reply."""
+    if draw.random() < 0.5:
+        value = json.loads(GOOD)
+        done = change(value, draw)
+        return done, whole(json.dumps(value).encode())
+    parts = whole(GOOD)
+    number = draw.randrange(2)
+    done, parts[number] = blind(parts[number], draw, BOMB[:999])
+    return done, parts
 
 
 def packed(draw: random.Random):
@@ -142,11 +122,6 @@ def deep(draw: random.Random):
     return text[:20], whole(text.encode(), draw.choice((200, 200, 429)))
 
 
-def lengths(draw: random.Random):
-    length = draw.choice((0, 1, -1, len(GOOD) - 5, len(GOOD) + 5, 10**12, 10**30, "x", "1, 2"))
-    return f"length {length}", [head(content_length=length), GOOD]
-
-
 def statuses(draw: random.Random):
     status, wait = draw.choice(STATUSES), draw.choice(WAITS)
     where = f"http://127.0.0.1:9/{SECRET}"
@@ -154,15 +129,7 @@ def statuses(draw: random.Random):
     return f"{status} {wait[:20]}", whole(body, status, retry_after=wait, location=where)
 
 
-def chunks(draw: random.Random):
-    size = draw.choice(
-        (b"%x" % len(GOOD), b"0", b"-1", b"ffffffffffffffff", b"x", b"1;" + b"a" * 99)
-    )
-    end = draw.choice((b"0\r\n\r\n", b"0\r\n", b"", b"x"))
-    return repr(size), [head(transfer_encoding="chunked"), size + b"\r\n" + GOOD + b"\r\n" + end]
-
-
-def endless(draw: random.Random):
+def dripping(draw: random.Random):
     pause = draw.choice((0.0, 0.03))
     name, first, then = draw.choice((
         ("body", [head()], b" " * (1 << 16)),
@@ -173,7 +140,7 @@ def endless(draw: random.Random):
         ("status", [], b"HTTP/1.1 100 Continue\r\n\r\n"),
         ("nothing", [], b""),
     ))  # fmt: skip
-    return f"{name} {pause}", Endless(first, then, pause)
+    return f"{name} {pause}", partial(endless, first, then, pause)
 
 
 def broken(draw: random.Random):
@@ -181,7 +148,7 @@ def broken(draw: random.Random):
     return "cut", [data[: draw.randrange(len(data))]]
 
 
-KINDS = (bodies, damaged, damaged_head, charsets, packed, deep, lengths, statuses, chunks, broken)
+KINDS = (damaged, packed, deep, statuses, broken)
 
 
 @pytest.fixture
@@ -194,11 +161,11 @@ def server():
 @pytest.mark.parametrize("part", range(4))
 def test_replies(part, server, tmp_path, monkeypatch, fuzz: Fuzz):
     monkeypatch.setenv("LLM_WSAE_API_KEY", SECRET)
-    monkeypatch.setattr(endpoint, "TRIES", 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for number, draw in fuzz.cases(f"endpoint {part}", 10 if fuzz.times == 1 else 25):
-        kind = endless if number % 20 == 5 else draw.choice(KINDS)
-        done, server.pieces = kind(draw)
+        kind = dripping if number % 20 == 5 else draw.choice(KINDS)
+        done, pieces = kind(draw)
+        server.pieces = pieces if callable(pieces) else lambda pieces=pieces: pieces
         case, question = f"{number} {kind.__name__} ({done})", Question("s", str(number), {}, 5)
         out, started, said = tmp_path / str(number), time.monotonic(), ""
         outcome, why = "refused", ""
@@ -214,7 +181,7 @@ def test_replies(part, server, tmp_path, monkeypatch, fuzz: Fuzz):
             said = str(error)
         except BaseException as error:
             outcome, why = "traceback", f"{type(error).__name__}: {error}"
-        if time.monotonic() - started > 2 * SECONDS + GRACE:
+        if time.monotonic() - started > 6 * SECONDS + GRACE:
             outcome, why = "traceback", "it took too long"
         written = "".join(path.read_text() for path in out.iterdir()) if out.exists() else ""
         if SECRET in said + written or not said.isprintable():
