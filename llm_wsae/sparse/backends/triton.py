@@ -227,21 +227,20 @@ def _select(pre: Tensor, best: Codes, clip: bool) -> None:
     k = best.indices.shape[1]
     parts = cdiv(width, _PART)
     if parts == 1:
-        _select_parts(pre, None, best, 1, clip)
+        _select_parts(pre, best, 1, clip)
     elif parts * k <= _PART:
         numbers = torch.empty(rows, parts * k, dtype=torch.int32, device=pre.device)
         candidates = Codes(numbers, torch.empty_like(numbers, dtype=pre.dtype))
-        _select_parts(pre, None, candidates, parts, False)
-        _select_parts(candidates.values, numbers, best, 1, clip)
+        _select_parts(pre, candidates, parts, False)
+        _select_parts(candidates.values, best, 1, clip)
+        best.indices.copy_(numbers.gather(1, best.indices))
     else:  # hardly sparse
         values, indices = pre.topk(k, dim=1, sorted=False)
         best.indices.copy_(indices)
         best.values.copy_(values.relu_() if clip else values)
 
 
-def _select_parts(
-    values: Tensor, numbers: Tensor | None, best: Codes, parts: int, clip: bool
-) -> None:
+def _select_parts(values: Tensor, best: Codes, parts: int, clip: bool) -> None:
     rows, width = values.shape
     part = cdiv(width, parts)
     block = max(16, next_power_of_2(part))
@@ -249,13 +248,11 @@ def _select_parts(
         select_kernel,
         (rows, parts),
         values,
-        values if numbers is None else numbers,
         best.values,
         best.indices,
         width,
         part,
         best.indices.shape[1] // parts,
-        NUMBERED=numbers is not None,
         CLIP=clip,
         BITS=_BITS[values.dtype],
         BLOCK=block,

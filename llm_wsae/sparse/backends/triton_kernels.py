@@ -36,13 +36,11 @@ def _kth_largest(keys, k, BITS: tl.constexpr):
 @triton.jit
 def select_kernel(
     values_ptr,  # [rows, width]
-    numbers_ptr,  # [rows, width] latent numbers of the values; unused unless NUMBERED
     best_ptr,  # [rows, parts, k]
     chosen_ptr,  # [rows, parts, k]
     width,
     part_width,
     k,  # at most part_width
-    NUMBERED: tl.constexpr,
     CLIP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,8 +72,6 @@ def select_kernel(
     tied = (keys == kth).to(tl.int32)
     kept = above | ((tied > 0) & (tl.cumsum(tied, 0) <= k - tl.sum(above.to(tl.int32))))
     slots = (row * tl.num_programs(1) + part) * k + tl.cumsum(kept.to(tl.int32), 0) - 1
-    if NUMBERED:
-        columns = tl.load(numbers_ptr + at, mask=kept & inside, other=0)
     tl.store(chosen_ptr + slots, columns, mask=kept)
     # read anew: in registers only the keys were kept
     values = tl.load(values_ptr + at, mask=kept & inside, other=-float("inf"))
