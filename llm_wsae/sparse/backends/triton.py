@@ -57,15 +57,15 @@ def encode_topk(product: Product, k: int) -> Codes:
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     values = torch.empty(len(x), k, dtype=exact_dtype(x), device=x.device)
     for rows in _tiles(product):
-        _select(product.pre(rows), Codes(indices[rows], values[rows]), True)
-    return Codes(indices, values)
+        _select(product.pre(rows), Codes(indices[rows], values[rows]))
+    return Codes(indices, values.relu_())
 
 
 def select_topk(pre: Tensor, k: int) -> Codes:
     """Ties go to the lowest latents."""
     indices = torch.empty(len(pre), k, dtype=torch.int64, device=pre.device)
     best = Codes(indices, torch.empty_like(indices, dtype=pre.dtype))
-    _select(pre.contiguous(), best, False)
+    _select(pre.contiguous(), best)
     return best
 
 
@@ -220,27 +220,26 @@ def _rate(step: int, learning_rate: float) -> Rate:
     return Rate(learning_rate / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step))
 
 
-def _select(pre: Tensor, best: Codes, clip: bool) -> None:
-    """The k largest of every row of ``pre`` into ``best``; with ``clip``, negative ones as 0. The k
-    largest of each part of a wide row compete."""
+def _select(pre: Tensor, best: Codes) -> None:
+    """The k largest of every row into ``best``. Of a wide row those of each part compete."""
     rows, width = pre.shape
     k = best.indices.shape[1]
     parts = cdiv(width, _PART)
     if parts == 1:
-        _select_parts(pre, best, 1, clip)
+        _select_parts(pre, best, 1)
     elif parts * k <= _PART:
         numbers = torch.empty(rows, parts * k, dtype=torch.int32, device=pre.device)
         candidates = Codes(numbers, torch.empty_like(numbers, dtype=pre.dtype))
-        _select_parts(pre, candidates, parts, False)
-        _select_parts(candidates.values, best, 1, clip)
+        _select_parts(pre, candidates, parts)
+        _select_parts(candidates.values, best, 1)
         best.indices.copy_(numbers.gather(1, best.indices))
     else:  # hardly sparse
         values, indices = pre.topk(k, dim=1, sorted=False)
         best.indices.copy_(indices)
-        best.values.copy_(values.relu_() if clip else values)
+        best.values.copy_(values)
 
 
-def _select_parts(values: Tensor, best: Codes, parts: int, clip: bool) -> None:
+def _select_parts(values: Tensor, best: Codes, parts: int) -> None:
     rows, width = values.shape
     part = cdiv(width, parts)
     block = max(16, next_power_of_2(part))
@@ -253,7 +252,6 @@ def _select_parts(values: Tensor, best: Codes, parts: int, clip: bool) -> None:
         width,
         part,
         best.indices.shape[1] // parts,
-        CLIP=clip,
         BITS=_BITS[values.dtype],
         BLOCK=block,
         num_warps=max(1, block // 512),

@@ -41,7 +41,6 @@ def select_kernel(
     width,
     part_width,
     k,  # at most part_width
-    CLIP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -75,10 +74,7 @@ def select_kernel(
     tl.store(chosen_ptr + slots, columns, mask=kept)
     # read anew: in registers only the keys were kept
     values = tl.load(values_ptr + at, mask=kept & inside, other=-float("inf"))
-    values = values.to(best_ptr.dtype.element_ty)
-    if CLIP:
-        values = tl.where(values < 0, 0.0, values)
-    tl.store(best_ptr + slots, values, mask=kept)
+    tl.store(best_ptr + slots, values.to(best_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit
