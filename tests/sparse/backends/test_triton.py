@@ -256,6 +256,8 @@ if not INTERPRETED:
         def compile_only(kernel, grid, *arguments, **constants):
             binary = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
             compiled.setdefault(kernel.__name__, []).append(binary.asm)
+            if kernel.__name__ == "select_kernel":
+                arguments[2].zero_()  # the places that it would write are read again
 
         monkeypatch.setattr(runtime.driver, "_active", card)
         monkeypatch.setattr(triton, "_run", compile_only)
