@@ -208,19 +208,29 @@ def save_tensors(
     path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically (tensors are made contiguous on the CPU)."""
-    write_atomic(path, lambda partial: _save(partial, _on_cpu(tensors), metadata))
+    from safetensors.torch import save_file
+
+    ready = _on_cpu(tensors)
+
+    def write(partial: Path) -> None:
+        partial.touch()  # with the permissions of any new file: safetensors leaves a private one
+        mode = partial.stat().st_mode
+        save_file(ready, partial, metadata=metadata)
+        partial.chmod(mode)
+
+    write_atomic(path, write)
 
 
 def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, Any]) -> None:
     """Write a safetensors file atomically, with facts (JSON) and a digest in its header."""
     ready = _on_cpu(tensors)
-    header = tensor_header(facts, digest_of_tensors(facts, sorted(ready.items())))
-    write_atomic(path, lambda partial: _save(partial, ready, header))
+    digest = digest_of_tensors(facts, sorted(ready.items()))
+    save_tensors(path, ready, tensor_header(facts, digest))
 
 
-def load_tensors(path: Path, what: str, way_out: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Read all of a safetensors file: (tensors, metadata). Raises as ``open_tensors`` does."""
-    with open_tensors(path, what, way_out) as file:
+    with open_tensors(path, what) as file:
         return dict(each_tensor(file)), file.metadata() or {}
 
 
@@ -346,15 +356,6 @@ def _then(way_out: str) -> str:
 
 def _on_cpu(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _save(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
-    from safetensors.torch import save_file
-
-    path.touch()  # with the permissions of any new file: safetensors leaves a private one there
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
 
 
 def each_tensor(file: Any) -> Iterator[tuple[str, Any]]:

@@ -191,4 +191,4 @@ def tokens_path(index: int) -> str:
 def read_statistics(path: Path, record: FileRecord) -> Statistics:
     """The statistics in a file of a store. Raises LlmWsaeError if it is not what was written."""
     record.check(path, REPAIR)
-    return Statistics.from_tensors(load_tensors(path, "file of statistics", REPAIR)[0])
+    return Statistics.from_tensors(load_tensors(path, "file of statistics")[0])

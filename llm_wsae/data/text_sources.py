@@ -1,14 +1,8 @@
 """Where text comes from: local files, installed Python packages of texts, the Hugging Face Hub.
 
-A source gives the same documents on every reading (``TextSource``).
-
-- Files: ``.txt``, ``.jsonl`` or ``.parquet``, one or a folder of them. Each line of a ``.jsonl``
-  file and each row of a ``.parquet`` file is a document. A text file is cut at empty lines into
-  documents of about 8,000 characters, so that documents of a single book can be held out and a book
-  is never in memory as a whole. A shorter file is one document.
-- Packages: a small registry. To read another, add a function that lists its documents to
-  ``TEXT_PACKAGES``.
-- The Hub: one split of a dataset, streamed.
+Each line of a ``.jsonl`` file and each row of a ``.parquet`` file is a document. A text file is cut
+at empty lines into documents of about 8,000 characters, so that documents of a single book can be
+held out and a book is never in memory as a whole; a shorter file is one document.
 
 Lines of JSON are read here and not by the library ``datasets``, which takes some strings for dates,
 so that labels would change, and needs five times as long.
@@ -66,10 +60,8 @@ class TextSource(Protocol):
 
 def _text_column_of(rows: list[Mapping[str, Any]], wanted: str | None, where: str) -> str:
     """The column of some rows that holds the text: ``wanted``, else ``text``, else the only string
-    of the first row that has any.
-
-    Raises UsageError, naming ``where`` and the columns, if there is none or several could be meant.
-    """
+    of the first row that has any. Raises UsageError, naming ``where`` and the columns, if there is
+    none or several could be meant."""
     texts = [[key for key, value in row.items() if isinstance(value, str)] for row in rows]
     columns = ", ".join(map(str, rows[0])) or "none"
     if wanted is not None:
@@ -247,11 +239,8 @@ def _pieces(file: Path) -> Iterator[str]:
 
 
 class TextPackage:
-    """A package of texts, its documents in a fixed random order.
-
-    Such packages are sorted by date or title. Unshuffled, a run that reads part of one would see
-    nothing but the eighteenth century.
-    """
+    """A package of texts, its documents in a fixed random order: such packages are sorted by date
+    or title, and a run that reads part of one would see nothing but the eighteenth century."""
 
     def __init__(self, name: str):
         """Raises UsageError if the package is not installed."""
@@ -313,11 +302,8 @@ class HubDataset:
     """
 
     def __init__(self, spec: str, text_column: str | None):
-        """Open ``owner/name:config@revision``, which must match ``HUB_NAME``.
-
-        Raises UsageError if there is no such dataset or it cannot be read, LlmWsaeError if the Hub
-        cannot be reached.
-        """
+        """``spec``: as ``HUB_NAME``. Raises UsageError if there is no such dataset or it cannot be
+        read, LlmWsaeError if the Hub cannot be reached."""
         self.name = spec.partition("@")[0]
         self.num_bytes: int | None = None
         match = HUB_NAME.fullmatch(spec)

@@ -1,11 +1,9 @@
 """One run in several processes, as ``torchrun`` starts them, on torch.distributed.
 
-Without a launcher there is one process, and nothing here costs anything; torch is needed only when
-there are several.
+Without a launcher there is one process, and nothing here costs anything or needs torch.
 
 When a process fails, its connections close, which ends the waiting of the others at once. They
 raise the sentence that it left in the launcher's key-value store, or say that it left none.
-Processes that wait for no other are ended by the launcher.
 """
 
 import functools

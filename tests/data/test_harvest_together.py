@@ -1,20 +1,17 @@
 """Harvests by several processes: the bytes of one, whoever is killed; one sentence for an error."""
 
-import contextlib
 import functools
-import io
 import os
 import signal
 import time
 from dataclasses import replace
 
 import pytest
-from command_line import HARVEST, asked, content, save_model, works
-from several import run, start, torchrun
+from command_line import HARVEST, call, content, save_model, works
+from several import run, start
 from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae.cli import main
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
@@ -183,22 +180,16 @@ def both_wait(corpus, out, go):
     return make(corpus, out, CONFIG, os.environ["RANK"], 10, wait)
 
 
-def said(*words):
-    """Exit code of a command and what it says, in this process."""
-    with contextlib.redirect_stderr(io.StringIO()) as heard:
-        return main(asked(words)), heard.getvalue()
-
-
-def test_the_command_under_torchrun(corpus, tmp_path):
+def test_the_command(corpus, tmp_path):
     words = ("harvest", "--model", save_model(tmp_path / "model"), "--corpus", corpus, *HARVEST,
              "--dtype", "float32", "--tokens", "4000", "--out")  # fmt: skip
     works(*words, tmp_path / "alone")
-    done = torchrun(2, *words, tmp_path / "both", "--json")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"rows"') == 1 and done.stderr.count("loading") == 1
-    assert done.stderr.count("harvest:   0%") == 1 and "harvest: 100%" in done.stderr
+    done = run(2, call, *words, tmp_path / "both", "--json")
+    assert [one.code for one in done] == [0, 0], done
+    assert '"rows"' in done[0].out and "harvest: 100%" in done[0].err
+    assert done[1].out == "" and "harvest:" not in done[1].err
     assert content(tmp_path / "both") == content(tmp_path / "alone")
-    refusals = run(2, said, *words, tmp_path / "both", "--tokens", "3000")
-    assert [code for code, _ in refusals] == [1, 1]
-    (sentence,) = (heard for _, heard in refusals if "llm-wsae: " in heard)
+    refusals = run(2, call, *words, tmp_path / "both", "--tokens", "3000")
+    assert [one.code for one in refusals] == [1, 1]
+    (sentence,) = (one.err for one in refusals if "llm-wsae: " in one.err)
     assert f"llm-wsae: {tmp_path / 'both'} already holds 4,000 tokens" in sentence
