@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 FEWEST = 20
 """Effective documents; results on fewer say little about other text."""
@@ -48,13 +48,6 @@ class TextSize:
             "results say little about other text; read more documents, or hold out more of them "
             "before training"
         ]
-
-
-def per_document(
-    column: Float[np.ndarray, " contexts"], owner: Int[np.ndarray, " contexts"]
-) -> Float[np.ndarray, " documents"]:
-    """Sums of a column over the contexts of each document, ``owner``, numbered from 0."""
-    return np.bincount(owner, weights=column.astype(np.float64))
 
 
 def owners(documents: Sequence[Int[np.ndarray, " _"]]) -> Int[np.ndarray, " contexts"]:

@@ -13,7 +13,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.documents import TextSize, owners, per_document
+from llm_wsae.statistics.documents import TextSize, owners
 
 CONTEXT = 16
 PAGE = 3 * CONTEXT
@@ -112,5 +112,3 @@ def test_the_size_of_a_text():
     assert size.text("text") == "4 tokens of text from 2 documents (effectively 2)"
     assert "effectively of 1.6 documents, fewer than 20" in size.warnings()[0]
     assert owners([np.array([5, 5, 9]), np.array([9]), np.array([5])]).tolist() == [0, 1, 0]
-    sums = per_document(np.array([1.0, 2.0, 4.0]), np.array([0, 1, 0]))
-    assert sums.tolist() == [5.0, 2.0]

@@ -51,7 +51,7 @@ from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums, Site
 from llm_wsae.evaluation.fidelity.report import Fidelity, Losses, Report, fidelity_of, from_plain
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.documents import TextSize, owners, per_document
+from llm_wsae.statistics.documents import TextSize, owners
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 _Key = tuple[str | None, str]
@@ -150,7 +150,7 @@ class FidelityEvaluator:
         losses: dict[str, Losses] = {name: {} for name in here}
         for (name, kind), parts in columns.items():
             own = of_text if name is None else losses[name]
-            own[kind] = per_document(torch.cat(parts).numpy(), self._owner)
+            own[kind] = np.bincount(self._owner, torch.cat(parts).double().numpy())
         rows.losses |= of_text
         self._known[site, threshold] = rows
         losses = {name: rows.losses | own for name, own in losses.items()}

@@ -36,16 +36,14 @@ class Fidelity:
     rows: int
     """Rows measured: kept positions that are not massive."""
     documents: int
-    """Documents that these rows and the massive ones are of."""
+    """Documents that these rows and the massive ones are of; effective ones: as ``TextSize``."""
     effective_documents: float
-    """1/Σ share², where share is a document's part of these."""
     massive_rows: int
     """Kept positions whose norm exceeds ``massive_threshold``."""
     massive_threshold: float
     fvu: float
     """Σ (x − x̂)² / Σ (x − mean x)², over all rows and dimensions, mean over these rows."""
-    explained_variance: float
-    """1 − fvu."""
+    explained_variance: float  # 1 − fvu
     fvu_with_massive: float
     cosine: float
     """Mean over rows of cos(x, x̂)."""
@@ -91,9 +89,8 @@ class Fidelity:
     latent_density: list[float] = field(repr=False)
     """[d_sae]: share of rows on which each latent fired."""
     kl_per_document: list[float] = field(repr=False)
-    """Sum of KL over the scored positions of each document."""
+    """Sum of KL over the scored positions of each document; then of ce_spliced − ce_clean."""
     ce_increase_per_document: list[float] = field(repr=False)
-    """Sum of ce_spliced − ce_clean over the same."""
 
     @property
     def text_size(self) -> TextSize:
