@@ -13,9 +13,8 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.latents import Example, Latent, Word, check_latents, check_store, look_at
-from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
-from llm_wsae.inspecting.vocabulary import Vocabulary
+from llm_wsae.inspecting.vocabulary import Readout, Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number
 from llm_wsae.outside import text as known_text

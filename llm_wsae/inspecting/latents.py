@@ -21,8 +21,7 @@ from llm_wsae.data.shards import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.readout import Readout, top_words
-from llm_wsae.inspecting.vocabulary import Marked, Vocabulary
+from llm_wsae.inspecting.vocabulary import Marked, Readout, Vocabulary, top_words
 
 CANDIDATES = 4096
 """The most rows per latent that are encoded in search of its top contexts."""

@@ -28,9 +28,8 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 from llm_wsae.inspecting.latents import check_latents, firings, look_at
-from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import read_sentence
-from llm_wsae.inspecting.vocabulary import Vocabulary
+from llm_wsae.inspecting.vocabulary import Readout, Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.terminal import printable, printable_json

@@ -16,7 +16,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.readout import Readout
+from llm_wsae.inspecting.vocabulary import Readout
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages import neuronpedia
 from llm_wsae.pages.collecting import collect, windows

@@ -34,12 +34,9 @@ _OPENERS = "\"'“‘«([{-–—*"
 class Units(NamedTuple):
     """Which rows make up which unit."""
 
-    of_row: Int[Tensor, " rows"]
-    """The unit of each row of the text, -1 if it has none."""
-    size: Int[Tensor, " units"]
-    """Rows in each unit."""
-    document: Int[Tensor, " units"]
-    """The document of each unit."""
+    of_row: Int[Tensor, " rows"]  # the unit of each row of the text, -1 if it has none
+    size: Int[Tensor, " units"]  # rows in each unit
+    document: Int[Tensor, " units"]  # the document of each unit
 
     @property
     def single(self) -> bool:
@@ -53,12 +50,9 @@ class Concepts(NamedTuple):
     names: list[str]
     families: list[str]
     """The group of each concept, e.g. ``letter``; each label of documents is a family."""
-    positive: Bool[Tensor, "units concepts"]
-    """Whether the unit is an example of the concept."""
-    applies: Bool[Tensor, "units concepts"]
-    """Whether the concept says anything about the unit."""
-    half: Bool[Tensor, " units"]
-    """Which half of the documents the unit belongs to."""
+    positive: Bool[Tensor, "units concepts"]  # whether the unit is an example of the concept
+    applies: Bool[Tensor, "units concepts"]  # whether the concept says anything about the unit
+    half: Bool[Tensor, " units"]  # which half of the documents the unit belongs to
 
     def with_enough(self, groups: Int[Tensor, " units"], min_groups: int, least: int) -> "Concepts":
         """Those with at least so many examples and counterexamples in each half, from at least

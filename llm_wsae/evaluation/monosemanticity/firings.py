@@ -31,25 +31,19 @@ NO_ROW = -1
 class Examples(NamedTuple):
     """Up to n rows per latent, each from another context."""
 
-    rows: Int[Tensor, "d_sae n"]
-    """Row numbers, -1 where there are no more."""
-    values: Float[Tensor, "d_sae n"]
-    """The latent's activation there, 0 where there is no row."""
+    rows: Int[Tensor, "d_sae n"]  # row numbers, -1 where there are no more
+    values: Float[Tensor, "d_sae n"]  # the latent's activation there, 0 where there is no row
 
 
 class Firings(NamedTuple):
     """What one dictionary's latents do on a text. All on the CPU."""
 
-    num_rows: int
-    """Encoded rows; massive rows are not encoded."""
-    counts: Int[Tensor, " d_sae"]
-    """Number of rows on which each latent fires."""
-    contexts: Int[Tensor, " d_sae"]
-    """Number of contexts in which it fires."""
+    num_rows: int  # encoded rows; massive rows are not encoded
+    counts: Int[Tensor, " d_sae"]  # number of rows on which each latent fires
+    contexts: Int[Tensor, " d_sae"]  # number of contexts in which it fires
     top: Examples
     """Largest activations in descending order; the earlier context first where they tie."""
-    sample: Examples
-    """Uniformly drawn firings, in the order of the draw."""
+    sample: Examples  # uniformly drawn firings, in the order of the draw
     fired: Bool[Tensor, "windows d_sae"]
     """Whether the latent fires anywhere in each of the random windows."""
 

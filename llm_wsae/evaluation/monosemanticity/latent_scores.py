@@ -57,14 +57,11 @@ _LATENTS_AT_ONCE = 256  # whose embeddings, and pairs of windows, are in memory 
 class Documents(NamedTuple):
     """Where windows come from."""
 
-    top: Int[Tensor, "latents top"]
-    """Documents of the top windows; so below."""
+    top: Int[Tensor, "latents top"]  # documents of the top windows; so below
     sample: Int[Tensor, "latents sample"]
     random: Int[Tensor, " windows"]
-    genre: Int[Tensor, " documents"]
-    """A number for the genre of every document."""
-    drawn: Float[Tensor, "resamplings documents"]
-    """How often each resampling holds each document."""
+    genre: Int[Tensor, " documents"]  # a number for the genre of every document
+    drawn: Float[Tensor, "resamplings documents"]  # how often each resampling holds each document
 
 
 class Detection(NamedTuple):

@@ -68,10 +68,8 @@ Columns = dict[str, Float[Tensor, " concepts"]]
 class Split(NamedTuple):
     """Concepts with one half of the documents for training and the other half for testing."""
 
-    positive: Float[Tensor, "units concepts"]
-    """1 for training examples."""
-    negative: Float[Tensor, "units concepts"]
-    """1 for training counterexamples."""
+    positive: Float[Tensor, "units concepts"]  # 1 for training examples
+    negative: Float[Tensor, "units concepts"]  # 1 for training counterexamples
     items: Int[Tensor, "concepts items"]
     """Test units: first ``num_examples`` examples, then counterexamples."""
     counts: Bool[Tensor, "concepts items"]
@@ -183,8 +181,7 @@ class SelectedColumns(NamedTuple):
     """Columns that any concept selected, as one dense matrix, and each concept's place in it."""
 
     columns: Int[Tensor, " n"]
-    values: Float[Tensor, "units n_and_one"]
-    """The last column is 0 and stands for no column."""
+    values: Float[Tensor, "units n_and_one"]  # the last column is 0 and stands for no column
     place: Int[Tensor, "concepts count"]
 
     @classmethod
@@ -250,8 +247,7 @@ class ProbedConcepts(NamedTuple):
 
     units: Units
     concepts: Concepts
-    splits: list[Split]
-    """Both halves of the documents as training units."""
+    splits: list[Split]  # both halves of the documents as training units
 
     @classmethod
     def of(cls, units: Units, concepts: Concepts, seed: int) -> "ProbedConcepts":
@@ -263,8 +259,7 @@ class ProbedConcepts(NamedTuple):
 class SiteProbes(NamedTuple):
     """Probes of a site's activations, which do not depend on a dictionary."""
 
-    halves: list[list[Exam]]
-    """By half and kind of units."""
+    halves: list[list[Exam]]  # by half and kind of units
     columns: Columns
     """Area under the ROC curve of probes on all dimensions (``dense``) and on the best ones
     (``best_1``, ``best_2``, ``best_5``), and the ``accuracy`` of the dense probes."""
