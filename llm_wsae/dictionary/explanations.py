@@ -22,7 +22,7 @@ from llm_wsae.dictionary.folder import (
     weights_checksum,
 )
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.outside import mapping, parsing, typed
+from llm_wsae.outside import mapping, pair, parsing, typed
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
 _LINES = "lines_sha256"
@@ -89,10 +89,12 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
 
 def _explanation(line: dict[str, Any]) -> Explanation:
     scores = {
-        name: Score(**{**score, "interval": tuple(score["interval"])})
+        name: Score(**{**score, "interval": pair(score["interval"])})
         for name, score in line["scores"].items()
     }
     one = typed(Explanation(**{**line, "scores": scores}))
+    if one.latent < 0:
+        raise ValueError(f"there is no latent {one.latent}")
     return replace(one, text=one.text[:LONGEST] if one.text else None)
 
 

@@ -1,5 +1,6 @@
 """A dictionary's folder: what is written is read, and nothing else is."""
 
+import hashlib
 import importlib.util
 import json
 
@@ -9,9 +10,14 @@ from looping import over
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary, make_info
 
-from llm_wsae.artifact.files import has_digest, read_json, sha256, write_json
+from llm_wsae.artifact.files import has_digest, json_line, read_json, sha256, write_json
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import Explanation, keep_explanations
+from llm_wsae.dictionary.explanations import (
+    Explanation,
+    Score,
+    keep_explanations,
+    read_explanations,
+)
 from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary, keep_measurements
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -226,6 +232,26 @@ def test_odd_content_with_valid_checksums_is_named(folder):
     edit_tensors(folder / "sae_weights.safetensors", threshold=None)
     with pytest.raises(LlmWsaeError, match=r"instead of \[.*'threshold'\]"):
         Dictionary.load(folder)
+
+
+def test_odd_explanations_with_valid_checksums_are_refused(folder):
+    score = {"fuzzing": Score(0.9, (0.8, 1.0), 10, 9)}
+    keep_explanations(folder, [Explanation(1, "said", "m", score)])
+    path = folder / "explanations.jsonl"
+    head, line = path.read_text().splitlines()
+    for old, new in (
+        ("1,", "-1,"),
+        ("1,", '"x",'),
+        ("[0.8, 1.0]", "[0.8]"),
+        ('"m"', "7"),
+        ("10", "null"),
+    ):
+        lines = line.replace(old, new, 1) + "\n"
+        about = json.loads(head) | {"lines_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        del about["sha256"]
+        path.write_text(json_line(about) + lines)
+        with pytest.raises(LlmWsaeError, match="is damaged and cannot be used"):
+            read_explanations(folder)
 
 
 def test_configuration_has_the_keys_saelens_reads(folder):
