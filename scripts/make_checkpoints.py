@@ -19,7 +19,7 @@ from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
 from llm_wsae.dictionary.hub.card import making, rule_words, tables
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.model.site import Site
-from llm_wsae.pages.drawing import BLUE, GREY, tidy
+from llm_wsae.pipeline.plots import BLUE, GREY, tidy
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "runs/checkpoints"

@@ -247,7 +247,6 @@ class PlantedSource:
         store: ActivationStore,
         site: Site,
         config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
-        window_bytes: int = WINDOW_BYTES,
     ):
         """Raises as ``make_plants`` does, and UsageError if the store has too few rows to hold two
         chunks of them out."""
@@ -268,7 +267,6 @@ class PlantedSource:
         counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
         means = self._token_means() if config.natural else None
         self.plants = make_plants(store.statistics(site), counts, config, means)
-        self._window_bytes = window_bytes
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
@@ -276,7 +274,7 @@ class PlantedSource:
         """Endless shuffled batches of the rows that are not held out, float32; of each, only the
         rows of ``part`` (its number, of how many)."""
         reader = self.reader(self.num_rows)
-        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
+        return shuffled_batches(reader, batch_size, seed, start, WINDOW_BYTES, part)
 
     def statistics(self) -> Statistics:
         """The statistics of the planted rows that are not held out: one pass, the first time."""
@@ -309,7 +307,7 @@ class PlantedSource:
         """JSON values that identify these rows in this order."""
         return {
             **self.store.identity(self.site),
-            "window_bytes": self._window_bytes,
+            "window_bytes": WINDOW_BYTES,
             "num_rows": self.num_rows,
             "planted": self.plants.identity(),
         }

@@ -9,18 +9,14 @@ x̂_p = W_mᵀ x_m. With W_m = (W_p, 0)ᵀ what it recovers of x is
 and everything below follows from r: which features shrink, which vanish, and how far the training
 loss (on x_p) is from the loss one wants (on x).
 
-When is W_m = (W_p, 0)ᵀ the optimum (theorem 1), and the only one (theorem 3)? The paper assumes
-unit columns with non-positive interference, which allows at most 2·n_p features. For a ReLU without
-a penalty on the codes, this module's tests establish:
+Where it is the optimum (theorem 1) and the only one (theorem 3), for a ReLU without a penalty on
+the codes, as the tests of this module establish:
 
 - in antipodal pairs (digons) the reconstruction is exact at any sparsity, so it is optimal;
-- three features at 120° (a polygon) leave a loss on dense inputs, and W_pᵀ is not even a local
-  optimum: descent from it finds 7 % less at S = 0. On 1-sparse inputs the loss is 0, so optimal;
-- a single digon has a unique optimum, up to order. Otherwise it is not unique: with
-  n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any* orthogonal Q reconstructs everything, and the
-  triangle has a second solution of loss 0 on 1-sparse inputs, at −√2 times its features.
-
-So beyond a single digon something else must choose among equal optima: a penalty, or TopK.
+- three features at 120° leave a loss on dense inputs, where W_pᵀ is not even a local optimum; on
+  1-sparse inputs it is optimal;
+- only a single digon has a unique optimum. With n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any*
+  orthogonal Q reconstructs everything: something else must choose, a penalty or TopK.
 
 Of theorem 5's matrix W_pᵀΓ²W_p − I a norm says little alone: a single number c·I already makes it
 smaller, and no Γ makes it 0 where there are more features than dimensions. So ``gap_norms`` puts

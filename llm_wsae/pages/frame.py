@@ -15,6 +15,8 @@ from typing import Any
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.terminal import printable
 
+COLOURS = 6
+"""Of series in ``report.html``, numbered from 0."""
 _MARK = '<script type="application/json" id="about">'
 
 

@@ -2,21 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llm_wsae.artifact.files import write_text
+from llm_wsae.artifact.files import write_atomic, write_text
 from llm_wsae.evaluation.fidelity.report import FromPlain, Report
-from llm_wsae.pages.drawing import BLUE, GREY, INK, LIGHT, PALETTE, legend_beside, save, tidy
-from llm_wsae.pages.frame import filled
+from llm_wsae.pages.frame import COLOURS, filled
 from llm_wsae.statistics.measures import DRAWN, L0
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import effective_dimensions, loss_share
 
+# Okabe & Ito (2008), without its yellow, which is too light for marks on white
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)
+INK, GREY, LIGHT = "#333333", "#80868f", "#c6cad0"
+_DPI = 130
 _TOGETHER = len(PALETTE) - 1  # weights in one panel, beside the plain ones
 _NO_VERDICT = (
     "Intervals are 95 %, over the documents of the held-out text: they do not say what another "
@@ -70,9 +81,9 @@ def plot_profile(
     )
     for axis in (top, *pairs):
         tidy(axis)
-        legend_beside(axis)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     figure.suptitle(f"{site}: {statistics.d_in} dimensions")
-    save(figure, path)
+    _save(figure, path)
 
 
 def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) -> None:
@@ -100,14 +111,14 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
         tidy(axis, grid="x")
     axes[0].set_yticks(range(len(names)), names)
     figure.suptitle(f"{site}: what each dictionary keeps of the model, on held-out text")
-    save(figure, path)
+    _save(figure, path)
 
 
 def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path) -> None:
     """The fidelity of a site's arms as ``pages/report.html``."""
     plain_first = sorted(arms, key=lambda arm: not arm.weights.rule.is_plain)
     found = {_series_of(arm): _group_of(arm) for arm in plain_first}
-    colours = [None, *(number % len(PALETTE) for number in range(len(found) - 1))]
+    colours = [None, *(number % COLOURS for number in range(len(found) - 1))]
     series = [
         {"name": name, "group": group, "colour": colour}
         for (name, group), colour in zip(found.items(), colours, strict=True)
@@ -183,3 +194,14 @@ def _sentence(one: FromPlain) -> str:
         f"{_word(one)}: {one.kl:+.4f} {kl} nats compared with {one.plain}; CE recovered "
         f"{one.ce_recovered:+.4f} {ce}; FVU {one.fvu:+.4f}"
     )
+
+
+def tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """A light grid behind the data, and no frame at the top and on the right."""
+    axis.grid(axis=grid, color=LIGHT, alpha=0.5, lw=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=_DPI))

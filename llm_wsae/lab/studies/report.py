@@ -21,8 +21,7 @@ from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.lab.studies.arms import PLAIN
 from llm_wsae.lab.studies.differences import Estimate, compared
 from llm_wsae.lab.studies.results import Result, deciding
-from llm_wsae.pages.drawing import PALETTE
-from llm_wsae.pages.frame import filled
+from llm_wsae.pages.frame import COLOURS, filled
 from llm_wsae.statistics.measures import DRAWN, L0, STUDIED
 from llm_wsae.statistics.uncertainty import LEVEL, holm
 from llm_wsae.terminal import Table, aligned
@@ -262,7 +261,7 @@ class StudyReport:
                 {"name": PLAIN, "group": "plain"},
                 *(
                     {"name": name, "control": control, "group": "weighted",
-                     "colour": number % len(PALETTE)}
+                     "colour": number % COLOURS}
                     for number, (name, control) in enumerate(owners.items())
                 ),
             ],
