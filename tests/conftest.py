@@ -115,6 +115,11 @@ def made_world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("made"))
 
 
+@pytest.fixture(scope="session")
+def model_and_corpus(made_world):
+    return ("--model", made_world / "model", "--corpus", made_world / "text.jsonl")
+
+
 @pytest.fixture(scope="module")
 def world(made_world, tmp_path_factory):
     return shutil.copytree(made_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)

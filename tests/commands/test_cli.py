@@ -44,16 +44,6 @@ HALF_RANDOM_OF_RUN = [f"uniform-{architecture}-k4" for architecture in HALF_RAND
 
 
 @pytest.fixture(scope="module")
-def world(made_world):
-    return made_world
-
-
-@pytest.fixture(scope="module")
-def model_and_corpus(world):
-    return ("--model", world / "model", "--corpus", world / "text.jsonl")
-
-
-@pytest.fixture(scope="module")
 def ran(model_and_corpus, tmp_path_factory):
     """A whole run, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "out"
@@ -123,7 +113,7 @@ def test_dictionaries_are_named_for_their_folders_however_these_are_given(tmp_pa
         names_of(())
 
 
-def test_harvest(world, model_and_corpus, tmp_path):
+def test_harvest(made_world, model_and_corpus, tmp_path):
     out = tmp_path / "store"
     words = ("harvest", *model_and_corpus, *HARVEST, "--out", out, "--dtype", "float32")
     result = works(*words, "--json")
@@ -135,23 +125,23 @@ def test_harvest(world, model_and_corpus, tmp_path):
     facts = {"store": str(out), "rows": rows, "d_in": 16, "massive": {SITE: 0}}
     assert result.json == facts | documents
     assert "harvest: 100%" in result.err and "loading" in result.err
-    asked = {"model": "model", "corpus": str(world / "text.jsonl"), "part": "train"}
+    asked = {"model": "model", "corpus": str(made_world / "text.jsonl"), "part": "train"}
     check_record(out / "harvest.json", "harvest", **asked, tokens=5000, dtype="float32")
-    assert content(out) == content(world / "store")  # the same command gives the same bytes
+    assert content(out) == content(made_world / "store")  # the same command gives the same bytes
     again = works(*words)
     assert f"{out} is already complete" in again.err and "harvest:" not in again.err
     assert f"{rows:,} rows of 16 dimensions at each site in {out}" in again.out
-    assert content(out) == content(world / "store")
+    assert content(out) == content(made_world / "store")
 
 
-def test_several_stores_are_trained_on_as_one(world, model_and_corpus, tmp_path):
-    more, stores = tmp_path / "more", (world / "store", tmp_path / "more")
-    harvest_more(world, more)
+def test_several_stores_are_trained_on_as_one(made_world, model_and_corpus, tmp_path):
+    more, stores = tmp_path / "more", (made_world / "store", tmp_path / "more")
+    harvest_more(made_world, more)
     works("train", *stores, *TRAIN, "--k", 4, "--out", tmp_path / "trained")
     info = Dictionary.load(tmp_path / "trained/uniform-k4").info
     assert info.corpus["name"] == "text.jsonl+more.jsonl"
     heldout, weights = tmp_path / "heldout", tmp_path / "weights.safetensors"
-    weigh = ("weigh", *stores, "--site", SITE, "--model", world / "model", "--rule", "sensitivity",
+    weigh = ("weigh", *stores, "--site", SITE, *model_and_corpus[:2], "--rule", "sensitivity",
              "--sensitivity-tokens", 200, "--out", weights)  # fmt: skip
     dtype = ActivationStore.open(more).manifest.model["dtype"]  # which is the default
     other = "float32" if dtype == "bfloat16" else "bfloat16"
@@ -167,11 +157,11 @@ def test_several_stores_are_trained_on_as_one(world, model_and_corpus, tmp_path)
     assert 'part: "train" in the first store, "heldout" in this one' in refused.err
 
 
-def test_weigh(world, tmp_path):
+def test_weigh(made_world, tmp_path):
     out = tmp_path / "weights.safetensors"
-    words = ("weigh", world / "store", "--site", SITE, "--out", out, "--alpha", -0.5)
+    words = ("weigh", made_world / "store", "--site", SITE, "--out", out, "--alpha", -0.5)
     facts = works(*words, "--json").json
-    statistics = ActivationStore.open(world / "store").statistics(Site.parse(SITE))
+    statistics = ActivationStore.open(made_world / "store").statistics(Site.parse(SITE))
     assert facts["rows"] == statistics.count and facts["dimensions"] == 16
     uniform, inverse = facts["weights"]
     assert (uniform["name"], inverse["name"]) == ("uniform", "variance-a-0.5")
@@ -187,11 +177,11 @@ def test_weigh(world, tmp_path):
     assert again.out.endswith(f"weights  {out}\nfigure   {tmp_path / 'weights.png'}\n")
 
 
-def test_train(world, tmp_path):
+def test_train(made_world, tmp_path):
     own = torch.linspace(1, 2, 16)
     save_file({"anything": own}, tmp_path / "own.safetensors")
     out = tmp_path / "trained"
-    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "variance",
+    words = ("train", made_world / "store", *TRAIN, "--rule", "uniform", "variance",
              "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
              "--l1", 0.01, "--init-seeds", 0, 7, "--out", out)  # fmt: skip
     result = works(*words, "--json")
@@ -200,7 +190,7 @@ def test_train(world, tmp_path):
         f"{w}-{s}{seed}" for w in weights for s in ("k4", "relu-l0.01") for seed in ("", "-s7")
     ]
     assert sorted(result.json) == sorted(names)
-    rows = ActivationStore.open(world / "store").num_rows
+    rows = ActivationStore.open(made_world / "store").num_rows
     for name, numbers in result.json.items():
         dictionary = Dictionary.load(out / name)
         assert dictionary.d_sae == 64 and str(dictionary.site) == SITE
@@ -210,9 +200,9 @@ def test_train(world, tmp_path):
     gamma = Dictionary.load(out / "own-k4").extras["gamma"]
     torch.testing.assert_close(gamma / gamma[0], own, rtol=1e-5, atol=0)
     made = tmp_path / "made.safetensors"
-    works("weigh", world / "store", "--site", SITE, "--rule", "variance", "--out", made)
-    wrong = call("train", world / "store", *TRAIN, "--k", 4, "--weights", made, "--place", "space",
-                 "--out", tmp_path / "x")  # fmt: skip
+    works("weigh", made_world / "store", "--site", SITE, "--rule", "variance", "--out", made)
+    wrong = call("train", made_world / "store", *TRAIN, "--k", 4, "--weights", made, "--place",
+                 "space", "--out", tmp_path / "x")  # fmt: skip
     assert wrong.code == 2 and "the rule variance made for the place loss" in wrong.err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
@@ -225,9 +215,9 @@ def test_train(world, tmp_path):
     assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
 
 
-def test_train_every_architecture(world, model_and_corpus, tmp_path):
+def test_train_every_architecture(made_world, model_and_corpus, tmp_path):
     out, kinds = tmp_path / "trained", ("topk", "batch-topk", "matryoshka", "jumprelu")
-    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "--k", 4)
+    words = ("train", made_world / "store", *TRAIN, "--rule", "uniform", "--k", 4)
     result = works(*words, "--architecture", *kinds, "--out", out, "--json")
     names = ["uniform-k4", *(f"uniform-{kind}-k4" for kind in kinds[1:])]
     assert list(result.json) == names
@@ -242,9 +232,9 @@ def test_train_every_architecture(world, model_and_corpus, tmp_path):
         assert measured[name]["fvu"] == pytest.approx(result.json[name]["fvu"], abs=0.1)
 
 
-def test_evaluate(world, model_and_corpus, tmp_path):
+def test_evaluate(made_world, model_and_corpus, tmp_path):
     out = tmp_path / "report.json"
-    plain, weighted = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
+    plain, weighted = made_world / "trained/uniform-k4", made_world / "trained/variance-a0.5-k4"
     words = ("evaluate", plain, weighted, *model_and_corpus, "--tokens", 500, "--out", out)
     result = works(*words, "--json")
     report = json.loads(out.read_text())
@@ -263,8 +253,11 @@ def test_evaluate(world, model_and_corpus, tmp_path):
     assert again.out.endswith(f"report  {out}\n")
 
 
-def test_verify(world, tmp_path):
-    for folder, kind in ((world / "store", "store"), (world / "trained/uniform-k4", "dictionary")):
+def test_verify(made_world, tmp_path):
+    for folder, kind in (
+        (made_world / "store", "store"),
+        (made_world / "trained/uniform-k4", "dictionary"),
+    ):
         assert works("verify", folder).out == f"{folder}: {kind} is intact\n"
         found = {"folder": str(folder), "kind": kind, "ok": True, "without_digest": []}
         assert works("--json", "verify", folder).json == found
@@ -276,7 +269,7 @@ def test_verify(world, tmp_path):
     WRITERS["sparsify"](nameless)
     assert "does not say where it belongs" in call("verify", nameless).err
     works("verify", nameless, "--site", SITE)
-    words = [sys.executable, "-m", "llm_wsae", "verify", world / "store", "--json"]
+    words = [sys.executable, "-m", "llm_wsae", "verify", made_world / "store", "--json"]
     found = subprocess.run(words, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout)["ok"] is True and found.stdout.count("\n") == 1
 
@@ -446,10 +439,21 @@ def test_run_refuses_before_the_harvest_what_cannot_be(
     assert content(tmp_path / "begun" / SITE) == before and not (tmp_path / "x").exists()
 
 
-def test_a_training_that_is_interrupted_goes_on(world, tmp_path, monkeypatch):
+def test_a_training_that_is_interrupted_goes_on(made_world, tmp_path, monkeypatch):
     """Ctrl-C ends it with the exit code that shells know."""
     factor, out = trainer.learning_rate_factor, tmp_path / "out"
-    words = ("train", world / "store", *TRAIN, *PAIR, "--k", 4, "--lengths", "unit", "--out", out)
+    words = (
+        "train",
+        made_world / "store",
+        *TRAIN,
+        *PAIR,
+        "--k",
+        4,
+        "--lengths",
+        "unit",
+        "--out",
+        out,
+    )
 
     def interrupted(step, *schedule):
         if step == 3:
@@ -463,7 +467,7 @@ def test_a_training_that_is_interrupted_goes_on(world, tmp_path, monkeypatch):
     assert re.search("llm-wsae: stopped after step 4 of .*run the same command", result.err)
     works(*words)
     for name in ("uniform-k4", "variance-a0.5-k4"):
-        assert content(out / name) == content(world / "trained" / name)
+        assert content(out / name) == content(made_world / "trained" / name)
 
 
 if __name__ == "__main__":

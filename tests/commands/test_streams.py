@@ -33,16 +33,6 @@ STORED = ("--harvest.context-size", 16, "--tokens", 3000, "--k", 4, "--eval-toke
 RUN = (*STORED, "--stream", "--buffer-tokens", 2048, "--statistics-tokens", 2048)
 
 
-@pytest.fixture(scope="module")
-def world(made_world):
-    return made_world
-
-
-@pytest.fixture(scope="module")
-def model_and_corpus(world):
-    return ("--model", world / "model", "--corpus", world / "text.jsonl")
-
-
 def check_same(found, expected):
     """Byte for byte, but for what holds times."""
     found, expected = content(found), content(expected)
@@ -158,8 +148,6 @@ train SITE blocks.7.hook_resid_post MODEL_AND_CORPUS STREAM
     the model has 3 blocks
 train SITE MODEL_AND_CORPUS STREAM --rule participation
     needs a first dictionary
-train SITE MODEL_AND_CORPUS STREAM --k 100000
-    k = 100000 active latents is more than the dictionary's 64 latents
 train SITE MODEL_AND_CORPUS STREAM --rule uniform --lengths free --architecture jumprelu
     jumprelu has no free lengths
 run SITE MODEL_AND_CORPUS --buffer-tokens 9
@@ -167,9 +155,9 @@ run SITE MODEL_AND_CORPUS --buffer-tokens 9
 """
 
 
-def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
+def test_requests_that_cannot_be(made_world, model_and_corpus, tmp_path):
     out, words = ("--out", tmp_path / "out"), {"SITE": ["--site", SITE], "STREAM": STREAM}
-    words |= {"STORE": [world / "store"], "MODEL_AND_CORPUS": model_and_corpus}
+    words |= {"STORE": [made_world / "store"], "MODEL_AND_CORPUS": model_and_corpus}
     for command, (sentence,) in cases(IMPOSSIBLE, **words):
         result = call(*command, *out)
         assert result.code in (1, 2) and sentence in result.err, result.err
@@ -179,9 +167,9 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
     assert result.code == 1 and not (tmp_path / "out").exists()
     assert "corpus tiny.jsonl fills contexts of 16 with 0 tokens" in result.err
     for place in ("store", "trained/uniform-k4"):
-        before = content(world / place)
-        words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", world / place)
-        assert call(*words).code == 1 and content(world / place) == before
+        before = content(made_world / place)
+        words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", made_world / place)
+        assert call(*words).code == 1 and content(made_world / place) == before
 
 
 def test_a_folder_of_other_rows_is_refused_before_they_are_measured(model_and_corpus, tmp_path):
@@ -200,7 +188,7 @@ def test_a_folder_of_other_rows_is_refused_before_they_are_measured(model_and_co
         assert "statistics" not in refused.err and content(words[-1]) == before
 
 
-def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):
+def test_several_sites_of_a_store(model_and_corpus, tmp_path):
     works("harvest", *model_and_corpus, *PACKING[:4], "--tokens", 3000, "--site", *SITES, "--out",
           tmp_path / "store")  # fmt: skip
     works("train", tmp_path / "store", *TRAIN[2:], "--site", *SITES, "--out", tmp_path / "t")
@@ -220,12 +208,12 @@ def part(what, *words):
     return call(*words)
 
 
-def test_a_text_that_breaks_off_costs_no_step(world, tmp_path):
+def test_a_text_that_breaks_off_costs_no_step(model_and_corpus, tmp_path):
     """In several processes as in one, and each says how far it came."""
     text = write_jsonl(tmp_path / "broken.jsonl", [20] * 620)  # 512 of nine tenths are read ahead
     with text.open("a") as file:
         file.write("no document\n")
-    words = ("train", "--model", world / "model", "--corpus", text, *STREAM, "--rule", "uniform",
+    words = ("train", *model_and_corpus[:2], "--corpus", text, *STREAM, "--rule", "uniform",
              "--tokens", 256 * 40, "--site", *SITES)  # fmt: skip
     reached = []
     for size in (1, 2):
@@ -350,8 +338,8 @@ def test_a_run_under_torchrun(asked, tmp_path):
     assert ended.stderr.count("[4/4] evaluate: ") == 1
 
 
-def test_most_commands_run_in_one_process(world):
-    outcomes = in_several(2, call, "evaluate", world / "trained/uniform-k4")
+def test_most_commands_run_in_one_process(made_world):
+    outcomes = in_several(2, call, "evaluate", made_world / "trained/uniform-k4")
     assert [(outcome.code, outcome.out) for outcome in outcomes] == 2 * [(2, "")]
     assert "".join(outcome.err for outcome in outcomes) == (
         "llm-wsae: llm-wsae evaluate runs in one process, and only run, harvest and train in "
