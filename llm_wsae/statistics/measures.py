@@ -26,7 +26,7 @@ class Measure:
     of: str = ""  # its name in the scores of latents, concepts or plants, if that is another
     lower_is_better: bool = False
     digits: int = 3
-    percent: bool = False  # shown in per cent; JSON holds the share
+    percent: bool = False  # shown in per cent, with one digit; JSON holds the share
     interval: bool = False  # a table in a terminal, where there is little room, shows it
     tables: bool = True  # tables of ``evaluate`` show it
     card: bool = True  # model cards show it
@@ -48,7 +48,7 @@ class Measure:
 
     def figure(self, value: float) -> str:
         """A number alone."""
-        return f"{100 * value if self.percent else value:.{self.digits}f}"
+        return f"{100 * value:.1f}" if self.percent else f"{value:.{self.digits}f}"
 
     def cell(self, record: Mapping[str, Any]) -> str:
         """Its number in a record, short enough for a table in a terminal."""
@@ -125,7 +125,6 @@ _ALL = (
         "latents that never fire on this text",
         "fidelity",
         lower_is_better=True,
-        digits=1,
         percent=True,
     ),
     Measure(
@@ -134,7 +133,6 @@ _ALL = (
         "latents that fire on more than 10 % of the tokens",
         "fidelity",
         lower_is_better=True,
-        digits=1,
         percent=True,
     ),
     Measure(
@@ -150,7 +148,6 @@ _ALL = (
         "firings that are gone when the reconstruction is encoded again",
         "fidelity",
         lower_is_better=True,
-        digits=1,
         percent=True,
         card=False,
     ),
@@ -160,7 +157,6 @@ _ALL = (
         "strength that the other firings lose on that way (below 0: they grow)",
         "fidelity",
         lower_is_better=True,
-        digits=1,
         percent=True,
         card=False,
     ),
@@ -179,7 +175,6 @@ _ALL = (
         "latents that fire in enough contexts to be scored; the other scores of latents are means "
         "over them",
         "dictionary",
-        digits=1,
         percent=True,
     ),
     Measure(
