@@ -179,10 +179,8 @@ def _usage() -> str:
 
 
 def parse(name: str, words: list[str]) -> Callable[[], Result]:
-    """A command with the options that the words give.
-
-    Raises UsageError for bad ones, and SystemExit once help is printed.
-    """
+    """A command with the options of these words. Raises UsageError for bad ones, and SystemExit
+    once help is printed."""
     for before, word in zip([name, *words], words, strict=False):
         _check_word(word, before)
     _check_once(words, name)
@@ -207,9 +205,8 @@ def parse(name: str, words: list[str]) -> Callable[[], Result]:
 
 
 def _check_word(word: str, before: str) -> None:
-    """Raises UsageError for a word that no option can mean: as a path, an empty one would be the
-    current folder, and one that is not UTF-8 could not be written into any record; no file's name
-    holds a NUL."""
+    """Raises UsageError for a word that no option can mean: an empty path would be the current
+    folder, one that is not UTF-8 fits into no record, and no file's name holds a NUL."""
     option, equals, value = word.partition("=")
     if not word or (equals and not value and option.startswith("-")):
         option = option or (before if before.startswith("-") else "an argument")

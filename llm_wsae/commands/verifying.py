@@ -97,9 +97,9 @@ class Found:
 
 def verify(path: Path | str, site: str | None = None) -> Found:
     """Check a folder, with the folders in it, a weights file, or the JSON record of a command.
+    ``site`` is that of another tool's dictionary that does not name it.
 
-    ``site`` is that of another tool's dictionary that does not name it. Raises LlmWsaeError if
-    there is nothing that this package knows.
+    Raises LlmWsaeError if there is nothing that this package knows.
     """
     path = Path(path)
     if not path.exists():

@@ -70,9 +70,8 @@ class Blocks:
     def record(self, ids: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The activations at ``sites``; nothing after the last site is computed.
 
-        On a CPU the contexts go through the model in parallel, a few per core. The rows are the
-        same, since no row depends on another context. While visits are open, all contexts go
-        through together.
+        On a CPU the contexts go through the model in parallel, a few per core; while visits are
+        open, all together. No row depends on another context.
         """
         with self.recording(sites, stop=True) as recorded:
             parts = ids.split(self._contexts_together(ids))
@@ -104,12 +103,9 @@ class Blocks:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether forward passes may run in several threads at once.
-
-        Not on a GPU, whose memory they would fill together; not while visits are open, which see
-        all contexts; not if the model is spread: weights that are fetched for a pass serve one
-        thread.
-        """
+        """Whether forward passes may run in several threads at once: not on a GPU, whose memory
+        they would fill; not while visits are open, which see all contexts; not if the model is
+        spread, whose weights are fetched for one thread."""
         if self._visitors or is_spread(self._hf_model):
             return False
         return device_of(self._hf_model).type == "cpu"
@@ -122,11 +118,8 @@ class Blocks:
 
     @contextlib.contextmanager
     def recording(self, sites: Sequence[Site], stop: bool = False) -> Iterator[_Recorded]:
-        """While open, forward passes write the activations at ``sites`` into the dict it yields,
-        keyed by the thread that they run in (``threading.get_ident``).
-
-        With ``stop``, a forward pass ends at the last of them, by a private exception.
-        """
+        """While open, forward passes write the activations at ``sites`` into the dict it yields, by
+        the thread that they run in. With ``stop`` they end at the last, by a private exception."""
         recorded: _Recorded = defaultdict(dict)
         last = max(sites)
 
@@ -230,10 +223,8 @@ class Blocks:
             _pre_hook(hooks, module, lambda args, kwargs: shown(_hidden_of(args, kwargs)))
 
     def _learn_forms(self) -> None:
-        """Find out once whether blocks and attentions return a tensor (0) or a tuple (its length).
-
-        Architectures differ, and a skipped module must return what its caller unpacks.
-        """
+        """Find out once whether blocks and attentions return a tensor (0) or a tuple (its length):
+        a skipped module must return what its caller unpacks."""
         if self._forms:
             return
 

@@ -130,9 +130,8 @@ class Head:
         """Run by run; None if the head is no plain product, or if the model may not compute side by
         side (as on an accelerator, which one product of all fills).
 
-        To make a run, the model's own forward is called, of which two modules do something else:
-        the trunk answers with what it made of the rows in the first step, and the head multiplies
-        with a part of its weights.
+        To make a run, the model's own forward is called. Its trunk answers with what it made of the
+        rows in the first step, and its head multiplies with a part of its weights.
         """
         model: Any = self._hf_model
         head, trunk = model.get_output_embeddings(), model.base_model

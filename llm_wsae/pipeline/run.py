@@ -194,16 +194,14 @@ class _Stages:
         heldout = self.request.corpus.open("heldout")
         contexts = iter(Packer.for_model(self.model, self.request.harvest).contexts(heldout))
         own = take_contexts(contexts, self.request.evaluate.tokens)
-        is_automatic = self.request.grid.is_automatic
-        return own, take_contexts(contexts, TRIAL_TOKENS) if is_automatic else []
+        return own, take_contexts(contexts, TRIAL_TOKENS) if self.request.grid.is_automatic else []
 
     def announce(self) -> None:
         """Say what the run takes, when it begins."""
-        if self.begun or self.has_store:
-            return
-        takes = plan(self.request, self.model)
-        shortage = takes.shortage()
-        _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
+        if not self.begun and not self.has_store:
+            takes = plan(self.request, self.model)
+            shortage = takes.shortage()
+            _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
 
     def rows(self) -> SiteRows:
         """Harvest, or prepare the stream."""
