@@ -17,6 +17,7 @@ that match. ``requests`` lists what was asked: (method, path).
 
 import base64
 import contextlib
+import fnmatch
 import hashlib
 import json
 import re
@@ -305,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
             listed = sorted(repository.commits[commit].items())
             return self._json([file.entry(name) for name, file in listed])
         if what == "preupload":
-            return self._json(self._preupload())
+            return self._json(self._preupload(repository.commits[commit]))
         own = {"_id": "0", "id": match[1], "sha": commit, "private": repository.private}
         return self._json(own | {"siblings": [], "tags": [], "downloads": 0, "likes": 0})
 
@@ -331,13 +332,17 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches[name] = repository.resolve(start)
         return {}
 
-    def _preupload(self) -> dict[str, Any]:
+    def _preupload(self, there: dict[str, File]) -> dict[str, Any]:
+        ignored = there[".gitignore"].content.decode().split() if ".gitignore" in there else []
         asked = [one["path"] for one in json.loads(self.body)["files"]]
-        modes = {path: "lfs" if _LARGE.search(path) else "regular" for path in asked}
         return {
             "files": [
-                {"path": path, "uploadMode": mode, "shouldIgnore": False}
-                for path, mode in modes.items()
+                {
+                    "path": path,
+                    "uploadMode": "lfs" if _LARGE.search(path) else "regular",
+                    "shouldIgnore": any(fnmatch.fnmatch(path, one) for one in ignored),
+                }
+                for path in asked
             ]
         }
 

@@ -108,12 +108,21 @@ def push(
             changed |= _changed(name, folder, remote)
         if not changed and not is_new:
             return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
+        operations = [_operation(path, new) for path, new in sorted(changed.items())]
         with hub_errors(repo_id, revision):
             if is_new:
                 HfApi().create_branch(repo_id, branch=str(revision), revision=head)
+            added = [one for one in operations if isinstance(one, CommitOperationAdd)]
+            HfApi().preupload_lfs_files(repo_id, added, revision=revision)
+            # The client would leave these out of the commit and say nothing.
+            if ignored := [one.path_in_repo for one in added if one._should_ignore]:
+                raise LlmWsaeError(
+                    f"{repo_id} has a .gitignore that excludes {', '.join(ignored)}, so nothing "
+                    "was pushed; remove the entry, or push to another repository"
+                )
             done = HfApi().create_commit(
                 repo_id,
-                [_operation(path, new) for path, new in sorted(changed.items())],
+                operations,
                 commit_message=f"Push {', '.join(local)}"[:72],
                 revision=revision,
                 parent_commit=head,

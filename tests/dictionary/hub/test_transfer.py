@@ -101,6 +101,14 @@ def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
         assert "'main', 'try/2'" in sentence(error)
 
 
+def test_a_repository_that_would_leave_weights_out_gets_nothing(hub, plain):
+    hub.put(REPO, ".gitignore", b"*.safetensors")
+    before = head(hub)
+    with pytest.raises(LlmWsaeError, match=r"gitignore that excludes .*safetensors") as error:
+        push([plain], REPO)
+    assert "nothing was pushed" in sentence(error) and head(hub) == before
+
+
 def test_private_is_private(hub, plain):
     push([plain], REPO, private=True)
     assert hub.repositories[REPO].private
