@@ -236,24 +236,6 @@ def test_a_resampling_without_any_scored_document_widens_nothing():
     assert (low, high) == same
 
 
-def test_token_detectors_are_pure_coherent_and_detected():
-    text = make_text(contexts=120, documents=120)
-    codes = torch.zeros(text.num_rows, 40)
-    codes[torch.arange(text.num_rows), text.token] = torch.rand(text.num_rows) + 0.5
-    one = scorer(text)
-    firings = fired(text, codes, one)
-    scores = one.scores(firings)
-    alive = one.eligible(firings)
-    assert torch.equal(alive, torch.arange(40) < 30)  # the vocabulary: ten latents never fire
-    for name in ("purity", "purity_sampled", "detection"):
-        assert scores[name][alive].tolist() == [1.0] * 30, name
-        assert scores[name][~alive].isnan().all(), name
-    assert scores["entropy"][alive].tolist() == [0.0] * 30
-    # Cosines are 1 within a latent, and 1 between one pair of 30 words in 30.
-    assert scores["coherence"][alive].tolist() == pytest.approx([1 - 1 / 30] * 30, abs=0.01)
-    assert scores["detection_without_tokens"].isnan().all()  # nothing but the token
-
-
 def test_random_latents_score_at_chance():
     text = make_text(contexts=300)
     codes = random_codes(text.num_rows, d_sae=200, k=4, seed=3)

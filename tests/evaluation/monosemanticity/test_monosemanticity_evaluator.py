@@ -91,6 +91,7 @@ def test_latents_of_one_word_are_monosemantic(report):
         assert (mean.count, mean.share) == (NUM_WORDS, pytest.approx(NUM_WORDS / WIDTH))
     assert found.latents["entropy"].mean == found.latents["entropy_sampled"].mean == 0
     assert found.latents["detection"].mean > 0.97  # windows of five words, one of them its own
+    assert found.latents["coherence"].mean > 0.1
     # Nothing is left of a word's latent without that word.
     nothing = found.latents["detection_without_tokens"]
     assert math.isnan(nothing.mean) and (nothing.count, nothing.share) == (0, 0)

@@ -97,18 +97,6 @@ def test_best_columns_are_allowed_ones_in_order():
     assert best_columns(score, allowed, 5).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
 
 
-def test_a_planted_label_is_found_by_its_latents(case):
-    latents, _, halves = case
-    table = latents.T.to_sparse()
-    for split in halves:
-        chosen = best_columns(correlations(table, split).abs(), EVERY, 5)
-        assert int(chosen[0, 0]) == 3 and set(chosen[1, :2].tolist()) == {4, 5}
-        taken = SelectedColumns.of(table, chosen)
-        one, two = sparse_probes(taken, split, 1), sparse_probes(taken, split, 2)
-        assert float(one[0]) == 1 and 0.65 < float(one[1]) < 0.85 and float(two[1]) == 1
-        assert abs(float(sparse_probes(taken, split, 5)[2]) - 0.5) < 0.15
-
-
 def test_probes_equal_the_discriminant_by_hand(case):
     latents, concepts, halves = case
     x = latents[:, :D_IN] + 0.1 * torch.randn(UNITS, D_IN, generator=torch.Generator())
