@@ -18,7 +18,6 @@ from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanatio
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.vocabulary import Readout
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.pages import neuronpedia
 from llm_wsae.pages.collecting import collect, windows
 
 PLAIN = "trained/uniform-k4"
@@ -37,11 +36,14 @@ def model(world):
     return LanguageModel.load(str(world / "model"))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Several files, some of whose contexts are read together."""
-    monkeypatch.setattr(neuronpedia, "LATENTS_AT_ONCE", 24)
-    monkeypatch.setattr(neuronpedia, "_FILES_AT_ONCE", 2)
+@pytest.fixture(scope="module")
+def wide(world):
+    """A dictionary of several files: the plain one five times, ever stronger."""
+    one, times = Dictionary.load(world / PLAIN), torch.arange(1, 6).repeat_interleave(64) / 5
+    parts = {"W_enc": one.W_enc.repeat(1, 5) * times, "W_dec": one.W_dec.repeat(5, 1)}
+    parts |= {"b_enc": one.b_enc.repeat(5), "b_dec": one.b_dec}
+    Dictionary(**parts, info=one.info, sparsity=one.sparsity).save(world / "wide")
+    return world / "wide"
 
 
 def features_of(folder) -> list[dict]:
@@ -65,7 +67,7 @@ def test_what_is_collected_is_written_under_their_keys(world, store, model, tmp_
     parts["b_enc"][5] = -1e4  # it never fires
     dictionary = Dictionary(**parts, info=one.info, sparsity=one.sparsity)
     done = export_neuronpedia(dictionary, store, model, tmp_path / "out", top=TOP, bands=BANDS)
-    assert (done.files, done.latents) == (3, 64)
+    assert (done.files, done.latents) == (1, 64)
     features = features_of(done.path)
     assert [one["feature_index"] for one in features] == list(range(64))
     found = collect(store, {"": dictionary}, TOP, BANDS)[""]
@@ -143,12 +145,12 @@ def test_logits_are_those_of_folded_weights(family):
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_resumes_and_ends_with_the_same_bytes(world, tmp_path):
+def test_the_command_resumes_and_ends_with_the_same_bytes(world, wide, tmp_path):
     names = ("--model-id", "tiny", "--sae-set", "res-test", "--sae-id-suffix", "k4")
-    ask = ("export", world / PLAIN, "--store", world / "store", "--model", world / "model",
+    ask = ("export", wide, "--store", world / "store", "--model", world / "model",
            "--to", "neuronpedia", "--contexts", 100, "--top", 2, *names)  # fmt: skip
     whole = works(*ask, "--out", tmp_path / "whole", "--json").json
-    assert whole == {"path": str(tmp_path / "whole"), "files": 3, "latents": 64, "explained": 0}
+    assert whole == {"path": str(tmp_path / "whole"), "files": 3, "latents": 320, "explained": 0}
     first = json.loads((tmp_path / "whole/batch-0.json").read_text())
     assert {k: v for k, v in first.items() if k != "features"} == {
         "model_id": "tiny", "layer": 1, "sae_set": "res-test", "sae_id_suffix": "k4"
