@@ -127,8 +127,8 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
     tokens = harvest.num_contexts * harvest.context_size
     if request.stream:
         tokens = tokens * steps * size // request.rows + request.statistics_tokens
-    # the model itself, and behind each site zeros, the mean, its dimensions and every dictionary
-    passes = 1 + len(sites) * (3 + len(arms))
+    # behind each site the model's own rows, zeros, the mean, its dimensions and every dictionary
+    passes = len(sites) * (4 + len(arms))
     seconds = {
         "harvest": tokens * of_token,
         "train": len(sites) * steps * size * of_row,
