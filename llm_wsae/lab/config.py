@@ -88,7 +88,7 @@ class TheoryConfig:
     """Steps of each toy model, of 512 rows."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, sparsity=SHARE, steps=1, model_steps=1)
+        check_numbers(self, sparsity=SHARE, steps=(1, 10**6), model_steps=(1, 10**6))
         if max(self.sparsity, default=0) == 1:
             raise UsageError("at a sparsity of 1 there is no feature to find; take a lower one")
         if not (self.sparsity and self.rule and self.seeds):
