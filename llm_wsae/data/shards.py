@@ -95,7 +95,7 @@ class StoreWriter:
         self._running.append(self._pool.submit(self._add, shard, contexts, rows))
 
     def wait(self, ahead: int = 0) -> None:
-        """Wait until all that was added is written, but for so many batches."""
+        """Wait until at most ``ahead`` of the batches that were added are still unwritten."""
         while len(self._running) > ahead:
             self._running.popleft().result()
 

@@ -37,7 +37,8 @@ SECONDS = 20.0  # for one text that the model writes, and to wait for the model
 
 
 class Session:
-    """What the page may ask of the model, which writes, or is waited for, so many seconds."""
+    """What the page may ask of the model. ``seconds`` limits how long it writes, and how long a
+    question waits for it."""
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class Plan:
     """By stage; empty if something does not fit."""
 
     def shortage(self) -> str | None:
-        """What does not fit, and the way out; None if everything fits."""
+        """A sentence that says what does not fit and what to do; None if everything fits."""
         if self.disk_bytes > self.disk_free:
             return (
                 f"the run would need {_in_bytes(self.disk_bytes)} of disk, but "

@@ -20,9 +20,9 @@ PAIR_BYTES = 2 * 3 * 4
 """Of a weight of the encoder and one of the decoder: each in float32, with its two moments."""
 INITIAL_LENGTH = 0.1
 """Of free v and e, beside the rows that an arm begins with otherwise; SAELens' value."""
-_ROWS_DRAWN = (
-    4096  # a multiple of 16: so many numbers are drawn at a time, so pieces give the whole
-)
+_ROWS_DRAWN = 4096
+"""Rows of random numbers that are drawn together. torch draws 16 numbers at a time, so a multiple
+of 16 gives the same numbers as drawing all rows at once."""
 
 
 def initial_parameters(

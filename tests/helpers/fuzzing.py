@@ -26,7 +26,7 @@ from tqdm import tqdm
 from llm_wsae.cli import _explained
 
 _SHOWN = 10  # failures in a message
-SECONDS = 120
+SECONDS = 30
 """The longest that a case in a process of its own may take; what it takes is mostly much less."""
 
 

@@ -114,7 +114,7 @@ def push(
                 HfApi().create_branch(repo_id, branch=str(revision), revision=head)
             added = [one for one in operations if isinstance(one, CommitOperationAdd)]
             HfApi().preupload_lfs_files(repo_id, added, revision=revision)
-            # The client would leave these out of the commit and say nothing.
+            # The client would silently leave these files out of the commit.
             if ignored := [one.path_in_repo for one in added if one._should_ignore]:
                 raise LlmWsaeError(
                     f"{repo_id} has a .gitignore that excludes {', '.join(ignored)}, so nothing "

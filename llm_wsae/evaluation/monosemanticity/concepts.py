@@ -55,8 +55,8 @@ class Concepts(NamedTuple):
     half: Bool[Tensor, " units"]  # which half of the documents the unit belongs to
 
     def with_enough(self, groups: Int[Tensor, " units"], min_groups: int, least: int) -> "Concepts":
-        """Those with at least so many examples and counterexamples in each half, from at least
-        ``min_groups`` groups."""
+        """The concepts that have, in each half, at least ``least`` examples and ``least``
+        counterexamples, each from at least ``min_groups`` groups."""
         kept = torch.ones(len(self.names), dtype=torch.bool)
         numbers, group = groups.unique(return_inverse=True)
         for half in (self.half, ~self.half):
