@@ -17,10 +17,18 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from llm_wsae.artifact import provenance
 from llm_wsae.artifact.files import way_out
@@ -64,7 +72,11 @@ llm-wsae COMMAND --help   show the options of a command
 Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 output pipe closed,
 143 terminated."""
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
-_OPTION = re.compile(r"--[a-z][a-z0-9.-]*")
+_ALIASES = {"--tokens": "--harvest.tokens", "--eval-tokens": "--evaluate.tokens"}
+_OPTIONS = ConstructorRegistry()
+_REQUIRED = (MISSING, inspect.Parameter.empty)  # what has no default has one of these
+_BELOW_FIELD = r'^    {}: .*\n    """((?s:.*?))"""'
+_OF_PARAMETER = r"^ {{8}}{}: (.*(?:\n {{12}}.*)*)"
 _on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
 
 
@@ -183,25 +195,66 @@ def parse(name: str, words: list[str]) -> Callable[[], Result]:
     once help is printed."""
     for before, word in zip([name, *words], words, strict=False):
         _check_word(word, before)
-    _check_once(words, name)
-    command, prog = COMMANDS[name], f"llm-wsae {name}"
-
-    @functools.wraps(command)
-    def prepared(*args: Any, **options: Any) -> Callable[[], Result]:
-        return functools.partial(command, *args, **options)
+    _check_once(words)
+    command = COMMANDS[name]
+    asked = inspect.signature(command).parameters.get("request")
 
     def refuse(event: Any) -> None:
         with contextlib.suppress(AttributeError):  # an event of another release
             if sentence := _sentence(event, name):
                 raise UsageError(f"{sentence}; see llm-wsae {name} --help")
 
-    asked = inspect.signature(command).parameters.get("request")
     with _on_parse_error(refuse):
-        if asked is None:
-            return tyro.cli(prepared, prog=prog, args=words)
-        about = inspect.getdoc(command)
-        request = tyro.cli(asked.annotation, prog=prog, args=words, description=about)
-    return functools.partial(command, request)
+        given: Any = tyro.cli(
+            asked.annotation if asked else command,
+            prog=f"llm-wsae {name}",
+            description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
+            args=words,
+            config=[tyro.conf.DisallowNone],
+            registry=_OPTIONS,
+        )
+    return functools.partial(command, given) if asked else given
+
+
+@_OPTIONS.struct_rule
+def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Fields of a dataclass, or parameters of a command. (The parser's own rules end a line of help
+    where a docstring does, and show a default that is nothing.)"""
+    make: Callable[..., Any] = info.type
+    given = vars(info.default) if is_dataclass(info.default) else {}
+    parts: list[tuple[str, Any, Any]]
+    if is_dataclass(make):
+        parts = [(one.name, one.type, one.default) for one in fields(make)]
+    elif inspect.isfunction(make):
+        found = inspect.signature(make).parameters.values()
+        parts = [(one.name, one.annotation, one.default) for one in found]
+        make = functools.partial(functools.partial, make)  # called when all is parsed
+    else:
+        return None
+    specs = []
+    for name, kind, default in parts:
+        notes = getattr(kind, "__metadata__", ())
+        made = next((note for note in notes if isinstance(note, type)), None)  # by ``named``
+        own = tyro.conf.arg(constructor=made, help_behavior_hint=_default)
+        option: Any = Annotated[made or kind, *notes, own]
+        default = MISSING_NONPROP if default in _REQUIRED else given.get(name, default)
+        about = functools.partial(_meaning, info.type, name)
+        specs.append(StructFieldSpec(name, option, default, about))
+    return StructConstructorSpec(make, tuple(specs))
+
+
+def _default(value: str) -> str:
+    return "" if value in ("", "None") else f"(default: {value})"
+
+
+def _meaning(of: Any, name: str) -> str | None:
+    """What is said of a field, below it, or of a parameter, in the docstring."""
+    where = _BELOW_FIELD if isinstance(of, type) else _OF_PARAMETER
+    for owner in getattr(of, "__mro__", (of,)):
+        with contextlib.suppress(OSError, TypeError):  # made by ``named``, or of Python itself
+            if said := re.search(where.format(name), inspect.getsource(owner), re.MULTILINE):
+                return " ".join(said[1].split())
+    return None
 
 
 def _check_word(word: str, before: str) -> None:
@@ -222,31 +275,28 @@ def _check_word(word: str, before: str) -> None:
         raise UsageError(f"{shown(word)} holds a NUL character, which no name can")
 
 
-def _check_once(words: list[str], name: str) -> None:
+def _check_once(words: list[str]) -> None:
     """Raises UsageError for an option that is given twice: the parser would keep the last alone."""
     options = words[: words.index("--")] if "--" in words else words
-    given = [word.partition("=")[0].replace("_", "-") for word in options if word[:2] == "--"]
-    if len(given) < 2:
-        return
-    for line in _help_lines(name):
-        spellings = _OPTION.findall(line)
-        if len(found := [option for option in given if option in spellings]) > 1:
-            several = f"its values together: {found[-1]} A B" if " [" in line else "it once"
-            raise UsageError(f"{' or '.join(dict.fromkeys(found))} is given twice; give {several}")
+    given: dict[str, str] = {}
+    for option in [word.partition("=")[0] for word in options if word.startswith("--")]:
+        spelling = option.replace("_", "-")
+        name = _ALIASES.get(spelling, spelling)
+        if name in given:
+            both = " or ".join(dict.fromkeys((given[name], option)))
+            raise UsageError(
+                f"{both} is given twice; give it once, several values together: {option} A B"
+            )
+        given[name] = option
 
 
 def options_of(name: str) -> list[str]:
     """The options of a command, in the order of its help."""
-    return list(dict.fromkeys(_OPTION.findall("\n".join(_help_lines(name)))))
-
-
-def _help_lines(name: str) -> list[str]:
-    """The lines of a command's help that name an option: its spellings, and its values, which are
-    in brackets if it takes several."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         parse(name, ["--help"])
-    return re.findall(r"^[^\w-]*(--[a-z].*)$", text.getvalue(), re.MULTILINE)
+    lines = re.findall(r"^[^\w-]{0,3}(--[a-z].*?)(?:  |$)", text.getvalue(), re.MULTILINE)
+    return list(dict.fromkeys(re.findall(r"--[a-z][a-z0-9.-]*", "\n".join(lines))))
 
 
 def _sentence(event: Any, name: str) -> str | None:

@@ -93,11 +93,12 @@ def _table(command: str, title: str, rows: list[tuple[str, str]]) -> str:
 
 def _row(option: str, meaning: str) -> str:
     """A row of the table; the parser appends the default to the meaning."""
-    meaning, _, default = meaning.rpartition(" (")
+    meaning, _, default = meaning.partition(" (default: ")
+    default = default.removesuffix(")")
+    cell = "" if default in ("False", "") else f"`{default}`"
+    if meaning.endswith("(required)"):
+        meaning, cell = meaning.removesuffix(" (required)"), "**required**"
     meaning = re.sub(r"\S*<\S+>", r"`\g<0>`", meaning)  # else it would be a tag of HTML
-    default = default.removesuffix(")").removeprefix("default:").strip()
-    cell = "" if default in ("None", "False", "") else f"`{default}`"
-    cell = "**required**" if default == "required" else cell
     if len(cell) > _LONGEST_DEFAULT:
         meaning, cell = f"{meaning} Default: {cell}.", ""
     flag, brace, choices = option.partition(" {")
@@ -110,7 +111,7 @@ def _row(option: str, meaning: str) -> str:
 
 def _value(name: str) -> str:
     """What an option takes: ``[INT [INT ...]]`` becomes ``INT …``."""
-    value = name.partition(", ")[0].partition(" ")[2].removeprefix("{None}|")
+    value = name.partition(", ")[0].partition(" ")[2]
     value = re.sub(r"^\[(.+?) \[.*\]\]$", r"\1 …", value)
     return re.sub(r"\{(\w+)\}\|", r"\1|", value).replace("|", "\\|")  # one word, or a number
 

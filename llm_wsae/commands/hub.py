@@ -8,7 +8,7 @@ import tyro
 from llm_wsae.commands import Result
 from llm_wsae.errors import UsageError
 from llm_wsae.pipeline.request import Flag
-from llm_wsae.terminal import printable
+from llm_wsae.terminal import aligned, printable
 
 RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
 
@@ -68,10 +68,7 @@ def pull(
     return facts, "\n".join(printable(str(path)) for path in folders.values())
 
 
-def list_repository(
-    repo_id: RepoId,
-    revision: str | None = None,
-) -> Result:
+def list_repository(repo_id: RepoId, revision: str | None = None) -> Result:
     """List the dictionaries in a repository on the Hub, with their measurements.
 
     Args:
@@ -81,13 +78,12 @@ def list_repository(
     from llm_wsae.dictionary.hub.transfer import list_dictionaries
 
     found = list_dictionaries(repo_id, revision=revision)
-    width = max(len("dictionary"), *(len(d.sae_id) for d in found))
-    lines = [f"{'dictionary':<{width}}  {'size':>14}  {'sparsity':<16}{'FVU':>7}{'CE rec.':>9}"]
+    table = [["dictionary", "size", "sparsity", "FVU", "CE recovered"]]
     for d in found:
+        metrics = [d.metric(name) for name in ("fvu", "ce_recovered")]
+        numbers = ["—" if value is None else f"{value:.3f}" for value in metrics]
         size = f"{d.d_in or '?'} → {d.d_sae or '?'}"
-        fvu, ce = (_digits(d.metric(name)) for name in ("fvu", "ce_recovered"))
-        name, sparsity = printable(d.sae_id), printable(d.sparsity)
-        lines.append(f"{name:<{width}}  {size:>14}  {sparsity:<16}{fvu:>7}{ce:>9}")
+        table.append([printable(d.sae_id), size, printable(d.sparsity), *numbers])
     own, info = ("d_in", "d_sae", "sparsity", "k", "model", "corpus"), ("site", "rule", "alpha")
     rows = [
         {"sae_id": d.sae_id}
@@ -95,8 +91,4 @@ def list_repository(
         | {name: getattr(d, name) for name in own}
         for d in found
     ]
-    return {"repo_id": repo_id, "dictionaries": rows}, "\n".join(lines)
-
-
-def _digits(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"
+    return {"repo_id": repo_id, "dictionaries": rows}, aligned(table)

@@ -19,8 +19,8 @@ from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.pipeline.request import (
     Flag,
     Flat,
-    LoadConfig,
     ModelConfig,
+    OptionalModelConfig,
     Part,
     Spelt,
     TextConfig,
@@ -132,9 +132,8 @@ def inspect(
     latent: tuple[int, ...] = (),
     store: Path | None = None,
     text: str | None = None,
-    model: str | None = None,
     top: int = 10,
-    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
+    model: Flat[OptionalModelConfig] = OptionalModelConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Look at latents: where they fire, which tokens they promote, what they write; or at a text.
 
@@ -143,15 +142,15 @@ def inspect(
         latent: Latents to look at.
         store: Activation store of the same model; adds density and top contexts.
         text: A sentence; shows which latents fire on it.
-        model: The model that the dictionary explains; may be omitted if the Hub's cache has it.
         top: Number of contexts, tokens, neighbours and dimensions to show.
+        model: The model that the dictionary explains; may be omitted if the Hub's cache has it.
     """
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 
     opened = Dictionary.load(dictionary)
-    how: dict[str, Any] = {"revision": loading.revision, "dtype": loading.model_dtype}
-    how |= {"store": store, "model": model, "text": text, "device": loading.device}
+    how: dict[str, Any] = {"revision": model.revision, "dtype": model.model_dtype}
+    how |= {"store": store, "model": model.model, "text": text, "device": model.device}
     found = inspect(opened, latent, top=top, **how)
     facts: dict[str, Any] = {"dictionary": str(dictionary), "latents": found.latents}
     parts = [latents_text(opened, found.latents)] if found.latents else []
@@ -166,8 +165,8 @@ def inspect(
 def dashboard(
     dictionaries: Dicts,
     store: Path,
-    model: str,
     out: Path,
+    model: Flat[ModelConfig],
     prompt: tuple[str, ...] = (),
     top: int = 10,
     bands: int = 10,
@@ -175,15 +174,14 @@ def dashboard(
     scores: Path | None = None,
     live: Flag = False,
     port: int = 0,
-    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Write one HTML file that shows what dictionaries found, alone and side by side.
 
     Args:
         dictionaries: Dictionary folders, all of one site.
         store: Activation store of the site.
-        model: The model that the store came from.
         out: HTML file to write. It needs no network and no other file.
+        model: The model that the store came from.
         prompt: Sentences whose latents are shown token by token.
         top: Strongest contexts shown for each latent.
         bands: Further contexts, one from each of that many bands of its activation.
@@ -209,7 +207,7 @@ def dashboard(
 
         listening = listen(port)
     named, opened = pages.named_dictionaries(dictionaries), ActivationStore.open(store)
-    language_model = loading.load_model(model, opened.manifest.model)
+    language_model = model.load(opened.manifest.model)
     shown: dict[str, Any] = {"prompts": prompt, "top": top, "bands": bands, "rows": rows}
     page = pages.dashboard(named, opened, language_model, out, scores=scores, live=live, **shown)
     if listening is not None:
@@ -221,13 +219,12 @@ def dashboard(
 def explain(
     dictionaries: Dicts,
     store: Path,
-    model: str,
     endpoint: str,
     explainer: str,
     out: Path,
+    model: Flat[ModelConfig],
     yes: Flag = False,
     explaining: Flat[ExplainConfig] = ExplainConfig(),  # noqa: B008 - frozen
-    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Have a language model explain latents, and score how well it recognises them by that.
 
@@ -237,11 +234,11 @@ def explain(
     Args:
         dictionaries: Dictionary folders; the explanations are kept in them.
         store: Activation store of their site.
-        model: The model that the store came from.
         endpoint: Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.
             Its key is read from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY.
         explainer: Name of the language model there, which explains and judges.
         out: Folder of the answers and the report.
+        model: The model that the store came from.
         yes: Ask the questions, and pay for them.
     """
     from llm_wsae.data.store import ActivationStore
@@ -257,7 +254,7 @@ def explain(
     if not yes:
         facts: dict[str, Any] = {"price": price, "done": False}
         return facts, f"{price}\nNothing was asked; add --yes to go on."
-    language_model = loading.load_model(model, opened.manifest.model)
+    language_model = model.load(opened.manifest.model)
     found = explain_all(folders, opened, language_model, endpoint, explainer, out, explaining)
     kept = [f"explanations  {folder}" for folder in folders.values()]
     return {"price": price, "done": True, **found.to_dict()}, "\n".join([found.table(), *kept])
@@ -266,25 +263,24 @@ def explain(
 def export(
     dictionary: Dict,
     store: Path,
-    model: str,
     to: Literal["neuronpedia"],
     out: Path,
+    model: Flat[ModelConfig],
     top: int = 20,
     bands: int = 5,
     contexts: int | None = None,
     model_id: str | None = None,
     sae_set: str | None = None,
     sae_id_suffix: str | None = None,
-    loading: Flat[LoadConfig] = LoadConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Write every latent into the files that SAEDashboard writes and Neuronpedia imports.
 
     Args:
         dictionary: Dictionary folder.
         store: Activation store of its site.
-        model: The model that the store came from.
         to: Whose files to write.
         out: Folder to write them into.
+        model: The model that the store came from.
         top: Strongest contexts shown for each latent.
         bands: Quantile bands of its activation, of each of which a context is shown.
         contexts: Look at the first contexts of the store only; the default is all.
@@ -299,7 +295,7 @@ def export(
     opened = ActivationStore.open(store)
     shown: dict[str, Any] = {"top": top, "bands": bands, "contexts": contexts}
     shown |= {"model_id": model_id, "sae_set": sae_set, "sae_id_suffix": sae_id_suffix}
-    language_model = loading.load_model(model, opened.manifest.model)
+    language_model = model.load(opened.manifest.model)
     done = export_neuronpedia(dictionary, opened, language_model, out, **shown)
     facts = {name: getattr(done, name) for name in ("path", "files", "latents", "explained")}
     explained = f", {done.explained:,} of them explained" if done.explained else ""
@@ -317,9 +313,9 @@ def verify(
             JSON record; also another tool's dictionary, which has no checksums.
         site: Site of a dictionary whose files do not name it.
     """
-    from llm_wsae.commands import verifying
+    from llm_wsae.commands.verifying import verify as check
 
-    found = verifying.verify(path, site)
+    found = check(path, site)
     if found.problems:
         raise LlmWsaeError("; ".join(found.problems))
     below = path if path.is_dir() else path.parent
@@ -327,9 +323,8 @@ def verify(
     facts = {"folder": str(path), "kind": found.kind, "ok": True, "without_digest": names}
     if not names:
         return facts, f"{path}: {found.kind} is intact"
-    shown = ", ".join(names[:_NAMED])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return facts, (
-        f"{path}: {found.kind} can be read, but there is no checksum of {shown}{more}, which "
-        "another tool wrote"
+        f"{path}: {found.kind} can be read, but there is no checksum of "
+        f"{', '.join(names[:_NAMED])}{more}, which another tool wrote"
     )

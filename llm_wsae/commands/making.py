@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -23,8 +23,8 @@ from llm_wsae.pipeline.request import (
     RUN_RECORD,
     Flat,
     Grid,
-    LoadConfig,
     ModelConfig,
+    OptionalModelConfig,
     Part,
     Run,
     Stores,
@@ -34,6 +34,7 @@ from llm_wsae.pipeline.request import (
     words_of,
     write_request,
 )
+from llm_wsae.terminal import aligned
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
@@ -42,11 +43,14 @@ if TYPE_CHECKING:
     from llm_wsae.pipeline.run import SiteResult
 
 
-def _cost(started: float) -> str:
-    """Time since ``started`` (a ``time.monotonic``) and peak memory, in words."""
+_STARTED = time.monotonic()
+
+
+def _cost() -> str:
+    """Time and memory that the process took, in words."""
     from llm_wsae.machine.hardware import peak_memory_bytes
 
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    minutes, seconds = divmod(round(time.monotonic() - _STARTED), 60)
     peak = peak_memory_bytes() / 2**30
     return f"took {minutes} min {seconds:02} s, peak memory {peak:.1f} GiB"
 
@@ -74,7 +78,7 @@ def harvest(request: Harvest) -> Result:
     from llm_wsae.data.harvesting import harvest as harvest_into
     from llm_wsae.data.manifest import MANIFEST, Manifest
 
-    started, sites, out = time.monotonic(), sites_of(request.site), request.out
+    sites, out = sites_of(request.site), request.out
     check_folder(out)
     text = request.corpus.open(request.part)
     begun = Manifest.load(out).model if (out / MANIFEST).is_file() else None
@@ -89,7 +93,7 @@ def harvest(request: Harvest) -> Result:
     lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
     lines += [size.text("text"), *(f"note: {warning}" for warning in size.warnings())]
     lines += [f"  {s}: {count:,} massive activations" for s, count in massive.items()]
-    return facts, "\n".join([*lines, _cost(started)])
+    return facts, "\n".join([*lines, _cost()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +112,10 @@ class Weigh:
     """Exponent of the weights γ = score^α, or power of the matrix."""
     dictionary: Path | None = None
     """First dictionary of the site, for the rule participation."""
-    model: str | None = None
-    """Model of the store, for the rule sensitivity."""
+    model: Flat[OptionalModelConfig] = OptionalModelConfig()
+    """The model of the store, for the rule sensitivity."""
     weights: Flat[WeightConfig] = WeightConfig()
     measure: Flat[RuleInputConfig] = RuleInputConfig()
-    loading: Flat[LoadConfig] = LoadConfig()
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".safetensors":  # its neighbours .png and .json are written too
@@ -132,29 +135,26 @@ def weigh(request: Weigh) -> Result:
     from llm_wsae.weights.rules import Rule
     from llm_wsae.weights.weighing import measure_inputs
 
-    out, model, dictionary = request.out, request.model, request.dictionary
+    out, model, rule = request.out, request.model, Rule.parse(request.rule)
     figure, record = out.with_suffix(".png"), out.with_suffix(".json")
     check_file(out, is_weights_file)
     check_file(figure, lambda _: out.is_file())
     check_file(record, is_record_of("weigh"))
-    site, store, rule = Site.parse(request.site), open_stores(request.stores), request.rule
-    parsed = Rule.parse(rule)
-    parsed.form(request.weights)  # refused before anything is measured
-    idle = [] if parsed.need == "dictionary" or dictionary is None else ["--dictionary"]
-    if parsed.need != "fisher":
-        idle += [] if model is None else ["--model"]
-        idle += [*changed(request.loading), *changed(request.measure)]
+    site, store = Site.parse(request.site), open_stores(request.stores)
+    rule.form(request.weights)  # refused before anything is measured
+    idle = [] if rule.need == "dictionary" or request.dictionary is None else ["--dictionary"]
+    idle += [] if rule.need == "fisher" else [*changed(model), *changed(request.measure)]
     if idle:
-        raise UsageError(f"omit {' and '.join(idle)}, which the rule {rule!r} does not use")
+        raise UsageError(f"omit {' and '.join(idle)}, which the rule {rule.name!r} does not use")
     inputs = measure_inputs(
-        [parsed],
+        [rule],
         store,
         site,
-        model=request.loading.load_model(model, store.manifest.model) if model else None,
-        dictionary=Dictionary.load(dictionary) if dictionary else None,
+        model=model.load(store.manifest.model) if model.model else None,
+        dictionary=Dictionary.load(request.dictionary) if request.dictionary else None,
         config=request.measure,
     )
-    chosen = choose_weights(inputs, ("uniform", parsed), (request.alpha,), config=request.weights)
+    chosen = choose_weights(inputs, ("uniform", rule), (request.alpha,), config=request.weights)
     facts = profile(inputs.statistics, chosen)
     chosen[-1].save(out, {"site": request.site})
     plot_profile(inputs.statistics, chosen, request.site, figure)
@@ -163,10 +163,9 @@ def weigh(request: Weigh) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream(StreamConfig, TextConfig, ModelConfig):
+class Stream(StreamConfig, TextConfig, OptionalModelConfig):
     """Instead of a store: a model and a text, whose rows are trained on as they are computed."""
 
-    model: str | None = None  # type: ignore[assignment]
     corpus: str | None = None  # type: ignore[assignment]
     device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
 
@@ -241,7 +240,7 @@ def train(request: Train) -> Result:
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.weighing import measure_inputs
 
-    started, grid, weigh, out = time.monotonic(), request.grid, request.weigh, request.out
+    grid, weigh, out = request.grid, request.weigh, request.out
     folders, training, record = request.folders, request.training, out / "train.json"
     check_file(record, is_record_of("train"))
     check_out(out)
@@ -267,20 +266,19 @@ def train(request: Train) -> Result:
         str(site): {name: d.info.metrics["training"] for name, d in of_site.items()}
         for site, of_site in trained.items()
     }
+    tables = [_trained(site, of_site) for site, of_site in facts.items()]
     answer = next(iter(facts.values())) if len(facts) == 1 else facts
-    return answer, "\n".join([*_tables(facts), f"dictionaries in {out}", _cost(started)])
+    return answer, "\n\n".join([*tables, f"dictionaries in {out}\n{_cost()}"])
 
 
-def _tables(facts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
-    """The lines of one table for each site: what training measured of every dictionary."""
-    width = max(32, *(len(name) + 2 for of_site in facts.values() for name in of_site))
-    for site, of_site in facts.items():
-        heading = "dictionary" if len(facts) == 1 else site
-        yield f"{heading:<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"
-        for name, numbers in of_site.items():
-            dead = 100 * numbers["dead"]
-            yield f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}{dead:>8.1f}"
-        yield ""
+def _trained(site: str, dictionaries: Mapping[str, Mapping[str, float]]) -> str:
+    """What training measured of every dictionary of a site."""
+    rows = [[site, "train FVU", "L0", "dead %"]]
+    for name, found in dictionaries.items():
+        rows.append(
+            [name, f"{found['fvu']:.4f}", f"{found['l0']:.1f}", f"{100 * found['dead']:.1f}"]
+        )
+    return aligned(rows)
 
 
 def run(request: Run) -> Result:
@@ -290,13 +288,12 @@ def run(request: Run) -> Result:
     """
     from llm_wsae.pipeline.run import run as run_all
 
-    started = time.monotonic()
     check_file(request.folder / RUN_RECORD, is_record_of("run"))
     results = run_all(request)
     if not results:  # rank 0 has them
         return {}, ""
     lines = [f"\n{result.text()}\n" for result in results.values()]
-    lines += [_cost(started), *_next_commands(request, next(iter(results.values())))]
+    lines += [_cost(), *_next_commands(request, next(iter(results.values())))]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
 
 
@@ -304,20 +301,19 @@ def _next_commands(request: Run, first: "SiteResult") -> Iterator[str]:
     """What one may do with the dictionaries of the first site."""
     from llm_wsae.evaluation.baselines import HALF_RANDOM
 
-    source = words_of(request.model, ModelConfig) + words_of(request.corpus, TextConfig)
-    more = ["--tokens", "100000", "--out"]
-    dictionary = str(first.folder / next(iter(first.dictionaries)))
-    report, store = str(request.folder / "report-100k.json"), str(request.folder / "store")
+    out, source = request.folder, words_of(request.model) + words_of(request.corpus)
+    tokens, dictionaries = ["--tokens", "100000"], first.dictionaries
+    measured = [str(first.folder / next(iter(dictionaries))), *source, *tokens]
     yield "next: measure on more of the held-out text, e.g."
-    yield "  " + shlex.join(["llm-wsae", "evaluate", dictionary, *source, *more, report])
+    yield _command("evaluate", *measured, "--out", out / "report-100k.json")
     yield f"look at the dictionaries of {request.sites[0]} in a browser:"
     if request.stream:  # a page needs rows, packed as those trained on
-        words = ["llm-wsae", "harvest", *source, "--site", *request.site, *more, store]
-        yield "  " + shlex.join(words + words_of(request.harvest, PackConfig))
-    sizes = {name: one.d_sae for name, one in first.dictionaries.items()}
-    kinds = {n: d.info.training.get("architecture") for n, d in first.dictionaries.items()}
+        store = ["--site", *request.site, *tokens, "--out", out / "store"]
+        yield _command("harvest", *source, *store, *words_of(request.harvest, PackConfig))
+    sizes = {name: one.d_sae for name, one in dictionaries.items()}
+    kinds = {name: one.info.training.get("architecture") for name, one in dictionaries.items()}
     shown = {name: size for name, size in sizes.items() if kinds[name] not in HALF_RANDOM}
-    yield "  " + page_command(first.folder, shown or sizes, request)
+    yield page_command(first.folder, shown or sizes, request)
 
 
 def page_command(folder: Path, sizes: Mapping[str, int], request: Run) -> str:
@@ -326,13 +322,15 @@ def page_command(folder: Path, sizes: Mapping[str, int], request: Run) -> str:
     from llm_wsae.pages.dashboard import EXAMPLES, what_fits
 
     number, examples = what_fits(list(sizes.values()))
-    words = ["llm-wsae", "dashboard", *(str(folder / name) for name in list(sizes)[:number])]
-    words += ["--store", str(request.folder / "store"), "--model", request.model.model]
-    words += ["--rows", "100000"]
+    words = [*(folder / name for name in list(sizes)[:number]), "--store", request.folder / "store"]
+    words += [*words_of(request.model), "--rows", 100_000]
     if examples < EXAMPLES:
-        words += ["--top", str(examples), "--bands", str(examples)]
-    words += ["--out", str(request.folder / "page.html"), *words_of(request.model, LoadConfig)]
-    return shlex.join(words)
+        words += ["--top", examples, "--bands", examples]
+    return _command("dashboard", *words, "--out", request.folder / "page.html")
+
+
+def _command(*words: Any) -> str:
+    return f"  {shlex.join(['llm-wsae', *map(str, words)])}"
 
 
 def plan(request: Run) -> Result:
@@ -342,10 +340,10 @@ def plan(request: Run) -> Result:
     """
     from llm_wsae.pipeline.planning import plan as plan_run
 
-    started, found = time.monotonic(), plan_run(request)
+    found = plan_run(request)
     if shortage := found.shortage():
         raise LlmWsaeError(shortage)
-    return found.to_dict(), f"{found.table()}\n{_cost(started)}"
+    return found.to_dict(), f"{found.table()}\n{_cost()}"
 
 
 def study(request: Study) -> Result:
@@ -357,10 +355,11 @@ def study(request: Study) -> Result:
     from llm_wsae.lab.studies.report import MARKDOWN, PAGE, REPORT
     from llm_wsae.lab.studies.runner import study as compare
 
-    started, report = time.monotonic(), compare(request)
-    page = request.out / PAGE
-    written = f"report  {page}, to open in a browser; {MARKDOWN} and {REPORT} beside it"
-    return report.to_dict(), "\n".join([report.table(), "", written, _cost(started)])
+    report = compare(request)
+    written = (
+        f"report  {request.out / PAGE}, to open in a browser; {MARKDOWN} and {REPORT} beside it"
+    )
+    return report.to_dict(), "\n".join([report.table(), "", written, _cost()])
 
 
 def theory(
@@ -376,6 +375,6 @@ def theory(
     """
     from llm_wsae.lab.toy import REPORT, run_toy
 
-    started, report = time.monotonic(), run_toy(toy, out)
-    lines = [report.table(), "", f"report   {out / REPORT}", _cost(started)]
+    report = run_toy(toy, out)
+    lines = [report.table(), "", f"report   {out / REPORT}", _cost()]
     return report.to_dict(), "\n".join(lines)

@@ -43,23 +43,19 @@ Part = Literal["train", "heldout", "all"]
 RUN_RECORD = "run.json"
 
 
-def named(prefix: str, config: type, **notes: Any) -> Any:
-    """The annotation of a configuration whose errors name the prefix of its options. ``notes`` say
-    what tyro is to know of single fields."""
+def named(prefix: str, config: type, **notes: Any) -> type:
+    """A class that makes the configuration from its options, and whose errors name their prefix. It
+    stands in the annotation of a field. ``notes`` are tyro's, about single options."""
 
-    def make(cls: type, *given: Any, **settings: Any) -> Any:
+    def make(cls: type, **settings: Any) -> Any:
         try:
-            return config(*given, **settings)
+            return config(**settings)
         except UsageError as error:
             raise UsageError(f"--{prefix}: {error}") from None
 
-    own = {field.name: field for field in fields(config)}
-    body: dict[str, Any] = {name: own[name].default for name in notes}
-    body["__annotations__"] = {n: Annotated[own[n].type, about] for n, about in notes.items()}
-    body |= {"__doc__": config.__doc__, "__module__": config.__module__}
-    options: Any = dataclass(frozen=True)(type(config.__name__, (config,), body))
-    options.__new__ = make
-    return tyro.conf.arg(constructor=options)
+    types = {name: Annotated[config.__annotations__[name], about] for name, about in notes.items()}
+    body = {"__doc__": config.__doc__, "__new__": make, "__annotations__": types}
+    return dataclass(frozen=True)(type(config.__name__, (config,), body))
 
 
 def note(text: str) -> None:
@@ -77,9 +73,11 @@ Evaluation = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig:
-    """How the language model is loaded."""
+class ModelConfig:
+    """The language model."""
 
+    model: str
+    """Hub id, local folder or .gguf file of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     device: Literal["auto", "cuda", "mps", "cpu", "spread"] = "auto"
@@ -89,14 +87,14 @@ class LoadConfig:
     auto: that of the store or stream, if there is one; otherwise the faster one, which is measured
     on a CPU."""
 
-    def load_model(self, name: str, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
-        """Load a model, and say so on stderr. ``recorded`` is its identity in the record of rows
+    def load(self, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
+        """Load the model, and say so on stderr. ``recorded`` is its identity in the record of rows
         that it made, if there are some: their number format is kept."""
         from llm_wsae.machine.hardware import choose_device
         from llm_wsae.machine.number_format import fast_dtype, name_of
         from llm_wsae.model.language_model import LanguageModel
 
-        note(f"loading {name}")
+        note(f"loading {self.model}")
         dtype: str = self.model_dtype
         if dtype == "auto":
             place = choose_device("auto" if self.device == "spread" else self.device)
@@ -104,22 +102,16 @@ class LoadConfig:
             processes = join()
             with processes.together():
                 dtype = processes.lead(lambda: name_of(fast_dtype(place, "model", began)))
-        return LanguageModel.load(name, revision=self.revision, device=self.device, dtype=dtype)
+        return LanguageModel.load(
+            self.model, revision=self.revision, device=self.device, dtype=dtype
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelName:
-    model: str
-    """Hub id, local folder or .gguf file of a causal language model."""
+class OptionalModelConfig(ModelConfig):
+    """The language model, where it may be omitted."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(LoadConfig, _ModelName):  # fields of the last base come first
-    """The language model."""
-
-    def load(self, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
-        """As ``load_model``, of this name."""
-        return self.load_model(self.model, recorded)
+    model: str | None = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +290,7 @@ class Run:
         return replace(beside, tokens=beside.tokens or self.rows) if self.stream else beside
 
 
-def train_beside(training: TrainConfig, model: LoadConfig) -> TrainConfig:
+def train_beside(training: TrainConfig, model: ModelConfig) -> TrainConfig:
     """The training next to a model: on its device, unless it is told otherwise."""
     fits = training.device == "auto" and model.device != "spread"
     return replace(training, device=model.device) if fits else training
@@ -325,15 +317,16 @@ def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
 
 
 def changed(options: Any, kind: type | None = None, prefix: str = "") -> dict[str, str]:
-    """The options of a configuration that do not have their defaults, with their values."""
+    """The options of a configuration that do not have their defaults, with their values. ``kind``:
+    only those of this class of it."""
     return {
         f"--{prefix}{field.name.replace('_', '-')}": str(getattr(options, field.name))
-        for field in fields(kind or type(options))
+        for field in fields(kind or options)
         if getattr(options, field.name) != field.default
     }
 
 
-def words_of(options: Any, kind: type) -> list[str]:
+def words_of(options: Any, kind: type | None = None) -> list[str]:
     """The same, as one would type them."""
     return [word for pair in changed(options, kind).items() for word in pair]
 

@@ -210,19 +210,15 @@ def test_what_the_parser_refuses(refused, subtests):
 
 TWICE = """\
 harvest --site a --site b
-    --site is given twice; give its values together: --site A
+    --site is given twice; give it once, several values together: --site A B
 study --rule a --rule=b
-    --rule is given twice; give its values together: --rule A B
-inspect d --latent 1 --latent 2
-    give its values together: --latent A B
-weigh s --rule variance --rule kurtosis
-    --rule is given twice; give it once
+    --rule is given twice
 run --tokens 5 --harvest.tokens 6
     --tokens or --harvest.tokens is given twice
 train --batch_size 5 --batch-size 6
-    --batch-size is given twice; give it once
+    --batch_size or --batch-size is given twice
 push d user/name --private --private
-    --private is given twice; give it once
+    --private is given twice
 """
 
 
