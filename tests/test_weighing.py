@@ -9,12 +9,11 @@ from several import run
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data import store as stores
+from llm_wsae.data import site_rows
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.shards import RowReader
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, RowReader
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
@@ -207,8 +206,8 @@ def measured(folder, is_full):
 
     RowReader.rows = counted
     if is_full:
-        stores.save_own_tensors = full
-    stores.tqdm.write = lambda sentence, file: said.write(sentence)
+        site_rows.save_own_tensors = full
+    site_rows.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return read[0], said.getvalue(), inputs.covariance.tolist()
 

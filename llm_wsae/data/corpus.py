@@ -20,18 +20,9 @@ from typing import Any
 import numpy as np
 
 from llm_wsae.data.config import HELDOUT
-from llm_wsae.data.text_sources import (
-    HUB_NAME,
-    SUFFIXES,
-    TEXT_PACKAGES,
-    Document,
-    HubDataset,
-    TextFiles,
-    TextPackage,
-    TextSource,
-)
+from llm_wsae.data.text_sources import Document, TextSource, open_sources
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.outside import integer, local_path, number
+from llm_wsae.outside import integer
 
 TEXT_OF_PART = {"train": "text for training", "heldout": "held-out text", "all": "text"}
 _LONGEST_LABEL = 100
@@ -67,8 +58,7 @@ class Corpus:
         heldout_fraction: float = HELDOUT,
         text_column: str | None = None,
     ):
-        """``open`` finds sources by name. Raises UsageError for an unknown part or an impossible
-        fraction."""
+        """Raises UsageError for an unknown part or an impossible fraction."""
         if part not in TEXT_OF_PART:
             raise UsageError(f"a corpus has no part {part!r}; {nearest(part, TEXT_OF_PART)}")
         if not 0 < heldout_fraction < 1:
@@ -81,9 +71,9 @@ class Corpus:
         self.heldout_fraction = heldout_fraction
         self.text_column = text_column
         share = {"train": 1 - heldout_fraction, "heldout": heldout_fraction, "all": 1.0}[part]
-        sizes = [source.num_bytes for source in sources]
-        whole = None if None in sizes else sum(size for size in sizes if size)
-        self.num_bytes: int | None = None if whole is None else math.ceil(share * whole)
+        sizes = [source.num_bytes for source in sources if source.num_bytes is not None]
+        is_known = len(sizes) == len(sources)
+        self.num_bytes: int | None = math.ceil(share * sum(sizes)) if is_known else None
 
     @classmethod
     def open(
@@ -104,7 +94,7 @@ class Corpus:
 
         Raises UsageError if there is no such corpus, LlmWsaeError if it cannot be read or is empty.
         """
-        return cls(_open_sources(spec, text_column), part, heldout_fraction, text_column)
+        return cls(open_sources(spec, text_column), part, heldout_fraction, text_column)
 
     def sections(self, size: SectionSize | None, start: int = 0) -> Iterator[Section]:
         """The text of this part over its documents, from section ``start`` on; without ``size``,
@@ -152,31 +142,6 @@ class Corpus:
                 yield Document(one.name, _encodable(one.text), _short(one.labels))
 
 
-def _open_sources(spec: str, text_column: str | None) -> list[TextSource]:
-    """The sources of that name; see ``Corpus.open``."""
-    path = local_path(spec, "corpus")
-    if spec in TEXT_PACKAGES:
-        return [TextPackage(spec)]
-    if path.exists():
-        return [TextFiles(path, text_column)]
-    if "+" in spec:
-        parts = [part.strip() for part in spec.split("+")]
-        if not all(parts):
-            raise UsageError(f"the corpus {spec!r} has an empty part; name a text around each +")
-        if twice := [part for part in parts if parts.count(part) > 1]:
-            raise UsageError(f"the corpus {spec!r} names {twice[0]} twice; name each text once")
-        return [source for part in parts for source in _open_sources(part, text_column)]
-    nested = spec.partition("@")[0].count("/") > 1
-    if path.suffix in SUFFIXES or nested or spec[:1] in (".", "/", "~"):
-        raise UsageError(f"there is no file or folder {spec}")
-    if not HUB_NAME.fullmatch(spec):
-        raise UsageError(
-            f"{spec!r} names no corpus: give a file, a folder, a Hub dataset or a text package "
-            f"({', '.join(TEXT_PACKAGES)})"
-        )
-    return [HubDataset(spec, text_column)]
-
-
 def is_heldout(name: str, fraction: float) -> bool:
     """Whether the document of that name belongs to the held-out ``fraction``."""
     digest = hashlib.sha256(name.encode()).digest()
@@ -185,16 +150,18 @@ def is_heldout(name: str, fraction: float) -> bool:
 
 def _short(labels: dict[str, Any]) -> dict[str, Any]:
     """The labels that a store keeps: short strings, finite numbers and booleans."""
-    kept: dict[str, Any] = {}
-    for key, value in labels.items():
-        if isinstance(value, str):
-            if 0 < len(value) <= _LONGEST_LABEL:
-                kept[_encodable(str(key))] = _encodable(value)
-            continue
-        known = number(value) if isinstance(value, float) else integer(value)
-        if known is not None or isinstance(value, bool):
-            kept[_encodable(str(key))] = value
-    return kept
+    return {
+        _encodable(str(key)): _encodable(value) if isinstance(value, str) else value
+        for key, value in labels.items()
+        if _is_short(value)
+    }
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, str):
+        return 0 < len(value) <= _LONGEST_LABEL
+    is_finite = isinstance(value, float) and math.isfinite(value)
+    return is_finite or isinstance(value, bool) or integer(value) is not None
 
 
 def _encodable(text: str) -> str:

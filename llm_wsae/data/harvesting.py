@@ -3,15 +3,19 @@
 The forward pass is the only expensive part, so everything else runs in parallel with it: one thread
 tokenises the next contexts ahead, another computes statistics and checksums and writes.
 
-A shard is a function of its index alone, so a process can make it without knowing the others. Only
-where it begins in the text has to be found: by packing the text before it, or from the record of an
-earlier shard.
+A shard is a fixed number of contexts and a function of its index alone, so a process can make it
+without knowing the others. Only where it begins in the text has to be found: by packing the text
+before it, or from the record of an earlier shard. A shard's files are written, synced and hashed
+first, its record last. So a process killed at any instant leaves complete shards and perhaps some
+files that nothing refers to, which the next run overwrites or removes.
 """
 
 import bisect
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import FileRecord, check_room
-from llm_wsae.artifact.files import remove_partials
+from llm_wsae.artifact.files import remove_partials, save_tensors
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import (
     RECORDS,
+    STATISTICS,
     TOKENS,
     Manifest,
     ShardRecord,
     complete_shards,
+    read_statistics,
+    row_checks,
     save_record,
+    shard_paths,
     store_in,
+    tokens_path,
 )
-from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
-from llm_wsae.data.shards import StoreWriter, finish_store
+from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer, save_contexts
 from llm_wsae.data.store import MEASUREMENTS, ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory
@@ -42,8 +50,11 @@ from llm_wsae.machine.processes import Processes, join, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 
-_PACKED_AHEAD = 4
+NO_ROWS = "no token of these documents gives a row; lower --drop-positions"
+_SAMPLED, _OF_TOKENS = 1024, 32_768
+_PACKED_AHEAD, _BATCHES_AHEAD = 4, 2
 _BYTES_PER_TOKEN = 8  # ordinary text has fewer
 
 
@@ -87,7 +98,7 @@ def harvest(
                     tqdm.write(f"{out} is already complete", file=sys.stderr)
             else:
                 _write_shards(model, packer, corpus, out, manifest, following, processes)
-                processes.lead(lambda: finish_store(out, Manifest.load(out)))
+                processes.lead(lambda: finish_store(out, manifest))
         store = ActivationStore.open(out)
         for site in store.sites:
             store.second_moment(site)
@@ -163,54 +174,45 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
     """Where the text continues after each complete shard; None if the store is complete.
 
     More tokens than before may be requested, since a shard depends on its index alone; a last shard
-    that was shorter is then rebuilt. So is a shard of which a file is missing or has another size,
-    or whose tokens changed. Call this under the folder's lock.
+    that was shorter is then rebuilt, and so is one of which a file is missing or has another size.
+    Call this under the folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
+    store_in(out).check_place()
     whole: dict[int, ShardRecord] = {}
     if store_in(out).is_begun():
-        manifest = Manifest.load(out)
-        store_in(out).check_request(manifest.request(), wanted.request())
-        shards = complete_shards(out, manifest)
-        per_shard, size = manifest.contexts_per_shard, manifest.context_size
-        reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
+        found = Manifest.load(out)
+        store_in(out).check_request(found.request(), wanted.request())
+        shards = complete_shards(out, found)
+        ends = (i * found.contexts_per_shard + one.contexts for i, one in shards.items())
+        reached = max(ends, default=0)
         if reached > wanted.num_contexts:
             raise LlmWsaeError(
-                f"{out} already holds {reached * size:,} tokens, more than the "
-                f"{wanted.num_contexts * size:,} requested; choose another folder, or request at "
-                "least as many"
+                f"{out} already holds {reached * found.context_size:,} tokens, more than the "
+                f"{wanted.num_contexts * found.context_size:,} requested; choose another folder, "
+                "or request at least as many"
             )
         whole = {
-            i: shard
-            for i, shard in shards.items()
-            if shard.contexts == wanted.shard_contexts(i) and _are_there(out, shard.files)
+            index: shard
+            for index, shard in shards.items()
+            if shard.contexts == wanted.shard_contexts(index) and _are_there(out, shard.files)
         }
-        if manifest.complete:
+        if found.complete:
             # A process killed at the very end may have left records that its manifest holds.
             shutil.rmtree(out / RECORDS, ignore_errors=True)
-            as_wanted = len(whole) == len(shards) == wanted.num_shards
-            if as_wanted and _are_there(out, manifest.statistics):
-                remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *wanted.sites)
+            if len(whole) == len(shards) == wanted.num_shards and _are_there(out, found.statistics):
+                remove_partials(out, TOKENS, MEASUREMENTS, *wanted.sites)
                 return None
-            for i, shard in whole.items():  # back to records of their own
-                save_record(out, i, shard)
-    else:
-        store_in(out).check_place()
+            for index, shard in whole.items():  # back to records of their own
+                save_record(out, index, shard)
     wanted.save(out)
     _remove_unlisted(out, wanted, whole)
-    return {i: Cursor(*shard.next) for i, shard in whole.items()}
+    return {index: Cursor(*shard.next) for index, shard in whole.items()}
 
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
-    """Whether the files exist and have their sizes, and tokens, which no later step reads, also
-    their checksums."""
-    return all(
-        record.problem(folder / path) is None
-        if path.startswith(f"{TOKENS}/")
-        else record.has_size(folder / path)
-        for path, record in files.items()
-    )
+    return all(record.has_size(folder / path) for path, record in files.items())
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:
@@ -284,3 +286,126 @@ def _shard_batches(
             if at >= shard * per_shard:
                 yield shard, contexts
             at += len(contexts.ids)
+
+
+class StoreWriter:
+    """Adds batches of contexts and their rows to a store; use it as a context manager."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        """Write shards of the store that the manifest describes."""
+        self._folder = folder
+        self._manifest = manifest
+        # One core for the writer (a setting of its thread): if its operations were spread over all
+        # cores, they would wait for the forward pass, and the forward pass for them.
+        self._pool = ThreadPoolExecutor(1, "store-writer", lambda: torch.set_num_threads(1))
+        self._running: deque[Future] = deque()
+        self._broken = False
+        # One buffer per site for the rows of a shard, reused for the next: fresh memory of this
+        # size costs more than copying into it.
+        tokens = manifest.contexts_per_shard * manifest.context_size
+        dtype = getattr(torch, manifest.dtype)
+        self._rows = {
+            site: torch.empty((tokens, manifest.d_in), dtype=dtype) for site in manifest.sites
+        }
+        # as many rows for all of its tokens, so that a few large shards are sampled as well as many
+        # small ones, which together hold a larger sample
+        self._sampled = min(SAMPLE_ROWS, _SAMPLED * max(1, tokens // _OF_TOKENS))
+        self._begin_shard()
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(
+        self, shard: int, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]
+    ) -> None:
+        """Add the next batch of a shard: its contexts and, by site, the rows of kept positions.
+
+        A shard is complete with its last batch; the next shard must not begin before. The work is
+        done in the background, at most a few batches behind; its errors are raised by a later call.
+        Raises LlmWsaeError if a row is not finite or the disk is full; nothing of that shard is
+        written then.
+        """
+        self.wait(_BATCHES_AHEAD - 1)
+        self._running.append(self._pool.submit(self._add, shard, contexts, rows))
+
+    def wait(self, ahead: int = 0) -> None:
+        """Wait until at most ``ahead`` of the batches that were added are still unwritten."""
+        while len(self._running) > ahead:
+            self._running.popleft().result()
+
+    def _begin_shard(self) -> None:
+        manifest = self._manifest
+        self._contexts: list[Contexts] = []
+        self._num_rows = 0
+        self._statistics = {
+            site: Statistics(manifest.d_in, manifest.context_size, self._sampled)
+            for site in manifest.sites
+        }
+
+    def _add(self, index: int, contexts: Contexts, rows: Mapping[str, Tensor]) -> None:
+        if self._broken:  # batches that waited must not complete a shard without the failed one
+            return
+        self._broken = True
+        self._contexts.append(contexts)
+        positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
+        added = slice(self._num_rows, self._num_rows + len(positions))
+        for site, statistics in self._statistics.items():
+            new = self._rows[site][added].copy_(rows[site])
+            try:
+                statistics.update(new, positions)
+            except LlmWsaeError as error:
+                raise LlmWsaeError(
+                    f"{site}, shard {index:05d}: {error}; the shards before it are complete; the "
+                    "model may do better in float32 (--model-dtype float32)"
+                ) from error
+        self._num_rows = added.stop
+        if sum(len(c.ids) for c in self._contexts) == self._manifest.shard_contexts(index):
+            self._write_shard(index)
+            self._begin_shard()
+        self._broken = False
+
+    def _write_shard(self, index: int) -> None:
+        files, checks = [tokens_path(index)], {}
+        save_contexts(self._folder / files[0], self._contexts)
+        for site, statistics in self._statistics.items():
+            path, statistics_path = shard_paths(index, site)
+            rows = self._rows[site][: self._num_rows]
+            save_tensors(self._folder / path, {"activations": rows})
+            checks[path] = row_checks(rows)
+            save_tensors(self._folder / statistics_path, statistics.to_tensors())
+            files += [path, statistics_path]
+        record = ShardRecord(
+            contexts=sum(len(c.ids) for c in self._contexts),
+            rows=self._num_rows,
+            first=self._contexts[0].first,
+            next=self._contexts[-1].next,
+            files={path: FileRecord.of(self._folder / path) for path in files},
+            row_checks=checks,
+        )
+        save_record(self._folder, index, record)
+
+
+def finish_store(folder: Path, manifest: Manifest) -> None:
+    """Finish a store that has all its shards: write the statistics of all rows and the manifest.
+
+    Raises LlmWsaeError if there is no row.
+    """
+    shards = complete_shards(folder, manifest)
+    assert list(shards) == list(range(manifest.num_shards))
+    if not any(shard.rows for shard in shards.values()):
+        raise LlmWsaeError(NO_ROWS)
+    manifest.shards = list(shards.values())
+    for site in manifest.sites:
+        merged = Statistics(manifest.d_in, manifest.context_size)
+        for index, shard in shards.items():
+            path = shard_paths(index, site)[1]
+            merged.merge(read_statistics(folder / path, shard.files[path]))
+        path = f"{site}/{STATISTICS}"
+        save_tensors(folder / path, merged.to_tensors())
+        manifest.statistics[path] = FileRecord.of(folder / path)
+    manifest.complete = True
+    manifest.save(folder)
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)

@@ -89,12 +89,6 @@ class Packer:
         self._padding = self._separator if self._separator is not None else 0
         self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
         self._vocab_size = vocab_size
-        for what, token in (("beginning", self._bos), ("end", self._separator)):
-            if token is not None and not 0 <= token < vocab_size:
-                raise LlmWsaeError(
-                    f"the tokenizer marks the {what} of a text with the id {token}, but the model "
-                    f"has {vocab_size} embeddings; give its own tokenizer"
-                )
         self._config = config
         self._one_each = config.one_document_per_context
         self.content_size = config.context_size - (self._bos is not None)
@@ -121,9 +115,8 @@ class Packer:
     ) -> Iterator[Contexts]:
         """The contexts of a corpus from a cursor on, ``block_size`` at a time, at most ``limit``.
 
-        Tokens at the end of the corpus that do not fill a context are dropped (unless each document
-        has its own context). Raises LlmWsaeError if the tokenizer returns an id that the model does
-        not have, or the corpus cannot be read.
+        Tokens at the end of the corpus that fill no context are dropped. Raises LlmWsaeError if the
+        tokenizer returns an id that the model does not have, or the corpus cannot be read.
         """
         left = sys.maxsize if limit is None else limit
         parts: list[np.ndarray] = []
@@ -161,10 +154,10 @@ class Packer:
             sections.append(section)
             length += len(section.text)
             if len(sections) >= _SECTIONS_AT_ONCE or length >= enough:
-                yield sections, self._ids(sections)
+                yield sections, self._arrays(sections)
                 sections, length, enough = [], 0, min(2 * enough, _CHARACTERS_AT_ONCE)
         if sections:
-            yield sections, self._ids(sections)
+            yield sections, self._arrays(sections)
 
     def _two_contexts(self, texts: Sequence[str]) -> int:
         """Characters of some documents that fill just less than two contexts, from a sample."""
@@ -172,16 +165,9 @@ class Packer:
         tokens = sum(map(len, self._encoded(sample)))
         return max(1, 7 * self.content_size * sum(map(len, sample)) // max(1, 4 * tokens))
 
-    def _ids(self, sections: list[Section]) -> list[np.ndarray]:
+    def _arrays(self, sections: list[Section]) -> list[np.ndarray]:
         encoded = self._encoded([section.text for section in sections])
-        ids = [np.asarray(tokens, dtype=np.int32) for tokens in encoded]
-        for section, tokens in zip(sections, ids, strict=True):
-            if len(tokens) and int(tokens.max()) >= self._vocab_size:
-                raise LlmWsaeError(
-                    f"the tokenizer returns id {int(tokens.max())} in document {section.name!r}, "
-                    f"but the model has {self._vocab_size} embeddings; give its own tokenizer"
-                )
-        return ids
+        return [np.asarray(tokens, dtype=np.int32) for tokens in encoded]
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         with parsing("the tokenizer cannot read the text"):  # e.g. with an endless expression
@@ -223,6 +209,11 @@ class Packer:
             begins = begin[:, None, None].repeat(stream.shape[1], axis=1)
             stream = np.concatenate([begins, stream], axis=2)
         ids, _, document, offset, separator = stream
+        if (largest := int(ids.max())) >= self._vocab_size:
+            raise LlmWsaeError(
+                f"the tokenizer returns the id {largest}, but the model has {self._vocab_size} "
+                "embeddings; give its own tokenizer"
+            )
         document, offset = (
             np.where(separator, np.int32(NO_DOCUMENT), a) for a in (document, offset)
         )

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import UsageError
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
@@ -50,8 +49,10 @@ class ActivationSource(Protocol):
 
     d_in: int
     site: Site
-    num_rows: int | None
-    """Rows in one epoch, None if unknown."""
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows in one epoch, None if unknown."""
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
@@ -71,14 +72,19 @@ class MemorySource:
 
     def __init__(self, rows: Float[Tensor, "rows d_in"], site: Site):
         """``site``: where the rows come from, or what they stand for."""
-        self.site, self.d_in = site, rows.shape[1]
-        self.num_rows: int | None = len(rows)
         self._rows = rows.float().cpu().contiguous()
+        self.site, self.dtype = site, self._rows.dtype
+        self.num_rows, self.d_in = rows.shape
+        self.row_bytes = self.d_in * self.dtype.itemsize
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Fill ``out [rows, d_in]`` with rows from ``start``."""
+        out.copy_(self._rows[start : start + len(out)])
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        return shuffled_batches(_Memory(self._rows), batch_size, seed, start, part=part)
+        return shuffled_batches(self, batch_size, seed, start, part=part)
 
     def statistics(self) -> Statistics:
         positions = torch.zeros(len(self._rows), dtype=torch.int64)
@@ -91,17 +97,6 @@ class MemorySource:
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()}
-
-
-class _Memory:
-    """Rows in memory, as ``shuffled_batches`` reads them."""
-
-    def __init__(self, rows: Tensor):
-        self._rows, self.num_rows, self.dtype = rows, len(rows), rows.dtype
-        self.row_bytes = rows.shape[1] * rows.itemsize
-
-    def read(self, start: int, out: Tensor) -> None:
-        out.copy_(self._rows[start : start + len(out)])
 
 
 class Share:
@@ -119,16 +114,13 @@ class Share:
         return self._rows[first:stop]
 
 
-class Window(NamedTuple):
+class _Window(NamedTuple):
     """Rows that are shuffled together."""
 
     epoch: int
-    number: int
-    """Number of the window in its epoch."""
-    chunks: np.ndarray
-    """The chunks in it, in the order in which they were drawn."""
-    size: int
-    """Rows in it."""
+    number: int  # in its epoch
+    chunks: np.ndarray  # in the order in which they were drawn
+    size: int  # rows
 
 
 def shuffled_batches(
@@ -142,16 +134,10 @@ def shuffled_batches(
     """Endless shuffled batches of all rows of a reader, from batch number ``start`` on.
 
     Of ``part`` (its number, of how many) the batches hold only its rows; those of all parts,
-    together, are the batches of the one part (0, 1). Raises UsageError if the numbers make no sense
-    or there are no rows; reading errors come with the batch that they would have been in.
+    together, are the batches of the one part (0, 1). Reading errors come with the batch that they
+    would have been in.
     """
-    if batch_size < 1 or start < 0:
-        raise UsageError(
-            f"cannot begin at batch {start} of {batch_size} rows; the batch size must be at least "
-            "1 and the number not negative"
-        )
-    if reader.num_rows == 0:
-        raise UsageError("the store holds no rows to train on; harvest more tokens")
+    assert batch_size > 0 and start >= 0 and reader.num_rows > 0
     per_window = max(1, window_bytes // (CHUNK_ROWS * reader.row_bytes))
     epoch, skip = divmod(start * batch_size, reader.num_rows)
     windows = _windows(reader.num_rows, per_window, seed, epoch)
@@ -192,7 +178,7 @@ def shuffle(rows: Tensor, *seed: int) -> Tensor:
     return rows[torch.from_numpy(order)]
 
 
-def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[Window]:
+def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[_Window]:
     """The windows of an epoch and of all later ones."""
     num_chunks = -(-num_rows // CHUNK_ROWS)
     while True:
@@ -200,13 +186,11 @@ def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[
         # Of equal size, rather than a last one with so few chunks that they mix badly.
         for number, chunks in enumerate(np.array_split(order, -(-num_chunks // per_window))):
             size = int(np.minimum(CHUNK_ROWS, num_rows - chunks * CHUNK_ROWS).sum())
-            yield Window(epoch, number, chunks, size)
+            yield _Window(epoch, number, chunks, size)
         epoch += 1
 
 
-def _load(
-    reader: Rows, window: Window, seed: int, part: tuple[int, int] = (0, 1)
-) -> Tensor | Share:
+def _load(reader: Rows, window: _Window, seed: int, part: tuple[int, int]) -> Tensor | Share:
     """The rows of a window, or a part of them, read in the order of the file and shuffled."""
     number, parts = part
     rows = torch.empty(window.size, reader.row_bytes // reader.dtype.itemsize, dtype=reader.dtype)

@@ -16,9 +16,9 @@ import bisect
 import functools
 import hashlib
 import json
-import sys
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,25 +27,25 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import differences
-from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
-from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.manifest import (
     REPAIR,
+    ROWS_PER_CHECK,
     STATISTICS,
     Manifest,
+    ShardRecord,
+    bytes_of,
     complete_shards,
     read_statistics,
     shard_paths,
     tokens_path,
 )
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts, load_contexts
-from llm_wsae.data.shards import RowFile, RowReader
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
+from llm_wsae.data.site_rows import SiteRows, StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.machine.processes import join, leads, progress
+from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.moments import Statistics
@@ -58,39 +58,81 @@ _PARTS = 16  # of the rows; as many processes at most share the work of the cova
 _ROWS_AT_ONCE = 16_384
 
 
-@dataclass(frozen=True)
-class StoredMeasurement:
-    """A measurement that is kept on disk, valid only for the same rows and settings."""
+class RowFile:
+    """A shard's rows of one site, one block in its file: a run of them is one read into the
+    caller's memory. (The pages of a mapped file would count as the process's memory, and a damaged
+    one would end the process with a signal.)
 
-    path: Path | None
-    """Its file; None if it is not kept."""
-    rows: dict[str, Any]
-    """What identifies the rows; JSON."""
-    settings: dict[str, Any]
+    They are compared with their checksums when a reader first reads them, so that a training never
+    waits for a store to be checked and reads nothing twice.
+    """
 
-    def read(self) -> dict[str, Tensor] | None:
-        """The tensors by name; None if they are not there, damaged, or of something else."""
-        if self.path is None or not self.path.exists():
-            return None
-        rows, why = plain(self.rows), "it is of other rows"
+    def __init__(self, folder: Path, name: str, record: ShardRecord):
+        """``name``: path within the store in ``folder``."""
+        self.num_rows = record.rows
+        self._path, self._bytes = folder / name, record.files[name].bytes
+        self._checks = record.crc32s(name)
+        self._proved = np.zeros(len(self._checks), dtype=bool)
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill ``out`` with rows from ``first``."""
+        self._fill(first, out)
+        for number in range(first // ROWS_PER_CHECK, -(-(first + len(out)) // ROWS_PER_CHECK)):
+            if self._proved[number]:
+                continue
+            begin = number * ROWS_PER_CHECK
+            end = min(begin + ROWS_PER_CHECK, self.num_rows)
+            rows = out[max(begin - first, 0) : end - first]
+            if len(rows) < end - begin:  # the caller needs only a part of them
+                rows = out.new_empty(end - begin, out.shape[1])
+                self._fill(begin, rows)
+            if zlib.crc32(bytes_of(rows)) != self._checks[number]:
+                raise LlmWsaeError(
+                    f"{self._path} is damaged: rows {begin} to {end - 1} are not those that were "
+                    f"written; {REPAIR}"
+                )
+            self._proved[number] = True
+
+    def _fill(self, first: int, out: Tensor) -> None:
+        buffer, row_bytes = bytes_of(out), out.shape[1] * out.itemsize
         try:
-            tensors, header = load_own_tensors(self.path, "measurement")
-            if header.items() >= rows.items():
-                return tensors if header == {**rows, **self.settings} else None
-        except LlmWsaeError:  # which would say to delete the file
-            why = "it is damaged"
-        if leads():
-            tqdm.write(f"what {self.path} holds is measured anew, since {why}", file=sys.stderr)
-        return None
+            with open(self._path, "rb") as file:
+                file.seek(self._bytes - (self.num_rows - first) * row_bytes)  # behind the header
+                read = file.readinto(buffer)
+        except OSError as error:
+            raise LlmWsaeError(f"cannot read {self._path}: {error.strerror}") from error
+        if read < len(buffer):
+            raise LlmWsaeError(f"{self._path} is truncated; {REPAIR}")
 
-    def write(self, tensors: dict[str, Tensor]) -> None:
-        """Keep what was measured; if the store cannot be written to, say so."""
-        if self.path is None or not leads():
-            return
-        try:
-            save_own_tensors(self.path, tensors, {**plain(self.rows), **self.settings})
-        except LlmWsaeError as error:  # a read-only store
-            tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
+
+class RowReader:
+    """The rows of one site, as one sequence over the shards of a store, or of several."""
+
+    def __init__(self, files: Sequence[RowFile], d_in: int, dtype: torch.dtype):
+        self._files, self._d_in, self.dtype = files, d_in, dtype
+        self._ends = list(accumulate(file.num_rows for file in files))
+        self.num_rows = self._ends[-1] if self._ends else 0
+        self.row_bytes = d_in * dtype.itemsize
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Fill ``out [rows, d_in]``, contiguous and of the store's dtype, with rows from ``start``.
+
+        Raises LlmWsaeError, naming the file, if it cannot be read or is not what was written.
+        """
+        assert out.is_contiguous() and out.dtype == self.dtype and out.shape[1] == self._d_in
+        assert start >= 0 and start + len(out) <= self.num_rows
+        shard, done = bisect.bisect_right(self._ends, start), 0
+        while done < len(out):
+            file, end = self._files[shard], self._ends[shard] - start
+            if done < end:
+                file.read(done + file.num_rows - end, out[done:end])
+            done, shard = end, shard + 1
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
+        """Rows ``start`` to ``stop``, in the store's dtype. Raises as ``read`` does."""
+        out = torch.empty(stop - start, self._d_in, dtype=self.dtype)
+        self.read(start, out)
+        return out
 
 
 class Located(NamedTuple):
@@ -108,21 +150,43 @@ class Located(NamedTuple):
     """All token ids of the context."""
 
 
-class ActivationStore:
-    """A complete activation store on disk; open one with ``open``."""
+class _Shard(NamedTuple):
+    folder: Path
+    number: int  # in its own store
+    record: ShardRecord
+    documents_before: int  # in the stores before its own
+
+    @classmethod
+    def of(cls, stores: Sequence[tuple[Path, Manifest]]) -> "Iterator[_Shard]":
+        """All shards of some stores."""
+        before = 0
+        for folder, manifest in stores:
+            for number, record in enumerate(manifest.shards):
+                yield cls(folder, number, record, before)
+            # a section is at most of one document, and the next one counts once it has begun
+            before += manifest.shards[-1].next[0] + 1
+
+
+class ActivationStore(SiteRows):
+    """A complete activation store on disk, or several that are read one after the other; open them
+    with ``open`` or ``open_stores``."""
 
     in_step = False
     model = None
 
-    def __init__(self, folder: Path, manifest: Manifest):
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, folder: Path, manifest: Manifest, *others: "ActivationStore"):
+        self.folder: Path = folder
+        """Of the first store."""
+        self._alone = [(folder, manifest), *((one.folder, one.manifest) for one in others)]
+        self.manifest: Manifest = _joined([one for _, one in self._alone])
         self.sites = [Site.parse(name) for name in manifest.sites]
         self.d_in = manifest.d_in
-        self.num_rows = manifest.num_rows
+        self.num_rows: int = self.manifest.num_rows
         self.context_size = manifest.context_size
-        self._row_ends = list(accumulate(shard.rows for shard in manifest.shards))
-        self._context_ends = list(accumulate(shard.contexts for shard in manifest.shards))
+        self.prepends_bos = manifest.bos_token_id is not None
+        self._shards = list(_Shard.of(self._alone))
+        self._row_ends = list(accumulate(shard.record.rows for shard in self._shards))
+        self._context_ends = list(accumulate(shard.record.contexts for shard in self._shards))
         self._tokens_of = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_tokens)
 
     @classmethod
@@ -153,18 +217,10 @@ class ActivationStore:
 
     # --- Rows
 
-    def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
-        """One site as a trainer reads it (an ActivationSource)."""
-        return StoreSource(self, site, window_bytes)
-
-    def batches(
-        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
-        """The batches of all sites: the same rows of the text in each."""
-        sources = (self.source(site) for site in self.sites)
-        return zip(
-            *(source.batches(batch_size, seed, start, part) for source in sources), strict=True
-        )
+    def batches_of(
+        self, site: Site, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        return shuffled_batches(self.reader(site), batch_size, seed, start, WINDOW_BYTES, part)
 
     def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""
@@ -175,10 +231,15 @@ class ActivationStore:
     def reader(self, site: Site) -> RowReader:
         """A reader of a site's rows, for many calls: it compares each row with its checksum once.
         Raises UsageError if the store lacks the site."""
-        return RowReader(self._row_files(site), self.d_in, getattr(torch, self.manifest.dtype))
+        name = self._name(site)
+        files = [
+            RowFile(shard.folder, shard_paths(shard.number, name)[0], shard.record)
+            for shard in self._shards
+        ]
+        return RowReader(files, self.d_in, getattr(torch, self.manifest.dtype))
 
     def identity(self, site: Site) -> dict[str, Any]:
-        """JSON values that identify a site's rows."""
+        several = {"stores": len(self._alone)} if len(self._alone) > 1 else {}
         return {
             "kind": "store",
             "site": self._name(site),
@@ -188,22 +249,22 @@ class ActivationStore:
             "dtype": self.manifest.dtype,
             "num_rows": self.num_rows,
             "sha256": self._digest(site),
+            **several,
+            "window_bytes": WINDOW_BYTES,
         }
-
-    def _row_files(self, site: Site) -> list[RowFile]:
-        name = self._name(site)
-        return [
-            RowFile(self.folder, shard_paths(index, name)[0], record)
-            for index, record in enumerate(self.manifest.shards)
-        ]
 
     def _digest(self, site: Site) -> str:
-        files = {
-            path: record.sha256
-            for path, record in self.manifest.all_files().items()
-            if path.startswith(f"{site}/")
-        }
-        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        """Of the digests of the site's files, or of those of several stores."""
+        found = [
+            {
+                path: record.sha256
+                for path, record in manifest.all_files().items()
+                if path.startswith(f"{site}/")
+            }
+            for _, manifest in self._alone
+        ]
+        digests = [_sha256_of(files) for files in found]
+        return digests[0] if len(digests) == 1 else _sha256_of(digests)
 
     def _name(self, site: Site) -> str:
         if site not in self.sites:
@@ -217,7 +278,13 @@ class ActivationStore:
     def statistics(self, site: Site) -> Statistics:
         """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged."""
         name = f"{self._name(site)}/{STATISTICS}"
-        return read_statistics(self.folder / name, self.manifest.statistics[name])
+        first, *others = (
+            read_statistics(folder / name, manifest.statistics[name])
+            for folder, manifest in self._alone
+        )
+        for other in others:
+            first.merge(other)
+        return first
 
     def second_moment(self, site: Site) -> SecondMoment:
         """The covariance sums of the rows that are not massive: those kept in the store, or else
@@ -241,13 +308,25 @@ class ActivationStore:
         return found
 
     def evidence(self, site: Site, need: str, **settings: Any) -> StoredMeasurement:
-        """A measurement of these rows, which is kept beside them."""
-        path = self.folder / MEASUREMENTS / f"{site}.{need}.safetensors"
-        return StoredMeasurement(path, {"rows": self._digest(site)}, settings)
+        """A measurement of these rows, which is kept beside them: that of several stores beside
+        what was measured of the first alone."""
+        digest = self._digest(site)
+        own = f".{digest[:16]}" if len(self._alone) > 1 else ""
+        path = self.folder / MEASUREMENTS / f"{site}.{need}{own}.safetensors"
+        return StoredMeasurement(path, {"rows": digest}, settings)
 
     def _added_up(self, site: Site) -> dict[str, Tensor] | None:
-        """The sums of several stores that each of them keeps, together."""
-        return None
+        """The sums that each of several stores keeps, together; None unless they are of the same
+        rows, usual ones by the threshold of all rows."""
+        if len(self._alone) == 1:
+            return None
+        whole, total = self.statistics(site), SecondMoment(self.d_in)
+        for one in (ActivationStore(*alone) for alone in self._alone):
+            tensors = one.evidence(site, "second_moment").read()
+            if tensors is None or not one.statistics(site).same_are_massive(whole):
+                return None
+            total.merge(SecondMoment.from_tensors(tensors))
+        return total.to_tensors()
 
     def _sums_of_parts(self, site: Site, parts: Sequence[int]) -> Iterator[SecondMoment]:
         """The sums over each of these parts of the rows."""
@@ -317,7 +396,7 @@ class ActivationStore:
         total = self.manifest.num_contexts
         wanted = max(1, min(total, -(-min(tokens, self.num_rows) * total // self.num_rows)))
         chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
-        for shard in range(len(self.manifest.shards)):
+        for shard in range(len(self._shards)):
             contexts = self.contexts(shard)
             ids, keep = torch.from_numpy(contexts.ids), torch.from_numpy(contexts.keep)
             first = self.first_context(shard)
@@ -326,41 +405,15 @@ class ActivationStore:
                 yield ids[batch].long(), keep[batch]
 
     def _load_tokens(self, shard: int) -> Contexts:
-        record, path = self.manifest.shards[shard], self.folder / tokens_path(shard)
-        record.files[tokens_path(shard)].check(path, REPAIR)
-        return load_contexts(path, record.first, record.next)
-
-
-class StoreSource:
-    """The rows of one site of a store, as an ActivationSource."""
-
-    def __init__(self, store: ActivationStore, site: Site, window_bytes: int = WINDOW_BYTES):
-        self.store = store
-        self.site = site
-        self.d_in = store.d_in
-        self.num_rows: int | None = store.num_rows
-        self.prepends_bos = store.manifest.bos_token_id is not None
-        self._window_bytes = window_bytes
-        self._identity = store.identity(site)
-
-    def batches(
-        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches of the rows from batch ``start`` on, read ahead; of each, only
-        the rows of ``part`` (its number, of how many) are read.
-
-        Which rows are in a batch depends only on the seed, the batch size and ``window_bytes``.
-        """
-        reader = self.store.reader(self.site)
-        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
-
-    def statistics(self) -> Statistics:
-        """The statistics of all rows."""
-        return self.store.statistics(self.site)
-
-    def identity(self) -> dict[str, Any]:
-        """JSON values that identify these rows in this order."""
-        return {**self._identity, "window_bytes": self._window_bytes}
+        folder, number, record, before = self._shards[shard]
+        name = tokens_path(number)
+        record.files[name].check(folder / name, REPAIR)
+        contexts = load_contexts(folder / name, record.first, record.next)
+        own = contexts.document
+        return contexts._replace(
+            document=np.where(own >= 0, own + np.int32(before), np.int32(NO_DOCUMENT)),
+            headers={document + before: header for document, header in contexts.headers.items()},
+        )
 
 
 def open_stores(folders: Sequence[Path | str]) -> ActivationStore:
@@ -370,18 +423,14 @@ def open_stores(folders: Sequence[Path | str]) -> ActivationStore:
     the folders. The statistics are merged in float64: numbers of rows, extremes and massive rows
     are those of one harvest, moments differ by rounding, and the sample is another one, as uniform.
 
-    Raises UsageError for no store, or one that is named twice; LlmWsaeError if a store is
-    unfinished, does not fit the first, or is of another part of its corpus or of the same corpus.
+    Raises LlmWsaeError if a store is unfinished, does not fit the first, or is of another part of
+    its corpus or of the same corpus.
     """
-    places = [Path(folder).resolve() for folder in folders]
-    if not places:
+    if not folders:
         raise UsageError("name at least one activation store")
-    for folder, place in zip(folders, places, strict=True):
-        if places.count(place) > 1:
-            raise UsageError(f"{folder} is listed twice; name each store once")
     first, *others = stores = [ActivationStore.open(folder) for folder in folders]
-    owners = ("the first store", "this one")
     for store in others:
+        owners = ("the first store", "this one")
         if clauses := differences(_in_common(first), _in_common(store), owners):
             raise LlmWsaeError(
                 f"{store.folder} does not fit {first.folder} ({clauses}); use stores of one model "
@@ -394,7 +443,7 @@ def open_stores(folders: Sequence[Path | str]) -> ActivationStore:
                 f"{one.manifest.corpus['name']}), whose rows would count twice; harvest another "
                 "text for one of them"
             )
-    return _StoresInTurn(stores) if others else first
+    return ActivationStore(first.folder, first.manifest, *others)
 
 
 def _in_common(store: ActivationStore) -> dict[str, Any]:
@@ -409,67 +458,26 @@ def _in_common(store: ActivationStore) -> dict[str, Any]:
     }
 
 
-class _StoresInTurn(ActivationStore):
-    """Several stores, read one after the other."""
+def _joined(manifests: Sequence[Manifest]) -> Manifest:
+    """The manifest of several stores as one. All texts are named as ``Corpus.open`` names them; a
+    text is held out of all stores if it is held out of the one that holds out least."""
+    if len(manifests) == 1:
+        return manifests[0]
+    corpora = [manifest.corpus for manifest in manifests]
+    corpus = {
+        **corpora[0],
+        "name": "+".join(dict.fromkeys(str(one["name"]) for one in corpora)),
+        "fingerprint": "+".join(dict.fromkeys(str(one["fingerprint"]) for one in corpora)),
+        "heldout_fraction": min(one["heldout_fraction"] for one in corpora),
+    }
+    return replace(
+        manifests[0],
+        corpus=corpus,
+        num_contexts=sum(manifest.num_contexts for manifest in manifests),
+        shards=[shard for manifest in manifests for shard in manifest.shards],
+        statistics={},
+    )
 
-    def __init__(self, stores: Sequence[ActivationStore]):
-        manifests = [store.manifest for store in stores]
-        corpora = [manifest.corpus for manifest in manifests]
-        corpus = {  # all texts as one, named as ``Corpus.open`` names them; a text is held out of
-            **corpora[0],  # all stores if it is held out of the one that holds out least
-            "name": "+".join(dict.fromkeys(str(one["name"]) for one in corpora)),
-            "fingerprint": "+".join(dict.fromkeys(str(one["fingerprint"]) for one in corpora)),
-            "heldout_fraction": min(one["heldout_fraction"] for one in corpora),
-        }
-        joined = replace(
-            manifests[0],
-            corpus=corpus,
-            num_contexts=sum(manifest.num_contexts for manifest in manifests),
-            shards=[shard for manifest in manifests for shard in manifest.shards],
-            statistics={},
-        )
-        super().__init__(stores[0].folder, joined)
-        self._stores = stores
-        self._first_shards = list(accumulate((len(m.shards) for m in manifests), initial=0))
-        # a section is at most of one document, and the next one counts once it has begun
-        sections = [m.shards[-1].next[0] + 1 for m in manifests]
-        self._documents_before = list(accumulate(sections, initial=0))
 
-    def statistics(self, site: Site) -> Statistics:
-        first, *others = (store.statistics(site) for store in self._stores)
-        for other in others:
-            first.merge(other)
-        return first
-
-    def evidence(self, site: Site, need: str, **settings: Any) -> StoredMeasurement:
-        """Beside what was measured of the first store alone."""
-        return super().evidence(site, f"{need}.{self._digest(site)[:16]}", **settings)
-
-    def identity(self, site: Site) -> dict[str, Any]:
-        return {**super().identity(site), "stores": len(self._stores)}
-
-    def _row_files(self, site: Site) -> list[RowFile]:
-        return [file for store in self._stores for file in store._row_files(site)]
-
-    def _digest(self, site: Site) -> str:
-        digests = [store._digest(site) for store in self._stores]
-        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-    def _added_up(self, site: Site) -> dict[str, Tensor] | None:
-        """None unless the sums are of the same rows: usual ones by the threshold of all rows."""
-        whole, total = self.statistics(site), SecondMoment(self.d_in)
-        for one in self._stores:
-            tensors = one.evidence(site, "second_moment").read()
-            if tensors is None or not one.statistics(site).same_are_massive(whole):
-                return None
-            total.merge(SecondMoment.from_tensors(tensors))
-        return total.to_tensors()
-
-    def _load_tokens(self, shard: int) -> Contexts:
-        place = bisect.bisect_right(self._first_shards, shard) - 1
-        contexts = self._stores[place].contexts(shard - self._first_shards[place])
-        own, before = contexts.document, self._documents_before[place]
-        return contexts._replace(
-            document=np.where(own >= 0, own + np.int32(before), np.int32(NO_DOCUMENT)),
-            headers={number + before: header for number, header in contexts.headers.items()},
-        )
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,7 @@ without forward passes. Processes that share the rows of each batch each run the
 forward pass of a buffer.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -22,12 +23,11 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.harvesting import kept_rows, too_small
+from llm_wsae.data.harvesting import NO_ROWS, kept_rows, too_small
 from llm_wsae.data.packing import Contexts, Packer
-from llm_wsae.data.shards import NO_ROWS
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
-from llm_wsae.data.store import ActivationStore, StoredMeasurement
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.data.site_rows import SiteRows, SiteSource, StoredMeasurement
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
@@ -38,10 +38,11 @@ from llm_wsae.statistics.second_moment import SecondMoment
 _PACKED_AHEAD = 4
 
 
-class ActivationStreams:
+class ActivationStreams(SiteRows):
     """The rows of several sites, from the same forward passes."""
 
     in_step = True
+    num_rows = None
 
     def __init__(
         self,
@@ -58,7 +59,9 @@ class ActivationStreams:
             model.check_site(site)
         self.sites = list(dict.fromkeys(sites))
         self.d_in = model.d_model
-        self.model, self.corpus, self.config = model, corpus, config
+        self.prepends_bos = config.prepend_bos and model.bos_token_id is not None
+        self.model: LanguageModel = model
+        self.corpus, self.config = corpus, config
         self.computes_ahead = model.device.type != "cpu"
         """A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
         do: there the two would only take turns, at a cost."""
@@ -66,22 +69,41 @@ class ActivationStreams:
         self._folder = folder
         self._known: dict[str, dict[Site, Any]] = {}
 
-    def source(self, site: Site) -> "ActivationStream":
-        """One of the sites as an ActivationSource."""
-        return ActivationStream(self.model, self.corpus, site, self.config, self)
-
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Generator[tuple[Float[Tensor, "rows d_in"], ...], None, None]:
         """Endless shuffled batches from number ``start`` on, one for each site, in the model's
         dtype; of ``part`` (its number, of how many) only its rows.
 
-        Raises UsageError for impossible numbers; LlmWsaeError, with the batch concerned, if the
-        corpus fills no context or cannot be read, or an activation is not finite.
+        Raises LlmWsaeError, with the batch concerned, if the corpus fills no context or cannot be
+        read, or an activation is not finite.
         """
-        if batch_size < 1 or start < 0:
-            raise UsageError(f"cannot begin at batch {start} of {batch_size} rows")
-        return self._batches(batch_size, seed, start * batch_size, part)
+        assert batch_size > 0 and start >= 0
+        skip = start * batch_size
+        with ExitStack() as threads:
+            blocks = threads.enter_context(closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)))
+            size = self.config.batches_per_buffer
+            buffers = enumerate(iter(lambda: list(islice(blocks, size)), []))
+            first = next(buffers)
+            while skip >= (rows := sum(int(contexts.keep.sum()) for contexts in first[1])):
+                skip, first = skip - rows, next(buffers)
+            shuffled: Iterator[Tensor | Share] = (
+                self._shuffled(buffer, (seed, number), part)
+                for number, buffer in chain([first], buffers)
+            )
+            if self.computes_ahead:
+                # closed before the blocks that it reads
+                shuffled = threads.enter_context(closing(prefetch(shuffled, depth=1)))
+            for batch in cut(shuffled, batch_size, skip):
+                yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
+
+    def batches_of(
+        self, site: Site, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The batches of one site, from forward passes that stop behind it."""
+        alone = copy.copy(self)
+        alone.sites = [site]
+        return (batch for (batch,) in alone.batches(batch_size, seed, start, part))
 
     def statistics(self, site: Site) -> Statistics:
         """Statistics of the rows of the first ``statistics_tokens`` tokens. Raises LlmWsaeError if
@@ -107,7 +129,6 @@ class ActivationStreams:
             yield torch.from_numpy(contexts.ids).long(), torch.from_numpy(contexts.keep)
 
     def identity(self, site: Site) -> dict[str, Any]:
-        """JSON values that identify a site's rows in this order."""
         return {
             "kind": "stream",
             "site": str(site),
@@ -118,26 +139,6 @@ class ActivationStreams:
             "batches_per_buffer": self.config.batches_per_buffer,
             "statistics_tokens": self.config.statistics_tokens,
         }
-
-    def _batches(
-        self, batch_size: int, seed: int, skip: int, part: tuple[int, int]
-    ) -> Generator[tuple[Tensor, ...], None, None]:
-        with ExitStack() as threads:
-            blocks = threads.enter_context(closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)))
-            size = self.config.batches_per_buffer
-            buffers = enumerate(iter(lambda: list(islice(blocks, size)), []))
-            first = next(buffers)
-            while skip >= (rows := sum(int(contexts.keep.sum()) for contexts in first[1])):
-                skip, first = skip - rows, next(buffers)
-            shuffled: Iterator[Tensor | Share] = (
-                self._shuffled(buffer, (seed, number), part)
-                for number, buffer in chain([first], buffers)
-            )
-            if self.computes_ahead:
-                # closed before the blocks that it reads
-                shuffled = threads.enter_context(closing(prefetch(shuffled, depth=1)))
-            for batch in cut(shuffled, batch_size, skip):
-                yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
 
     def _shuffled(
         self, buffer: Sequence[Contexts], seeds: tuple[int, int], part: tuple[int, int]
@@ -175,16 +176,16 @@ class ActivationStreams:
             return LlmWsaeError(NO_ROWS)
         return too_small(self.corpus, 0, 1, self.config.context_size)
 
+    def _first_contexts(self, tokens: int) -> Iterator[Contexts]:
+        limit = max(1, tokens // self.config.context_size)
+        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
+
     def _first_rows(self, what: str) -> Iterator[tuple[Contexts, dict[Site, Tensor]]]:
         """The first ``statistics_tokens`` tokens, with their rows."""
         with progress(what, self.config.statistics_tokens, "tok") as bar:
             for contexts in self._first_contexts(self.config.statistics_tokens):
                 yield contexts, self._rows(contexts)
                 bar.update(contexts.ids.size)
-
-    def _first_contexts(self, tokens: int) -> Iterator[Contexts]:
-        limit = max(1, tokens // self.config.context_size)
-        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
 
     def _rows(self, contexts: Contexts) -> dict[Site, Tensor]:
         rows = kept_rows(self.model, contexts, self.sites)
@@ -232,7 +233,7 @@ class ActivationStreams:
         return new
 
 
-class ActivationStream:
+class ActivationStream(SiteSource):
     """A stream of one site, as an ActivationSource. While a buffer is trained on, a GPU computes
     the next one in the background: do not use the model for anything else meanwhile."""
 
@@ -242,37 +243,6 @@ class ActivationStream:
         corpus: Corpus,
         site: Site,
         config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
-        beside: ActivationStreams | None = None,
     ):
-        """``beside``: streams of this site and others, whose measurements are shared. Raises
-        UsageError for a site or context size that the model does not have."""
-        self._alone = ActivationStreams(model, corpus, [site], config)
-        self._measured = beside or self._alone
-        self.site, self.d_in = site, model.d_model
-        self.num_rows: int | None = None
-        self.prepends_bos = config.prepend_bos and model.bos_token_id is not None
-
-    def batches(
-        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches; see ``ActivationStreams.batches``."""
-        batches = self._alone.batches(batch_size, seed, start, part)
-
-        def of_one() -> Iterator[Tensor]:
-            with closing(batches):
-                for (batch,) in batches:
-                    yield batch
-
-        return of_one()
-
-    def statistics(self) -> Statistics:
-        """Statistics of the rows of the first ``statistics_tokens`` tokens."""
-        return self._measured.statistics(self.site)
-
-    def identity(self) -> dict[str, Any]:
-        """JSON values that identify these rows in this order."""
-        return self._measured.identity(self.site)
-
-
-SiteRows = ActivationStore | ActivationStreams
-"""The rows of one or several sites, which callers need not tell apart."""
+        """Raises UsageError for a site or context size that the model does not have."""
+        super().__init__(ActivationStreams(model, corpus, [site], config), site)

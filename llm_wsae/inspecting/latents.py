@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from llm_wsae.data.shards import RowReader
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, RowReader
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.vocabulary import Marked, Readout, Vocabulary, top_words

@@ -29,9 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.packing import Contexts
-from llm_wsae.data.shards import RowReader
 from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, RowReader
 from llm_wsae.errors import UsageError
 from llm_wsae.lab.config import PlantConfig
 from llm_wsae.model.site import Site
@@ -307,7 +306,6 @@ class PlantedSource:
         """JSON values that identify these rows in this order."""
         return {
             **self.store.identity(self.site),
-            "window_bytes": WINDOW_BYTES,
             "num_rows": self.num_rows,
             "planted": self.plants.identity(),
         }

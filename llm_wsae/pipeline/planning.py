@@ -16,11 +16,11 @@ import torch
 from llm_wsae.artifact.artifact import existing, free_space
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.harvesting import kept_rows, manifest_of
+from llm_wsae.data.harvesting import StoreWriter, finish_store, kept_rows, manifest_of
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shards import StoreWriter, finish_store
 from llm_wsae.data.shuffling import WINDOW_BYTES
-from llm_wsae.data.store import ActivationStore, StoreSource
+from llm_wsae.data.site_rows import SiteSource
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -202,7 +202,7 @@ def _first_tokens(
 
 
 def _first_steps(
-    source: StoreSource, arms: Sequence[ArmConfig], config: TrainConfig, folder: Path
+    source: SiteSource, arms: Sequence[ArmConfig], config: TrainConfig, folder: Path
 ) -> float:
     """Seconds a row of a few steps of the training; the first is not timed."""
     batches = source.batches(config.batch_size, config.shuffle_seed)

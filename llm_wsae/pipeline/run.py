@@ -17,7 +17,8 @@ from llm_wsae.artifact.files import write_json
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.streaming import ActivationStreams, SiteRows
+from llm_wsae.data.site_rows import SiteRows
+from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError

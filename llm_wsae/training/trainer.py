@@ -24,7 +24,7 @@ from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.provenance import command_line, versions
 from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource
-from llm_wsae.data.streaming import SiteRows
+from llm_wsae.data.site_rows import SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable, weights_checksum
 from llm_wsae.dictionary.info import DictionaryInfo

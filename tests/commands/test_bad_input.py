@@ -13,8 +13,8 @@ from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, sav
 from safetensors.torch import save_file
 
 from llm_wsae.cli import main
+from llm_wsae.data import text_sources
 from llm_wsae.data.manifest import Manifest, complete_shards
-from llm_wsae.data.text_sources import HubDataset
 from llm_wsae.weights.loss_weights import LossWeights
 
 SIZE = ("--context-size", 16)
@@ -107,11 +107,11 @@ MISTAKES = """\
 2 weigh store --site blocks.1.hook_resid_pre
     the store store has no blocks.1.hook_resid_pre … did you mean 'blocks.1.hook_resid_post'?
 1 HARVESTING --corpus image.txt
-    image.txt is not UTF-8 text
+    image.txt cannot be read as text: 'utf-8' codec
 2 HARVESTING --corpus no.txt
     no file or folder no.txt
 2 HARVESTING --corpus no/such
-    no file, text package or reachable Hub dataset 'no/such'
+    'no/such' is no file or text package, and cannot be opened as a Hub dataset
 1 HARVESTING --tokens 90000
     train part of the corpus text.jsonl … 17,392 tokens … 90,000 requested
 1 MEASURING --tokens 90000
@@ -291,8 +291,6 @@ def test_what_one_may_not_read_or_write(refused, world, tmp_path):
 class Rows:
     """A streamed dataset whose connection breaks behind so many rows."""
 
-    features = None
-
     def __init__(self, rows: range):
         self.rows = rows
 
@@ -309,12 +307,12 @@ class Rows:
 def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     harvest = (*HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "store")
     harvest += ("--tokens", 35_000)  # more than the first 512 documents, which are read ahead
-    monkeypatch.setattr(HubDataset, "_find_revision", lambda self: "0" * 40)
-    monkeypatch.setattr(HubDataset, "_load", lambda self: Rows(range(650)))
+    monkeypatch.setattr(text_sources, "_find_revision", lambda *_: "0" * 40)
+    monkeypatch.setattr(text_sources, "_load_dataset", lambda *_: Rows(range(650)))
     refused(1, *harvest, said=["dataset owner/texts broke off near document 649",
                                "Server disconnected", "same command again to resume"])  # fmt: skip
     assert complete_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
-    monkeypatch.setattr(HubDataset, "_load", lambda self: Rows(range(900)))
+    monkeypatch.setattr(text_sources, "_load_dataset", lambda *_: Rows(range(900)))
     works(*harvest)
     whole = tmp_path / "whole"
     works(*harvest, "--out", whole)

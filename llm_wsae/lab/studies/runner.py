@@ -28,7 +28,8 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.store import StoreSource, open_stores
+from llm_wsae.data.site_rows import SiteSource
+from llm_wsae.data.store import open_stores
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -155,7 +156,7 @@ class _Jobs:
     def __init__(
         self,
         request: Study,
-        source: StoreSource | PlantedSource,
+        source: SiteSource | PlantedSource,
         training: TrainConfig,
         fidelity: FidelityEvaluator,
         device: torch.device,
