@@ -148,8 +148,8 @@ MISTAKES = """\
     there is no activation store in nowhere
 2 weigh --site SITE
     name at least one activation store
-2 weigh store ./store --site SITE
-    store is listed twice
+1 weigh store ./store --site SITE
+    hold the same text
 2 WEIGHING --model model --revision main --sensitivity-tokens 9
     omit --model and --revision and --sensitivity-tokens, which the rule 'variance' does not use
 2 WEIGHING --rule sensitivity --dictionary trained/uniform-k4
