@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import read_json, read_own_json, sha256, write_error, write_json
+from llm_wsae.artifact.files import (
+    read_json,
+    read_own_json,
+    refusals_to_write,
+    sha256,
+    write_json,
+)
 from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import mapping
@@ -48,12 +54,13 @@ class FileRecord:
             size = path.stat().st_size
             if size != self.bytes:
                 return f"{path} is truncated or extended: {size} bytes instead of {self.bytes}"
-            changed = sha256(path) != self.sha256
+            if sha256(path) != self.sha256:
+                return f"{path} is damaged: its checksum does not match"
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
-        return f"{path} is damaged: its checksum does not match" if changed else None
+        return None
 
     def check(self, path: Path, way_out: str) -> None:
         """Raise LlmWsaeError, which ends with ``way_out``, if there is a problem."""
@@ -157,15 +164,10 @@ class Artifact:
             raise LlmWsaeError(f"there is no {self.kind} in {self.folder}: it has no {self.name}")
         way_out = "restore it from a copy, or make it again in another folder"
         value = read_own_json(self.path, f"record of the {self.kind}", way_out)
-        if not isinstance(value, dict) or value.get("kind") != self.kind:
+        if (value.get("kind"), value.get("format")) != (self.kind, _FORMAT):
             raise LlmWsaeError(
-                f"{self.path} is not the record of a finished or unfinished {self.kind} as this "
-                f"version writes it; make the {self.kind} again, in another folder"
-            )
-        if value.get("format") != _FORMAT:
-            raise LlmWsaeError(
-                f"{self.path} has the format {value.get('format')!r}, which this version does not "
-                f"read; update llm-wsae, or make the {self.kind} again, in another folder"
+                f"{self.path} is not the record of a {self.kind} as this version writes it; update "
+                f"llm-wsae, or make the {self.kind} again, in another folder"
             )
         facts = {k: v for k, v in value.items() if k not in ("kind", "format", "versions")}
         request, complete = facts.pop("request"), facts.pop("complete")
@@ -188,18 +190,12 @@ def differences(
 def _differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str], under: str = ""
 ) -> Iterator[str]:
-    first, second = owners
     for name in sorted(found.keys() | wanted.keys()):
         there, asked = found.get(name), wanted.get(name)
-        if there == asked or (name == "gamma_sum" and _alike(there, asked)):
-            continue
         if isinstance(there, dict) and isinstance(asked, dict):
             yield from _differences(there, asked, owners, f"{under}{name} ")
-        elif isinstance(there, dict):
-            yield f"{first} has {under}{name}; {second} does not"
-        elif isinstance(asked, dict):
-            yield f"{second} has {under}{name}; {first} does not"
-        else:
+        elif there != asked and not (name == "gamma_sum" and _alike(there, asked)):
+            first, second = owners
             yield f"{under}{name}: {_short(there)} in {first}, {_short(asked)} in {second}"
 
 
@@ -267,12 +263,11 @@ def is_record_of(command: str) -> Callable[[Path], bool]:
 
 def _is_there(path: Path) -> bool:
     """Whether there is anything of that name, be it a broken link."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:  # e.g. a name that is too long
-        raise write_error(path, error) or error from error
+    with refusals_to_write(path):  # e.g. a name that is too long
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
     return True
 
 
@@ -281,10 +276,8 @@ def _check_writable(path: Path, folder: Path) -> None:
     there = existing(folder)
     if not there.is_dir():
         raise UsageError(f"--out cannot be {path}: {there} is not a folder")
-    try:
+    with refusals_to_write(path):
         tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise write_error(path, error) or error from error
 
 
 def existing(path: Path) -> Path:

@@ -24,18 +24,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.errors import LlmWsaeError
-from llm_wsae.outside import reason
+from safetensors import SafetensorError, safe_open
 
-DIGEST = "sha256"
-HEADER = "llm_wsae"
-"""Key of the JSON object in the metadata of this package's safetensors files."""
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.outside import mapping, reason
+
+_DIGEST = "sha256"
+_OWN_DIGEST = "own_sha256"  # where the other key holds digests of other files
+_HEADER = "llm_wsae"  # key of the JSON object in the metadata of this package's safetensors files
 _ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
 AGAIN = "delete it and run the command that wrote it again"
 """What to do about most damaged files."""
 
-PARTIAL_SUFFIX = ".partial"
+_PARTIAL = ".partial"
 _FULL = "free some space or choose another folder, then run the same command again to resume"
 _ON_DISK = "check the disk or the network that holds it"
 _NO_ACCESS = "ask its owner for access, or choose another"
@@ -49,7 +51,7 @@ _WAYS_OUT = {
     errno.EDQUOT: _FULL,
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-_PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}", re.ASCII)  # with a process id
+_PARTIALS = re.compile(rf"\..+\.\d+{re.escape(_PARTIAL)}", re.ASCII)  # with a process id
 
 
 class Damaged(ValueError):
@@ -59,48 +61,41 @@ class Damaged(ValueError):
         return "its checksum does not match"
 
 
-def json_text(value: Any, key: str | None = DIGEST, *, indent: int | None = 1) -> str:
-    """JSON as this package writes it, keys in the order given; an object ends with the digest of
-    its other entries, under ``key`` if that is not None."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
-    if key is None or not isinstance(value, dict):
-        return text
-    assert key not in value
-    proved = {**value, key: _digest_of(json.loads(text))}  # as it will be read
-    return json.dumps(proved, indent=indent, ensure_ascii=False) + "\n"
+def json_text(value: Mapping[str, Any], *, indent: int | None = 1) -> str:
+    """JSON as this package writes it: keys in the order given, then the digest of all entries."""
+    read = json.loads(json.dumps(value, ensure_ascii=False))
+    whole = json.dumps(read, ensure_ascii=False, sort_keys=True)
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
+    key = _OWN_DIGEST if _DIGEST in value else _DIGEST
+    return json.dumps({**value, key: digest}, indent=indent, ensure_ascii=False) + "\n"
 
 
-def check_json(text: str, key: str = DIGEST, *, indent: int | None = 1) -> Any:
+def check_json(text: str, *, indent: int | None = 1) -> dict[str, Any]:
     """The object that ``json_text`` wrote, without its digest. Raises Damaged if the text, to the
     last space, is not what was written; ValueError if it is not JSON."""
     value = json.loads(text)
-    if not isinstance(value, dict) or key not in value:
+    key = next(reversed(value), None) if isinstance(value, dict) else None
+    if key not in (_DIGEST, _OWN_DIGEST):
         raise Damaged
     del value[key]
-    if json_text(value, key, indent=indent) != text:
+    if json_text(value, indent=indent) != text:
         raise Damaged
     return value
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """An object as one line of JSON that ends with the digest of its other entries."""
-    return json_text(dict(value), indent=None)
+    """An object as one line of JSON that ends with its digest."""
+    return json_text(value, indent=None)
 
 
-def check_line(text: str) -> Any:
+def check_line(text: str) -> dict[str, Any]:
     """``check_json`` for what ``json_line`` gave, with its line's end or without."""
     return check_json(text.removesuffix("\n") + "\n", indent=None)
 
 
-def _digest_of(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def tensor_header(facts: Mapping[str, Any], digest: str) -> dict[str, str]:
     """The metadata of a safetensors file with these facts (JSON) and the digest of all of it."""
-    assert DIGEST not in facts
-    return {HEADER: json.dumps({**facts, DIGEST: digest})}
+    return {_HEADER: json.dumps({**facts, _DIGEST: digest})}
 
 
 def digest_of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any]]) -> str:
@@ -120,22 +115,6 @@ def digest_of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any
     return whole.hexdigest()
 
 
-def _check_header(
-    metadata: Mapping[str, str], tensors: Iterable[tuple[str, Any]]
-) -> dict[str, Any] | None:
-    """The facts in a safetensors file's metadata; None for another tool's file, without any. Raises
-    Damaged if the file is not what was written."""
-    if HEADER not in metadata:
-        if any(map(_ENDS_WITH_DIGEST.search, metadata.values())):  # its name was damaged
-            raise Damaged
-        return None
-    facts = json.loads(metadata[HEADER])
-    digest = facts.pop(DIGEST, None) if isinstance(facts, dict) else None
-    if digest is None or digest != digest_of_tensors(facts, tensors):
-        raise Damaged
-    return facts
-
-
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file, sync it and rename it to ``path``.
 
@@ -144,8 +123,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises LlmWsaeError if the operating system refuses; then the old file is unchanged.
     """
-    path, mine = Path(path), f".{os.getpid()}{PARTIAL_SUFFIX}"
-    try:
+    path, mine = Path(path), f".{os.getpid()}{_PARTIAL}"
+    with refusals_to_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(mine, ".write.", path.parent) as place:
             partial = Path(place) / path.name
@@ -153,20 +132,16 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             _sync(partial)
             os.replace(partial, path)
         _sync(path.parent)
-    except BaseException as error:
-        refusal = write_error(path, error)
-        if refusal is None:
-            raise
-        raise refusal from error
 
 
-def write_error(path: Path, error: BaseException) -> LlmWsaeError | None:
-    """The error for a write that the operating system refused, also if safetensors wrapped it; None
-    for any other error."""
-    if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-        return None
-    why = getattr(error, "strerror", None) or error
-    return LlmWsaeError(f"cannot write {path}: {why}; {way_out(error, _FULL)}")
+@contextmanager
+def refusals_to_write(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal, also if safetensors wrapped it, into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LlmWsaeError(f"cannot write {path}: {why}; {way_out(error, _FULL)}") from error
 
 
 def way_out(error: BaseException, otherwise: str) -> str:
@@ -179,10 +154,9 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda partial: partial.write_bytes(text.encode()))
 
 
-def write_json(path: Path, value: Any, *, key: str | None = DIGEST) -> None:
-    """Write JSON atomically, an object with its own digest under ``key`` (``json_text``);
-    with none if that is None, for a file whose keys are another tool's."""
-    write_text(path, json_text(value, key))
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, with its own digest, atomically."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -192,11 +166,11 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = DIGEST) -> Any:
+def read_own_json(path: Path, what: str, way_out: str = AGAIN) -> dict[str, Any]:
     """Read a JSON object that ``write_json`` wrote. Raises as ``read_json`` does, and LlmWsaeError,
     which ends with ``way_out``, if the digest is not that of the content."""
     with _reading_json(path, what, way_out):
-        return check_json(Path(path).read_bytes().decode("utf-8"), key)
+        return check_json(Path(path).read_bytes().decode("utf-8"))
 
 
 def has_digest(path: Path) -> bool:
@@ -205,7 +179,7 @@ def has_digest(path: Path) -> bool:
 
 
 def save_tensors(
-    path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically (tensors are made contiguous on the CPU)."""
     from safetensors.torch import save_file
@@ -221,7 +195,7 @@ def save_tensors(
     write_atomic(path, write)
 
 
-def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, Any]) -> None:
+def save_own_tensors(path: Path, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write a safetensors file atomically, with facts (JSON) and a digest in its header."""
     ready = _on_cpu(tensors)
     digest = digest_of_tensors(facts, sorted(ready.items()))
@@ -247,8 +221,15 @@ def load_own_tensors(
 def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[str, Any] | None:
     """The facts in the header of an open file, after a check of all of its content; None for
     another tool's file. Raises as ``load_own_tensors`` does."""
+    metadata = file.metadata() or {}
+    # where the key is missing and a digest is not, the key was damaged
+    if _HEADER not in metadata and not any(map(_ENDS_WITH_DIGEST.search, metadata.values())):
+        return None
     with _reading_json(path, what, way_out):
-        return _check_header(file.metadata() or {}, each_tensor(file))
+        facts = dict(mapping(json.loads(metadata.get(_HEADER, "null"))))
+        if facts.pop(_DIGEST, None) != digest_of_tensors(facts, each_tensor(file)):
+            raise Damaged
+        return facts
 
 
 @contextmanager
@@ -256,8 +237,6 @@ def open_tensors(path: Path, what: str, way_out: str = "") -> Iterator[Any]:
     """A safetensors file as ``safe_open`` opens it, to read parts of it. Raises LlmWsaeError, in
     which ``what`` names it and ``way_out`` ends the sentence, if it is missing, truncated or not
     safetensors."""
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise LlmWsaeError(f"there is no {path}; it should be the {what}")
     try:
@@ -282,12 +261,9 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
     Once the function that it yields is called, other processes may hold the folder ``shared`` with
     this one, but none alone. Raises LlmWsaeError if another run holds it.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a+")  # noqa: SIM115 - held until the block ends
-    except OSError as error:
-        raise write_error(folder, error) or error from error
+    with refusals_to_write(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = open(Path(folder) / ".lock", "a+")  # noqa: SIM115 - held until the block ends
 
     def hold(kind: int) -> None:
         try:
@@ -303,16 +279,14 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
                 "that supports locks, such as a local disk"
             ) from error
 
-    try:
+    with handle:
         hold(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield lambda: hold(fcntl.LOCK_SH)
-    finally:
-        handle.close()
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder, or leave to ``remove_partials`` what a kill leaves of it."""
-    leaving = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    leaving = folder.with_name(f".{folder.name}.{os.getpid()}{_PARTIAL}")
     folder.rename(leaving)
     shutil.rmtree(leaving)
 
@@ -354,7 +328,7 @@ def _then(way_out: str) -> str:
     return f"; {way_out}" if way_out else ""
 
 
-def _on_cpu(tensors: dict[str, Any]) -> dict[str, Any]:
+def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -30,10 +30,9 @@ from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     EXTRAS,
     INFO,
-    OWN_DIGEST,
     WAY_OUT,
     WEIGHTS,
-    check_folder,
+    read_folder,
 )
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.transfer import RECORD as PULLED
@@ -171,7 +170,7 @@ def _check_json(found: Found, path: Path) -> set[Path]:
     """Check a JSON file, and the files that it lists if it is the record of a folder."""
     if path.name == INFO:
         what = "dictionary's information"
-        found.check(lambda: read_own_json(path, what, WAY_OUT, key=OWN_DIGEST))
+        found.check(lambda: read_own_json(path, what, WAY_OUT))
     elif path.name in _ARTIFACTS:
         record = found.check(_ARTIFACTS[path.name](path.parent).read)
         if record is not None and path.name == MANIFEST:
@@ -223,7 +222,7 @@ def _check_log(found: Found, folder: Path, written: Mapping[str, Any] | None) ->
 def _check_dictionary(found: Found, folder: Path, site: str | None) -> None:
     names = {entry.name for entry in folder.iterdir()}
     if is_own(names) and site is None:
-        if found.check(lambda: check_folder(folder)):
+        if found.check(lambda: read_folder(folder)):
             found.check(lambda: read_explanations(folder))
     elif found.check(lambda: Dictionary.load(folder, site=site)):
         layout = layout_of(names)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from llm_wsae.artifact.files import write_error
+from llm_wsae.artifact.files import refusals_to_write
 
 
 @contextmanager
@@ -20,11 +20,9 @@ def writing(folder: Path) -> Iterator[None]:
     """
     folder = Path(os.path.realpath(folder))
     path = folder.with_name(f".{folder.name}.writing")
-    try:
+    with refusals_to_write(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(path)
-    except OSError as error:
-        raise write_error(folder, error) or error from error
     with handle:
         try:
             yield

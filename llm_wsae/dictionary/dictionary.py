@@ -36,12 +36,12 @@ class Dictionary(nn.Module):
     """A sparse autoencoder of ``d_in`` dimensions and ``d_sae`` latents, float32, frozen.
 
     ``info`` says how it was made. ``extras`` holds, on the CPU, what SAELens has no place for: the
-    loss weights ``gamma`` [d_in] and statistics of the training rows (``mean``, ``variance``,
-    ``robust_variance``, each [d_in]). Parameters do not require gradients until
+    loss weights ``gamma``, [d_in] or [d_in, d_in], and statistics of the training rows (``mean``,
+    ``variance``, ``robust_variance``, each [d_in]). Parameters do not require gradients until
     ``requires_grad_()`` is called; gradients with respect to the input always flow. ``threshold``
     belongs to JumpReLU: a latent is active where its pre-activation exceeds it.
 
-    Raises UsageError if the tensors' shapes fit neither each other nor the sparsity, if there is a
+    Raises UsageError if the tensors' shapes do not fit each other or the sparsity, if there is a
     threshold without JumpReLU or JumpReLU without a threshold, or if ``info.site`` is not the name
     of a site.
     """
@@ -67,13 +67,13 @@ class Dictionary(nn.Module):
                 f"a dictionary of the {sparsity.architecture} architecture "
                 f"{'needs a' if sparsity.has_threshold else 'has no'} threshold for each latent"
             )
-        for name, tensor, shape in (
-            ("W_dec", W_dec, (d_sae, d_in)),
-            ("b_enc", b_enc, (d_sae,)),
-            ("b_dec", b_dec, (d_in,)),
-            ("threshold", threshold, (d_sae,)),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
+        extras = dict(extras or {})
+        tensors = {"W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
+        shapes = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "threshold": (d_sae,)}
+        for name, tensor in (*tensors.items(), *extras.items()):
+            shape = shapes.get(name, (d_in,))
+            allowed = [shape] if name in tensors else [shape, (d_in, d_in)]
+            if tensor is not None and tuple(tensor.shape) not in allowed:
                 raise UsageError(
                     f"{name} has the shape {list(tensor.shape)}, but W_enc is [{d_in}, {d_sae}], "
                     f"so {name} must be {list(shape)}"
@@ -85,7 +85,7 @@ class Dictionary(nn.Module):
         self.register_parameter("threshold", None if threshold is None else _parameter(threshold))
         self.sparsity = sparsity
         self.info = info
-        self.extras = {key: tensor.detach().cpu().clone() for key, tensor in (extras or {}).items()}
+        self.extras = {key: tensor.detach().cpu().clone() for key, tensor in extras.items()}
         self.folder: Path | None = None
         """Where it was loaded from."""
         self.weights_sha256: str | None = None
@@ -161,23 +161,23 @@ class Dictionary(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        folder: Path | str,
-        *,
-        site: str | None = None,
-        device: torch.device | str = "cpu",
+        cls, folder: Path | str, *, site: str | None = None, device: torch.device | str = "cpu"
     ) -> "Dictionary":
         """Read a dictionary folder, of this package or of another tool (SAELens, sparsify,
         dictionary_learning).
 
         ``site`` is for a foreign folder that does not say which site its dictionary belongs to.
-        Raises as ``formats.reading.read`` does.
+        Raises as ``formats.reading.read`` does, and LlmWsaeError if its tensors do not fit together
+        or it does not belong to the residual stream.
         """
-        content = reading.read(Path(folder), site)
-        new = cls(
-            **content.weights, sparsity=content.sparsity, info=content.info, extras=content.extras
-        )
-        new.folder, new.weights_sha256 = Path(folder), content.weights_sha256
+        found = reading.read(Path(folder), site)
+        try:
+            new = cls(
+                **found.weights, sparsity=found.sparsity, info=found.info, extras=found.extras
+            )
+        except (UsageError, ValueError) as error:
+            raise LlmWsaeError(f"the dictionary in {folder} cannot be used: {error}") from error
+        new.folder, new.weights_sha256 = Path(folder), found.weights_sha256
         return new.to(device)
 
     @classmethod
@@ -257,13 +257,10 @@ def load_pretrained(
 ) -> Dictionary:
     """Open a pretrained dictionary: ``smollm2-135m/blocks.9.hook_resid_post/uniform-k32``.
 
-    The project's own are in ``checkpoints/`` of its repository, ``<model>/<site>/<dictionary>``,
-    listed in its README.md; they are too large for an installed package.
-
-    Without ``repo_id``, it is read from ``checkpoints/`` of the clone of llm-wsae that the package
-    runs from (an editable installation); nothing is downloaded. With ``repo_id``, it is read from a
-    repository on the Hub that holds the dictionaries of this model; there the model's name is
-    dropped.
+    ``name`` is ``<model>/<site>/<dictionary>``. With ``repo_id``, it is read from a repository on
+    the Hub that holds the dictionaries of this model. Without, it is one of the project's own,
+    which are too large for an installed package: they are in ``checkpoints/`` of its repository,
+    and the package must run from a clone.
 
     Raises UsageError for an unknown name, LlmWsaeError if there is no clone, and as
     ``Dictionary.load`` and ``Dictionary.from_pretrained`` do.

@@ -13,6 +13,7 @@ its checksum, and the names, shapes and numbers of the tensors are checked.
 """
 
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -32,13 +33,14 @@ from llm_wsae.artifact.files import (
     sha256,
     write_atomic,
     write_json,
+    write_text,
 )
 from llm_wsae.artifact.provenance import version_of
 from llm_wsae.dictionary.atomic_folder import replacing, restore, writing
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.outside import integer, mapping
+from llm_wsae.outside import mapping
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
@@ -49,14 +51,14 @@ CFG, WEIGHTS, INFO, EXTRAS = (
     "wsae.safetensors",
 )
 EXPLANATIONS = "explanations.jsonl"
-OWN_DIGEST = "own_sha256"
-"""Key in ``wsae.json`` of its own digest; those of the other files are under ``sha256``."""
+_INFO = "dictionary's information"
 _PROVED = (CFG, WEIGHTS, EXTRAS)
 WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 1 << 20  # numbers checked at once
 # The version whose layout cfg.json follows: SAELens rewrites configurations of versions below 6.
 _SAELENS_LAYOUT = "6.0.0"
+_Groups = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,9 @@ class Content:
     """What a dictionary folder holds; its tensors may be pages of the files."""
 
     weights: dict[str, Tensor]
-    """W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU."""
     sparsity: Sparsity
     info: DictionaryInfo
     extras: dict[str, Tensor]
-    """``gamma`` and statistics, by name."""
     weights_sha256: str | None = None
     """Of the file of weights; None for other tools' folders."""
 
@@ -86,7 +86,7 @@ def names_of(folders: Iterable[Path]) -> dict[str, Path]:
     }
 
 
-def saelens_config(
+def _saelens_config(
     d_in: int, d_sae: int, sparsity: Sparsity, info: DictionaryInfo
 ) -> dict[str, Any]:
     """The ``cfg.json`` with which SAELens ≥ 6 computes what ``Dictionary`` computes.
@@ -142,7 +142,8 @@ def write_folder(
     with replacing(folder, check_replaceable) as new:
         save_tensors(new / WEIGHTS, stored)
         save_tensors(new / EXTRAS, dict(extras))
-        write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info), key=None)
+        cfg = _saelens_config(d_in, d_sae, sparsity, info)
+        write_text(new / CFG, json.dumps(cfg, indent=1, ensure_ascii=False) + "\n")
         about = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -150,7 +151,7 @@ def write_folder(
             "sha256": {name: sha256(new / name) for name in _PROVED},
             **info.to_dict(),
         }
-        write_json(new / INFO, about, key=OWN_DIGEST)
+        write_json(new / INFO, about)
         _carry_explanations(folder, new)
 
 
@@ -195,30 +196,39 @@ def weights_checksum(folder: Path) -> Any:
 
     Raises LlmWsaeError if the description cannot be read.
     """
-    about = mapping(read_json(folder / INFO, "dictionary's information"))
-    return mapping(about.get("sha256")).get(WEIGHTS)
+    return mapping(_described(folder).get("sha256")).get(WEIGHTS)
 
 
 def is_dictionary(folder: Path) -> bool:
     """Whether the folder is marked as a dictionary of this package."""
     try:
-        about = read_json(Path(folder) / INFO, "dictionary's information")
+        return _described(Path(folder)).get("format") == FORMAT
     except LlmWsaeError:
         return False
-    return mapping(about).get("format") == FORMAT
+
+
+def _described(folder: Path) -> Mapping[str, Any]:
+    return mapping(read_json(folder / INFO, _INFO))
+
+
+def files_in(folder: Path) -> set[str]:
+    """The names of a dictionary folder's files; one that a killed writer left renamed is brought
+    back first. Raises LlmWsaeError if there is no folder."""
+    restore(folder)
+    if not folder.is_dir():
+        raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
+    return {entry.name for entry in folder.iterdir()}
 
 
 def read_folder(folder: Path) -> Content:
     """Read a dictionary folder of this package.
 
     Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
-    truncated, changed since it was saved, of an unknown architecture, or if names, shapes or
-    numbers of its tensors cannot be a dictionary's.
+    truncated, changed since it was saved, of an unknown architecture, or if names or numbers of its
+    tensors cannot be a dictionary's; ``Dictionary`` checks their shapes.
     """
-    restore(folder)
-    if not folder.is_dir():
-        raise not_there(folder)
-    if missing := [name for name in (*_PROVED, INFO) if not (folder / name).is_file()]:
+    names = files_in(folder)
+    if missing := [name for name in (*_PROVED, INFO) if name not in names]:
         raise LlmWsaeError(
             f"{folder} is not a complete dictionary folder of this package: it lacks "
             f"{' and '.join(missing)}"
@@ -231,37 +241,25 @@ def read_folder(folder: Path) -> Content:
             f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
             f"{EXTRAS} to load it as a SAELens dictionary"
         )
-    cfg = mapping(read_json(folder / CFG, "dictionary's configuration"))
-    try:
-        sparsity = sparsity_from_settings(cfg)
-    except LlmWsaeError as error:
-        raise LlmWsaeError(f"{folder / CFG}: {error}") from None
-    d_in, d_sae = integer(cfg.get("d_in")) or 0, integer(cfg.get("d_sae")) or 0
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    if sparsity.has_threshold:
-        shapes["threshold"] = (d_sae,)
+    sparsity = sparsity_from_file(folder / CFG, read_json(folder / CFG, "configuration"))
     weights, extras = read_tensors(folder / WEIGHTS), read_tensors(folder / EXTRAS)
-    check_shapes(folder / WEIGHTS, weights, shapes)
-    for name, tensor in extras.items():
-        if tuple(tensor.shape) not in ((d_in,), (d_in, d_in)):
-            raise LlmWsaeError(
-                f"{folder / EXTRAS}: {name} has the shape {list(tensor.shape)}, but the dictionary "
-                f"has {d_in} dimensions"
-            )
-    now = mapping(read_json(folder / INFO, "dictionary's information"))
-    if now.get("sha256") != digests:
+    wanted = {"W_enc", "W_dec", "b_enc", "b_dec"}
+    if sparsity.has_threshold:
+        wanted.add("threshold")
+    if weights.keys() != wanted:
+        found = f"{sorted(weights)} instead of {sorted(wanted)}"
+        raise LlmWsaeError(f"{folder / WEIGHTS} holds {found}")
+    if _described(folder).get("sha256") != digests:
         raise LlmWsaeError(f"{folder} was replaced while it was read; try again")
     return Content(weights, sparsity, info, extras, digests[WEIGHTS])
 
 
-def check_folder(folder: Path) -> DictionaryInfo:
-    """Check that ``read_folder`` succeeds. Raises LlmWsaeError as it does."""
-    return read_folder(folder).info
-
-
-def not_there(folder: Path) -> LlmWsaeError:
-    """The error for a missing dictionary folder."""
-    return LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
+def sparsity_from_file(path: Path, settings: Any) -> Sparsity:
+    """``sparsity_from_settings`` for those of a file, which the error then names."""
+    try:
+        return sparsity_from_settings(mapping(settings))
+    except LlmWsaeError as error:
+        raise LlmWsaeError(f"{path}: {error}") from None
 
 
 def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
@@ -270,19 +268,16 @@ def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
     Raises LlmWsaeError if it is not one that this version wrote.
     """
     path = folder / INFO
-    about = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
-    if about.get("format_version") != FORMAT_VERSION:
+    about = read_own_json(path, _INFO, WAY_OUT)
+    if about.get("format") != FORMAT or about.get("format_version") != FORMAT_VERSION:
         raise LlmWsaeError(
-            f"{path} has the format version {shown(about.get('format_version'))}, but this package "
-            f"reads {FORMAT_VERSION}; update llm-wsae"
+            f"{path} is not the information file of a dictionary as this version writes it (format "
+            f"version {FORMAT_VERSION}, not {shown(about.get('format_version'))}); update llm-wsae"
         )
     try:
-        info = DictionaryInfo.from_dict(about)
+        return about, DictionaryInfo.from_dict(about)
     except LlmWsaeError as error:
         raise LlmWsaeError(f"{path}: {error}") from None
-    return about, info
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -292,23 +287,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     check_finite(tensors, str(path))
     return tensors
-
-
-def check_shapes(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    asked_by: str = CFG,
-) -> None:
-    """Raises LlmWsaeError, naming file and tensor, unless names and shapes are those of ``shapes``,
-    which the file ``asked_by`` gives."""
-    if tensors.keys() != shapes.keys():
-        raise LlmWsaeError(f"{path} holds {sorted(tensors)} instead of {sorted(shapes)}")
-    for name, shape in shapes.items():
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise LlmWsaeError(
-                f"{path}: {name} has the shape {list(found)}, but {asked_by} asks for {list(shape)}"
-            )
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -344,26 +322,21 @@ def check_keeps_measurements(folder: Path, weights: str | None = None) -> None:
 
 
 def keep_measurements(
-    folder: Path, found: Mapping[str, Mapping[str, Any]], weights: str | None = None
+    folder: Path,
+    found: _Groups | Callable[[Mapping[str, Any]], _Groups],
+    weights: str | None = None,
 ) -> None:
     """Store groups of measurements (``fidelity``, ``monosemanticity``; JSON values) in the metrics
     of a dictionary's folder, replacing older ones of the same group.
 
-    ``weights`` is ``Dictionary.weights_sha256`` of the dictionary that was measured. Raises as
+    ``found`` may be a function that gives them from the metrics that are there. ``weights`` is
+    ``Dictionary.weights_sha256`` of the dictionary that was measured. Raises as
     ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be read or written; it is
     then unchanged.
     """
-    change_measurements(folder, lambda old: found, weights)
-
-
-def change_measurements(
-    folder: Path,
-    change: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]],
-    weights: str | None = None,
-) -> None:
-    """``keep_measurements`` for groups that ``change`` computes from the metrics that are there."""
     with writing(folder):
         check_keeps_measurements(folder, weights)
-        about = read_own_json(folder / INFO, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+        about = read_own_json(folder / INFO, _INFO, WAY_OUT)
         old = mapping(about.get("metrics"))
-        write_json(folder / INFO, {**about, "metrics": {**old, **change(old)}}, key=OWN_DIGEST)
+        new = found(old) if callable(found) else found
+        write_json(folder / INFO, {**about, "metrics": {**old, **new}})

@@ -64,11 +64,8 @@ class DictionaryInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryInfo":
-        """The inverse of ``to_dict``; fields of a later version are ignored.
-
-        Raises LlmWsaeError if a field has a value of another type, the site is not one, or the
-        threshold leaves no row.
-        """
+        """The inverse of ``to_dict``; fields of a later version are ignored. Raises LlmWsaeError
+        for a value of another type, no site, or a threshold that leaves no row."""
         known = {f.name for f in fields(cls)}
         try:
             info = typed(cls(**{key: value for key, value in values.items() if key in known}))

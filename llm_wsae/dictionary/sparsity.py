@@ -1,7 +1,5 @@
-"""How a dictionary turns pre-activations into sparse latents: one small frozen class per kind.
-
-Each knows the architecture name and the keys under which SAELens ≥ 6 writes it to ``cfg.json``.
-"""
+"""How a dictionary turns pre-activations into sparse latents: one small frozen class per kind,
+under the name and with the settings that SAELens ≥ 6 writes to ``cfg.json``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ class Sparsity:
     latent's threshold if there is one, is active."""
 
     architecture: ClassVar[str]
-    """Name of the kind in SAELens' ``cfg.json``."""
+    """Its name in ``cfg.json``."""
     has_threshold: ClassVar[bool] = False
     """Whether a dictionary of this kind has a threshold for each latent."""
 
@@ -41,7 +39,7 @@ class Sparsity:
         return padded(encode_above(rows, encoder, bias, least))
 
     def settings(self) -> dict[str, Any]:
-        """The keys of ``cfg.json`` that belong to this kind."""
+        """Its keys in ``cfg.json``, beside the name."""
         return {}
 
     def check(self, d_sae: int) -> None:
@@ -67,11 +65,9 @@ class TopK(Sparsity):
         return encode_topk(rows, encoder, bias, self.k)
 
     def settings(self) -> dict[str, Any]:
-        """Keys of ``cfg.json``: k, and that decoder norms do not affect the selection."""
         return {"k": self.k, "rescale_acts_by_decoder_norm": False}
 
     def check(self, d_sae: int) -> None:
-        """Raises UsageError if k exceeds ``d_sae``."""
         if self.k > d_sae:
             raise UsageError(
                 f"k = {self.k} active latents is more than the dictionary's {d_sae} latents; "

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub.utils import httpx
 
-from llm_wsae.artifact.files import check_line, folder_lock, json_line, write_error
+from llm_wsae.artifact.files import check_line, folder_lock, json_line, refusals_to_write
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.explaining.protocol import Question
 from llm_wsae.outside import integer, mapping, parse_json, reason
@@ -250,12 +250,10 @@ class Endpoint:
     def _keep(self, line: dict[str, Any]) -> str:
         answer = line["answer"].encode(errors="replace").decode()  # half a character
         line["answer"] = answer = self._without_key(answer)
-        try:
+        with refusals_to_write(self._path):
             self._file.write(json_line(line).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self._path, error) or error from error
         self._known[line["question"]] = answer
         self.tally.asked += 1
         self.tally.tokens_in += line["tokens_in"]

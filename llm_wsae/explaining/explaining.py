@@ -27,7 +27,7 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import change_measurements, check_keeps_measurements, names_of
+from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.evaluation.monosemanticity.report import Mean, mean_of
@@ -44,7 +44,7 @@ from llm_wsae.explaining.protocol import (
     Trial,
     examine,
 )
-from llm_wsae.inspecting.sentence import check_width
+from llm_wsae.inspecting.inspection import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -257,7 +257,7 @@ def explain(
             examined = _examine_all(latents, asked, config, name)
             one = _scored(examined, explainer, config.seed, folder, dictionary.d_sae, eligible)
             keep_explanations(folder, one.latents, dictionary.weights_sha256)
-            change_measurements(folder, one.card_numbers, dictionary.weights_sha256)
+            keep_measurements(folder, one.card_numbers, dictionary.weights_sha256)
             done[name] = one
     result = Explained(done, asked.tally, Path(out), store.text_size())
     settings = plain({"endpoint": endpoint, "explainer": explainer, "config": config})

@@ -22,10 +22,10 @@ from llm_wsae.artifact.files import (
     each_tensor,
     open_tensors,
     own_facts,
+    refusals_to_write,
     save_own_tensors,
     tensor_header,
     write_atomic,
-    write_error,
 )
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import Processes
@@ -194,10 +194,8 @@ def save_together(
     if processes.leads:
         write_atomic(path, write)
         return
-    try:
+    with refusals_to_write(path):
         write(path)
-    except OSError as error:
-        raise write_error(path, error) or error from error
 
 
 def _layout(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.artifact.artifact import FileRecord
-from llm_wsae.artifact.files import write_atomic, write_error
+from llm_wsae.artifact.files import refusals_to_write, write_atomic
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import reason
 
@@ -61,11 +61,8 @@ class TrainingLog:
         """One line: the step, the rows seen, each arm's numbers, the speed."""
         record = {"step": step, "rows": rows, **speed, "arms": arms}
         line = f"{json.dumps(record)}\n".encode()
-        try:
-            with open(self._path, "ab") as file:
-                file.write(line)
-        except OSError as error:
-            raise write_error(self._path, error) or error from error
+        with refusals_to_write(self._path), open(self._path, "ab") as file:
+            file.write(line)
         self._digest.update(line)
         self._length += len(line)
         self._send(step, {f"{arm}/{k}": v for arm, ks in arms.items() for k, v in ks.items()})

@@ -20,7 +20,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.data.streaming import ActivationStream, ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import check_folder
+from llm_wsae.dictionary.folder import read_folder
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine import hardware
 from llm_wsae.model.site import Site
@@ -275,7 +275,7 @@ def test_a_dictionary_says_whether_its_contexts_began_with_a_bos(corpus, tmp_pat
         for kind, source in (("stored", store.source(SITES[1])), ("streamed", stream)):
             arms = make_arms(choose_weights(source.statistics(), ("uniform",), (1.0,)), (4,))
             train(source, arms, few, folder / kind)
-            info = check_folder(folder / kind / "uniform-k4")
+            info = read_folder(folder / kind / "uniform-k4").info
             assert info.prepend_bos is expected, (kind, bos, asked)
             assert info.store["packing"]["prepend_bos"] is asked  # identities stay as they were
             cfg = json.loads((folder / kind / "uniform-k4" / "cfg.json").read_text())

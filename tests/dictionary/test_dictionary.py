@@ -11,7 +11,7 @@ from llm_wsae import load_pretrained
 from llm_wsae.dictionary import dictionary as module
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK, sparsity_from_settings, to_dense
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK, to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.sparse.codes import Codes, ragged
 
@@ -60,14 +60,6 @@ def test_encode_and_decode_equal_the_definition(sparsity, shape):
         torch.testing.assert_close(result.double(), reconstruction, atol=1e-4, rtol=1e-5)
 
 
-def test_any_float_input_is_computed_in_the_dictionarys_dtype():
-    dictionary = make(TopK(5))
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        x = rows(9).to(dtype)
-        assert dictionary(x).dtype == torch.float32, dtype
-        assert torch.equal(dictionary(x), dictionary(x.float())), dtype
-
-
 def test_unused_slots_add_nothing():
     dictionary = make(TopK(5))
     codes = Codes(torch.tensor([[3, 7, 7]]), torch.tensor([[2.0, 0.0, 0.0]]))
@@ -108,48 +100,38 @@ def test_what_does_not_fit_is_a_sentence():
     with pytest.raises(UsageError, match="at least 1"):
         TopK(0)
     good, zeros, site = make(JumpReLU()), torch.zeros, "blocks.1.hook_resid"
-    plain = dict(dictionary.named_parameters())
-    for sparsity, tensors, info, sentence in (
-        (JumpReLU(), {"W_dec": zeros(D_IN, D_SAE)}, good.info, "W_dec has the shape"),
-        (JumpReLU(), {"b_enc": zeros(D_IN)}, good.info, "b_enc has the shape"),
-        (JumpReLU(), {"b_dec": zeros(D_SAE)}, good.info, "b_dec has the shape"),
-        (JumpReLU(), {"threshold": zeros(D_IN)}, good.info, "threshold has the shape"),
-        (JumpReLU(), {"threshold": None}, good.info, "the jumprelu architecture needs a thre"),
-        (TopK(5), {"threshold": zeros(D_SAE)}, good.info, "architecture has no threshold"),
-        (ReLU(), {"threshold": zeros(D_SAE)}, good.info, "architecture has no threshold"),
-        (ReLU(), {"threshold": None}, DictionaryInfo(site=site), "not a site"),
+    plain = {**dict(dictionary.named_parameters()), "threshold": good.threshold, "info": good.info}
+    for sparsity, changes, sentence in (
+        (JumpReLU(), {"W_dec": zeros(D_IN, D_SAE)}, "W_dec has the shape"),
+        (JumpReLU(), {"b_enc": zeros(D_IN)}, "b_enc has the shape"),
+        (JumpReLU(), {"b_dec": zeros(D_IN, D_IN)}, "b_dec has the shape"),
+        (JumpReLU(), {"threshold": zeros(D_IN)}, "threshold has the shape"),
+        (JumpReLU(), {"extras": {"gamma": zeros(D_SAE)}}, "gamma has the shape"),
+        (JumpReLU(), {"threshold": None}, "the jumprelu architecture needs a thre"),
+        (TopK(5), {}, "architecture has no threshold"),
+        (ReLU(), {"threshold": None, "info": DictionaryInfo(site=site)}, "not a site"),
     ):
-        parts = {**plain, "threshold": good.threshold, **tensors}
         with pytest.raises(UsageError, match=sentence):
-            Dictionary(**parts, sparsity=sparsity, info=info)
+            Dictionary(**{**plain, **changes}, sparsity=sparsity)
 
 
 @over(sparsity=EXAMPLES)
 def test_module_moves_and_copies(sparsity):
     dictionary = make(sparsity)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):  # of rows
+        x = rows(3).to(dtype)
+        assert torch.equal(dictionary(x), dictionary(x.float())), dtype
     double = copy.deepcopy(dictionary).double()
-    assert double(rows(3)).dtype == torch.float64
     torch.testing.assert_close(double(rows(3)), by_hand(dictionary, rows(3))[1])
     assert "80 latents" in repr(dictionary)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert dictionary.to(device)(rows(3).to(device)).device.type == device
 
 
-def test_settings_lead_back_to_the_same_sparsity():
-    for sparsity in EXAMPLES:
-        cfg = {"architecture": sparsity.architecture, **sparsity.settings()}
-        assert sparsity_from_settings(cfg) == sparsity
-    with pytest.raises(LlmWsaeError, match=r"'gated'.*'topk'.*'standard'.*'jumprelu'"):
-        sparsity_from_settings({"architecture": "gated"})
-    for k in (None, 0, -1, 2.5, "3", True):
-        with pytest.raises(LlmWsaeError, match=f"k is {k!r}, but .* needs a positive integer"):
-            sparsity_from_settings({"architecture": "topk", "k": k})
-
-
 NAME = f"tiny/{SITE}/plain-k4"
 
 
-def test_pretrained_ones_are_in_the_clone(monkeypatch, tmp_path):
+def test_pretrained_ones_are_in_the_clone_or_on_the_hub(monkeypatch, tmp_path, hub):
     monkeypatch.setattr(module, "PRETRAINED", tmp_path / "checkpoints")
     with pytest.raises(LlmWsaeError, match=r"in checkpoints/ of llm-wsae's repository, .* clone"):
         load_pretrained(NAME)
@@ -162,9 +144,6 @@ def test_pretrained_ones_are_in_the_clone(monkeypatch, tmp_path):
             load_pretrained(name)
     with pytest.raises(UsageError, match="name it with repo_id"):
         load_pretrained(NAME, revision="main")
-
-
-def test_from_a_repository_on_the_hub(hub):
     make_dictionary().push_to_hub("user/tiny-saes")
     found = load_pretrained(NAME, repo_id="user/tiny-saes")
     assert torch.equal(found.W_enc, make_dictionary().W_enc)

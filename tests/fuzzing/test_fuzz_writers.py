@@ -14,7 +14,7 @@ from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
-from llm_wsae.dictionary.folder import check_folder, keep_measurements
+from llm_wsae.dictionary.folder import keep_measurements, read_folder
 from llm_wsae.errors import LlmWsaeError
 
 REPLACED = "was replaced by another one"
@@ -44,7 +44,7 @@ def process(
                     keep_explanations(folder, said, weights)
                     kept["explained"].append(name)
                 elif step == "read":  # as push does before it sends anything
-                    check_folder(folder)
+                    read_folder(folder)
                     read_explanations(folder)
                     Dictionary.load(folder)
                 else:
@@ -91,7 +91,7 @@ def judge(folder: Path, found: list[Any], saves: str | None) -> tuple[str, objec
     """A save resets the measurements of before, and one of other weights all that was said."""
     try:
         Dictionary.load(folder)
-        metrics, said = check_folder(folder).metrics, read_explanations(folder)
+        metrics, said = read_folder(folder).info.metrics, read_explanations(folder)
     except LlmWsaeError as error:
         return "lost", error
     measured = found[0]["measured"] + ([] if saves else found[1]["measured"])

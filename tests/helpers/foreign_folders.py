@@ -60,49 +60,106 @@ def write_json(path: Path, value: Any) -> None:
 
 # SAELens
 
+# Each architecture: its own settings and tensors beside those of ``base``, and which latents are
+# active.
+THRESHOLD, SHARED, SCALE = draw(7, D_SAE), torch.tensor(0.7, dtype=torch.float64), 0.25
+GATES = {
+    "b_gate": draw(8, D_SAE),
+    "b_mag": draw(9, D_SAE),
+    "r_mag": draw(10, D_SAE, scale=0.5),
+}
 
-def saelens_cfg(architecture: str, **changes: Any) -> dict[str, Any]:
-    """``cfg.json`` as version 6 writes it."""
-    return {
+
+def gated(pre: Tensor) -> Tensor:
+    opens = pre + GATES["b_gate"] > 0
+    return opens * (pre * GATES["r_mag"].double().exp() + GATES["b_mag"]).relu()
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Tensor], Callable[[Tensor], Tensor]]] = {
+    "standard": ({}, {}, torch.relu),
+    "topk": ({"k": K, "rescale_acts_by_decoder_norm": False}, {}, topk),
+    "jumprelu": ({}, {"threshold": THRESHOLD}, lambda pre: pre.relu() * (pre > THRESHOLD)),
+    "gated": ({}, GATES, gated),
+    "batchtopk": (
+        {"k": 5.5, "rescale_acts_by_decoder_norm": True},
+        {"topk_threshold": SHARED},
+        lambda pre: pre * (pre > SHARED),
+    ),
+}
+
+
+def saelens(folder: Path, kind: str, **changes: Any) -> Expected:
+    """As version 6 writes it."""
+    settings, own, active = KINDS[kind]
+    tensors = base() | own
+    if kind == "gated":
+        del tensors["b_enc"]
+    cfg = {
         "d_in": D_IN,
         "d_sae": D_SAE,
         "dtype": "float32",
-        "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": "6.54.12",
-            "sae_lens_training_version": "6.54.12",
             "model_name": "tiny",
             "hook_name": SITE,
-            "hook_head_index": None,
             "context_size": 64,
             "prepend_bos": True,
             "dataset_path": "words",
         },
-        "architecture": architecture,
+        "architecture": kind,
+        **settings,
         **changes,
     }
+    return _saelens(folder, cfg, tensors, active)
 
 
-def old_cfg(**changes: Any) -> dict[str, Any]:
-    """``cfg.json`` as version 3 wrote it: no architecture, everything side by side."""
-    return {
+def saelens_checkpoint(folder: Path) -> Expected:
+    """BatchTopK in the middle of a training on rescaled activations."""
+    write_json(folder / "activation_scaler.json", {"scaling_factor": SCALE})
+    return saelens(folder, "batchtopk", normalize_activations="expected_average_only_in")
+
+
+def saelens_old(
+    folder: Path,
+    factor: Tensor | None = None,
+    active: Callable[[Tensor], Tensor] = torch.relu,
+    **changes: Any,
+) -> Expected:
+    """As version 3 wrote it: everything side by side, perhaps without an architecture."""
+    cfg = {
         "model_name": "tiny",
         "hook_point": SITE,
-        "hook_point_layer": 3,
-        "hook_point_head_index": None,
         "dataset_path": "words",
-        "use_cached_activations": False,
         "d_in": D_IN,
         "d_sae": D_SAE,
         "context_size": 64,
-        "expansion_factor": 3,
         "dtype": "torch.float32",
-        "device": "cpu",
         **changes,
     }
+    own = {} if factor is None else {"scaling_factor": factor}
+    return _saelens(folder, cfg, base() | own, active)
+
+
+def saelens_old_topk(folder: Path) -> Expected:
+    return saelens_old(
+        folder,
+        torch.ones(D_SAE),
+        topk,
+        architecture="standard",
+        activation_fn_str="topk",
+        activation_fn_kwargs={"k": K},
+        apply_b_dec_to_input=False,
+        normalize_activations=False,
+        finetuning_scaling_factor=False,
+    )
+
+
+def saelens_old_finetuned(folder: Path) -> Expected:
+    factor = draw(11, D_SAE).abs() + 0.5
+    return saelens_old(folder, factor, architecture="standard", finetuning_scaling_factor=True)
 
 
 def _saelens(
@@ -110,19 +167,16 @@ def _saelens(
     cfg: dict[str, Any],
     tensors: dict[str, Tensor],
     active: Callable[[Tensor], Tensor],
-    scale: float = 1.0,
 ) -> Expected:
     """Write it, and compute: scale, centre, encode, ``active``, decode, scale back."""
     write_json(folder / "cfg.json", cfg)
     save_file(tensors, folder / "sae_weights.safetensors")
     w = {name: tensor.double() for name, tensor in tensors.items()}
-    x = rows()
+    x, scaled = rows(), cfg.get("normalize_activations") == "expected_average_only_in"
+    scale = SCALE if scaled else 1
     centre = w["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
-    pre = (x.double() * scale - centre) @ w["W_enc"]
-    if "b_enc" in w:
-        pre = pre + w["b_enc"]
-    norms = w["W_dec"].norm(dim=1)
-    rescale = cfg.get("rescale_acts_by_decoder_norm", False)
+    pre = (x.double() * scale - centre) @ w["W_enc"] + w.get("b_enc", 0)
+    rescale, norms = cfg.get("rescale_acts_by_decoder_norm", False), w["W_dec"].norm(dim=1)
     latents = active(pre * norms if rescale else pre)
     written = latents / norms if rescale else latents
     if cfg.get("finetuning_scaling_factor"):
@@ -132,104 +186,24 @@ def _saelens(
     return Expected(x, latents / units, (written @ w["W_dec"] + w["b_dec"]) / scale)
 
 
-def saelens_standard(folder: Path, **changes: Any) -> Expected:
-    return _saelens(folder, saelens_cfg("standard", **changes), base(), torch.relu)
-
-
-def saelens_topk(folder: Path, **changes: Any) -> Expected:
-    cfg = saelens_cfg("topk", k=K, rescale_acts_by_decoder_norm=False) | changes
-    return _saelens(folder, cfg, base(), topk)
-
-
-def saelens_jumprelu(folder: Path, **changes: Any) -> Expected:
-    threshold = draw(7, D_SAE)
-    return _saelens(
-        folder,
-        saelens_cfg("jumprelu", **changes),
-        base() | {"threshold": threshold},
-        lambda pre: pre.relu() * (pre > threshold),
-    )
-
-
-def saelens_gated(folder: Path, **changes: Any) -> Expected:
-    tensors = base()
-    del tensors["b_enc"]
-    tensors |= {
-        "b_gate": draw(8, D_SAE),
-        "b_mag": draw(9, D_SAE),
-        "r_mag": draw(10, D_SAE, scale=0.5),
-    }
-
-    def active(pre: Tensor) -> Tensor:
-        gate = pre + tensors["b_gate"] > 0
-        return gate * (pre * tensors["r_mag"].double().exp() + tensors["b_mag"]).relu()
-
-    return _saelens(folder, saelens_cfg("gated", **changes), tensors, active)
-
-
-def saelens_checkpoint(folder: Path) -> Expected:
-    """BatchTopK in the middle of a training on rescaled activations."""
-    scale, threshold = 0.25, torch.tensor(0.7, dtype=torch.float64)
-    cfg = saelens_cfg(
-        "batchtopk",
-        k=5.5,
-        rescale_acts_by_decoder_norm=True,
-        normalize_activations="expected_average_only_in",
-        aux_loss_coefficient=1.0,
-    )
-    write_json(folder / "activation_scaler.json", {"scaling_factor": scale})
-    return _saelens(
-        folder,
-        cfg,
-        base() | {"topk_threshold": threshold},
-        lambda pre: pre * (pre > threshold),
-        scale,
-    )
-
-
-def saelens_old(folder: Path, **changes: Any) -> Expected:
-    return _saelens(folder, old_cfg(**changes), base(), torch.relu)
-
-
-def saelens_old_topk(folder: Path) -> Expected:
-    cfg = old_cfg(
-        architecture="standard",
-        activation_fn_str="topk",
-        activation_fn_kwargs={"k": K},
-        apply_b_dec_to_input=False,
-        normalize_activations=False,
-        finetuning_scaling_factor=False,
-    )
-    return _saelens(folder, cfg, base() | {"scaling_factor": torch.ones(D_SAE)}, topk)
-
-
-def saelens_old_finetuned(folder: Path) -> Expected:
-    factor = draw(11, D_SAE).abs() + 0.5
-    cfg = old_cfg(architecture="standard", finetuning_scaling_factor=True)
-    return _saelens(folder, cfg, base() | {"scaling_factor": factor}, torch.relu)
-
-
 # sparsify
 
 
 def sparsify(folder: Path, **changes: Any) -> Expected:
     """``folder`` should have the name of a module."""
     w = base()
-    write_json(
-        folder / "cfg.json",
-        {
-            "activation": "topk",
-            "expansion_factor": 32,
-            "normalize_decoder": True,
-            "num_latents": D_SAE,
-            "k": K,
-            "multi_topk": False,
-            "skip_connection": False,
-            "transcode": False,
-            "d_in": D_IN,
-            **changes,
-        },
-    )
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": D_SAE,
+        "k": K,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": D_IN,
+        **changes,
+    }
+    write_json(folder / "cfg.json", cfg)
     tensors = {
         "encoder.weight": w["W_enc"].T.contiguous(),
         "encoder.bias": w["b_enc"],
@@ -245,9 +219,9 @@ def sparsify(folder: Path, **changes: Any) -> Expected:
 # dictionary_learning
 
 
-def learning_config(dict_class: str, **changes: Any) -> dict[str, Any]:
+def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
+    """One of its classes."""
     trainer = {
-        "trainer_class": "Trainer",
         "dict_class": dict_class,
         "activation_dim": D_IN,
         "dict_size": D_SAE,
@@ -257,26 +231,23 @@ def learning_config(dict_class: str, **changes: Any) -> dict[str, Any]:
         "submodule_name": "resid_post_layer_3",
         **changes,
     }
-    return {"trainer": trainer, "buffer": {"d_submodule": D_IN, "io": "out", "ctx_len": 64}}
-
-
-def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
-    """One of its classes."""
-    w = base()
-    linear = {
+    buffer = {"d_submodule": D_IN, "io": "out", "ctx_len": 64}
+    write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer})
+    w, x = base(), rows()
+    d = {name: tensor.double() for name, tensor in w.items()}
+    matrices = {
         "encoder.weight": w["W_enc"].T.contiguous(),
-        "encoder.bias": w["b_enc"],
         "decoder.weight": w["W_dec"].T.contiguous(),
     }
+    linear = {**matrices, "encoder.bias": w["b_enc"]}
     one = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(0.6)}
-    threshold = draw(7, D_SAE)
-    r_mag, b_gate, b_mag = draw(10, D_SAE, scale=0.5), draw(8, D_SAE), draw(9, D_SAE)
-    x, d = rows(), {name: tensor.double() for name, tensor in w.items()}
-    product, centred = x.double() @ d["W_enc"], (x.double() - d["b_dec"]) @ d["W_enc"]
-    pre, norms = centred + d["b_enc"], d["W_dec"].norm(dim=1)
+    gates = {"r_mag": GATES["r_mag"], "gate_bias": GATES["b_gate"], "mag_bias": GATES["b_mag"]}
+    plain = x.double() @ d["W_enc"] + d["b_enc"]
+    centred = (x.double() - d["b_dec"]) @ d["W_enc"]
+    pre = centred + d["b_enc"]
     tensors, latents = {
         "AutoEncoder": (linear | {"bias": w["b_dec"]}, pre.relu()),
-        "AutoEncoderNew": (linear | {"decoder.bias": w["b_dec"]}, (product + d["b_enc"]).relu()),
+        "AutoEncoderNew": (linear | {"decoder.bias": w["b_dec"]}, plain.relu()),
         "AutoEncoderTopK": (one | linear | {"b_dec": w["b_dec"]}, topk(pre)),
         "BatchTopKSAE": (one | linear | {"b_dec": w["b_dec"]}, pre * (pre > 0.6)),
         "MatryoshkaBatchTopKSAE": (
@@ -284,40 +255,32 @@ def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
             pre * (pre > 0.6),
         ),
         "JumpReluAutoEncoder": (
-            w | {"threshold": threshold},
-            (product + d["b_enc"]).relu() * (product + d["b_enc"] > threshold),
+            w | {"threshold": THRESHOLD},
+            plain.relu() * (plain > THRESHOLD),
         ),
-        "GatedAutoEncoder": (
-            {
-                "decoder_bias": w["b_dec"],
-                "r_mag": r_mag,
-                "gate_bias": b_gate,
-                "mag_bias": b_mag,
-                "encoder.weight": linear["encoder.weight"],
-                "decoder.weight": linear["decoder.weight"],
-            },
-            (centred + b_gate > 0) * (centred * r_mag.double().exp() + b_mag).relu(),
-        ),
+        "GatedAutoEncoder": (matrices | gates | {"decoder_bias": w["b_dec"]}, gated(centred)),
     }[dict_class]
-    write_json(folder / "config.json", learning_config(dict_class, **changes))
     torch.save(tensors, folder / "ae.pt")
     reconstruction = latents @ d["W_dec"] + d["b_dec"]
     if dict_class == "AutoEncoder":  # it is loaded with decoder columns of unit norm
-        latents = latents * norms
+        latents = latents * d["W_dec"].norm(dim=1)
     return Expected(x, latents, reconstruction)
 
 
 CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
            "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # fmt: skip
 WRITERS: dict[str, Callable[[Path], Expected]] = {
-    "saelens-standard": saelens_standard,
-    "saelens-standard-uncentred": lambda f: saelens_standard(f, apply_b_dec_to_input=False),
-    "saelens-topk": saelens_topk,
-    "saelens-topk-rescaled": lambda f: saelens_topk(f, rescale_acts_by_decoder_norm=True),
-    "saelens-jumprelu": saelens_jumprelu,
-    "saelens-jumprelu-uncentred": lambda f: saelens_jumprelu(f, apply_b_dec_to_input=False),
-    "saelens-gated": saelens_gated,
-    "saelens-gated-uncentred": lambda f: saelens_gated(f, apply_b_dec_to_input=False),
+    **{
+        f"saelens-{kind}": lambda f, kind=kind: saelens(f, kind)
+        for kind in ("standard", "topk", "jumprelu", "gated")
+    },
+    **{
+        f"saelens-{kind}-uncentred": lambda f, kind=kind: saelens(
+            f, kind, apply_b_dec_to_input=False
+        )
+        for kind in ("standard", "jumprelu", "gated")
+    },
+    "saelens-topk-rescaled": lambda f: saelens(f, "topk", rescale_acts_by_decoder_norm=True),
     "saelens-checkpoint": saelens_checkpoint,
     "saelens-old": saelens_old,
     "saelens-old-topk": saelens_old_topk,

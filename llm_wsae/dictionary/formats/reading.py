@@ -5,26 +5,67 @@ layout is read by ``folder.read_folder`` and nothing else.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from llm_wsae.artifact.files import read_json
-from llm_wsae.dictionary.atomic_folder import restore
 from llm_wsae.dictionary.folder import (
+    CFG,
     EXTRAS,
     INFO,
+    WEIGHTS,
     Content,
     check_finite,
-    not_there,
+    files_in,
     read_folder,
+    sparsity_from_file,
 )
 from llm_wsae.dictionary.formats import dictionary_learning, saelens, sparsify
-from llm_wsae.dictionary.formats.layout import Layout
+from llm_wsae.dictionary.formats.folding import Found, fold
+from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.model.site import Site
 from llm_wsae.outside import reason
 
-LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT)
+
+@dataclass(frozen=True)
+class Layout:
+    """How another tool stores a dictionary in files."""
+
+    name: str
+    """The tool's name, for errors and listings."""
+    config: str
+    """Its JSON file."""
+    weights: str
+    """Its file of tensors."""
+    announce: Callable[[Mapping[str, Any], PurePath], Facts]
+    """What the JSON file and the folder's path say."""
+    read: Callable[[Path, Mapping[str, Any], Facts], Found]
+    """The tensors of a folder. Raises LlmWsaeError, in one sentence, for whatever is wrong."""
+    optional: tuple[str, ...] = ()
+    """Small files that are read too where they exist."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its files, small ones first."""
+        return self.config, self.weights
+
+    def __str__(self) -> str:
+        return f"{self.name} ({' and '.join(self.files)})"
+
+
+LAYOUTS = (
+    Layout("SAELens", CFG, WEIGHTS, saelens.announce, saelens.read, (saelens.SCALER,)),
+    Layout("sparsify", CFG, sparsify.WEIGHTS, sparsify.announce, sparsify.read),
+    Layout(
+        "dictionary_learning",
+        dictionary_learning.CONFIG,
+        dictionary_learning.WEIGHTS,
+        dictionary_learning.announce,
+        dictionary_learning.read,
+    ),
+)
 
 
 def is_own(names: Collection[str]) -> bool:
@@ -43,54 +84,45 @@ def read(folder: Path, site: str | None = None) -> Content:
     """The dictionary in a folder, whichever tool wrote it.
 
     ``site`` gives its site if neither its files nor the folder's name do. Raises UsageError if they
-    name another site, LlmWsaeError if the folder has no known layout, its reader refuses it, or it
-    does not belong to the residual stream.
+    name another site, LlmWsaeError if the folder has no known layout or its reader refuses it.
     """
-    restore(folder)
-    if not folder.is_dir():
-        raise not_there(folder)
     try:
-        names = {entry.name for entry in folder.iterdir()}
+        names = files_in(folder)
         layout = layout_of(names)
-        if layout is not None:
-            return _read_foreign(folder, layout, site)
-        if not is_own(names):
+        if layout is None and not is_own(names):
             raise _unknown(folder, names)
-        content = read_folder(folder)
+        content = read_folder(folder) if layout is None else _read_foreign(folder, layout, site)
     except OSError as error:
         raise LlmWsaeError(
             f"{folder} cannot be read: {reason(error)}; check it, and try again"
         ) from error
-    _check_site(folder, content.info.site, site)
+    if site not in (None, content.info.site):
+        raise UsageError(f"{folder} says that it belongs to {content.info.site}, not to {site}")
     return content
 
 
 def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
-    config = read_json(folder / layout.config, f"{layout.name} configuration")
+    path = folder / layout.config
+    config = read_json(path, f"{layout.name} configuration")
     if not isinstance(config, dict):
-        raise LlmWsaeError(f"{folder / layout.config} should be a JSON object")
+        raise LlmWsaeError(f"{path} should be a JSON object")
     said = layout.announce(config, PurePath(folder.absolute()))
-    if not (said.info.site or site):
+    info = dataclasses.replace(said.info, site=said.info.site or site or "")
+    if not info.site:
         raise LlmWsaeError(
             f"{folder} holds a dictionary of {layout.name} that does not say where it belongs; "
             'load it in Python with site="blocks.N.hook_resid_post" and save it'
         )
-    info = dataclasses.replace(said.info, site=said.info.site or site or "")
-    try:
-        Site.parse(info.site)
-    except UsageError as error:
+    if not said.d_in or not said.d_sae or min(said.d_in, said.d_sae) < 1:
         raise LlmWsaeError(
-            f"{folder} holds a dictionary of {layout.name} that cannot be used: {error}"
-        ) from None
-    _check_site(folder, info.site, site)
-    weights, sparsity = layout.read(folder, config, said)
+            f"{path} gives {said.d_in} dimensions and {said.d_sae} latents, so it does not "
+            "describe a dictionary"
+        )
+    weights = fold(layout.read(folder, config, said))
     check_finite(weights, f"{folder}, after folding")
+    kind = "jumprelu" if "threshold" in weights else said.architecture
+    sparsity = sparsity_from_file(path, {"architecture": kind, "k": said.k})
     return Content(weights, sparsity, info, {})
-
-
-def _check_site(folder: Path, said: str, asked: str | None) -> None:
-    if asked not in (None, said):
-        raise UsageError(f"{folder} says that it belongs to {said}, not to {asked}")
 
 
 def _unknown(folder: Path, names: Collection[str]) -> LlmWsaeError:

@@ -32,8 +32,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from llm_wsae.artifact.files import read_json, sha256
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
-from llm_wsae.dictionary.formats.layout import Layout
-from llm_wsae.dictionary.formats.reading import layout_of
+from llm_wsae.dictionary.formats.reading import Layout, layout_of
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.outside import check_revision, check_token, hub_is_unreachable, reason

@@ -12,10 +12,8 @@ from foreign_folders import (
     Expected,
     learning,
     place,
-    saelens_cfg,
+    saelens,
     saelens_old,
-    saelens_standard,
-    saelens_topk,
     sparsify,
     write_json,
 )
@@ -78,8 +76,10 @@ def test_old_dictionaries_of_gpt2_saw_a_centred_stream(tmp_path):
 
 
 def test_the_site_and_model_are_found(tmp_path):
-    metadata = saelens_cfg("topk")["metadata"] | {"llm_wsae": {"rule": "variance", "alpha": -0.25}}
-    saelens_topk(tmp_path / "saelens", metadata=metadata)  # as our plugin trains them
+    saelens(tmp_path / "saelens", "topk")
+    cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
+    cfg["metadata"]["llm_wsae"] = {"rule": "variance", "alpha": -0.25}  # our plugin's
+    write_json(tmp_path / "saelens/cfg.json", cfg)
     saelens_old(tmp_path / "old")
     learning(tmp_path / "learning", "BatchTopKSAE")
     for name, rule in (("saelens", "variance"), ("old", "uniform"), ("learning", "uniform")):
@@ -91,59 +91,54 @@ def test_the_site_and_model_are_found(tmp_path):
         assert Dictionary.load(tmp_path / name).info.site == SITE
 
 
-def test_dictionary_learning_names_a_block_and_perhaps_a_module(tmp_path):
-    """Without one it may be any part of the block: nothing is guessed."""
-    learning(tmp_path / "d", "AutoEncoderTopK")
-    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 12, "dict_size": 48}
-    trainer |= {"k": 5, "layer": 3}
-    for module in ({}, {"submodule_name": None}):
-        write_json(tmp_path / "d" / "config.json", {"trainer": trainer | module, "buffer": {}})
-        with pytest.raises(LlmWsaeError, match="does not say where it belongs"):
-            Dictionary.load(tmp_path / "d")
-        assert Dictionary.load(tmp_path / "d", site=SITE).info.site == SITE
-    trainer["submodule_name"] = "resid_mid_layer_3"
-    write_json(tmp_path / "d" / "config.json", {"trainer": trainer})
-    assert Dictionary.load(tmp_path / "d").info.site == "blocks.3.hook_resid_mid"
-    for io in ("in_and_out", "in_to_out"):
-        write_json(tmp_path / "d" / "config.json", {"trainer": trainer, "buffer": {"io": io}})
-        with pytest.raises(LlmWsaeError, match=f"{io}.*does not reconstruct its own input"):
-            Dictionary.load(tmp_path / "d")
-
-
 def test_a_site_can_be_given_where_none_is_said(tmp_path):
-    mine = tmp_path / "mine"
-    sparsify(mine)
-    with pytest.raises(LlmWsaeError, match=r'does not say where.*site="blocks\.N\.hook_resid'):
-        Dictionary.load(mine)
-    assert Dictionary.load(mine, site=SITE).info.site == SITE
-    with pytest.raises(LlmWsaeError, match=r"'blocks\.3' is not a site"):
-        Dictionary.load(mine, site="blocks.3")
-    saelens_topk(tmp_path / "said")
-    assert Dictionary.load(tmp_path / "said", site=SITE).info.site == SITE
-    for folder in (tmp_path / "said", tmp_path / "own"):
+    """dictionary_learning may name a block alone, which may mean any of its parts."""
+    mine, said, own = (tmp_path / name for name in ("mine", "said", "own"))
+    for write in (
+        lambda: sparsify(mine),
+        lambda: learning(mine, "AutoEncoderTopK", submodule_name=None),
+    ):
+        write()
+        with pytest.raises(LlmWsaeError, match=r'does not say where.*site="blocks\.N\.hook_resid'):
+            Dictionary.load(mine)
+        assert Dictionary.load(mine, site=SITE).info.site == SITE
+        with pytest.raises(LlmWsaeError, match=r"'blocks\.3' is not a site"):
+            Dictionary.load(mine, site="blocks.3")
+        for path in mine.iterdir():
+            path.unlink()
+    learning(mine, "AutoEncoderTopK", submodule_name="resid_mid_layer_3")
+    assert Dictionary.load(mine).info.site == "blocks.3.hook_resid_mid"
+    saelens(said, "topk")
+    Dictionary.load(said, site=SITE).save(own)
+    for folder in (said, own):
         with pytest.raises(UsageError, match=f"says that it belongs to {SITE}, not to blocks.4"):
             Dictionary.load(folder, site="blocks.4.hook_resid_post")
-        Dictionary.load(tmp_path / "said").save(tmp_path / "own")
 
 
-OTHER_SITES = {
-    "saelens": lambda f: saelens_standard(f / "d", metadata={"hook_name": "blocks.3.hook_mlp_out"}),
-    "saelens-old": lambda f: saelens_old(f / "d", hook_point="blocks.3.attn.hook_z"),
-    "sparsify": lambda f: sparsify(f / "layers.3.mlp"),
-    "dictionary_learning": lambda f: learning(
-        f / "d", "AutoEncoder", submodule_name="mlp_out_layer_3"
-    ),
-}
-
-
-def test_what_is_not_of_the_residual_stream_is_refused(tmp_path):
-    for name, write in OTHER_SITES.items():
+def test_what_is_no_autoencoder_of_the_residual_stream_is_refused(tmp_path):
+    elsewhere = r"not a site of the residual stream|does not say"
+    for name, write, said in (
+        ("a", lambda f: saelens(f, "standard", metadata={"hook_name": "blocks.3.hook_mlp_out"}),
+         elsewhere),
+        ("b", lambda f: saelens_old(f, hook_point="blocks.3.attn.hook_z"), elsewhere),
+        ("layers.3.mlp", sparsify, elsewhere),
+        ("c", lambda f: learning(f, "AutoEncoder", submodule_name="mlp_out_layer_3"), elsewhere),
+        ("layers.3", lambda f: sparsify(f, transcode=True), "transcode = True, so this package"),
+        ("d", lambda f: saelens(f, "standard", architecture="transcoder"),
+         "does not read SAELens' architecture"),
+    ):  # fmt: skip
         write(tmp_path / name)
-        (folder,) = {path.parent for path in (tmp_path / name).rglob("*") if path.is_file()}
-        with pytest.raises(LlmWsaeError, match=r"not a site of the residual stream|does not say"):
-            Dictionary.load(folder)
-        with pytest.raises(LlmWsaeError, match=r"says that it belongs to|not a site"):
-            Dictionary.load(folder, site=SITE)
+        with pytest.raises(LlmWsaeError, match=said):
+            Dictionary.load(tmp_path / name)
+        with pytest.raises(LlmWsaeError, match=f"says that it belongs to|not a site|{said}"):
+            Dictionary.load(tmp_path / name, site=SITE)
+    learning(tmp_path / "e", "AutoEncoder")
+    config = json.loads((tmp_path / "e/config.json").read_text())
+    for io in ("in_and_out", "in_to_out"):
+        config["buffer"]["io"] = io
+        write_json(tmp_path / "e/config.json", config)
+        with pytest.raises(LlmWsaeError, match=f"{io}.*does not reconstruct its own input"):
+            Dictionary.load(tmp_path / "e")
 
 
 def test_a_gate_that_never_opens_and_thresholds_below_zero(tmp_path):
@@ -159,7 +154,7 @@ def test_a_gate_that_never_opens_and_thresholds_below_zero(tmp_path):
 
 
 def test_half_precision_is_read(tmp_path):
-    expected = saelens_topk(tmp_path / "d")
+    expected = saelens(tmp_path / "d", "topk")
     path = tmp_path / "d" / "sae_weights.safetensors"
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         save_file({name: w.to(dtype) for name, w in load_file(path).items()}, path)
@@ -174,9 +169,8 @@ def test_an_unknown_layout_is_one_sentence_with_the_known_ones(tmp_path):
     with pytest.raises(LlmWsaeError) as error:
         Dictionary.load(tmp_path)
     said = str(error.value)
-    assert "model.safetensors" in said and "\n" not in said
-    for name in ("wsae.json", "SAELens", "sparsify", "dictionary_learning"):
-        assert name in said
+    for name in ("model.safetensors", "wsae.json", "SAELens", "sparsify", "dictionary_learning"):
+        assert name in said and "\n" not in said
     for layout, lost in (("saelens-topk", "cfg.json"), ("learning-AutoEncoder", "config.json")):
         WRITERS[layout](tmp_path / layout)
         (tmp_path / layout / lost).unlink()

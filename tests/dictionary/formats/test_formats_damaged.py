@@ -64,17 +64,8 @@ def same(one: Dictionary, other: Dictionary) -> bool:
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, read by somebody else than us."""
     if path.suffix == ".safetensors":
-        found = load_file(path)
-    else:
-        found = torch.load(path, weights_only=True)
-    return {name: tensor.clone() for name, tensor in found.items()}
-
-
-def save(path: Path, tensors: dict[str, Tensor]) -> None:
-    if path.suffix == ".safetensors":
-        save_file(tensors, path)
-    else:
-        torch.save(tensors, path)
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    return torch.load(path, weights_only=True)
 
 
 def test_bytes_of_an_archive_that_are_cut_off_changed_or_another_files(tmp_path):
@@ -118,19 +109,15 @@ def test_tensors_that_are_missing_or_of_another_kind(tmp_path, layout):
     folder = make(tmp_path, layout)
     whole = Dictionary.load(folder)
     (weights,) = (path for path in folder.iterdir() if path.suffix != ".json")
-    data = weights.read_bytes()
+    save = save_file if weights.suffix == ".safetensors" else torch.save
     for what, changed in tensor_changes(tensors_of(weights)):
-        save(weights, changed)
+        save(changed, weights)
         found = outcome(folder)
-        if what.startswith(UNUSED) or (layout, what) == (
-            "saelens-old-topk",
-            "scaling_factor missing",
-        ):
+        has_no_part = what.startswith(UNUSED) or what == "scaling_factor missing"
+        if has_no_part and layout != "saelens-old-finetuned":
             assert found is None or same(found, whole)
         else:
             assert found is None, what
-    weights.write_bytes(data)
-    assert same(Dictionary.load(folder), whole)
 
 
 @over(layout=LAYOUTS)
@@ -185,11 +172,8 @@ def pack(path: Path, members: dict[str, bytes], kind: int = zipfile.ZIP_STORED) 
 
 def test_code_in_a_pickle_does_not_run(tmp_path, topk):
     tensors = torch.load(topk / "ae.pt", weights_only=True)
-    for harmful in (
-        tensors | {"b_dec": Harm(tmp_path / "harm")},
-        Harm(tmp_path / "harm"),
-        [Harm(tmp_path / "harm")],
-    ):
+    harm = Harm(tmp_path / "harm")
+    for harmful in (tensors | {"b_dec": harm}, harm, [harm]):
         torch.save(harmful, topk / "ae.pt")
         refused(topk, "holds something other than a dictionary's tensors")
         assert not (tmp_path / "harm").exists()
@@ -211,13 +195,9 @@ def test_pickles_of_other_things(topk):
         None,
     ):
         torch.save(value, topk / "ae.pt")
-        refused(topk, "holds something other than|lacks the tensors|is damaged")
-
-
-def test_a_pickle_as_torch_once_wrote_it(topk):
-    tensors = torch.load(topk / "ae.pt", weights_only=True)
-    torch.save(tensors, topk / "ae.pt", _use_new_zipfile_serialization=False)
-    refused(topk, "is not a complete file of torch.save")
+        refused(topk, "holds something other than|instead of|is damaged")
+    torch.save({"b_dec": torch.ones(12)}, topk / "ae.pt", _use_new_zipfile_serialization=False)
+    refused(topk, "is not a complete file of torch.save")  # as torch once wrote them
 
 
 def test_an_archive_that_two_readers_would_read_differently(topk):
@@ -232,9 +212,8 @@ def seen_twice(folder: Path) -> bytes:
     """An archive whose first directory is torch's and whose last is Python's."""
     path, members = folder / "ae.pt", records(folder / "ae.pt")
     (pickle,) = (name for name in members if name.endswith("data.pkl"))
-    pack(
-        path, members | {pickle: b"\x80\2X\0\0\0\4" + bytes(64 << 20) + b"."}, zipfile.ZIP_DEFLATED
-    )
+    bomb = b"\x80\2X\0\0\0\4" + bytes(64 << 20) + b"."
+    pack(path, members | {pickle: bomb}, zipfile.ZIP_DEFLATED)
     torchs = path.read_bytes()
     pack(path, members)
     pythons = bytearray(path.read_bytes())
@@ -247,13 +226,6 @@ def seen_twice(folder: Path) -> bytes:
     return torchs[:end] + pythons[:own_end] + torchs[end:]
 
 
-def test_records_of_one_name(topk):
-    members = records(topk / "ae.pt")
-    (prefix,) = {name.split("/")[0] for name in members}
-    pack(topk / "ae.pt", members | {f"{prefix}/DATA.PKL": b"."})
-    refused(topk, "two of its records have one name")
-
-
 def test_an_archive_larger_than_its_dictionary(topk):
     members = records(topk / "ae.pt")
     (prefix,) = {name.split("/")[0] for name in members}
@@ -264,18 +236,11 @@ def test_an_archive_larger_than_its_dictionary(topk):
 
 def test_a_number_that_stands_for_many_allocates_nothing(topk):
     """The file has four bytes, its tensor claims 2⁴⁰ numbers."""
-    size = 2**20
-    one = torch.ones(1)
-    tensors = {
-        "encoder.weight": one.expand(size, size),
-        "decoder.weight": one.expand(size, size),
-        "encoder.bias": one.expand(size),
-        "b_dec": one.expand(size),
-    }
-    torch.save(tensors, topk / "ae.pt")
-    config = json.loads((topk / "config.json").read_text())
-    config["trainer"] |= {"activation_dim": size, "dict_size": size}
-    (topk / "config.json").write_text(json.dumps(config))
+    size, one = 2**20, torch.ones(1)
+    learning(topk, "AutoEncoderTopK", activation_dim=size, dict_size=size)
+    shapes = {"encoder.weight": (size, size), "decoder.weight": (size, size),
+              "encoder.bias": (size,), "b_dec": (size,)}  # fmt: skip
+    torch.save({name: one.expand(shape) for name, shape in shapes.items()}, topk / "ae.pt")
     refused(topk, "is not stored in full")
 
 

@@ -21,7 +21,7 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, check_folder, keep_measurements
+from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, keep_measurements, read_folder
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
@@ -236,7 +236,7 @@ def test_what_is_known_here_is_added_to_and_never_lost(hub, plain, tmp_path):
     made(2, 3, 4)  # the same weights: what is new is added, and mine stay mine
     keep_measurements(plain, {"fidelity": {"kl": 0.5}, "monosemanticity": {"l0": 4.0}})
     assert pulled() == {3: "mine", 4: "theirs"}
-    metrics = check_folder(place).metrics
+    metrics = read_folder(place).info.metrics
     assert metrics["fidelity"] == {"kl": 0.25} and metrics["monosemanticity"] == {"l0": 4.0}
     dictionary = Dictionary.load(plain)
     dictionary.extras = {"gamma": torch.ones(dictionary.d_in)}
@@ -271,7 +271,7 @@ def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, t
     found = read_explanations(folder)
     assert [found[latent].text for latent in (1, 2, 3)] == ["one", "mine", "mine"]
     assert found[1].scores == score
-    assert check_folder(folder).metrics == {"training": {"fvu": 0.3}, "fidelity": {"fvu": 0.5}}
+    assert read_folder(folder).info.metrics == {"training": {"fvu": 0.3}, "fidelity": {"fvu": 0.5}}
     hub.put(REPO, f"{HERE}/explanations.jsonl", b"torn")
     push([mine], REPO)
     assert set(read_explanations(*pull(REPO, tmp_path / "new").values())) == {2, 3}
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     assert torch.equal(Dictionary.load(folder).W_enc, Dictionary.load(theirs).W_enc)
     keep_measurements(folder, {"fidelity": {"kl": 0.25}})
     pull(REPO, tmp_path / "out")  # converted again, to the same
-    assert check_folder(folder).metrics["fidelity"] == {"kl": 0.25}
+    assert read_folder(folder).info.metrics["fidelity"] == {"kl": 0.25}
     twice = {name: 2 * tensor for name, tensor in load_file(theirs / WEIGHTS).items()}
     save_file(twice, theirs / WEIGHTS)
     hub.put(REPO, f"one/{WEIGHTS}", (theirs / WEIGHTS).read_bytes())
