@@ -4,24 +4,46 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from llm_wsae.data.config import PackConfig
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.latents import Example, Latent, Word, check_latents, check_store, look_at
-from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
-from llm_wsae.inspecting.vocabulary import Readout, Vocabulary
+from llm_wsae.inspecting.latents import Latent, check_latents, check_store, look_at, not_massive
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.outside import check_number
+from llm_wsae.outside import check_number, parsing
 from llm_wsae.outside import text as known_text
 from llm_wsae.terminal import printable
 
 _LEFT, _RIGHT = 56, 32  # characters shown on either side of the marked token
 _STRONGEST = 5  # latents shown for each token of a text
+
+
+@dataclass(frozen=True)
+class Active:
+    """A latent that fires."""
+
+    latent: int
+    activation: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of the text."""
+
+    id: int
+    token: str
+    latents: list[Active]
+    """All that fire, by descending activation; none at positions excluded from training."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +77,8 @@ def inspect(
     whatever ``LanguageModel.load`` takes; without it, the model that the dictionary names is
     loaded if the Hub's local cache has it: a dictionary may come from anybody, so it makes nothing
     be downloaded. (If that fails and no ``text`` was given, the latents are described without
-    tokens.) ``revision``, ``device`` and ``dtype`` apply to a model that is
-    loaded here. ``top`` is the number of contexts, tokens, neighbours and dimensions to report.
+    tokens.) ``revision``, ``device`` and ``dtype`` apply to a model that is loaded here. ``top`` is
+    the number of contexts, tokens, neighbours and dimensions to report.
 
     Raises UsageError if neither latents nor a text are given, for a latent that does not exist, or
     for a text without a model; LlmWsaeError if a folder or the model cannot be read.
@@ -68,7 +90,7 @@ def inspect(
     check_number("top", top, 1)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
-    numbers = check_latents(dictionary, latents).tolist()
+    numbers = check_latents(dictionary, latents)
     if store is not None:
         store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
         check_store(store, dictionary)
@@ -76,23 +98,16 @@ def inspect(
     no_model = None
     if model is None:
         model, no_model = _own_model(dictionary, loading)
-        if model is None and text is not None:
-            raise UsageError(f"reading a text needs the model, but {no_model}")
     elif not isinstance(model, LanguageModel):
         print(f"loading {printable(model)}", file=sys.stderr)
         model = LanguageModel.load(model, **loading)
     if model is not None:
         _check_model(model, dictionary, store)
-    views = look_at(
-        dictionary,
-        numbers,
-        store=store,
-        vocabulary=None if model is None else Vocabulary(model.tokenizer),
-        readout=None if model is None else Readout(model),
-        top=top,
-    )
+    elif text is not None:
+        raise UsageError(f"reading a text needs the model, but {no_model}")
+    views = look_at(dictionary.on_cpu(), numbers, store, model, top) if latents else []
     tokens = None
-    if text is not None and model is not None:
+    if model is not None and text is not None:
         tokens = read_sentence(model, dictionary, text)
     return Inspection(views, tokens, no_model)
 
@@ -107,8 +122,8 @@ def _own_model(
     elif commit is None:
         reason = f"{printable(name)}, the dictionary's model, did not come from the Hub"
     else:
-        loading = loading | {"revision": loading["revision"] or commit}
         try:
+            loading = loading | {"revision": loading["revision"] or commit}
             return LanguageModel.load(name, download=False, **loading), None
         except LlmWsaeError as error:
             reason = printable(str(error))
@@ -137,9 +152,106 @@ def _check_model(
         )
 
 
+def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> list[Token]:
+    """The tokens of a text, after the model's BOS if the dictionary was trained with it.
+
+    Raises UsageError for a text without tokens, one that is too long for the model, or a model that
+    does not fit the dictionary; LlmWsaeError for a model without a tokenizer.
+    """
+    model.check_site(dictionary.site)
+    check_width(model, dictionary)
+    ids = token_ids(model, dictionary, text)
+    hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
+    codes = dictionary.encode_sparse(hidden.float().to(dictionary.W_enc.device))
+    values = codes.values.cpu() * _explained(model, dictionary, torch.tensor(ids), hidden)[:, None]
+    vocabulary, tokens = Vocabulary(model.tokenizer), []
+    for token, *pair in zip(ids, codes.indices.tolist(), values.tolist(), strict=True):
+        active = [Active(*one) for one in zip(*pair, strict=True) if one[1] > 0]
+        active.sort(key=lambda one: -one.activation)
+        tokens.append(Token(token, vocabulary.text(token), active))
+    return tokens
+
+
+def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[int]:
+    """The tokens of a text, after the model's BOS if the dictionary was trained with it.
+
+    Raises UsageError for a text without tokens or that is not Unicode, LlmWsaeError for a model
+    without a tokenizer or with that of another.
+    """
+    if model.tokenizer is None:
+        raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError("the text holds bytes that are not UTF-8; give it in UTF-8")
+    with parsing(f"the tokenizer of {model.name} cannot read the text"):
+        ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise UsageError("the text is empty; give a sentence")
+    if dictionary.info.prepend_bos is not False and model.bos_token_id is not None:
+        ids = [model.bos_token_id, *ids]
+    if max(ids) >= len(model.W_E):
+        raise LlmWsaeError(
+            f"the tokenizer returns id {max(ids)}, but {model.name} has {len(model.W_E)} "
+            "embeddings; give its own tokenizer"
+        )
+    return ids
+
+
+def check_width(model: LanguageModel, dictionary: Dictionary) -> None:
+    """Raises UsageError if the model's stream is not as wide as the dictionary's rows."""
+    if model.d_model != dictionary.d_in:
+        raise UsageError(
+            f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
+            f"{model.d_model}; give the model that it was trained on"
+        )
+
+
+def _explained(
+    model: LanguageModel, dictionary: Dictionary, ids: Tensor, hidden: Tensor
+) -> Bool[Tensor, " positions"]:
+    """The positions of the kind that the dictionary was trained on."""
+    packing = PackConfig.remembered(dictionary.info.store.get("packing"))
+    keep = torch.arange(len(ids)) >= packing.drop_positions
+    if packing.drop_special:
+        keep &= ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long))
+    return keep & not_massive(dictionary, hidden.float())
+
+
 def latents_text(dictionary: Dictionary, latents: Sequence[Latent]) -> str:
     """All latents, one paragraph each."""
-    return "\n\n".join(_latent(dictionary, latent) for latent in latents)
+    return "\n\n".join("\n".join(_latent(dictionary, latent)) for latent in latents)
+
+
+def _latent(dictionary: Dictionary, latent: Latent) -> Iterator[str]:
+    firing = latent.firing
+    yield f"latent {latent.latent} of {printable(dictionary.info.name)} at {dictionary.info.site}"
+    if firing:
+        share, mean = 100 * firing.density, firing.mean_activation
+        on_average = "" if mean is None else f"; {mean:.2f} on average where it fires"
+        rows = f"{firing.rows_looked_at:,} rows, evenly spread over the store"
+        yield f"density     {share:.3g} % of {rows}{on_average}"
+    for name, words in (("promotes", latent.promotes), ("suppresses", latent.suppresses)):
+        if words is not None:
+            shown = (f"«{printable(word.token)}» {word.logit:+.2f}" for word in words)
+            yield f"{name:<12}{' · '.join(shown)}"
+    near = " · ".join(f"{n.latent} {n.cosine:.2f}" for n in latent.neighbours)
+    yield f"nearest     {near}  (latent, cosine)"
+    effective = f"effectively {latent.effective_dimensions:.1f} of {dictionary.d_in} dimensions"
+    yield f"writes to   {effective}"
+    yield f"            {'dimension':>9}{'decoder':>10}{'share %':>10}{'weight γ':>10}"
+    for d in latent.dimensions:
+        gamma = "—" if d.gamma is None else f"{d.gamma:.3f}"
+        yield f"            {d.dimension:>9}{d.decoder:>10.4f}{100 * d.share:>10.2f}{gamma:>10}"
+    if latent.examples:
+        yield "contexts    its largest activations, one per context"
+    elif firing:
+        all_rows, some = "in this store", "on the rows where it comes closest to firing"
+        where = all_rows if firing.searched_all else some
+        yield f"contexts    none: it does not fire {where}"
+    for one in latent.examples:
+        before, token, after = map(printable, (one.text.before, one.text.token, one.text.after))
+        before = before if len(before) <= _LEFT else "…" + before[1 - _LEFT :]
+        after = after if len(after) <= _RIGHT else after[: _RIGHT - 1] + "…"
+        yield f"{one.activation:>10.2f}  {before:>{_LEFT}}«{token}»{after}"
 
 
 def sentence_text(tokens: Sequence[Token], latents: Sequence[int]) -> str:
@@ -161,49 +273,3 @@ def sentence_text(tokens: Sequence[Token], latents: Sequence[int]) -> str:
         ]
         lines.append(f"latent {latent}: {' · '.join(fires) if fires else 'silent'}")
     return "\n".join(lines)
-
-
-def _latent(dictionary: Dictionary, latent: Latent) -> str:
-    site, name = dictionary.info.site, printable(dictionary.info.name)
-    lines = [f"latent {latent.latent} of {name} at {site}"]
-    if firing := latent.firing:
-        share, looked = 100 * firing.density, firing.rows_looked_at
-        mean = firing.mean_activation
-        lines.append(
-            f"density     {share:.3g} % of {looked:,} rows, evenly spread over the store"
-            + ("" if mean is None else f"; {mean:.2f} on average where it fires")
-        )
-    if latent.promotes is not None and latent.suppresses is not None:
-        lines.append(f"promotes    {_words(latent.promotes)}")
-        lines.append(f"suppresses  {_words(latent.suppresses)}")
-    near = " · ".join(f"{n.latent} {n.cosine:.2f}" for n in latent.neighbours)
-    lines.append(f"nearest     {near}  (latent, cosine)")
-    total = dictionary.d_in
-    lines.append(f"writes to   effectively {latent.effective_dimensions:.1f} of {total} dimensions")
-    lines.append(f"            {'dimension':>9}{'decoder':>10}{'share %':>10}{'weight γ':>10}")
-    for d in latent.dimensions:
-        gamma = "—" if d.gamma is None else f"{d.gamma:.3f}"
-        lines.append(
-            f"            {d.dimension:>9}{d.decoder:>10.4f}{100 * d.share:>10.2f}{gamma:>10}"
-        )
-    if latent.firing:
-        lines += _contexts(latent.firing.searched_all, latent.examples)
-    return "\n".join(lines)
-
-
-def _words(words: Sequence[Word]) -> str:
-    return " · ".join(f"«{printable(word.token)}» {word.logit:+.2f}" for word in words)
-
-
-def _contexts(searched_all: bool, examples: Sequence[Example]) -> list[str]:
-    if not examples:
-        where = "in this store" if searched_all else "on the rows where it comes closest to firing"
-        return [f"contexts    none: it does not fire {where}"]
-    lines = ["contexts    its largest activations, one per context"]
-    for example in examples:
-        text = example.text
-        before, token, after = map(printable, (text.before, text.token, text.after))
-        before = before if len(before) <= _LEFT else "…" + before[1 - _LEFT :]
-        after = after if len(after) <= _RIGHT else after[: _RIGHT - 1] + "…"
-        lines.append(f"{example.activation:>10.2f}  {before:>{_LEFT}}«{token}»{after}")
-    return lines

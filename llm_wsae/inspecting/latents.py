@@ -21,6 +21,7 @@ from llm_wsae.data.store import ActivationStore, RowReader
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.vocabulary import Marked, Readout, Vocabulary, top_words
+from llm_wsae.model.language_model import LanguageModel
 
 CANDIDATES = 4096
 """The most rows per latent that are encoded in search of its top contexts."""
@@ -56,17 +57,15 @@ class Word:
     id: int
     token: str
     logit: float
-    """What the latent's direction adds to the token's logit, minus the mean over tokens (see
-    ``Readout.logits``)."""
+    """As ``Readout.logits`` gives it."""
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another latent."""
+    """Another latent, and the cosine of the two decoder directions."""
 
     latent: int
     cosine: float
-    """Of the two decoder directions."""
 
 
 @dataclass(frozen=True)
@@ -118,31 +117,24 @@ class Latent:
 
 def look_at(
     dictionary: Dictionary,
-    latents: Sequence[int],
-    *,
-    store: ActivationStore | None = None,
-    vocabulary: Vocabulary | None = None,
-    readout: Readout | None = None,
-    top: int = 10,
+    latents: Int[Tensor, " latents"],
+    store: ActivationStore | None,
+    model: LanguageModel | None,
+    top: int,
 ) -> list[Latent]:
-    """Look at latents, with ``top`` of everything.
+    """The latents of a dictionary on the CPU, with ``top`` of everything.
 
-    ``store`` adds density and top contexts, ``vocabulary`` their text, ``readout`` the tokens that
-    latents promote. Raises UsageError for a latent that the dictionary does not have, and as
-    ``firings`` does.
+    The store, which must fit (``check_store``), adds density and top contexts; the model, the
+    contexts' text and the tokens that latents promote. Raises as ``firings`` does.
     """
-    dictionary = dictionary.on_cpu()  # as the rows of a store are
-    numbers = check_latents(dictionary, latents)
-    if len(numbers) == 0:
-        return []
-    found: Sequence[Firing | None] = [None] * len(numbers)
+    found: Sequence[Firing | None] = [None] * len(latents)
     if store is not None:
-        found = firings(store, dictionary, numbers, top)
-    vocabulary = vocabulary or Vocabulary(None)
-    decoder = dictionary.W_dec[numbers]
-    logits = None if readout is None else readout.logits(decoder)
-    near, cosines = nearest(decoder, dictionary.W_dec, top, numbers)
-    writes, effective = written(dictionary, numbers, top), dimensions_written(decoder).tolist()
+        found = firings(store, dictionary, latents, top)
+    vocabulary = Vocabulary(None if model is None else model.tokenizer)
+    decoder = dictionary.W_dec[latents]
+    logits = None if model is None else Readout(model).logits(decoder)
+    near, cosines = nearest(decoder, dictionary.W_dec, top, latents)
+    writes, effective = written(dictionary, latents, top), dimensions_written(decoder).tolist()
 
     def words(place: int, largest: bool) -> list[Word] | None:
         if logits is None:
@@ -161,7 +153,7 @@ def look_at(
             firing=firing,
             examples=_examples(store, vocabulary, firing) if store and firing else [],
         )
-        for place, (latent, firing) in enumerate(zip(numbers.tolist(), found, strict=True))
+        for place, (latent, firing) in enumerate(zip(latents.tolist(), found, strict=True))
     ]
 
 
@@ -254,10 +246,9 @@ def firings(
     """Density and ``top`` contexts of each latent, at most ``candidates`` rows of which are encoded
     in search of them; the density is estimated from ``sample_rows`` rows, or almost twice as many.
 
-    Raises UsageError if the store does not have the dictionary's site; LlmWsaeError if its rows
-    are of another width or another model, or cannot be read.
+    The store must fit (``check_store``). Raises UsageError if it does not have the dictionary's
+    site, LlmWsaeError if its rows cannot be read.
     """
-    check_store(store, dictionary)
     reader, stride = store.reader(dictionary.site), max(1, store.num_rows // sample_rows)
     column = latents.new_full((dictionary.d_sae,), len(latents))
     column[latents] = torch.arange(len(latents))

@@ -28,8 +28,8 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import Explanation, read_explanations
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting.inspection import Token, check_width, read_sentence
 from llm_wsae.inspecting.latents import dimensions_written, nearest, written
-from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
 from llm_wsae.inspecting.vocabulary import Readout, Vocabulary, top_words
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair

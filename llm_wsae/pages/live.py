@@ -27,7 +27,7 @@ from starlette.routing import Route
 from llm_wsae.attaching.attachment import Steer, attach
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.sentence import read_sentence, token_ids
+from llm_wsae.inspecting.inspection import read_sentence, token_ids
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import mapping, parse_json
 from llm_wsae.pages.dashboard import active_latents, shown

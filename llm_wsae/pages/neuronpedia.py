@@ -37,8 +37,8 @@ from llm_wsae.dictionary.explanations import (
     write_for_neuronpedia,
 )
 from llm_wsae.errors import UsageError, shown
+from llm_wsae.inspecting.inspection import check_width
 from llm_wsae.inspecting.latents import check_store
-from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Readout, Vocabulary, top_words
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.collecting import (

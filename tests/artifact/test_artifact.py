@@ -25,9 +25,9 @@ def test_the_same_request_resumes_and_another_is_refused_with_what_differs(artif
     for change, clause in (
         ({"k": 5}, "k: 4 in the saved made thing, 5 in this command"),
         ({"model": {"name": "other", "layers": [1, 2]}}, 'model name: "tiny" in the saved'),
-        ({"model": None}, "the saved made thing has model; this command does not"),
+        ({"model": None}, "in the saved made thing, null in this command"),
         ({"gamma_sum": 3.1}, "gamma_sum: 3.0 in the saved"),
-        ({"seed": {}}, "this command has seed; the saved made thing does not"),
+        ({"seed": {}}, "seed: null in the saved made thing, {} in this command"),
     ):
         with pytest.raises(LlmWsaeError) as refusal:
             artifact.begin({**REQUEST, **change})
@@ -82,7 +82,7 @@ def test_a_damaged_or_foreign_record_is_one_sentence(artifact):
             artifact.read()
     for value, sentence in (
         ({"kind": "other thing"}, "is not the record of"),
-        ({"kind": "made thing", "format": 9}, "has the format 9, which this version does not"),
+        ({"kind": "made thing", "format": 9}, "as this version writes it"),
     ):
         write_json(artifact.path, value)
         with pytest.raises(LlmWsaeError, match=sentence):

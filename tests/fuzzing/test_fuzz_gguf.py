@@ -21,7 +21,7 @@ from fuzzing import blind, frozen, in_a_fork
 from small_dictionaries import make_dictionary
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.inspecting.sentence import token_ids
+from llm_wsae.inspecting.inspection import token_ids
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 

@@ -26,9 +26,8 @@ from llm_wsae.data.harvesting import harvest
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
-from llm_wsae.inspecting.latents import check_latents, firings, look_at
-from llm_wsae.inspecting.sentence import read_sentence
+from llm_wsae.inspecting.inspection import inspect, latents_text, read_sentence, sentence_text
+from llm_wsae.inspecting.latents import firings
 from llm_wsae.inspecting.vocabulary import Readout, Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -88,28 +87,24 @@ def test_density_and_top_contexts_are_those_of_all_rows(store, model, kind, shar
     context = store.locate(torch.arange(store.num_rows)).context
     often = (dense > 0).sum(0)
     latents = [int(often.argmax()), *often.argsort()[20:60:10].tolist(), int(often.argmin())]
-    found = firings(store, one, torch.tensor(latents), top=6)
-    spread = firings(store, one, torch.tensor(latents), top=6, sample_rows=store.num_rows // 4)
-    for latent, firing, sampled in zip(latents, found, spread, strict=True):
-        values = dense[:, latent]
-        fires = values[usable] > 0
-        assert firing.rows_looked_at == int(usable.sum())  # a small store is looked at whole
-        assert firing.density == pytest.approx(float(fires.float().mean()))
-        mean = pytest.approx(float(values[values > 0].mean()), rel=1e-4) if fires.any() else None
-        assert firing.mean_activation == mean
-        fires = values[::4][usable[::4]] > 0
-        assert sampled.rows_looked_at == len(fires)
-        assert sampled.density == pytest.approx(float(fires.float().mean()))
-        best = torch.zeros(int(context.max()) + 1).scatter_reduce_(0, context, values, "amax")
-        expected = best.sort(descending=True).values[:6]
-        assert firing.values == pytest.approx(expected[expected > 0].tolist(), rel=1e-5)
-        assert values[firing.rows].tolist() == pytest.approx(firing.values, rel=1e-5)
-        assert len({int(context[row]) for row in firing.rows}) == len(firing.rows)
-        assert firing.searched_all and (sampled.rows, sampled.values) == (
-            firing.rows,
-            firing.values,
-        )
-    assert len(found[0].rows) == 6 > len(found[-1].rows)
+    for stride in (1, 4):  # a small store is looked at whole
+        how = {} if stride == 1 else {"sample_rows": store.num_rows // stride}
+        found = firings(store, one, torch.tensor(latents), top=6, **how)
+        for latent, firing in zip(latents, found, strict=True):
+            values = dense[:, latent]
+            seen = values[::stride][usable[::stride]]
+            fires = seen > 0
+            assert firing.rows_looked_at == len(seen)
+            assert firing.density == pytest.approx(float(fires.float().mean()))
+            mean = pytest.approx(float(seen[fires].mean()), rel=1e-4) if fires.any() else None
+            assert firing.mean_activation == mean
+            best = torch.zeros(int(context.max()) + 1).scatter_reduce_(0, context, values, "amax")
+            expected = best.sort(descending=True).values[:6]
+            assert firing.values == pytest.approx(expected[expected > 0].tolist(), rel=1e-5)
+            assert values[firing.rows].tolist() == pytest.approx(firing.values, rel=1e-5)
+            assert len({int(context[row]) for row in firing.rows}) == len(firing.rows)
+            assert firing.searched_all
+        assert len(found[0].rows) == 6 > len(found[-1].rows)
 
 
 def test_it_says_when_the_candidates_ran_out(store, model):
@@ -128,7 +123,7 @@ def test_examples_lead_back_to_the_text(store, model):
     one = dictionary_for(model)
     dense, _ = all_latents(store, one)
     latent = int((dense > 0).sum(0).argmax())
-    (view,) = look_at(one, [latent], store=store, vocabulary=Vocabulary(model.tokenizer), top=5)
+    (view,) = inspect(one, [latent], store=store, model=model, top=5).latents
     activations = [example.activation for example in view.examples]
     assert len(activations) == 5 and activations == sorted(activations, reverse=True)
     assert view.firing.values == activations
@@ -148,7 +143,7 @@ def test_neighbours_and_dimensions(model):
     one.W_dec.data[7] = 3 * one.W_dec[5]  # the same direction, longer
     one.W_dec.data[9] = 0
     one.W_dec.data[9, 3] = -2
-    first, second = look_at(one, [5, 9, 5], top=4)  # each once
+    first, second = inspect(one, [5, 9, 5], top=4).latents  # each once
     assert (first.latent, second.latent, first.neighbours[0].latent) == (5, 9, 7)
     cosine = torch.nn.functional.cosine_similarity(one.W_dec[5], one.W_dec, dim=1)
     cosine[5] = -2
@@ -171,7 +166,8 @@ def test_neighbours_and_dimensions(model):
         ({}, None),
     ):
         one.extras = extras
-        assert look_at(one, [9], top=1)[0].dimensions[0].gamma == pytest.approx(expected)
+        (view,) = inspect(one, [9], top=1).latents
+        assert view.dimensions[0].gamma == pytest.approx(expected)
 
 
 @over(family=["gpt2", "llama", "gemma2", "neox", "unknown"])
@@ -220,9 +216,9 @@ def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind,
 
 
 def test_words_are_the_best_and_the_worst_tokens(model):
-    one, readout = dictionary_for(model), Readout(model)
-    (view,) = look_at(one, [3], vocabulary=Vocabulary(model.tokenizer), readout=readout)
-    logits = readout.logits(one.W_dec[[3]])[0]
+    one = dictionary_for(model)
+    (view,) = inspect(one, [3], model=model).latents
+    logits = Readout(model).logits(one.W_dec[[3]])[0]
     assert [w.id for w in view.promotes] == logits.argsort(descending=True)[:10].tolist()
     assert [w.id for w in view.suppresses] == logits.argsort()[:10].tolist()
     assert view.promotes[0].logit == pytest.approx(float(logits.max()))
@@ -268,26 +264,23 @@ def test_bad_requests_are_sentences(store, model):
     strange.info.model["name"], strange.info.model["weights_sha256"] = "big", "0" * 64
     mute = LanguageModel.from_live(model.hf_model, None)
     other = tiny_model(seed=1)  # as wide, but of other weights
-    first = torch.tensor([0])
-    for kind, said, ask in (
-        (UsageError, "no latent 80; plain-k4 has latents 0", lambda: check_latents(one, [3, 80])),
-        (UsageError, "no latent -1", lambda: look_at(one, [-1])),
-        (UsageError, "has no blocks.2.hook_resid_pre; did you mean",
-         lambda: firings(store, elsewhere, first, 1)),
-        (LlmWsaeError, "rows of 16 dimensions, but the dictionary reads 12",
-         lambda: firings(store, make_dictionary(), first, 1)),
-        (LlmWsaeError, "made by tiny, but .* trained on big .other weights",
-         lambda: firings(store, strange, first, 1)),
-        (LlmWsaeError, "was made by tiny, not by tiny .other weights",
-         lambda: inspect(dictionary_for(model), (1,), store=store, model=other)),
-        (UsageError, "the text is empty", lambda: read_sentence(model, one, "")),
-        (UsageError, "of 101 tokens are too long", lambda: read_sentence(model, one, "w1 " * 100)),
-        (UsageError, "reads 12 dimensions, but tiny has 16",
-         lambda: read_sentence(model, make_dictionary(), "w1")),
-        (LlmWsaeError, "without a tokenizer", lambda: read_sentence(mute, one, "w1")),
+    small = make_dictionary()
+    with_store, with_model = {"latents": [1], "store": store}, {"text": "w1", "model": model}
+    for kind, said, dictionary, asked in (
+        (UsageError, "no latent 80; plain-k4 has latents 0", one, {"latents": [3, 80]}),
+        (UsageError, "no latent -1", one, {"latents": [-1]}),
+        (UsageError, "has no blocks.2.hook_resid_pre; did you mean", elsewhere, with_store),
+        (LlmWsaeError, "rows of 16 dimensions, but the dictionary reads 12", small, with_store),
+        (LlmWsaeError, "made by tiny, but .* trained on big .other weights", strange, with_store),
+        (LlmWsaeError, "was made by tiny, not by tiny .other weights", dictionary_for(model),
+         with_store | {"model": other}),
+        (UsageError, "the text is empty", one, with_model | {"text": ""}),
+        (UsageError, "of 101 tokens are too long", one, with_model | {"text": "w1 " * 100}),
+        (UsageError, "reads 12 dimensions, but tiny has 16", small, with_model),
+        (LlmWsaeError, "without a tokenizer", one, with_model | {"model": mute}),
     ):  # fmt: skip
         with pytest.raises(kind, match=said):
-            ask()
+            inspect(dictionary, **asked)
 
 
 NASTY = "a\x1b[2J\x07b\nc\td\u202ee\x9bf\u200bg\ud800"

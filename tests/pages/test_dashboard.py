@@ -27,8 +27,8 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
+from llm_wsae.inspecting.inspection import read_sentence
 from llm_wsae.inspecting.latents import nearest
-from llm_wsae.inspecting.sentence import read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
