@@ -113,10 +113,11 @@ def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
             f"{folder} holds a dictionary of {layout.name} that does not say where it belongs; "
             'load it in Python with site="blocks.N.hook_resid_post" and save it'
         )
-    if not said.d_in or not said.d_sae or min(said.d_in, said.d_sae) < 1:
+    d_in, d_sae, k = said.d_in or 0, said.d_sae or 0, said.k or 0
+    if min(d_in, d_sae) < 1 or k > d_sae:
         raise LlmWsaeError(
-            f"{path} gives {said.d_in} dimensions and {said.d_sae} latents, so it does not "
-            "describe a dictionary"
+            f"{path} gives {said.d_in} dimensions, {said.d_sae} latents and k = {said.k}, so it "
+            "does not describe a dictionary"
         )
     weights = fold(layout.read(folder, config, said))
     check_finite(weights, f"{folder}, after folding")

@@ -28,7 +28,6 @@ from llm_wsae.artifact.artifact import check_file, is_record_of
 from llm_wsae.artifact.files import folder_lock, read_json
 from llm_wsae.artifact.provenance import write_record
 from llm_wsae.dictionary.atomic_folder import clear_up
-from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
@@ -41,7 +40,9 @@ from llm_wsae.dictionary.folder import (
     keep_measurements,
     read_folder,
     read_info,
+    write_folder,
 )
+from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card import card
 from llm_wsae.dictionary.hub.repository import COMMIT, FILES, Repository, commit_of, hub_errors
 from llm_wsae.dictionary.info import DictionaryInfo, Facts
@@ -327,13 +328,14 @@ def _own_layout(repository: Repository, name: str) -> Iterator[Path]:
     """The folder of a dictionary in the cache, checked; a foreign one is converted, into another
     folder."""
     source = repository.dictionary_folder(name)
-    dictionary = Dictionary.load(source)
+    read = reading.read(source)
     if repository.layouts[name] is None:
         yield source
         return
     with tempfile.TemporaryDirectory() as place:
-        dictionary.save(Path(place) / "converted")
-        yield Path(place) / "converted"
+        converted = Path(place) / "converted"
+        write_folder(converted, read.weights, read.sparsity, read.info, read.extras)
+        yield converted
 
 
 def _add_what_is_new(source: Path, folder: Path) -> None:
@@ -372,7 +374,7 @@ def _places(repository: Repository, names: Sequence[str], out: Path) -> dict[str
 
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:
     """The folder in the local cache with one dictionary, or the only one, of a repository;
-    ``Dictionary.load`` judges its content. Raises as ``pull`` does."""
+    ``reading.read`` judges its content. Raises as ``pull`` does."""
     repository = Repository.open(repo_id, revision)
     names = repository.wanted(sae_id)
     if len(names) > 1:
