@@ -50,7 +50,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
-from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
+from llm_wsae.evaluation.fidelity.sums import ReconstructionSums
 from llm_wsae.machine.hardware import choose_device, onednn_is_faster, onednn_linear
 from llm_wsae.machine.number_format import DTYPES
 from llm_wsae.model.forward import parallel_map

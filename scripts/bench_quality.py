@@ -23,7 +23,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
+from llm_wsae.evaluation.fidelity.sums import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import BETAS, EPSILON
 from llm_wsae.training.architecture import Parameters
@@ -99,12 +99,12 @@ def fvu(dictionary: Dictionary, store: ActivationStore, site: Site) -> float:
     """FVU on all rows of a store that are not massive."""
     found = store.statistics(site)
     moments = Moments(found.mean)
-    made = ReconstructionSums(dictionary.d_in, dictionary.d_sae)
+    made = ReconstructionSums(dictionary)
     for start in range(0, store.num_rows, 4096):
         rows = store.rows(site, start, min(start + 4096, store.num_rows)).float()
         rows = rows[rows.norm(dim=1) <= found.massive_threshold]
         moments.update(rows)
-        made.update(dictionary, rows)
+        made.update(rows)
     return float(made.error.sum() / moments.deviation().sum())
 
 

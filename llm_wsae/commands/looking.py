@@ -76,10 +76,10 @@ def evaluate(request: Evaluate) -> Result:
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
-    from llm_wsae.evaluation.activations import take_contexts
     from llm_wsae.evaluation.baselines import baselines_of, half_random_beside
     from llm_wsae.evaluation.checks import common_packing, notes_on_text
     from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
+    from llm_wsae.evaluation.heldout import take_contexts
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
     from llm_wsae.evaluation.monosemanticity.report import card_numbers
 

@@ -16,8 +16,8 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, shown
-from llm_wsae.evaluation.activations import ActivationCache, Context, stacked
 from llm_wsae.evaluation.checks import check_fit
+from llm_wsae.evaluation.heldout import ActivationCache, Context, stacked
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 
@@ -111,7 +111,8 @@ def baselines_of(
     check_fit(dictionaries, model, "evaluate")
     sites = sorted({one.site for one in dictionaries.values()})
     size = max(1, _ROWS // len(contexts[0].ids))
-    read = list(ActivationCache(model, *stacked(contexts[:size]), _BATCH_TOKENS).rows(sites))
+    ids, keep, _ = stacked(contexts[:size])
+    read = list(ActivationCache(model, ids, keep, _BATCH_TOKENS).rows(sites))
     found: dict[str, Dictionary] = {}
     for site in sites:
         like = next(one for one in dictionaries.values() if one.site == site)

@@ -1,27 +1,192 @@
-"""The held-out text that latents are scored on: its contexts, its rows, and what the text around a
-row means.
+"""What dictionaries are measured on: held-out text, its activations, and what it means.
 
-Token ids stay in memory (a few bytes a token), so that every row leads back to its text.
+A row is massive when its norm exceeds ten median norms. A few such rows would dominate every mean
+and every list of top contexts, so training omits them and records the threshold
+(``Statistics.massive_threshold``). Measurements use that record, to omit what training omitted. For
+dictionaries without one (made by other tools) the median norm of the evaluated text takes its
+place. (``inspecting`` and ``attaching`` see a few rows at a time: where there is no record, no row
+counts as massive there.)
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import MASSIVE_RATIO
 
 OUTSIDE = -1  # a cell of a window that lies outside the text
+_CACHE_BYTES = 1 << 30
 _REACH = 5  # times as much text is read as is used
 _AT_ONCE = 8192  # texts in memory
 
 
+@runtime_checkable
+class Context(Protocol):
+    """What is read of a context: token ids and which positions are kept, both [positions]."""
+
+    @property
+    def ids(self) -> np.ndarray | Tensor: ...
+
+    @property
+    def keep(self) -> np.ndarray | Tensor: ...
+
+
+def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
+    """The first contexts, at least two, that hold ``tokens`` rows.
+
+    Raises LlmWsaeError if there are too few, UsageError if they have different lengths or none has
+    a second row, whose prediction could be scored (``next_token.scored_positions``).
+    """
+    taken: list[Context] = []
+    rows: list[int] = []
+    for context in contexts:
+        taken.append(context)
+        rows.append(int(context.keep.sum()))
+        if len(context.ids) != len(taken[0].ids):
+            raise UsageError(
+                f"the text to evaluate on has contexts of {len(taken[0].ids):,} and of "
+                f"{len(context.ids):,} tokens; pack or pad them to one length"
+            )
+        if sum(rows) >= tokens and len(taken) >= 2:
+            break
+    if sum(rows) < tokens or len(taken) < 2:
+        raise _too_short("the text to evaluate on", sum(rows), len(taken), tokens)
+    if max(rows) < 2:
+        raise UsageError(
+            "no context of the text to evaluate on has two rows, so no prediction can be scored; "
+            "train on rows with a larger context-size or a smaller drop-positions"
+        )
+    return taken
+
+
+def _too_short(text: str, rows: int, contexts: int, tokens: int) -> LlmWsaeError:
+    return LlmWsaeError(
+        f"{text} holds {rows:,} tokens in {contexts} contexts, but {tokens:,} tokens in at least 2 "
+        "contexts are needed; ask for fewer tokens or provide more text"
+    )
+
+
+def stacked(contexts: Sequence[Context]) -> tuple[Tensor, Tensor, Tensor]:
+    """Their ids, which positions are kept, and the number of each position's document, all
+    [contexts, positions]. A context that names no documents (``packing.Context`` does) is one."""
+    ids = [torch.as_tensor(context.ids).long() for context in contexts]
+    keep = [torch.as_tensor(context.keep).bool() for context in contexts]
+    documents = [
+        torch.as_tensor(getattr(context, "document", np.full(len(context.ids), number))).long()
+        for number, context in enumerate(contexts)
+    ]
+    return torch.stack(ids), torch.stack(keep), torch.stack(documents)
+
+
+class RowBatch(NamedTuple):
+    """The rows of consecutive contexts."""
+
+    contexts: slice
+    rows: slice
+    activations: dict[Site, Float[Tensor, "rows d_in"]]
+    """Of every site, in the model's dtype and on its device."""
+
+
+class ActivationCache:
+    """Activations of a text at any site, in the model's dtype and on its device.
+
+    A part of them stays in memory, so that another pass over the text, or another dictionary,
+    costs no further forward pass.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        ids: Int[Tensor, "contexts positions"],
+        keep: Bool[Tensor, "contexts positions"],
+        batch_tokens: int,
+        room: int = _CACHE_BYTES,
+    ):
+        """``keep`` marks the positions that give rows. ``batch_tokens`` tokens go through the model
+        at once, at least one context; ``room`` is the size of what stays in memory."""
+        size = max(1, batch_tokens // ids.shape[1])
+        self.batches = list(zip(ids.split(size), keep.split(size), strict=True))
+        """Token ids and which positions are kept, both [contexts, positions]."""
+        self._model = model
+        self._bytes_left = room
+        self._kept: dict[tuple[Site, int], Tensor] = {}
+        self._medians: dict[Site, float] = {}
+
+    def rows(self, sites: Sequence[Site]) -> Iterator[RowBatch]:
+        """All rows at the sites, in the order of the text."""
+        contexts = rows = 0
+        for number, (_, keep) in enumerate(
+            tqdm(self.batches, desc="held-out text", unit="batch", leave=False)
+        ):
+            first, start = contexts, rows
+            contexts, rows = first + len(keep), start + int(keep.sum())
+            found = {
+                site: hidden[keep.to(hidden.device)]
+                for site, hidden in self.at(number, sites).items()
+            }
+            yield RowBatch(slice(first, contexts), slice(start, rows), found)
+
+    def at(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Activations [contexts, positions, d_in] of batch ``number``; the model runs only for the
+        sites that are not kept."""
+        found = {site: self._kept[site, number] for site in sites if (site, number) in self._kept}
+        missing = [site for site in sites if site not in found]
+        if missing:
+            for site, hidden in self._model.activations(self.batches[number][0], missing).items():
+                found[site] = self._keep(number, site, hidden)
+        return found
+
+    def kept(self, number: int, site: Site, make: Callable[[], Tensor]) -> Tensor:
+        """What is in memory of a batch, or is made now and kept if there is room for it."""
+        known = self._kept.get((site, number))
+        return self._keep(number, site, make()) if known is None else known
+
+    def _keep(self, number: int, site: Site, hidden: Tensor) -> Tensor:
+        if hidden.nbytes <= self._bytes_left:
+            self._bytes_left -= hidden.nbytes
+            self._kept[site, number] = hidden
+        return hidden
+
+    def read(self, sites: Sequence[Site]) -> None:
+        """Run the model once for all sites, as far as there is room for what it gives."""
+        for number in range(len(self.batches)):
+            if any((site, number) not in self._kept for site in self.at(number, sites)):
+                break
+
+    def massive_threshold(self, site: Site, dictionaries: Iterable[Dictionary]) -> float:
+        """Norm above which a row at the site is massive: the smallest that one of its dictionaries
+        records, so that all are measured on the same rows."""
+        recorded = [one.info.massive_threshold for one in dictionaries]
+        known = [threshold for threshold in recorded if threshold is not None]
+        if known:
+            return min(known)
+        if site not in self._medians:
+            norms = [b.activations[site].float().norm(dim=1).cpu() for b in self.rows([site])]
+            self._medians[site] = float(torch.cat(norms).median())
+        return MASSIVE_RATIO * self._medians[site]
+
+
+def on_device_of(model: LanguageModel, dictionary: Dictionary) -> Dictionary:
+    """The dictionary, or a copy of it, on the model's device."""
+    if dictionary.W_enc.device == model.device:
+        return dictionary
+    return copy.deepcopy(dictionary).to(model.device)
+
+
 class HeldoutText:
-    """Contexts of held-out text; row r is the r-th kept position in the order of the text."""
+    """Contexts of held-out text; row r is the r-th kept position in the order of the text. Token
+    ids stay in memory (a few bytes a token), so that every row leads back to its text."""
 
     def __init__(
         self,
@@ -36,8 +201,8 @@ class HeldoutText:
         in the contexts, by its number.
 
         Of each row, ``context``, ``cell`` (its place among all positions), ``token`` and
-        ``document_of``; ``row_at`` every cell (-1 where none is kept); ``first_row`` of each
-        context, and behind the last; ``owner``, the document that most of a context belongs to.
+        ``document_of``; ``row_at`` every cell (-1 where none is kept); ``owner``, the document that
+        most of a context belongs to.
         """
         self.ids, self.keep, self.document, self.offset = ids, keep, document, offset
         self.headers = headers
@@ -48,7 +213,6 @@ class HeldoutText:
         self.cell: Int[Tensor, " rows"] = self.context * ids.shape[1] + position
         self.row_at: Int[Tensor, " cells"] = torch.full((ids.numel(),), OUTSIDE)
         self.row_at[self.cell] = torch.arange(self.num_rows)
-        self.first_row = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
         self.token: Int[Tensor, " rows"] = ids.flatten()[self.cell]
         self.document_of: Int[Tensor, " rows"] = document.flatten()[self.cell]
 
@@ -71,11 +235,7 @@ class HeldoutText:
         available = [int(rows[mine].sum()) for mine in (labelled, ~labelled)]
         filled = rows > 0
         if sum(available) < tokens or int(filled.sum()) < 2:
-            raise LlmWsaeError(
-                f"the held-out text has {sum(available):,} tokens in {int(filled.sum())} contexts, "
-                f"but {tokens:,} in at least 2 contexts are needed; ask for fewer tokens or "
-                "provide more text"
-            )
+            raise _too_short("the held-out text", sum(available), int(filled.sum()), tokens)
         theirs = min(available[0], max(tokens // 2, tokens - available[1]))
         chosen = torch.zeros(len(ids), dtype=torch.bool)
         for mine, quota in ((labelled, theirs), (~labelled, tokens - theirs)):
@@ -141,11 +301,9 @@ class Encoder(Protocol):
 class WindowEmbeddings:
     """The meaning of the text around rows, as unit vectors; each window is embedded once.
 
-    Neighbouring rows share a window, centred on the middle one of them. With 5 tokens after the
-    centre, five rows share one, so a text has a fifth as many windows as rows, and after a few
-    dictionaries all of them are known. Every row lies in its window, at most half of the shorter
-    side from the centre. Vectors are kept in half precision, which changes a cosine by less than
-    0.001.
+    Neighbouring rows share a window, centred on the middle one of them: five rows where 5 tokens
+    follow the centre. Every row lies in its window, at most half of the shorter side from the
+    centre. Vectors are kept in half precision, which changes a cosine by less than 0.001.
     """
 
     def __init__(
@@ -171,7 +329,7 @@ class WindowEmbeddings:
         return self._tokenizer.batch_decode(inside, skip_special_tokens=True)
 
     def prepare(self, rows: Int[Tensor, "*rows"]) -> None:
-        """Embed the windows of these rows that have not been embedded yet."""
+        """Embed the windows of these rows that are not known yet, many at a time."""
         wanted = self._centre[rows].unique()
         fresh = wanted[self._place[wanted] < 0]
         parts = [self._vectors]
@@ -181,10 +339,9 @@ class WindowEmbeddings:
         self._vectors = torch.cat(parts)
 
     def of(self, rows: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows width"]:
-        """The vectors of prepared rows, float32."""
-        place = self._place[self._centre[rows]]
-        assert bool((place >= 0).all()), "a window was not prepared"
-        return self._vectors[place].float()
+        """The vectors of the rows' windows, float32."""
+        self.prepare(rows)
+        return self._vectors[self._place[self._centre[rows]]].float()
 
 
 def _centres(text: HeldoutText, step: int) -> Int[Tensor, " rows"]:

@@ -19,7 +19,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.heldout import Encoder
-from llm_wsae.evaluation.monosemanticity.latent_scores import detection
+from llm_wsae.evaluation.monosemanticity.latents import detection
 from llm_wsae.explaining.protocol import (
     CLOSE,
     OPEN,

@@ -22,10 +22,10 @@ from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.activations import Context, take_contexts
 from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
+from llm_wsae.evaluation.heldout import Context, take_contexts
 from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site

@@ -18,8 +18,8 @@ import llm_wsae.pipeline.site_weights
 from llm_wsae.artifact.files import load_tensors, read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.evaluation.fidelity import evaluator
+from llm_wsae.evaluation.heldout import ActivationCache
 from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 

@@ -13,10 +13,9 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.evaluation.heldout import ActivationCache, HeldoutText
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.model.site import Site
 
@@ -59,7 +58,7 @@ def test_a_few_tokens_are_taken_from_two_contexts_and_too_few_are_an_error(model
     for tokens, documents in ((5, [{}, {}]), (1, [{}, {"kind": "a"}]), (5, [{}, {"kind": "a"}])):
         text = take(model, tmp_path, [(40, own) for own in documents], tokens)
         assert text.num_contexts == 2 and bool((text.keep.sum(1) > 10).all())
-    with pytest.raises(LlmWsaeError, match=r"has \d+ tokens in \d+ contexts, but 10,000 in"):
+    with pytest.raises(LlmWsaeError, match=r"holds \d+ tokens in \d+ contexts, but 10,000 t"):
         take(model, tmp_path, [(60, {})] * 5, 10_000)
     with pytest.raises(LlmWsaeError, match="does not fill a single context"):
         take(model, tmp_path, [(5, {})], 1)
@@ -67,14 +66,12 @@ def test_a_few_tokens_are_taken_from_two_contexts_and_too_few_are_an_error(model
 
 def test_rows_are_the_kept_positions(model, tmp_path):
     text = take(model, tmp_path, [(40, {})] * 12, 300)
-    assert text.num_rows == int(text.first_row[-1])
     for row in range(0, text.num_rows, 7):
         context = int(text.context[row])
         position = int(text.cell[row]) - context * SIZE
         assert int(text.row_at[context * SIZE + position]) == row
         assert int(text.token[row]) == int(text.ids[context, position])
         assert int(text.document_of[row]) == int(text.document[context, position])
-        assert int(text.first_row[context]) <= row < int(text.first_row[context + 1])
     assert int((text.row_at >= 0).sum()) == text.num_rows
     assert (text.row_at.view(-1, SIZE)[:, 0] == -1).all()  # first positions give no row
 
@@ -85,7 +82,6 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, room):
     sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
     activations = ActivationCache(model, text.ids, text.keep, batch_tokens=3 * SIZE, room=room)
     activations.read(sites[:1])
-    assert not activations.holds(sites)
     whole = model.activations(text.ids, sites)
     for _ in range(2):
         batches = list(activations.rows(sites))
@@ -94,8 +90,11 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, room):
             rows = torch.cat([batch.activations[site] for batch in batches])
             expected = whole[site].flatten(0, 1)[text.cell]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
-    assert activations.holds(sites) == (room > 1 << 12)
-    assert [batch.rows.start for batch in batches] == text.first_row[:-1:3].tolist()
+    kept = [activations.kept(number, site, lambda: torch.zeros(0)).numel() > 0
+            for number in range(len(batches)) for site in sites]  # fmt: skip
+    assert all(kept) == (room > 1 << 12) and any(kept) == (room > 0)
+    starts = text.keep.sum(1).cumsum(0)[2:-1:3].tolist()
+    assert [batch.rows.start for batch in batches] == [0, *starts]
 
 
 AT = Site.parse(SITE)
@@ -118,7 +117,8 @@ def test_the_smallest_recorded_threshold_counts_and_the_text_is_measured_without
         return cache.massive_threshold(AT, [recording(one) for one in recorded])
 
     assert threshold(7.0, None, 5.0) == 5.0
-    assert not cache.holds([AT])  # a recorded threshold costs no forward pass
+    # a recorded threshold costs no forward pass
+    assert not cache.kept(0, Site.parse("blocks.0.hook_resid_post"), lambda: torch.zeros(0)).numel()
     norms = model.activations(ids, [AT])[AT][keep].norm(dim=1)
     assert threshold(None, None) == pytest.approx(10 * float(norms.median()), rel=1e-6)
 

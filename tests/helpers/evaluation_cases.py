@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import ReLU, TopK
-from llm_wsae.evaluation.activations import RowBatch
-from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.firings import Recorder
+from llm_wsae.evaluation.heldout import HeldoutText, RowBatch
+from llm_wsae.evaluation.monosemanticity.latents import Firings
 from llm_wsae.model.language_model import LanguageModel
 
 SITE = "blocks.0.hook_resid_pre"
@@ -167,9 +166,9 @@ def collected(text, codes, step, windows=None, top=TOP, sample=SAMPLE, threshold
     nothing = torch.zeros(len(eye))
     info = DictionaryInfo(site=SITE)
     one = Dictionary(W_enc=eye, W_dec=eye, b_enc=nothing, b_dec=nothing, sparsity=ReLU(), info=info)
-    recorder = Recorder(one, threshold, text, windows, (top, sample), seed)
+    found = Firings(one, threshold, text, windows, (top, sample), seed)
     for at in range(0, text.num_contexts, step):
         contexts = slice(at, min(at + step, text.num_contexts))
-        rows = slice(*text.first_row[[contexts.start, contexts.stop]].tolist())
-        recorder.add(RowBatch(contexts, rows, {one.site: codes[rows]}))
-    return recorder.firings()
+        rows = slice(*(int(text.keep[:end].sum()) for end in (contexts.start, contexts.stop)))
+        found.add(RowBatch(contexts, rows, {one.site: codes[rows]}))
+    return found.finished()

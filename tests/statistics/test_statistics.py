@@ -14,7 +14,7 @@ from sklearn.covariance import OAS
 from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.monosemanticity.latent_scores import coherence, coherence_of_strangers
+from llm_wsae.evaluation.monosemanticity.latents import coherence, coherence_of_strangers
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.statistics.uncertainty import holm

@@ -5,16 +5,15 @@ the mean of the rows. The second runs the rest of the model from the site on: wi
 as they are, and with each variant in their place (zeros, the mean, every dictionary's
 reconstruction). What depends on the text alone is kept for further dictionaries.
 
-Only the rows that training sees are replaced. First positions, special tokens and massive rows keep
-the model's own activations. Massive rows (``ActivationCache.massive_threshold``) are counted, and
-where there are any, one more variant replaces them too.
+Only the rows that training sees are replaced. First positions, special tokens and massive rows
+(``ActivationCache.massive_threshold``) keep the model's own activations.
 
 Losses are summed over the contexts of each document, and intervals are over documents. A packed
 context counts for the document that has most of it; one that names no document is its own.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -26,14 +25,6 @@ from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activations import (
-    ActivationCache,
-    Context,
-    documents_of,
-    on_device_of,
-    stacked,
-    take_contexts,
-)
 from llm_wsae.evaluation.checks import (
     check_fit,
     common_packing,
@@ -47,8 +38,22 @@ from llm_wsae.evaluation.fidelity.next_token import (
     next_token_sums,
     scored_positions,
 )
-from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums, SiteRows, exact
-from llm_wsae.evaluation.fidelity.report import Fidelity, Losses, Report, fidelity_of, from_plain
+from llm_wsae.evaluation.fidelity.report import Fidelity, Report
+from llm_wsae.evaluation.fidelity.sums import (
+    Losses,
+    ReconstructionSums,
+    SiteRows,
+    exact,
+    fidelity_of,
+    from_plain,
+)
+from llm_wsae.evaluation.heldout import (
+    ActivationCache,
+    Context,
+    on_device_of,
+    stacked,
+    take_contexts,
+)
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize, owners
@@ -56,6 +61,8 @@ from llm_wsae.statistics.uncertainty import Bootstrap
 
 _Key = tuple[str | None, str]
 """A dictionary, or None for what is of the text alone; and one of the kinds of ``Losses``."""
+_Variants = dict[_Key, Callable[[Tensor], Tensor]]
+"""What takes the place of a batch's rows."""
 
 
 @torch.no_grad()
@@ -91,24 +98,21 @@ class FidelityEvaluator:
     def __init__(self, model: LanguageModel, contexts: Iterable[Context], config: EvaluateConfig):
         """Raises as ``take_contexts`` does."""
         self._model, self._config = model, config
-        taken = take_contexts(contexts, config.tokens)
-        self._num_contexts = len(taken)
-        documents = documents_of(taken)
-        self._size = TextSize.of(np.concatenate(documents))
-        self._owner = owners(documents)
+        ids, keep, document = stacked(take_contexts(contexts, config.tokens))
+        self._num_contexts = len(ids)
+        self._size = TextSize.of(document[keep].numpy())
+        self._owner = owners([own[kept].numpy() for own, kept in zip(document, keep, strict=True)])
         num_documents = int(self._owner.max()) + 1
         self._bootstrap = Bootstrap(num_documents, config.bootstraps, config.seed)
-        self._cache = ActivationCache(model, *stacked(taken), config.batch_tokens)
+        self._cache = ActivationCache(model, ids, keep, config.batch_tokens)
         self._known: dict[tuple[Site, float], SiteRows] = {}
-        self._resumable: set[Site] = set()
 
     @torch.no_grad()
     def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
         """Measure every dictionary, by name. Raises as the function ``evaluate`` does."""
         check_fit(dictionaries, self._model, "evaluate")
-        sites = list(dict.fromkeys(one.site for one in dictionaries.values()))
-        self._cache.read(sites)
-        return self._report(dictionaries, sites)
+        self._cache.read(list(dict.fromkeys(one.site for one in dictionaries.values())))
+        return self._report(dictionaries)
 
     @torch.no_grad()
     def evaluate_sites(
@@ -122,7 +126,7 @@ class FidelityEvaluator:
         failure: LlmWsaeError | None = None
         for site, own in dictionaries.items():
             try:
-                report = self._report(own, [site])
+                report = self._report(own)
             except LlmWsaeError as error:
                 failure = failure or error
             else:
@@ -130,117 +134,10 @@ class FidelityEvaluator:
         if failure is not None:
             raise failure
 
-    def _measure(
-        self, site: Site, dictionaries: Mapping[str, Dictionary]
-    ) -> tuple[dict[str, Fidelity], dict[str, Losses]]:
-        """The fidelity and the losses of a site's dictionaries, by name: one pass over the text,
-        and another where the mean of the rows is not known."""
-        here = {name: on_device_of(self._model, one) for name, one in dictionaries.items()}
-        threshold = self._cache.massive_threshold(site, here.values())
-        rows = self._known.get((site, threshold)) or self._about_mean(site, threshold)
-        sums = {name: ReconstructionSums(one.d_in, one.d_sae) for name, one in here.items()}
-        columns: dict[_Key, list[Tensor]] = defaultdict(list)
-        bar = tqdm(total=self._num_contexts, desc="evaluate", unit="ctx")
-        with bar, self._model.prepacked():
-            for number, (ids, _) in enumerate(self._cache.batches):
-                for key, numbers in self._splice(number, site, here, sums, rows).items():
-                    columns[key].append(numbers)
-                bar.update(len(ids))
-        of_text: Losses = {}
-        losses: dict[str, Losses] = {name: {} for name in here}
-        for (name, kind), parts in columns.items():
-            own = of_text if name is None else losses[name]
-            own[kind] = np.bincount(self._owner, torch.cat(parts).double().numpy())
-        rows.losses |= of_text
-        self._known[site, threshold] = rows
-        losses = {name: rows.losses | own for name, own in losses.items()}
-        given = rows, self._bootstrap, self._size
-        fidelity = {n: fidelity_of(n, site, sums[n], own, *given) for n, own in losses.items()}
-        return fidelity, losses
-
-    def _splice(
-        self,
-        number: int,
-        site: Site,
-        dictionaries: Mapping[str, Dictionary],
-        sums: Mapping[str, ReconstructionSums],
-        rows: SiteRows,
-    ) -> dict[_Key, Tensor]:
-        """Adds a batch to all sums. Returns numbers of each context: scored predictions, and
-        cross-entropy and KL of every variant."""
-        model, hidden = self._model, self._cache.at(number, [site])[site]
-        clean = self._clean(number, site, hidden)
-        ids, keep = (part.to(model.device) for part in self._cache.batches[number])
-        scored = scored_positions(keep)
-        massive = keep & (hidden.float().norm(dim=2) > rows.threshold)
-        usual, affected = keep & ~massive, massive.any(1).nonzero()[:, 0]
-        ends: dict[_Key, Tensor] = {}  # what the last block puts out
-        with_massive: dict[_Key, Tensor] = {}  # in the affected contexts, massive rows replaced too
-        if not rows.losses:
-            rows.usual.update(hidden[usual])
-            rows.massive.update(hidden[massive])
-            for kind, value in (("zero", torch.zeros_like(rows.mean)), ("mean", rows.mean)):
-                spliced = hidden.clone()
-                spliced[usual] = value.to(hidden)
-                ends[None, kind] = model.resume_to_end(ids, site, spliced)
-        for name, one in dictionaries.items():
-            spliced = hidden.clone()
-            spliced[usual] = sums[name].update(one, hidden[usual]).to(hidden.dtype)
-            ends[name, "spliced"] = model.resume_to_end(ids, site, spliced)
-            if len(affected):
-                spliced[massive] = sums[name].update_massive(one, hidden[massive]).to(hidden.dtype)
-                there = spliced[affected]
-                with_massive[name, "massive"] = model.resume_to_end(ids[affected], site, there)
-        clean_ce, found = next_token_sums(model, clean, list(ends.values()), ids, scored)
-        columns: dict[_Key, Tensor] = {
-            (None, "scored"): scored.sum(1).cpu().double(),
-            (None, "clean"): clean_ce,
-        }
-        for (of, kind), (ce, kl) in zip(ends, found, strict=True):
-            columns[of, kind], columns[of, f"kl {kind}"] = ce, kl
-        columns |= {(name, "massive"): columns[name, "spliced"] for name in dictionaries}
-        if len(affected):
-            part = ids[affected], scored[affected]
-            _, found = next_token_sums(model, clean[affected], list(with_massive.values()), *part)
-            for key, (ce, _) in zip(with_massive, found, strict=True):
-                columns[key] = columns[key].index_copy(0, affected.cpu(), ce)
-        return columns
-
-    def _about_mean(self, site: Site, threshold: float) -> SiteRows:
-        """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite."""
-        total, count = torch.zeros(()), 0
-        batches = tqdm(self._cache.batches, desc="evaluate: means", unit="batch")
-        for number, (_, keep) in enumerate(batches):
-            hidden = self._cache.at(number, [site])[site]
-            keep = keep.to(hidden.device)
-            if bad := int((keep & ~torch.isfinite(hidden).all(2)).sum()):
-                raise LlmWsaeError(
-                    f"{bad} activations of the model at {site} are NaN or infinite; try the model "
-                    "in float32 (--model-dtype float32)"
-                )
-            usual = keep & ~(hidden.float().norm(dim=2) > threshold)
-            total = total + exact(hidden[usual]).sum(0)
-            count += int(usual.sum())
-        return SiteRows(threshold, total / max(count, 1))
-
-    def _clean(self, number: int, site: Site, hidden: Tensor) -> Tensor:
-        """The last block's output for a batch, which is kept. It is resumed, as every variant is,
-        so a perfect reconstruction gives the same numbers."""
-        ids = self._cache.batches[number][0]
-        if site not in self._resumable:
-            check_resumable(self._model, ids[:1], site, hidden[:1])
-            self._resumable.add(site)
-        end = Site(self._model.num_blocks - 1, "post")
-        stream = self._cache.kept(number, end)
-        if stream is None:
-            stream = self._model.resume_to_end(ids, site, hidden)
-            self._cache.keep(number, end, stream)
-        return stream
-
-    def _report(self, dictionaries: Mapping[str, Dictionary], sites: Iterable[Site]) -> Report:
+    def _report(self, dictionaries: Mapping[str, Dictionary]) -> Report:
         fidelity: dict[str, Fidelity] = {}
         losses: dict[str, Losses] = {}
-        for site in sites:
+        for site in dict.fromkeys(one.site for one in dictionaries.values()):
             own = {name: one for name, one in dictionaries.items() if one.site == site}
             of_site = self._measure(site, own)
             fidelity |= of_site[0]
@@ -261,3 +158,96 @@ class FidelityEvaluator:
             },
             notes=[*notes_on_weights(dictionaries, self._model), *self._size.warnings()],
         )
+
+    def _measure(
+        self, site: Site, dictionaries: Mapping[str, Dictionary]
+    ) -> tuple[dict[str, Fidelity], dict[str, Losses]]:
+        """The fidelity and the losses of a site's dictionaries, by name: one pass over the text,
+        and another where the mean of the rows is not known."""
+        here = {name: on_device_of(self._model, one) for name, one in dictionaries.items()}
+        threshold = self._cache.massive_threshold(site, here.values())
+        rows = self._known.get((site, threshold)) or self._about_mean(site, threshold)
+        sums = {name: ReconstructionSums(one) for name, one in here.items()}
+        by_context = self._splice(site, rows, sums)
+        by_document = {key: np.bincount(self._owner, own) for key, own in by_context.items()}
+
+        def of(wanted: str | None) -> Losses:
+            return {kind: own for (name, kind), own in by_document.items() if name == wanted}
+
+        rows.losses |= of(None)
+        self._known[site, threshold] = rows
+        losses = {name: rows.losses | of(name) for name in here}
+        given = rows, self._bootstrap, self._size
+        fidelity = {n: fidelity_of(n, site, sums[n], own, *given) for n, own in losses.items()}
+        return fidelity, losses
+
+    def _splice(
+        self, site: Site, rows: SiteRows, sums: Mapping[str, ReconstructionSums]
+    ) -> dict[_Key, np.ndarray]:
+        """Adds the text to all sums. Returns numbers of each context: scored predictions, and
+        cross-entropy and KL of every variant."""
+        variants: _Variants = {(name, "spliced"): own.update for name, own in sums.items()}
+        is_new = not rows.losses
+        if is_new:
+            variants[None, "zero"] = torch.zeros_like
+            variants[None, "mean"] = lambda x: rows.mean.to(x).expand_as(x)
+        columns: dict[_Key, list[Tensor]] = defaultdict(list)
+        bar = tqdm(total=self._num_contexts, desc="evaluate", unit="ctx")
+        with bar, self._model.prepacked():
+            for number, (ids, keep) in enumerate(self._cache.batches):
+                hidden = self._cache.at(number, [site])[site]
+                keep = keep.to(hidden.device)
+                massive = keep & (hidden.float().norm(dim=2) > rows.threshold)
+                usual = keep & ~massive
+                if is_new:
+                    rows.usual.update(hidden[usual])
+                    rows.massive.update(hidden[massive])
+                for own in sums.values():
+                    own.update_massive(hidden[massive])
+                for key, numbers in self._losses(number, site, hidden, usual, variants).items():
+                    columns[key].append(numbers)
+                bar.update(len(ids))
+        return {key: torch.cat(parts).double().numpy() for key, parts in columns.items()}
+
+    def _losses(
+        self, number: int, site: Site, hidden: Tensor, usual: Tensor, variants: _Variants
+    ) -> dict[_Key, Tensor]:
+        """Of each context of a batch, with its ``usual`` rows replaced by every variant."""
+        model, end = self._model, Site(self._model.num_blocks - 1, "post")
+        ids, keep = (part.to(model.device) for part in self._cache.batches[number])
+        # resumed, as every variant is, so a perfect reconstruction gives the same numbers
+        clean = self._cache.kept(number, end, lambda: model.resume_to_end(ids, site, hidden))
+        ends = []  # what the last block puts out
+        for replacement in variants.values():
+            spliced = hidden.clone()
+            spliced[usual] = replacement(hidden[usual]).to(hidden.dtype)
+            ends.append(model.resume_to_end(ids, site, spliced))
+        scored = scored_positions(keep)
+        clean_ce, found = next_token_sums(model, clean, ends, ids, scored)
+        columns: dict[_Key, Tensor] = {
+            (None, "scored"): scored.sum(1).cpu(),
+            (None, "clean"): clean_ce,
+        }
+        for (name, kind), (ce, kl) in zip(variants, found, strict=True):
+            columns[name, kind], columns[name, f"kl {kind}"] = ce, kl
+        return columns
+
+    def _about_mean(self, site: Site, threshold: float) -> SiteRows:
+        """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite, or the
+        model cannot be resumed at the site."""
+        total, count = torch.zeros(()), 0
+        batches = tqdm(self._cache.batches, desc="evaluate: means", unit="batch")
+        for number, (_, keep) in enumerate(batches):
+            hidden = self._cache.at(number, [site])[site]
+            keep = keep.to(hidden.device)
+            if bad := int((keep & ~torch.isfinite(hidden).all(2)).sum()):
+                raise LlmWsaeError(
+                    f"{bad} activations of the model at {site} are NaN or infinite; try the model "
+                    "in float32 (--model-dtype float32)"
+                )
+            usual = keep & ~(hidden.float().norm(dim=2) > threshold)
+            total = total + exact(hidden[usual]).sum(0)
+            count += int(usual.sum())
+        first = self._cache.batches[0][0][:1]
+        check_resumable(self._model, first, site, self._cache.at(0, [site])[site][:1])
+        return SiteRows(threshold, total / max(count, 1))

@@ -4,9 +4,8 @@ The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32
 exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
 gets its logits, on a CPU a run of the vocabulary after the other: those of the model itself, and
 against them those of every variant. On a CPU each core has a tile of its own; elsewhere there is
-one at a time. (Liger's fused kernels of cross-entropy and divergence are for GPUs and make
-gradients, which nobody needs here. ``F.linear_cross_entropy``, in torch 2.13, takes rows in chunks
-on a CPU too, but all of the vocabulary at once, and gives no divergence.)
+one at a time. (Fused kernels of other libraries make gradients, which nobody needs here, and no
+divergence.)
 """
 
 from collections.abc import Sequence
@@ -23,14 +22,9 @@ from llm_wsae.model.site import Site
 from llm_wsae.model.unembedding import Unembedding
 from llm_wsae.sparse.backends import cpu
 
-# Rows of one tile: enough for a fast product. In memory are the logits of a run by the model itself
-# and by one variant, for each core; where the kernel is missing also some in float32.
-_TILE_ROWS = 1024
-# Fewer rows if all of a large vocabulary is one run: 64 MB in half precision.
-_TILE_NUMBERS = 2**25
-# Numbers in one chunk of a tile, where the kernel is missing. 4 MB stay in a CPU's cache from one
-# operation to the next.
-_CHUNK_NUMBERS = 2**20
+_TILE_ROWS = 1024  # enough for a fast product
+_TILE_NUMBERS = 2**25  # so fewer rows if all of a large vocabulary is one run
+_CHUNK_NUMBERS = 2**20  # of a tile, where the kernel is missing; 4 MB stay in a CPU's cache
 _CHECKED_POSITIONS = 16  # the last ones, on which all others act
 _SAME_LOGITS = 0.05  # relative; half precision in another order of operations is far below
 
@@ -99,27 +93,23 @@ def _measure_tile(
 ) -> Float[Tensor, "streams 2 rows"]:
     """−log p(target) and KL(p_first ‖ p) of every row in every stream, float64."""
     entered = [unembedding.enter(stream) for stream in streams]
-    sums: list[list[tuple[Tensor, ...]]] = [[] for _ in streams]  # of each run
-    of_target = torch.full(
-        (len(streams), len(target)), torch.nan, dtype=torch.float64, device=target.device
-    )
+    sums: list[list[Tensor]] = [[] for _ in streams]  # of each run
+    shape = len(streams), len(target)
+    of_target = torch.full(shape, torch.nan, dtype=torch.float64, device=target.device)
     first = 0  # token of the vocabulary in the run
     for run in unembedding.runs:
         clean: tuple[Tensor, Tensor] | None = None
         for number, stream in enumerate(entered):
             logits = run(stream)
-            sums[number].append(softmax_sums(logits, clean))
+            found = softmax_sums(logits, clean)
+            sums[number].append(torch.stack(found).double())
             if clean is None:
-                clean = logits, sums[0][-1][0]
+                clean = logits, found[0]
             at, width = target - first, logits.shape[1]
             own = logits.gather(1, at.clamp(0, width - 1)[:, None])[:, 0].double()
             of_target[number] = torch.where((at >= 0) & (at < width), own, of_target[number])
         first += width
-    return _loss_and_divergence([_joined(runs) for runs in sums], of_target)
-
-
-def _joined(runs: Sequence[tuple[Tensor, ...]]) -> Float[Tensor, "3 runs rows"]:
-    return torch.stack([torch.stack(one).double() for one in zip(*runs, strict=True)])
+    return _loss_and_divergence([torch.stack(runs, 1) for runs in sums], of_target)
 
 
 def _loss_and_divergence(
@@ -144,7 +134,7 @@ def _loss_and_divergence(
 def _over_runs(
     sums: Float[Tensor, "runs rows"], maxima: Float[Tensor, "runs rows"]
 ) -> Float[Tensor, " rows"]:
-    """Σ exp(x − maximum), or such a sum, of all runs, about the largest maximum; a run without a
+    """Sums about the maximum of each run, added up about the largest maximum; a run without a
     number above −∞ adds nothing."""
     # the bound keeps an infinite sum infinite
     scale = (maxima - maxima.amax(0)).clamp(min=-700).exp()

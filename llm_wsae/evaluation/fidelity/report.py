@@ -1,34 +1,23 @@
-"""What an evaluation found: from sums over a text to one JSON object, and one table for people."""
+"""What an evaluation of fidelity found: one JSON object, and one table for people."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums, SiteRows, ratio
-from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import FIDELITY
-from llm_wsae.statistics.uncertainty import Bootstrap, Interval
+from llm_wsae.statistics.uncertainty import Interval
 from llm_wsae.terminal import Table
-
-# Sums of one document each: scored predictions; cross-entropy of the model ("clean") and of its
-# variants ("spliced", "massive", "zero", "mean"); KL of these ("kl spliced", …).
-Losses = dict[str, np.ndarray]
-_Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Fidelity:
     """How faithfully one dictionary stands in for its site. Cross-entropies and KL are in nats.
 
-    Massive rows (``ActivationCache.massive_threshold``) count in no number and are not replaced,
-    except where the name says ``with_massive``.
+    Massive rows (``ActivationCache.massive_threshold``) count in ``fvu_with_massive`` alone, and
+    are not replaced.
     """
 
     name: str
@@ -36,8 +25,8 @@ class Fidelity:
     rows: int
     """Rows measured: kept positions that are not massive."""
     documents: int
-    """Documents that these rows and the massive ones are of; effective ones: as ``TextSize``."""
-    effective_documents: float
+    """Documents that these rows and the massive ones are of."""
+    effective_documents: float  # as in ``TextSize``
     massive_rows: int
     """Kept positions whose norm exceeds ``massive_threshold``."""
     massive_threshold: float
@@ -55,7 +44,7 @@ class Fidelity:
     """Share of latents that fire on more than 10 % of the rows."""
     vanished: float
     """Of all firings z, the share that is gone when the reconstruction is encoded again, r = 0
-    (``reconstruction``)."""
+    (``fidelity.sums``)."""
     shrunk: float
     """Mean of (z − r)/z over the others."""
     false_latents: float
@@ -74,16 +63,11 @@ class Fidelity:
     ce_recovered_mean_interval: Interval
     ce_increase_interval: Interval
     """Of ce_spliced − ce_clean."""
-    ce_spliced_with_massive: float
-    """ce_spliced when massive rows are replaced too."""
-    ce_recovered_with_massive: float
     kl: float
     """Mean KL(clean ‖ spliced) over scored positions."""
     kl_interval: Interval
     kl_mean_ablated: float
     kl_zero_ablated: float
-    density_histogram: dict[str, list[float] | list[int]]
-    """``log10_edges`` and ``counts`` over the latents that fired."""
     fvu_per_dimension: list[float] = field(repr=False)
     """[d_in]; NaN for a dimension that never changed."""
     latent_density: list[float] = field(repr=False)
@@ -91,12 +75,6 @@ class Fidelity:
     kl_per_document: list[float] = field(repr=False)
     """Sum of KL over the scored positions of each document; then of ce_spliced − ce_clean."""
     ce_increase_per_document: list[float] = field(repr=False)
-
-    @property
-    def text_size(self) -> TextSize:
-        """Of the text that it was measured on."""
-        tokens = self.rows + self.massive_rows
-        return TextSize(tokens, self.documents, self.effective_documents)
 
     def summary(self) -> dict[str, Any]:
         """Without the lists per dimension, latent and document, JSON-able."""
@@ -176,8 +154,10 @@ class Report:
         return self.measured.text()
 
     def _text_measured(self, found: list[Fidelity]) -> list[str]:
+        of = found[0]
+        size = TextSize(of.rows + of.massive_rows, of.documents, of.effective_documents)
         lines = [
-            f"{found[0].text_size.text(self.text)}, in {self.num_contexts:,} contexts; "
+            f"{size.text(self.text)}, in {self.num_contexts:,} contexts; "
             f"{self.num_scored:,} predictions scored. Intervals are over documents."
         ]
         for site in dict.fromkeys(f.site for f in found):
@@ -188,88 +168,3 @@ class Report:
                 f"zeros in their place; {one.massive_rows} massive activations left out."
             )
         return lines + [f"note: {note}" for note in self.notes]
-
-
-def fidelity_of(
-    name: str,
-    site: Site,
-    sums: ReconstructionSums,
-    losses: Losses,
-    rows: SiteRows,
-    bootstrap: Bootstrap,
-    size: TextSize,
-) -> Fidelity:
-    """The measurements of one dictionary."""
-    total = {key: column.sum(keepdims=True) for key, column in losses.items()}
-
-    def per_position(key: str) -> float:
-        return float(total[key][0] / total["scored"][0])
-
-    def recovered(baseline: str, spliced: str = "spliced") -> _Quantity:
-        return lambda t: (t[baseline] - t[spliced]) / (t[baseline] - t["clean"])
-
-    def share(*kinds: str) -> float:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(recovered(*kinds)(total)[0])
-
-    def interval(quantity: _Quantity) -> Interval:
-        return bootstrap.interval(quantity, losses)
-
-    deviation = rows.usual.deviation()
-    with_massive = rows.usual.deviation(rows.massive)
-    fvu = ratio(sums.error, deviation)
-    return Fidelity(
-        name=name,
-        site=str(site),
-        rows=sums.count,
-        documents=size.documents,
-        effective_documents=size.effective,
-        massive_rows=rows.massive.count,
-        massive_threshold=rows.threshold,
-        fvu=fvu,
-        explained_variance=1 - fvu,
-        fvu_with_massive=ratio(sums.error + sums.massive_error, with_massive),
-        cosine=sums.cosine / max(sums.count, 1),
-        l2_ratio=sums.l2_ratio / max(sums.count, 1),
-        **sums.shares(),
-        ce_clean=per_position("clean"),
-        ce_spliced=per_position("spliced"),
-        ce_mean_ablated=per_position("mean"),
-        ce_zero_ablated=per_position("zero"),
-        ce_recovered=share("zero"),
-        ce_recovered_interval=interval(recovered("zero")),
-        ce_recovered_mean=share("mean"),
-        ce_recovered_mean_interval=interval(recovered("mean")),
-        ce_increase_interval=interval(lambda t: (t["spliced"] - t["clean"]) / t["scored"]),
-        ce_spliced_with_massive=per_position("massive"),
-        ce_recovered_with_massive=share("zero", "massive"),
-        kl=per_position("kl spliced"),
-        kl_interval=interval(lambda t: t["kl spliced"] / t["scored"]),
-        kl_mean_ablated=per_position("kl mean"),
-        kl_zero_ablated=per_position("kl zero"),
-        density_histogram=sums.histogram(),
-        fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
-        latent_density=sums.density.tolist(),
-        kl_per_document=losses["kl spliced"].tolist(),
-        ce_increase_per_document=(losses["spliced"] - losses["clean"]).tolist(),
-    )
-
-
-def from_plain(
-    one: Fidelity, plain: Fidelity, own: Losses, of_plain: Losses, bootstrap: Bootstrap
-) -> FromPlain:
-    """The difference of two dictionaries of a site, with intervals of the difference itself."""
-    used = {
-        "scored": own["scored"],
-        "range": own["zero"] - own["clean"],
-        "ce": of_plain["spliced"] - own["spliced"],
-        "kl": own["kl spliced"] - of_plain["kl spliced"],
-    }
-    return FromPlain(
-        plain=plain.name,
-        fvu=one.fvu - plain.fvu,
-        ce_recovered=one.ce_recovered - plain.ce_recovered,
-        ce_recovered_interval=bootstrap.interval(lambda t: t["ce"] / t["range"], used),
-        kl=one.kl - plain.kl,
-        kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
-    )

@@ -9,7 +9,7 @@ trained on one half is tested on the other, so no document is on both sides.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from llm_wsae.errors import UsageError, nearest
+from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.statistics.measures import LETTER
 
@@ -71,6 +72,30 @@ class Concepts(NamedTuple):
         return Concepts(names, families, self.positive[:, kept], self.applies[:, kept], self.half)
 
 
+def concepts_of(
+    text: HeldoutText, tokenizer: Any, config: MonosemanticConfig
+) -> list[tuple[Units, Concepts]]:
+    """The concepts of tokens and of documents; a kind of units without concepts is left out.
+
+    Raises UsageError for a label that no document has.
+    """
+    halves = halves_of_documents(text, config.seed)
+
+    def half(units: Units) -> Tensor:
+        halved = [halves[number] for number in units.document.tolist()]
+        return torch.tensor(halved, dtype=torch.bool)
+
+    tokens = units_of_tokens(text, config.probe_tokens, config.seed)
+    rows = (tokens.of_row != NO_UNIT).nonzero()[:, 0]
+    contexts = units_of_documents(text, config.seed)
+    labels = text.headers, contexts.document, half(contexts), config.labels
+    found = [
+        (tokens, token_concepts(text, tokenizer, rows, half(tokens))),
+        (contexts, document_concepts(*labels)),
+    ]
+    return [(units, concepts) for units, concepts in found if concepts.names]
+
+
 def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
     """For each document, whether it is in the first half.
 
@@ -104,11 +129,23 @@ def units_of_documents(text: HeldoutText, seed: int) -> Units:
     mine = text.document_of == owner[text.context]
     rows = torch.bincount(text.context[mine], minlength=text.num_contexts)
     usable = (torch.isin(owner, torch.tensor(labelled)) & (rows > 0)).nonzero()[:, 0]
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))
-    chosen = usable[order[:MAX_CONTEXTS]].sort().values
+    chosen = _drawn(usable, MAX_CONTEXTS, seed)
     unit = torch.full((text.num_contexts,), NO_UNIT)
     unit[chosen] = torch.arange(len(chosen))
     return Units(unit[text.context].where(mine, NO_UNIT), rows[chosen], owner[chosen])
+
+
+def units_of_tokens(text: HeldoutText, count: int, seed: int) -> Units:
+    """``count`` rows of documents, drawn at random (all, if there are fewer), each a unit."""
+    chosen = _drawn((text.document_of >= 0).nonzero()[:, 0], count, seed)
+    of_row = torch.full((text.num_rows,), NO_UNIT)
+    of_row[chosen] = torch.arange(len(chosen))
+    return Units(of_row, torch.ones_like(chosen), text.document_of[chosen])
+
+
+def _drawn(numbers: Tensor, count: int, seed: int) -> Tensor:
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    return numbers[order[:count]].sort().values
 
 
 def document_concepts(
@@ -178,16 +215,6 @@ def _third(column: str, low: float, high: float) -> str:
     return f"{column}>={low:g}" if high == float("inf") else f"{low:g}<={column}<{high:g}"
 
 
-def units_of_tokens(text: HeldoutText, count: int, seed: int) -> Units:
-    """``count`` rows of documents, drawn at random (all, if there are fewer), each a unit."""
-    rows = (text.document_of >= 0).nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    chosen = rows[order[:count]].sort().values
-    of_row = torch.full((text.num_rows,), NO_UNIT)
-    of_row[chosen] = torch.arange(len(chosen))
-    return Units(of_row, torch.ones_like(chosen), text.document_of[chosen])
-
-
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to a text after another token, with its leading space."""
 
@@ -234,83 +261,59 @@ def token_concepts(
     cells = (document >= 0).nonzero()[:, 0]
     document, offset = document[cells], offset[cells]
     ids, index = text.ids.flatten()[cells].unique(return_inverse=True)
-    table = [_spelling(spelling) for spelling in token_texts(tokenizer, ids.tolist())]
-    facts = {name: torch.tensor([row[name] for row in table])[index] for name in table[0]}
+    spellings = token_texts(tokenizer, ids.tolist())
     follows = torch.zeros(len(cells), dtype=torch.bool)
     follows[1:] = (document[1:] == document[:-1]) & (offset[1:] == offset[:-1] + 1)
-    found = _in_sequence(facts, follows, offset == 0)
+    tokens = zip(index.tolist(), follows.tolist(), (offset == 0).tolist(), strict=True)
+    facts = _token_facts((spellings[number], *places) for number, *places in tokens)
+    found = torch.tensor(list(facts), dtype=torch.long).view(-1, 8)
     place = torch.full((text.ids.numel(),), -1)
     place[cells] = torch.arange(len(cells))
-    at = place[text.cell[rows]]
-    begins, wordlike, everywhere = found["begins"], facts["wordlike"], torch.ones_like(follows)
-    letters = {f"{LETTER} {x}": (facts["letter"] == i, begins) for i, x in enumerate(_LETTERS)}
+    letter, *answers = found[place[text.cell[rows]]].T
+    capital, digit, wordlike, begins, starts, continues, quoted = (one > 0 for one in answers)
+    letters = {f"{LETTER} {x}": (letter == i, begins) for i, x in enumerate(_LETTERS)}
     columns = letters | {
-        "capital": (facts["capital"], begins),
-        "digit": (facts["digit"], everywhere),
-        "sentence start": (found["first"], begins),
-        "continuation": (found["continues"], wordlike),
-        "quotation": (found["quoted"], wordlike),
+        "capital": (capital, begins),
+        "digit": (digit, torch.ones_like(begins)),
+        "sentence start": (starts, begins),
+        "continuation": (continues, wordlike),
+        "quotation": (quoted, wordlike),
     }
     concepts = Concepts(
         list(columns),
         [LETTER if name in letters else name for name in columns],
-        torch.stack([yes[at] for yes, _ in columns.values()], 1),
-        torch.stack([applies[at] for _, applies in columns.values()], 1),
+        torch.stack([yes for yes, _ in columns.values()], 1),
+        torch.stack([applies for _, applies in columns.values()], 1),
         half,
     )
     return concepts.with_enough(text.document_of[rows], 0, least)
 
 
-def _spelling(text: str) -> dict[str, int | bool]:
-    visible = text.strip()
-    first = visible[:1]
-    return {
-        "letter": _LETTERS.find(first.lower()) if first else -1,  # its number, or -1
-        "capital": first.isupper(),
-        "digit": any(character.isdigit() for character in text),
-        "wordlike": first.isalnum(),
-        "joins": text[:1].isalnum(),  # the token before, without a space
-        "open end": text[-1:].isalnum(),
-        "stop": visible.rstrip(_CLOSERS)[-1:] in (".", "!", "?"),
-        "between": not visible.strip(_CLOSERS + _OPENERS),  # spaces, quotes and brackets only
-        "newline": "\n" in text,
-        "straight": text.count('"'),
-        "depth": text.count("“") - text.count("”"),
-    }
-
-
-def _in_sequence(facts: dict[str, Tensor], follows: Tensor, opens: Tensor) -> dict[str, Tensor]:
-    """What depends on the tokens before. ``follows`` marks tokens right behind the one before,
-    ``opens`` the first token of a document."""
-    number = torch.arange(len(follows))
-    continues = _shifted(facts["open end"], False) & follows & facts["joins"]
-    begins = (facts["letter"] >= 0) & ~continues
-    # The last token before this one that is more than space and quotes, if in the same run.
-    run = number.where(~follows, 0).cummax(0).values
-    solid = _shifted(number.where(~facts["between"], -1).cummax(0).values, -1)
-    newlines = facts["newline"].long().cumsum(0)
-    broken = _shifted(newlines, 0) > (newlines - facts["newline"].long())[solid.clamp(min=0)]
-    behind_stop = (facts["stop"][solid.clamp(min=0)] | broken) & (solid >= run)
-    first_solid = opens[run] & (solid < run)
-    # Quotes are counted from the beginning of the line, so that an unpaired one does no more harm.
-    line = (number + 1).where(facts["newline"], 0).cummax(0).values
-    line = torch.maximum(_shifted(line, 0), run)
-    straight = _since(facts["straight"], line) % 2 == 1
-    typographic = _since(facts["depth"], line) > 0
-    return {
-        "continues": continues,
-        "begins": begins,
-        "first": begins & (behind_stop | first_solid),
-        "quoted": straight | typographic,
-    }
-
-
-def _shifted(values: Tensor, first: int | bool) -> Tensor:
-    """The value of the token before."""
-    return torch.cat([values.new_full((1,), first), values[:-1]])
-
-
-def _since(values: Tensor, start: Tensor) -> Tensor:
-    """Sum over the tokens from ``start`` up to the one before."""
-    total = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    return total[:-1] - total[start]
+def _token_facts(tokens: Iterable[tuple[str, bool, bool]]) -> Iterator[tuple[int, ...]]:
+    """Of each token: the number of its first letter, or -1; whether it begins with a capital, holds
+    a digit, begins with a letter or a digit, begins a word, begins a sentence, continues a word,
+    and stands in quotes. ``tokens`` are spellings, each with whether it stands right behind the one
+    before, and whether it is the first of its document."""
+    in_word = is_start = is_known = False
+    straight = curved = 0  # quotes since the line began: an unpaired one does no more harm
+    for spelling, follows, opens in tokens:
+        if not follows:
+            in_word, is_start, is_known, straight, curved = False, opens, False, 0, 0
+        visible = spelling.strip()
+        first, newline = visible[:1], "\n" in spelling
+        letter = _LETTERS.find(first.lower()) if first else -1
+        continues = in_word and spelling[:1].isalnum()
+        begins = letter >= 0 and not continues
+        digit, wordlike = any(map(str.isdigit, spelling)), first.isalnum()
+        starts, quoted = begins and is_start, straight % 2 == 1 or curved > 0
+        yield letter, first.isupper(), digit, wordlike, begins, starts, continues, quoted
+        in_word = spelling[-1:].isalnum()
+        if visible.strip(_CLOSERS + _OPENERS):  # more than space, quotes and brackets
+            is_known = True
+            is_start = newline or visible.rstrip(_CLOSERS)[-1:] in (".", "!", "?")
+        elif newline and is_known:
+            is_start = True
+        straight += spelling.count('"')
+        curved += spelling.count("“") - spelling.count("”")
+        if newline:
+            straight = curved = 0

@@ -2,7 +2,7 @@
 
 Three kinds of evidence, which can disagree and are therefore reported together:
 
-- latents one by one (``latent_scores``): do the tokens and texts on which a latent fires have
+- latents one by one (``latents``): do the tokens and texts on which a latent fires have
   something in common?
 - concepts with known truth (``probing``): does a latent stand for a concept, and for nothing
   else?
@@ -28,29 +28,30 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.evaluation.activations import ActivationCache, on_device_of
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.heldout import Encoder, HeldoutText, WindowEmbeddings
-from llm_wsae.evaluation.monosemanticity.concepts import (
-    NO_UNIT,
-    Units,
-    document_concepts,
-    folded_tokens,
-    halves_of_documents,
-    token_concepts,
-    units_of_documents,
-    units_of_tokens,
+from llm_wsae.evaluation.heldout import (
+    ActivationCache,
+    Encoder,
+    HeldoutText,
+    WindowEmbeddings,
+    on_device_of,
 )
-from llm_wsae.evaluation.monosemanticity.firings import Recorder, read_units, record
-from llm_wsae.evaluation.monosemanticity.latent_scores import RESAMPLED, LatentScorer
+from llm_wsae.evaluation.monosemanticity.concepts import concepts_of, folded_tokens
+from llm_wsae.evaluation.monosemanticity.latents import (
+    RESAMPLED,
+    Firings,
+    LatentScorer,
+    read_units,
+)
 from llm_wsae.evaluation.monosemanticity.probing import (
-    ProbedConcepts,
+    Columns,
     SiteProbes,
     probe_latents,
     probe_site,
 )
 from llm_wsae.evaluation.monosemanticity.report import (
+    ConceptSummary,
     DictionaryScores,
     MonosemanticReport,
     latent_means,
@@ -89,14 +90,12 @@ class MonosemanticityEvaluator:
         tokens = folded_tokens(text, model.tokenizer)
         embeddings = WindowEmbeddings(text, model.tokenizer, encoder, config.before, config.after)
         self._scorer = LatentScorer(text, tokens, embeddings, config)
-        self._concepts = _concepts(text, model.tokenizer, config)
-        self._kinds = [asked.units for asked in self._concepts]
-        self._names = [name for asked in self._concepts for name in asked.concepts.names]
-        self._families = [family for asked in self._concepts for family in asked.concepts.families]
+        found = concepts_of(text, model.tokenizer, config)
+        self._kinds, self._concepts = [u for u, _ in found], [own for _, own in found]
         self._probes: dict[tuple[Site, float], SiteProbes] = {}
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
-        """Score dictionaries, by name, of any sites.
+        """Score dictionaries, by name, of any sites, in one pass over the text.
 
         Raises UsageError if there is none or one does not fit the model.
         """
@@ -108,40 +107,37 @@ class MonosemanticityEvaluator:
             site: self._activations.massive_threshold(site, own) for site, own in by_site.items()
         }
         probes = self._site_probes(thresholds)
-        groups = [dict(dictionaries)]  # in one pass, or if that costs no more, one by one
-        if self._activations.holds(by_site):
-            groups = [{name: one} for name, one in dictionaries.items()]
-        scores: dict[str, DictionaryScores] = {}
-        for group in groups:
-            recorders = {
-                name: self._scorer.recorder(
-                    on_device_of(self._model, one), thresholds[one.site], self._kinds
-                )
-                for name, one in group.items()
-            }
-            record(self._activations, list(recorders.values()))
-            for name, recorder in recorders.items():
-                scores[name] = self._scores(name, recorder, probes[recorder.dictionary.site])
+        recorders = {
+            name: self._scorer.recorder(
+                on_device_of(self._model, one), thresholds[one.site], self._kinds
+            )
+            for name, one in dictionaries.items()
+        }
+        for batch in self._activations.rows(sorted(by_site)):
+            for recorder in recorders.values():
+                recorder.add(batch)
+        scores = {
+            name: self._scores(name, recorder.finished(), probes[recorder.dictionary.site])
+            for name, recorder in recorders.items()
+        }
         return self._report(dictionaries, scores, probes)
 
     def _site_probes(self, thresholds: Mapping[Site, float]) -> dict[Site, SiteProbes]:
         """Probes of the activations at every site, each trained once."""
         new = {s: at for s, at in sorted(thresholds.items()) if (s, at) not in self._probes}
         for site, x in read_units(self._activations, new, self._kinds).items() if new else ():
-            self._probes[site, new[site]] = probe_site(self._concepts, x)
+            self._probes[site, new[site]] = probe_site(self._concepts, x, self._config.seed)
         return {site: self._probes[site, at] for site, at in thresholds.items()}
 
-    def _scores(self, name: str, recorder: Recorder, site_probes: SiteProbes) -> DictionaryScores:
-        dictionary, firings = recorder.dictionary, recorder.firings()
-        density = firings.density
-        dense = density > DENSE_DENSITY
-        eligible = self._scorer.eligible(firings)
+    def _scores(self, name: str, firings: Firings, site_probes: SiteProbes) -> DictionaryScores:
+        dictionary, density = firings.dictionary, firings.density
+        dense, eligible = density > DENSE_DENSITY, self._scorer.eligible(firings)
         scores = self._scorer.scores(firings)
         resampled = scores.pop(RESAMPLED)
         allowed = [torch.ones_like(dense), *([~dense] if bool(dense.any()) else [])]
         decoder = dictionary.W_dec.detach().cpu()
-        probed = probe_latents(site_probes, recorder.tables(), decoder, density, allowed)
-        concepts = [summarise(self._names, self._families, columns) for columns in probed]
+        probed = probe_latents(site_probes, firings.tables(), decoder, allowed)
+        concepts = [self._summary(columns) for columns in probed]
         draws = (self._config.bootstraps, self._config.seed)
         return DictionaryScores(
             name=name,
@@ -155,17 +151,21 @@ class MonosemanticityEvaluator:
             dense_share=float(dense.double().mean()),
             l0=float(density.sum()),
             latents=latent_means(scores, eligible, resampled, *draws),
-            latents_not_dense=latent_means(scores, eligible & ~dense, resampled, *draws),
             concepts=concepts[0],
             concepts_not_dense=concepts[-1],
             per_latent={**scores, "density": density},
             resampled=resampled,
         )
 
+    def _summary(self, columns: Columns) -> ConceptSummary:
+        names = [name for one in self._concepts for name in one.names]
+        families = [family for one in self._concepts for family in one.families]
+        return summarise(names, families, columns)
+
     def _report(
         self,
         dictionaries: Mapping[str, Dictionary],
-        scores: Mapping[str, DictionaryScores],
+        scores: dict[str, DictionaryScores],
         probes: Mapping[Site, SiteProbes],
     ) -> MonosemanticReport:
         text = self._scorer.text
@@ -179,46 +179,26 @@ class MonosemanticityEvaluator:
             num_rows=text.num_rows,
             num_documents=size.documents,
             effective_documents=size.effective,
-            chance=self._scorer.chance(),
+            chance={"purity": self._scorer.chance()},
             sites={str(site): self._of_site(found) for site, found in probes.items()},
-            dictionaries={name: scores[name] for name in dictionaries},
+            dictionaries=scores,
             consistency=consistency(dictionaries, alive),
             notes=[*notes_on_weights(dictionaries, self._model), *self._notes(), *size.warnings()],
         )
 
     def _of_site(self, probes: SiteProbes) -> dict[str, Any]:
         """What ``MonosemanticReport.sites`` holds for a site."""
-        found = summarise(self._names, self._families, probes.columns)
+        found = self._summary(probes.columns)
         return vars(found) | {"means": {key: one.mean for key, one in found.means.items()}}
 
     def _notes(self) -> list[str]:
-        notes = [] if self._names else ["the text holds too few examples of any concept"]
+        families = {family for one in self._concepts for family in one.families}
+        notes = [] if families else ["the text holds too few examples of any concept"]
         return notes + [
             f"the text holds too few documents of any value of the label {label}"
             for label in dict.fromkeys(self._config.labels)
-            if label not in self._families
+            if label not in families
         ]
-
-
-def _concepts(
-    text: HeldoutText, tokenizer: Any, config: MonosemanticConfig
-) -> list[ProbedConcepts]:
-    """The concepts of tokens and of documents; a kind of units without concepts is dropped."""
-    halves = halves_of_documents(text, config.seed)
-
-    def half(units: Units) -> Tensor:
-        halved = [halves[number] for number in units.document.tolist()]
-        return torch.tensor(halved, dtype=torch.bool)
-
-    tokens = units_of_tokens(text, config.probe_tokens, config.seed)
-    rows = (tokens.of_row != NO_UNIT).nonzero()[:, 0]
-    contexts = units_of_documents(text, config.seed)
-    labels = text.headers, contexts.document, half(contexts), config.labels
-    asked = [
-        (tokens, token_concepts(text, tokenizer, rows, half(tokens))),
-        (contexts, document_concepts(*labels)),
-    ]
-    return [ProbedConcepts.of(units, found, config.seed) for units, found in asked if found.names]
 
 
 def consistency(
@@ -236,19 +216,17 @@ def consistency(
         alike = json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)
         arm = info.name.removesuffix(f"-s{info.seed}")
         groups[f"{info.site} {arm}", alike].setdefault(info.seed, name)
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for (group, _), members in groups.items():
         if len(members) < 2:
             continue
         if group in result:  # the same arm in another training
             group = f"{group} ({', '.join(members.values())})"
         names = [members[seed] for seed in sorted(members)]
-        decoders = {name: dictionaries[name].W_dec.detach() for name in names}
-        result[group] = {
-            "dictionaries": names,
-            "pw_mcc": pw_mcc(list(decoders.values())),
-            "pw_mcc_alive": pw_mcc([own[alive[name]] for name, own in decoders.items()]),
-        }
+        decoders = [dictionaries[name].W_dec.detach() for name in names]
+        living = [one[alive[name]] for name, one in zip(names, decoders, strict=True)]
+        found = {"pw_mcc": pw_mcc(decoders), "pw_mcc_alive": pw_mcc(living)}
+        result[group] = {"dictionaries": names, **found}
     return result
 
 

@@ -35,7 +35,7 @@ other latent contributes to the probe's score, by activation × (decoder row · 
 least half of what separates the letter's mean score from that of all other words.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts, Units
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.statistics.measures import LETTER
 
 PROBE_SIZES = (1, 2, 5)
@@ -52,13 +52,11 @@ _MAX_ITEMS = 1000  # test units of each class; more would add little certainty
 # probes; in sparse ones it only keeps a constant column from causing a division by zero.
 RIDGE_DENSE, RIDGE_SPARSE = 1e-2, 1e-4
 _TINY = 1e-12
-HIT_HARDEST = 5
-MATCHED_FALL = 0.05
-"""Own drop at which spill is read off, between removals of 0, 1, 2 and 5 latents."""
+_HIT_HARDEST = 5  # concepts, whose drop is spill
+_MATCHED_FALL = 0.05  # own drop at which spill is read off
 GAIN = 0.02
 """More main latents are taken as long as they add this much area under the ROC curve."""
-SHARE = 0.5
-"""Of the distance between the mean scores, that an absorbing latent contributes at least."""
+_SHARE = 0.5  # of the distance between mean scores, that an absorbing latent contributes at least
 _BEST = [f"best_{size}" for size in PROBE_SIZES]
 _MOST = PROBE_SIZES[-1]
 Columns = dict[str, Float[Tensor, " concepts"]]
@@ -130,11 +128,16 @@ def accuracy(
     return (shares[0] + shares[1]) / 2
 
 
-def _split(concepts: Concepts, train: Tensor, seed: int) -> Split:
+def splits_of(concepts: Concepts, seed: int) -> list[Split]:
+    """Both ways to train on one half of the documents and test on the other."""
+    order = torch.randperm(len(concepts.half), generator=torch.Generator().manual_seed(seed))
+    return [_split(concepts, train, order) for train in (concepts.half, ~concepts.half)]
+
+
+def _split(concepts: Concepts, train: Tensor, order: Tensor) -> Split:
     trained = concepts.applies & train[:, None]
     tested = (concepts.applies & ~train[:, None]).T
     positive, negative = concepts.positive, concepts.positive.T
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     sides = []
     for side in (tested & negative, tested & ~negative):
         # Up to _MAX_ITEMS of each class, in random order; where there are fewer, the rest is void.
@@ -242,20 +245,6 @@ def _discriminant(covariance: Tensor, difference: Tensor, ridge: float) -> Tenso
     return torch.linalg.solve(regular, difference)
 
 
-class ProbedConcepts(NamedTuple):
-    """The concepts of one kind of units."""
-
-    units: Units
-    concepts: Concepts
-    splits: list[Split]  # both halves of the documents as training units
-
-    @classmethod
-    def of(cls, units: Units, concepts: Concepts, seed: int) -> "ProbedConcepts":
-        """Both ways to train on one half and test on the other."""
-        halves = (concepts.half, ~concepts.half)
-        return cls(units, concepts, [_split(concepts, train, seed) for train in halves])
-
-
 class SiteProbes(NamedTuple):
     """Probes of a site's activations, which do not depend on a dictionary."""
 
@@ -265,115 +254,108 @@ class SiteProbes(NamedTuple):
     (``best_1``, ``best_2``, ``best_5``), and the ``accuracy`` of the dense probes."""
 
 
+class _Case(NamedTuple):
+    """An exam of a table."""
+
+    exam: Exam
+    table: Float[Tensor, "columns units"]
+    correlation: Float[Tensor, "concepts columns"]
+
+    def best(self, allowed: Tensor) -> Int[Tensor, "concepts most"]:
+        """The columns that correlate most, and positively: others would strengthen a concept."""
+        positive = self.correlation.where(self.correlation > 0, -torch.inf)
+        return best_columns(positive, allowed, _MOST)
+
+
 def probe_site(
-    concepts: Sequence[ProbedConcepts], x: Sequence[Float[Tensor, "_ d_in"]]
+    concepts: Sequence[Concepts], x: Sequence[Float[Tensor, "_ d_in"]], seed: int
 ) -> SiteProbes:
     """Dense probes, and probes on the best dimensions, of each kind of units' activations ``x``."""
     x = [rows - rows.mean(0) for rows in x]  # keeps the digits of dimensions far from 0
-    halves = [
-        [_exam(one.concepts, one.splits[half], rows) for one, rows in zip(concepts, x, strict=True)]
-        for half in (0, 1)
-    ]
-    tables = [rows.T for rows in x]
+    halves: list[list[Exam]] = [[], []]
+    for one, rows in zip(concepts, x, strict=True):
+        for exams, split in zip(halves, splits_of(one, seed), strict=True):
+            exams.append(Exam(one.families, split, *dense_probes(rows, split)))
     every = torch.ones(x[0].shape[1] if x else 0, dtype=torch.bool)
-    best = _sparse(halves, tables, _correlated(halves, tables), every)
-    columns = {
-        "dense": _over_halves([[e.split.test(e.scores) for e in exams] for exams in halves]),
-        "accuracy": _over_halves([[e.accuracy() for e in exams] for exams in halves]),
-    }
+    best = _sparse_probes(_cases(halves, [rows.T for rows in x]), every)
+    areas = [_joined(exam.split.test(exam.scores) for exam in exams) for exams in halves]
+    accuracies = [_joined(exam.accuracy() for exam in exams) for exams in halves]
+    columns = {"dense": _mean(areas), "accuracy": _mean(accuracies)}
     return SiteProbes(halves, columns | dict(zip(_BEST, best, strict=True)))
-
-
-def _exam(concepts: Concepts, split: Split, x: Tensor) -> Exam:
-    return Exam(concepts.families, split, *dense_probes(x, split))
 
 
 def probe_latents(
     site: SiteProbes,
     tables: Sequence[Tensor],
     decoder: Float[Tensor, "d_sae d_in"],
-    density: Float[Tensor, " d_sae"],
     allowed: Sequence[Bool[Tensor, " d_sae"]],
 ) -> list[Columns]:
     """Scores of the latents, for each choice of ``allowed`` ones.
 
     ``best_1``, ``best_2``, ``best_5``: area under the ROC curve of sparse probes; ``own_fall``,
     ``others_fall``: drop of the dense probes' accuracy when a concept's best five latents are
-    removed, and ``selectivity``, their difference; ``density`` of the removed latents; ``spill``;
-    ``missed`` and ``absorbed``, NaN unless the concept is a first letter.
+    removed, and ``selectivity``, their difference; ``spill``; ``missed`` and ``absorbed``, NaN
+    unless the concept is a first letter.
     """
-    correlated = _correlated(site.halves, tables)
-    return [_scores(site.halves, tables, correlated, decoder, density, one) for one in allowed]
+    cases = _cases(site.halves, tables)
+    return [_scores(cases, decoder, one) for one in allowed]
 
 
-def _scores(
-    halves: list[list[Exam]],
-    tables: Sequence[Tensor],
-    correlated: list[list[Tensor]],
-    decoder: Tensor,
-    density: Tensor,
-    allowed: Tensor,
-) -> Columns:
-    best = _sparse(halves, tables, correlated, allowed)
-    areas = best.split([len(exam.families) for exam in halves[0]], 1)
-    drops: dict[int, list[list[Tensor]]] = {size: [] for size in PROBE_SIZES}
-    densities, absorbed = [], []
-    for exams, own in zip(halves, correlated, strict=True):
-        # Only latents that fire for the concept: removing others would strengthen it.
-        removed = [best_columns(one.where(one > 0, -torch.inf), allowed, _MOST) for one in own]
-        sets = torch.cat([torch.zeros(0, _MOST, dtype=torch.long), *removed])
-        there = sets >= 0
-        densities.append([(density[sets] * there).sum(1) / there.sum(1).clamp(min=1)])
+def _scores(halves: list[list[_Case]], decoder: Tensor, allowed: Tensor) -> Columns:
+    best = _sparse_probes(halves, allowed)
+    areas = best.split([len(case.exam.families) for case in halves[0]], 1)
+    drops: dict[int, list[Tensor]] = {size: [] for size in PROBE_SIZES}
+    absorbed = []
+    for cases in halves:
+        nothing = torch.zeros(0, _MOST, dtype=torch.long)
+        sets = torch.cat([nothing, *(case.best(allowed) for case in cases)])
         for size, found in drops.items():
-            pairs = zip(exams, tables, strict=True)
-            found.append([falls(sets[:, :size], decoder, *pair) for pair in pairs])
-        parts = zip(exams, tables, own, areas, strict=True)
-        absorbed.append([absorption(*part, allowed, decoder) for part in parts])
-    by_size = {size: _over_halves(found, best.shape[1]) for size, found in drops.items()}
-    own_fall, others_fall = selectivity(by_size[_MOST])
-    missed, taken = _over_halves(absorbed, 2)
+            parts = (falls(sets[:, :size], decoder, case.exam, case.table) for case in cases)
+            found.append(_joined(parts, len(sets)))
+        pairs = zip(cases, areas, strict=True)
+        absorbed.append(_joined((absorption(*pair, allowed, decoder) for pair in pairs), 2))
+    by_size = {size: _mean(found) for size, found in drops.items()}
+    own_fall = by_size[_MOST].diagonal()
+    others_fall = (by_size[_MOST].sum(1) - own_fall) / (len(own_fall) - 1)  # NaN without others
+    missed, taken = _mean(absorbed)
     return dict(zip(_BEST, best, strict=True)) | {
         "selectivity": own_fall - others_fall,
         "own_fall": own_fall,
         "others_fall": others_fall,
-        "density": _over_halves(densities),
         "spill": spill(by_size),
         "missed": missed,
         "absorbed": taken,
     }
 
 
-def _correlated(halves: list[list[Exam]], tables: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Correlations of all columns with all concepts, by half and kind."""
+def _cases(halves: list[list[Exam]], tables: Sequence[Tensor]) -> list[list[_Case]]:
     return [
-        [correlations(table, e.split) for table, e in zip(tables, exams, strict=True)]
+        [
+            _Case(exam, table, correlations(table, exam.split))
+            for exam, table in zip(exams, tables, strict=True)
+        ]
         for exams in halves
     ]
 
 
-def _sparse(
-    halves: list[list[Exam]],
-    tables: Sequence[Tensor],
-    correlated: list[list[Tensor]],
-    allowed: Tensor,
-) -> Float[Tensor, "sizes concepts"]:
+def _sparse_probes(halves: list[list[_Case]], allowed: Tensor) -> Float[Tensor, "sizes concepts"]:
     """Area under the ROC curve of probes on the best 1, 2 and 5 columns, mean of both halves."""
-    found: list[list[Tensor]] = []
-    for exams, own in zip(halves, correlated, strict=True):
-        found.append([])
-        for exam, table, one in zip(exams, tables, own, strict=True):
-            taken = SelectedColumns.of(table, best_columns(one.abs(), allowed, _MOST))
-            sizes = [sparse_probes(taken, exam.split, size) for size in PROBE_SIZES]
-            found[-1].append(torch.stack(sizes))
-    return _over_halves(found, len(PROBE_SIZES))
+
+    def areas(case: _Case) -> Tensor:
+        chosen = best_columns(case.correlation.abs(), allowed, _MOST)
+        taken = SelectedColumns.of(case.table, chosen)
+        return torch.stack([sparse_probes(taken, case.exam.split, n) for n in PROBE_SIZES])
+
+    return _mean([_joined(map(areas, cases), len(PROBE_SIZES)) for cases in halves])
 
 
-def _over_halves(found: list[list[Tensor]], rows: int | None = None) -> Tensor:
-    """Numbers by half and kind, [concepts] or [rows, concepts], joined over kinds; the mean of both
-    halves."""
-    shape = (0,) if rows is None else (rows, 0)
-    nothing = torch.zeros(shape, dtype=torch.float64)
-    return torch.stack([torch.cat([nothing, *parts], -1) for parts in found]).mean(0)
+def _joined(parts: Iterable[Tensor], *shape: int) -> Float[Tensor, "*shape concepts"]:
+    """Numbers of the concepts of each kind of units, joined over kinds; there may be none."""
+    return torch.cat([torch.zeros(*shape, 0, dtype=torch.float64), *parts], -1)
+
+
+def _mean(halves: list[Tensor]) -> Tensor:
+    return torch.stack(halves).mean(0)
 
 
 def falls(
@@ -401,73 +383,46 @@ def falls(
     return exam.accuracy() - torch.stack(after, 1)
 
 
-def selectivity(
-    falls: Float[Tensor, "concepts concepts"],
-) -> tuple[Float[Tensor, " concepts"], Float[Tensor, " concepts"]]:
-    """From the drop of concept j when concept i's latents are removed, [i, j]: the own drops, and
-    the others' mean (NaN if there is no other concept)."""
-    own = falls.diagonal()
-    return own, (falls.sum(1) - own) / (falls.shape[0] - 1)
-
-
 def spill(by_size: Mapping[int, Float[Tensor, "concepts concepts"]]) -> Float[Tensor, " concepts"]:
     """From the drop of concept j when concept i's best latents are removed, [i, j], by their
-    number: the mean of the largest drops of others where the own drop is ``MATCHED_FALL``.
+    number: the mean of the largest drops of others where the own drop is ``_MATCHED_FALL``.
 
     Between two numbers of latents, both drops are taken to grow in step. NaN for a concept whose
     own drop never gets there, or that has too few others.
     """
     concepts = len(next(iter(by_size.values())))
     found = torch.full((concepts,), torch.nan, dtype=torch.float64)
-    if concepts <= HIT_HARDEST:
+    if concepts <= _HIT_HARDEST:
         return found
     before = (torch.zeros_like(found), torch.zeros_like(found))
     for falls_now in by_size.values():
         own = falls_now.diagonal()
         others = falls_now.masked_fill(torch.eye(concepts, dtype=torch.bool), -torch.inf)
-        hit = others.topk(HIT_HARDEST, dim=1).values.mean(1)
-        there = found.isnan() & (own >= MATCHED_FALL)
-        share = (MATCHED_FALL - before[0]) / (own - before[0]).clamp(min=1e-12)
+        hit = others.topk(_HIT_HARDEST, dim=1).values.mean(1)
+        there = found.isnan() & (own >= _MATCHED_FALL)
+        share = (_MATCHED_FALL - before[0]) / (own - before[0]).clamp(min=1e-12)
         found = torch.where(there, before[1] + share * (hit - before[1]), found)
         before = (own, hit)
     return found
 
 
-def main_latents(
-    correlation: Float[Tensor, "concepts d_sae"],
-    area: Float[Tensor, "sizes concepts"],
-    allowed: Bool[Tensor, " d_sae"],
-) -> Int[Tensor, "concepts most"]:
-    """The 1, 2 or 5 latents that correlate most, and positively, with each concept; -1 for none.
-
-    ``area`` is that of sparse probes of 1, 2 and 5 latents.
-    """
-    chosen = best_columns(correlation.where(correlation > 0, -torch.inf), allowed, _MOST)
-    needed = torch.full((len(correlation),), PROBE_SIZES[0])
-    for (size, less), (more, gained) in pairwise(zip(PROBE_SIZES, area, strict=True)):
-        needed = needed.where((needed < size) | (gained - less < GAIN), more)
-    return chosen.where(torch.arange(_MOST) < needed[:, None], -1)
-
-
 def absorption(
-    exam: Exam,
-    table: Float[Tensor, "d_sae units"],
-    correlation: Float[Tensor, "concepts d_sae"],
+    case: _Case,
     area: Float[Tensor, "sizes concepts"],
     allowed: Bool[Tensor, " d_sae"],
     decoder: Float[Tensor, "d_sae d_in"],
 ) -> Float[Tensor, "2 concepts"]:
     """Shares of each letter's recognised examples that are missed, and that are absorbed by one
-    other of the ``allowed`` latents.
+    other of the ``allowed`` latents; ``area`` is that of sparse probes of 1, 2 and 5 latents.
 
     NaN for a concept that is no letter or without a recognised example, and where units are more
     than one row, so that the table is not sparse.
     """
-    found = torch.full((2, len(exam.families)), torch.nan, dtype=torch.float64)
+    exam, table, found = case.exam, case.table, torch.full_like(area[:2], torch.nan)
     letters = [n for n, family in enumerate(exam.families) if family == LETTER]
     if not (table.is_sparse and letters):
         return found
-    main = main_latents(correlation, area, allowed)
+    main = main_latents(case.best(allowed), area)
     columns, units = table.indices()
     contributions = decoder.float() @ exam.directions[:, letters]
     n = exam.split.num_examples
@@ -484,9 +439,20 @@ def absorption(
         speaks = speaks.where(allowed[column] & ~is_main, -torch.inf)
         loudest = torch.zeros(len(is_example)).scatter_reduce_(0, unit, speaks, "amax")
         silent = ~heard[examples]
-        taken = silent & (loudest[examples] >= SHARE * apart) & (apart > 0)
+        taken = silent & (loudest[examples] >= _SHARE * apart) & (apart > 0)
         found[0, concept], found[1, concept] = silent.double().mean(), taken.double().mean()
     return found
+
+
+def main_latents(
+    best: Int[Tensor, "concepts most"], area: Float[Tensor, "sizes concepts"]
+) -> Int[Tensor, "concepts most"]:
+    """1, 2 or 5 of the ``best`` latents of each concept, as many as a sparse probe of it needs; -1
+    for none. ``area`` is that of sparse probes of 1, 2 and 5 latents."""
+    needed = torch.full((len(best),), PROBE_SIZES[0])
+    for (size, less), (more, gained) in pairwise(zip(PROBE_SIZES, area, strict=True)):
+        needed = needed.where((needed < size) | (gained - less < GAIN), more)
+    return best.where(torch.arange(_MOST) < needed[:, None], -1)
 
 
 def _marked(numbers: Tensor, count: int) -> Bool[Tensor, " count"]:

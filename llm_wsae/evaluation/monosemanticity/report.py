@@ -52,8 +52,7 @@ class ConceptSummary:
 
 @dataclass(frozen=True)
 class DictionaryScores:
-    """Scores of one dictionary. ``not_dense``: without latents that fire on more than 10 % of the
-    rows, neither in the means nor in the choice of latents for concepts."""
+    """Scores of one dictionary."""
 
     name: str
     site: str
@@ -68,10 +67,10 @@ class DictionaryScores:
     dense_share: float
     l0: float
     latents: dict[str, Mean]
-    """Means of the scores of ``latent_scores`` over the eligible latents."""
-    latents_not_dense: dict[str, Mean]
+    """Means of the scores of ``latents`` over the eligible latents."""
     concepts: ConceptSummary
     concepts_not_dense: ConceptSummary
+    """Where latents that fire on more than 10 % of the rows are not chosen for concepts."""
     per_latent: dict[str, Tensor] = field(repr=False)
     """Every score, and ``density``, of every latent [d_sae]; NaN where a latent has none."""
     resampled: Tensor = field(repr=False)
@@ -96,11 +95,10 @@ class MonosemanticReport:
     effective_documents: float
     """1/Σ share², where share is a document's part of the rows."""
     chance: dict[str, float]
-    """``purity`` and ``entropy`` of as many random contexts as a latent has top contexts."""
+    """``purity`` of as many random contexts as a latent has top contexts."""
     sites: dict[str, dict[str, Any]]
-    """Per site, how well probes of the activations themselves do: ``means``, ``families`` and
-    ``concepts``, each with the area under the ROC curve of probes on all dimensions (``dense``) and
-    on the best ones (``best_1``, ``best_2``, ``best_5``), and the ``accuracy`` of dense probes."""
+    """Per site, how well probes of the activations themselves do (``probing.SiteProbes``):
+    ``means``, ``families`` and ``concepts``."""
     dictionaries: dict[str, DictionaryScores]
     consistency: dict[str, dict[str, Any]]
     """For dictionaries that differ only in their seed: ``dictionaries``, ``pw_mcc``, and

@@ -20,12 +20,11 @@ from torch.nn.functional import normalize
 
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import WindowEmbeddings
-from llm_wsae.evaluation.monosemanticity.firings import quantile_sample, silent_windows
-from llm_wsae.evaluation.monosemanticity.latent_scores import (
+from llm_wsae.evaluation.monosemanticity.latents import (
     Documents,
     LatentScorer,
     detection,
-    token_purity,
+    purity,
 )
 from llm_wsae.evaluation.monosemanticity.probing import auroc
 from llm_wsae.evaluation.monosemanticity.report import latent_means
@@ -37,25 +36,27 @@ def text():
 
 
 def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
-    """Whatever the cut into batches, massive rows left out, and with values that tie."""
+    """Whatever the cut into batches, massive rows left out, and with values that tie. A quantile
+    sample is spread over the ranks of what was sampled outside the top contexts."""
     every = (4 * random_codes(text.num_rows)).round()
     every[[3, 200, 201], 0] = 1e4
-    found = collected(text, every, 7, threshold=1e3)
-    once = collected(text, every, 60, threshold=1e3)
-    for one, other in zip(found, once, strict=True):
-        parts = [(one, other)] if not isinstance(one, tuple) else zip(one, other, strict=True)
-        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in parts)
+    found, once = (collected(text, every, step, threshold=1e3) for step in (7, 60))
+    for name in ("rows", "values", "contexts"):
+        for one, other in ((found.top, once.top), (found.sample, once.sample)):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    assert torch.equal(found.fired, once.fired)
     every[[3, 200, 201]] = 0
     assert found.num_rows == text.num_rows - 3
     assert torch.equal(found.counts, (every > 0).sum(0))
     assert torch.allclose(found.density, (every > 0).double().sum(0) / found.num_rows)
+    chosen = found.quantile_sample(3)
     for latent in range(D_SAE):
         best = {}
         for row in every[:, latent].nonzero()[:, 0].tolist():
             context, value = int(text.context[row]), float(every[row, latent])
             if value > best.get(context, (0.0, 0))[0]:
                 best[context] = (value, row)
-        assert int(found.contexts[latent]) == len(best)
+        assert int(found.top.contexts[latent]) == len(best)
         expected = sorted(best.values(), key=lambda one: (-one[0], one[1]))[:TOP]
         assert found.top.rows[latent].tolist() == [row for _, row in expected]
         assert found.top.values[latent].tolist() == [value for value, _ in expected]
@@ -63,6 +64,12 @@ def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
         assert (rows >= 0).all() and len(text.context[rows].unique()) == SAMPLE
         assert torch.equal(found.sample.values[latent], every[rows, latent])
         assert (every[rows, latent] > 0).all()
+        top = text.context[found.top.rows[latent]]
+        left = rows[~torch.isin(text.context[rows], top)]
+        ranked = left[every[left, latent].argsort(descending=True, stable=True)].tolist()
+        if len(ranked) >= 3:
+            ranked = [ranked[(2 * i + 1) * len(ranked) // 6] for i in range(3)]
+        assert [row for row in chosen[latent].tolist() if row >= 0] == ranked
 
 
 def test_the_sample_is_uniform():
@@ -88,49 +95,27 @@ def test_a_latent_with_few_firings_has_few_examples(text):
     assert (found.sample.rows[1:] == -1).all()
     # a quantile sample of too few is all of them, but those in top contexts
     codes[[5, 40, 80, 120, 160, 200], 0] = torch.arange(1.0, 7.0)
-    chosen = quantile_sample(collected(text, codes, 9, top=2, sample=6), text, 5)
-    assert chosen.rows[0].tolist() == [120, 80, 40, 5, -1]
-    assert chosen.values[0].tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
+    chosen = collected(text, codes, 9, top=2, sample=6).quantile_sample(5)
+    assert chosen[0].tolist() == [120, 80, 40, 5, -1]
 
 
 def test_silence_is_of_whole_windows(text):
     every = random_codes(text.num_rows, k=1)
     centres = torch.arange(0, text.num_rows, 13)
-    windows = text.windows(centres, 2, 1)
-    found = collected(text, every, 7, windows)
+    found = collected(text, every, 7, text.windows(centres, 2, 1))
     latents = torch.tensor([3, 0, 5])
-    silent = silent_windows(found, text, windows, latents)
+    silent = found.silent_windows(latents)
     for number, centre in enumerate(centres.tolist()):
         near = [
             row
-            for row in range(centre - 2, centre + 2)
-            if 0 <= row < text.num_rows
-            and text.context[row] == text.context[centre]
+            for row in range(max(0, centre - 2), min(centre + 2, text.num_rows))
+            if text.context[row] == text.context[centre]
             and text.document_of[row] == text.document_of[centre]
         ]
         fired = (every[near] > 0).any(0)
         assert torch.equal(found.fired[number], fired)
         at_the_top = (text.context[found.top.rows] == text.context[centre]).any(1)
         assert torch.equal(silent[:, number], (~fired & ~at_the_top)[latents])
-
-
-def test_a_quantile_sample_is_spread_over_the_ranks_and_leaves_out_top_contexts(text):
-    codes = random_codes(text.num_rows)
-    found = collected(text, codes, 7, sample=40)
-    chosen = quantile_sample(found, text, 5)
-    for latent in range(D_SAE):
-        top = set(text.context[found.top.rows[latent]].tolist())
-        left = [
-            (float(value), int(row))
-            for value, row in zip(
-                found.sample.values[latent], found.sample.rows[latent], strict=True
-            )
-            if row >= 0 and int(text.context[row]) not in top
-        ]
-        ranked = sorted(left, reverse=True)
-        expected = [ranked[(2 * i + 1) * len(ranked) // 10] for i in range(5)]
-        assert chosen.rows[latent].tolist() == [row for _, row in expected]
-        assert chosen.values[latent].tolist() == pytest.approx([value for value, _ in expected])
 
 
 def by_pairs(positive, negative):
@@ -152,27 +137,20 @@ def test_auroc_equals_the_count_of_pairs_ties_and_bystanders_included(sides):
         assert float(found[row]) == pytest.approx(expected, nan_ok=True)
 
 
-def test_purity_and_entropy_by_hand():
+def test_purity_by_hand():
     token = torch.tensor([7, 7, 8, 9, 7])
     rows = torch.tensor([[0, 1, 2, 4], [0, 1, 4, -1], [0, 2, 3, -1], [-1, -1, -1, -1]])
-    found = token_purity(rows, token)
-    assert found["purity"][:3].tolist() == pytest.approx([3 / 4, 1, 1 / 3])
-    expected = [-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)), 0, math.log2(3)]
-    assert found["entropy"][:3].tolist() == pytest.approx(expected, abs=1e-12)
-    assert found["purity"][3].isnan() and found["entropy"][3].isnan()
+    expected = [3 / 4, 1, 1 / 3, math.nan]
+    assert purity(rows, token).tolist() == pytest.approx(expected, nan_ok=True)
 
 
-CONFIG = MonosemanticConfig(top=4, sample=4, silent=200, before=0, after=0)
-
-
-def scorer(text, config=CONFIG, encoder=None):
+def scores_of(text, codes, config, encoder=None):
+    """The scorer of a text, and the scores of the latents to which the codes are the rows."""
     encoder = encoder or WordCounts()
     embeddings = WindowEmbeddings(text, Spelling(), encoder, config.before, config.after)
-    return LatentScorer(text, text.token, embeddings, config)
-
-
-def fired(text, codes, one, config=CONFIG):
-    return collected(text, codes, 10, one.windows, config.top, config.top + 4 * config.sample)
+    scorer = LatentScorer(text, text.token, embeddings, config)
+    examples = config.top, config.top + 4 * config.sample
+    return scorer, scorer.scores(collected(text, codes, 10, scorer.windows, *examples))
 
 
 def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
@@ -240,8 +218,7 @@ def test_random_latents_score_at_chance():
     text = make_text(contexts=300)
     codes = random_codes(text.num_rows, d_sae=200, k=4, seed=3)
     config = MonosemanticConfig(top=5, sample=8, silent=300, before=2, after=2)
-    one = scorer(text, config)
-    scores = one.scores(fired(text, codes, one, config))
+    _, scores = scores_of(text, codes, config)
     assert not scores["detection"].isnan().any()
     # The standard error over 200 latents is about .007.
     assert abs(float(scores["detection"].mean()) - 0.5) < 0.025
@@ -269,8 +246,7 @@ def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
             return normalize(torch.nn.functional.pad(halves, (0, self.width - 2)), dim=1)
 
     config = MonosemanticConfig(top=3, sample=12, silent=200, before=0, after=0)
-    one = scorer(text, config, Halves())
-    scores = one.scores(fired(text, values[:, None], one, config))
+    one, scores = scores_of(text, values[:, None], config, Halves())
     assert float(scores["purity"][0]) < 1
     # Silent windows of the other half score below, those of the same half tie: between .5 and 1.
     silent = ~(active[one.random]) & about[one.random]
@@ -284,13 +260,10 @@ def test_windows_are_embedded_once_and_end_with_context_and_document():
     text, encoder = make_text(contexts=20, positions=6, documents=14), WordCounts()
     embeddings = WindowEmbeddings(text, Spelling(), encoder, 3, 1)
     embeddings.prepare(torch.tensor([3, 50, 3]))
-    embeddings.prepare(torch.tensor([[50, 3], [7, 7]]))
-    assert encoder.embedded == 3
     rows = torch.tensor([[7, 3], [50, 3]])
     expected = WordCounts().embed(embeddings.texts(rows.flatten())).view(2, 2, -1)
     assert torch.allclose(embeddings.of(rows), expected, atol=1e-3)
-    with pytest.raises(AssertionError):
-        embeddings.of(torch.tensor([8]))
+    assert encoder.embedded == 3
     words = [f"w{i}" for i in text.token.tolist()]
     # Row 5 begins the second context; row 8 begins the second document; row 7 is before it.
     ends = {0: words[0:2], 4: words[1:5], 5: words[5:7], 7: words[5:8], 8: words[8:10]}
@@ -312,6 +285,6 @@ def test_neighbours_share_a_window_in_which_all_of_them_stand():
     centre = (cells[:, 6] % 16).tolist()
     assert centre[15:] == [2] * 4 + [7] * 5 + [12] * 5 + [15]
     assert centre[:15] == [2] * 4 + [7] * 5 + [10, 11] + [12] * 3 + [15]
+    assert torch.equal(embeddings.of(rows[5:9]), embeddings.of(rows[4:5]).expand(4, -1))
     embeddings.prepare(rows)
     assert encoder.embedded == len(cells.unique(dim=0)) == 10
-    assert torch.equal(embeddings.of(rows[5:9]), embeddings.of(rows[4:5]).expand(4, -1))

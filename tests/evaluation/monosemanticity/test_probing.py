@@ -7,13 +7,11 @@ import pytest
 import torch
 from looping import over
 
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts, Units
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.evaluation.monosemanticity.probing import (
     RIDGE_DENSE,
     Exam,
-    ProbedConcepts,
     SelectedColumns,
-    absorption,
     best_columns,
     correlations,
     dense_probes,
@@ -21,20 +19,14 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     main_latents,
     probe_latents,
     probe_site,
-    selectivity,
     sparse_probes,
     spill,
+    splits_of,
 )
 from llm_wsae.statistics.measures import LETTER
 
 UNITS, D_IN, D_SAE = 400, 6, 30
 EVERY = torch.ones(D_SAE, dtype=torch.bool)
-
-
-def probed_concepts(concepts):
-    """Of units that are one row each."""
-    numbers = torch.arange(len(concepts.half))
-    return ProbedConcepts.of(Units(numbers, torch.ones_like(numbers), numbers), concepts, 0)
 
 
 def planted(seed=0):
@@ -58,7 +50,7 @@ def planted(seed=0):
 @pytest.fixture(scope="module")
 def case():
     latents, concepts = planted()
-    return latents, concepts, probed_concepts(concepts).splits
+    return latents, concepts, splits_of(concepts, 0)
 
 
 def test_training_and_testing_share_no_unit(case):
@@ -145,10 +137,6 @@ def test_falls_equal_probing_what_is_left(case):
         for c in range(3):
             expected = accuracy(x, c) - accuracy(left, c)
             assert float(found[number, c]) == pytest.approx(expected, abs=0.011)
-    assert selectivity(torch.ones(1, 1))[1].isnan()  # there are no others
-    own, others = selectivity(found)
-    assert own.tolist() == found.diagonal().tolist()
-    assert float(others[0]) == pytest.approx(float((found[0, 1] + found[0, 2]) / 2))
 
 
 def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
@@ -156,26 +144,26 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     draw = torch.Generator().manual_seed(1)
     decoder = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     x = latents @ decoder + 0.01 * torch.randn(UNITS, D_SAE, generator=draw)
-    site = probe_site([probed_concepts(concepts)], [x])
+    site = probe_site([concepts], [x], 0)
     assert site.columns["dense"][:2].min() > 0.99 and site.columns["accuracy"][:2].min() > 0.95
     assert 0.5 < site.columns["best_1"][1] < site.columns["best_2"][1] < 0.95
-    density, without = (latents > 0).double().mean(0), EVERY.clone()
+    without = EVERY.clone()
     without[3] = False
     table = latents.T.to_sparse()
-    good, blind = probe_latents(site, [table], decoder, density, [EVERY, without])
+    good, blind = probe_latents(site, [table], decoder, [EVERY, without])
     assert float(good["best_1"][0]) == 1 and float(good["best_2"][1]) == 1
     # (the "latents" of pure chance may be those of anything)
     assert good["own_fall"][:2].min() > 0.4 and good["others_fall"][:2].abs().max() < 0.1
     turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     turned = (latents @ turn.T).T
-    (mixed,) = probe_latents(site, [turned], turn @ decoder, density, [EVERY])
+    (mixed,) = probe_latents(site, [turned], turn @ decoder, [EVERY])
     assert mixed["selectivity"][:2].max() < good["selectivity"][:2].min() - 0.1
     assert float(blind["best_1"][0]) < 0.7 and float(blind["own_fall"][0]) < 0.1
 
 
 def test_no_concept_gives_empty_scores():
-    site = probe_site([], [])
-    (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE), [EVERY])
+    site = probe_site([], [], 0)
+    (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), [EVERY])
     assert {len(values) for values in (*site.columns.values(), *found.values())} == {0}
 
 
@@ -224,7 +212,7 @@ def letter_and_word(speaks: bool):
     half = torch.rand(6000, generator=draw) < 0.5
     one = torch.ones(6000, 1, dtype=torch.bool)
     concepts = Concepts([f"{LETTER} s"], [LETTER], letter[:, None], one, half)
-    return x, latents, decoder, probed_concepts(concepts)
+    return x, latents, decoder, concepts
 
 
 def probed(speaks, is_sparse=True, without=()):
@@ -232,8 +220,7 @@ def probed(speaks, is_sparse=True, without=()):
     table = latents.T.to_sparse() if is_sparse else latents.T
     allowed = torch.ones(D_SAE, dtype=torch.bool)
     allowed[list(without)] = False
-    density = (latents > 0).float().mean(0)
-    (found,) = probe_latents(probe_site([asked], [x]), [table], decoder, density, [allowed])
+    (found,) = probe_latents(probe_site([asked], [x], 0), [table], decoder, [allowed])
     return float(found["missed"]), float(found["absorbed"])
 
 
@@ -252,20 +239,17 @@ def test_a_word_that_takes_its_letter_is_found(monkeypatch):
 
 
 def test_the_number_of_main_latents_follows_what_they_add():
-    correlation = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1, -0.9]]).repeat(4, 1)
+    best = torch.tensor([[0, 1, 3, 4, -1]]).repeat(4, 1)
     area = torch.tensor(
         [[0.90, 0.80, 0.80, 0.80], [0.91, 0.90, 0.90, 0.81], [0.99, 0.91, 0.99, 0.99]]
     )
-    allowed = torch.tensor([True, True, False, True, True, True])
-    found = main_latents(correlation, area, allowed)
+    found = main_latents(best, area)
     assert [row[row >= 0].tolist() for row in found] == [[0], [0, 1], [0, 1, 3, 4], [0]]
 
 
 def test_a_letter_that_no_probe_recognises_has_no_share():
-    x, latents, decoder, asked = letter_and_word(True)
-    split = asked.splits[0]
-    exam = Exam([LETTER], split, x[:8].T[:, :1], torch.zeros(1, split.items.shape[1]))
-    correlation, every = torch.eye(len(decoder))[[LETTER_LATENT]], torch.ones(len(decoder)).bool()
-    table = latents.T.to_sparse()
-    both = absorption(exam, table, correlation, torch.ones(3, 1), every, decoder)
-    assert bool(both.isnan().all())
+    """Its dense probe sees nothing in the activations."""
+    x, latents, decoder, concepts = letter_and_word(True)
+    site = probe_site([concepts], [torch.zeros_like(x)], 0)
+    (found,) = probe_latents(site, [latents.T.to_sparse()], decoder, [EVERY])
+    assert found["missed"].isnan() and found["absorbed"].isnan()

@@ -1,4 +1,4 @@
-"""Streaming sums behind the measures of reconstructions and codes, in float64.
+"""From the rows of a text and the losses of its documents to the numbers of ``Fidelity``.
 
 Massive rows (``ActivationCache.massive_threshold``) are summed separately: a handful of them would
 dominate every mean, and training leaves them out. FVU is reported both without and with them.
@@ -6,10 +6,11 @@ dominate every mean, and training leaves them out. FVU is reported both without 
 The *round trip* decodes real codes z and encodes them again, r = encode(decode(z)). It is theorem 1
 of Cui et al. 2026 (arXiv 2506.15963) with a trained dictionary as W_p and its own codes as the true
 features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z − r)/z. A latent is
-*false* where r > 0 and z = 0.
+*false* where r > 0 and z = 0. Sums are float64.
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -18,21 +19,26 @@ from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
+from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain
+from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
+from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.uncertainty import Bootstrap, Interval
 
 _ROWS_AT_ONCE = 256  # made dense to compare their codes
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
-HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density
+# Sums of one document each: scored predictions; cross-entropy of the model ("clean") and of its
+# variants ("spliced", "zero", "mean"); KL of these ("kl spliced", …).
+Losses = dict[str, np.ndarray]
+_Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 class Moments:
     """Count, sum and squared sum of rows about a fixed centre, which avoids cancellation."""
 
     def __init__(self, centre: Float[Tensor, " d_in"]):
-        self.centre = centre
-        self.count = 0
-        self.sum = torch.zeros_like(centre)
-        self.square = torch.zeros_like(centre)
+        self.centre, self.count = centre, 0
+        self.sum, self.square = torch.zeros_like(centre), torch.zeros_like(centre)
 
     def update(self, rows: Float[Tensor, "rows d_in"]) -> None:
         """Add rows."""
@@ -61,14 +67,14 @@ class SiteRows:
 
 
 class ReconstructionSums:
-    """Sums over one dictionary's reconstructions of the rows of its site."""
+    """Sums over a dictionary's reconstructions of the rows of its site."""
 
-    def __init__(self, d_in: int, d_sae: int):
+    def __init__(self, dictionary: Dictionary):
+        self._dictionary, d_in, d_sae = dictionary, dictionary.d_in, dictionary.d_sae
         self.count = 0
         self.error = torch.zeros(d_in, dtype=torch.float64)
         self.massive_error = torch.zeros(d_in, dtype=torch.float64)
-        self.cosine = 0.0
-        self.l2_ratio = 0.0
+        self.cosine = self.l2_ratio = 0.0
         self.firings = torch.zeros(d_sae, dtype=torch.int64)
         """Rows on which each latent fires."""
         self._survivors = self._false = 0
@@ -76,19 +82,23 @@ class ReconstructionSums:
         """Of every latent, the sum of (z − r)/z over its firings that survive the round trip."""
 
     @torch.no_grad()
-    def update(
-        self, dictionary: Dictionary, rows: Float[Tensor, "rows d_in"]
-    ) -> Float[Tensor, "rows d_in"]:
+    def update(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Reconstruct rows, add them to every sum, and return the reconstruction."""
-        codes = dictionary.encode_sparse(rows)
-        reconstruction = dictionary.decode(codes)
+        codes = self._dictionary.encode_sparse(rows)
+        reconstruction = self._dictionary.decode(codes)
         for x, y in zip(rows.split(_TOGETHER), reconstruction.split(_TOGETHER), strict=True):
             self._compare(exact(x), exact(y))
-        again = dictionary.encode_sparse(reconstruction)
+        again = self._dictionary.encode_sparse(reconstruction)
         parts = [part.split(_ROWS_AT_ONCE) for part in (*codes, *again)]
         for z_latents, z, r_latents, r in zip(*parts, strict=True):
             self._compare_codes(Codes(z_latents, z), Codes(r_latents, r))
         return reconstruction
+
+    @torch.no_grad()
+    def update_massive(self, rows: Float[Tensor, "rows d_in"]) -> None:
+        """Add massive rows, which only count in ``massive_error``."""
+        if len(rows):
+            self.massive_error += (exact(rows) - exact(self._dictionary(rows))).square().sum(0)
 
     def _compare(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
@@ -109,15 +119,6 @@ class ReconstructionSums:
         self._false += int(((r.values > 0) & was_silent).sum())
         self._lost.index_add_(0, latent[survives], 1 - after[survives] / before[survives])
 
-    @torch.no_grad()
-    def update_massive(
-        self, dictionary: Dictionary, rows: Float[Tensor, "rows d_in"]
-    ) -> Float[Tensor, "rows d_in"]:
-        """The same for massive rows, which only count in ``massive_error``."""
-        reconstruction = dictionary(rows)
-        self.massive_error += (exact(rows) - exact(reconstruction)).square().sum(0)
-        return reconstruction
-
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
         """Share of the rows on which each latent fires."""
@@ -135,13 +136,87 @@ class ReconstructionSums:
             "false_latents": self._false / max(self.count, 1),
         }
 
-    def histogram(self) -> dict[str, list[float] | list[int]]:
-        """Histogram of log10 density over the latents that fired: ``log10_edges``, ``counts``."""
-        bins = round(-HISTOGRAM_LOW / HISTOGRAM_STEP)
-        alive = self.density[self.firings > 0].log10()
-        at = ((alive - HISTOGRAM_LOW) / HISTOGRAM_STEP).floor().long().clamp(0, bins - 1)
-        edges = [HISTOGRAM_LOW + HISTOGRAM_STEP * i for i in range(bins + 1)]
-        return {"log10_edges": edges, "counts": torch.bincount(at, minlength=bins).tolist()}
+
+def fidelity_of(
+    name: str,
+    site: Site,
+    sums: ReconstructionSums,
+    losses: Losses,
+    rows: SiteRows,
+    bootstrap: Bootstrap,
+    size: TextSize,
+) -> Fidelity:
+    """The measurements of one dictionary."""
+    total = {key: column.sum(keepdims=True) for key, column in losses.items()}
+
+    def per_position(key: str) -> float:
+        return float(total[key][0] / total["scored"][0])
+
+    def recovered(baseline: str) -> _Quantity:
+        return lambda t: (t[baseline] - t["spliced"]) / (t[baseline] - t["clean"])
+
+    def share(baseline: str) -> float:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(recovered(baseline)(total)[0])
+
+    def interval(quantity: _Quantity) -> Interval:
+        return bootstrap.interval(quantity, losses)
+
+    deviation = rows.usual.deviation()
+    with_massive = rows.usual.deviation(rows.massive)
+    fvu = ratio(sums.error, deviation)
+    return Fidelity(
+        name=name,
+        site=str(site),
+        rows=sums.count,
+        documents=size.documents,
+        effective_documents=size.effective,
+        massive_rows=rows.massive.count,
+        massive_threshold=rows.threshold,
+        fvu=fvu,
+        explained_variance=1 - fvu,
+        fvu_with_massive=ratio(sums.error + sums.massive_error, with_massive),
+        cosine=sums.cosine / max(sums.count, 1),
+        l2_ratio=sums.l2_ratio / max(sums.count, 1),
+        **sums.shares(),
+        ce_clean=per_position("clean"),
+        ce_spliced=per_position("spliced"),
+        ce_mean_ablated=per_position("mean"),
+        ce_zero_ablated=per_position("zero"),
+        ce_recovered=share("zero"),
+        ce_recovered_interval=interval(recovered("zero")),
+        ce_recovered_mean=share("mean"),
+        ce_recovered_mean_interval=interval(recovered("mean")),
+        ce_increase_interval=interval(lambda t: (t["spliced"] - t["clean"]) / t["scored"]),
+        kl=per_position("kl spliced"),
+        kl_interval=interval(lambda t: t["kl spliced"] / t["scored"]),
+        kl_mean_ablated=per_position("kl mean"),
+        kl_zero_ablated=per_position("kl zero"),
+        fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
+        latent_density=sums.density.tolist(),
+        kl_per_document=losses["kl spliced"].tolist(),
+        ce_increase_per_document=(losses["spliced"] - losses["clean"]).tolist(),
+    )
+
+
+def from_plain(
+    one: Fidelity, plain: Fidelity, own: Losses, of_plain: Losses, bootstrap: Bootstrap
+) -> FromPlain:
+    """The difference of two dictionaries of a site, with intervals of the difference itself."""
+    used = {
+        "scored": own["scored"],
+        "range": own["zero"] - own["clean"],
+        "ce": of_plain["spliced"] - own["spliced"],
+        "kl": own["kl spliced"] - of_plain["kl spliced"],
+    }
+    return FromPlain(
+        plain=plain.name,
+        fvu=one.fvu - plain.fvu,
+        ce_recovered=one.ce_recovered - plain.ce_recovered,
+        ce_recovered_interval=bootstrap.interval(lambda t: t["ce"] / t["range"], used),
+        kl=one.kl - plain.kl,
+        kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
+    )
 
 
 def exact(tensor: Tensor) -> Tensor:
