@@ -11,7 +11,6 @@ from llm_wsae import ModelConfig, Run, RunGrid, TextConfig, plan, run
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import Training
@@ -80,8 +79,9 @@ def test_a_store_is_its_rows_and_a_stream_keeps_none(model, asked):
 
 def test_arms_are_those_that_will_be_trained():
     for alphas, count in (((0.5,), 3), ((0.25, 0.5), 5), (("auto", 0.5), 3)):
-        grid = RunGrid(rule=("uniform", "variance", "whitening"), alpha=alphas)
-        assert len(stand_ins(grid, WeightConfig(), 8)) == count
+        rules = ("uniform", "variance", "whitening")
+        grid = RunGrid(rule=rules, alpha=alphas, architecture=("topk",))
+        assert len(grid.likely_arms(WeightConfig(), 8)) == count
 
 
 def test_what_does_not_fit_is_said_and_not_measured(model, asked):

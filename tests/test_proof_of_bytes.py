@@ -233,11 +233,9 @@ def test_verify_checks_every_file_that_is_written(world, stopped):
     works("weigh", world / "store", "--site", SITE, "--rule", "whitening", "--out",
           world / "weights.safetensors")  # fmt: skip
     assert (world / "store/evidence").is_dir()
-    kinds = {"store": "store", "trained": "training", "finished": "training",
-             "stopped": "training", "weights.safetensors": "weights file"}  # fmt: skip
-    for name, kind in kinds.items():
+    for name in ("store", "trained", "finished", "stopped", "weights.safetensors"):
         place = world / name
-        assert works("verify", place).out == f"{place}: {kind} is intact\n"
+        assert works("verify", place).out == f"{place} is intact\n"
         files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
         for path in files:
             if path.name == ".lock":
@@ -270,7 +268,7 @@ def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
         assert found.code == 1 and said in found.err and name in found.err, name
         assert "delete" not in found.err and "damaged" not in found.err, name
     own = world / "trained/uniform-k4/wsae.json"
-    assert "record is intact" in works("verify", own).out
+    assert f"{own} is intact" in works("verify", own).out
     own.write_text(own.read_text().replace("uniform", "unifurm"))
     found = call("verify", own)
     assert found.code == 1 and "wsae.json is damaged" in found.err and "restore" in found.err

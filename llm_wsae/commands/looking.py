@@ -320,11 +320,11 @@ def verify(
         raise LlmWsaeError("; ".join(found.problems))
     below = path if path.is_dir() else path.parent
     names = [str(file.relative_to(below)) for file in found.without_digest]
-    facts = {"folder": str(path), "kind": found.kind, "ok": True, "without_digest": names}
+    facts = {"folder": str(path), "ok": True, "without_digest": names}
     if not names:
-        return facts, f"{path}: {found.kind} is intact"
+        return facts, f"{path} is intact"
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return facts, (
-        f"{path}: {found.kind} can be read, but there is no checksum of "
-        f"{', '.join(names[:_NAMED])}{more}, which another tool wrote"
+        f"{path} can be read, but there is no checksum of {', '.join(names[:_NAMED])}{more}, which "
+        "another tool wrote"
     )

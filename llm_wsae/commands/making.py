@@ -233,7 +233,6 @@ def train(request: Train) -> Result:
     Without a store: on a model's activations as they are computed, all sites in one pass.
     Run it again to resume after an interruption.
     """
-    from llm_wsae.pipeline.site_weights import stand_ins, weights_of
     from llm_wsae.training.checkpoint import check_same_rows
     from llm_wsae.training.trainer import check_arms, check_out, train_sites
     from llm_wsae.training.trainer import train as train_site
@@ -249,13 +248,12 @@ def train(request: Train) -> Result:
         training = replace(training, device="auto")
     rows = request.rows()
     # before minutes of measuring: whether such arms can be trained, on these rows, there
-    likely = stand_ins(grid, weigh, rows.d_in) + ([own] if own else [])
-    check_arms(grid.arms(likely), rows.d_in, training)
+    check_arms(grid.likely_arms(weigh, rows.d_in, own), rows.d_in, training)
     for site, folder in folders.items():
         check_out(folder)
         check_same_rows(folder, rows.source(site).identity())
     inputs = {site: measure_inputs(grid.rules, rows, site) for site in folders}
-    arms = {site: grid.arms(weights_of(one, grid, weigh, own=own)) for site, one in inputs.items()}
+    arms = {site: grid.arms(grid.weights(one, weigh, own=own)) for site, one in inputs.items()}
     if len(arms) > 1:
         trained = train_sites(rows, arms, training, out)
     else:  # in the folder itself

@@ -35,7 +35,6 @@ from llm_wsae.dictionary.folder import (
     read_folder,
 )
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
-from llm_wsae.dictionary.hub.transfer import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.lab.studies.results import BASIS, read_results, study_in
 from llm_wsae.pages.neuronpedia import export_in
@@ -45,15 +44,6 @@ from llm_wsae.weights.loss_weights import LossWeights
 
 T = TypeVar("T")
 _ARTIFACTS = {make(Path()).name: make for make in (store_in, training_in, study_in, export_in)}
-_TRAINING = training_in(Path()).name
-_KINDS = {
-    MANIFEST: "store",
-    CFG: "dictionary",
-    BASIS: "study",
-    _TRAINING: "training",
-    PULLED: "folder of pulled dictionaries",
-    export_in(Path()).name: "export",
-}
 # files whose digests are in another file, or that only their folder explains
 _OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
 _MEND = "delete the damaged files and run the same harvest again, which rewrites those missing"
@@ -64,19 +54,17 @@ _SHORT = 1.0  # seconds of work that need no bar
 class Found:
     """What a check found."""
 
-    kind: str
-    """``store``, ``dictionary``, ``training``, ``study``, ``run``, ``export``, ``record``,
-    ``weights file`` or ``folder of pulled dictionaries``."""
+    checks: int = 0
+    """Checks that were made."""
     problems: list[str] = field(default_factory=list)
     """A sentence for each fault, which also says what to do."""
     without_digest: list[Path] = field(default_factory=list)
     """Files that have none."""
     bar: tqdm = field(default_factory=lambda: tqdm(disable=True), repr=False)
-    """Counts the files that were checked."""
 
     def check(self, work: Callable[[], T]) -> T | None:
         """What the work gives; None if it fails, which is one more problem."""
-        self.bar.update()
+        self._count()
         try:
             return work()
         except LlmWsaeError as error:
@@ -87,11 +75,15 @@ class Found:
         """Compare the files of a folder with their records; their paths."""
         problems = []
         for name, record in files.items():
-            self.bar.update()
+            self._count()
             problems.append(record.problem(folder / name))
         if any(problems):
             self.problems += [*filter(None, problems), way_out]
         return {folder / name for name in files}
+
+    def _count(self) -> None:
+        self.checks += 1
+        self.bar.update()
 
 
 def verify(path: Path | str, site: str | None = None) -> Found:
@@ -103,66 +95,63 @@ def verify(path: Path | str, site: str | None = None) -> Found:
     path = Path(path)
     if not path.exists():
         raise LlmWsaeError(f"there is no file or folder {path}")
-    kind = _kind_of_file(path) if path.is_file() else _kind(path)
     with tqdm(desc="verify", unit="file", dynamic_ncols=True, delay=_SHORT) as bar:
-        found = Found(kind, bar=bar)
-        if kind == "weights file":
-            _check_tensors(found, path)
-            if path in found.without_digest:
-                found.check(lambda: LossWeights.load(path))
-        elif kind == "record":
-            _check_json(found, path)
-        elif kind == "dictionary":
-            _check_dictionary(found, path, site)
+        found = Found(bar=bar)
+        if path.is_dir():
+            _check_folder(found, path, site)
         else:
-            _check_folder(found, path)
+            _check_file(found, path)
+    if not found.checks:
+        raise LlmWsaeError(
+            f"there is nothing in {path} that verify knows; give it the folder of a store, a "
+            "dictionary, a training, a run, a study or an export, a weights file (.safetensors) or "
+            "a record (.json)"
+        )
     return found
 
 
-def _kind_of_file(path: Path) -> str:
+def _check_file(found: Found, path: Path) -> None:
+    """A file alone."""
     stores = [one for one in path.parents[:2] if (one / MANIFEST).is_file()]
     if path.name in _OF_FOLDERS or (stores and path.suffix == ".safetensors"):
         folder = stores[0] if stores else path.parent
         raise LlmWsaeError(f"{path} is checked together with its folder; give {folder}")
-    if path.suffix not in (".json", ".safetensors"):
-        raise LlmWsaeError(
-            f"there is nothing in {path} that verify knows; give it a folder, a weights file "
-            "(.safetensors) or a record (.json)"
-        )
-    return "record" if path.suffix == ".json" else "weights file"
+    if path.suffix == ".json":
+        _check_json(found, path)
+    elif path.suffix == ".safetensors":
+        _check_tensors(found, path)
+        if found.without_digest:
+            found.check(lambda: LossWeights.load(path))
 
 
-def _kind(folder: Path) -> str:
-    names = {entry.name for entry in folder.iterdir()}
-    if is_own(names) or layout_of(names):
-        return "dictionary"
-    if kind := next((kind for name, kind in _KINDS.items() if name in names), None):
-        return kind
-    if any((folder / name / own).is_file() for name in names for own in (MANIFEST, _TRAINING)):
-        return "run"
-    known = ", ".join(f"{kind} (with a {name})" for name, kind in _KINDS.items())
-    raise LlmWsaeError(f"{folder} holds nothing that verify knows: {known}, or the folder of a run")
-
-
-def _check_folder(found: Found, folder: Path, listed: frozenset[Path] = frozenset()) -> None:
-    """Check the files in a folder and in the folders below, but those that were ``listed``."""
+def _check_folder(
+    found: Found, folder: Path, site: str | None = None, listed: frozenset[Path] = frozenset()
+) -> None:
+    """The files in a folder and in the folders below, but those that were ``listed``."""
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    if is_own({path.name for path in entries}):
-        _check_dictionary(found, folder, None)
+    names = {path.name for path in entries}
+    layout = layout_of(names)
+    if is_own(names) and site is None:
+        if found.check(lambda: read_folder(folder)):
+            found.check(lambda: read_explanations(folder))
+        return
+    if CFG in names or layout:  # of another tool
+        if found.check(lambda: Dictionary.load(folder, site=site)) and layout:
+            found.without_digest += [folder / name for name in layout.files]
         return
     for path in entries:
         if path.suffix == ".json":
             listed |= _check_json(found, path)
-    is_store = (folder / MANIFEST).is_file()
     for path in entries:
         if path.is_dir():
-            if not is_store or path.name == MEASUREMENTS:  # the others were listed
-                _check_folder(found, path, listed)
+            if MANIFEST not in names or path.name == MEASUREMENTS:  # a store's others were listed
+                _check_folder(found, path, listed=listed)
         elif path.suffix == ".safetensors" and path not in listed:
             facts = _check_tensors(found, path)
-            if path.name == CHECKPOINT and facts:
-                _check_log(found, folder, facts["log"])
-    if (folder / BASIS).is_file() and not found.problems:
+            if path.name == CHECKPOINT and facts and facts["log"] and LOG in names:
+                record = FileRecord(**facts["log"])  # as far as the checkpoint reaches
+                found.check(lambda: check_beginning(folder / LOG, record))  # noqa: B023
+    if BASIS in names and not found.problems:
         found.check(lambda: read_results(folder))
 
 
@@ -211,19 +200,3 @@ def _check_tensors(found: Found, path: Path) -> dict[str, Any] | None:
         return facts
 
     return found.check(read)
-
-
-def _check_log(found: Found, folder: Path, written: Mapping[str, Any] | None) -> None:
-    """The log of an unfinished training, as far as its checkpoint reaches."""
-    if written is not None and (folder / LOG).is_file():
-        found.check(lambda: check_beginning(folder / LOG, FileRecord(**written)))
-
-
-def _check_dictionary(found: Found, folder: Path, site: str | None) -> None:
-    names = {entry.name for entry in folder.iterdir()}
-    if is_own(names) and site is None:
-        if found.check(lambda: read_folder(folder)):
-            found.check(lambda: read_explanations(folder))
-    elif found.check(lambda: Dictionary.load(folder, site=site)):
-        layout = layout_of(names)
-        found.without_digest += [folder / name for name in layout.files] if layout else []

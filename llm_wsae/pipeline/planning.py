@@ -14,8 +14,6 @@ from typing import Any
 import torch
 
 from llm_wsae.artifact.artifact import existing, free_space
-from llm_wsae.data.config import HarvestConfig
-from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import StoreWriter, finish_store, kept_rows, manifest_of
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import WINDOW_BYTES
@@ -23,9 +21,7 @@ from llm_wsae.data.site_rows import SiteSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import Run
-from llm_wsae.pipeline.site_weights import stand_ins
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
@@ -55,10 +51,9 @@ class Plan:
     dictionary_bytes: int
     """Of all dictionaries of all sites."""
     disk_bytes: int
-    """The most that is on the disk at a time."""
+    """The most that is on the disk at a time; then the most in the memory of the device."""
     disk_free: int
     memory_bytes: int
-    """The most that is in the memory of the device at a time."""
     memory_there: int
     device: str
     seconds: dict[str, float] = field(default_factory=dict)
@@ -111,34 +106,32 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
     model = model or request.model.load()
     for site in request.sites:
         model.check_site(site)
-    arms = request.grid.arms(stand_ins(request.grid, request.weigh, model.d_model))
-    size, wanted = request.train.batch_size, request.training.tokens or request.rows
-    steps = max(1, wanted // size)
-    training = replace(request.training, tokens=steps * size)
-    found = _sizes(model, request, arms, steps * size)
+    arms = request.grid.likely_arms(request.weigh, model.d_model)
+    size, harvest = request.train.batch_size, request.harvest
+    rows = max(1, (request.training.tokens or request.rows) // size) * size
+    found = _sizes(request, model, arms, rows)
     if found.shortage():
         return found
-    sites, harvest = sorted(request.sites), request.harvest
     with TemporaryDirectory(prefix=".plan.", dir=existing(request.folder)) as name:
-        text = request.corpus.open("train")
-        of_token = _first_tokens(model, text, sites, Path(name), harvest)
-        source = ActivationStore.open(name).source(sites[0])
+        of_token = _first_tokens(request, model, Path(name))
+        source = ActivationStore.open(name).source(min(request.sites))
+        training = replace(request.training, tokens=rows)
         of_row = _first_steps(source, arms, training, Path(name) / "training")
     tokens = harvest.num_contexts * harvest.context_size
     if request.stream:
-        tokens = tokens * steps * size // request.rows + request.statistics_tokens
+        tokens = tokens * rows // request.rows + request.statistics_tokens
     # behind each site the model's own rows, zeros, the mean, its dimensions and every dictionary
-    passes = len(sites) * (4 + len(arms))
+    passes = len(request.sites) * (4 + len(arms))
     seconds = {
         "harvest": tokens * of_token,
-        "train": len(sites) * steps * size * of_row,
+        "train": len(request.sites) * rows * of_row,
         "evaluate": request.evaluate.tokens * passes * of_token,
     }
     return replace(found, seconds=seconds)
 
 
 def _sizes(
-    model: LanguageModel, request: Run, arms: Sequence[ArmConfig], trained_rows: int
+    request: Run, model: LanguageModel, arms: Sequence[ArmConfig], trained_rows: int
 ) -> Plan:
     """The plan without its times."""
     sites, rows, train, harvest = request.sites, request.rows, request.training, request.harvest
@@ -175,10 +168,9 @@ def _sizes(
     )
 
 
-def _first_tokens(
-    model: LanguageModel, corpus: Corpus, sites: Sequence[Site], folder: Path, config: HarvestConfig
-) -> float:
+def _first_tokens(request: Run, model: LanguageModel, folder: Path) -> float:
     """Harvest a few forward passes into a store. Seconds a token; the first pass is not timed."""
+    corpus, config, sites = request.corpus.open("train"), request.harvest, sorted(request.sites)
     size = config.contexts_per_batch
     most = max(2, config.num_contexts // size // _SHARE)
     manifest = manifest_of(model, corpus.identity(), sites, config)
@@ -186,13 +178,13 @@ def _first_tokens(
     blocks = Packer.for_model(model, config).blocks(corpus, size, limit=config.num_contexts)
     ends, contexts = [time.perf_counter()], [0]
     with StoreWriter(folder, manifest) as writer:
-        for number, block in enumerate(blocks):
+        for number, block in zip(range(most), blocks, strict=False):
             rows = kept_rows(model, block, sites)
             manifest.num_contexts += len(block.ids)  # as many as are made: the text may end before
             writer.add(number, block, {str(site): rows[site] for site in sites})
             ends.append(time.perf_counter())
             contexts.append(manifest.num_contexts)
-            if number + 1 == most or ends[-1] - ends[1] > SECONDS:
+            if ends[-1] - ends[1] > SECONDS:
                 break
         writer.wait()
     ends.append(time.perf_counter())
@@ -208,10 +200,9 @@ def _first_steps(
     batches = source.batches(config.batch_size, config.shuffle_seed)
     # alone, also where rank 0 measures and others wait for it
     training = Training(source, arms, config, folder, choose_device(config.device))
-    last, steps = training.num_steps - 1, 0
     training.step(0, next(batches))
     training.read_numbers(1)
-    began = time.perf_counter()
+    last, steps, began = training.num_steps - 1, 0, time.perf_counter()
     while steps < 2 or (time.perf_counter() - began < SECONDS and steps < last // _SHARE):
         steps += 1
         training.step(min(steps, last), next(batches))

@@ -1,5 +1,6 @@
 """The figures of a run: the profile of a site, the fidelity of its dictionaries, and their page."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llm_wsae.artifact.files import write_atomic, write_text
-from llm_wsae.evaluation.fidelity.report import FromPlain, Report
+from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.pages.frame import COLOURS, filled
 from llm_wsae.statistics.measures import DRAWN, L0
 from llm_wsae.statistics.moments import Statistics
@@ -18,17 +19,9 @@ from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import effective_dimensions, loss_share
 
 # Okabe & Ito (2008), without its yellow, which is too light for marks on white
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE = PALETTE[0]
 INK, GREY, LIGHT = "#333333", "#80868f", "#c6cad0"
-_DPI = 130
-_TOGETHER = len(PALETTE) - 1  # weights in one panel, beside the plain ones
 _NO_VERDICT = (
     "Intervals are 95 %, over the documents of the held-out text: they do not say what another "
     "seed would change. A verdict on weights needs seeds and controls: llm-wsae study."
@@ -46,40 +39,36 @@ def plot_profile(
 
     Dimensions are ordered by falling winsorised variance, shares by falling share. A matrix has no
     weight per dimension: a line shows by how much it stretches the principal directions, ordered
-    alike. More than a few weights are shown in several pairs of panels, the plain ones in each.
+    alike.
     """
     robust = statistics.robust_variance
     order = robust.argsort(descending=True)
     principal = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.flip(1)
     rank = torch.arange(1, statistics.d_in + 1)
-    plain = [w for w in weights if w.name == "uniform"]
-    others = [w for w in weights if w.name != "uniform"]
-    groups = [others[i : i + _TOGETHER] for i in range(0, max(len(others), 1), _TOGETHER)]
-    num_panels = 1 + 2 * len(groups)
-    figure = Figure(figsize=(11, 3 * num_panels), layout="constrained")
-    top, *pairs = figure.subplots(num_panels, 1, sharex=True)
+    figure = Figure(figsize=(11, 9 + 0.5 * max(0, len(weights) - 6)), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
     top.plot(rank, statistics.variance[order], ".", ms=4, color=LIGHT, label="all rows")
     top.plot(rank, robust[order], color=INK, lw=1.5, label="winsorised")
+    colours = itertools.cycle(PALETTE[1:])
+    for w in weights:
+        colour = INK if w.name == "uniform" else next(colours)
+        if w.is_matrix:
+            stretched = (w.gamma.double() @ principal).norm(dim=0)
+            label = f"{w.name}\n(principal directions)"
+            middle.plot(rank, stretched, color=colour, label=label)
+        else:
+            middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
+        cumulative = loss_share(w, statistics).sort(descending=True).values.cumsum(0)
+        label = f"{w.name}\n{effective_dimensions(w, statistics):.1f} effective dimensions"
+        bottom.plot(rank, cumulative, color=colour, lw=1.8, label=label)
     top.set(yscale="log", ylabel="variance")
-    for middle, bottom, group in zip(pairs[::2], pairs[1::2], groups, strict=True):
-        for w, colour in zip([*plain, *group], [INK] * len(plain) + [*PALETTE[1:]], strict=False):
-            if w.is_matrix:
-                stretched = (w.gamma.double() @ principal).norm(dim=0)
-                label = f"{w.name}\n(principal directions)"
-                middle.plot(rank, stretched, color=colour, label=label)
-            else:
-                middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
-            cumulative = loss_share(w, statistics).sort(descending=True).values.cumsum(0)
-            effective = effective_dimensions(w, statistics)
-            label = f"{w.name}\n{effective:.1f} effective dimensions"
-            bottom.plot(rank, cumulative, color=colour, lw=1.8, label=label)
-        middle.set(yscale="log", ylabel="weight γ")
-        share = "share of the loss carried\nby the first dimensions"
-        bottom.set(xscale="log", ylim=(0, 1.02), ylabel=share)
-    pairs[-1].set_xlabel(
+    middle.set(yscale="log", ylabel="weight γ")
+    share = "share of the loss carried\nby the first dimensions"
+    bottom.set(xscale="log", ylim=(0, 1.02), ylabel=share)
+    bottom.set_xlabel(
         "dimension, by falling winsorised variance (share of the loss: by falling share)"
     )
-    for axis in (top, *pairs):
+    for axis in (top, middle, bottom):
         tidy(axis)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     figure.suptitle(f"{site}: {statistics.d_in} dimensions")
@@ -116,84 +105,72 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
 
 def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path) -> None:
     """The fidelity of a site's arms as ``pages/report.html``."""
-    plain_first = sorted(arms, key=lambda arm: not arm.weights.rule.is_plain)
-    found = {_series_of(arm): _group_of(arm) for arm in plain_first}
-    colours = [None, *(number % COLOURS for number in range(len(found) - 1))]
-    series = [
-        {"name": name, "group": group, "colour": colour}
-        for (name, group), colour in zip(found.items(), colours, strict=True)
-    ]
-    of_arm = {arm.name: list(found).index(_series_of(arm)) for arm in arms}
-    rows = [
+    measures = (*DRAWN, L0)
+    groups = {}
+    for arm in sorted(arms, key=lambda arm: not arm.weights.rule.is_plain):
+        group = "plain" if arm.weights.rule.is_plain else "weighted"
+        groups[_series_of(arm)] = "half-random" if arm.kind.is_baseline else group
+    colours = [None, *(number % COLOURS for number in range(len(groups) - 1))]
+    of_arm = {arm.name: list(groups).index(_series_of(arm)) for arm in arms}
+    points = [
         {
-            "series": of_arm[name],
-            "name": name,
-            "word": _word(one),
-            "values": {
-                "kl": (one.kl, *one.kl_interval),
-                "ce_recovered": (one.ce_recovered, *one.ce_recovered_interval),
-                "fvu": (one.fvu,),
-            },
+            "series": of_arm[arm.name],
+            "control": False,
+            "name": arm.name,
+            "k": arm.level,
+            "level": f"{'k' if arm.kind.setting == 'k' else 'L1'} = {arm.level:g}",
+            "values": {m.key: getattr(report.dictionaries[arm.name], m.key) for m in measures},
         }
-        for name, one in report.from_plain.items()
+        for arm in arms
     ]
+    rows, evidence = _from_plain(report, of_arm)
     about = {
         "title": f"Dictionaries of {site}",
         "words": [_NO_VERDICT],
         "facts": [("model", report.model["name"]), ("dictionaries", f"{len(arms)}")],
-        "series": series,
-        "points": [
-            {
-                "series": of_arm[arm.name],
-                "control": False,
-                "name": arm.name,
-                "k": arm.level,
-                "level": f"{'k' if arm.kind.setting == 'k' else 'L1'} = {arm.level:g}",
-                "values": {
-                    m.key: getattr(report.dictionaries[arm.name], m.key) for m in (*DRAWN, L0)
-                },
-            }
-            for arm in arms
+        "series": [
+            {"name": name, "group": group, "colour": colour}
+            for (name, group), colour in zip(groups.items(), colours, strict=True)
         ],
-        "measures": {m.key: m.of_page() for m in (*DRAWN, L0)},
+        "points": points,
+        "measures": {m.key: m.of_page() for m in measures},
         "curves": [{"title": "Fidelity", "across": "l0", "up": [m.key for m in DRAWN]}],
         "legend": _LEGEND,
         "forest": ["kl", "ce_recovered", "fvu"],
         "differences": [{"equal": "k", "across": "l0", "rows": rows}] if rows else [],
-        "evidence": [
-            {"series": of_arm[name], "name": name, "text": _sentence(one)}
-            for name, one in report.from_plain.items()
-        ],
+        "evidence": evidence,
         "tables": [report.measured.of_page()],
     }
     write_text(path, filled("report.html", about))
+
+
+def _from_plain(
+    report: Report, series: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Differences from the plain dictionaries, as the page draws them, and in words."""
+    rows, evidence = [], []
+    for name, one in report.from_plain.items():
+        low, high = one.kl_interval
+        word = "higher KL" if low > 0 else "lower KL" if high < 0 else "KL level with plain"
+        values = {
+            "kl": (one.kl, low, high),
+            "ce_recovered": (one.ce_recovered, *one.ce_recovered_interval),
+            "fvu": (one.fvu,),
+        }
+        rows.append({"series": series[name], "name": name, "word": word, "values": values})
+        ce, kl = (f"[{a:+.4f}, {b:+.4f}]" for a, b in (one.ce_recovered_interval, (low, high)))
+        text = (
+            f"{word}: {one.kl:+.4f} {kl} nats compared with {one.plain}; CE recovered "
+            f"{one.ce_recovered:+.4f} {ce}; FVU {one.fvu:+.4f}"
+        )
+        evidence.append({"series": series[name], "name": name, "text": text})
+    return rows, evidence
 
 
 def _series_of(arm: ArmConfig) -> str:
     """The weights of an arm, and its architecture if it is not TopK's: what its k-curve is of."""
     kind = "" if arm.architecture == "topk" else f", {arm.architecture}"
     return f"{arm.weights.name}{kind}"
-
-
-def _group_of(arm: ArmConfig) -> str:
-    if arm.kind.is_baseline:
-        return "half-random"
-    return "plain" if arm.weights.rule.is_plain else "weighted"
-
-
-def _word(one: FromPlain) -> str:
-    low, high = one.kl_interval
-    return "higher KL" if low > 0 else "lower KL" if high < 0 else "KL level with plain"
-
-
-def _sentence(one: FromPlain) -> str:
-    ce, kl = (
-        f"[{low:+.4f}, {high:+.4f}]" for low, high in (one.ce_recovered_interval, one.kl_interval)
-    )
-    return (
-        f"{_word(one)}: {one.kl:+.4f} {kl} nats compared with {one.plain}; CE recovered "
-        f"{one.ce_recovered:+.4f} {ce}; FVU {one.fvu:+.4f}"
-    )
 
 
 def tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
@@ -204,4 +181,4 @@ def tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=_DPI))
+    write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.training.arm import ArmConfig
     from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import Rule
+    from llm_wsae.weights.rules import Rule, RuleInputs
 
 T = TypeVar("T")
 Spelt = tyro.conf.FlagConversionOff  # a yes or no is spelt out: --x.y False
@@ -168,11 +168,47 @@ class Grid(RuleGrid):
     init_seeds: tuple[int, ...] = (0,)
     """Seeds of the initial parameters."""
 
+    def weights(
+        self,
+        inputs: "RuleInputs",
+        config: WeightConfig,
+        chosen: float | None = None,
+        own: "LossWeights | None" = None,
+    ) -> "list[LossWeights]":
+        """The weights of a site, those from a file (``own``) last; the plain ones if nothing else
+        is left. ``chosen`` is the exponent that trials found. Raises as ``choose_weights`` does."""
+        from llm_wsae.weights.loss_weights import choose_weights
+
+        found = []
+        for rule in self.rules:
+            found += choose_weights(inputs, [rule], self.exponents(rule, chosen), config=config)
+        if own is not None or not found:
+            found += choose_weights(inputs, [] if own else ["uniform"], [], own, config)
+        return list({weights.name: weights for weights in found}.values())
+
     def arms(self, weights: "Sequence[LossWeights]") -> "list[ArmConfig]":
         """Every combination with these weights. Raises as ``make_arms`` does."""
         from llm_wsae.training.arm import make_arms
 
         return make_arms(weights, self.k, self.l1, self.init_seeds, self.architecture)
+
+    def likely_arms(
+        self, config: WeightConfig, d_in: int, own: "LossWeights | None" = None
+    ) -> "list[ArmConfig]":
+        """Arms with the names and forms of those that will be trained, before anything is measured.
+        The values of their weights do not matter, except that no two may be alike."""
+        import torch
+
+        from llm_wsae.weights.loss_weights import LossWeights
+
+        found: dict[str, LossWeights] = {}
+        for rule in self.rules:
+            for alpha in (1.0,) if rule.is_plain else self.exponents(rule, chosen=0.5):
+                gamma = torch.eye(d_in) if rule.form(config) == "matrix" else torch.ones(d_in)
+                gamma = gamma * (1 + len(found) / 1000)
+                weights = LossWeights(gamma, rule, alpha, rule.settings(config))
+                found.setdefault(weights.name, weights)
+        return self.arms([*found.values(), *([own] if own else [])])
 
     @property
     def is_automatic(self) -> bool:

@@ -2,9 +2,13 @@
 
 A store keeps the rows on the disk. A stream computes them while they are trained on, once for all
 sites, and keeps none. The same call after an interruption resumes: finished stages are read back.
+
+How far to whiten differs from model to model, and at some sites no power is better than a plain
+dictionary. Short trainings can choose it (``--alpha auto``), by the KL divergence of the model's
+predictions when it computes with the reconstruction.
 """
 
-import functools
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +17,18 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.artifact import differences
+from llm_wsae.artifact.files import read_own_json, write_json
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
+from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.data.site_rows import SiteRows
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -32,25 +39,29 @@ from llm_wsae.model.site import Site
 from llm_wsae.pipeline.planning import plan
 from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.pipeline.request import RUN_RECORD, Run, write_request
-from llm_wsae.pipeline.site_weights import (
-    CHOICE,
-    TRIAL_TOKENS,
-    choose_alpha,
-    stand_ins,
-    weights_of,
-)
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import check_same_rows, recorded, training_in
+from llm_wsae.training.config import PROCEDURAL
 from llm_wsae.training.log import LOG
-from llm_wsae.training.trainer import check_arms, check_out, check_room, train_sites
-from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
+from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 from llm_wsae.weights.profile import profile, profile_text
+from llm_wsae.weights.rules import Rule, RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 STORE = "store"
 PAGE = "report.html"
-TRIAL_K = 32  # of the trials behind an automatic α and of the raw dimensions, if none is asked for
+CHOICE = "alpha.json"
+_TRIALS = ".alpha"
+CANDIDATES = (0.25, 0.5, 0.75, 1.0)
+TRIAL_ROWS = 300_000
+"""Rows of each trial training: about 40 seconds for all five on two cores."""
+TRIAL_TOKENS = 10_000
+"""Held-out tokens on which the trials are judged, of about 40 documents or more."""
+LEAST_GAIN = 0.02
+"""Share by which KL must fall below that of the plain trial; less may be chance."""
+_TRIAL_K = 32  # of the trials and of the raw dimensions, if no k is asked for
 
 
 @dataclass(frozen=True)
@@ -64,11 +75,8 @@ class SiteResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The folder and what was measured, JSON-able."""
-        return {
-            "folder": str(self.folder),
-            "profile": self.profile,
-            "fidelity": self.report.summaries(),
-        }
+        measured = {"profile": self.profile, "fidelity": self.report.summaries()}
+        return {"folder": str(self.folder), **measured}
 
     def text(self) -> str:
         """The table for people, and the paths of what was written."""
@@ -104,30 +112,94 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
     model = model or request.model.load(_model_begun(request))
-    stages, processes = _Stages(request, model), join()
+    processes = join()
     with processes.together():  # no process looks at the folder when another has begun to write
-        stages.check()
+        is_begun = _check(request, model)
         # before hours of work are built on too little text
-        heldout, trial = stages.texts()
-        processes.lead(stages.announce)
-    rows = stages.rows()
-    weighed = {site: stages.weigh(rows, site, trial) for site in request.sites}
-    trained = stages.train(rows, {site: one.arms for site, one in weighed.items()})
+        heldout, trial = _texts(request, model)
+        if not is_begun:
+            processes.lead(lambda: _announce(request, model))
+    rows = _rows(request, model)
+    sites = {site: _weigh(request, model, rows, site, trial) for site in request.sites}
+    trained = _train(request, rows, {site: one.arms for site, one in sites.items()})
     with processes.together():
         if not processes.leads:
             return {}
-        results = stages.finish(weighed, trained, heldout)
+        evaluator = FidelityEvaluator(model, heldout, request.evaluate)
+        results = _finish(request, evaluator, sites, trained)
         write_request(request.folder / RUN_RECORD, "run", request, model=model.name)
     return results
 
 
 def _model_begun(request: Run) -> dict[str, Any] | None:
     """What the records in a run's folder say of the model; None if nothing was begun there."""
-    out = request.folder
-    if (out / STORE / MANIFEST).is_file():
-        return Manifest.load(out / STORE).model
-    trainings = (recorded(out / str(site)) for site in request.sites)
+    if (request.folder / STORE / MANIFEST).is_file():
+        return Manifest.load(request.folder / STORE).model
+    trainings = (recorded(request.folder / str(site)) for site in request.sites)
     return next((found["rows"].get("model") for found in trainings if found is not None), None)
+
+
+def _check(request: Run, model: LanguageModel) -> bool:
+    """Refuse, before hours of harvesting, what cannot be trained; and a folder with trainings on
+    fewer rows, or on a store where a stream is asked for, or the other way round. Otherwise:
+    whether something was begun there."""
+    out, training, d_in = request.folder, request.training, model.d_model
+    arms = request.grid.likely_arms(request.weigh, d_in)
+    check_arms(arms, d_in, training)
+    folders = {site: out / str(site) for site in request.sites}
+    begun = [
+        site
+        for site, folder in folders.items()
+        if training_in(folder).is_begun() or (folder / CHOICE).exists()
+    ]
+    if not begun:
+        parts = join().size if training.shard == "latents" else 1
+        check_room([d_in] * len(arms), training, parts)
+    store = Manifest.load(out / STORE) if (out / STORE / MANIFEST).is_file() else None
+    if request.stream:
+        check_out(out)
+    elif begun and store and request.harvest.num_contexts > store.num_contexts:
+        raise UsageError(
+            f"{out} holds a training of {begun[0]} on "
+            f"{store.num_contexts * store.context_size:,} tokens; choose another folder for more"
+        )
+    for site, folder in folders.items():
+        found = recorded(folder)
+        if found is not None and (found["rows"].get("kind") == "stream") != request.stream:
+            made, change = ("store", "omit") if request.stream else ("stream", "add")
+            raise UsageError(
+                f"{out} holds a training of {site} on a {made}; {change} --stream to resume it, or "
+                "choose another folder"
+            )
+    return bool(begun or store)
+
+
+def _texts(request: Run, model: LanguageModel) -> tuple[list[Context], list[Context]]:
+    """The held-out text, and other text on which α is chosen, if it is."""
+    heldout = request.corpus.open("heldout")
+    contexts = iter(Packer.for_model(model, request.harvest).contexts(heldout))
+    own = take_contexts(contexts, request.evaluate.tokens)
+    return own, take_contexts(contexts, TRIAL_TOKENS) if request.grid.is_automatic else []
+
+
+def _announce(request: Run, model: LanguageModel) -> None:
+    """Say what the run takes."""
+    takes = plan(request, model)
+    shortage = takes.shortage()
+    _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
+
+
+def _rows(request: Run, model: LanguageModel) -> SiteRows:
+    """Harvest, or prepare the stream."""
+    text, corpus, out = request.corpus.open("train"), request.corpus.corpus, request.folder
+    if request.streaming is None:
+        _say(1, "harvest", f"{request.harvest.tokens:,} tokens of {corpus} through {model.name}")
+        return harvest(model, text, request.sites, out / STORE, request.harvest)
+    _say(1, "harvest", f"none: {corpus} goes through {model.name} while it is trained on")
+    streams = ActivationStreams(model, text, request.sites, request.streaming, out)
+    for site in request.sites:
+        check_same_rows(out / str(site), streams.identity(site))
+    return streams
 
 
 class _Weighed(NamedTuple):
@@ -139,148 +211,146 @@ class _Weighed(NamedTuple):
     arms: list[ArmConfig]
 
 
-class _Stages:
-    """The stages of one run."""
-
-    def __init__(self, request: Run, model: LanguageModel):
-        self.request, self.model, self.out = request, model, request.folder
-        self.k = request.grid.k[0] if request.grid.k else TRIAL_K
-
-    @functools.cached_property
-    def begun(self) -> list[Site]:
-        """The sites of which something was trained, or the exponent was chosen."""
-        folders = {site: self.out / str(site) for site in self.request.sites}
-        return [
-            site
-            for site, folder in folders.items()
-            if training_in(folder).is_begun() or (folder / CHOICE).exists()
-        ]
-
-    @functools.cached_property
-    def has_store(self) -> bool:
-        """Whether a harvest was begun."""
-        return (self.out / STORE / MANIFEST).is_file()
-
-    def check(self) -> None:
-        """Refuse, before hours of harvesting, what cannot be trained; and a folder with trainings
-        on fewer rows, or on a store where a stream is asked for, or the other way round."""
-        request, out, training = self.request, self.out, self.request.training
-        d_in = self.model.d_model
-        arms = request.grid.arms(stand_ins(request.grid, request.weigh, d_in))
-        check_arms(arms, d_in, training)
-        if not self.begun:
-            parts = join().size if training.shard == "latents" else 1
-            check_room([d_in] * len(arms), training, parts)
-        if request.stream:
-            check_out(out)
-        elif self.begun and self.has_store:
-            there = Manifest.load(out / STORE)
-            if request.harvest.num_contexts > there.num_contexts:
-                raise UsageError(
-                    f"{out} holds a training of {self.begun[0]} on "
-                    f"{there.num_contexts * there.context_size:,} tokens; choose another folder "
-                    "for more"
-                )
-        for site in request.sites:
-            found = recorded(out / str(site))
-            if found is not None and (found["rows"].get("kind") == "stream") != request.stream:
-                made, change = ("store", "omit") if request.stream else ("stream", "add")
-                raise UsageError(
-                    f"{out} holds a training of {site} on a {made}; {change} --stream to resume "
-                    "it, or choose another folder"
-                )
-
-    def texts(self) -> tuple[list[Context], list[Context]]:
-        """The held-out text, and other text on which α is chosen, if it is."""
-        heldout = self.request.corpus.open("heldout")
-        contexts = iter(Packer.for_model(self.model, self.request.harvest).contexts(heldout))
-        own = take_contexts(contexts, self.request.evaluate.tokens)
-        return own, take_contexts(contexts, TRIAL_TOKENS) if self.request.grid.is_automatic else []
-
-    def announce(self) -> None:
-        """Say what the run takes, when it begins."""
-        if not self.begun and not self.has_store:
-            takes = plan(self.request, self.model)
-            shortage = takes.shortage()
-            _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
-
-    def rows(self) -> SiteRows:
-        """Harvest, or prepare the stream."""
-        request, name = self.request, self.model.name
-        text, corpus = request.corpus.open("train"), request.corpus.corpus
-        if request.streaming is None:
-            tokens = f"{request.harvest.tokens:,} tokens"
-            _say(1, "harvest", f"{tokens} of {corpus} through {name}")
-            return harvest(self.model, text, request.sites, self.out / STORE, request.harvest)
-        _say(1, "harvest", f"none: {corpus} goes through {name} while it is trained on")
-        streams = ActivationStreams(self.model, text, request.sites, request.streaming, self.out)
-        for site in request.sites:
-            check_same_rows(self.out / str(site), streams.identity(site))
-        return streams
-
-    def weigh(self, rows: SiteRows, site: Site, trial: list[Context]) -> _Weighed:
-        """Measure a site, choose its weights, and show its profile."""
-        _say(2, "weigh", f"profile of {site}")
-        grid, config = self.request.grid, self.request.weigh
-        inputs = measure_inputs(grid.rules, rows, site, model=self.model)
-        chosen = None
-        if trial:
-            trials = replace(self.request.evaluate, tokens=TRIAL_TOKENS)
-            judge = FidelityEvaluator(self.model, trial, trials)
-            source, folder = rows.source(site), self.out / str(site)
-            training = self.request.training
-            choice = choose_alpha(inputs, source, judge, folder, self.k, training, config)
-            chosen = choice.alpha
-            _write(choice.text())
-        weights = weights_of(inputs, grid, config, chosen=chosen)
-        facts = profile(inputs.statistics, weights)
-        _write(profile_text(facts))
-        return _Weighed(inputs.statistics, facts, weights, grid.arms(weights))
-
-    def train(
-        self, rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]]
-    ) -> dict[Site, dict[str, Dictionary]]:
-        """All dictionaries of a site in one pass over its rows; of a stream, those of all sites."""
-        trained: dict[Site, dict[str, Dictionary]] = {}
-        for group in [arms] if rows.in_step else [{site: arms[site]} for site in arms]:
-            number = sum(map(len, group.values()))
-            where = f"{len(group)} sites" if len(group) > 1 else next(iter(group))
-            _say(3, "train", f"{number} dictionaries of {where} in one pass")
-            trained |= train_sites(rows, group, self.request.training, self.out)
-        return trained
-
-    def finish(
-        self,
-        weighed: Mapping[Site, _Weighed],
-        trained: Mapping[Site, dict[str, Dictionary]],
-        heldout: Sequence[Context],
-    ) -> dict[Site, SiteResult]:
-        """Evaluate, and write everything that is not a dictionary: only now, so that a run which is
-        refused leaves what a folder says of its dictionaries."""
-        for site, one in weighed.items():
-            folder = self.out / str(site)
-            write_json(folder / "profile.json", one.profile)
-            plot_profile(one.statistics, one.weights, str(site), folder / "profile.png")
-        places = ", ".join(map(str, self.request.sites))
-        _say(4, "evaluate", f"{places} on {self.request.evaluate.tokens:,} held-out tokens")
-        results: dict[Site, SiteResult] = {}
-        evaluator = FidelityEvaluator(self.model, heldout, self.request.evaluate)
-        measured = {
-            site: with_raw_dimensions(own, weighed[site].statistics, float(self.k))
-            for site, own in trained.items()
-        }
-        for site, report in evaluator.evaluate_sites(measured):
-            folder, dictionaries = self.out / str(site), trained[site]
-            _save_metrics(folder, dictionaries, report)
-            report.write(folder / "report.json")
-            of_trained = {name: report.summaries()[name] for name in dictionaries}
-            plot_fidelity(of_trained, str(site), folder / "fidelity.png")
-            write_page(report, weighed[site].arms, str(site), folder / PAGE)
-            results[site] = SiteResult(weighed[site].profile, dictionaries, report, folder)
-        return results
+def _weigh(
+    request: Run, model: LanguageModel, rows: SiteRows, site: Site, trial: Sequence[Context]
+) -> _Weighed:
+    """Measure a site, choose its weights, and show its profile."""
+    _say(2, "weigh", f"profile of {site}")
+    grid, config = request.grid, request.weigh
+    inputs, chosen = measure_inputs(grid.rules, rows, site, model=model), None
+    if trial:
+        judge = FidelityEvaluator(model, trial, replace(request.evaluate, tokens=TRIAL_TOKENS))
+        choice = _choose_alpha(request, inputs, rows.source(site), judge)
+        chosen = choice["alpha"]
+        _write(_choice_text(**choice))
+    weights = grid.weights(inputs, config, chosen)
+    facts = profile(inputs.statistics, weights)
+    _write(profile_text(facts))
+    return _Weighed(inputs.statistics, facts, weights, grid.arms(weights))
 
 
-def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
+def _choose_alpha(
+    request: Run, inputs: RuleInputs, source: ActivationSource, judge: FidelityEvaluator
+) -> dict[str, Any]:
+    """Train a plain TopK dictionary and a whitened one for each candidate on a part of the rows:
+    ``{k, rows, kl, alpha}``, with the KL of each, and the exponent of the least; None if that is
+    not ``LEAST_GAIN`` below the plain one.
+
+    The choice is kept in the site's folder and read from there the next time; the dictionaries are
+    deleted. Processes train together, and rank 0 judges. Raises LlmWsaeError if the folder holds
+    the choice of other trials.
+    """
+    rule, processes, training, k = Rule.parse("whitening"), join(), request.training, _k(request)
+    folder = request.folder / str(source.site)
+    tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
+    tokens = max(tokens, training.batch_size)  # a few rows may be read several times
+    short = replace(training, tokens=tokens, tracker="none")
+    with processes.together():
+        asked = plain(
+            {
+                "source": source.identity(),
+                "k": k,
+                "candidates": CANDIDATES,
+                "weights": rule.settings(request.weigh),
+                "training": {n: v for n, v in vars(short).items() if n not in PROCEDURAL},
+            }
+        )
+        kept = processes.lead(lambda: _kept_choice(folder, asked))
+    if kept is not None:
+        return kept
+    arms = {"0": ArmConfig(weights_from_rule("uniform", 1.0, inputs), k)}
+    for alpha in CANDIDATES:
+        arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, request.weigh), k)
+    trained = train(source, list(arms.values()), short, folder / _TRIALS)
+
+    def choose() -> dict[str, Any]:
+        found = judge.evaluate(trained).dictionaries
+        kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
+        best = min(kl, key=lambda alpha: kl[alpha])
+        worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
+        choice = {"k": k, "rows": tokens, "kl": kl, "alpha": float(best) if worth_it else None}
+        write_json(folder / CHOICE, {"asked": asked, "choice": choice})
+        shutil.rmtree(folder / _TRIALS)
+        return choice
+
+    with processes.together():
+        return processes.lead(choose)
+
+
+def _kept_choice(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The choice that a site's folder holds, if it does."""
+    path = folder / CHOICE
+    if not path.exists():
+        return None
+    found: dict[str, Any] = read_own_json(
+        path, "choice of an exponent", "delete it to choose again"
+    )
+    if clauses := differences(found["asked"], asked, ("that choice", "this command")):
+        raise LlmWsaeError(
+            f"{path} was chosen for other rows or settings ({clauses}); choose another folder, or "
+            "delete it"
+        )
+    shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # of a run killed before it did that
+    choice: dict[str, Any] = found["choice"]
+    return choice
+
+
+def _choice_text(kl: Mapping[str, float], alpha: float | None, **_: Any) -> str:
+    found = ", ".join(f"{alpha}: {kl:.3f}" for alpha, kl in kl.items())
+    chosen = "none is worth it" if alpha is None else f"chosen: {alpha:g}"
+    return f"whitening, KL of short trainings by α ({found}); {chosen}"
+
+
+def _k(request: Run) -> int:
+    """Of the trials and of the raw dimensions."""
+    return request.grid.k[0] if request.grid.k else _TRIAL_K
+
+
+def _train(
+    request: Run, rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]]
+) -> dict[Site, dict[str, Dictionary]]:
+    """All dictionaries of a site in one pass over its rows; of a stream, those of all sites."""
+    trained: dict[Site, dict[str, Dictionary]] = {}
+    for group in [arms] if rows.in_step else [{site: arms[site]} for site in arms]:
+        number = sum(map(len, group.values()))
+        where = f"{len(group)} sites" if len(group) > 1 else next(iter(group))
+        _say(3, "train", f"{number} dictionaries of {where} in one pass")
+        trained |= train_sites(rows, group, request.training, request.folder)
+    return trained
+
+
+def _finish(
+    request: Run,
+    evaluator: FidelityEvaluator,
+    sites: Mapping[Site, _Weighed],
+    trained: Mapping[Site, dict[str, Dictionary]],
+) -> dict[Site, SiteResult]:
+    """Evaluate, and write everything that is not a dictionary: only now, so that a run which is
+    refused leaves what a folder says of its dictionaries."""
+    folders = {site: request.folder / str(site) for site in sites}
+    for site, one in sites.items():
+        write_json(folders[site] / "profile.json", one.profile)
+        plot_profile(one.statistics, one.weights, str(site), folders[site] / "profile.png")
+    places = ", ".join(map(str, sites))
+    _say(4, "evaluate", f"{places} on {request.evaluate.tokens:,} held-out tokens")
+    results: dict[Site, SiteResult] = {}
+    measured = {
+        site: with_raw_dimensions(own, sites[site].statistics, float(_k(request)))
+        for site, own in trained.items()
+    }
+    for site, report in evaluator.evaluate_sites(measured):
+        folder, dictionaries = folders[site], trained[site]
+        _keep_metrics(folder, dictionaries, report)
+        report.write(folder / "report.json")
+        summaries = report.summaries()
+        of_trained = {name: summaries[name] for name in dictionaries}
+        plot_fidelity(of_trained, str(site), folder / "fidelity.png")
+        write_page(report, sites[site].arms, str(site), folder / PAGE)
+        results[site] = SiteResult(sites[site].profile, dictionaries, report, folder)
+    return results
+
+
+def _keep_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
     """Store each dictionary's measurements in its own folder, so that they travel with it, and
     those of the baselines beside it."""
     summaries = report.summaries()

@@ -370,7 +370,7 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
         "torn": "in torn, sae_weights.safetensors changed since it was",
         "half": "half is not a complete dictionary folder of this package: it lacks cfg.json",
         "foreign": "foreign holds cfg.json and no dictionary",
-        "nothing": "nothing holds nothing that verify knows: store (with a man",
+        "nothing": "there is nothing in nothing that verify knows",
         "nowhere": "there is no file or folder nowhere",
     }.items():
         refused(1, "verify", place, said=[said])

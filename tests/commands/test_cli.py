@@ -24,7 +24,6 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary
 
-import llm_wsae.pipeline.run
 from llm_wsae.cli import COMMANDS, _explained, options_of, parse
 from llm_wsae.commands.making import page_command
 from llm_wsae.data.store import ActivationStore
@@ -34,7 +33,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import named_dictionaries
-from llm_wsae.pipeline import site_weights
+from llm_wsae.pipeline import run as pipeline
 from llm_wsae.pipeline.request import ModelConfig, Run, TextConfig
 from llm_wsae.training import trainer
 
@@ -254,17 +253,14 @@ def test_evaluate(made_world, model_and_corpus, tmp_path):
 
 
 def test_verify(made_world, tmp_path):
-    for folder, kind in (
-        (made_world / "store", "store"),
-        (made_world / "trained/uniform-k4", "dictionary"),
-    ):
-        assert works("verify", folder).out == f"{folder}: {kind} is intact\n"
-        found = {"folder": str(folder), "kind": kind, "ok": True, "without_digest": []}
+    for folder in (made_world / "store", made_world / "trained/uniform-k4"):
+        assert works("verify", folder).out == f"{folder} is intact\n"
+        found = {"folder": str(folder), "ok": True, "without_digest": []}
         assert works("--json", "verify", folder).json == found
     for layout in ("saelens-topk", "sparsify", "learning-BatchTopKSAE"):
         folder = place(tmp_path, layout)
         WRITERS[layout](folder)
-        assert f"{folder}: dictionary can be read, but there is no" in works("verify", folder).out
+        assert f"{folder} can be read, but there is no" in works("verify", folder).out
     nameless = tmp_path / "nameless"
     WRITERS["sparsify"](nameless)
     assert "does not say where it belongs" in call("verify", nameless).err
@@ -348,11 +344,11 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
 @pytest.fixture
 def short_trials(monkeypatch):
     """Sets how much a trial must gain."""
-    monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(pipeline, "TRIAL_TOKENS", 300)
 
     def of(gain: float, rows: int) -> None:
-        monkeypatch.setattr(site_weights, "LEAST_GAIN", gain)
-        monkeypatch.setattr(site_weights, "TRIAL_ROWS", rows)
+        monkeypatch.setattr(pipeline, "LEAST_GAIN", gain)
+        monkeypatch.setattr(pipeline, "TRIAL_ROWS", rows)
 
     return of
 

@@ -13,14 +13,13 @@ from several import run as in_several
 from several import torchrun
 from tiny import write_jsonl
 
-import llm_wsae.pipeline.run
-import llm_wsae.pipeline.site_weights
 from llm_wsae.artifact.files import load_tensors, read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.evaluation.heldout import ActivationCache
 from llm_wsae.pipeline import planning
+from llm_wsae.pipeline import run as pipeline
 from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 
 SITES = ("blocks.0.hook_resid_post", SITE)
@@ -83,7 +82,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     harvest, page = (line.strip() for line in result.out.splitlines()[-2:])
     assert harvest.endswith("--context-size 16")  # as trained on
     assert harvest.startswith("llm-wsae harvest") and page.startswith("llm-wsae dashboard")
-    assert works("verify", out).out.endswith("run is intact\n")
+    assert works("verify", out).out.endswith(" is intact\n")
     again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
     assert "statistics:" not in again.err and "train 10" not in again.err
     training = training_in(out / SITES[0])
@@ -99,8 +98,8 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
 def test_a_run_of_several_sites_leaves_the_files_of_a_run_of_each(
     model_and_corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.pipeline.site_weights, "TRIAL_ROWS", 1024)
+    monkeypatch.setattr(pipeline, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(pipeline, "TRIAL_ROWS", 1024)
     asked = ("run", *model_and_corpus, *RUN, "--rule", "uniform", "whitening", "--alpha", "auto")
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
     works(*asked, "--site", SITE, "--out", tmp_path / "alone")
@@ -201,7 +200,7 @@ def test_several_sites_of_a_store(model_and_corpus, tmp_path):
 
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
-    llm_wsae.pipeline.run.TRIAL_TOKENS, llm_wsae.pipeline.site_weights.TRIAL_ROWS = 300, 1024
+    pipeline.TRIAL_TOKENS, pipeline.TRIAL_ROWS = 300, 1024
     planning.SECONDS = 0.01
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
@@ -268,7 +267,7 @@ def test_a_run_in_several_processes_without_a_store(asked, unbroken, tmp_path):
     for site in SITES:
         names = ("uniform-k4", "variance-a0.5-k4", "whitening-a0.5-k4")
         check_close(unbroken, tmp_path / "one", site, names)
-    assert works("verify", unbroken).out.endswith("run is intact\n")
+    assert works("verify", unbroken).out.endswith(" is intact\n")
 
 
 def test_a_run_in_several_processes_with_a_store(model_and_corpus, tmp_path):
@@ -294,7 +293,7 @@ def fail(*given, **named):
 
 
 def plan_fails():
-    llm_wsae.pipeline.run.plan = fail
+    pipeline.plan = fail
 
 
 def evaluation_fails():

@@ -174,7 +174,7 @@ def test_sites_in_step_are_trained_as_alone(whole, streams, tmp_path, monkeypatc
         train(streams.source(site), arms[site], TRAIN, tmp_path / str(site))
         assert files(tmp_path / str(site)) == files(together / str(site))
     found = verify(together)
-    assert found.kind == "run" and not found.problems
+    assert found.checks and not found.problems
     enough = 24 * len(arms[site]) * TRAIN.expansion * streams.d_in**2  # bytes for one site alone
     monkeypatch.setattr(hardware, "memory_of", lambda device: enough)
     with pytest.raises(UsageError, match="GiB of memory, but"):
