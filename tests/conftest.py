@@ -24,7 +24,7 @@ import pytest
 pytest_plugins = ("hub_fixtures",)
 HERE = Path(__file__).parent
 CHECKED_CALLS = 5
-KERNELS = "llm_wsae.sparse.backends.triton_kernels"
+KERNELS = "llm_wsae.sparse.backends.triton"
 
 _calls_left: dict = {}
 _decorate = jaxtyping.jaxtyped

@@ -2,11 +2,13 @@
 
 import io
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from several import run
 from tiny import tiny_model, write_jsonl
+from torch.nn.functional import pad
 
 from llm_wsae.commands.verifying import verify
 from llm_wsae.data import site_rows
@@ -20,14 +22,10 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.statistics.second_moment import shrunk
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
-from llm_wsae.weights.weighing import (
-    fisher_information,
-    measure_inputs,
-    used_decoder,
-)
+from llm_wsae.weights.weighing import fisher_information, measure_inputs, used_decoder
 
 SITE = Site(1, "post")
 HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
@@ -42,18 +40,15 @@ def model():
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    corpus = Corpus.open(
-        str(write_jsonl(folder / "text.jsonl", [7 * i % 50 + 1 for i in range(90)]))
-    )
-    return harvest(model, corpus, [SITE], folder / "store", HARVEST)
+    text = write_jsonl(folder / "text.jsonl", [7 * i % 50 + 1 for i in range(90)])
+    return harvest(model, Corpus.open(str(text)), [SITE], folder / "store", HARVEST)
 
 
-def all_contexts(store):
-    shards = [store.contexts(i) for i in range(len(store.manifest.shards))]
-    ids, keep = (
-        torch.cat([torch.from_numpy(getattr(s, n)) for s in shards]) for n in ("ids", "keep")
-    )
-    return ids.long(), keep
+@pytest.fixture
+def copy(tmp_path, store):
+    """The store, without what was measured before."""
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    return ActivationStore.open(folder)
 
 
 def test_sensitivity_is_measured_on_the_stores_text(model, store):
@@ -61,7 +56,9 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
         config = RuleInputConfig(sensitivity_tokens=tokens)
         return measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher
 
-    ids, keep = all_contexts(store)
+    shards = [store.contexts(i) for i in range(len(store.manifest.shards))]
+    ids = torch.cat([torch.from_numpy(shard.ids) for shard in shards]).long()
+    keep = torch.cat([torch.from_numpy(shard.keep) for shard in shards])
     everything = fisher(10**6)
     expected = fisher_information(model, zip(ids.split(8), keep.split(8), strict=True), SITE)
     torch.testing.assert_close(everything, expected, rtol=1e-4, atol=1e-9)
@@ -102,18 +99,15 @@ def test_nothing_more_is_measured_than_is_needed(model, store):
     given = {"model": model, "dictionary": dictionary_for(store)}
     found = measure_inputs(["variance", "participation"], store, SITE, **given)
     assert found.fisher is None
-    assert RULES["participation"].scores(found).shape == (store.d_in,)
+    assert RULES["participation"].apply(found).shape == (store.d_in,)
     found = measure_inputs(["rotated:sensitivity"], store, SITE, **given)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
     other = RuleInputConfig(seed=3)  # of which nothing is kept
     with pytest.raises(UsageError, match="--model"):
-        RULES["sensitivity"].scores(measure_inputs(["sensitivity"], store, SITE, config=other))
+        RULES["sensitivity"].apply(measure_inputs(["sensitivity"], store, SITE, config=other))
 
 
-def test_what_was_measured_is_kept(model, tmp_path, store):
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    copy = ActivationStore.open(folder)
-
+def test_what_was_measured_is_kept(model, copy):
     def fisher(rule="sensitivity", seed=0, model=None):
         config = RuleInputConfig(sensitivity_tokens=50, seed=seed)
         return measure_inputs([rule], copy, SITE, model=model, config=config).fisher
@@ -121,53 +115,34 @@ def test_what_was_measured_is_kept(model, tmp_path, store):
     first = fisher(model=model)
     assert torch.equal(first, fisher("rotated:sensitivity"))  # without the model
     assert fisher(seed=1) is None
-    (path,) = (folder / "evidence").iterdir()
+    (path,) = (copy.folder / "evidence").iterdir()
     path.write_bytes(path.read_bytes()[:-9])
     assert fisher() is None
     assert torch.equal(fisher(model=model), first)
-    assert verify(folder).problems == []
+    assert verify(copy.folder).problems == []
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
         fisher(model=tiny_model(seed=1), seed=1)
 
 
-def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store, capsys):
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    copy = ActivationStore.open(folder)
+def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy, capsys):
     rows = copy.rows(SITE, 0, copy.num_rows).double()
     rows = rows[rows.norm(dim=1) <= copy.statistics(SITE).massive_threshold]
     found = measure_inputs(["permuted:whitening"], copy, SITE)
     assert found.second_moment.count == len(rows)
     expected = shrunk(torch.cov(rows.T, correction=0), len(rows))
     torch.testing.assert_close(found.covariance, expected, rtol=1e-5, atol=1e-7)
-    (path,) = (folder / "evidence").iterdir()
+    (path,) = (copy.folder / "evidence").iterdir()
     kept = path.read_bytes()
-    again = measure_inputs(["whitening"], copy, SITE)
-    assert torch.equal(again.covariance, found.covariance) and path.read_bytes() == kept
     path.write_bytes(kept[:-9])
     capsys.readouterr()
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
     said = f"what {path} holds is measured anew, since it is damaged\n"
     assert capsys.readouterr().err.count(said) == 1
-    assert path.read_bytes() == kept and verify(folder).problems == []
+    assert path.read_bytes() == kept and verify(copy.folder).problems == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
 
 
-class Known:
-    """What knows the statistics of its rows."""
-
-    def __init__(self, own: Statistics):
-        self._own = own
-
-    def statistics(self) -> Statistics:
-        return self._own
-
-    def second_moment(self) -> SecondMoment:
-        raise AssertionError("it is measured")
-
-
-def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(tmp_path, store):
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    copy = ActivationStore.open(folder)
+def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(copy):
     few = Statistics(16, 12).update(torch.randn(16, 16), torch.zeros(16, dtype=torch.long))
     still = Statistics(16, 12).update(torch.ones(99, 16), torch.zeros(99, dtype=torch.long))
     for own, rule, sentence in (
@@ -175,15 +150,16 @@ def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(tmp_path, s
         (still, "whitening", "the rows do not vary in any dimension; take other text"),
         (still, "sensitivity", "the rows do not vary in any dimension; take other text"),
     ):
+        planted = SimpleNamespace(statistics=lambda own=own: own, second_moment=pytest.fail)
         with pytest.raises(LlmWsaeError, match=sentence):
-            measure_inputs([rule], copy, SITE, planted=Known(own))
-    assert not (folder / "evidence").exists()
+            measure_inputs([rule], copy, SITE, planted=planted)
+    assert not (copy.folder / "evidence").exists()
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_several_processes_sum_the_covariance_together(tmp_path, store, is_full):
+def test_several_processes_sum_the_covariance_together(copy, store, is_full):
     """Each reads its parts of the rows, and rank 0 keeps the sum; if it cannot, it says so."""
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    folder = copy.folder
     alone = measure_inputs(["whitening"], store, SITE).covariance.tolist()
     found = run(3, measured, folder, is_full)
     assert sum(read for read, *_ in found) == store.num_rows
@@ -225,16 +201,14 @@ def random_contexts(model, number: int, positions: int, seed: int = 0):
 
 
 def exact_fisher(model, ids, keep, site):
-    """Σ over predictions and labels of p(y) g gᵀ, by one backward pass each."""
+    """Σ over predictions and labels of p(y) g gᵀ, by one backward pass each; of one context."""
+    hidden = model.activations(ids, [site])[site].requires_grad_()
+    log_p = model.resume(ids, site, hidden)[0].float().log_softmax(-1)
     total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64)
-    for context, kept in zip(ids, keep, strict=True):
-        hidden = model.activations(context[None], [site])[site].requires_grad_()
-        log_p = model.resume(context[None], site, hidden)[0].float().log_softmax(-1)
-        for row in log_p:
-            for label in range(len(row)):
-                (g,) = torch.autograd.grad(row[label], hidden, retain_graph=True)
-                g = g[0, kept].double()
-                total += float(row[label].detach().exp()) * g.T @ g
+    for one in log_p.flatten():
+        (g,) = torch.autograd.grad(one, hidden, retain_graph=True)
+        g = g[keep].double()
+        total += float(one.detach().exp()) * g.T @ g
     return total / int(keep.sum())
 
 
@@ -251,13 +225,11 @@ def test_fisher_equals_the_sum_over_all_labels(model, name):
 
 
 def test_fisher_does_not_depend_on_padding(model):
-    ids, keep = random_contexts(model, 8, 4)
-    keep = torch.nn.functional.pad(keep, (0, 6))
-    found = [
-        fisher_information(model, [(torch.nn.functional.pad(ids, (0, 6), value=pad), keep)], SITE)
-        for pad in (0, 7)
-    ]
-    assert torch.equal(*found)
+    ids, keep = (pad(part, (0, 6)) for part in random_contexts(model, 8, 4))
+    others = ids.clone()
+    others[:, 4:] = 7
+    first, second = (fisher_information(model, [(one, keep)], SITE) for one in (ids, others))
+    assert torch.equal(first, second)
 
 
 def test_fisher_refuses_bad_requests(model):

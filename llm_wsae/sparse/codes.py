@@ -76,12 +76,12 @@ class Product(NamedTuple):
     encoder: Weights
     bias: PerLatent
 
-    def pre(self, rows: slice = slice(None)) -> Float[Tensor, "rows d_sae"]:
-        """Pre-activations x·encoderᵀ + bias of some rows."""
-        return torch.addmm(self.bias, self.x[rows], self.encoder.T)
+    def pre(self) -> Float[Tensor, "batch d_sae"]:
+        """Pre-activations x·encoderᵀ + bias."""
+        return torch.addmm(self.bias, self.x, self.encoder.T)
 
     def tiles(self, rows: int) -> list["Product"]:
-        """Parts of ``rows`` rows each; one even if there is no row."""
+        """Parts of so many rows; one even if there is no row."""
         return [self._replace(x=tile) for tile in self.x.split(rows)]
 
 
@@ -155,16 +155,6 @@ class Reconstruction(NamedTuple):
     """Gradient by each active pre-activation, as of ``value_gradients``."""
     row_errors: Float[Tensor, " batch"]
     """Σ over columns of residual · output_gradient."""
-
-    @classmethod
-    def empty(cls, codes: RaggedCodes, x: Rows, fast: torch.dtype) -> "Reconstruction":
-        """Memory for a kernel to write."""
-        return cls(
-            residual=torch.empty_like(x, memory_format=torch.contiguous_format),
-            output_gradient=torch.empty(x.shape, dtype=fast, device=x.device),
-            by_value=torch.empty_like(codes.values),
-            row_errors=torch.empty(len(x), dtype=x.dtype, device=x.device),
-        )
 
 
 def ragged(codes: Codes) -> RaggedCodes:

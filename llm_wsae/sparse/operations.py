@@ -83,9 +83,9 @@ def encode_topk(x: Rows, encoder: Weights, bias: PerLatent, k: int) -> Codes:
     return topk_of_tiles(product, k)
 
 
-def topk_of_tiles(product: Product, k: int) -> Codes:
-    """``encode_topk`` in plain torch."""
-    tiles = [select_topk(tile.pre(), k) for tile in product.tiles(_TILE_ROWS)]
+def topk_of_tiles(product: Product, k: int, rows: int | None = None) -> Codes:
+    """``encode_topk`` by ``select_topk``, so many rows at a time."""
+    tiles = [select_topk(tile.pre(), k) for tile in product.tiles(rows or _TILE_ROWS)]
     indices, values = zip(*tiles, strict=True)
     return Codes(torch.cat(indices), torch.cat(values).to(exact_dtype(product.x)).relu_())
 
@@ -206,7 +206,7 @@ def encode_dead(
     if dead is not None:
         active *= dead
     if k < len(encoder):
-        active *= active >= active.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        active *= active >= select_topk(active, k).values.amin(1, keepdim=True)
     return active
 
 
@@ -344,33 +344,24 @@ def adam(
     elif raw is None and (faster := _faster("adam", (*weights, *gradients[:2]))):
         faster(latents, gradients, *now)
         return gradients[2]
-    if raw is not None:
-        adam_raw(latents, gradients, *now, raw)
-        return gradients[2]
-    _move(latents, gradients[:2], *now)
-    decoder = latents.decoder
-    decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
-    if latents.encoder_fast is not None:
-        latents.encoder_fast.copy_(latents.encoder)
-    return gradients[2]
-
-
-def adam_raw(
-    latents: Latents, gradients: Gradients, step: int, learning_rate: float, raw: RawRows
-) -> None:
-    """``adam`` with raw rows."""
     (encoder, decoder), (by_encoder, by_decoder, by_bias) = latents[:2], gradients
-    length = raw.lengths[:, None]
-    by_length = (by_encoder * encoder).sum(1) + by_bias * raw.bias - (by_decoder * decoder).sum(1)
-    by_raw = torch.addcmul(by_decoder, by_length[:, None], decoder).div_(length)
-    encoder.div_(length)
-    decoder.mul_(length)
-    _move(latents, (by_encoder * length, by_raw), step, learning_rate)
-    torch.linalg.vector_norm(decoder, dim=1, out=raw.lengths).clamp_(min=SMALLEST_NORM)
-    encoder.mul_(length)
-    decoder.div_(length)
+    if raw is not None:
+        length = raw.lengths[:, None]
+        by_length = (by_encoder * encoder).sum(1) + by_bias * raw.bias
+        by_length -= (by_decoder * decoder).sum(1)
+        by_decoder = torch.addcmul(by_decoder, by_length[:, None], decoder).div_(length)
+        by_encoder = by_encoder * length
+        encoder.div_(length)
+        decoder.mul_(length)
+    _move(latents, (by_encoder, by_decoder), *now)
+    norms = torch.linalg.vector_norm(decoder, dim=1).clamp_(min=SMALLEST_NORM)
+    decoder.div_(norms[:, None])
+    if raw is not None:
+        raw.lengths.copy_(norms)
+        encoder.mul_(norms[:, None])
     if latents.encoder_fast is not None:
         latents.encoder_fast.copy_(encoder)
+    return by_bias
 
 
 def _faster(

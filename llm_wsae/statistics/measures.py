@@ -32,9 +32,9 @@ class Measure:
     card: bool = True  # model cards show it
     scale: Literal["log", "lost"] | None = None
     """Of fidelity: reports as pages draw it, with this axis (``lost``: logarithm of 1 minus it)."""
-    study: bool = False  # studies compare it
-    per_document: bool = False
-    """Known for each document. A study's differences are then shares of the plain dictionary's."""
+    study: bool = False
+    """Studies compare it; if it is of fidelity, document by document, and differences are shares of
+    the plain dictionary's."""
     unscored: float | None = None
     """Value of a latent that fires too rarely to be scored; None leaves it out of the mean."""
     family: str | None = None
@@ -50,41 +50,34 @@ class Measure:
         """A number alone."""
         return f"{100 * value:.1f}" if self.percent else f"{value:.{self.digits}f}"
 
-    def cell(self, record: Mapping[str, Any]) -> str:
-        """Its number in a record, short enough for a table in a terminal."""
-        return self._text(record, self.interval, beside=False) or "–"
-
-    def text(self, record: Mapping[str, Any]) -> str:
+    def text(self, record: Mapping[str, Any], short: bool = False) -> str:
         """Its number in a record, with all that is known beside it; empty if there is none.
+        ``short`` is for a table in a terminal.
 
         A record holds the number, with an interval under ``{key}_interval``, or an object with
         ``value`` and optionally ``interval``, ``control`` and ``share``.
         """
-        return self._text(record, interval=True, beside=True)
-
-    def of_page(self) -> dict[str, Any]:
-        """What ``pages/report.html`` is told of it."""
-        return {
-            "title": self.title,
-            "meaning": self.meaning,
-            "scale": self.scale,
-            "lower": self.lower_is_better,
-        }
-
-    def _text(self, record: Mapping[str, Any], interval: bool, beside: bool) -> str:
         alone = {"value": record.get(self.key), "interval": record.get(f"{self.key}_interval")}
         found = mapping(record.get(self.key)) or alone
         value, ends = number(found.get("value")), pair(found.get("interval"))
+        control, share = number(found.get("control")), number(found.get("share"))
         if value is None:
             return ""
         shown = self.figure(value)
-        if interval and ends is not None:
+        if ends is not None and (self.interval or not short):
             shown += f" [{self.figure(ends[0])}, {self.figure(ends[1])}]"
-        if beside and (control := number(found.get("control"))) is not None:
+        if control is not None and not short:
             shown += f" (control {self.figure(control)})"
-        if (share := number(found.get("share"))) is not None:
-            shown += f" ({100 * share:.1f} %)"
-        return shown
+        return shown if share is None else f"{shown} ({100 * share:.1f} %)"
+
+    def cell(self, record: Mapping[str, Any]) -> str:
+        """The short text, or a dash."""
+        return self.text(record, short=True) or "–"
+
+    def of_page(self) -> dict[str, Any]:
+        """What ``pages/report.html`` is told of it."""
+        told = {"title": self.title, "meaning": self.meaning, "scale": self.scale}
+        return told | {"lower": self.lower_is_better}
 
 
 _ALL = (
@@ -114,7 +107,6 @@ _ALL = (
         lower_is_better=True,
         scale="log",
         study=True,
-        per_document=True,
     ),
     Measure(
         "l0", "L0", "mean number of active latents per token", "fidelity", digits=1, scale="log"

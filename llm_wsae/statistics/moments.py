@@ -15,7 +15,6 @@ of the data, so that shards, processes and resumed runs add up:
 
 import math
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -33,12 +32,8 @@ _MIN_OCTAVE, _MAX_OCTAVE = -24, 40
 _NUM_BINS = (_MAX_OCTAVE - _MIN_OCTAVE) * _BINS_PER_OCTAVE
 _SINGLE_POSITIONS = 16  # positions kept apart; later ones share a bucket per octave
 _CHUNK_ROWS = 512  # the copies made during an update stay in cache
-_SAVED = {
-    **{name: f"_{name}" for name in ("m2", "m3", "m4", "norms", "sample")},
-    **{name: name for name in ("mean", "minimum", "maximum")},
-    "sample_priority": "_priority",
-}
-"""Attributes by their names in files."""
+_SUMS = ("_m2", "_m3", "_m4", "_norms")
+_SAVED = (*_SUMS, "_sample", "mean", "minimum", "maximum", "_sample_priority")
 
 
 class Statistics:
@@ -58,7 +53,7 @@ class Statistics:
         buckets = int(_bucket_of(torch.tensor([max(context_size - 1, 0)]))) + 1
         self._norms = torch.zeros(buckets, _NUM_BINS, dtype=torch.int64)
         self._sample = torch.empty(0, d_in)
-        self._priority = torch.empty(0, dtype=torch.float64)
+        self._sample_priority = torch.empty(0, dtype=torch.float64)
         self._sample_limit = 1.0  # the sample holds every row whose priority is below this
         self._of_sample: dict[str, Tensor] = {}  # computed from the sample; empty when it changes
 
@@ -74,9 +69,10 @@ class Statistics:
         if len(rows) == 0:
             return self
         rows, positions = rows.cpu(), positions.cpu()
-        norms = _norms(rows)
+        bins = ((_norms(rows).clamp(min=1e-30).log2() - _MIN_OCTAVE) * _BINS_PER_OCTAVE).floor()
+        cells = _bucket_of(positions) * _NUM_BINS + bins.long().clamp(0, _NUM_BINS - 1)
         self._add_to_sample(rows)
-        self._norms += _histogram(norms, positions, self._norms.shape)
+        self._norms += cells.bincount(minlength=self._norms.numel()).view_as(self._norms)
         for chunk in rows.split(_CHUNK_ROWS):
             self._update_moments(chunk)
         return self
@@ -106,7 +102,7 @@ class Statistics:
         self.maximum = torch.maximum(self.maximum, other.maximum)
         self._norms += other._norms
         self._sample_limit = min(self._sample_limit, other._sample_limit)
-        self._keep_sample(other._sample, other._priority)
+        self._keep_sample(other._sample, other._sample_priority)
         return self
 
     def _merge_moments(self, n_b: int, mean_b: Tensor, m2_b: Tensor, m3_b: Tensor, m4_b: Tensor):
@@ -149,7 +145,7 @@ class Statistics:
         self._of_sample = {}  # the massive threshold may change even if no row is added
         chosen = priority < self._sample_limit
         sample = torch.cat([self._sample.to(rows.dtype), rows[chosen]])
-        priority = torch.cat([self._priority, priority[chosen]])
+        priority = torch.cat([self._sample_priority, priority[chosen]])
         keep = priority < self._sample_limit
         sample, priority = sample[keep], priority[keep]
         if len(sample) > self.sample_rows:
@@ -157,7 +153,7 @@ class Statistics:
             self._sample_limit = float(lowest[-1])
             order = order[lowest < self._sample_limit].sort().values
             sample, priority = sample[order], priority[order]
-        self._sample, self._priority = sample, priority
+        self._sample, self._sample_priority = sample, priority
 
     @property
     def sample(self) -> Float[Tensor, "sample d_in"]:
@@ -180,7 +176,7 @@ class Statistics:
     @property
     def excess_kurtosis(self) -> Float[Tensor, " d_in"]:
         """Fourth standardised moment minus 3; −3 for a constant dimension."""
-        return _ratio(self._m4 / max(self.count, 1), self.variance**2) - 3
+        return ratio(self._m4 / max(self.count, 1), self.variance**2) - 3
 
     @property
     def robust_variance(self) -> Float[Tensor, " d_in"]:
@@ -188,7 +184,9 @@ class Statistics:
 
         Winsorised over the row sample, so its relative standard error is about 2 % (float64).
         """
-        return self._once("variance", lambda centred: centred.square().mean(0))
+        if "variance" not in self._of_sample:
+            self._of_sample["variance"] = self._winsorised().square().mean(0)
+        return self._of_sample["variance"]
 
     @property
     def robust_covariance(self) -> Float[Tensor, "d_in d_in"]:
@@ -197,12 +195,10 @@ class Statistics:
         The relative error of its eigenvalues is about √(d_in / sample), 26 % for 576 dimensions and
         8192 rows; the smallest are underestimated (float64).
         """
-        return self._once("covariance", lambda centred: centred.T @ centred / len(centred))
-
-    def _once(self, name: str, of: Callable[[Tensor], Tensor]) -> Tensor:
-        if name not in self._of_sample:
-            self._of_sample[name] = of(self._winsorised())
-        return self._of_sample[name]
+        if "covariance" not in self._of_sample:
+            centred = self._winsorised()
+            self._of_sample["covariance"] = centred.T @ centred / len(centred)
+        return self._of_sample["covariance"]
 
     def _winsorised(self) -> Float[Tensor, "sample d_in"]:
         """The usual rows, clipped and centred, in float64; one row of zeros if there are none."""
@@ -263,15 +259,18 @@ class Statistics:
         low, high = sorted((self._massive_bin(), threshold_of._massive_bin()))
         return low == high or not bool(self._norms[:, max(low - 1, 0) : high + 1].any())
 
-    def massive_positions(self) -> list[tuple[int, int, int, int]]:
-        """Where massive rows are: (first position, last position, massive rows, all rows) each."""
-        massive = self._norms[:, self._massive_bin() :].sum(1).tolist()
-        total = self._norms.sum(1).tolist()
-        return [
-            (*_bucket_range(bucket, self.context_size), massive[bucket], total[bucket])
-            for bucket in range(len(total))
-            if massive[bucket]
-        ]
+    def massive_positions(self) -> list[dict[str, int]]:
+        """Where massive rows are: the first and last position, and how many of its rows are."""
+        massive = self._norms[:, self._massive_bin() :].sum(1)
+        found = []
+        for bucket in massive.nonzero().flatten().tolist():
+            first = last = bucket
+            if bucket >= _SINGLE_POSITIONS:
+                first = _SINGLE_POSITIONS * 2 ** (bucket - _SINGLE_POSITIONS)
+                last = min(2 * first, self.context_size) - 1
+            rows = {"massive": int(massive[bucket]), "rows": int(self._norms[bucket].sum())}
+            found.append({"first": first, "last": last, **rows})
+        return found
 
     def _massive_bin(self) -> int:
         # Rounded to a bin edge, so that the counts are exact for the reported threshold.
@@ -281,7 +280,7 @@ class Statistics:
         """Everything as tensors, for a safetensors file."""
         return {
             "count": torch.tensor([self.count, self.context_size, self.sample_rows]),
-            **{name: getattr(self, attribute) for name, attribute in _SAVED.items()},
+            **{name.removeprefix("_"): getattr(self, name) for name in _SAVED},
             "sample_limit": torch.tensor([self._sample_limit], dtype=torch.float64),
         }
 
@@ -291,21 +290,14 @@ class Statistics:
         count, context_size, sample_rows = tensors["count"].tolist()
         new = cls(len(tensors["mean"]), context_size, sample_rows)
         new.count, new._sample_limit = count, float(tensors["sample_limit"])
-        for name, attribute in _SAVED.items():
-            setattr(new, attribute, tensors[name])
+        for name in _SAVED:
+            setattr(new, name, tensors[name.removeprefix("_")])
         return new
 
 
 def _bucket_of(positions: Tensor) -> Tensor:
     octave = (positions.clamp(min=1).double() / _SINGLE_POSITIONS).log2().floor().long()
     return torch.where(positions < _SINGLE_POSITIONS, positions.long(), _SINGLE_POSITIONS + octave)
-
-
-def _bucket_range(bucket: int, context_size: int) -> tuple[int, int]:
-    if bucket < _SINGLE_POSITIONS:
-        return bucket, bucket
-    first = _SINGLE_POSITIONS * 2 ** (bucket - _SINGLE_POSITIONS)
-    return first, min(2 * first, context_size) - 1
 
 
 def _bin_of(norm: float) -> float:
@@ -329,11 +321,6 @@ def _norms(rows: Tensor) -> Tensor:
     return norms.double()
 
 
-def _histogram(norm: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    bins = ((norm.clamp(min=1e-30).log2() - _MIN_OCTAVE) * _BINS_PER_OCTAVE).floor().long()
-    cells = _bucket_of(positions) * shape[1] + bins.clamp(0, shape[1] - 1)
-    return torch.bincount(cells, minlength=shape.numel()).view(shape)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The ratio, 0 where the denominator is 0."""
     return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-300), 0.0)

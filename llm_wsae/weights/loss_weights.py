@@ -27,7 +27,7 @@ from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule, RuleInputs, spectrum
 
 Gamma = Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]
-_NOTHING_LEFT = "the weights leave no dimension in the loss; at least one must be > 0"
+_NOTHING_LEFT = "the weights leave no dimension that varies in the loss; one must be > 0"
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
 _MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inexact in float32
 
@@ -36,12 +36,13 @@ _MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inex
 class LossWeights:
     """Weights of the reconstruction loss ‖Γ(x − x̂)‖², Γ = diag(γ) or a full matrix.
 
-    Raises LlmWsaeError for a tensor that is no vector or square matrix of floating-point numbers,
-    UsageError for custom weights of another form than the settings ask for.
+    Raises LlmWsaeError for a tensor that is no vector or square matrix of finite floating-point
+    numbers, for a negative weight in a vector, and for all zeros; UsageError for custom weights of
+    another form than the settings ask for.
     """
 
-    gamma: Gamma
-    """Weights γ or matrix Γ, float32; normalised, unless they were only just loaded."""
+    gamma: Tensor
+    """Weights γ [d_in] or matrix Γ [d_in, d_in], float32; normalised, unless only just loaded."""
     rule: Rule = OWN
     """The rule that made them."""
     alpha: float = 1.0
@@ -51,8 +52,17 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.rule.settings(self.config))  # no place is auto
-        _check_form(self.gamma)
-        form = "matrix" if self.is_matrix else "diagonal"
+        gamma, form = self.gamma, "matrix" if self.is_matrix else "diagonal"
+        is_square = self.is_matrix and gamma.shape[0] == gamma.shape[1]
+        if not (gamma.ndim == 1 or is_square) or not gamma.is_floating_point():
+            raise LlmWsaeError(
+                f"the weights have shape {tuple(gamma.shape)} and type {gamma.dtype}; "
+                "they must be one floating-point number per dimension, or a square matrix"
+            )
+        if not bool(gamma.isfinite().all()) or (gamma.ndim == 1 and bool((gamma < 0).any())):
+            raise LlmWsaeError("the weights must be finite and not negative; check what made them")
+        if not bool(gamma.any()):
+            raise LlmWsaeError(_NOTHING_LEFT)
         if self.rule == OWN and self.config.form not in ("auto", form):
             raise UsageError(
                 f"custom weights have the form that they are given in, {form}, not "
@@ -62,9 +72,8 @@ class LossWeights:
     @property
     def name(self) -> str:
         """Short name of the weights, e.g. ``variance-a0.5``; if all are one, ``uniform``."""
-        config, label = self.config, self.label
-        drawn = config.draw and self.rule.is_drawn and label != "uniform"
-        return f"{label}-d{config.draw}" if drawn else label
+        draw, label = self.config.draw, self.label
+        return f"{label}-d{draw}" if draw and self.rule.is_drawn and self.alpha else label
 
     @property
     def label(self) -> str:
@@ -91,18 +100,12 @@ class LossWeights:
         return self.gamma.ndim == 2
 
     def check_for(self, d_in: int) -> None:
-        """Raise LlmWsaeError if rows of that width cannot be weighted: on another number of
-        dimensions, a negative weight in a vector, a non-finite one, or all zeros."""
+        """Raise LlmWsaeError unless the weights are for rows of that width."""
         if len(self.gamma) != d_in:
             raise LlmWsaeError(
                 f"the weights are for {len(self.gamma)} dimensions, but the site has {d_in}; "
                 "make them from this store with llm-wsae weigh"
             )
-        is_negative = not self.is_matrix and bool((self.gamma < 0).any())
-        if is_negative or not bool(torch.isfinite(self.gamma).all()):
-            raise LlmWsaeError("the weights must be finite and not negative; check what made them")
-        if not bool(self.gamma.any()):
-            raise LlmWsaeError(_NOTHING_LEFT)
 
     def save(self, path: Path, facts: dict[str, Any] | None = None) -> None:
         """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header, and a digest.
@@ -133,38 +136,25 @@ class LossWeights:
                 f"{path} holds the tensors {sorted(tensors)}; a weights file has one, 'gamma'"
             )
         gamma = tensors.get("gamma", next(iter(tensors.values())))
-        _check_form(gamma, f"{path}: ")
-        if not bool(gamma.isfinite().all()):
-            raise LlmWsaeError(f"{path}: the weights must be finite; make it again")
         try:
             name, alpha = header.get("rule", OWN.name), float(header.get("alpha", 1.0))
             rule = OWN if name == OWN.name else Rule.parse(name)
             known = {field.name for field in dataclasses.fields(WeightConfig)}
             settings = {key: header[key] for key in known & header.keys()}
-            config = rule.settings(typed(WeightConfig(**{"place": "loss"} | settings)))
+            config = typed(WeightConfig(**{"place": "loss"} | settings))
+            loaded = cls(gamma.float() if gamma.is_floating_point() else gamma, rule, alpha, config)
         except (AttributeError, TypeError, ValueError, LlmWsaeError) as error:
-            raise LlmWsaeError(
-                f"{path} does not say how its weights were made: {reason(error)}"
-            ) from error
-        if own_config is not None and own_config != WeightConfig():
-            asked = rule.settings(own_config)
-            if rule != OWN and asked != config:
-                raise UsageError(
-                    f"{path} holds weights that the rule {rule.name} made for the place "
-                    f"{config.place}, and cannot take other settings; drop --place and similar "
-                    "options, or make the file again with llm-wsae weigh"
-                )
-            config = asked
-        return cls(gamma.float(), rule, alpha, config)
-
-
-def _check_form(gamma: Tensor, where: str = "") -> None:
-    square = gamma.ndim == 2 and gamma.shape[0] == gamma.shape[1]
-    if not (gamma.ndim == 1 or square) or not gamma.is_floating_point():
-        raise LlmWsaeError(
-            f"{where}the weights have shape {tuple(gamma.shape)} and type {gamma.dtype}; "
-            "they must be one floating-point number per dimension, or a square matrix"
-        )
+            raise LlmWsaeError(f"{path} is no weights file: {reason(error)}") from error
+        if own_config in (None, WeightConfig()):
+            return loaded
+        asked = rule.settings(own_config)
+        if rule != OWN and asked != loaded.config:
+            raise UsageError(
+                f"{path} holds weights that the rule {rule.name} made for the place "
+                f"{loaded.config.place}, and cannot take other settings; drop --place and similar "
+                "options, or make the file again with llm-wsae weigh"
+            )
+        return replace(loaded, config=asked)
 
 
 def is_weights_file(path: Path) -> bool:
@@ -193,7 +183,7 @@ def choose_weights(
     """Normalised weights of every rule and α, without repetitions, and weights from a file last.
     Raises as ``weights_from_rule`` and ``own_weights`` do."""
     chosen: dict[str, LossWeights] = {}
-    for rule in map(Rule.of, rules):
+    for rule in map(Rule.parse, rules):
         for alpha in (1.0,) if rule.is_plain else alphas:
             weights = weights_from_rule(rule, alpha, inputs, config)
             chosen.setdefault(weights.name, weights)
@@ -221,42 +211,34 @@ def weights_from_rule(
     weight.
     """
     check_number("alpha", alpha, -LARGEST_NUMBER)
-    rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
+    rule, inputs = Rule.parse(rule), RuleInputs.of(inputs)
     if alpha == 0 and not rule.is_plain:
         rule, alpha = Rule.parse("uniform"), 1.0
     config = rule.settings(config)
     inputs.statistics.check_varying()
-    if rule.form(config) == "matrix":
-        gamma = _power_of_matrix(rule.matrix(inputs, config.draw), alpha, config.clip)
+    found = rule.apply(inputs, config)
+    if found.ndim == 2:
+        values, vectors = spectrum(found)
+        gamma = (vectors * _powers(values, alpha, config.clip)) @ vectors.T
     else:
-        scores = rule.scores(inputs, config.draw)
-        gamma = _power_of_scores(rule, scores, alpha, inputs.statistics, config.clip)
-    weights = LossWeights(_normalised(gamma, inputs.statistics).float(), rule, alpha, config)
-    _check_space(weights)
-    return weights
+        gamma = _power_of_scores(rule, found, alpha, inputs.statistics, config.clip)
+    return _normalised(LossWeights(gamma, rule, alpha, config), inputs.statistics)
 
 
 def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWeights:
     """Weights from a file, checked against the site, clipped if they are custom, and normalised.
     Raises LlmWsaeError as ``check_for`` and ``weights_from_rule`` do."""
-    statistics = RuleInputs.of(inputs).statistics
+    statistics, clip = RuleInputs.of(inputs).statistics, weights.config.clip
     statistics.check_varying()
     weights.check_for(statistics.d_in)
     gamma = weights.gamma.double()
-    if not _weighted_variance(gamma, statistics) > 0:
-        raise LlmWsaeError(_NOTHING_LEFT)
-    if weights.rule == OWN and weights.config.clip is not None:  # a rule's are clipped already
-        gamma = _own_clipped(gamma, weights.config.clip)
-    checked = replace(weights, gamma=_normalised(gamma, statistics).float())
-    _check_space(checked)
-    return checked
-
-
-def _power_of_matrix(
-    matrix: Float[Tensor, "d_in d_in"], alpha: float, clip: float | None
-) -> Float[Tensor, "d_in d_in"]:
-    values, vectors = spectrum(matrix)
-    return (vectors * _powers(values, alpha, clip)) @ vectors.T
+    if weights.rule == OWN and clip is not None:  # a rule's are clipped already
+        if weights.is_matrix:
+            left, values, right = torch.linalg.svd(gamma)
+            gamma = (left * _clipped(values.log(), clip).exp()) @ right
+        else:
+            gamma = _clipped(gamma.log(), clip).exp()
+    return _normalised(replace(weights, gamma=gamma), statistics)
 
 
 def _power_of_scores(
@@ -302,39 +284,25 @@ def _clipped(log: Tensor, clip: float) -> Tensor:
     return log.clamp(middle - math.log(clip), middle + math.log(clip))
 
 
-def _own_clipped(gamma: Gamma, clip: float) -> Gamma:
-    """Custom weights, or a custom matrix's singular values, within a factor of their median."""
-    if gamma.ndim == 1:
-        return _clipped(gamma.log(), clip).exp()
-    left, values, right = torch.linalg.svd(gamma)
-    return (left * _clipped(values.log(), clip).exp()) @ right
-
-
-def _normalised(gamma: Gamma, statistics: Statistics) -> Gamma:
-    weighted = _weighted_variance(gamma, statistics)
+def _normalised(weights: LossWeights, statistics: Statistics) -> LossWeights:
+    """The weights, float32, under which the winsorised rows have the variance that they have
+    without. Raises LlmWsaeError if they have none, or Γ is a space that Γ⁻¹ cannot lead back
+    from."""
+    gamma, variance = weights.gamma, statistics.robust_variance
+    if weights.is_matrix:
+        weighted = float(((gamma @ statistics.robust_covariance) * gamma).sum())
+    else:
+        weighted = float((gamma**2 * variance).sum())
     if not weighted > 0:
-        raise UsageError(
-            "the weights vanish on every dimension that varies; choose an α nearer to 0, or "
-            "another rule"
-        )
-    return gamma * math.sqrt(float(statistics.robust_variance.sum()) / weighted)
-
-
-def _weighted_variance(gamma: Gamma, statistics: Statistics) -> float:
-    """E‖Γ(x − μ)‖² of the winsorised rows."""
-    if gamma.ndim == 2:
-        return float(((gamma @ statistics.robust_covariance) * gamma).sum())
-    return float((gamma**2 * statistics.robust_variance).sum())
-
-
-def _check_space(weights: LossWeights) -> None:
-    """Raise LlmWsaeError for a space that Γ⁻¹ cannot lead back from."""
+        raise LlmWsaeError(_NOTHING_LEFT)
+    scaled = replace(weights, gamma=(gamma * math.sqrt(float(variance.sum()) / weighted)).float())
     if not weights.config.in_space:
-        return
-    stretch = stretching(weights)
+        return scaled
+    stretch = stretching(scaled)
     if not float(stretch.min()) * _MAX_CONDITION > float(stretch.max()):
         way_out = "set clip" if weights.rule == OWN else "choose an α nearer to 0, or set clip"
         raise LlmWsaeError(
             f"{weights.name} stretches one direction more than {_MAX_CONDITION:,.0f} times as much "
             f"as another, so it is no space to train in; {way_out}"
         )
+    return scaled

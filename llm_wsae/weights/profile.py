@@ -71,10 +71,7 @@ def profile(statistics: Statistics, weights: Sequence[LossWeights]) -> dict[str,
             "threshold": statistics.massive_threshold,
             "rows": statistics.massive_count,
             "share": statistics.massive_share,
-            "positions": [
-                {"first": first, "last": last, "massive": massive, "rows": rows}
-                for first, last, massive, rows in statistics.massive_positions()
-            ],
+            "positions": statistics.massive_positions(),
         },
         "variance_max_over_median": _max_over_median(variance),
         "robust_variance_max_over_median": _max_over_median(robust),

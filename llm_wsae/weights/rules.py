@@ -18,12 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.moments import Statistics, ratio
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 
 Control = Literal["permuted", "rotated"]
-CONTROLS: tuple[Control, ...] = get_args(Control)
 Need = Literal["dictionary", "fisher", "second_moment"]
 """What a rule may need in addition to the statistics."""
 EIGENVALUE_FLOOR = 1e-3
@@ -34,8 +33,8 @@ smallest eigenvalue is a fifth of the median, never reaches it.)"""
 
 @dataclass(frozen=True)
 class RuleInputs:
-    """All that was measured of a site's dimensions: the statistics, always, and what
-    ``measure_inputs`` adds for the rules that need it."""
+    """What was measured of a site's dimensions: the statistics, always, and what ``measure_inputs``
+    adds for the rules that need it."""
 
     statistics: Statistics
     decoder: Float[Tensor, "latents d_in"] | None = None
@@ -49,10 +48,8 @@ class RuleInputs:
 
     @property
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
-        """The covariance of all usual rows, shrunk where they are few (``shrunk``), float64.
-
-        Raises LlmWsaeError if there are fewer rows than dimensions.
-        """
+        """The covariance of all usual rows, shrunk where they are few (``shrunk``), float64. Raises
+        LlmWsaeError if there are fewer rows than dimensions."""
         assert self.second_moment is not None
         check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
         return shrunk(self.second_moment.covariance(), self.second_moment.count)
@@ -88,35 +85,26 @@ class Rule:
     """What the rule controls for, if it is a control."""
 
     @classmethod
-    def parse(cls, text: str) -> "Rule":
-        """The rule that a text names: ``variance``, ``permuted:variance``, ``rotated:whitening``.
+    def parse(cls, text: "Rule | str") -> "Rule":
+        """The rule that a text names: ``variance``, ``permuted:variance``, ``rotated:whitening``;
+        a rule is returned as it is.
 
         Raises UsageError, with the nearest names, for an unknown rule or a control that the rule
         cannot have.
         """
-        if text in RULES:
-            return RULES[text]
-        for control in CONTROLS:
-            base = text.removeprefix(f"{control}:")
-            if base != text and base in RULES:
-                return RULES[base].as_control(control)
-        known = [*RULES, *(f"{control}:{name}" for control in CONTROLS for name in RULES)]
-        raise UsageError(f"there is no weight rule {text!r}; {nearest(text, known)}")
-
-    @classmethod
-    def of(cls, rule: "Rule | str") -> "Rule":
-        """The rule itself, or the one that a text names. Raises as ``parse`` does."""
-        return rule if isinstance(rule, Rule) else cls.parse(rule)
-
-    def as_control(self, control: Control) -> "Rule":
-        """The control of this rule. Raises UsageError for the rotation of what has no matrix."""
-        found = replace(self, control=control)
-        if control == "rotated" and not self.has_matrix:
+        if isinstance(text, Rule):
+            return text
+        controls = [replace(rule, control=c) for c in get_args(Control) for rule in RULES.values()]
+        known = {rule.name: rule for rule in (*RULES.values(), *controls)}
+        if text not in known:
+            raise UsageError(f"there is no weight rule {text!r}; {nearest(text, known)}")
+        rule = known[text]
+        if rule.control == "rotated" and rule.matrix_fn is None:
             raise UsageError(
-                f"{found.name!r} is not possible: only rules with a matrix can be rotated "
+                f"{text!r} is not possible: only rules with a matrix can be rotated "
                 f"({_with_matrix()})"
             )
-        return found
+        return rule
 
     @property
     def name(self) -> str:
@@ -127,11 +115,6 @@ class Rule:
     def has_scores(self) -> bool:
         """Whether it gives a score per dimension."""
         return self.score_fn is not None and self.control != "rotated"
-
-    @property
-    def has_matrix(self) -> bool:
-        """Whether it gives a matrix."""
-        return self.matrix_fn is not None
 
     @property
     def is_drawn(self) -> bool:
@@ -159,13 +142,13 @@ class Rule:
 
         Raises UsageError if the rule does not have the form.
         """
-        form = config.form
+        form, has_matrix = config.form, self.matrix_fn is not None
         if self.is_plain:
             return "diagonal"
         if form == "auto":
-            prefers_matrix = self.has_matrix and (config.in_space or not self.has_scores)
+            prefers_matrix = has_matrix and (config.in_space or not self.has_scores)
             return "matrix" if prefers_matrix else "diagonal"
-        if form == "matrix" and not self.has_matrix:
+        if form == "matrix" and not has_matrix:
             raise UsageError(
                 f"the rule {self.name!r} has no matrix form; those with one are {_with_matrix()}"
             )
@@ -180,29 +163,27 @@ class Rule:
         directions; None for ``uniform`` and for a control. Raises as ``form`` does."""
         if self.is_plain or self.is_drawn:
             return None
-        return self.as_control("rotated" if self.form(config) == "matrix" else "permuted")
+        return replace(self, control="rotated" if self.form(config) == "matrix" else "permuted")
 
-    def scores(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
-        """The score of every dimension (float64, ≥ 0); ``draw`` is the number of the random draw.
-
-        Raises UsageError if the rule scores no dimensions or needs what was not measured.
-        """
-        self._check("diagonal", inputs)
-        assert self.score_fn is not None
-        found = self.score_fn(inputs)
-        return found if self.control is None else found[_order(len(found), draw)]
-
-    def matrix(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
-        """The symmetric positive matrix (float64). Raises as ``scores`` does."""
-        self._check("matrix", inputs)
-        assert self.matrix_fn is not None
-        found = self.matrix_fn(inputs)
+    def apply(
+        self, inputs: RuleInputs, config: WeightConfig = IN_LOSS
+    ) -> Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]:
+        """The score of every dimension (≥ 0) or the symmetric positive matrix, as the settings say;
+        float64. Raises UsageError for a form that the rule lacks or what was not measured."""
+        measure = self.matrix_fn if self.form(config) == "matrix" else self.score_fn
+        measured = "decoder" if self.need == "dictionary" else self.need
+        if measured and getattr(inputs, measured) is None:
+            raise self.missing_input()
+        assert measure is not None
+        found = measure(inputs)
         if self.control is None:
             return found
         if self.control == "rotated":
-            return rotated(found, draw)
-        order = _order(len(found), draw)
-        return found[order][:, order]  # the same values and directions, on other axes
+            return _rotated(found, config.draw)
+        draw = torch.Generator().manual_seed(config.draw)
+        order = torch.randperm(len(found), generator=draw)
+        # a matrix keeps its values and directions, on other axes
+        return found[order] if found.ndim == 1 else found[order][:, order]
 
     def missing_input(self) -> UsageError:
         """The error for a rule whose ``need`` was not measured: what it is, and what brings it."""
@@ -218,12 +199,6 @@ class Rule:
             f"the rule {self.name!r} needs {what}: make its weights with llm-wsae weigh {option}, "
             "and train on that file with --weights"
         )
-
-    def _check(self, form: Literal["diagonal", "matrix"], inputs: RuleInputs) -> None:
-        self.form(WeightConfig(form=form))
-        measured = "decoder" if self.need == "dictionary" else self.need
-        if measured and getattr(inputs, measured) is None:
-            raise self.missing_input()
 
 
 def uniform(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
@@ -241,7 +216,7 @@ def kurtosis(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     rarely active (sparse coding, e.g. Olshausen & Field 1996), 0 for a constant dimension."""
     rows = inputs.statistics.usual_sample.double()
     square = (rows - rows.mean(0)).square()
-    return _ratio(square.square().mean(0), square.mean(0).square())
+    return ratio(square.square().mean(0), square.mean(0).square())
 
 
 def participation(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
@@ -250,7 +225,7 @@ def participation(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     fires. Proposed here, after the participation ratio of Bell and Dean 1970."""
     assert inputs.decoder is not None and inputs.energy is not None
     q = inputs.decoder.double().square() * inputs.energy.double()[:, None]
-    return _ratio(q.square().sum(0), q.sum(0).square())
+    return ratio(q.square().sum(0), q.sum(0).square())
 
 
 def sensitivity(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
@@ -278,18 +253,15 @@ def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     return (vectors * values.rsqrt()) @ vectors.T
 
 
-def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
-    """The same spectrum with random eigenvectors, drawn with that seed from the uniform
-    distribution over rotations and reflections."""
+def _rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
+    """The same spectrum with random eigenvectors, uniform over rotations and reflections."""
     generator, size = torch.Generator().manual_seed(draw), len(matrix)
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     rotation = q * r.diagonal().sign()  # else QR's convention makes the rotation not uniform
     return (rotation * spectrum(matrix)[0]) @ rotation.T
 
 
-def spectrum(
-    matrix: Float[Tensor, "d_in d_in"],
-) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+def spectrum(matrix: Tensor) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
     """Eigenvalues in rising order, none below the floor, and eigenvectors as columns (float64).
 
     Raises LlmWsaeError if the matrix is not finite or has no positive eigenvalue.
@@ -304,16 +276,6 @@ def spectrum(
         )
     positive = values[values > values[-1] * 1e-12]
     return values.clamp(min=EIGENVALUE_FLOOR * float(positive.median())), vectors
-
-
-def _order(size: int, draw: int) -> Tensor:
-    """A random order of the dimensions."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(draw))
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    safe = denominator.clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.where(denominator > 0, numerator / safe, 0.0)
 
 
 OWN = Rule("own")
@@ -334,4 +296,4 @@ RULES: dict[str, Rule] = {
 
 
 def _with_matrix() -> str:
-    return ", ".join(name for name, rule in RULES.items() if rule.has_matrix)
+    return ", ".join(name for name, rule in RULES.items() if rule.matrix_fn is not None)

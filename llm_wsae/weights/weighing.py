@@ -61,7 +61,7 @@ def measure_inputs(
     Under ``torchrun`` all processes make the same call. Raises UsageError for a dictionary of
     another site; LlmWsaeError for a model that did not make the store.
     """
-    parsed = [Rule.of(rule) for rule in rules]
+    parsed = [Rule.parse(rule) for rule in rules]
     for rule in parsed:
         if rule.need == "dictionary" and dictionary is None and rows.model is not None:
             raise rule.missing_input()  # nothing gives a stream one

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from llm_wsae.sparse import codes, operations
 from llm_wsae.sparse.backends import cpu
-from llm_wsae.sparse.codes import RaggedCodes, SubsetGradients, offsets_of
+from llm_wsae.sparse.codes import (
+    Latents,
+    RaggedCodes,
+    RawRows,
+    SlotCapacity,
+    SparseGradients,
+    SubsetGradients,
+    offsets_of,
+)
 from llm_wsae.training.architecture import Parameters
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -165,10 +173,10 @@ def _size(many: int, few: int) -> int:
 
 
 SUMS = {
-    "ragged": _sums(_lengths(_size(200, 6), _size(40, 9)), _size(160, 37)),
+    "ragged": _sums(_lengths(_size(200, 6), _size(40, 9)), _size(160, 17)),
     "all latents": _sums([_size(160, 19)] * _size(30, 2), _size(160, 19)),
     "odd width": _sums(_lengths(_size(90, 6), _size(20, 5)), _size(157, 11), 37),
-    "few latents hot": _sums([_size(12, 4)] * _size(300, 16), _size(160, 37), hot=True),
+    "few latents hot": _sums([_size(12, 4)] * _size(300, 12), _size(160, 17), hot=True),
     "nothing used": _sums(_lengths(_size(40, 4), _size(9, 3)), _size(160, 11), unused=2.0),
     "no slots": _sums([0] * 6, 11),
     "empty batch": _sums([], 11),
@@ -193,3 +201,27 @@ def cast(case: NamedTuple, dtype: torch.dtype, device: str | torch.device = "cpu
         return part.to(device, dtype if part.is_floating_point() else part.dtype, copy=True)
 
     return type(case)(*map(one, case))
+
+
+def everything(encoding: Encoding, case: Sums, fast: torch.dtype = BF16) -> list[Tensor]:
+    """What all operations make of a problem, float32 but for the encoding; some terms are rounded
+    to the dtype ``fast``."""
+    codes, x, decoder, bias, gradient = case
+    columns = torch.ones_like(x[0])
+    parts = [*operations.encode_topk(*encoding, 9)]
+    parts += operations.encode_above(*encoding, encoding[2].float() * 0, SlotCapacity())
+    parts += operations.encode_batch_topk(*encoding, 5, 0.0)
+    parts.append(operations.encode_dead(*encoding, encoding[2] > 0, 3))
+    parts += operations.reconstruct(codes, decoder, bias, x, x[:, 0], columns, fast)
+    by_value = operations.value_gradients(codes, decoder, gradient)
+    parts += [by_value, operations.decode(codes, decoder, bias)]
+    terms = SparseGradients(codes, x.to(fast), gradient.to(fast), by_value)
+    sums = operations.weight_gradients(terms, len(decoder))
+    dense = (decoder, decoder, *sums[:2], *sums[:2], decoder.to(fast))
+    latents = Latents(*(part.contiguous().abs().clone() for part in dense))
+    lengths, all_latents = sums[2].abs() + 1, torch.arange(len(decoder), device=x.device)
+    more = terms._replace(more=SubsetGradients(all_latents, *map(torch.clone, sums)))
+    parts.append(operations.adam(latents, sums, 3, 0.1))
+    parts.append(operations.adam(latents, terms, 4, 0.1))
+    parts.append(operations.adam(latents, more, 5, 0.1, RawRows(lengths, sums[2])))
+    return [*parts, *sums, *latents, lengths]

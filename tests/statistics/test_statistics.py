@@ -1,4 +1,4 @@
-"""Moments against scipy, coherence of texts against brute force, Holm's correction by hand."""
+"""Moments against scipy, covariances against torch, coherence by brute force, Holm by hand."""
 
 import functools
 import math
@@ -15,19 +15,22 @@ from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.monosemanticity.latents import coherence, coherence_of_strangers
-from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
+from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.statistics.uncertainty import holm
 
 
-def rows_of(n, d=5, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+def rows_of(n, d=5, dtype=torch.float64):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (x.sign() * x.abs() ** torch.linspace(0.5, 2, d) + torch.arange(d)).to(dtype)
 
 
 def positions_of(n, context=32):
     return torch.arange(n) % context
+
+
+def statistics_of(x, context=32, **more):
+    return Statistics(x.shape[1], context, **more).update(x, positions_of(len(x), context))
 
 
 def test_moments_equal_scipy():
@@ -37,7 +40,7 @@ def test_moments_equal_scipy():
         (rows_of(50_000, dtype=torch.float32) * 100, 1e-5),
         (rows_of(5000) + 1e6, 1e-6),
     ):
-        s, exact = Statistics(5, 32).update(x, positions_of(len(x))), x.double()
+        s, exact = statistics_of(x), x.double()
         assert s.count == len(x)
         torch.testing.assert_close(s.mean, exact.mean(0), rtol=rtol, atol=rtol)
         torch.testing.assert_close(s.variance, exact.var(0, correction=0), rtol=rtol, atol=0)
@@ -48,7 +51,7 @@ def test_moments_equal_scipy():
 
 def test_powers_of_rows_that_outgrow_float32_are_finite():
     x = rows_of(600, dtype=torch.float32)
-    small, large = (Statistics(5, 32).update(r, positions_of(600)) for r in (x, x * 2.0**60))
+    small, large = statistics_of(x), statistics_of(x * 2.0**60)
     torch.testing.assert_close(large.variance / 2.0**120, small.variance)
     torch.testing.assert_close(large.excess_kurtosis, small.excess_kurtosis, rtol=1e-5, atol=1e-5)
     with pytest.raises(LlmWsaeError, match="most rows are longer than"):
@@ -60,40 +63,34 @@ def test_a_constant_dimension_has_no_variance(dtype):
     """0.1 is not the rounded mean of 512 times 0.1, nor of 300 and then 411 times."""
     x = rows_of(1700, 3, dtype=dtype)
     x[:, 1] = 0.1
-    first, second, third = (
-        Statistics(3, 32).update(part, positions_of(len(part))) for part in x.split([300, 411, 989])
-    )
-    for s in (first.merge(second).merge(third), Statistics(3, 32).update(x, positions_of(1700))):
+    parts = map(statistics_of, x.split([300, 411, 989]))
+    for s in (functools.reduce(Statistics.merge, parts), statistics_of(x)):
         assert float(s.variance[1]) == 0 and float(s.excess_kurtosis[1]) == -3
         torch.testing.assert_close(s.variance[::2], x[:, ::2].double().var(0, correction=0))
     assert Statistics(3, 32).variance.tolist() == [0, 0, 0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
 def test_merging_parts_equals_one_pass(sizes):
     x = rows_of(sum(sizes) + 1)
-    p = positions_of(len(x))
-    whole = Statistics(5, 32).update(x, p)
-    merged = Statistics(5, 32).update(x[-1:], p[-1:])
-    start = 0
+    p, whole = positions_of(len(x)), statistics_of(x)
+    merged, start = Statistics(5, 32).update(x[-1:], p[-1:]), 0
     for size in sizes:
-        part = Statistics(5, 32)
-        part.update(x[start : start + size], p[start : start + size])
-        merged.merge(part)
+        part = slice(start, start + size)
+        merged.merge(Statistics(5, 32).update(x[part], p[part]))
         start += size
     for name in ("mean", "variance", "excess_kurtosis", "minimum", "maximum"):
         torch.testing.assert_close(getattr(merged, name), getattr(whole, name))
-    assert merged.count == whole.count
-    assert torch.equal(merged._norms, whole._norms)
+    assert merged.count == whole.count and torch.equal(merged._norms, whole._norms)
     # while every row still fits, the sample is all rows in some order
     assert sorted(merged.sample[:, 0].tolist()) == sorted(whole.sample[:, 0].tolist())
 
 
 def test_more_rows_than_an_integer_holds_the_square_of():
     """As the statistics of shards are merged: torch's integers end at 2⁶³."""
-    rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
-    parts = [Statistics(3, 1).update(rows, torch.zeros(500, dtype=torch.int64)) for _ in "ab"]
+    rows = rows_of(500, 3)
+    parts = [statistics_of(rows) for _ in "ab"]
     for part in parts:  # a thousand million times the same rows
         part.count *= 10**7
         for name in ("_m2", "_m3", "_m4"):
@@ -105,13 +102,15 @@ def test_more_rows_than_an_integer_holds_the_square_of():
 
 def test_massive_rows_are_found_where_they_sit_and_do_not_move_the_robust_variance():
     x = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(1))
-    p = positions_of(len(x), 64)
-    clean = Statistics(8, 64).update(x, p).robust_variance
+    clean, p = statistics_of(x, 64).robust_variance, positions_of(len(x), 64)
     x[p == 0, 3] = 5000.0
     x[100, 5] = -4000.0  # position 36
-    s = Statistics(8, 64).update(x, p)
+    s = statistics_of(x, 64)
     assert s.massive_count == int((p == 0).sum()) + 1
-    assert s.massive_positions() == [(0, 0, 313, 313), (32, 63, 1, 9984)]
+    assert [tuple(place.values()) for place in s.massive_positions()] == [
+        (0, 0, 313, 313),
+        (32, 63, 1, 9984),
+    ]
     norms = x.norm(dim=1)
     assert s.median_norm == pytest.approx(float(norms.median()), rel=0.03)
     assert s.massive_count == int((norms > s.massive_threshold).sum())
@@ -119,52 +118,37 @@ def test_massive_rows_are_found_where_they_sit_and_do_not_move_the_robust_varian
     torch.testing.assert_close(s.robust_variance[5], clean[5], rtol=0.05, atol=0)
 
 
-def test_sample_is_bounded_uniform_and_repeatable():
-    x = torch.arange(60_000.0)[:, None].expand(-1, 2)
-    p = positions_of(len(x))
-    s = Statistics(2, 32).update(x, p)
-    assert len(s.sample) == SAMPLE_ROWS
-    assert float(s.sample[:, 0].mean()) == pytest.approx(30_000, rel=0.03)
-    assert torch.equal(s.sample, Statistics(2, 32).update(x, p).sample)
-
-
 def test_small_samples_of_shards_merge_into_a_uniform_one():
     """Also of shards that begin alike: one seed for all would sample the same places."""
     beginning, total = torch.arange(20.0)[:, None], Statistics(1, 32, sample_rows=1000)
     for shard in range(20):  # the last shard is a tenth of the others
         own = 100 * (shard + 1) + torch.arange(280.0 if shard == 19 else 2980.0)[:, None] / 4096
-        rows = torch.cat([beginning, own])
-        part = Statistics(1, 32, sample_rows=200).update(rows, positions_of(len(rows)))
-        total.merge(part)
-    assert len(total.sample) == 1000 == len(total._priority.unique())
+        total.merge(statistics_of(torch.cat([beginning, own]), sample_rows=200))
+    assert len(total.sample) == 1000 == len(total.to_tensors()["sample_priority"].unique())
     found = torch.bincount((total.sample[:, 0] // 100).long(), minlength=21)
     assert found[0] < 30 and found[1:20].min() > 25 and found[20] < 20  # 7, 52 and 5, on average
 
 
-def test_round_trip_and_bf16():
-    s = Statistics(5, 32).update(rows_of(999, dtype=torch.bfloat16), positions_of(999))
-    again = Statistics.from_tensors(s.to_tensors())
-    for name, tensor in s.to_tensors().items():
-        assert torch.equal(again.to_tensors()[name], tensor), name
-    assert again.sample.dtype == torch.float32
-
-
 def test_bad_rows_are_refused():
-    s = Statistics(5, 32)
-    with pytest.raises(LlmWsaeError, match="7 dimensions, expected 5"):
-        s.update(rows_of(3, 7), positions_of(3))
-    x = rows_of(10)
+    s, x = Statistics(5, 32), rows_of(10)
     x[2, 1] = float("nan")
-    with pytest.raises(LlmWsaeError, match="1 of 10 rows hold NaN"):
-        s.update(x, positions_of(10))
+    for rows, sentence in (
+        (rows_of(3, 7), "7 dimensions, expected 5"),
+        (x, "1 of 10 rows hold NaN"),
+    ):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            s.update(rows, positions_of(len(rows)))
     assert s.count == 0
     with pytest.raises(LlmWsaeError, match="rows have 4 dimensions, not 5"):
         SecondMoment(5).update(rows_of(20)[:, :4])
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(LlmWsaeError, match="NaN or infinite"):
+            SecondMoment(5).update(torch.full((3, 5), bad))
 
 
 def test_robust_covariance_is_that_of_the_clipped_sample():
     x = rows_of(3000, 4) @ torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).double()
-    s = Statistics(4, 32).update(x, positions_of(len(x)))
+    s = statistics_of(x)
     first = s.robust_covariance
     order = x.float().sort(0).values
     clipped = x.float().clamp(order[14], order[-15]).double()  # 14 = 0.5 % of 2999, rounded down
@@ -174,17 +158,13 @@ def test_robust_covariance_is_that_of_the_clipped_sample():
     assert s.robust_covariance.trace() > 2 * first.trace()  # nothing old is kept
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random unit vectors."""
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
 def test_coherence_is_the_mean_cosine_of_all_pairs():
-    x = draw(3, 5, 7)
+    draw = torch.Generator().manual_seed(0)
+    x = normalize(torch.randn(3, 5, 7, generator=draw), dim=-1)
     for found, vectors in zip(coherence(x), x, strict=True):
         pairs = [float(a @ b) for a, b in combinations(vectors, 2)]
         assert float(found) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
-    x, context = draw(6, 7), torch.tensor([4, 4, 2, 7, 7, 7])
+    x, context = x.flatten(0, 1)[:6], torch.tensor([4, 4, 2, 7, 7, 7])
     pairs = [float(x[i] @ x[j]) for i, j in combinations(range(6), 2) if context[i] != context[j]]
     found = coherence_of_strangers(x, context)
     assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
@@ -195,6 +175,10 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+
+
+def merged(parts):
+    return functools.reduce(SecondMoment.merge, parts, SecondMoment(40))
 
 
 def test_second_moment_is_that_of_float64_and_merges_exactly():
@@ -208,33 +192,23 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
     whole = SecondMoment(40).update(rows)
     for found in (
         whole,
-        SecondMoment.from_tensors(whole.to_tensors()),
         merged([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
-        merged([SecondMoment(40), SecondMoment(40), SecondMoment(40).update(rows)]),
     ):
         assert found.count == 30_000
         torch.testing.assert_close(found.mean, rows.double().mean(0), rtol=1e-6, atol=1e-5)
-        own = found._scatter / found.count
-        error = (own - exact).abs() / (exact.diag()[:, None] * exact.diag()).sqrt()
+        error = (found.covariance() - exact).abs() / (exact.diag()[:, None] * exact.diag()).sqrt()
         assert float(error.max()) < 1e-6
-    again = SecondMoment(40).merge(SecondMoment.from_tensors(whole.to_tensors()))
-    for name, tensor in again.merge(SecondMoment(40)).to_tensors().items():
+    kept = SecondMoment.from_tensors(whole.to_tensors())
+    for name, tensor in merged([SecondMoment(40), kept, SecondMoment(40)]).to_tensors().items():
         assert torch.equal(tensor, whole.to_tensors()[name])  # processes without rows
     chunks = merged([SecondMoment(40).update(part) for part in rows.split(4096)])
     for name, tensor in chunks.to_tensors().items():  # of the same products in float32
         torch.testing.assert_close(tensor, whole.to_tensors()[name], rtol=1e-13, atol=0)
-    for bad in (torch.nan, torch.inf):
-        with pytest.raises(LlmWsaeError, match="NaN or infinite"):
-            whole.update(torch.full((3, 40), bad))
     rows[:, 7] = 0.1  # a constant dimension, whose mean is rounded
-    still = SecondMoment(40).update(rows)._scatter
+    still = SecondMoment(40).update(rows).covariance()
     assert not still[7].any() and not still[:, 7].any()
-    huge = SecondMoment(40).update(1e30 * rows)  # finite, unlike their squares in float32
-    torch.testing.assert_close(huge._scatter / 1e60, still, rtol=1e-4, atol=1e-2)
-
-
-def merged(parts):
-    return functools.reduce(SecondMoment.merge, parts, SecondMoment(40))
+    huge = SecondMoment(40).update(1e30 * rows).covariance()  # their squares outgrow float32
+    torch.testing.assert_close(huge / 1e60, still, rtol=1e-4, atol=1e-6)
 
 
 @over(exponent=(0.3, 1.0, 2.0), number=(40, 90, 200, 2000))
@@ -245,17 +219,10 @@ def test_shrinkage_is_what_scikit_learn_makes_of_the_rows(exponent, number):
     scale = torch.arange(1, 61, dtype=torch.float64) ** (-exponent / 2)
     rows = torch.randn(number, 60, generator=draw, dtype=torch.float64) * scale + 3
     own, theirs = torch.cov(rows.T, correction=0), OAS().fit(rows.numpy())
-    most = (4 * 60 + 1) / (number + 1)
-    rho = min(theirs.shrinkage_, most)
+    rho = min(theirs.shrinkage_, (4 * 60 + 1) / (number + 1))
     assert (rho < theirs.shrinkage_) == (exponent < 1 and number == 2000)
     expected = (1 - rho) * own + rho * own.diagonal().mean() * torch.eye(60)
     torch.testing.assert_close(shrunk(own, number), expected)
-
-
-def test_equal_eigenvalues_shrink_to_themselves():
-    for size in (*range(1, 10), 3e7):  # tenths, whose squares are rounded either way
+    for size in (*range(1, 10), 3e7):  # equal eigenvalues; tenths' squares are rounded either way
         same = size / 10 * torch.eye(6, dtype=torch.float64)
         torch.testing.assert_close(shrunk(same, 50), same)
-    # of 40 rows ρ = (82/4 + 5²) / (41·(82/4 − 5²/2))
-    by_hand = shrunk(torch.tensor([9.0, 1.0]).double().diag(), 40)
-    assert float(by_hand[0, 0]) == pytest.approx(9 - 4 * 45.5 / (41 * 8))

@@ -31,7 +31,8 @@ from llm_wsae.weights.rules import OWN, RULES, Rule, RuleInputs
 SPACE = WeightConfig(place="space")
 
 
-def test_settings_that_cannot_be():
+def test_what_cannot_be_is_refused():
+    """Settings, and weights: those that training and files are given are checked by nobody else."""
     for more, sentence in [
         ({"clip": 0.5}, "clip must be a factor of at least 1, not 0.5"),
         ({"anneal": 1.5}, "a share of the steps"),
@@ -39,13 +40,17 @@ def test_settings_that_cannot_be():
     ]:
         with pytest.raises(UsageError, match=sentence):
             WeightConfig(**more)
-    for gamma, form, other in (
-        (torch.eye(4), "matrix", "diagonal"),
-        (torch.ones(4), "diagonal", "matrix"),
+    for gamma, form, sentence in (
+        (torch.eye(4), "diagonal", "given in, matrix, not diagonal; leave form at"),
+        (torch.ones(4), "matrix", "given in, diagonal, not matrix; leave form at"),
+        (torch.tensor([1.0, 1, 1, -1]), "auto", "finite and not negative"),
+        (torch.tensor([1.0, 1, 1, torch.nan]), "auto", "finite and not negative"),
+        (torch.zeros(4), "auto", "leave no dimension"),
+        (torch.zeros(4, 4), "auto", "leave no dimension"),
     ):
-        assert LossWeights(gamma, config=WeightConfig(form=form)).config.form == form
-        with pytest.raises(UsageError, match=f"given in, {form}, not {other}; leave form at"):
-            LossWeights(gamma, config=WeightConfig(form=other))
+        with pytest.raises(LlmWsaeError, match=sentence):
+            LossWeights(gamma, config=WeightConfig(form=form))
+    assert LossWeights(torch.eye(4), config=WeightConfig(form="matrix")).config.form == "matrix"
 
 
 def test_names_and_labels():
@@ -70,8 +75,12 @@ def test_names_and_labels():
         assert LossWeights(vector, rule, config=WeightConfig()).config.place == "loss"
 
 
-def test_a_file_keeps_everything(tmp_path):
-    path = tmp_path / "w.safetensors"
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "w.safetensors"
+
+
+def test_a_file_keeps_everything(path):
     config = WeightConfig(place="space", clip=9.0, draw=3)
     for weights in (
         LossWeights(torch.rand(4), RULES["variance"], 0.5),
@@ -81,29 +90,24 @@ def test_a_file_keeps_everything(tmp_path):
         weights.save(path, {"site": "blocks.0.hook_resid_pre"})
         again = LossWeights.load(path)
         assert torch.equal(again.gamma, weights.gamma) and again.name == weights.name
-        assert (again.rule, again.alpha, again.config) == (
-            weights.rule,
-            weights.alpha,
-            weights.config,
-        )
+        for name in ("rule", "alpha", "config"):
+            assert getattr(again, name) == getattr(weights, name)
 
 
-def test_settings_are_given_for_custom_weights_only(tmp_path):
-    path, config = tmp_path / "w.safetensors", WeightConfig(place="space")
+def test_settings_are_given_for_custom_weights_only(path):
     save_file({"anything": torch.ones(4)}, path)
     own = LossWeights.load(path)
     assert (own.rule, own.alpha, own.config) == (OWN, 1.0, IN_LOSS)
-    assert LossWeights.load(path, config).config == config
+    assert LossWeights.load(path, SPACE).config == SPACE
     LossWeights(torch.ones(4), RULES["variance"], 0.5).save(path)
     for same in (WeightConfig(), IN_LOSS):
         assert LossWeights.load(path, same).config == IN_LOSS
     with pytest.raises(UsageError, match=r"variance made for the place loss.*drop --place"):
-        LossWeights.load(path, config)
+        LossWeights.load(path, SPACE)
 
 
-def test_a_file_is_for_the_site_that_it_names(tmp_path):
-    path, here, there = tmp_path / "w.safetensors", Site(1, "post"), Site(2, "post")
-    gamma = torch.tensor([1.0, 2.0])
+def test_a_file_is_for_the_site_that_it_names(path):
+    here, there, gamma = Site(1, "post"), Site(2, "post"), torch.tensor([1.0, 2.0])
     for facts, fitting in (({}, [here, there]), ({"site": str(here)}, [here])):
         LossWeights(gamma).save(path, facts)
         assert torch.equal(LossWeights.load(path, sites=fitting).gamma, gamma)
@@ -111,34 +115,30 @@ def test_a_file_is_for_the_site_that_it_names(tmp_path):
         LossWeights.load(path, sites=[here, there])
 
 
-def test_bad_files_are_refused(tmp_path):
-    path = tmp_path / "w.safetensors"
-
+def test_bad_files_are_refused(path):
     def refused(sentence):
-        with pytest.raises(LlmWsaeError, match=sentence):
+        with pytest.raises(LlmWsaeError, match=sentence) as caught:
             LossWeights.load(path)
+        assert str(path) in str(caught.value)
 
     refused("there is no .* weights file")
-    save_file({"gamma": torch.tensor([1.0, torch.nan])}, path)
-    refused("the weights must be finite")
-    save_file({"a": torch.ones(2), "b": torch.ones(2)}, path)
-    refused("a weights file has one, 'gamma'")
-    for wrong in (torch.ones(2, 3), torch.ones(2, 2, 2), torch.ones(2).int()):
-        save_file({"gamma": wrong}, path)
-        refused("one floating-point number per dimension")
+    for tensors, sentence in (
+        ({"gamma": torch.tensor([1.0, torch.nan])}, "the weights must be finite"),
+        ({"a": torch.ones(2), "b": torch.ones(2)}, "a weights file has one, 'gamma'"),
+        ({"gamma": torch.ones(2, 3)}, "one floating-point number per dimension"),
+        ({"gamma": torch.ones(2, 2, 2)}, "one floating-point number per dimension"),
+        ({"gamma": torch.ones(2).int()}, "one floating-point number per dimension"),
+    ):
+        save_file(tensors, path)
+        refused(sentence)
     for header in ("[]", "{", '{"rule": "none"}', '{"rule": 3}', '{"rule": []}', '{"clip": "x"}'):
         save_file({"gamma": torch.ones(2)}, path, {"llm_wsae": header})
-        refused(r"does not say how|not a readable weights file|is damaged")
+        refused("is no weights file|not a readable weights file|is damaged")
 
 
 # --- From rules, or a file, to normalised weights
 
-CONTROLS = (
-    "permuted:variance",
-    "rotated:sensitivity",
-    "rotated:whitening",
-    "permuted:whitening",
-)
+CONTROLS = ("permuted:variance", "rotated:sensitivity", "rotated:whitening", "permuted:whitening")
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,11 +152,10 @@ def test_every_choice_is_normalised(rule, alpha, place, clip, inputs):
     """E‖Γ(x − μ)‖² = E‖x − μ‖², and no weight is further from the median than the clip."""
     weights = weights_from_rule(rule, alpha, inputs, WeightConfig(place=place, clip=clip))
     gamma, sigma = weights.gamma.double(), inputs.statistics.robust_covariance
-    weighted = gamma if weights.is_matrix else torch.diag(gamma)
     if not weights.is_matrix:
-        sigma = torch.diag(sigma.diagonal())
-    variance = float((weighted @ sigma @ weighted.T).trace())
+        gamma, sigma = gamma.diag(), sigma.diagonal().diag()
     assert weights.gamma.dtype == torch.float32
+    variance = float((gamma @ sigma @ gamma.T).trace())
     assert variance == pytest.approx(float(sigma.trace()), rel=1e-5)
     assert float(loss_share(weights, inputs.statistics).sum()) == pytest.approx(1)
     if clip is not None:
@@ -172,24 +171,24 @@ def test_uniform_is_chosen_once_and_own_weights_come_last(inputs):
     )
     names = ["uniform", "variance-a0.5-space", "variance-a-0.25-space", "own"]
     assert [weights.name for weights in found] == names
-    assert found[0].config == IN_LOSS and found[0].alpha == 1.0
     again = choose_weights(inputs, ["variance"], [0.0, 0.5], LossWeights(own.gamma, config=SPACE))
     assert [weights.name for weights in again] == ["uniform", "variance-a0.5", "own-space"]
+    for plain in (found[0], again[0], weights_from_rule("whitening", 0.0, inputs, SPACE)):
+        torch.testing.assert_close(plain.gamma, torch.ones(4))
+        assert plain.rule.is_plain and (plain.alpha, plain.config) == (1.0, IN_LOSS)
 
 
 def test_powers_of_a_matrix(inputs):
     """Γ = F^α up to a factor: Γ² ∝ F at ½, Γ ∝ F at 1, and ΓΓ′ ∝ 1 for ±α."""
     for alpha in (0.125, 0.5, 1.0):
         gamma = weights_from_rule("sensitivity", alpha, inputs, SPACE).gamma.double()
-        raised = torch.matrix_power(gamma, round(1 / alpha))
+        raised, fisher = torch.matrix_power(gamma, round(1 / alpha)), inputs.fisher
         torch.testing.assert_close(
-            raised / raised[0, 0], inputs.fisher / inputs.fisher[0, 0], rtol=1e-4, atol=1e-4
+            raised / raised[0, 0], fisher / fisher[0, 0], rtol=1e-4, atol=1e-4
         )
-    inverse = weights_from_rule("sensitivity", -1.0, inputs, SPACE).gamma.double()
-    product = gamma @ inverse
-    torch.testing.assert_close(
-        product / product[0, 0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4
-    )
+    product = gamma @ weights_from_rule("sensitivity", -1.0, inputs, SPACE).gamma.double()
+    identity = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(product / product[0, 0], identity, rtol=0, atol=1e-4)
 
 
 def test_powers_that_lead_into_no_space_are_refused(inputs):
@@ -207,40 +206,31 @@ def test_powers_that_lead_into_no_space_are_refused(inputs):
 
 def test_variance_rule_is_the_papers(statistics):
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0])
-    gamma = weights_from_rule("variance", 0.5, statistics).gamma
-    torch.testing.assert_close(gamma / gamma[1], scale, rtol=0.03, atol=0)
-    inverse = weights_from_rule("variance", -0.25, statistics).gamma
-    torch.testing.assert_close(inverse / inverse[1], scale**-0.5, rtol=0.03, atol=0)
-
-
-def test_alpha_zero_and_uniform_are_the_plain_autoencoder(inputs):
-    for rule, alpha in (("uniform", 1.0), ("variance", 0.0), ("whitening", 0.0)):
-        weights = weights_from_rule(rule, alpha, inputs, SPACE)
-        torch.testing.assert_close(weights.gamma, torch.ones(4))
-        assert weights.name == "uniform" and weights.rule.is_plain and weights.config == IN_LOSS
+    for alpha, expected in ((0.5, scale), (-0.25, scale**-0.5)):
+        gamma = weights_from_rule("variance", alpha, statistics).gamma
+        torch.testing.assert_close(gamma / gamma[1], expected, rtol=0.03, atol=0)
 
 
 def test_a_zero_score_is_a_zero_weight_or_the_largest():
     s = Statistics(3, 8).update(torch.randn(500, 3), torch.arange(500) % 8)
 
-    def scored(*scores):
-        return RuleInputs(s, fisher=torch.tensor(scores, dtype=torch.float64).diag())
+    def weights(alpha, *scores, config=IN_LOSS):
+        found = RuleInputs(s, fisher=torch.tensor(scores, dtype=torch.float64).diag())
+        return weights_from_rule("sensitivity", alpha, found, config).gamma
 
-    found = scored(0.0, 0.2, 0.1)
-    gamma = weights_from_rule("sensitivity", 1.0, found).gamma
+    scores = (0.0, 0.2, 0.1)
+    gamma = weights(1.0, *scores)
     assert gamma[0] == 0 and float(gamma[1] / gamma[2]) == pytest.approx(2)
-    gamma = weights_from_rule("sensitivity", -1.0, found).gamma
+    gamma = weights(-1.0, *scores)
     assert gamma[0] == gamma[2] > gamma[1]
-    clipped = weights_from_rule("sensitivity", 1.0, found, WeightConfig(clip=3.0)).gamma
+    clipped = weights(1.0, *scores, config=WeightConfig(clip=3.0))
     assert float(clipped[0] / clipped[2]) == pytest.approx(1 / 3)
     with pytest.raises(LlmWsaeError, match="no space to train in; choose an α nearer to 0, or"):
-        weights_from_rule("sensitivity", 1.0, found, WeightConfig("space", form="diagonal"))
-    for scores, sentence in (
-        ((0.0, 0.0, 0.0), "'sensitivity' scores every dimension 0, so it prefers none; take"),
-        ((torch.nan,) * 3, "scores of the rule 'sensitivity' are NaN or infinite"),
-    ):
-        with pytest.raises(LlmWsaeError, match=sentence):
-            weights_from_rule("sensitivity", 1.0, scored(*scores))
+        weights(1.0, *scores, config=WeightConfig("space", form="diagonal"))
+    with pytest.raises(LlmWsaeError, match="'sensitivity' scores every dimension 0, so it prefers"):
+        weights(1.0, 0.0, 0.0, 0.0)
+    with pytest.raises(LlmWsaeError, match="scores of the rule 'sensitivity' are NaN or infinite"):
+        weights(1.0, *(torch.nan,) * 3)
 
 
 def test_a_constant_dimension_stays_finite_under_negative_alpha():
@@ -259,10 +249,9 @@ def test_rows_that_hardly_vary_are_refused_whatever_the_rule():
         (long, r"most rows are longer than 1e\+12, as no model's are; load"),
     ):
         s = Statistics(3, 8).update(rows, torch.arange(2000) % 8)
-        found = RuleInputs(s, fisher=torch.eye(3), second_moment=second_moment(s))
         for rule in ("uniform", "whitening", "sensitivity"):
             with pytest.raises(LlmWsaeError, match=sentence):
-                weights_from_rule(rule, 0.5, found)
+                weights_from_rule(rule, 0.5, s)
         with pytest.raises(LlmWsaeError, match=sentence):
             own_weights(LossWeights(torch.ones(3)), s)
 
@@ -276,18 +265,8 @@ def test_own_weights_are_normalised(statistics):
     matrix = torch.tensor([[1.0, 2, 0, 0], [0, 1, 0, 0], [0, 0, 1, -3], [0, 0, 0, 1]])
     own = own_weights(LossWeights(matrix), statistics)  # any invertible one, symmetric or not
     torch.testing.assert_close(own.gamma / own.gamma[0, 0], matrix)
-
-
-def test_bad_own_weights_are_refused(statistics):
-    for gamma, config, sentence in [
-        (torch.tensor([1.0, 1, 1, -1]), WeightConfig(), "finite and not negative"),
-        (torch.tensor([1.0, 1, 1, torch.nan]), WeightConfig(), "finite and not negative"),
-        (torch.zeros(4), WeightConfig(), "leave no dimension in the loss"),
-        (torch.zeros(4, 4), WeightConfig(), "leave no dimension in the loss"),
-        (torch.ones(4, 4), SPACE, "no space to train in; set clip"),
-    ]:
-        with pytest.raises(LlmWsaeError, match=sentence):
-            own_weights(LossWeights(gamma, config=config), statistics)
+    with pytest.raises(LlmWsaeError, match="no space to train in; set clip"):
+        own_weights(LossWeights(torch.ones(4, 4), config=SPACE), statistics)
 
 
 def test_own_weights_are_clipped_as_those_of_a_rule(statistics):
@@ -296,11 +275,10 @@ def test_own_weights_are_clipped_as_those_of_a_rule(statistics):
     for config in (WeightConfig(clip=4.0), WeightConfig(place="space", clip=4.0)):
         own = own_weights(LossWeights(gamma, config=config), statistics).gamma
         torch.testing.assert_close(own / own[0], torch.tensor([1.0, 1.0, 4.0, 16.0]))
-    assert own_weights(LossWeights(gamma), statistics).gamma[0] == 0
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(4, 4, generator=draw))[0] for _ in "lr")
-    gamma = torch.tensor([0.1, 1.0, 8.0, 1e3])
-    own = own_weights(LossWeights((left * gamma) @ right, config=config), statistics)
+    matrix = (left * torch.tensor([0.1, 1.0, 8.0, 1e3])) @ right
+    own = own_weights(LossWeights(matrix, config=config), statistics)
     stretch = stretching(own)
     assert (stretch / stretch[-1]).tolist() == pytest.approx([16, 16, 4, 1], rel=1e-3)
     turned = left.T @ own.gamma @ right.T  # the directions are the same
@@ -310,20 +288,22 @@ def test_own_weights_are_clipped_as_those_of_a_rule(statistics):
     assert float(found[3] / found[0]) == pytest.approx(9)
 
 
-# --- where a weighted loss lies ---
+# --- Where a weighted loss lies
 
 
-def site_statistics(massive=True):
-    """100 dimensions, one with 30 times the spread; massive rows at position 0."""
+@pytest.fixture(scope="module")
+def wide():
+    """100 dimensions, one with 30 times the spread, two constant; massive rows at position 0."""
     x = torch.randn(6400, 100, generator=torch.Generator().manual_seed(0))
     x[:, 7] *= 30
+    x[:, [2, 5]] = 3.0
     positions = torch.arange(len(x)) % 64
-    if massive:
-        x[positions == 0, 3] = 9000.0
-    return Statistics(100, 64).update(x, positions)
+    x[positions == 0, 3] = 9000.0
+    statistics = Statistics(100, 64).update(x, positions)
+    return RuleInputs(statistics, second_moment=second_moment(statistics))
 
 
-def test_shares_by_hand(statistics):
+def test_shares_by_hand(statistics, inputs):
     variance, gamma = statistics.robust_variance, torch.tensor([1.0, 0.0, 3.0, 0.5])
     expected = gamma.double() ** 2 * variance
     found = loss_share(LossWeights(gamma), statistics)
@@ -333,63 +313,48 @@ def test_shares_by_hand(statistics):
     values = torch.linalg.eigvalsh(m @ statistics.robust_covariance @ m.T).flip(0)
     found = loss_share(LossWeights(matrix), statistics)
     torch.testing.assert_close(found, values / values.sum())
-
-
-def test_effective_dimensions(statistics, inputs):
-    white = weights_from_rule("whitening", 1.0, inputs, WeightConfig(place="space"))
     for weights, expected in (
         (weights_from_rule("variance", -0.5, statistics), 4),
-        (white, 4),
+        (weights_from_rule("whitening", 1.0, inputs, SPACE), 4),
         (LossWeights(torch.tensor([0.0, 0.0, 1.0, 0.0])), 1),
     ):
         assert effective_dimensions(weights, statistics) == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_warning(statistics):
-    assert collapse_warning(weights_from_rule("variance", -0.5, statistics), statistics) is None
-    found = site_statistics(massive=False)
-    for rule, alpha, sentence in [
-        ("variance", 1.0, "so a dictionary trained with it explains those and neglects the rest"),
-        ("uniform", 1.0, "as it is in the activations themselves"),
+def test_a_loss_that_few_dimensions_dominate_is_warned_of(wide):
+    for rule, alpha, sentences in [
+        ("variance", -0.5, ()),
+        ("variance", 1.0, ("of 100 dimensions (1.0%; dimension 3 alone", "neglects the rest")),
+        ("uniform", 1.0, ("dimension 7 alone", "as it is in the activations themselves")),
+        ("whitening", -1.0, ("1.0 of 100 directions (1.0%; one direction alone carries 100%)",)),
     ]:
-        warning = collapse_warning(weights_from_rule(rule, alpha, found), found)
-        assert "dominated by 1." in warning and "of 100 dimensions (1." in warning
-        assert "dimension 7 alone carries" in warning and sentence in warning
-    inputs = RuleInputs(found, second_moment=second_moment(found))
-    matrix = collapse_warning(weights_from_rule("whitening", -1.0, inputs), found)
-    assert "dominated by 1.0 of 100 directions (1.0%; one direction alone carries 100%)" in matrix
+        warning = collapse_warning(weights_from_rule(rule, alpha, wide), wide.statistics) or ""
+        assert bool(warning) == bool(sentences)
+        for sentence in sentences:
+            assert sentence in warning
 
 
-def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
-    statistics = site_statistics()
-    inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
-    facts = profile(
-        statistics,
-        [
-            weights_from_rule(rule, alpha, inputs, IN_LOSS)
-            for rule, alpha in (("uniform", 1.0), ("variance", -0.5), ("whitening", 0.01))
-        ],
-    )
+def test_the_profile(wide):
+    chosen = (("uniform", 1.0), ("variance", -0.5), ("whitening", 0.01))
+    weights = [weights_from_rule(rule, alpha, wide) for rule, alpha in chosen]
+    facts = profile(wide.statistics, weights)
     assert facts["rows"] == 6400 and facts["massive"]["rows"] == 100
     assert facts["massive"]["positions"] == [{"first": 0, "last": 0, "massive": 100, "rows": 100}]
+    assert facts["constant_dimensions"] == [2, 5]
     plain, inverse, faint = facts["weights"]
     assert plain["largest"][0]["dimension"] == 7 and plain["largest"][0]["share"] > 0.8
-    assert plain["effective_dimensions"] < 2 and inverse["effective_dimensions"] > 98
+    assert plain["effective_dimensions"] < 2 and inverse["effective_dimensions"] > 96
     assert "is dominated by" in plain["warning"] and inverse["warning"] is None
     assert faint["form"] == "matrix" and "direction" in faint["largest"][0]
     text = profile_text(facts)
-    assert "100 rows, 1.562%: 100 at position 0" in text and "variance-a-0.5" in text
-    assert text.count("warning:") == 2
-    assert "1.2 of 100 directions (1.2%; one direction alone carries" in text
-
-
-def test_the_profile_names_constant_dimensions():
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    x[:, [2, 5]] = 3.0
-    statistics = Statistics(8, 16).update(x, torch.zeros(64, dtype=torch.long))
-    facts = profile(statistics, [weights_from_rule("uniform", 1.0, statistics)])
-    assert facts["constant_dimensions"] == [2, 5]
-    assert "warning: 2 dimensions are constant (2, 5), so there is" in profile_text(facts)
+    for part in (
+        "100 rows, 1.562%: 100 at position 0",
+        "variance-a-0.5",
+        "1.2 of 100 directions (1.2%; one direction alone carries",
+        "warning: 2 dimensions are constant (2, 5), so there is",
+    ):
+        assert part in text
+    assert text.count("warning:") == 3
 
 
 def picture_size(path):
@@ -398,12 +363,10 @@ def picture_size(path):
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
-def test_the_figures_are_drawn(tmp_path):
-    statistics, path, site = site_statistics(), tmp_path / "profile.png", "blocks.1.hook_resid_post"
+def test_the_figures_are_drawn(tmp_path, wide):
+    statistics, path, site = wide.statistics, tmp_path / "profile.png", "blocks.1.hook_resid_post"
     weights = [weights_from_rule("variance", alpha / 10, statistics) for alpha in range(12)]
-    inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
-    matrix = weights_from_rule("whitening", 0.5, inputs)
-    plot_profile(statistics, [*weights[:2], matrix], site, path)
+    plot_profile(statistics, [*weights[:2], weights_from_rule("whitening", 0.5, wide)], site, path)
     width, height = picture_size(path)
     assert width > 800 and height > 800
     plot_profile(statistics, weights, site, path)
@@ -412,7 +375,5 @@ def test_the_figures_are_drawn(tmp_path):
     numbers |= {"kl": 0.3, "kl_interval": (0.2, 0.4)}
     unknown = {"fvu": None, "ce_recovered": None, "ce_recovered_interval": (None, None)}
     unknown |= {"kl": 0.3, "kl_interval": (None, None)}
-    for second in ({**numbers, "fvu": 0.3}, unknown):
-        arms = {"uniform-k32": numbers, "variance-a0.5-k32": second}
-        plot_fidelity(arms, site, path)
-        assert picture_size(path)[0] > 800
+    plot_fidelity({"uniform-k32": numbers, "variance-a0.5-k32": unknown}, site, path)
+    assert picture_size(path)[0] > 800

@@ -385,7 +385,7 @@ def _estimate(estimate: Estimate | None, measure: str) -> str:
     if estimate is None:
         return _NONE
     numbers = (estimate.difference, *estimate.interval)
-    if STUDIED[measure].per_document:
+    if STUDIED[measure].source == "fidelity":
         by, low, high = (f"{100 * number:+.1f}" for number in numbers)
         return f"{by} % [{low}, {high}]"
     by, low, high = (f"{number:+.4f}" for number in numbers)

@@ -126,8 +126,8 @@ def _result_of(
     for key, measure in STUDIED.items():
         name = measure.name
         if measure.source == "fidelity":
-            sums = getattr(fidelity, f"{key}_per_document") if measure.per_document else None
-            documents = None if sums is None else tuple(round(one, 2) for one in sums)
+            sums = getattr(fidelity, f"{key}_per_document")
+            documents = tuple(round(one, 2) for one in sums)
             values[key] = Value(summary[key], documents=documents)
         elif measure.source == "latents":
             resampled = scores.resampled[usual] if name == "detection" else None

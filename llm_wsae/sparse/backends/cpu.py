@@ -15,7 +15,6 @@ import ctypes
 import hashlib
 import math
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -63,6 +62,7 @@ _MACHINE = (  # from the fastest to what every compiler takes
     ("-march=native",),
     (),
 )
+_NATIVE = ("-march=native", "-###", "-E", "-x", "c++", "/dev/null")  # say what you would do
 _LONGEST_SECONDS = 300  # of one compilation
 _WAY_OUT = "close it to them (chmod go-w), or set XDG_CACHE_HOME to a folder of yours"
 
@@ -154,8 +154,10 @@ def reconstruct(
     codes: RaggedCodes, target: tuple[Tensor, ...], fast: torch.dtype
 ) -> Reconstruction:
     decoder, _, x, *_ = target
-    result = Reconstruction.empty(codes, x, fast)
     slots, given = _checked(codes, len(decoder)), (one.contiguous() for one in target)
+    residual, row_errors = _floats(*x.shape), _floats(len(x))
+    by_output, by_value = torch.empty(x.shape, dtype=fast), torch.empty_like(slots[1])
+    result = Reconstruction(residual, by_output, by_value, row_errors)
     _call(f"reconstruct_{_NAMES[fast]}", *slots, *given, *result, *x.shape)
     return result
 
@@ -360,10 +362,14 @@ def _built() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():
         root = Path.home() / ".cache"  # a RuntimeError for a user without a home
-    compiler, folder = _compiler(), root / "llm_wsae" / "kernels"
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    found = filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS)))
+    compiler, folder = next(found, None), root / "llm_wsae" / "kernels"
+    if compiler is None:
+        raise LlmWsaeError(f"none of {', '.join(_COMPILERS)} is installed")
+    # its version, and what "native" is: a home folder may be shared by different machines
+    told = subprocess.run([compiler, *_NATIVE], capture_output=True, timeout=60).stderr
     sources = [source.read_bytes() for source in SOURCES]
-    decides = repr((sources, compiler, version, _processor(), _COMMON, _MACHINE))
+    decides = repr((sources, compiler, told, _COMMON, _MACHINE))
     target = folder / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.so"
     for own in (folder.parent, folder):
         own.mkdir(0o700, parents=True, exist_ok=True)
@@ -385,13 +391,6 @@ def _check_private(root: Path, *folders: Path) -> None:
         raise LlmWsaeError(f"others can write to {root}; {_WAY_OUT}")
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX", ""), *_COMPILERS):
-        if name and (path := shutil.which(name)):
-            return path
-    raise LlmWsaeError(f"none of {', '.join(_COMPILERS)} is installed")
-
-
 def _compile(compiler: str, target: Path) -> None:
     complaint, files = "", [str(source) for source in SOURCES if source.suffix == ".cpp"]
     for machine in _MACHINE:
@@ -405,13 +404,3 @@ def _compile(compiler: str, target: Path) -> None:
             return
         complaint = complaint or next(iter(done.stderr.splitlines()), "no reason given")
     raise LlmWsaeError(f"{compiler} failed: {complaint}")
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    told = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(told)}))

@@ -1,82 +1,125 @@
-"""The sparse operations on CUDA: cuBLAS for the encoder's product, Triton for the rest.
+"""The sparse operations on CUDA: cuBLAS for the encoder's product, Triton kernels for the rest.
 
 What each operation does is said in ``llm_wsae.sparse.operations``. Nothing here waits for the
 device, except ``encode_above`` without a capacity. In Triton's interpreter (``TRITON_INTERPRET=1``
 before the first import) all of it runs on the CPU.
+
+Nothing is tuned at run time, ties have a rule, and one program owns what it writes, so that results
+are the same every time. Offsets that are products are int64. Rows are read in tiles of
+slots × columns, so that many loads are under way at once.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from llm_wsae.sparse.backends.triton_kernels import (
-    Occurrences,
-    Rate,
-    Sums,
-    above_kernel,
-    activate_dead_kernel,
-    adam_kernel,
-    decode_kernel,
-    further_sums_kernel,
-    latent_sums_kernel,
-    reconstruct_kernel,
-    select_kernel,
-    sparse_adam_kernel,
-    value_gradients_kernel,
-)
+from llm_wsae.sparse import codes as constants
 from llm_wsae.sparse.codes import (
-    BETAS,
     Codes,
     Gradients,
     Latents,
     Product,
     RaggedCodes,
     RawRows,
-    Reconstruction,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
     exact_dtype,
     offsets_of,
+    ragged,
 )
+from llm_wsae.sparse.operations import topk_of_tiles
 
 _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
 _FEWEST_ROWS = 128  # of a tile: fewer would idle the card
 _PART = 4096  # entries that one program selects from, all in its registers
-_BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}  # to compare numbers by
 _SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
 _HELD = 8192  # numbers of a tile where a program holds all columns
 _SPAN = 128  # occurrences of a latent that one program sums: dense latents delay nobody
+_KEEP_MEAN, _KEEP_SQUARE = (tl.constexpr(beta) for beta in constants.BETAS)
+_EPSILON = tl.constexpr(constants.EPSILON)
+_SMALLEST_NORM = tl.constexpr(constants.SMALLEST_NORM)
+
+# --- The largest entries of a row, or all above a threshold
+
+
+@triton.jit
+def _select_kernel(
+    values_ptr,  # [rows, width]
+    best_ptr,  # [rows, parts, k]
+    chosen_ptr,  # [rows, parts, k]
+    width,
+    part_width,
+    k,  # at most part_width
+    BLOCK: tl.constexpr,
+):
+    """The k largest entries of one part of one row, in order of position; first ones where tied.
+
+    Floats are compared as integers of the same order; NaN is the largest, so that it is seen. The
+    k-th largest is found bit by bit from the top. Positions beyond the row count as -inf and come
+    last, so they are chosen only in a part with fewer than k entries, and never from among the
+    candidates of all parts.
+    """
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    columns = part * part_width + lanes
+    inside = (lanes < part_width) & (columns < width)
+    at = row * width + columns
+    values = tl.load(values_ptr + at, mask=inside, other=-float("inf")).to(tl.float32)
+    bits = values.to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = tl.where(values != values, 0x7FFFFFFF, keys)
+    number_of_bits: tl.constexpr = values_ptr.dtype.element_ty.primitive_bitwidth
+    keys = (keys >> (32 - number_of_bits)) << (32 - number_of_bits)
+    one = tl.full((), 1, tl.int32)
+    kth = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= k, one - one, one << 31)
+    for step in range(2, number_of_bits + 1):
+        higher = kth + (one << (32 - step))
+        kth = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= k, higher, kth)
+    above = keys > kth
+    tied = (keys == kth).to(tl.int32)
+    kept = above | ((tied > 0) & (tl.cumsum(tied, 0) <= k - tl.sum(above.to(tl.int32))))
+    slots = (row * tl.num_programs(1) + part) * k + tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(chosen_ptr + slots, columns, mask=kept)
+    # read anew: in registers only the keys were kept
+    values = tl.load(values_ptr + at, mask=kept & inside, other=-float("inf"))
+    tl.store(best_ptr + slots, values, mask=kept)
+
+
+def _select(values: Tensor, k: int, parts: int) -> Codes:
+    """The k largest of every part of a row."""
+    rows, width = values.shape
+    indices = torch.empty(rows, parts * k, dtype=torch.int64, device=values.device)
+    best = Codes(indices, torch.empty_like(indices, dtype=values.dtype))
+    part = cdiv(width, parts)
+    block = max(16, next_power_of_2(part))
+    arguments = (values, best.values, best.indices, width, part, k)
+    warps = max(1, block // 512)
+    _run(_select_kernel, (rows, parts), *arguments, BLOCK=block, num_warps=warps)
+    return best
+
+
+def select_topk(pre: Tensor, k: int) -> Codes:
+    """Ties go to the lowest latents. Of a wide row those of each part compete."""
+    parts = cdiv(pre.shape[1], _PART)
+    if parts > 1 and parts * k > _PART:  # hardly sparse
+        values, indices = pre.topk(k, dim=1, sorted=False)
+        return Codes(indices, values)
+    best = _select(pre.contiguous(), k, parts)
+    if parts == 1:
+        return best
+    chosen = _select(best.values, k, 1)
+    return Codes(best.indices.gather(1, chosen.indices), chosen.values)
 
 
 def encode_topk(product: Product, k: int) -> Codes:
     """Ties go to the lowest latents."""
-    x = product.x
-    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    values = torch.empty(len(x), k, dtype=exact_dtype(x), device=x.device)
-    for rows in _tiles(product):
-        _select(product.pre(rows), Codes(indices[rows], values[rows]))
-    return Codes(indices, values.relu_())
-
-
-def select_topk(pre: Tensor, k: int) -> Codes:
-    """Ties go to the lowest latents."""
-    indices = torch.empty(len(pre), k, dtype=torch.int64, device=pre.device)
-    best = Codes(indices, torch.empty_like(indices, dtype=pre.dtype))
-    _select(pre.contiguous(), best)
-    return best
-
-
-def encode_above(
-    product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
-) -> RaggedCodes:
-    """Every row has as many slots as the capacity says; some are unused."""
-    if capacity is not None:
-        return _entries_above(product, threshold, capacity)
-    capacity = SlotCapacity()
-    return capacity.retry(lambda: _entries_above(product, threshold, capacity), lambda fits: fits)
+    return topk_of_tiles(product, k, _tile_rows(product))
 
 
 def encode_batch_topk(
@@ -86,14 +129,14 @@ def encode_batch_topk(
     however many rows are kept; excess ones are unused."""
     x, (batch, d_sae) = product.x, (len(product.x), len(product.encoder))
     slots = min(k * batch, batch * d_sae)
-    values, places = [], []
-    for rows in _tiles(product):
-        pre = product.pre(rows).relu_()
+    values, places, rows = [], [], _tile_rows(product)
+    for number, tile in enumerate(product.tiles(rows)):
+        pre, start = tile.pre().relu_(), number * rows
         if kept is not None:
-            pre *= kept[rows, None]
+            pre *= kept[start : start + rows, None]
         best = pre.flatten().topk(min(slots, pre.numel()), sorted=False)
         values.append(best.values)
-        places.append(best.indices + rows.start * d_sae)
+        places.append(best.indices + start * d_sae)
     best = torch.cat(values).topk(slots, sorted=kept is not None)
     if kept is not None:
         ranks = torch.arange(slots, device=x.device)
@@ -105,86 +148,210 @@ def encode_batch_topk(
     )
 
 
-def encode_dead(product: Product, dead: Tensor | None, k: int) -> Tensor:
-    """The cut is found and made in one pass over the product."""
-    active = product.pre()
-    rows, width = active.shape
-    _run(
-        activate_dead_kernel,
-        (rows,),
-        active,
-        active if dead is None else dead,
-        width,
-        k,
-        MASKED=dead is not None,
-        BITS=_BITS[active.dtype],
-        BLOCK=min(1024, next_power_of_2(max(1, width))),
-    )
-    return active
+@triton.jit
+def _above_kernel(
+    pre_ptr,  # [rows, width]
+    threshold_ptr,  # [width]
+    indices_ptr,  # [rows, capacity]
+    values_ptr,  # [rows, capacity]
+    counts_ptr,  # [rows]
+    width,
+    capacity,
+    BLOCK: tl.constexpr,
+):
+    """Entries of one row above their thresholds into its slots, as many as fit; and how many are,
+    also where they do not fit."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    found = tl.zeros((), tl.int32)
+    for left in range(0, width, BLOCK):
+        columns = left + lanes
+        inside = columns < width
+        threshold = tl.load(threshold_ptr + columns, mask=inside, other=0)
+        pre = tl.load(pre_ptr + row * width + columns, mask=inside, other=0).to(threshold.dtype)
+        active = inside & (pre > threshold)
+        slots = found + tl.cumsum(active.to(tl.int32), 0) - 1
+        fits = active & (slots < capacity)
+        tl.store(indices_ptr + row * capacity + slots, columns, mask=fits)
+        tl.store(values_ptr + row * capacity + slots, pre, mask=fits)
+        found += tl.sum(active.to(tl.int32))
+    tl.store(counts_ptr + row, found)
+
+
+def encode_above(
+    product: Product, threshold: Tensor, capacity: SlotCapacity | None = None
+) -> RaggedCodes:
+    """Every row has as many slots as the capacity says; some are unused."""
+    if capacity is None:
+        own = SlotCapacity()
+        return own.retry(lambda: encode_above(product, threshold, own), bool)
+    x, device, d_sae = product.x, product.x.device, len(product.encoder)
+    slots, rows = min(capacity.slots, d_sae), _tile_rows(product)
+    # an unused slot names a latent too, and not all of them the same
+    indices = (torch.arange(len(x) * slots, device=device) % d_sae).view(len(x), slots)
+    values = torch.zeros(indices.shape, dtype=exact_dtype(x), device=device)
+    counts = torch.empty(len(x), dtype=torch.int64, device=device)
+    parts = (part.split(rows) for part in (indices, values, counts))
+    for tile, *found in zip(product.tiles(rows), *parts, strict=True):
+        arguments = (tile.pre(), threshold, *found, d_sae, slots)
+        _run(_above_kernel, (len(tile.x),), *arguments, BLOCK=min(1024, next_power_of_2(d_sae)))
+    capacity.report(counts)
+    return ragged(Codes(indices, values))
+
+
+def _tile_rows(product: Product) -> int:
+    """How many rows' pre-activations exist at once, a power of two."""
+    row_bytes = len(product.encoder) * product.x.element_size()
+    return max(_FEWEST_ROWS, next_power_of_2(_TILE_BYTES // row_bytes + 1) // 2)
+
+
+# --- Sums along sparse codes: over the rows of a batch, and over the occurrences of a latent
+
+
+@triton.jit
+def _decode_kernel(
+    indices_ptr,  # [active]
+    values_ptr,  # [active]
+    offsets_ptr,  # [rows + 1]
+    decoder_ptr,  # [d_sae, d_in]
+    bias_ptr,  # [d_in]
+    out_ptr,  # [rows, d_in]
+    d_in,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some columns of one row: Σ value · decoder[index] + bias. Unused slots are not read."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < d_in
+    end = tl.load(offsets_ptr + row + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.load(offsets_ptr + row), end, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        values = tl.load(values_ptr + slots, mask=slots < end, other=0)
+        used = values != 0
+        latents = tl.load(indices_ptr + slots, mask=used, other=0)
+        at = latents[:, None] * d_in + columns[None, :]
+        tile = tl.load(decoder_ptr + at, mask=used[:, None] & inside[None, :], other=0)
+        total += tl.sum(tile.to(tl.float32) * values[:, None], 0)
+    total += tl.load(bias_ptr + columns, mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + row * d_in + columns, total, mask=inside)
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
     d_in = decoder.shape[1]
     out = torch.empty(codes.num_rows, d_in, dtype=codes.values.dtype, device=decoder.device)
-    tile = _tile_of(d_in)
-    _run(decode_kernel, (len(out), _blocks(d_in)), *codes, decoder, bias, out, d_in, **tile)
+    _run_by_columns(_decode_kernel, len(out), *codes, decoder, bias, out, d_in)
     return out
+
+
+@triton.jit
+def _value_gradients_kernel(
+    indices_ptr,  # [active]
+    values_ptr,  # [active]
+    offsets_ptr,  # [rows + 1]
+    decoder_ptr,  # [d_sae, d_in]
+    gradient_ptr,  # [rows, d_in]
+    out_ptr,  # [active]
+    d_in,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All slots of one row: decoder[index] · output gradient where the value is above 0, else 0."""
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.load(offsets_ptr + row + 1)
+    for first in range(tl.load(offsets_ptr + row), end, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        used = tl.load(values_ptr + slots, mask=slots < end, other=0) > 0
+        latents = tl.load(indices_ptr + slots, mask=used, other=0)
+        products = tl.zeros((SLOTS, BLOCK), tl.float32)
+        for left in range(0, d_in, BLOCK):
+            columns = left + tl.arange(0, BLOCK)
+            inside = columns < d_in
+            gradient = tl.load(gradient_ptr + row * d_in + columns, mask=inside, other=0)
+            at = latents[:, None] * d_in + columns[None, :]
+            tile = tl.load(decoder_ptr + at, mask=used[:, None] & inside[None, :], other=0)
+            products += tile.to(tl.float32) * gradient[None, :]
+        tl.store(out_ptr + slots, tl.sum(products, 1), mask=slots < end)
 
 
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
     d_in = decoder.shape[1]
     out = torch.empty_like(codes.values)
     arguments = (*codes, decoder, output_gradient.contiguous(), out, d_in)
-    _run(value_gradients_kernel, (codes.num_rows,), *arguments, **_tile_of(d_in))
+    _run(_value_gradients_kernel, (codes.num_rows,), *arguments, **_tile_of(d_in))
     return out
 
 
-def reconstruct(
-    codes: RaggedCodes, target: tuple[Tensor, ...], fast: torch.dtype
-) -> Reconstruction:
-    """One launch; a program holds a row whole."""
-    x = target[2]
-    batch, d_in = x.shape
-    result = Reconstruction.empty(codes, x, fast)
-    arguments = (*codes, *(one.contiguous() for one in target), *result, d_in)
-    whole = _whole_rows(d_in)
-    _run(reconstruct_kernel, (batch,), *arguments, SLOTS=_slots_beside(d_in), **whole)
-    return result
+class _Occurrences(NamedTuple):
+    """``codes.SparseGradients`` grouped by latent; pointers in the kernels."""
+
+    bounds: Tensor  # [d_sae + 1] where each latent's occurrences begin
+    further: Tensor  # [d_sae + 1] where each latent's further pieces begin
+    order: Tensor  # [slots] in order of latents
+    rows: Tensor  # [slots] each one's row
+    by_value: Tensor  # [slots] the gradient by each value
+    activations: Tensor  # [slots] of the codes; Triton's tuples have a ``values`` of their own
+    x: Tensor  # [batch, d_in]
+    output_gradient: Tensor  # [batches, d_in]; row i belongs to row i mod batch of x
+    batch: int
+    d_in: int
+    span: int  # occurrences in a piece
 
 
-def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
-    """Without ``gradients.more``."""
-    d_in, (exact, device) = gradients.x.shape[1], (gradients.codes.values.dtype, gradients.x.device)
-    out = _empty_sums(d_sae, d_in, exact, device)
-    grid = (d_sae, _blocks(d_in))
-    _run(latent_sums_kernel, grid, *_by_latent(gradients, d_sae), out, **_tile_of(d_in))
-    return out.encoder, out.decoder, out.bias
+@triton.jit
+def _sums_between(
+    occurrences, begin, end, columns, inside, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Σ by_value·x[row], Σ value·gradient[row] and Σ by_value over sorted occurrences."""
+    encoder = tl.zeros((BLOCK,), tl.float32)
+    decoder = tl.zeros((BLOCK,), tl.float32)
+    bias = tl.zeros((SLOTS,), tl.float32)
+    for first in range(begin, end, SLOTS):
+        places = first + tl.arange(0, SLOTS)
+        slots = tl.load(occurrences.order + places, mask=places < end, other=0)
+        by_value = tl.load(occurrences.by_value + slots, mask=places < end, other=0)
+        values = tl.load(occurrences.activations + slots, mask=places < end, other=0)
+        used = (by_value != 0) | (values != 0)
+        rows = tl.load(occurrences.rows + slots, mask=used, other=0).to(tl.int64)
+        read = used[:, None] & inside[None, :]
+        at = rows[:, None] * occurrences.d_in + columns[None, :]
+        gradient = tl.load(occurrences.output_gradient + at, mask=read, other=0).to(tl.float32)
+        at = (rows % occurrences.batch)[:, None] * occurrences.d_in + columns[None, :]
+        x = tl.load(occurrences.x + at, mask=read, other=0).to(tl.float32)
+        encoder += tl.sum(x * by_value[:, None], 0)
+        decoder += tl.sum(gradient * values[:, None], 0)
+        bias += by_value
+    return encoder, decoder, tl.sum(bias, 0)
 
 
-def sparse_adam(
-    latents: Latents,
-    gradients: SparseGradients,
-    step: int,
-    learning_rate: float,
-    raw: RawRows | None = None,
-) -> Tensor:
-    """A latent's gradients never leave the program that sums them."""
-    d_sae, d_in = latents.encoder.shape
-    by_bias = torch.empty(d_sae, dtype=latents.encoder.dtype, device=latents.encoder.device)
-    more, places = gradients.more, None
-    if more is not None:
-        more = SubsetGradients(*(part.contiguous() for part in more))
-        places = more.places(d_sae, torch.int64)
-    grouped, rate = _by_latent(gradients, d_sae), _rate(step, learning_rate)
-    arguments = (*grouped, more, places, by_bias, latents, raw, rate)
-    whole = _whole_rows(d_in)
-    _run(sparse_adam_kernel, (d_sae,), *arguments, SLOTS=_slots_beside(d_in), **whole)
-    return by_bias
+@triton.jit
+def _further_sums_kernel(
+    occurrences, pieces, d_sae, d_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Some columns of one further piece: up to ``span`` occurrences of a latent that has more. The
+    piece of no latent has the number d_sae for it."""
+    piece = tl.program_id(0).to(tl.int64)
+    latent = tl.load(pieces.latents + piece)
+    if latent < d_sae:
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < d_in
+        number = 1 + piece - tl.load(occurrences.further + latent)  # within its latent
+        begin = tl.load(occurrences.bounds + latent) + number * occurrences.span
+        end = tl.minimum(begin + occurrences.span, tl.load(occurrences.bounds + latent + 1))
+        encoder, decoder, bias = _sums_between(
+            occurrences, begin, end, columns, inside, SLOTS, BLOCK
+        )
+        tl.store(pieces.encoder + piece * d_in + columns, encoder, mask=inside)
+        tl.store(pieces.decoder + piece * d_in + columns, decoder, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(pieces.bias + piece, bias)
 
 
-def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Occurrences, Sums]:
+def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[_Occurrences, SubsetGradients]:
     """The occurrences grouped by latent, and what a dense latent has beyond its first ``span``,
-    summed in pieces of ``span``: at most slots // span of them, known without asking."""
+    summed in pieces of ``span``: at most slots // span of them, known without asking. ``latents``
+    says whose piece each is."""
     codes, x, output_gradient, by_value, _ = gradients
     device, (batch, d_in), num_slots = x.device, x.shape, len(codes.indices)
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
@@ -197,83 +364,174 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Occurrences, Sum
     owners = torch.searchsorted(further[1:], numbers, right=True)
     rows = (x.contiguous(), output_gradient.contiguous())
     sources = (order, codes.rows(), by_value.contiguous(), codes.values.contiguous(), *rows)
-    grouped = Occurrences(bounds, further, *sources, batch, d_in, span)
-    pieces = _empty_sums(len(owners), d_in, codes.values.dtype, device)
-    arguments = (grouped, owners, pieces, d_sae)
-    _run(further_sums_kernel, (len(owners), _blocks(d_in)), *arguments, **_tile_of(d_in))
+    grouped = _Occurrences(bounds, further, *sources, batch, d_in, span)
+    pieces = SubsetGradients(owners, *_empty_sums(len(owners), codes.values, d_in))
+    _run_by_columns(_further_sums_kernel, len(owners), grouped, pieces, d_sae, d_in)
     return grouped, pieces
 
 
-def _empty_sums(number: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
-    shapes = ((number, d_in), (number, d_in), (number,))
-    return Sums(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+def _empty_sums(number: int, like: Tensor, d_in: int) -> Gradients:
+    return like.new_empty(number, d_in), like.new_empty(number, d_in), like.new_empty(number)
 
 
-def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> None:
-    """One pass: every number is read and written once."""
-    d_sae, d_in = latents.encoder.shape
-    arguments = (gradients[:2], latents, _rate(step, learning_rate), d_in)
-    _run(adam_kernel, (d_sae,), *arguments, **_whole_rows(d_in))
+@triton.jit
+def _latent_sums(
+    occurrences, pieces, latent, columns, inside, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Some columns of one latent's gradients: its first occurrences, then its further pieces."""
+    begin = tl.load(occurrences.bounds + latent)
+    end = tl.minimum(begin + occurrences.span, tl.load(occurrences.bounds + latent + 1))
+    encoder, decoder, bias = _sums_between(occurrences, begin, end, columns, inside, SLOTS, BLOCK)
+    first_piece = tl.load(occurrences.further + latent)
+    for piece in range(first_piece, tl.load(occurrences.further + latent + 1)):
+        at = piece * occurrences.d_in + columns
+        encoder += tl.load(pieces.encoder + at, mask=inside, other=0)
+        decoder += tl.load(pieces.decoder + at, mask=inside, other=0)
+        bias += tl.load(pieces.bias + piece)
+    return encoder, decoder, bias
 
 
-def _rate(step: int, learning_rate: float) -> Rate:
-    return Rate(learning_rate / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step))
-
-
-def _select(pre: Tensor, best: Codes) -> None:
-    """The k largest of every row into ``best``. Of a wide row those of each part compete."""
-    rows, width = pre.shape
-    k = best.indices.shape[1]
-    parts = cdiv(width, _PART)
-    if parts == 1:
-        _select_parts(pre, best, 1)
-    elif parts * k <= _PART:
-        numbers = torch.empty(rows, parts * k, dtype=torch.int32, device=pre.device)
-        candidates = Codes(numbers, torch.empty_like(numbers, dtype=pre.dtype))
-        _select_parts(pre, candidates, parts)
-        _select_parts(candidates.values, best, 1)
-        best.indices.copy_(numbers.gather(1, best.indices))
-    else:  # hardly sparse
-        values, indices = pre.topk(k, dim=1, sorted=False)
-        best.indices.copy_(indices)
-        best.values.copy_(values)
-
-
-def _select_parts(values: Tensor, best: Codes, parts: int) -> None:
-    rows, width = values.shape
-    part = cdiv(width, parts)
-    block = max(16, next_power_of_2(part))
-    _run(
-        select_kernel,
-        (rows, parts),
-        values,
-        best.values,
-        best.indices,
-        width,
-        part,
-        best.indices.shape[1] // parts,
-        BITS=_BITS[values.dtype],
-        BLOCK=block,
-        num_warps=max(1, block // 512),
+@triton.jit
+def _weight_gradients_kernel(
+    occurrences, pieces, out, d_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Some columns of one latent's gradients, to memory."""
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < d_in
+    encoder, decoder, bias = _latent_sums(
+        occurrences, pieces, latent, columns, inside, SLOTS, BLOCK
     )
+    tl.store(out[0] + latent * d_in + columns, encoder, mask=inside)
+    tl.store(out[1] + latent * d_in + columns, decoder, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(out[2] + latent, bias)
 
 
-def _entries_above(product: Product, threshold: Tensor, capacity: SlotCapacity) -> RaggedCodes:
-    """The entries above, up to each row's slots; reports to ``capacity`` how many there are."""
-    (x, encoder, _), device = product, product.x.device
-    batch, d_sae = len(x), len(encoder)
-    slots = min(capacity.slots, d_sae)
-    starts = torch.arange(batch + 1, device=device) * slots
-    # an unused slot names a latent too, and not all of them the same
-    indices = torch.arange(batch * slots, device=device) % d_sae
-    values = torch.zeros(batch * slots, dtype=exact_dtype(x), device=device)
-    counts = torch.empty(batch, dtype=torch.int64, device=device)
-    for rows in _tiles(product):
-        pre = product.pre(rows)
-        arguments = (pre, threshold, starts[rows.start :], indices, values, counts[rows], d_sae)
-        _run(above_kernel, (len(pre),), *arguments, BLOCK=min(1024, next_power_of_2(d_sae)))
-    capacity.report(counts)
-    return RaggedCodes(indices, values, starts)
+def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
+    """Without ``gradients.more``."""
+    d_in = gradients.x.shape[1]
+    out = _empty_sums(d_sae, gradients.codes.values, d_in)
+    _run_by_columns(_weight_gradients_kernel, d_sae, *_by_latent(gradients, d_sae), out, d_in)
+    return out
+
+
+# --- Adam, its gradients made on the way; a program holds both rows of its latent whole
+
+
+class _Rate(NamedTuple):
+    step_size: float  # learning rate / (1 - beta1^step)
+    square_scale: float  # 1 / (1 - beta2^step)
+
+
+@triton.jit
+def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate, scale):
+    """Moments updated in place; the new row, of one that is ``scale`` times what is stored; not
+    stored yet."""
+    mean = tl.load(mean_ptr + at, mask=inside, other=0)
+    square = tl.load(square_ptr + at, mask=inside, other=0)
+    mean += (gradient - mean) * (1 - _KEEP_MEAN)
+    square = square * _KEEP_SQUARE + gradient * gradient * (1 - _KEEP_SQUARE)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    row = scale * tl.load(row_ptr + at, mask=inside, other=0)
+    return row - rate.step_size * mean / (tl.sqrt(square * rate.square_scale) + _EPSILON)
+
+
+@triton.jit
+def _adam_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside, rate):
+    """Adam over a latent's two rows, the decoder's to norm 1, and a copy of the encoder's.
+
+    With ``raw`` it is over length · decoder and encoder / length; the new length is the norm."""
+    length = 1.0
+    if raw is not None:
+        length = tl.load(raw.lengths + latent)
+        encoder = tl.load(state.encoder + at, mask=inside, other=0)
+        decoder = tl.load(state.decoder + at, mask=inside, other=0)
+        by_length = by_bias * tl.load(raw.bias + latent)
+        by_length += tl.sum(by_encoder * encoder - by_decoder * decoder, 0)
+        by_decoder = (by_decoder + by_length * decoder) / length
+        by_encoder *= length
+    mean, square = state.decoder_mean, state.decoder_square
+    row = _adam_row(state.decoder, mean, square, by_decoder, at, inside, rate, length)
+    norm = tl.maximum(tl.sqrt(tl.sum(row * row, 0)), _SMALLEST_NORM)
+    tl.store(state.decoder + at, row / norm, mask=inside)
+    mean, square = state.encoder_mean, state.encoder_square
+    row = _adam_row(state.encoder, mean, square, by_encoder, at, inside, rate, 1 / length)
+    if raw is not None:
+        row *= norm
+        tl.store(raw.lengths + latent, norm)
+    tl.store(state.encoder + at, row, mask=inside)
+    if state.encoder_fast is not None:
+        tl.store(state.encoder_fast + at, row.to(state.encoder_fast.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sparse_adam_kernel(
+    occurrences,
+    pieces,
+    more,  # codes.SubsetGradients, or None
+    places_ptr,  # [d_sae] which of their rows is the latent's, or -1
+    by_bias_ptr,  # [d_sae]
+    state,  # codes.Latents
+    raw,  # codes.RawRows, or None
+    rate,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One latent: its gradients, which go nowhere but into Adam; that by its bias does."""
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < occurrences.d_in
+    by_encoder, by_decoder, by_bias = _latent_sums(
+        occurrences, pieces, latent, columns, inside, SLOTS, BLOCK
+    )
+    if more is not None:
+        place = tl.load(places_ptr + latent)
+        if place >= 0:
+            begun = place * occurrences.d_in + columns
+            by_encoder += tl.load(more.encoder + begun, mask=inside, other=0)
+            by_decoder += tl.load(more.decoder + begun, mask=inside, other=0)
+            by_bias += tl.load(more.bias + place)
+    tl.store(by_bias_ptr + latent, by_bias)
+    at = latent * occurrences.d_in + columns
+    _adam_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside, rate)
+
+
+def sparse_adam(
+    latents: Latents,
+    gradients: SparseGradients,
+    step: int,
+    learning_rate: float,
+    raw: RawRows | None = None,
+) -> Tensor:
+    """A latent's gradients never leave the program that sums them."""
+    d_sae, d_in = latents.encoder.shape
+    by_bias = latents.encoder.new_empty(d_sae)
+    more, places = gradients.more, None
+    if more is not None:
+        more = SubsetGradients(*(part.contiguous() for part in more))
+        places = more.places(d_sae, torch.int64)
+    first, second = (1 - beta**step for beta in constants.BETAS)
+    rate = _Rate(learning_rate / first, 1 / second)
+    arguments = (*_by_latent(gradients, d_sae), more, places, by_bias, latents, raw, rate)
+    block = next_power_of_2(d_in)
+    slots, warps = max(1, _HELD // block), min(16, max(1, block // 256))
+    _run(_sparse_adam_kernel, (d_sae,), *arguments, SLOTS=slots, BLOCK=block, num_warps=warps)
+    return by_bias
+
+
+# --- Launches
+
+
+def _run_by_columns(kernel, number: int, *arguments) -> None:
+    """A program for each block of columns of each of ``number`` rows; the last argument is d_in."""
+    d_in = arguments[-1]
+    _run(kernel, (number, cdiv(d_in, _COLUMNS)), *arguments, **_tile_of(d_in))
+
+
+def _tile_of(d_in: int) -> dict[str, int]:
+    return {"SLOTS": _SLOTS, "BLOCK": min(_COLUMNS, next_power_of_2(d_in))}
 
 
 def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
@@ -291,29 +549,3 @@ def _tensors(arguments: tuple) -> Iterator[Tensor]:
             yield from _tensors(argument)
         elif isinstance(argument, Tensor):
             yield argument
-
-
-def _tiles(product: Product) -> list[slice]:
-    """Slices of rows, a power of two of them; one even if there is no row."""
-    batch, row_bytes = len(product.x), len(product.encoder) * product.x.element_size()
-    rows = max(_FEWEST_ROWS, next_power_of_2(_TILE_BYTES // row_bytes + 1) // 2)
-    return [slice(start, min(start + rows, batch)) for start in range(0, max(1, batch), rows)]
-
-
-def _tile_of(d_in: int) -> dict[str, int]:
-    return {"SLOTS": _SLOTS, "BLOCK": min(_COLUMNS, next_power_of_2(d_in))}
-
-
-def _whole_rows(d_in: int) -> dict[str, int]:
-    """For programs that hold all columns."""
-    block = next_power_of_2(d_in)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
-
-
-def _slots_beside(d_in: int) -> int:
-    """How many slots such a program reads at once."""
-    return max(1, _HELD // next_power_of_2(d_in))
-
-
-def _blocks(d_in: int) -> int:
-    return cdiv(d_in, _COLUMNS)

@@ -4,17 +4,17 @@ What the operations compute is tested in ``../test_operations.py``.
 """
 
 import os
-import subprocess
-import sys
+import stat
 
 import pytest
 import torch
 from looping import over
-from sparse_cases import ENCODINGS, SUMS, cast, needs_compiler, random
+from sparse_cases import ENCODINGS, SUMS, cast, everything, needs_compiler, random
 
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.codes import Codes, Latents, RaggedCodes, SparseGradients, ragged
+from llm_wsae.sparse.backends import cpu
+from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
 
 
 @needs_compiler
@@ -46,27 +46,6 @@ def test_infinite_entries_do_not_hide():
     assert codes.values.max() == torch.inf and codes.indices[0, codes.values[0].argmax()] == 0
 
 
-def everything(encoding, case):
-    """What all operations make of a problem, float32."""
-    codes, x, decoder, bias, gradient = case
-    columns = random(decoder.shape[1]).float()
-    parts = [*operations.reconstruct(codes, decoder, bias, x, x[:, 0], columns, torch.bfloat16)]
-    by_value = operations.value_gradients(codes, decoder, gradient)
-    parts += [by_value, operations.decode(codes, decoder, bias)]
-    gradients = SparseGradients(codes, x, gradient, by_value)
-    sums = operations.weight_gradients(gradients, len(decoder))
-    dense = [part.contiguous() for part in (decoder, decoder, *sums[:2], *sums[:2])]
-    latents = Latents(*(part.abs().clone() for part in dense))
-    parts += [operations.adam(latents, sums, 3, 0.1), operations.adam(latents, gradients, 4, 0.1)]
-    parts += [*sums, *latents[:6], *operations.encode_topk(*encoding, 9)]
-    parts += [*operations.encode_above(*encoding, encoding[2] * 0)]
-    return [*parts, *operations.encode_batch_topk(*encoding, 5, 0.0)]
-
-
-def assert_equal(found, expected):
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
 @pytest.fixture
 def case():
     return cast(SUMS["few latents hot"], torch.float32)
@@ -78,13 +57,18 @@ def encoding():
 
 
 @needs_compiler
-def test_the_number_of_threads_changes_no_bit(encoding, case):
-    one, threads = everything(encoding, case), torch.get_num_threads()
+@over(default=[torch.bfloat16, torch.float64])
+def test_neither_threads_nor_the_default_dtype_change_a_bit(encoding, case, default):
+    """The kernels write float32, so their memory must not follow it."""
+    expected, threads = everything(encoding, case), torch.get_num_threads()
+    before = torch.get_default_dtype()
     try:
         torch.set_num_threads(3)
-        assert_equal(everything(encoding, case), one)
+        torch.set_default_dtype(default)
+        assert all(map(torch.equal, everything(encoding, case), expected))
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(before)
 
 
 @needs_compiler
@@ -100,19 +84,7 @@ def test_rows_and_latents_need_not_be_contiguous(encoding, case):
     apart = type(case)(*map(spread, case))
     assert not apart.x.is_contiguous() and not apart.codes.values.is_contiguous()
     found = everything(list(map(spread, encoding)), apart)
-    assert_equal(found, everything(encoding, case))
-
-
-@needs_compiler
-@over(default=[torch.bfloat16, torch.float64])
-def test_the_default_dtype_of_torch_changes_nothing(encoding, case, default):
-    """The kernels write float32, so their memory must not follow it."""
-    expected, before = everything(encoding, case), torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        assert_equal(everything(encoding, case), expected)
-    finally:
-        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, everything(encoding, case)))
 
 
 @needs_compiler
@@ -141,68 +113,64 @@ def test_a_latent_that_does_not_exist_is_refused(latent):
         operations.decode(codes, torch.ones(160, 4), torch.ones(4))
 
 
-SCRIPT = """
-import torch
-from llm_wsae.sparse import operations
-from llm_wsae.sparse.backends import cpu
-from llm_wsae.sparse.codes import Codes, ragged
-codes = ragged(Codes(torch.tensor([[0, 1]]), torch.ones(1, 2)))
-for _ in range(2):
-    assert operations.decode(codes, torch.eye(2), torch.zeros(2)).tolist() == [[1.0, 1.0]]
-print(cpu.available())
-"""
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes a compiler that runs a line of shell, and remembers for which files it was asked."""
+
+    def make(line):
+        script, log = tmp_path / "g++", tmp_path / "asked"
+        told = 'case "$*" in *-###*) exit 0;; esac\nfor last; do :; done\necho "$last" >> '
+        script.write_text(f"#!/bin/sh\n{told}{log}\n{line}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        return log
+
+    return make
 
 
-def start(cache, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment,
-    )
-
-
-@pytest.mark.slow
 @needs_compiler
-def test_the_library_is_built_once_and_kept(tmp_path):
-    """Also by two processes at once; only whole libraries are ever in the cache."""
-    for process in [start(tmp_path) for _ in range(2)]:
-        assert process.communicate() == ("True\n", "")
-    (library,) = tmp_path.joinpath("llm_wsae", "kernels").iterdir()
-    assert library.parent.stat().st_mode & 0o777 == 0o700
-    before = library.stat().st_mtime_ns
-    assert start(tmp_path).communicate() == ("True\n", "")
-    assert library.stat().st_mtime_ns == before
+def test_the_library_is_built_once_and_kept(tmp_path, monkeypatch, compiler):
+    log = compiler(f'cp {cpu._built()} "$last"')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = cpu._built()
+    assert built == cpu._built() and len(log.read_text().split()) == 1
+    assert built.parent == tmp_path / "llm_wsae" / "kernels"
+    assert stat.S_IMODE(built.parent.stat().st_mode) == 0o700
     if os.geteuid() == 0:  # somebody else's is not loaded
-        os.chown(library, 65534, -1)
-        assert start(tmp_path).communicate() == ("True\n", "")
-        assert library.stat().st_uid == 0
+        os.chown(built, 65534, -1)
+        assert cpu._built() == built and len(log.read_text().split()) == 2
+        assert built.stat().st_uid == 0
 
 
-@pytest.mark.slow
-def test_without_kernels_the_plain_operations_take_over(tmp_path):
+def test_without_kernels_the_plain_operations_take_over(tmp_path, monkeypatch, capsys, compiler):
     """One sentence says why, unless one asked for it. A library that others can write is not
     loaded."""
-    compiler, blocked, asked = tmp_path / "g++", tmp_path / "blocked", tmp_path / "asked"
-    compiler.write_text("#!/bin/sh\necho 'no room on the device' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    blocked, everybodys, theirs = (tmp_path / name for name in ("blocked", "everybodys", "theirs"))
     blocked.mkdir()
     (blocked / "llm_wsae").write_text("a file where a folder should be")
-    everybodys, theirs = tmp_path / "everybodys", tmp_path / "theirs"
     for folder, mode in ((everybodys, 0o777), (theirs / "llm_wsae" / "kernels", 0o775)):
         folder.mkdir(parents=True)
         folder.chmod(mode)
+    compiler("echo 'no room on the device' >&2\nexit 1")
     cases = [
-        (start(tmp_path, PATH="", CXX=""), "none of g++"),
-        (start(tmp_path, CXX=str(compiler)), "no room on the device"),
-        (start(blocked), "could not be built"),
-        (start(everybodys), f"others can write to {everybodys}; close it to them"),
-        (start(theirs), f"others can write to {theirs}/llm_wsae/kernels; close it to them"),
-        (start(asked, LLM_WSAE_NO_COMPILER="1"), ""),
+        ({}, "no room on the device"),
+        ({"XDG_CACHE_HOME": blocked}, "could not be built"),
+        ({"XDG_CACHE_HOME": everybodys}, f"others can write to {everybodys}; close it to them"),
+        ({"XDG_CACHE_HOME": theirs}, f"others can write to {theirs}/llm_wsae/kernels; close it"),
+        ({"PATH": "", "CXX": ""}, "none of g++"),
+        ({"LLM_WSAE_NO_COMPILER": "1"}, ""),
     ]
-    for process, reason in cases:
-        found, complaint = process.communicate()
-        assert found == "False\n" and complaint.count("\n") == bool(reason)
-        assert reason in complaint
-    assert not asked.exists()
+    codes = ragged(Codes(torch.tensor([[0, 1]]), torch.ones(1, 2)))
+    for environment, reason in cases:
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+            for name, value in environment.items():
+                patch.setenv(name, str(value))
+            cpu._library.cache_clear()
+            operations._backend.cache_clear()
+            decoded = operations.decode(codes, torch.eye(2), torch.zeros(2))
+            assert decoded.tolist() == [[1.0, 1.0]] and not cpu.available()
+        complaint = capsys.readouterr().err
+        assert complaint.count("\n") == bool(reason) and reason in complaint
+    cpu._library.cache_clear()
+    operations._backend.cache_clear()

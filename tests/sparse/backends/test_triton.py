@@ -15,20 +15,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_cases import D_IN, INTERPRETED, cut_tiles, dense, integers, over, random, using, whole
+from sparse_cases import (
+    BF16,
+    D_IN,
+    F32,
+    INTERPRETED,
+    SUMS,
+    Encoding,
+    Sums,
+    cast,
+    cut_tiles,
+    dense,
+    everything,
+    integers,
+    over,
+    random,
+    using,
+    whole,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.codes import (
-    Latents,
-    Product,
-    RaggedCodes,
-    RawRows,
-    SlotCapacity,
-    SparseGradients,
-    SubsetGradients,
-)
+from llm_wsae.sparse.codes import RaggedCodes, SlotCapacity
 from llm_wsae.training.architecture import Batch
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -48,9 +57,7 @@ def triton(request, monkeypatch):
         pytest.skip("there is no CUDA device")
     cut_tiles("triton", monkeypatch)
     with using("triton"):
-        from llm_wsae.sparse.backends import triton
-
-        yield triton
+        yield
 
 
 def layer(batch=BATCH, d_in=D_IN, shift=0):
@@ -65,6 +72,7 @@ def test_ties_go_to_the_lowest_latents(triton, k, tied):
     expected = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
     best = operations.select_topk(pre, k)
     assert torch.equal(best.indices.sort(dim=1).values, expected.sort(dim=1).values)
+    assert torch.equal(best.values, pre.gather(1, best.indices))  # of either sign
 
 
 def test_numbers_that_are_not_finite_are_selected_so_that_they_are_seen(triton):
@@ -100,10 +108,8 @@ def test_a_batch_has_as_many_slots_whatever_the_guess(triton):
 
 
 class Watched(TorchDispatchMode):
-    """Records what would wait for the device, and the largest tensor made.
-
-    What was asked for first and is read later does not count.
-    """
+    """Records what would wait for the device; what was asked for first and is read later does not
+    count."""
 
     # lift_fresh: a number that a tensor is made of is copied to the device.
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero",
@@ -111,7 +117,7 @@ class Watched(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.waited, self.largest, self._reading = [], 0, False
+        self.waited, self._reading = [], False
         tolist, read = torch.Tensor.tolist, DeferredScalar.read
 
         def watched_tolist(tensor):
@@ -138,31 +144,19 @@ class Watched(TorchDispatchMode):
         waits = by_mask or sizeless or any(word in name for word in self.waits)
         if waits and not self._reading:
             self.waited.append(name)
-        out = function(*args, **kwargs)
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, torch.Tensor) and one.dtype != torch.uint8:  # the interpreter's
-                self.largest = max(self.largest, one.numel())
-        return out
+        return function(*args, **kwargs)
 
 
-def test_nothing_waits_for_the_device_or_holds_all_pre_activations(triton, monkeypatch):
-    x, encoder, bias = layer(batch=10, d_in=4)
-    threshold = torch.full((D_SAE,), 9.0, device=DEVICE)
-
-    def everything():
-        operations.encode_topk(x, encoder, bias, 3)
-        operations.encode_batch_topk(x, encoder, bias, 1, 0.0)
-        operations.encode_above(x, encoder, bias, threshold, SlotCapacity())
-        operations.encode_dead(x, encoder[:9], bias[:9], threshold[:9] > 0, 3)
-
+def test_no_operation_waits_for_the_device(triton, monkeypatch):
+    encoding = Encoding(*layer(batch=10))
+    given = encoding, cast(SUMS["all latents"], F32, DEVICE)
     with Watched(monkeypatch) as watched:
-        everything()
-        assert watched.waited == []
-        assert 0 < watched.largest < 10 * D_SAE
+        everything(*given)
+    assert watched.waited == []
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
-            everything()
+            everything(*given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -184,23 +178,21 @@ def test_no_whole_step_waits_for_the_device(triton, architecture, monkeypatch):
     x *= mask[:, None] / x.std()
     batch = Batch(x, x, mask)
     arm.step(batch, 6, 0.01, 1 / 32, 1600)
-    for rows_seen in (12, 24):
-        before = arm.parameters.encoder.clone()
-        with monkeypatch.context() as patch, Watched(patch) as watched:
-            arm.step(batch, rows_seen, 0.01, 1 / 32, 1600)
-        assert watched.waited == []
+    before = arm.parameters.encoder.clone()
+    with monkeypatch.context() as patch, Watched(patch) as watched:
+        arm.step(batch, 12, 0.01, 1 / 32, 1600)
+    assert watched.waited == []
     if relu:
         assert (arm.architecture.active_share() < 1 / 64) == (architecture == "sparse relu")
     moved = (arm.parameters.encoder != before).any(1)
-    assert moved[arm.dead(24, 1600)].any() == arm.architecture.revives_dead
+    assert moved[arm.dead(12, 1600)].any() == arm.architecture.revives_dead
 
 
 @over(l1=[None, 0.1])
 def test_a_step_that_lacked_room_is_made_again(triton, l1):
     """The same numbers come out as with the implementation that needs none."""
-    x = random(14, D_IN).float().to(DEVICE)
-    batch = Batch(x, x, torch.ones(14, device=DEVICE))
-    weights = LossWeights(torch.ones(D_IN), UNIFORM)
+    x = random(6, D_IN).float().to(DEVICE)
+    batch, weights = Batch(x, x, torch.ones_like(x[:, 0])), LossWeights(torch.ones(D_IN), UNIFORM)
     kind = {"l1": l1, "architecture": "relu"} if l1 else {"k": 12, "architecture": "jumprelu"}
     found = []
     for name in ("triton", "pytorch"):
@@ -210,14 +202,11 @@ def test_a_step_that_lacked_room_is_made_again(triton, l1):
             arm.architecture.follow(torch.tensor(0.001, device=DEVICE), 0.01)
         arm.architecture._capacity.slots = 2
         with using(name):
-            found.append(arm.evaluate(batch))
+            step = arm.evaluate(batch)
         assert (arm.architecture._capacity.slots > 2) == (name == "triton")
-    ours, theirs = found
-    assert float(theirs.firings.sum()) > 14 * 4
-    assert torch.equal(ours.firings, theirs.firings)
-    for one, other in zip(
-        (*ours.gradients, ours.observed), (*theirs.gradients, theirs.observed), strict=True
-    ):
+        found.append((step.firings, step.observed, *step.gradients))
+    assert float(found[0][0].sum()) > 6 * 4
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -235,7 +224,7 @@ if not INTERPRETED:
         )
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
         outcome = run.stdout.splitlines()[-1]
-        assert int(re.match(r"(\d+) passed", outcome)[1]) > 30 and "skipped" not in outcome
+        assert int(re.match(r"(\d+) passed", outcome)[1]) > 25 and "skipped" not in outcome
 
     @pytest.mark.slow
     def test_the_kernels_compile_for_a_card_without_one(monkeypatch, tmp_path):
@@ -243,7 +232,7 @@ if not INTERPRETED:
         from triton import runtime
         from triton.backends.compiler import GPUTarget
 
-        from llm_wsae.sparse.backends import triton, triton_kernels
+        from llm_wsae.sparse.backends import triton
 
         card = SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -256,38 +245,20 @@ if not INTERPRETED:
         def compile_only(kernel, grid, *arguments, **constants):
             binary = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
             compiled.setdefault(kernel.__name__, []).append(binary.asm)
-            if kernel.__name__ == "select_kernel":
+            if kernel.__name__ == "_select_kernel":
                 arguments[2].zero_()  # the places that it would write are read again
 
         monkeypatch.setattr(runtime.driver, "_active", card)
         monkeypatch.setattr(triton, "_run", compile_only)
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        for dtype in (torch.float32, torch.bfloat16):  # of products
-            encoder, bias = torch.zeros(5000, 768, dtype=dtype), torch.zeros(5000, dtype=dtype)
-            x = torch.zeros(40, 768, dtype=dtype)
-            product = Product(x, encoder, bias)
-            for k in (1, 32):
-                triton.encode_topk(product, k)
-            triton.encode_dead(product, bias > 0, 32)
-            triton.encode_above(product, bias.float(), SlotCapacity())
-        ones = torch.zeros(40 * 5000, dtype=torch.int64)
-        codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)
-        triton.decode(codes, encoder, encoder[0])
-        triton.value_gradients(codes, encoder, x.float())
-        wide = encoder.float()
-        target = (wide, wide[0], x.float(), torch.ones(40), torch.ones(768))
-        triton.reconstruct(codes, target, torch.bfloat16)
-        triton.weight_gradients(SparseGradients(codes, x, x.float(), codes.values), 5000)
-        latents = Latents(*[wide] * 6, encoder)
-        triton.adam(latents, (wide, wide, bias.float()), 1, 0.01)
-        more = SubsetGradients(torch.arange(5000), wide, wide, bias.float())
-        for some in (None, more):
-            gradients = SparseGradients(codes, x, x, codes.values, some)
-            for raw in (None, RawRows(bias.float(), bias.float())):
-                triton.sparse_adam(latents, gradients, 1, 0.01, raw)
-        kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
+        rows, encoder, vector = torch.zeros(40, 768), torch.zeros(5000, 768), torch.zeros(5000)
+        codes = RaggedCodes(torch.zeros(1280).long(), torch.zeros(1280), torch.arange(41) * 32)
+        case = Sums(codes, rows, encoder, rows[0], rows)
+        with using("triton"):
+            for dtype in (F32, BF16):  # of products
+                everything(cast(Encoding(rows, encoder, vector), dtype), case, dtype)
+        kernels = {name for name in vars(triton) if name.endswith("_kernel")}
         assert compiled.keys() == kernels
         assert all(code["cubin"] for codes in compiled.values() for code in codes)
-        for name in ("adam_kernel", "sparse_adam_kernel", "reconstruct_kernel"):
-            # rounded to nearest, which the interpreter isn't
-            assert all("cvt.rn.bf16" in code["ptx"] for code in compiled[name])
+        for code in compiled["_sparse_adam_kernel"][2:]:
+            assert "cvt.rn.bf16" in code["ptx"]  # rounded to nearest, which the interpreter isn't
