@@ -69,20 +69,19 @@ def ways(
 
     def train(rows_of_all: tuple[torch.Tensor, ...]) -> None:
         for training, rows in zip(trainings, rows_of_all, strict=True):
-            training.step(training.reached, rows)
-            training.reached += 1
+            training.step(rows)
 
     def steps() -> None:
         for _ in range(batches):
             train(next(kept))
         for training in trainings:
-            training.read_numbers(1)
+            training.read_numbers()
 
     def whole() -> None:
         for _ in range(batches):
             train(next(stream))
         for training in trainings:
-            training.read_numbers(1)
+            training.read_numbers()
 
     return {"forward": forward, "steps": steps, "stream": whole}
 

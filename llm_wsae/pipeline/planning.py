@@ -200,13 +200,13 @@ def _first_steps(
     batches = source.batches(config.batch_size, config.shuffle_seed)
     # alone, also where rank 0 measures and others wait for it
     training = Training(source, arms, config, folder, choose_device(config.device))
-    training.step(0, next(batches))
-    training.read_numbers(1)
-    last, steps, began = training.num_steps - 1, 0, time.perf_counter()
-    while steps < 2 or (time.perf_counter() - began < SECONDS and steps < last // _SHARE):
+    training.step(next(batches))
+    training.read_numbers()
+    began, steps, most = time.perf_counter(), 0, (training.num_steps - 1) // _SHARE
+    while steps < 2 or (time.perf_counter() - began < SECONDS and steps < most):
         steps += 1
-        training.step(min(steps, last), next(batches))
-    training.read_numbers(steps)
+        training.step(next(batches))
+    training.read_numbers()
     seconds = time.perf_counter() - began
     batches.close()  # type: ignore[attr-defined]  # ends its reading thread
     return seconds / steps / config.batch_size

@@ -12,9 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary.sparsity import Sparsity
-from llm_wsae.sparse.codes import Gradients, RaggedCodes, Reconstruction, SparseGradients
+from llm_wsae.dictionary.sparsity import JumpReLU, Sparsity, TopK
+from llm_wsae.sparse.codes import (
+    Gradients,
+    RaggedCodes,
+    Reconstruction,
+    SlotCapacity,
+    SparseGradients,
+)
 from llm_wsae.sparse.operations import (
+    encode_above,
     exact_values,
     firing_counts,
     reconstruct,
@@ -69,18 +76,11 @@ class Step(NamedTuple):
     observed: Float[Tensor, "*d_sae"] | None = None
     """What the architecture remembers of this step, if anything (``Architecture.follow``)."""
 
-    def summed(self) -> "Step":
-        """The step with its gradients summed."""
-        if not isinstance(self.by_weights, SparseGradients):
-            return self
-        return self._replace(by_weights=weight_gradients(self.by_weights, len(self.firings)))
-
-    @property
-    def gradients(self) -> Parameters:
-        """All of them, summed if they have not been."""
-        by_weights = self.summed().by_weights
-        assert not isinstance(by_weights, SparseGradients)
-        return Parameters(*by_weights, self.by_decoder_bias)
+    def summed(self) -> Gradients:
+        """Gradients by encoder, decoder and encoder bias, summed if they have not been."""
+        if isinstance(self.by_weights, SparseGradients):
+            return weight_gradients(self.by_weights, len(self.firings))
+        return self.by_weights
 
 
 class Architecture(ABC):
@@ -95,8 +95,6 @@ class Architecture(ABC):
     has_free_lengths: ClassVar[bool] = False
     """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
     choose the largest of them, not those above a threshold."""
-    is_tied: ClassVar[bool] = False
-    """Whether something of the parameters is not learnt but set after each step (``tie``)."""
     is_baseline: ClassVar[bool] = False
     """Whether it is only trained beside others, to say what they should exceed."""
     memory: ClassVar[dict[str, str]] = {}
@@ -126,9 +124,9 @@ class Architecture(ABC):
         return f"{cls.name}-k{level}"
 
     @property
-    @abstractmethod
     def sparsity(self) -> Sparsity:
         """The sparsity of the finished dictionary, which must not look at the batch."""
+        return TopK(self.k) if self.thresholds() is None else JumpReLU()
 
     @abstractmethod
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
@@ -142,14 +140,16 @@ class Architecture(ABC):
         """Take in what a step observed (``Step.observed``), once it counts."""
 
     def through_tie(self, step: Step, parameters: Parameters) -> Step:
-        """If it is tied: the step with the gradients by what is learnt.
+        """The step with the gradients by what is learnt, where something is set by ``tie``.
 
         ``step`` has its sums over all rows; ``parameters`` are those it was taken at.
         """
         return step
 
-    def tie(self, parameters: Parameters) -> None:  # noqa: B027 - optional
-        """If it is tied: set what is not learnt, in place. Called before the first step, too."""
+    def tie(self, parameters: Parameters) -> bool:
+        """Set those parameters that are not learnt, in place; whether there are any. Called before
+        the first step and after each."""
+        return False
 
     def thresholds(self) -> Float[Tensor, " latents"] | None:
         """The finished dictionary's thresholds in normalised units, None if it has none."""
@@ -183,7 +183,7 @@ def sparse_step(
     """
     encoder, decoder, _, decoder_bias = parameters
     weights = error_weights(batch.num_rows, metric)
-    if weights.ndim == 1 and strategy.latent_parts == 1:
+    if weights.ndim == 1 and not strategy.shares_latents:
         found = reconstruct(
             codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
         )
@@ -202,6 +202,14 @@ def sparse_step(
     return Step(gradients, times(found.residual.sum(0), weights), found.residual, firings, loss)
 
 
+def product(
+    parameters: Parameters, batch: Batch
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
+    """Rows, encoder and bias as the encoding operations take them: all in one number format."""
+    fast = batch.x_fast.dtype
+    return batch.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+
+
 def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
     """The codes with values summed in float32, not rounded by the product that picked them: a
     rounding error comes back several times as large in the encoder's gradient, since the
@@ -211,9 +219,17 @@ def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCod
     return exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
 
 
-def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:
-    """The codes with the slots of masked rows unused."""
-    return codes._replace(values=codes.values * batch.mask[codes.rows()])
+def codes_above(
+    parameters: Parameters,
+    batch: Batch,
+    threshold: Float[Tensor, " latents"],
+    capacity: SlotCapacity,
+) -> RaggedCodes:
+    """The pre-activations above their thresholds (≥ 0), none in masked rows; complete if
+    ``capacity`` was enough."""
+    codes = encode_above(*product(parameters, batch), threshold, capacity)
+    unmasked = codes._replace(values=codes.values * batch.mask[codes.rows()])
+    return exact(unmasked, parameters, batch)
 
 
 def squared(gamma: Gamma) -> Gamma:

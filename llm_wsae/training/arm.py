@@ -139,13 +139,11 @@ class Arm:
         self.own_latents = strategy.own_latents(d_sae)
         """The latents that are here: all, unless other processes hold some."""
         self._strategy = strategy
-        self.parameters = initial_parameters(
-            d_in, d_sae, config.init_seed, device, own=self.own_latents
-        )
+        own, seed = self.own_latents, config.init_seed
+        self.parameters = initial_parameters(d_in, d_sae, seed, device, own)
         self.architecture = config.kind(config.level, d_sae, device, strategy)
         self.architecture.tie(self.parameters)
-        num_own = len(self.own_latents)
-        self.last_fired = torch.zeros(num_own, dtype=torch.int64, device=device)
+        self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self.lengths = config.lengths(lengths)
         self._optimiser = Optimiser(self.parameters, self.lengths == "free")
@@ -161,23 +159,26 @@ class Arm:
         A number from a GPU is read only when it already has more work queued, except where dead
         latents are looked for.
         """
+        strategy, architecture = self._strategy, self.architecture
         with torch.no_grad():
             step = self.evaluate(batch)
-            if aux > 0 and self.architecture.revives_dead:
-                step = self._with_auxk(step, batch, rows_seen, aux, dead_after)
-            if self._strategy.row_part != (0, 1):
-                step = step.summed()
-                own = (*step.by_weights, step.by_decoder_bias, step.firings, step.loss)
-                self._strategy.sum_over_rows_(own)
-            if self.architecture.is_tied:
-                step = self.architecture.through_tie(step, self.parameters)
+            if aux > 0 and architecture.revives_dead:
+                dead = self._finder.find(self.last_fired, rows_seen, dead_after)
+                residual, metric = step.residual, self.metric
+                more = auxk_gradients(self.parameters, batch, residual, dead, metric, aux, strategy)
+                assert isinstance(step.by_weights, SparseGradients)
+                step = step._replace(by_weights=step.by_weights._replace(more=more))
+            if strategy.shares_rows:
+                sums = step.summed()
+                step = step._replace(by_weights=sums)
+                strategy.sum_over_rows_([*sums, step.by_decoder_bias, step.firings, step.loss])
+            step = architecture.through_tie(step, self.parameters)
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
             # before the optimiser: it may ask the device for a number, which the optimiser's work
             # then hides
-            self.architecture.follow(step.observed, learning_rate)
+            architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
-            if self.architecture.is_tied:
-                self.architecture.tie(self.parameters)
+            if architecture.tie(self.parameters):
                 self._optimiser.round_encoder()
             self._record(step, batch)
 
@@ -202,15 +203,6 @@ class Arm:
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""
         return rows_seen - self.last_fired > dead_after
-
-    def _with_auxk(
-        self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int
-    ) -> Step:
-        dead = self._finder.find(self.last_fired, rows_seen, dead_after)
-        residual, strategy = step.residual, self._strategy
-        more = auxk_gradients(self.parameters, batch, residual, dead, self.metric, aux, strategy)
-        assert isinstance(step.by_weights, SparseGradients)
-        return step._replace(by_weights=step.by_weights._replace(more=more))
 
     def _record(self, step: Step, batch: Batch) -> None:
         rows = batch.mask.sum()

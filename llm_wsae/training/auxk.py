@@ -73,7 +73,7 @@ def auxk_gradients(
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
     num_dead = len(indices)
-    if strategy.latent_parts > 1:
+    if strategy.shares_latents:
         num_dead = int(strategy.sum_over_latents(torch.tensor(num_dead)))
     if num_dead == 0:
         return None

@@ -38,33 +38,24 @@ class TrainingLog:
     def __init__(
         self, folder: Path, step: int, tracker: str = "none", written: FileRecord | None = None
     ):
-        self._path = folder / LOG
-        kept = b""
+        self._path, kept = folder / LOG, b""
         if written is not None and self._path.exists():
             kept = check_beginning(self._path, written)
         write_atomic(self._path, lambda partial: partial.write_bytes(kept))
-        self._digest, self._length = hashlib.sha256(kept), len(kept)
         self._send, self.close = _tracker(tracker, folder, step + 1)
 
-    @property
-    def written(self) -> FileRecord:
-        """What this log holds now."""
-        return FileRecord(self._length, self._digest.hexdigest())
-
     def synced(self) -> FileRecord:
-        """``written``, and it is on the disk, as a checkpoint that goes with it will be."""
+        """What this log holds, and that is on the disk, as a checkpoint that goes with it will
+        be."""
         with open(self._path, "rb") as file:
             os.fsync(file.fileno())
-        return self.written
+        return FileRecord.of(self._path)
 
     def write(self, step: int, rows: int, arms: dict[str, _Numbers], **speed: float) -> None:
         """One line: the step, the rows seen, each arm's numbers, the speed."""
         record = {"step": step, "rows": rows, **speed, "arms": arms}
-        line = f"{json.dumps(record)}\n".encode()
-        with refusals_to_write(self._path), open(self._path, "ab") as file:
-            file.write(line)
-        self._digest.update(line)
-        self._length += len(line)
+        with refusals_to_write(self._path), open(self._path, "a") as file:
+            file.write(f"{json.dumps(record)}\n")
         self._send(step, {f"{arm}/{k}": v for arm, ks in arms.items() for k, v in ks.items()})
 
 

@@ -20,36 +20,21 @@ PAIR_BYTES = 2 * 3 * 4
 """Of a weight of the encoder and one of the decoder: each in float32, with its two moments."""
 INITIAL_LENGTH = 0.1
 """Of free v and e, beside the rows that an arm begins with otherwise; SAELens' value."""
-_ROWS_DRAWN = 4096
-"""Rows of random numbers that are drawn together. torch draws 16 numbers at a time, so a multiple
-of 16 gives the same numbers as drawing all rows at once."""
 
 
 def initial_parameters(
-    d_in: int,
-    d_sae: int,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    own: range | None = None,
+    d_in: int, d_sae: int, seed: int, device: torch.device, own: range | None = None
 ) -> Parameters:
-    """Random unit decoder rows, the encoder equal to them, biases 0; only for latents ``own``.
-
-    The rows are those of ``torch.randn(d_sae, d_in)``, without holding the others.
-    """
+    """Random unit decoder rows, the encoder equal to them, biases 0; only of the latents ``own``,
+    which are the same whatever others there are."""
     generator, own = torch.Generator().manual_seed(seed), own or range(d_sae)
-    decoder = torch.empty(len(own), d_in, dtype=dtype)
-    for start in range(0, own.stop, _ROWS_DRAWN):
-        piece = torch.randn(min(_ROWS_DRAWN, d_sae - start), d_in, generator=generator, dtype=dtype)
-        first, stop = max(start, own.start), min(start + len(piece), own.stop)
-        if first < stop:
-            decoder[first - own.start : stop - own.start] = piece[first - start : stop - start]
+    decoder = torch.randn(d_sae, d_in, generator=generator)[own.start : own.stop]
     decoder /= decoder.norm(dim=1, keepdim=True)
     return Parameters(
         decoder.clone().to(device),
         decoder.to(device),
-        torch.zeros(len(own), dtype=dtype, device=device),
-        torch.zeros(d_in, dtype=dtype, device=device),
+        torch.zeros(len(own), device=device),
+        torch.zeros(d_in, device=device),
     )
 
 

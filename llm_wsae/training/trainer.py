@@ -19,29 +19,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.provenance import command_line, versions
 from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.data.site_rows import SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable, weights_checksum
+from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
 from llm_wsae.machine.number_format import fast_dtype, name_of
-from llm_wsae.machine.processes import join, progress
+from llm_wsae.machine.processes import Processes, join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.architecture import Batch
+from llm_wsae.training.architecture import CPU, Batch
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     Reached,
     is_finished,
     load_checkpoint,
-    load_learnt,
     recorded,
     save_checkpoint,
     training_in,
@@ -239,41 +237,54 @@ class Training:
             for arm in self.arms:  # rather than when all is trained
                 check_replaceable(self.out / arm.config.name)
         self.reached, self._numbers, written = load_checkpoint(self.out, self.arms, self.processes)
+        self.processes.check_agreed({"step": self.reached}, "checkpoints")
         if self.processes.leads:
             self._log = TrainingLog(self.out, self.reached, self.config.tracker, written)
 
-    def advance(self, rows: Tensor, bar: tqdm) -> None:
-        """The next step, on a batch of rows; its numbers are logged when that is due."""
-        self.step(self.reached, rows)
-        self.reached += 1
-        if self.reached % self.config.log_every == 0 or self.reached == self.num_steps:
-            self.read_numbers(self.reached)
-            if self._log is not None:
-                self._write_log(self._log, bar)
-
-    def step(self, step: int, rows: Tensor) -> None:
-        """Step number ``step`` of every arm, on a batch of rows."""
+    def step(self, rows: Tensor) -> None:
+        """The next step of every arm, on a batch of rows."""
         config, batch = self.config, self.normaliser.batch(rows)
-        factor = learning_rate_factor(step, self.num_steps, config.warmup, config.decay)
+        factor = learning_rate_factor(self.reached, self.num_steps, config.warmup, config.decay)
         there: dict[Space | None, Batch] = {None: batch}
         for arm in self.arms:
             if arm.space is not None and arm.space not in there:
                 there[arm.space] = arm.space.enter(batch)
-            arm.anneal(step / self.num_steps)
-            rows_seen = (step + 1) * config.batch_size
+            arm.anneal(self.reached / self.num_steps)
+            rows_seen = (self.reached + 1) * config.batch_size
             rate = self.learning_rates[arm.config.name] * factor
             arm.step(there[arm.space], rows_seen, rate, config.aux_coefficient, self.dead_after)
+        self.reached += 1
 
-    def read_numbers(self, step: int) -> None:
+    def read_numbers(self) -> None:
         """The numbers of every arm since the last call; waits until the device has them."""
-        rows = step * self.config.batch_size
+        rows = self.reached * self.config.batch_size
         variance = self.normaliser.variance / self.normaliser.scale**2
         self._numbers = {
             arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
         }
         for name, numbers in self._numbers.items():
             if not math.isfinite(numbers["loss"]):
-                raise _not_finite(f"the loss of {name} is {numbers['loss']} at step {step}")
+                raise _not_finite(f"the loss of {name} is {numbers['loss']} at step {self.reached}")
+
+    def log(self, bar: tqdm) -> None:
+        """If that is due, log the numbers."""
+        step, size = self.reached, self.config.batch_size
+        if step % self.config.log_every and step != self.num_steps:
+            return
+        self.read_numbers()
+        if self._log is None:
+            return
+        done, elapsed = step * size - bar.initial, bar.format_dict["elapsed"]
+        speed = done / elapsed if elapsed else 0.0
+        left = (self.num_steps - step) * size / speed if speed else 0.0
+        numbers = self._numbers
+        self._log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
+        first = next(iter(numbers.values()))
+        bar.set_postfix_str(
+            f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
+            f"dead {first['dead']:.1%}"
+            + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
+        )
 
     def save(self) -> None:
         """A checkpoint of the step that was reached."""
@@ -284,15 +295,9 @@ class Training:
     def finish(self) -> None:
         """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
         self.save_dictionaries()
-        assert self._log is not None
+        weights = [f"{arm.config.name}/{WEIGHTS}" for arm in self.arms]
         training = training_in(self.out)
-        record = training.read()
-        record.files[LOG] = self._log.written
-        for arm in self.arms:
-            folder = self.out / arm.config.name
-            size = (folder / WEIGHTS).stat().st_size
-            record.files[f"{folder.name}/{WEIGHTS}"] = FileRecord(size, weights_checksum(folder))
-        training.finish(record)
+        training.finish(training.read(), [LOG, *weights])
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def save_dictionaries(self) -> None:
@@ -312,9 +317,9 @@ class Training:
 
     def _dictionary(self, arm: Arm) -> Dictionary:
         """In the model's own units, with its provenance."""
-        parameters, architecture = arm.parameters, arm.architecture
-        if len(arm.own_latents) < arm.d_sae:
-            parameters, architecture = load_learnt(self.out, arm)
+        if self.strategy.shares_latents:  # those of all processes are in the checkpoint
+            arm = Arm(arm.config, self.source.d_in, arm.d_sae, CPU, lengths=self.config.lengths)
+            load_checkpoint(self.out, [arm], Processes())
         weights, statistics, name = arm.config.weights, self.statistics, arm.config.name
         step = {"step": self.reached} if self.reached < self.num_steps else {}
         rates = {SHARED_RATE: self._settings[RATE], RATE: self.learning_rates[name]}
@@ -336,10 +341,10 @@ class Training:
                 "versions": versions(),
             },
         )
-        mean, scale = self.normaliser.mean, self.normaliser.scale
+        mean, scale, architecture = self.normaliser.mean, self.normaliser.scale, arm.architecture
         space = weights.gamma if weights.config.in_space else None
         return Dictionary(
-            **folded(parameters, mean, scale, architecture.thresholds(), space),
+            **folded(arm.parameters, mean, scale, architecture.thresholds(), space),
             sparsity=architecture.sparsity,
             info=info,
             extras={
@@ -356,19 +361,6 @@ class Training:
             return self.config.dtype
         began = recorded(self.out) or {}
         return name_of(fast_dtype(device, "encoder", began.get("dtype")))
-
-    def _write_log(self, log: TrainingLog, bar: tqdm) -> None:
-        numbers, size, step = self._numbers, self.config.batch_size, self.reached
-        done, elapsed = step * size - bar.initial, bar.format_dict["elapsed"]
-        speed = done / elapsed if elapsed else 0.0
-        left = (self.num_steps - step) * size / speed if speed else 0.0
-        log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
-        first = next(iter(numbers.values()))
-        bar.set_postfix_str(
-            f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
-            f"dead {first['dead']:.1%}"
-            + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
-        )
 
 
 _Batches = Callable[[int, int, int, tuple[int, int]], Iterator[Any]]
@@ -419,61 +411,86 @@ class _Steps:
         first = trainings[0]
         self._trainings, self._num_steps = trainings, first.num_steps
         self._config, self._strategy = first.config, first.strategy
-        self._processes = first.processes
-        self._done = 0
-        self._rows: Iterator[Any] = iter(())
+        self._began = self._done = 0
         self._failure: LlmWsaeError | None = None  # of the rows of the next step
         self._saved_at = time.monotonic()
         self._stopped: list[int] = []
 
     def take(self, batches: _Batches) -> None:
         """Raises Interrupted after a signal, LlmWsaeError if the rows of a process failed."""
-        config = self._config
+        config, strategy, num_steps = self._config, self._strategy, self._num_steps
         with ExitStack() as opened:
             for training in self._trainings:
                 opened.callback(training.close)
                 training.begin()
-                self._processes.check_agreed({"step": training.reached}, "checkpoints")
-            self._done = min(training.reached for training in self._trainings)
-            part = self._strategy.row_part
-            self._rows = batches(config.batch_size, config.shuffle_seed, self._done, part)
-            if (close := getattr(self._rows, "close", None)) is not None:
+            self._began = self._done = min(training.reached for training in self._trainings)
+            rows = batches(config.batch_size, config.shuffle_seed, self._done, strategy.row_part)
+            if (close := getattr(rows, "close", None)) is not None:
                 opened.callback(close)  # ends a thread that reads ahead
             arms, size = sum(len(one.arms) for one in self._trainings), config.batch_size
             what = f"train {arms} arm{'s' * (arms > 1)}"
-            bar = progress(what, self._num_steps * size, "tok", self._done * size)
-            with _stop_signals() as self._stopped, bar:
-                wanted = self._take_until(bar)
+            with (
+                _stop_signals() as self._stopped,
+                progress(what, num_steps * size, "tok", self._done * size) as bar,
+            ):
+                while True:
+                    batch = self._next(rows)
+                    # before the step, so that no process begins one that another cannot take
+                    wanted = strategy.agree(self._want())
+                    if wanted >= _SAVE:
+                        self._save()
+                    if wanted >= _STOP or self._done == num_steps:
+                        break
+                    for training in self._trainings:
+                        if training.reached == self._done:
+                            training.step(batch[training.place])
+                            training.log(bar)
+                    self._done += 1
+                    bar.update(size)
             self._end(wanted)
 
-    def _take_until(self, bar: tqdm) -> int:
-        """Take the steps; returns what the processes agreed on at last."""
-        rows = self._fetch(self._done)
-        wanted = self._strategy.agree(_FAIL if self._failure else _CONTINUE)
-        while self._done < self._num_steps and wanted < _STOP:
-            # before this step, so that no process begins one that another cannot take
-            following = self._fetch(self._done + 1)
-            for training in self._trainings:
-                if training.reached == self._done:
-                    training.advance(rows[training.place], bar)
-            self._done += 1
-            bar.update(self._config.batch_size)
-            wanted, rows = self._strategy.agree(self._want()), following
-            if wanted >= _SAVE:
+    def _next(self, rows: Iterator[Any]) -> tuple[Tensor, ...]:
+        """The rows of the next step, of each site; nothing if there is none, or on a failure."""
+        if self._done == self._num_steps:
+            return ()
+        try:
+            batch = next(rows)
+            return batch if isinstance(batch, tuple) else (batch,)
+        except LlmWsaeError as error:
+            self._failure = error
+        except Exception:  # whatever it is, what was trained is kept
+            if self._done and self._strategy.processes.size == 1:  # others would not come to save
                 self._save()
-                self._saved_at = time.monotonic()
-        return wanted
+            raise
+        return ()
+
+    def _want(self) -> int:
+        if self._failure is not None:
+            return _FAIL
+        if self._done == self._began:  # there is nothing to save
+            return _CONTINUE
+        if self._stopped:
+            return _STOP
+        due = time.monotonic() - self._saved_at > self._config.checkpoint_seconds
+        return _SAVE if due and self._strategy.processes.leads else _CONTINUE
+
+    def _save(self) -> None:
+        if self._done:
+            for training in self._trainings:
+                training.save()
+            self._saved_at = time.monotonic()
 
     def _end(self, wanted: int) -> None:
         out, size = self._trainings[0].out, self._config.batch_size
+        processes = self._strategy.processes
         where = out if len(self._trainings) == 1 else out.parent
         progress = f"stopped after step {self._done} of {self._num_steps}"
         if wanted == _FAIL:
             if self._done:
                 for training in self._trainings:
-                    self._processes.lead(training.save_dictionaries)
+                    processes.lead(training.save_dictionaries)
             if self._failure is None:
-                self._processes.meet()  # raises the sentence of the process that failed
+                processes.meet()  # raises the sentence of the process that failed
             assert self._failure is not None
             if not self._done:
                 raise self._failure
@@ -487,35 +504,8 @@ class _Steps:
                 f"{progress}, saved in {where}; run the same command again to resume",
                 self._stopped[0] if self._stopped else signal.SIGTERM,  # that of another process
             )
-        if self._strategy.latent_parts > 1:
+        if self._strategy.shares_latents:
             self._save()  # from which rank 0 takes the latents of all
-
-    def _fetch(self, step: int) -> tuple[Tensor, ...]:
-        """The rows of a step, of each site; nothing if there is no such step, or on a failure."""
-        if step >= self._num_steps:
-            return ()
-        try:
-            rows = next(self._rows)
-            return rows if isinstance(rows, tuple) else (rows,)
-        except LlmWsaeError as error:
-            self._failure = error
-        except Exception:  # whatever it is, what was trained is kept
-            if self._done and self._processes.size == 1:  # others would not come to save
-                self._save()
-            raise
-        return ()
-
-    def _want(self) -> int:
-        if self._failure is not None:
-            return _FAIL
-        if self._stopped:
-            return _STOP
-        due = time.monotonic() - self._saved_at > self._config.checkpoint_seconds
-        return _SAVE if due and self._processes.leads else _CONTINUE
-
-    def _save(self) -> None:
-        for training in self._trainings:
-            training.save()
 
 
 def _load(folder: Path) -> Dictionary:

@@ -43,7 +43,7 @@ def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
     Encoder biases are large enough for masked rows, which are 0, to have latents above 0.
     """
     generator = torch.Generator().manual_seed(0)
-    start = initial_parameters(D_IN, D_SAE, 0, CPU, torch.float64)
+    start = [part.double() for part in initial_parameters(D_IN, D_SAE, 0, CPU)]
     noise = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
     parameters = Parameters(*(p + 0.05 * n for p, n in zip(start, noise, strict=True)))
     parameters.encoder_bias[::7] += 1.5

@@ -12,11 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary import sparsity
 from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
-from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, exact, sparse_step
+from llm_wsae.training.architecture import (
+    Architecture,
+    Batch,
+    Parameters,
+    Step,
+    exact,
+    product,
+    sparse_step,
+)
 from llm_wsae.weights.loss_weights import Gamma
 
 _LAST_SHARE, _MOST_STEPS = 10, 100
@@ -42,10 +49,6 @@ class BatchTopK(Architecture):
         self.running_threshold = torch.zeros((), dtype=exact_dtype(self.device), device=self.device)
         self._steps = 0
 
-    @property
-    def sparsity(self) -> sparsity.JumpReLU:
-        return sparsity.JumpReLU()
-
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
         codes = self.codes(parameters, batch)
@@ -55,15 +58,13 @@ class BatchTopK(Architecture):
 
     def codes(self, parameters: Parameters, batch: Batch) -> RaggedCodes:
         """The largest positive pre-activations of the batch, k per row that is not masked."""
-        fast, kept = batch.x_fast.dtype, batch.mask.bool()
-        encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+        given, kept = product(parameters, batch), batch.mask.bool()
         # Makes the selection fast and never changes it. It stays on the device: an implementation
         # that needs the number waits for it.
         guess = _BELOW * self.running_threshold
 
         def largest(per_row: int) -> RaggedCodes:
-            per_row = min(per_row, len(encoder))
-            return encode_batch_topk(batch.x_fast, encoder, bias, per_row, guess, kept)
+            return encode_batch_topk(*given, min(per_row, self.num_latents), guess, kept)
 
         return self.strategy.batch_topk(largest, self.k, kept)
 

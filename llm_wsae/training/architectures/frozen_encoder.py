@@ -17,19 +17,19 @@ class Frozen(LargestOfRow):
     """The biases and the other half learn. At most k active latents in every row."""
 
     half: ClassVar[Literal["encoder", "decoder"]]
-    is_tied = True
     is_baseline = True
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
         self._drawn: Tensor | None = None
 
-    def tie(self, parameters: Parameters) -> None:
+    def tie(self, parameters: Parameters) -> bool:
         """Undo what a step did to the half; the first call, before all steps, remembers it."""
         half: Tensor = getattr(parameters, self.half)
         if self._drawn is None:
             self._drawn = half.clone()
         half.copy_(self._drawn)
+        return True
 
 
 class FrozenEncoder(Frozen):

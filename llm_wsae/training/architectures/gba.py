@@ -25,12 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary import sparsity
-from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.training.architecture import Batch, Parameters, Step, sparse_step
-from llm_wsae.training.architectures.relu import DenseStart, dense_step
+from llm_wsae.training.architecture import Batch, Parameters, Step
+from llm_wsae.training.architectures.relu import DenseStart
 from llm_wsae.training.optimiser import adam_vector
-from llm_wsae.weights.loss_weights import Gamma
 
 RATE = 0.01
 """ρ, the paper's γ₊ and γ₋."""
@@ -48,8 +45,6 @@ class GBA(DenseStart):
     """About k active latents on average, by a target frequency for each latent."""
 
     name = "gba"
-    revives_dead = False
-    is_tied = True
     memory: ClassVar[dict[str, str]] = {
         "threshold": "threshold",
         "amplitude": "amplitude",
@@ -76,39 +71,24 @@ class GBA(DenseStart):
         self._frequency, self._excess = (torch.zeros_like(self.threshold) for _ in range(2))
         self._steps = self._steps_since = 0
 
-    @property
-    def sparsity(self) -> sparsity.JumpReLU:
-        return sparsity.JumpReLU()
-
     def thresholds(self) -> Float[Tensor, " latents"]:
         return self.threshold * self.amplitude
 
-    def dense_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
-        """Loss and gradients as if encoder and decoder were not tied."""
-        step, largest = dense_step(parameters, batch, metric, self.strategy, self.thresholds())
-        return self._observed(step, largest, batch)
+    def bounds(self, parameters: Parameters) -> Float[Tensor, " latents"]:
+        return self.thresholds()
 
-    def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
-        """The same along the active latents only."""
-        codes = self.codes_above(parameters, batch, self.thresholds())
-        step = sparse_step(codes, parameters, batch, metric, self.strategy)
-        largest = torch.zeros_like(step.firings)
-        largest.scatter_reduce_(0, codes.indices, codes.values.to(largest.dtype), "amax")
-        return self._observed(step, largest, batch)
-
-    def _observed(self, step: Step, largest: Float[Tensor, " latents"], batch: Batch) -> Step:
-        """The step with the share of rows in which each latent fired, and its r."""
+    def observed(self, step: Step, largest: Float[Tensor, " latents"], batch: Batch) -> Tensor:
+        """The share of rows in which each latent fired, and its r."""
         frequency = self.strategy.sum_over_rows(step.firings) / batch.num_rows
         largest = self.strategy.largest_over_rows(largest)
         excess = (largest / self.amplitude - self.threshold).clamp(min=0)
-        return step._replace(observed=torch.stack([frequency, excess], dim=1))
+        return torch.stack([frequency, excess], dim=1)
 
     def through_tie(self, step: Step, parameters: Parameters) -> Step:
         """The gradients by w (in the place of the decoder's), b_dec and a (observed)."""
         encoder, decoder, _, decoder_bias = parameters
-        step = step.summed()
-        assert not isinstance(step.by_weights, SparseGradients) and step.observed is not None
-        by_encoder, by_decoder, by_bias = step.by_weights
+        assert step.observed is not None
+        by_encoder, by_decoder, by_bias = step.summed()
         by_encoder = torch.addr(by_encoder, by_bias, decoder_bias, alpha=-1)
         by_decoder_bias = self.strategy.sum_over_latents(by_bias @ encoder)
         by_decoder = torch.addcmul(by_decoder, by_encoder, self._slope(decoder)[:, None])
@@ -119,12 +99,13 @@ class GBA(DenseStart):
             observed=torch.cat([step.observed, by_amplitude[:, None]], dim=1),
         )
 
-    def tie(self, parameters: Parameters) -> None:
+    def tie(self, parameters: Parameters) -> bool:
         """The encoder reads along the decoder's rows, from b_dec, with the slope a."""
         encoder, decoder, encoder_bias, decoder_bias = parameters
         torch.mul(decoder, self._slope(decoder)[:, None], out=encoder)
         torch.mv(encoder, decoder_bias, out=encoder_bias).neg_()
         self.threshold.clamp_(max=decoder.shape[1] ** 0.5)
+        return True
 
     def _slope(self, decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " latents"]:
         """Encoder row over decoder row: a, unless weights give decoder rows another length."""

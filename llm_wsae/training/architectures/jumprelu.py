@@ -23,17 +23,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.codes import SlotCapacity, SparseGradients
-from llm_wsae.sparse.operations import encode_above, firing_counts, value_gradients
+from llm_wsae.sparse.operations import firing_counts, value_gradients
 from llm_wsae.training.architecture import (
     Architecture,
     Batch,
     Parameters,
     Step,
-    exact,
+    codes_above,
     weighted_error,
-    without_masked,
 )
 from llm_wsae.training.optimiser import adam_vector
 from llm_wsae.weights.loss_weights import Gamma
@@ -71,10 +69,6 @@ class JumpReLU(Architecture):
         self._steps = 0
         self._capacity = SlotCapacity()
 
-    @property
-    def sparsity(self) -> sparsity.JumpReLU:
-        return sparsity.JumpReLU()
-
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + λ(L0/k − 1)² and its gradients.
 
@@ -86,18 +80,15 @@ class JumpReLU(Architecture):
 
     def _step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """``step``, correct if there were slots enough."""
-        encoder, decoder, encoder_bias, decoder_bias = parameters
+        encoder, decoder, _, decoder_bias = parameters
         k, strategy, fast = self.k, self.strategy, batch.x_fast.dtype
         threshold = self.log_threshold.exp()
         window_start = (threshold - BANDWIDTH / 2).clamp_(min=0)
         sought = window_start
         if fast != batch.x.dtype:
             sought = (window_start - _ROUNDING * (1 + window_start)).clamp_(min=0)
-        near = encode_above(
-            batch.x_fast, encoder.to(fast), encoder_bias.to(fast), sought, self._capacity
-        )
         # everything active, and what is just below its threshold
-        near = exact(without_masked(near, batch), parameters, batch)
+        near = codes_above(parameters, batch, sought, self._capacity)
         its_threshold = threshold[near.indices]
         active = near.values > its_threshold
         codes = near._replace(values=near.values * active)

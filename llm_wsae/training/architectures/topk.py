@@ -4,24 +4,25 @@ Gradients are computed by hand along the sparse codes: after the encoder's matri
 size batch × d_sae exists. γ enters only through the gradient of the residual.
 """
 
-from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, exact, sparse_step
+from llm_wsae.training.architecture import (
+    Architecture,
+    Batch,
+    Parameters,
+    Step,
+    exact,
+    product,
+    sparse_step,
+)
 from llm_wsae.weights.loss_weights import Gamma
 
 
 class LargestOfRow(Architecture):
     """Exactly k active latents in every row, or fewer if fewer are positive."""
 
-    @property
-    def sparsity(self) -> sparsity.TopK:
-        return sparsity.TopK(self.k)
-
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
-        fast = batch.x_fast.dtype
-        encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
-        codes = encode_topk(batch.x_fast, encoder, bias, min(self.k, len(encoder)))
+        codes = encode_topk(*product(parameters, batch), min(self.k, self.num_latents))
         unmasked = codes._replace(values=codes.values * batch.mask[:, None])
         active = exact(self.strategy.topk(unmasked, self.k), parameters, batch)
         return sparse_step(active, parameters, batch, metric, self.strategy)
