@@ -15,16 +15,21 @@ ordinary architectures, which ``Dictionary.load`` reads together with the rule.
 SAELens is imported only then: importing this module does not need it.
 """
 
-import importlib
-import importlib.util
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from llm_wsae.errors import LlmWsaeError
+from jaxtyping import Float
+from torch import Tensor
 
-_KINDS = ("BatchTopK", "JumpReLU", "MatryoshkaBatchTopK", "Standard", "TopK")
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.weights.loss_weights import Gamma, LossWeights
+
+KINDS = ("BatchTopK", "JumpReLU", "MatryoshkaBatchTopK", "Standard", "TopK")
 __all__ = ["register"]
-__all__ += [f"Weighted{kind}TrainingSAE" for kind in _KINDS]
-__all__ += [f"Weighted{kind}TrainingSAEConfig" for kind in _KINDS]
+__all__ += [f"Weighted{kind}TrainingSAE" for kind in KINDS]
+__all__ += [f"Weighted{kind}TrainingSAEConfig" for kind in KINDS]
 
 
 def register() -> list[str]:
@@ -32,18 +37,53 @@ def register() -> list[str]:
 
     Raises LlmWsaeError if SAELens is not installed.
     """
-    if importlib.util.find_spec("sae_lens") is None:
-        raise LlmWsaeError(
-            "the weighted training classes extend those of SAELens, which is not installed; "
-            "install sae-lens"
-        )
-    training = importlib.import_module(f"{__name__}.training")
-    return training.ARCHITECTURES
+    return _training().ARCHITECTURES
 
 
 def __getattr__(name: str) -> Any:
     """Import a class when it is first named (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    register()
-    return getattr(importlib.import_module(f"{__name__}.training"), name)
+    return getattr(_training(), name)
+
+
+def _training() -> Any:
+    if find_spec("sae_lens") is None:
+        raise LlmWsaeError(
+            "the weighted training classes extend those of SAELens, which is not installed; "
+            "install sae-lens"
+        )
+    return import_module(f"{__name__}.training")
+
+
+def read_weights(path: str, d_in: int) -> LossWeights:
+    """The weights of a file, for rows of ``d_in`` dimensions.
+
+    Raises UsageError for a file that is not named, or whose weights SAELens' training cannot use
+    (a space, annealing); LlmWsaeError for one that cannot be read or is for another number of
+    dimensions.
+    """
+    if not path:
+        raise UsageError("weights_file is not given; make one with llm-wsae weigh")
+    weights = LossWeights.load(Path(path))
+    weights.check_for(d_in)
+    if weights.config.in_space:
+        raise UsageError(
+            f"{path} is for training in a weighted space, but SAELens trains on the rows as they "
+            "are; make the weights with place loss"
+        )
+    if weights.config.anneal:
+        raise UsageError(
+            f"{path} has weights that move to 1 during training, which SAELens does not support; "
+            "make them without anneal"
+        )
+    return weights
+
+
+def squared_error(
+    x_hat: Float[Tensor, "*rows d_in"], x: Float[Tensor, "*rows d_in"], gamma: Gamma
+) -> Float[Tensor, "*rows d_in"]:
+    """(Γ(x̂ − x))² by dimension: summed over a row ‖Γ(x − x̂)‖² (Cui et al. 2026, theorem 5)."""
+    error = x_hat - x
+    gamma = gamma.to(error.dtype)
+    return (error @ gamma.T if gamma.ndim == 2 else error * gamma) ** 2

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_wsae.dictionary.formats.saelens import OURS, PREFIX
 from llm_wsae.errors import UsageError
-from llm_wsae.saelens.loss import read_weights, squared_error
+from llm_wsae.saelens import KINDS, read_weights, squared_error
 
 _AFFINE = ("none", "expected_average_only_in")  # one scale for all rows only scales the loss
 
@@ -78,12 +78,8 @@ class _WeightedTopK(_Weighted):
         share = min(num_dead / most, 1.0)
         return self.cfg.aux_loss_coefficient * share * error  # type: ignore[attr-defined]
 
-
-class _WeightedMatryoshka(_WeightedTopK):
-    """Weighted in each of its reconstructions."""
-
     def calculate_matryoshka_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Raises UsageError: its errors are not weighted."""
+        """Of Matryoshka's. Raises UsageError: its errors are not weighted."""
         raise UsageError("use_matryoshka_aux_loss has no weighted form; leave it False")
 
 
@@ -91,9 +87,10 @@ ARCHITECTURES: list[str] = []
 """Names under which SAELens knows them."""
 
 
-def _weighted(kind: str, mixin: type) -> None:
+def _define(kind: str) -> None:
     """Define the two classes of a kind in this module, and register them."""
     theirs = f"{kind}TrainingSAE"
+    mixin = _WeightedTopK if "TopK" in kind else _Weighted
     sae, config = (
         type(f"Weighted{name}", (own, getattr(sae_lens, name)), {"__module__": __name__})
         for name, own in ((theirs, mixin), (f"{theirs}Config", _WeightsFile))
@@ -109,8 +106,5 @@ def _weighted(kind: str, mixin: type) -> None:
         sae_lens.register_sae_class(name, *get_sae_class(plain))
 
 
-_weighted("Standard", _Weighted)
-_weighted("TopK", _WeightedTopK)
-_weighted("BatchTopK", _WeightedTopK)
-_weighted("MatryoshkaBatchTopK", _WeightedMatryoshka)
-_weighted("JumpReLU", _Weighted)
+for _kind in KINDS:
+    _define(_kind)

@@ -1,8 +1,6 @@
 """What a step of training takes and returns, and what an architecture decides about it.
 
-Latents are rows, so ``encoder`` is W_encᵀ. An arm holds one object of its architecture, which
-computes the step and remembers what the next step needs, such as a running threshold. The files in
-``architectures/`` are the architectures.
+Latents are rows, so ``encoder`` is W_encᵀ. The files in ``architectures/`` are the architectures.
 """
 
 from abc import ABC, abstractmethod
@@ -13,20 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import JumpReLU, Sparsity, TopK
+from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import (
     Gradients,
     RaggedCodes,
     Reconstruction,
     SlotCapacity,
     SparseGradients,
-)
-from llm_wsae.sparse.operations import (
-    encode_above,
-    exact_values,
-    firing_counts,
-    reconstruct,
-    value_gradients,
-    weight_gradients,
 )
 from llm_wsae.training.strategy import SINGLE, Strategy
 from llm_wsae.weights.loss_weights import Gamma
@@ -79,12 +70,12 @@ class Step(NamedTuple):
     def summed(self) -> Gradients:
         """Gradients by encoder, decoder and encoder bias, summed if they have not been."""
         if isinstance(self.by_weights, SparseGradients):
-            return weight_gradients(self.by_weights, len(self.firings))
+            return operations.weight_gradients(self.by_weights, len(self.firings))
         return self.by_weights
 
 
 class Architecture(ABC):
-    """The architecture of one arm, with its memory between steps."""
+    """The architecture of one arm: it computes the step, and remembers what the next one needs."""
 
     name: ClassVar[str]
     """As on the command line: the name of its file, with hyphens."""
@@ -109,9 +100,8 @@ class Architecture(ABC):
         strategy: Strategy = SINGLE,
     ):
         """``level`` is the value of ``setting``; ``strategy`` says which latents are here."""
-        self.level, self.d_sae, self.device = level, d_sae, device
+        self.level, self.d_sae, self.device, self.strategy = level, d_sae, device, strategy
         self.num_latents = len(strategy.own_latents(d_sae))
-        self.strategy = strategy
 
     @property
     def k(self) -> int:
@@ -128,6 +118,10 @@ class Architecture(ABC):
         """The sparsity of the finished dictionary, which must not look at the batch."""
         return TopK(self.k) if self.thresholds() is None else JumpReLU()
 
+    def thresholds(self) -> Float[Tensor, " latents"] | None:
+        """The finished dictionary's thresholds in normalised units, None if it has none."""
+        return None
+
     @abstractmethod
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The loss on a batch and its gradients; changes nothing.
@@ -140,20 +134,14 @@ class Architecture(ABC):
         """Take in what a step observed (``Step.observed``), once it counts."""
 
     def through_tie(self, step: Step, parameters: Parameters) -> Step:
-        """The step with the gradients by what is learnt, where something is set by ``tie``.
-
-        ``step`` has its sums over all rows; ``parameters`` are those it was taken at.
-        """
+        """The step with the gradients by what is learnt, where ``tie`` sets the rest. ``step`` has
+        its sums over all rows; ``parameters`` are those it was taken at."""
         return step
 
     def tie(self, parameters: Parameters) -> bool:
         """Set those parameters that are not learnt, in place; whether there are any. Called before
         the first step and after each."""
         return False
-
-    def thresholds(self) -> Float[Tensor, " latents"] | None:
-        """The finished dictionary's thresholds in normalised units, None if it has none."""
-        return None
 
     def state(self) -> dict[str, Tensor]:
         """The memory, for a checkpoint."""
@@ -181,25 +169,28 @@ def sparse_step(
 
     ``penalty_gradient`` is that of a penalty, which the loss lacks, by every active latent.
     """
-    encoder, decoder, _, decoder_bias = parameters
-    weights = error_weights(batch.num_rows, metric)
+    _, decoder, encoder_bias, decoder_bias = parameters
+    weights, fast = error_weights(batch.num_rows, metric), batch.x_fast.dtype
     if weights.ndim == 1 and not strategy.shares_latents:
-        found = reconstruct(
-            codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
+        found = operations.reconstruct(
+            codes, decoder, decoder_bias, batch.x, batch.mask, weights, fast
         )
     else:
         # something comes in between: a product with a matrix, or the latents of other processes
         decoded = strategy.decode(codes, decoder, decoder_bias)
         residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
         gradient = times(residual, weights)
-        by_value = value_gradients(codes, decoder, gradient)
-        errors = (residual * gradient).sum(1)
-        found = Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
+        by_value = operations.value_gradients(codes, decoder, gradient)
+        found = Reconstruction(residual, gradient.to(fast), by_value, (residual * gradient).sum(1))
     by_value = found.by_value
     by_value += penalty_gradient * (codes.values > 0)
-    gradients = SparseGradients(codes, batch.x_fast, found.output_gradient, by_value)
-    firings, loss = firing_counts(codes, len(encoder)), found.row_errors.sum() / 2
-    return Step(gradients, times(found.residual.sum(0), weights), found.residual, firings, loss)
+    return Step(
+        SparseGradients(codes, batch.x_fast, found.output_gradient, by_value),
+        times(found.residual.sum(0), weights),
+        found.residual,
+        operations.firing_counts(codes, len(encoder_bias)),
+        found.row_errors.sum() / 2,
+    )
 
 
 def product(
@@ -210,15 +201,6 @@ def product(
     return batch.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
 
 
-def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
-    """The codes with values summed in float32, not rounded by the product that picked them: a
-    rounding error comes back several times as large in the encoder's gradient, since the
-    reconstruction error is small compared with the values."""
-    if batch.x_fast.dtype == batch.x.dtype:
-        return codes
-    return exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
-
-
 def codes_above(
     parameters: Parameters,
     batch: Batch,
@@ -227,9 +209,18 @@ def codes_above(
 ) -> RaggedCodes:
     """The pre-activations above their thresholds (≥ 0), none in masked rows; complete if
     ``capacity`` was enough."""
-    codes = encode_above(*product(parameters, batch), threshold, capacity)
+    codes = operations.encode_above(*product(parameters, batch), threshold, capacity)
     unmasked = codes._replace(values=codes.values * batch.mask[codes.rows()])
     return exact(unmasked, parameters, batch)
+
+
+def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
+    """The codes with values summed in float32, not rounded by the product that picked them: a
+    rounding error comes back several times as large in the encoder's gradient, since the
+    reconstruction error is small compared with the values."""
+    if batch.x_fast.dtype == batch.x.dtype:
+        return codes
+    return operations.exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
 
 
 def squared(gamma: Gamma) -> Gamma:
@@ -256,7 +247,6 @@ def weighted_error(
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual:
     the loss of Cui et al. 2026, eq. (WSAE).
 
-    ``metric`` is what ``squared`` gives of Γ: of a matrix it is dear, and the same at every step.
     ``num_rows`` is the number of unmasked rows in the batch, of which these may be a part.
     """
     gradient = times(residual, error_weights(num_rows, metric)) * mask[:, None]

@@ -50,10 +50,9 @@ class ArmConfig:
         check_numbers(self, l1=0)
         takes_k = self.kind.setting == "k"
         if takes_k == (self.k is None) or (takes_k and self.l1):
-            takes, other = ("k", "an L1 coefficient") if takes_k else ("an L1 coefficient", "k")
             raise UsageError(
-                f"the architecture {self.architecture} takes {takes}, not {other}; relu takes an "
-                "L1 coefficient, and every other architecture k"
+                f"the architecture {self.architecture} takes {'k' if takes_k else 'l1'} alone; "
+                "relu takes an L1 coefficient, and every other architecture k"
             )
 
     @property
@@ -63,7 +62,7 @@ class ArmConfig:
 
     @property
     def level(self) -> int | float:
-        """``k`` or ``l1``, whichever sets the sparsity of the architecture."""
+        """``k`` or ``l1``, whichever sets the sparsity."""
         return getattr(self, self.kind.setting)
 
     @property
@@ -225,13 +224,13 @@ class Arm:
 
     def read_progress(self, rows_seen: int, dead_after: int, variance: float) -> dict[str, float]:
         """Means since the last call; resets the sums. ``variance`` is E‖x − mean‖² of the rows."""
-        sums, self._sums = self._sums, self._no_sums()
-        rows = max(1.0, float(sums["rows"]))
+        sums = {name: float(value) for name, value in self._sums.items()}
+        self._sums, rows = self._no_sums(), max(1.0, sums["rows"])
         dead = self._strategy.sum_over_latents(self.dead(rows_seen, dead_after).sum())
         return {
-            "loss": float(sums["loss"]) / rows,
-            "fvu": float(sums["squared_error"]) / rows / variance,
-            "l0": float(sums["firings"]) / rows,
+            "loss": sums["loss"] / rows,
+            "fvu": sums["squared_error"] / rows / variance,
+            "l0": sums["firings"] / rows,
             "dead": float(dead) / self.d_sae,
         }
 

@@ -72,9 +72,7 @@ def auxk_gradients(
     d_in / 2 dead latents with the largest pre-activations take part, or more where they tie.
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
-    num_dead = len(indices)
-    if strategy.shares_latents:
-        num_dead = int(strategy.sum_over_latents(torch.tensor(num_dead)))
+    num_dead = int(strategy.sum_over_latents(torch.tensor(len(indices))))
     if num_dead == 0:
         return None
     # For every new shape of a product oneDNN generates code, and keeps about a quarter of a

@@ -43,26 +43,25 @@ class Normaliser:
         x = rows.sub(self.mean).div_(self.scale)
         x.masked_fill_(mask[:, None] == 0, 0)  # also if infinite
         here = mask.sum()
-        elsewhere = self._strategy.sum_over_rows(here) - here
-        return Batch(x, x.to(self._fast), mask, elsewhere)
+        return Batch(x, x.to(self._fast), mask, self._strategy.sum_over_rows(here) - here)
 
 
 class Space:
-    """Where an arm is trained: x′ = Γx of normalised rows x, and the way back."""
+    """Where an arm is trained: x′ = Γx of normalised rows x, and the way back. Γ must be
+    invertible, as weights that act as a space are."""
 
     def __init__(self, gamma: Gamma, device: torch.device):
-        """``gamma`` must be invertible, as weights that act as a space are."""
-        self.gamma = gamma.to(device, torch.float32)
-        self._inverse = _inverse(gamma).to(device, torch.float32)
+        self._into = gamma.to(device, torch.float32)
+        self._back = _inverse(gamma).to(device, torch.float32)
 
     def enter(self, batch: Batch) -> Batch:
         """The batch in this space; massive rows stay 0."""
-        x = _transform(batch.x, self.gamma)
+        x = _transform(batch.x, self._into)
         return batch._replace(x=x, x_fast=x.to(batch.x_fast.dtype))
 
     def leave(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Rows of this space, or differences of them, as normalised rows again."""
-        return _transform(rows, self._inverse)
+        return _transform(rows, self._back)
 
 
 def folded(
@@ -100,7 +99,7 @@ def folded(
 
 
 def _inverse(gamma: Gamma) -> Gamma:
-    """1/γ or Γ⁻¹, float64 on the CPU; ``own_weights`` refuses those that have none."""
+    """1/γ or Γ⁻¹, float64 on the CPU."""
     gamma = gamma.cpu().double()
     return 1 / gamma if gamma.ndim == 1 else torch.linalg.inv(gamma)
 

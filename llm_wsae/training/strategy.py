@@ -136,13 +136,11 @@ class Strategy:
             return ragged(codes)
         own, rank = codes.values.shape[1], self._all.rank
         everyone = torch.cat(self._all.gather(codes.values), dim=1)
-        chosen = torch.ones_like(everyone, dtype=torch.bool)
-        if everyone.shape[1] > k:
-            smallest = everyone.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-            above, level = everyone > smallest, everyone == smallest
-            chosen = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
-        chosen = chosen[:, own * rank : own * (rank + 1)] & (codes.values > 0)
-        return keep_slots(ragged(codes), chosen.flatten())
+        chosen = torch.zeros_like(everyone, dtype=torch.bool)
+        order = everyone.sort(dim=1, descending=True, stable=True).indices
+        chosen.scatter_(1, order[:, :k], True)
+        mine = chosen[:, own * rank : own * (rank + 1)] & (codes.values > 0)
+        return keep_slots(ragged(codes), mine.flatten())
 
     def batch_topk(
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
@@ -151,9 +149,6 @@ class Strategy:
         latents; ``encode(n)`` gives its own largest, n per kept row."""
         if not self._connected:
             return encode(k)
-        # A process cannot know how many of its values are among the largest of all, so it tries its
-        # share and some more, and twice as many as long as the smallest value of any process is
-        # above the smallest of all.
         num_rows = int(kept.sum())
         wanted = k * int(self.sum_over_rows(torch.tensor(num_rows)))
         share = _MORE_OF_LATENTS / self.latent_parts if self.shares_latents else _MORE_OF_ROWS
@@ -161,27 +156,24 @@ class Strategy:
         while True:
             codes = encode(per_row)
             codes = keep_slots(codes, codes.values > 0)
-            all_there = len(codes.values) < per_row * num_rows  # no more of them are positive
-            values = self._end_to_end(codes.values)
-            smallest = values.new_zeros(())
-            if len(values) > wanted:
-                largest = values.topk(wanted, sorted=False).values
-                smallest = largest.min() if wanted else values.max()
-            enough = all_there or len(codes.values) == 0 or bool(codes.values.min() <= smallest)
-            if self.all_agree(enough):
-                break
+            parts = self._ragged_gather(codes.values)
+            everyone = torch.cat(parts)
+            chosen = torch.zeros_like(everyone, dtype=torch.bool)
+            chosen[everyone.sort(descending=True, stable=True).indices[:wanted]] = True
+            mine = chosen.split([len(part) for part in parts])[self._all.rank]
+            # A process tries its share and some more. If all of these are among the largest of the
+            # batch, more of its values may be.
+            all_there = len(codes.values) < max(1, per_row * num_rows)
+            if self.all_agree(all_there or not bool(mine.all())):
+                return keep_slots(codes, mine)
             per_row *= 2
-        rank, above, level = self._all.rank, codes.values > smallest, codes.values == smallest
-        by_rank = torch.stack(self._all.gather(torch.stack([above.sum(), level.sum()]).cpu()))
-        left = wanted - int(by_rank[:, 0].sum()) - int(by_rank[:rank, 1].sum())
-        return keep_slots(codes, above | (level & (level.cumsum(0) <= left)))
 
-    def _end_to_end(self, values: Float[Tensor, " own"]) -> Float[Tensor, " all"]:
-        """The values of all processes; each may have a different number."""
+    def _ragged_gather(self, values: Float[Tensor, " own"]) -> list[Tensor]:
+        """The values of all processes by rank; each may have a different number."""
         lengths = [int(one) for one in self._all.gather(torch.tensor([len(values)]))]
         padded = torch.nn.functional.pad(values, (0, max(lengths) - len(values)))
         parts = self._all.gather(padded)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
     def keep_largest(self, active: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows own"]:
         """Of the k largest of every row, those of this process, given its own k largest; the

@@ -1,8 +1,8 @@
 """Several dictionaries in one pass over the same batches.
 
-Reading and normalising a batch is shared, so each further arm costs only its own step, and the
-arms differ only in their configuration: same rows, same order, same schedule. Several sites of a
-stream also share the forward pass; each of them is a ``Training`` of its own.
+Reading and normalising a batch is shared, so each further arm costs only its own step, and arms
+differ only in their configuration. Several sites of a stream also share the forward pass; each of
+them is a ``Training`` of its own.
 """
 
 import math
@@ -60,13 +60,12 @@ from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 _MAX_DEAD_AFTER = 10_000_000
 _NAMES = (LOG, CHECKPOINT, MANIFEST, INFO)  # what a folder without a training must not hold
 _BY_OTHER_NAMES = ("tokens", "lengths", "shuffle_seed")  # in the record: num_steps, by arm, seed
-_CONTINUE, _SAVE, _STOP, _FAIL = range(4)
-# What a process may want after a step; the largest one wins. One that fails has no next rows.
+_CONTINUE, _SAVE, _STOP, _FAIL = range(4)  # what a process may want; the largest one wins
 
 
 class Interrupted(LlmWsaeError):
-    """The training was stopped by a signal after saving a checkpoint. The exit code is what a shell
-    reports for that signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    """A signal stopped the training after a checkpoint. The exit code is what a shell reports:
+    130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, sentence: str, number: int):
         super().__init__(sentence)
@@ -96,11 +95,6 @@ def train_sites(
     """Train the arms of several sites: of a stream in step, since one forward pass gives the rows
     of all; of a store one after the other. Each site has its own folder under ``out``, named after
     it, as ``train`` would fill it."""
-    if unknown := [str(site) for site in arms if site not in rows.sites]:
-        raise UsageError(
-            f"the rows that are computed are of {', '.join(map(str, rows.sites))}, not of "
-            f"{', '.join(unknown)}"
-        )
     jobs = [(rows.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
     if rows.in_step:
         places = [rows.sites.index(site) for site in arms]
@@ -187,11 +181,12 @@ class Training:
         dead_after = config.dead_after or min(_MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         usual = config.learning_rate or default_learning_rate(d_sae)
-        self.learning_rates = {
+        self.rates = {
             arm.name: config.learning_rate or usual * arm.rate(config.lengths) for arm in arms
         }
-        left_out = (*PROCEDURAL, *_BY_OTHER_NAMES)
-        self._settings = {k: v for k, v in asdict(config).items() if k not in left_out} | {
+        named = (*PROCEDURAL, *_BY_OTHER_NAMES)
+        self._settings = {key: value for key, value in asdict(config).items() if key not in named}
+        self._settings |= {
             "num_steps": self.num_steps,
             "d_in": d_in,
             "d_sae": d_sae,
@@ -200,15 +195,11 @@ class Training:
             "seed": config.shuffle_seed,
             "dtype": dtype,
         }
-        self.identity: dict[str, Any] = {
-            "rows": source.identity(),
-            "arms": {
-                arm.name: arm.identity(config.lengths)
-                | ({RATE: own} if (own := self.learning_rates[arm.name]) != usual else {})
-                for arm in arms
-            },
-            **self._settings,
-        }
+        of_arms = {arm.name: arm.identity(config.lengths) for arm in arms}
+        for name, rate in self.rates.items():
+            if rate != usual:
+                of_arms[name][RATE] = rate
+        self.identity = {"rows": source.identity(), "arms": of_arms, **self._settings}
         self.arms: list[Arm] = []
         """None of a training that is finished: its dictionaries are read."""
         spaces: dict[int, Space | None] = {}  # arms of the same weights share their rows there
@@ -251,7 +242,7 @@ class Training:
                 there[arm.space] = arm.space.enter(batch)
             arm.anneal(self.reached / self.num_steps)
             rows_seen = (self.reached + 1) * config.batch_size
-            rate = self.learning_rates[arm.config.name] * factor
+            rate = self.rates[arm.config.name] * factor
             arm.step(there[arm.space], rows_seen, rate, config.aux_coefficient, self.dead_after)
         self.reached += 1
 
@@ -322,7 +313,7 @@ class Training:
             load_checkpoint(self.out, [arm], Processes())
         weights, statistics, name = arm.config.weights, self.statistics, arm.config.name
         step = {"step": self.reached} if self.reached < self.num_steps else {}
-        rates = {SHARED_RATE: self._settings[RATE], RATE: self.learning_rates[name]}
+        rates = {SHARED_RATE: self._settings[RATE], RATE: self.rates[name]}
         info = DictionaryInfo(
             name=name,
             rule=weights.rule.name,
@@ -409,29 +400,29 @@ class _Steps:
 
     def __init__(self, trainings: Sequence[Training]):
         first = trainings[0]
-        self._trainings, self._num_steps = trainings, first.num_steps
-        self._config, self._strategy = first.config, first.strategy
+        self._trainings, self._config, self._num_steps = trainings, first.config, first.num_steps
+        self._strategy, self._processes = first.strategy, first.processes
         self._began = self._done = 0
-        self._failure: LlmWsaeError | None = None  # of the rows of the next step
+        self._failure: Exception | None = None  # of the rows of the next step
         self._saved_at = time.monotonic()
         self._stopped: list[int] = []
 
     def take(self, batches: _Batches) -> None:
-        """Raises Interrupted after a signal, LlmWsaeError if the rows of a process failed."""
-        config, strategy, num_steps = self._config, self._strategy, self._num_steps
+        """Raises Interrupted after a signal, and what the rows of a process failed with."""
+        config, strategy, size = self._config, self._strategy, self._config.batch_size
         with ExitStack() as opened:
             for training in self._trainings:
                 opened.callback(training.close)
                 training.begin()
             self._began = self._done = min(training.reached for training in self._trainings)
-            rows = batches(config.batch_size, config.shuffle_seed, self._done, strategy.row_part)
+            rows = batches(size, config.shuffle_seed, self._done, strategy.row_part)
             if (close := getattr(rows, "close", None)) is not None:
                 opened.callback(close)  # ends a thread that reads ahead
-            arms, size = sum(len(one.arms) for one in self._trainings), config.batch_size
-            what = f"train {arms} arm{'s' * (arms > 1)}"
+            arms = sum(len(training.arms) for training in self._trainings)
+            what, total = f"train {arms} arm{'s' * (arms > 1)}", self._num_steps * size
             with (
                 _stop_signals() as self._stopped,
-                progress(what, num_steps * size, "tok", self._done * size) as bar,
+                progress(what, total, "tok", self._done * size) as bar,
             ):
                 while True:
                     batch = self._next(rows)
@@ -439,7 +430,7 @@ class _Steps:
                     wanted = strategy.agree(self._want())
                     if wanted >= _SAVE:
                         self._save()
-                    if wanted >= _STOP or self._done == num_steps:
+                    if wanted >= _STOP or self._done == self._num_steps:
                         break
                     for training in self._trainings:
                         if training.reached == self._done:
@@ -455,14 +446,10 @@ class _Steps:
             return ()
         try:
             batch = next(rows)
-            return batch if isinstance(batch, tuple) else (batch,)
-        except LlmWsaeError as error:
+        except Exception as error:  # whatever it is, what was trained is kept
             self._failure = error
-        except Exception:  # whatever it is, what was trained is kept
-            if self._done and self._strategy.processes.size == 1:  # others would not come to save
-                self._save()
-            raise
-        return ()
+            return ()
+        return batch if isinstance(batch, tuple) else (batch,)
 
     def _want(self) -> int:
         if self._failure is not None:
@@ -472,7 +459,7 @@ class _Steps:
         if self._stopped:
             return _STOP
         due = time.monotonic() - self._saved_at > self._config.checkpoint_seconds
-        return _SAVE if due and self._strategy.processes.leads else _CONTINUE
+        return _SAVE if due and self._processes.leads else _CONTINUE
 
     def _save(self) -> None:
         if self._done:
@@ -481,27 +468,25 @@ class _Steps:
             self._saved_at = time.monotonic()
 
     def _end(self, wanted: int) -> None:
-        out, size = self._trainings[0].out, self._config.batch_size
-        processes = self._strategy.processes
+        out, size, failure = self._trainings[0].out, self._config.batch_size, self._failure
         where = out if len(self._trainings) == 1 else out.parent
-        progress = f"stopped after step {self._done} of {self._num_steps}"
+        came = f"stopped after step {self._done} of {self._num_steps}"
         if wanted == _FAIL:
             if self._done:
                 for training in self._trainings:
-                    processes.lead(training.save_dictionaries)
-            if self._failure is None:
-                processes.meet()  # raises the sentence of the process that failed
-            assert self._failure is not None
-            if not self._done:
-                raise self._failure
+                    self._processes.lead(training.save_dictionaries)
+            if failure is None:
+                self._processes.meet()  # raises the sentence of the process that failed
+            assert failure is not None
+            if not self._done or not isinstance(failure, LlmWsaeError):
+                raise failure
             raise LlmWsaeError(
-                f"{self._failure} ({progress}, {self._done * size:,} of "
-                f"{self._num_steps * size:,} rows; the dictionaries so far are in {where}, and the "
-                "same command goes on from there)"
-            ) from self._failure
+                f"{failure} ({came}, {self._done * size:,} of {self._num_steps * size:,} rows; the "
+                f"dictionaries so far are in {where}, and the same command goes on from there)"
+            ) from failure
         if wanted == _STOP:
             raise Interrupted(
-                f"{progress}, saved in {where}; run the same command again to resume",
+                f"{came}, saved in {where}; run the same command again to resume",
                 self._stopped[0] if self._stopped else signal.SIGTERM,  # that of another process
             )
         if self._strategy.shares_latents:
@@ -509,16 +494,12 @@ class _Steps:
 
 
 def _load(folder: Path) -> Dictionary:
-    """The dictionary of a finished training. Raises LlmWsaeError if it is not there any more."""
-    try:
-        return Dictionary.load(folder)
-    except LlmWsaeError as error:
-        if folder.is_dir():
-            raise
+    if not folder.is_dir():
         raise LlmWsaeError(
-            f"{error}; to train it again, delete {training_in(folder.parent).path} and {LOG} "
-            "beside it, and run the same command again"
-        ) from error
+            f"{folder} is missing; to train it again, delete {training_in(folder.parent).path} and "
+            f"{LOG} beside it, and run the same command again"
+        )
+    return Dictionary.load(folder)
 
 
 def _num_steps(source: ActivationSource, config: TrainConfig) -> int:

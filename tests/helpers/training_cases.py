@@ -37,24 +37,35 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Of gradients beside those of autograd in float64."""
 
 
-def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
-    """Parameters in general position and a batch with masked rows; γ has zeros in it.
+def problem(dtype: torch.dtype, matrix: bool = False) -> tuple[Parameters, Batch, Tensor]:
+    """Parameters in general position, a batch with masked rows, and γ with zeros in it, or a matrix
+    in general position.
 
     Encoder biases are large enough for masked rows, which are 0, to have latents above 0.
     """
     generator = torch.Generator().manual_seed(0)
-    start = [part.double() for part in initial_parameters(D_IN, D_SAE, 0, CPU)]
-    noise = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
-    parameters = Parameters(*(p + 0.05 * n for p, n in zip(start, noise, strict=True)))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start = initial_parameters(D_IN, D_SAE, 0, CPU)
+    parameters = Parameters(*(part.double() + 0.05 * draw(*part.shape) for part in start))
     parameters.encoder_bias[::7] += 1.5
-    x = torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
+    x = draw(BATCH, D_IN)
     mask = (torch.rand(BATCH, generator=generator) > 0.1).double()
-    gamma = torch.rand(D_IN, generator=generator, dtype=torch.float64) * 2
+    gamma = 2 * torch.rand(D_IN, generator=generator, dtype=torch.float64)
     gamma[:3] = 0
+    if matrix:
+        gamma = draw(D_IN, D_IN)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x = (x * mask[:, None]).to(exact)
     parameters = Parameters(*(p.to(exact) for p in parameters))
     return parameters, Batch(x, x.to(dtype), mask.to(exact)), gamma.to(exact)
+
+
+def gradients_of(step: Step) -> Parameters:
+    """By all parameters."""
+    return Parameters(*step.summed(), step.by_decoder_bias)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -67,25 +78,21 @@ def largest_error(found: Any, expected: Any) -> float:
     return max(error(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def log_threshold(like: Tensor) -> Tensor:
-    """Thresholds from below the bandwidth to above most pre-activations."""
-    draws = torch.rand(D_SAE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return (draws * 2.5 + 0.01).log().to(like.dtype)
-
-
 def architecture(
     name: str, like: Tensor, k: int = K, strategy: Strategy = SINGLE, threshold: float = 1.0
 ) -> Architecture:
-    """The architecture of a step, with a memory in the dtype of ``like``: JumpReLU's thresholds as
-    above, BatchTopK's running threshold, and GBA's thresholds and amplitudes."""
+    """The architecture of a step, with a memory in the dtype of ``like``: JumpReLU's thresholds
+    from below the bandwidth to above most pre-activations, BatchTopK's running threshold, and GBA's
+    thresholds and amplitudes."""
     kind = find_architecture(name.split(",")[0])
     found = kind(L1 if kind.setting == "l1" else k, D_SAE, strategy=strategy)
     own = strategy.own_latents(D_SAE)
+    draws = torch.rand(2, D_SAE, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    draws = draws[:, own.start : own.stop].to(like.dtype)
     if name == "jumprelu":
-        found.log_threshold = log_threshold(like)[own.start : own.stop]
+        found.log_threshold = (2.5 * draws[0] + 0.01).log()
     if name.startswith("gba"):
-        draws = torch.rand(2, D_SAE, generator=torch.Generator().manual_seed(6)).to(like.dtype)
-        found.threshold, found.amplitude = (2 * draws[:, own.start : own.stop]).add(0.01)
+        found.threshold, found.amplitude = 2 * draws + 0.01
     if name in ("batch-topk", "matryoshka"):
         found.running_threshold.fill_(threshold)
     return found
@@ -98,16 +105,12 @@ def step_of(
     gamma: Tensor,
     k: int = K,
     strategy: Strategy = SINGLE,
+    made: Architecture | None = None,
 ) -> Step:
-    """The named step on a problem or, by the strategy, on a part of it."""
-    return take_step(architecture(name, batch.x, k, strategy), name, parameters, batch, gamma)
-
-
-def take_step(
-    made: Architecture, name: str, parameters: Parameters, batch: Batch, gamma: Tensor
-) -> Step:
-    """The step of an architecture; the name says which of the two of one that begins dense."""
+    """The named step on a problem or, by the strategy, on a part of it; the name says which of the
+    two of an architecture that begins dense."""
     way = name.partition(", ")[2]
+    made = made or architecture(name, batch.x, k, strategy)
     return getattr(made, f"{way}_step" if way else "step")(parameters, batch, squared(gamma))
 
 

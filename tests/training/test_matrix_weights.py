@@ -1,4 +1,5 @@
-"""A matrix Γ: as a space to train in, folded back at the end, and in the loss."""
+"""Weights that act as a space to train in, folded back at the end; and weights that are annealed.
+A matrix in the loss is in the tests of every architecture's step."""
 
 from dataclasses import replace
 
@@ -7,25 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from looping import over
-from training_cases import (
-    CONFIG,
-    CPU,
-    D_IN,
-    D_SAE,
-    STEPS,
-    TOLERANCE,
-    K,
-    Planted,
-    error,
-    fvu,
-    largest_error,
-    problem,
-    step_of,
-)
+from training_cases import CONFIG, CPU, Planted, error, fvu
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.training.architecture import Parameters, squared
-from llm_wsae.training.architectures.topk import TopK
+from llm_wsae.training.architecture import squared
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.normaliser import folded
 from llm_wsae.training.trainer import Training, train
@@ -81,18 +67,10 @@ def test_folding_back_changes_nothing(source, seed, diagonal, threshold):
     assert error(arm.space.leave(batch.x), normaliser.batch(rows).x) < 1e-4
 
 
-def test_a_row_that_is_not_finite_is_masked_like_a_massive_one(source):
-    normaliser, rows = source.normaliser(), source.rows[1:5].clone()
-    rows[1, 2], rows[2, 0] = float("inf"), float("nan")
-    batch = normaliser.batch(rows)
-    assert batch.mask.tolist() == [1, 0, 0, 1] and not batch.x[1:3].any()
-    assert torch.equal(batch.x[3], normaliser.batch(source.rows[4:5]).x[0])
-
-
 def test_arms_that_share_a_space_share_the_product(source, inputs, tmp_path):
     weights = [weights_from_rule("sensitivity", alpha, inputs, SPACE) for alpha in (0.25, 0.5)]
-    arms = make_arms(weights, [2, 4])
-    spaces = [arm.space for arm in Training(source, arms, SHORT, tmp_path, CPU).arms]
+    training = Training(source, make_arms(weights, [2, 4]), SHORT, tmp_path, CPU)
+    spaces = [arm.space for arm in training.arms]
     assert spaces[0] is spaces[1] is not spaces[2] is spaces[3]
     batch = source.normaliser(torch.bfloat16).batch(source.rows[:600])
     entered = spaces[2].enter(batch)
@@ -118,71 +96,37 @@ def test_every_architecture_trains_in_a_space(source, inputs, tmp_path):
         assert found < 0.6, name
         norms = dictionary.W_dec.norm(dim=1)
         assert float(norms.max() / norms.min()) > 1.05  # of norm 1 in the space only
-    dictionary = Dictionary.load(
-        tmp_path / "out" / "rotated-sensitivity-a0.25-c8-space-d1-jumprelu-k4"
-    )
+    name = "rotated-sensitivity-a0.25-c8-space-d1-jumprelu-k4"
+    dictionary = Dictionary.load(tmp_path / "out" / name)
     assert torch.equal(dictionary.extras["gamma"], weights[0].gamma)
     assert dictionary.info.rule == "rotated:sensitivity" and dictionary.info.alpha == 0.25
     assert WeightConfig(**dictionary.info.weights) == settings
 
 
-@pytest.mark.parametrize("form", ["diagonal", "matrix"])
-def test_annealing_ends_at_one(form, source, inputs):
-    config = WeightConfig(anneal=0.5, form=form)
-    weights = weights_from_rule("sensitivity", 0.5, inputs, config)
+@over(form=("diagonal", "matrix"))
+def test_annealing_ends_at_one(source, inputs, form):
+    weights = weights_from_rule("sensitivity", 0.5, inputs, WeightConfig(anneal=0.5, form=form))
     arm = Arm(ArmConfig(weights, k=4), WIDTH, 32, CPU)
     one = torch.ones(WIDTH) if form == "diagonal" else torch.eye(WIDTH)
+    variance = source.statistics().robust_covariance
     for done, left in ((0.0, 1.0), (0.125, 0.75), (0.3, 0.4), (0.5, 0.0), (1.0, 0.0)):
         arm.anneal(done)
         torch.testing.assert_close(arm.gamma, left * weights.gamma + (1 - left) * one)
         assert torch.equal(arm.metric, squared(arm.gamma))
-    assert torch.equal(arm.gamma, one)
-    variance = source.statistics().robust_covariance
-    for done in (0.1, 0.3):  # no more than the plain loss has, and not much less
-        arm.anneal(done)
         gamma = arm.gamma.double()
         gamma = gamma.diag() if form == "diagonal" else gamma
         share = float((gamma @ variance @ gamma.T).trace() / variance.trace())
-        assert 0.5 < share < 1.01
+        assert 0.5 < share < 1.01  # no more than the plain loss has, and not much less
+    assert torch.equal(arm.gamma, one)
 
 
 def test_an_annealed_training_is_neither_of_its_ends(source, inputs, tmp_path):
-    arms = [
-        *make_arms([weights_from_rule("variance", 0.5, inputs)], [4]),
-        *make_arms([weights_from_rule("variance", 0.5, inputs, WeightConfig(anneal=0.5))], [4]),
-        *make_arms([weights_from_rule("uniform", 1.0, inputs)], [4]),
+    weights = [
+        weights_from_rule("variance", 0.5, inputs, config)
+        for config in (WeightConfig(), WeightConfig(anneal=0.5))
     ]
-    always, annealed, plain = train(source, arms, SHORT, tmp_path / "out").values()
+    weights.append(weights_from_rule("uniform", 1.0, inputs))
+    always, annealed, plain = train(source, make_arms(weights, [4]), SHORT, tmp_path).values()
     assert annealed.info.name == "variance-a0.5-n0.5-k4"
-    assert not torch.allclose(annealed.W_dec, always.W_dec, atol=1e-3)
-    assert not torch.allclose(annealed.W_dec, plain.W_dec, atol=1e-3)
-
-
-def random_matrix():
-    draw = torch.Generator().manual_seed(2)
-    return torch.randn(D_IN, D_IN, generator=draw, dtype=torch.float64)
-
-
-@over(name=STEPS, dtype=(torch.float64, torch.float32))
-def test_a_diagonal_matrix_gives_the_step_of_its_diagonal(name, dtype):
-    parameters, batch, gamma = problem(dtype)
-    by_vector = step_of(name, parameters, batch, gamma)
-    by_matrix = step_of(name, parameters, batch, gamma.diag())
-    tolerance = 2 * TOLERANCE[dtype]
-    assert largest_error(by_matrix.gradients, by_vector.gradients) < tolerance
-    assert float(by_matrix.loss) == pytest.approx(float(by_vector.loss), rel=tolerance)
-    assert torch.equal(by_matrix.firings, by_vector.firings)
-
-
-def test_topk_gradients_equal_autograd():
-    parameters, batch, _ = problem(torch.float64)
-    matrix = random_matrix()
-    found = TopK(K, D_SAE).step(parameters, batch, squared(matrix))
-    leaves = Parameters(*(p.clone().requires_grad_() for p in parameters))
-    pre = batch.x @ leaves.encoder.T + leaves.encoder_bias
-    top = pre.topk(K, dim=1)
-    codes = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-    missed = (codes @ leaves.decoder + leaves.decoder_bias - batch.x) * batch.mask[:, None]
-    loss = (missed @ matrix.T).square().sum() / (batch.mask.sum() * D_IN)
-    assert float(found.loss) == pytest.approx(float(loss.detach()), rel=1e-12)
-    assert largest_error(found.gradients, torch.autograd.grad(loss, leaves)) < 1e-12
+    for other in (always, plain):
+        assert not torch.allclose(annealed.W_dec, other.W_dec, atol=1e-3)

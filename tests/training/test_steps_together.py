@@ -1,36 +1,24 @@
 """A step in several processes is the step of one: by rows and by latents, to the last digits."""
 
 import functools
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from looping import over
 from several import run
 from sparse_cases import of_all
-from training_cases import BATCH, CPU, D_SAE, STEPS, problem, step_of
+from training_cases import BATCH, CPU, D_SAE, STEPS, gradients_of, problem, step_of
 
-from llm_wsae.machine.processes import collectives, join
+from llm_wsae.machine.processes import join
 from llm_wsae.training.architecture import Batch, Parameters, squared
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
-from llm_wsae.training.optimiser import initial_parameters
-from llm_wsae.training.strategy import SINGLE, DataParallel, LatentParallel, Strategy
+from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-2}
 """Of sums that were added up in another order; in bfloat16 many values tie for the last place among
 the k largest, and which of them is taken depends on who has them."""
 DEAD = [0, 3, 7, *range(100, 160)]  # unevenly shared, and more than take part in a row
 PER_LATENT = ("encoder", "decoder", "encoder_bias", "firings")
-STRATEGIES = {"rows": DataParallel, "latents": LatentParallel}
-
-
-@contextmanager
-def strategy_of(shard: str) -> Iterator[Strategy]:
-    everyone = join()
-    with everyone.together(), collectives(everyone, CPU) as connected:
-        yield STRATEGIES[shard](connected)
 
 
 def share(strategy: Strategy, parameters: Parameters, batch: Batch) -> tuple[Parameters, Batch]:
@@ -38,18 +26,18 @@ def share(strategy: Strategy, parameters: Parameters, batch: Batch) -> tuple[Par
     own = strategy.own_latents(D_SAE)
     parts = [p[own.start : own.stop] for p in parameters[:3]]
     parameters = Parameters(*parts, parameters.decoder_bias)
-    if isinstance(strategy, DataParallel):
-        bounds = [0, 900, BATCH, BATCH]
-        rank = int(os.environ["RANK"])
+    if strategy.shares_rows:
+        bounds, rank = [0, 900, BATCH, BATCH], strategy.row_part[0]
         rows = slice(bounds[rank], bounds[rank + 1])
         elsewhere = batch.mask.sum() - batch.mask[rows].sum()
-        return parameters, Batch(*(part[rows] for part in batch[:3]), elsewhere)
+        batch = Batch(*(part[rows] for part in batch[:3]), elsewhere)
     return parameters, batch
 
 
 def all_steps(shard: str, dtype: torch.dtype, matrix: bool) -> dict[str, dict]:
     """The numbers of every architecture from one's own part of the problem."""
-    with strategy_of(shard) as strategy:
+    everyone = join()
+    with everyone.together(), strategy_of(everyone, CPU, shard) as strategy:
         return {name: numbers(strategy, name, dtype, matrix) for name in STEPS}
 
 
@@ -62,17 +50,13 @@ def outcomes(size: int, shard: str, dtype: torch.dtype, matrix: bool) -> list[di
 
 def numbers(strategy: Strategy, name: str, dtype: torch.dtype, matrix: bool) -> dict:
     """Everything that a step and AuxK tell, from one's own part of the problem."""
-    parameters, batch, gamma = problem(dtype)
-    if matrix:
-        gamma = gamma.diag() + 0.1
-    if strategy is not SINGLE:
-        parameters, batch = share(strategy, parameters, batch)
+    parameters, batch, gamma = problem(dtype, matrix)
+    parameters, batch = share(strategy, parameters, batch)
     own = strategy.own_latents(D_SAE)
     step = step_of(name, parameters, batch, gamma, strategy=strategy)
     dead = DeadLatents(torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64))
     more = auxk_gradients(parameters, batch, step.residual, dead, squared(gamma), 0.5, strategy)
-    revived = of_all(more, parameters)
-    gradients = step.gradients
+    revived, gradients = of_all(more, parameters), gradients_of(step)
     strategy.sum_over_rows_([*gradients, step.firings, step.loss, *revived])
     found = {"residual": step.residual, "loss": step.loss, "firings": step.firings}
     found |= gradients._asdict()
@@ -99,7 +83,7 @@ def whole(parts: list[dict], shard: str) -> dict:
 
 
 CASES = [
-    *((2, shard, dtype, False) for shard in STRATEGIES for dtype in TOLERANCE),
+    *((2, shard, dtype, False) for shard in ("rows", "latents") for dtype in TOLERANCE),
     (3, "rows", torch.float64, True),  # the third has no row
     (4, "latents", torch.float64, True),  # the inner prefixes are all the first one's
 ]
@@ -118,14 +102,3 @@ def test_a_step_of_several_is_that_of_one(case, name):
     if dtype != torch.bfloat16:
         assert (together["firings"] == alone["firings"]).all()
     assert together["firings"].sum() == alone["firings"].sum()
-
-
-def test_each_process_draws_its_own_of_the_initial_latents():
-    d_sae = 3 * 4096
-    for d_in in (7, 64):
-        everyone = initial_parameters(d_in, d_sae, 5, CPU)
-        for own in (range(0, 4096), range(4096, 3 * 4096), range(5000, 5001)):
-            mine = initial_parameters(d_in, d_sae, 5, CPU, own=own)
-            for found, expected in zip(mine[:3], everyone[:3], strict=True):
-                assert torch.equal(found, expected[own.start : own.stop])
-            assert torch.equal(mine.decoder_bias, everyone.decoder_bias)

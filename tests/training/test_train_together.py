@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import time
@@ -17,9 +16,8 @@ from training_cases import CONFIG, Planted, arms_for, check_same, log_of
 from llm_wsae.artifact.files import load_tensors
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.machine.processes import join
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, Own, save_together
+from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -113,10 +111,8 @@ def crash():
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("shard, then", [("latents", 2), ("latents", 1), ("rows", 3)])
-def test_a_signal_to_one_process_stops_all_and_others_can_go_on(
-    alone, together, tmp_path, shard, then
-):
+@pytest.mark.parametrize("shard, then", [("latents", 1), ("rows", 3)])
+def test_a_signal_to_one_process_stops_all_and_others_can_go_on(alone, tmp_path, shard, then):
     config = replace(SHORT, shard=shard)
     for outcome in run(2, make, tmp_path, config, FEW, 1, terminate):
         assert outcome.startswith("Interrupted: stopped after step 24 of 40, saved in")
@@ -125,28 +121,21 @@ def test_a_signal_to_one_process_stops_all_and_others_can_go_on(
         make(tmp_path, SHORT, FEW)
     else:
         assert isinstance(run(then, make, tmp_path, config, FEW)[0], list)
-    if then == 2:
-        check_same(tmp_path, together[shard], FEW)
     check_close(tmp_path, alone, FEW)
 
 
 def test_what_one_process_began_is_ended_by_several(alone, tmp_path):
-    checkpoint = tmp_path / CHECKPOINT
     with pytest.raises(Interrupted, match="stopped after step 24"):
         make(tmp_path, SHORT, FEW, "alone", terminate)
-    before, _ = load_tensors(checkpoint, "checkpoint")
     config = replace(SHORT, shard="latents", checkpoint_seconds=0.0)
     outcomes = run(2, make, tmp_path, replace(config, shuffle_seed=1), FEW)
     assert "seed: 0 in the saved training, 1 in this command" in outcomes[0]
     assert isinstance(run(2, make, tmp_path, config, FEW)[0], list)
     check_close(tmp_path, alone, FEW)
-    assert before[f"{FEW[0]}/encoder"].shape == (64, 16) and not checkpoint.exists()
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
-@pytest.mark.parametrize(
-    "shard, unlucky, what",
-    [("rows", 0, die), ("latents", 1, die), ("rows", 0, fail), ("latents", 1, fail)],
-)
+@pytest.mark.parametrize("shard, unlucky, what", [("rows", 0, die), ("latents", 1, fail)])
 def test_a_process_that_is_killed_or_cannot_read_its_rows_ends_all_and_loses_nothing(
     together, tmp_path, shard, unlucky, what
 ):
@@ -156,42 +145,34 @@ def test_a_process_that_is_killed_or_cannot_read_its_rows_ends_all_and_loses_not
     if what == die:
         assert outcomes[unlucky] is None and "exited without an error message" in said
         assert "run the same command again to resume" in said
-        tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
-        assert json.loads(metadata["llm_wsae"])["step"] in (22, 23)
-        assert all(t.isfinite().all() for t in tensors.values())
     else:
         assert said.startswith("LlmWsaeError: the moon is full (stopped after step 24 of 40, ")
         assert outcomes == [said] * 2
+    tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
+    assert json.loads(metadata["llm_wsae"])["step"] == (23 if what == die else 24)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert run(2, make, tmp_path, config, FEW)[0] == list(FEW)
     check_same(tmp_path, together[shard], FEW)
-
-
-def test_a_crash_of_one_process_ends_all_with_its_sentence(tmp_path):
-    first, second = run(2, make, tmp_path, SHORT, FEW, 1, crash)
-    assert "process 1 ended: ZeroDivisionError()" in first and second is None
 
 
 def test_requests_that_cannot_be(tmp_path):
     outcomes = run(3, make, tmp_path, replace(SHORT, shard="latents"))
     assert len(set(outcomes)) == 1
     assert outcomes[0].startswith("UsageError: 64 latents cannot be divided evenly among 3")
-    outcomes = run(2, of_own_rate, tmp_path)
-    assert len(set(outcomes)) == 1
-    assert (
-        "process 1 has other settings than process 0 (learning_rate: 0.1 in process 0,"
-        in outcomes[0]
-    )
+    first, second = outcomes = run(2, of_own_rate, tmp_path)
+    said = "process 1 has other settings than process 0 (learning_rate: 0.1 in process 0,"
+    assert first == second and said in first
     assert not list(tmp_path.iterdir())
+    first, second = run(2, make, tmp_path, SHORT, FEW, 1, crash)
+    assert "process 1 ended: ZeroDivisionError()" in first and second is None
 
 
 def of_own_rate(out):
     return make(out, replace(SHORT, learning_rate=[0.1, 0.2][int(os.environ["RANK"])]), FEW)
 
 
-# --- The command, of which test_two_machines.py trains a whole dictionary
-
-
 def test_interrupting_the_launcher_saves_and_says_so_once(made_world, tmp_path):
+    """The command, of which test_two_machines.py trains a whole dictionary."""
     out = tmp_path / "out"
     words = ("train", made_world / "store", *TRAIN, "--k", 4, "--tokens", 10**7, "--out", out,
              "--checkpoint-seconds", 0, "--shard", "latents")  # fmt: skip
@@ -206,24 +187,3 @@ def test_interrupting_the_launcher_saves_and_says_so_once(made_world, tmp_path):
     step = int(said.split("stopped after step ")[1].split()[0])
     _, metadata = load_tensors(out / CHECKPOINT, "checkpoint")
     assert json.loads(metadata["llm_wsae"])["step"] == step > 0
-
-
-# --- The file that processes write together
-
-
-def write(path):
-    """Each process's part of a file; rank 1 may not write beyond 100 bytes."""
-    if os.environ["RANK"] == "1":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    everyone, matrix = join(), torch.arange(12.0).view(6, 2)
-    with everyone.together():
-        parts = {"matrix": matrix.tensor_split(2)[everyone.rank], "bias": torch.arange(5.0)}
-        save_together(path, parts, {"matrix": Own(everyone.rank * 3, 6)}, {}, everyone)
-
-
-def test_a_process_that_cannot_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "f.safetensors"
-    path.write_bytes(b"old")
-    first, second = run(2, write, path)
-    assert first == second and first.startswith(f"LlmWsaeError: cannot write {path}: File too")
-    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == b"old"

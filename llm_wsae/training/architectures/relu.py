@@ -40,7 +40,7 @@ class DenseStart(Architecture):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        self._active_share: DeferredScalar | None = None
+        self._active_share = DeferredScalar(torch.ones(()))
         self._capacity = SlotCapacity()
 
     def penalty(self, batch: Batch) -> Float[Tensor, ""]:
@@ -58,8 +58,7 @@ class DenseStart(Architecture):
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Whichever of the two is the faster."""
-        share = self.active_share()
-        if share is None or share >= _FEW:
+        if self._active_share.read() >= _FEW:
             return self.dense_step(parameters, batch, metric)
         return self._capacity.retry(
             lambda: self.sparse_step(parameters, batch, metric), self.strategy.all_agree
@@ -111,23 +110,16 @@ class DenseStart(Architecture):
         step = Step(gradients, by_decoder_bias, residual, firings, loss)
         return step._replace(observed=self.observed(step, largest, batch))
 
-    def active_share(self) -> float | None:
-        """Which share of the latents was active in the last step; None before the first."""
-        return None if self._active_share is None else self._active_share.read()
-
     def follow(self, observed: Float[Tensor, ""], learning_rate: float) -> None:
         """Take in the share of one more step."""
         self._active_share = DeferredScalar(observed)
 
     def state(self) -> dict[str, Tensor]:
-        share = self.active_share()
-        return super().state() | ({} if share is None else {"active_share": torch.tensor(share)})
+        return super().state() | {"active_share": torch.tensor(self._active_share.read())}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """There is no share before the first step."""
         super().load_state(tensors)
-        if "active_share" in tensors:
-            self._active_share = DeferredScalar(tensors["active_share"])
+        self._active_share = DeferredScalar(tensors["active_share"])
 
 
 class ReLU(DenseStart):

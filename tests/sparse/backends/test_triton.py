@@ -183,7 +183,7 @@ def test_no_whole_step_waits_for_the_device(triton, architecture, monkeypatch):
         arm.step(batch, 12, 0.01, 1 / 32, 1600)
     assert watched.waited == []
     if relu:
-        assert (arm.architecture.active_share() < 1 / 64) == (architecture == "sparse relu")
+        assert (arm.architecture._active_share.read() < 1 / 64) == (architecture == "sparse relu")
     moved = (arm.parameters.encoder != before).any(1)
     assert moved[arm.dead(12, 1600)].any() == arm.architecture.revives_dead
 
@@ -204,7 +204,7 @@ def test_a_step_that_lacked_room_is_made_again(triton, l1):
         with using(name):
             step = arm.evaluate(batch)
         assert (arm.architecture._capacity.slots > 2) == (name == "triton")
-        found.append((step.firings, step.observed, *step.gradients))
+        found.append((step.firings, step.observed, *step.summed(), step.by_decoder_bias))
     assert float(found[0][0].sum()) > 6 * 4
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -15,21 +15,12 @@ import pytest
 import torch
 from looping import over
 from places import ROOT
-from training_cases import (
-    CONFIG,
-    CPU,
-    NAMES,
-    Planted,
-    arms_for,
-    check_same,
-    fvu,
-    log_of,
-)
+from training_cases import CONFIG, CPU, NAMES, Planted, arms_for, check_same, fvu, log_of
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
-from llm_wsae.training.architectures import architecture_names, find_architecture
+from llm_wsae.training.architectures import architecture_names
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.normaliser import folded
@@ -74,18 +65,22 @@ def test_a_matryoshkas_first_latents_reconstruct_better_alone(trained):
     assert shares[0] < 0.7 * shares[1]
 
 
+def stepped(arm, source, steps, seed=0, aux=1 / 32, dead_after=2000):
+    """So many steps of an arm alone."""
+    normaliser = source.normaliser()
+    for step, rows in zip(range(steps), source.batches(256, seed), strict=False):
+        arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, dead_after)
+    return arm
+
+
 @over(name=NAMES)
 def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name):
     """Also where the selection looked at the batch: with that batch's own threshold."""
-    source, _, _ = trained
+    source, _, dictionaries = trained
     (config,) = (arm for arm in arms_for(source) if arm.name == name)
-    normaliser = source.normaliser()
-    arm = Arm(config, 16, 64, CPU)
-    for step, rows in zip(range(100), source.batches(256, 0), strict=False):
-        arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, 1 / 32, 2000)
+    normaliser, arm = source.normaliser(), stepped(Arm(config, 16, 64, CPU), source, 100)
     rows = source.rows[source.rows.norm(dim=1) < 100][:300]
-    batch = normaliser.batch(rows)
-    inside = arm.evaluate(batch)
+    inside = arm.evaluate(normaliser.batch(rows))
     threshold = arm.architecture.thresholds()
     if config.architecture in ("batch-topk", "matryoshka"):
         own = inside.observed * 0.99999
@@ -94,27 +89,22 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     Dictionary(
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold),
         sparsity=arm.architecture.sparsity,
-        info=trained[2][name].info,
+        info=dictionaries[name].info,
     ).save(tmp_path / name)
     loaded = Dictionary.load(tmp_path / name)
-    latents = loaded.encode(rows)
-    assert torch.equal((latents > 0).sum(0), inside.firings.long())
+    assert torch.equal((loaded.encode(rows) > 0).sum(0), inside.firings.long())
     reconstruction = inside.residual * normaliser.scale + rows
     torch.testing.assert_close(loaded(rows), reconstruction, rtol=1e-4, atol=1e-4)
     assert loaded.sparsity == arm.architecture.sparsity
     assert isinstance(loaded.sparsity, JumpReLU) == (threshold is not None)
-    assert config.settings().items() <= trained[2][name].info.training.items()
+    assert config.settings().items() <= dictionaries[name].info.training.items()
 
 
 def test_a_terminated_training_resumes_bit_for_bit(tmp_path):
     source, config = Planted(massive=True), replace(CONFIG, tokens=256 * 60, log_every=20)
-    arms = arms_for(source, architectures=architecture_names())
     space = weights_from_rule("variance", 0.5, source.statistics(), WeightConfig(place="space"))
-    arms, whole, broken = (
-        [*arms, *make_arms([space], (2,))],
-        tmp_path / "whole",
-        tmp_path / "broken",
-    )
+    arms = [*arms_for(source, architectures=architecture_names()), *make_arms([space], (2,))]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(source, arms, config, whole)
     with pytest.raises(Interrupted, match="stopped after step 33 of 60"):
         train(Planted(massive=True, stop_after=33), arms, config, broken)
@@ -126,12 +116,10 @@ def test_dead_latents_are_revived():
     """Which architectures do that is seen in their steps (test_steps.py)."""
     source, shares = Planted(), []
     (config,) = arms_for(source, l1s=(), architectures=("topk",))
-    normaliser = source.normaliser()
     for aux, seed in itertools.product((0.0, 1 / 32), range(3)):  # it depends on the draw
         arm = Arm(replace(config, init_seed=seed), 16, 64, CPU)
         arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
-        for step, rows in zip(range(120), source.batches(256, seed), strict=False):
-            arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
+        stepped(arm, source, 120, seed, aux)
         shares.append(float(arm.dead(120 * 256, 2000)[:48].double().mean()))
     dead, revived = sum(shares[:3]) / 3, sum(shares[3:]) / 3
     assert dead > 0.8 > revived / dead
@@ -143,11 +131,9 @@ def test_one_half_stays_and_the_other_learns(half):
     source = Planted()
     (config,) = arms_for(source, l1s=(), architectures=(f"frozen-{half}",))
     arm = Arm(config, 16, 64, CPU)
-    before = arm.parameters._replace(encoder=arm.parameters.encoder.clone())
-    before = before._replace(decoder=arm.parameters.decoder.clone())
-    for step, rows in zip(range(40), source.batches(256, 0), strict=False):
-        arm.step(source.normaliser().batch(rows), (step + 1) * 256, 1e-2, 1 / 32, 10**6)
-    moved = [not torch.equal(*both) for both in zip(arm.parameters[:2], before[:2], strict=True)]
+    before = [part.clone() for part in arm.parameters[:2]]
+    stepped(arm, source, 40, dead_after=10**6)
+    moved = [not torch.equal(*both) for both in zip(arm.parameters[:2], before, strict=True)]
     assert moved == [half == "decoder", half == "encoder"]
     assert arm.architecture.sparsity == TopK(2) and arm.lengths == "unit"
 
@@ -169,9 +155,9 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
     assert only.identity()["architecture"] == only.settings()["architecture"] == "relu"
     for wrong, said in (
         (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
-        (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu takes an L1 coefficient, not k"),
-        (lambda: ArmConfig(gamma, l1=0.1), "topk takes k, not an L1 coefficient; relu takes"),
-        (lambda: ArmConfig(gamma, 4, 0.1), "topk takes k, not an L1 coefficient; relu takes"),
+        (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu takes l1 alone; relu takes an L1"),
+        (lambda: ArmConfig(gamma, l1=0.1), "topk takes k alone; relu takes an L1 coefficient"),
+        (lambda: ArmConfig(gamma, 4, 0.1), "topk takes k alone; relu takes an L1 coefficient"),
         (
             lambda: ArmConfig(gamma, 4, architecture="gba").lengths("free"),
             "these have: batch-topk, matryoshka, topk",
@@ -184,12 +170,6 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
 PAGE = ROOT / "docs/adding-an-architecture.md"
 ADDED = "llm_wsae/training/architectures/annealed_topk.py"
 ITS_TEST = "tests/training/architectures/test_annealed_topk.py"
-
-
-def test_the_folder_is_the_registry():
-    assert {"topk", "batch-topk", "matryoshka", "jumprelu", "relu"} <= set(architecture_names())
-    for name in architecture_names():
-        assert find_architecture(name).name == name
 
 
 def test_the_diff_in_the_docs_adds_an_architecture(tmp_path):
