@@ -19,12 +19,12 @@ from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.evaluation.checks import check_fit
 from llm_wsae.evaluation.heldout import ActivationCache, Context, stacked
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 
 _ROWS = 8192  # on which means, deviations and numbers of active latents are measured
 _BATCH_TOKENS = 4096
-_SEED = 0
-RAW = "raw dimensions"
+RAW, _RANDOM = "raw dimensions", "frozen random"
 HALF_RANDOM = {"frozen-decoder": "frozen decoder", "frozen-encoder": "frozen encoder"}
 """Names of the half-trained baselines in tables, by their architecture."""
 
@@ -50,8 +50,7 @@ def frozen_random(
     centred at ``mean``, with as many active latents in a row as ``l0``, rounded."""
     draw = torch.Generator().manual_seed(seed)
     decoder = normalize(torch.randn(like.d_sae, like.d_in, generator=draw), dim=1)
-    made = _of(_info(like, "frozen random"), decoder, decoder, mean, l0)
-    return made.to(like.W_enc.device)
+    return _made(_info(like, _RANDOM), decoder, decoder, mean, l0).to(like.W_enc.device)
 
 
 def raw_dimensions(info: DictionaryInfo, statistics: Statistics, l0: float) -> Dictionary:
@@ -77,10 +76,10 @@ def signed_dimensions(
     axes = torch.eye(len(deviation), dtype=torch.float64)
     signed, scale = torch.cat([axes, -axes]), torch.cat([deviation, deviation]).double()[:, None]
     scale = scale.clamp(min=1e-6)
-    return _of(info, signed / scale, signed * scale, mean, l0)
+    return _made(info, signed / scale, signed * scale, mean, l0)
 
 
-def _of(
+def _made(
     info: DictionaryInfo, encoder: Tensor, decoder: Tensor, mean: Tensor, l0: float
 ) -> Dictionary:
     """``encoder`` and ``decoder`` have a row for each latent."""
@@ -109,13 +108,13 @@ def baselines_of(
     threshold leaves no row to measure on.
     """
     check_fit(dictionaries, model, "evaluate")
-    sites = sorted({one.site for one in dictionaries.values()})
-    size = max(1, _ROWS // len(contexts[0].ids))
-    ids, keep, _ = stacked(contexts[:size])
-    read = list(ActivationCache(model, ids, keep, _BATCH_TOKENS).rows(sites))
+    first: dict[Site, Dictionary] = {}
+    for one in dictionaries.values():
+        first.setdefault(one.site, one)
+    ids, keep, _ = stacked(contexts[: max(1, _ROWS // len(contexts[0].ids))])
+    read = list(ActivationCache(model, ids, keep, _BATCH_TOKENS).rows(sorted(first)))
     found: dict[str, Dictionary] = {}
-    for site in sites:
-        like = next(one for one in dictionaries.values() if one.site == site)
+    for site, like in sorted(first.items()):
         rows = torch.cat([batch.activations[site] for batch in read]).float().cpu()
         norms, threshold = rows.norm(dim=1), like.info.massive_threshold
         rows = rows[norms <= (MASSIVE_RATIO * norms.median() if threshold is None else threshold)]
@@ -128,8 +127,8 @@ def baselines_of(
         mean, deviation = rows.double().mean(0), rows.double().std(0)
         codes = like.encode_sparse(rows.to(like.W_enc.device))
         l0 = float((codes.values > 0).sum() / len(rows))
-        where = "" if len(sites) == 1 else f", {site}"
+        where = "" if len(first) == 1 else f", {site}"
         raw = signed_dimensions(_info(like, RAW), deviation, mean, l0)
         found[f"{RAW}{where}"] = raw.to(like.W_enc.device)
-        found[f"frozen random{where}"] = frozen_random(like, mean, l0, _SEED)
+        found[f"{_RANDOM}{where}"] = frozen_random(like, mean, l0, seed=0)
     return found

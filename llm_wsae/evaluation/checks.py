@@ -58,11 +58,8 @@ def common_packing(
 
     Raises UsageError when they were trained on differently packed contexts.
     """
-    found = {}
-    for name, dictionary in dictionaries.items():
-        packing = dictionary.info.store.get("packing")
-        if packing is not None:
-            found[PackConfig.remembered(packing)] = name
+    packings = {name: one.info.store.get("packing") for name, one in dictionaries.items()}
+    found = {PackConfig.remembered(own): n for n, own in packings.items() if own is not None}
     if len(found) > 1:
         names = " and ".join(repr(name) for name in list(found.values())[:2])
         raise UsageError(
@@ -110,14 +107,16 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
     """A sentence for every dictionary that was trained on centred activations, or on other weights
     than this model's."""
-    centred = [
-        f"dictionary {name!r} was trained on activations whose rows have mean 0: its "
-        "reconstructions lack the mean"
-        for name, dictionary in dictionaries.items()
-        if dictionary.info.model.get(CENTRED)
-    ]
-    return centred + [
-        f"dictionary {name!r} was trained on other weights than those of this {model.name}"
-        for name, dictionary in dictionaries.items()
-        if dictionary.info.is_of_other_weights(model.identity())
+    said = {
+        "activations whose rows have mean 0: its reconstructions lack the mean": [
+            name for name, one in dictionaries.items() if one.info.model.get(CENTRED)
+        ],
+        f"other weights than those of this {model.name}": [
+            name
+            for name, one in dictionaries.items()
+            if one.info.is_of_other_weights(model.identity())
+        ],
+    }
+    return [
+        f"dictionary {name!r} was trained on {what}" for what, own in said.items() for name in own
     ]

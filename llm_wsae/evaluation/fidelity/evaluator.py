@@ -38,9 +38,10 @@ from llm_wsae.evaluation.fidelity.next_token import (
     next_token_sums,
     scored_positions,
 )
-from llm_wsae.evaluation.fidelity.report import Fidelity, Report
+from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.evaluation.fidelity.sums import (
     Losses,
+    Measured,
     ReconstructionSums,
     SiteRows,
     exact,
@@ -135,35 +136,28 @@ class FidelityEvaluator:
             raise failure
 
     def _report(self, dictionaries: Mapping[str, Dictionary]) -> Report:
-        fidelity: dict[str, Fidelity] = {}
-        losses: dict[str, Losses] = {}
+        found: dict[str, Measured] = {}
         for site in dict.fromkeys(one.site for one in dictionaries.values()):
             own = {name: one for name, one in dictionaries.items() if one.site == site}
-            of_site = self._measure(site, own)
-            fidelity |= of_site[0]
-            losses |= of_site[1]
-        scored = next(iter(losses.values()))["scored"]
+            found |= self._measure(site, own)
+        scored = next(iter(found.values())).losses["scored"]
         return Report(
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
             num_scored=int(scored.sum()),
             scored_per_document=scored.tolist(),
-            dictionaries={name: fidelity[name] for name in dictionaries},
+            dictionaries={name: found[name].fidelity for name in dictionaries},
             from_plain={
-                name: from_plain(
-                    fidelity[name], fidelity[plain], losses[name], losses[plain], self._bootstrap
-                )
+                name: from_plain(found[name], found[plain], self._bootstrap)
                 for name, plain in plain_beside(dictionaries).items()
             },
             notes=[*notes_on_weights(dictionaries, self._model), *self._size.warnings()],
         )
 
-    def _measure(
-        self, site: Site, dictionaries: Mapping[str, Dictionary]
-    ) -> tuple[dict[str, Fidelity], dict[str, Losses]]:
-        """The fidelity and the losses of a site's dictionaries, by name: one pass over the text,
-        and another where the mean of the rows is not known."""
+    def _measure(self, site: Site, dictionaries: Mapping[str, Dictionary]) -> dict[str, Measured]:
+        """A site's dictionaries, by name: one pass over the text, and another where the mean of the
+        rows is not known."""
         here = {name: on_device_of(self._model, one) for name, one in dictionaries.items()}
         threshold = self._cache.massive_threshold(site, here.values())
         rows = self._known.get((site, threshold)) or self._about_mean(site, threshold)
@@ -176,10 +170,12 @@ class FidelityEvaluator:
 
         rows.losses |= of(None)
         self._known[site, threshold] = rows
-        losses = {name: rows.losses | of(name) for name in here}
-        given = rows, self._bootstrap, self._size
-        fidelity = {n: fidelity_of(n, site, sums[n], own, *given) for n, own in losses.items()}
-        return fidelity, losses
+        return {
+            name: fidelity_of(
+                name, site, own, rows.losses | of(name), rows, self._bootstrap, self._size
+            )
+            for name, own in sums.items()
+        }
 
     def _splice(
         self, site: Site, rows: SiteRows, sums: Mapping[str, ReconstructionSums]

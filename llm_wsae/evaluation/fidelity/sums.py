@@ -11,6 +11,7 @@ features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z �
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +28,9 @@ from llm_wsae.statistics.uncertainty import Bootstrap, Interval
 
 _ROWS_AT_ONCE = 256  # made dense to compare their codes
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
-# Sums of one document each: scored predictions; cross-entropy of the model ("clean") and of its
-# variants ("spliced", "zero", "mean"); KL of these ("kl spliced", …).
 Losses = dict[str, np.ndarray]
+"""Sums of one document each: ``scored`` predictions; cross-entropy of the model (``clean``) and of
+its variants (``spliced``, ``zero``, ``mean``); KL of these (``kl spliced``, …)."""
 _Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
@@ -137,6 +138,13 @@ class ReconstructionSums:
         }
 
 
+class Measured(NamedTuple):
+    """One dictionary."""
+
+    fidelity: Fidelity
+    losses: Losses
+
+
 def fidelity_of(
     name: str,
     site: Site,
@@ -145,27 +153,26 @@ def fidelity_of(
     rows: SiteRows,
     bootstrap: Bootstrap,
     size: TextSize,
-) -> Fidelity:
+) -> Measured:
     """The measurements of one dictionary."""
     total = {key: column.sum(keepdims=True) for key, column in losses.items()}
 
     def per_position(key: str) -> float:
         return float(total[key][0] / total["scored"][0])
 
+    def with_interval(quantity: _Quantity) -> tuple[float, Interval]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(quantity(total)[0]), bootstrap.interval(quantity, losses)
+
     def recovered(baseline: str) -> _Quantity:
         return lambda t: (t[baseline] - t["spliced"]) / (t[baseline] - t["clean"])
 
-    def share(baseline: str) -> float:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(recovered(baseline)(total)[0])
-
-    def interval(quantity: _Quantity) -> Interval:
-        return bootstrap.interval(quantity, losses)
-
+    from_zero, from_mean = with_interval(recovered("zero")), with_interval(recovered("mean"))
+    kl = with_interval(lambda t: t["kl spliced"] / t["scored"])
     deviation = rows.usual.deviation()
-    with_massive = rows.usual.deviation(rows.massive)
     fvu = ratio(sums.error, deviation)
-    return Fidelity(
+    with_massive = sums.error + sums.massive_error, rows.usual.deviation(rows.massive)
+    fidelity = Fidelity(
         name=name,
         site=str(site),
         rows=sums.count,
@@ -175,7 +182,7 @@ def fidelity_of(
         massive_threshold=rows.threshold,
         fvu=fvu,
         explained_variance=1 - fvu,
-        fvu_with_massive=ratio(sums.error + sums.massive_error, with_massive),
+        fvu_with_massive=ratio(*with_massive),
         cosine=sums.cosine / max(sums.count, 1),
         l2_ratio=sums.l2_ratio / max(sums.count, 1),
         **sums.shares(),
@@ -183,13 +190,13 @@ def fidelity_of(
         ce_spliced=per_position("spliced"),
         ce_mean_ablated=per_position("mean"),
         ce_zero_ablated=per_position("zero"),
-        ce_recovered=share("zero"),
-        ce_recovered_interval=interval(recovered("zero")),
-        ce_recovered_mean=share("mean"),
-        ce_recovered_mean_interval=interval(recovered("mean")),
-        ce_increase_interval=interval(lambda t: (t["spliced"] - t["clean"]) / t["scored"]),
-        kl=per_position("kl spliced"),
-        kl_interval=interval(lambda t: t["kl spliced"] / t["scored"]),
+        ce_recovered=from_zero[0],
+        ce_recovered_interval=from_zero[1],
+        ce_recovered_mean=from_mean[0],
+        ce_recovered_mean_interval=from_mean[1],
+        ce_increase_interval=with_interval(lambda t: (t["spliced"] - t["clean"]) / t["scored"])[1],
+        kl=kl[0],
+        kl_interval=kl[1],
         kl_mean_ablated=per_position("kl mean"),
         kl_zero_ablated=per_position("kl zero"),
         fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
@@ -197,12 +204,12 @@ def fidelity_of(
         kl_per_document=losses["kl spliced"].tolist(),
         ce_increase_per_document=(losses["spliced"] - losses["clean"]).tolist(),
     )
+    return Measured(fidelity, losses)
 
 
-def from_plain(
-    one: Fidelity, plain: Fidelity, own: Losses, of_plain: Losses, bootstrap: Bootstrap
-) -> FromPlain:
+def from_plain(one: Measured, plain: Measured, bootstrap: Bootstrap) -> FromPlain:
     """The difference of two dictionaries of a site, with intervals of the difference itself."""
+    own, of_plain = one.losses, plain.losses
     used = {
         "scored": own["scored"],
         "range": own["zero"] - own["clean"],
@@ -210,11 +217,11 @@ def from_plain(
         "kl": own["kl spliced"] - of_plain["kl spliced"],
     }
     return FromPlain(
-        plain=plain.name,
-        fvu=one.fvu - plain.fvu,
-        ce_recovered=one.ce_recovered - plain.ce_recovered,
+        plain=plain.fidelity.name,
+        fvu=one.fidelity.fvu - plain.fidelity.fvu,
+        ce_recovered=one.fidelity.ce_recovered - plain.fidelity.ce_recovered,
         ce_recovered_interval=bootstrap.interval(lambda t: t["ce"] / t["range"], used),
-        kl=one.kl - plain.kl,
+        kl=one.fidelity.kl - plain.fidelity.kl,
         kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
     )
 

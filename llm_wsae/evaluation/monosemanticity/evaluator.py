@@ -1,28 +1,17 @@
 """Are the latents of dictionaries monosemantic? Measured on held-out text, without an LLM judge.
 
-Three kinds of evidence, which can disagree and are therefore reported together:
-
-- latents one by one (``latents``): do the tokens and texts on which a latent fires have
-  something in common?
-- concepts with known truth (``probing``): does a latent stand for a concept, and for nothing
-  else?
-- other seeds (``pw_mcc``): are the same latents found again?
-
-A ``MonosemanticityEvaluator`` reads the text once: the forward pass, the embeddings of windows and
-the probes of the activations are shared by all dictionaries, together or one after the other.
+Two kinds of evidence, which can disagree and are therefore reported together: latents one by one
+(``latents``: do the tokens and texts on which a latent fires have something in common?) and
+concepts with known truth (``probing``: does a latent stand for a concept, and for nothing else?).
+The forward pass, the embeddings of windows and the probes of the activations are shared by all
+dictionaries, together or one after the other.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import combinations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
@@ -45,13 +34,11 @@ from llm_wsae.evaluation.monosemanticity.latents import (
     read_units,
 )
 from llm_wsae.evaluation.monosemanticity.probing import (
-    Columns,
     SiteProbes,
     probe_latents,
     probe_site,
 )
 from llm_wsae.evaluation.monosemanticity.report import (
-    ConceptSummary,
     DictionaryScores,
     MonosemanticReport,
     latent_means,
@@ -61,8 +48,6 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize
-
-MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hours too
 
 
 class MonosemanticityEvaluator:
@@ -91,7 +76,9 @@ class MonosemanticityEvaluator:
         embeddings = WindowEmbeddings(text, model.tokenizer, encoder, config.before, config.after)
         self._scorer = LatentScorer(text, tokens, embeddings, config)
         found = concepts_of(text, model.tokenizer, config)
-        self._kinds, self._concepts = [u for u, _ in found], [own for _, own in found]
+        self._kinds, self._concepts = [units for units, _ in found], [own for _, own in found]
+        self._names = [name for one in self._concepts for name in one.names]
+        self._families = [family for one in self._concepts for family in one.families]
         self._probes: dict[tuple[Site, float], SiteProbes] = {}
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
@@ -100,20 +87,24 @@ class MonosemanticityEvaluator:
         Raises UsageError if there is none or one does not fit the model.
         """
         check_fit(dictionaries, self._model, "score")
-        by_site: dict[Site, list[Dictionary]] = defaultdict(list)
-        for dictionary in dictionaries.values():
-            by_site[dictionary.site].append(dictionary)
+        sites = sorted({one.site for one in dictionaries.values()})
         thresholds = {
-            site: self._activations.massive_threshold(site, own) for site, own in by_site.items()
+            site: self._activations.massive_threshold(
+                site, [one for one in dictionaries.values() if one.site == site]
+            )
+            for site in sites
         }
-        probes = self._site_probes(thresholds)
+        new = {site: at for site, at in thresholds.items() if (site, at) not in self._probes}
+        for site, x in read_units(self._activations, new, self._kinds).items() if new else ():
+            self._probes[site, new[site]] = probe_site(self._concepts, x, self._config.seed)
+        probes = {site: self._probes[site, at] for site, at in thresholds.items()}
         recorders = {
             name: self._scorer.recorder(
                 on_device_of(self._model, one), thresholds[one.site], self._kinds
             )
             for name, one in dictionaries.items()
         }
-        for batch in self._activations.rows(sorted(by_site)):
+        for batch in self._activations.rows(sites):
             for recorder in recorders.values():
                 recorder.add(batch)
         scores = {
@@ -121,13 +112,6 @@ class MonosemanticityEvaluator:
             for name, recorder in recorders.items()
         }
         return self._report(dictionaries, scores, probes)
-
-    def _site_probes(self, thresholds: Mapping[Site, float]) -> dict[Site, SiteProbes]:
-        """Probes of the activations at every site, each trained once."""
-        new = {s: at for s, at in sorted(thresholds.items()) if (s, at) not in self._probes}
-        for site, x in read_units(self._activations, new, self._kinds).items() if new else ():
-            self._probes[site, new[site]] = probe_site(self._concepts, x, self._config.seed)
-        return {site: self._probes[site, at] for site, at in thresholds.items()}
 
     def _scores(self, name: str, firings: Firings, site_probes: SiteProbes) -> DictionaryScores:
         dictionary, density = firings.dictionary, firings.density
@@ -137,7 +121,7 @@ class MonosemanticityEvaluator:
         allowed = [torch.ones_like(dense), *([~dense] if bool(dense.any()) else [])]
         decoder = dictionary.W_dec.detach().cpu()
         probed = probe_latents(site_probes, firings.tables(), decoder, allowed)
-        concepts = [self._summary(columns) for columns in probed]
+        concepts = [summarise(self._names, self._families, columns) for columns in probed]
         draws = (self._config.bootstraps, self._config.seed)
         return DictionaryScores(
             name=name,
@@ -157,11 +141,6 @@ class MonosemanticityEvaluator:
             resampled=resampled,
         )
 
-    def _summary(self, columns: Columns) -> ConceptSummary:
-        names = [name for one in self._concepts for name in one.names]
-        families = [family for one in self._concepts for family in one.families]
-        return summarise(names, families, columns)
-
     def _report(
         self,
         dictionaries: Mapping[str, Dictionary],
@@ -170,7 +149,12 @@ class MonosemanticityEvaluator:
     ) -> MonosemanticReport:
         text = self._scorer.text
         size = TextSize.of(text.document_of.numpy())
-        alive = {name: one.per_latent["density"] > 0 for name, one in scores.items()}
+        notes = [] if self._names else ["the text holds too few examples of any concept"]
+        notes += [
+            f"the text holds too few documents of any value of the label {label}"
+            for label in dict.fromkeys(self._config.labels)
+            if label not in self._families
+        ]
         return MonosemanticReport(
             model=self._model.identity(),
             corpus=self._corpus,
@@ -182,79 +166,9 @@ class MonosemanticityEvaluator:
             chance={"purity": self._scorer.chance()},
             sites={str(site): self._of_site(found) for site, found in probes.items()},
             dictionaries=scores,
-            consistency=consistency(dictionaries, alive),
-            notes=[*notes_on_weights(dictionaries, self._model), *self._notes(), *size.warnings()],
+            notes=[*notes_on_weights(dictionaries, self._model), *notes, *size.warnings()],
         )
 
     def _of_site(self, probes: SiteProbes) -> dict[str, Any]:
-        """What ``MonosemanticReport.sites`` holds for a site."""
-        found = self._summary(probes.columns)
+        found = summarise(self._names, self._families, probes.columns)
         return vars(found) | {"means": {key: one.mean for key, one in found.means.items()}}
-
-    def _notes(self) -> list[str]:
-        families = {family for one in self._concepts for family in one.families}
-        notes = [] if families else ["the text holds too few examples of any concept"]
-        return notes + [
-            f"the text holds too few documents of any value of the label {label}"
-            for label in dict.fromkeys(self._config.labels)
-            if label not in families
-        ]
-
-
-def consistency(
-    dictionaries: Mapping[str, Dictionary], alive: Mapping[str, Bool[Tensor, " d_sae"]]
-) -> dict[str, dict[str, Any]]:
-    """PW-MCC of every group of dictionaries that differ only in their seeds: ``dictionaries``,
-    ``pw_mcc``, and ``pw_mcc_alive`` over the ``alive`` latents."""
-    groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for name, dictionary in dictionaries.items():
-        info = dictionary.info
-        if info.seed is None:
-            continue
-        other = ("seed", "command", "versions")
-        training = {key: value for key, value in info.training.items() if key not in other}
-        alike = json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)
-        arm = info.name.removesuffix(f"-s{info.seed}")
-        groups[f"{info.site} {arm}", alike].setdefault(info.seed, name)
-    result: dict[str, dict[str, Any]] = {}
-    for (group, _), members in groups.items():
-        if len(members) < 2:
-            continue
-        if group in result:  # the same arm in another training
-            group = f"{group} ({', '.join(members.values())})"
-        names = [members[seed] for seed in sorted(members)]
-        decoders = [dictionaries[name].W_dec.detach() for name in names]
-        living = [one[alive[name]] for name, one in zip(names, decoders, strict=True)]
-        found = {"pw_mcc": pw_mcc(decoders), "pw_mcc_alive": pw_mcc(living)}
-        result[group] = {"dictionaries": names, **found}
-    return result
-
-
-def pw_mcc(decoders: Sequence[Float[Tensor, "_ d_in"]]) -> float:
-    """Mean over all pairs of decoders of ``matched_cosine``: the pairwise mean correlation
-    coefficient of Song et al. 2025 (arXiv 2505.20254). 1 for the same latents in any order; NaN for
-    fewer than two decoders."""
-    found = [matched_cosine(one, other) for one, other in combinations(decoders, 2)]
-    return sum(found) / len(found) if found else float("nan")
-
-
-def matched_cosine(
-    one: Float[Tensor, "d_one d_in"],
-    other: Float[Tensor, "d_other d_in"],
-    most_pairs: int = MOST_PAIRS,
-) -> float:
-    """Mean cosine of the rows, matched one to one so that their sum is largest (the Hungarian
-    method); unmatched rows do not count. NaN without rows.
-
-    For more than 2²⁷ pairs (11,585 rows each), only that many pairs are used, with rows of ``one``
-    drawn at random: the mean is then slightly too high, because fewer rows compete.
-    """
-    from scipy.optimize import linear_sum_assignment  # slow to import
-
-    most = max(1, most_pairs // max(1, len(other)))
-    if len(one) > most:
-        drawn = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))[:most]
-        one = one[drawn.to(one.device)]
-    cosines = (normalize(one, dim=1) @ normalize(other, dim=1).T).cpu().double().numpy()
-    rows, columns = linear_sum_assignment(cosines, maximize=True)
-    return float(cosines[rows, columns].mean()) if len(rows) else float("nan")

@@ -1,38 +1,32 @@
 """How well a dictionary's latents stand for concepts: probing, selectivity, absorption.
 
 Concepts of tokens and concepts of documents are tested on different units, but scored in the same
-way and reported together. What does not depend on a dictionary (dense probes, the best raw
-dimensions) is computed once per site.
+way and reported together. A table holds a number for each column (latent or dimension) and unit:
+[columns, units], sparse or dense.
 
 **Probes** are linear, in closed form, for all concepts at once. A direction is Fisher's
 discriminant: the inverse of the (slightly regularised) covariance of the training units, times the
-difference of the class means. Least squares on the labels gives the same direction, whatever the
-share of positives. It is tested on the documents of the other half, by the area under the ROC
-curve, which needs neither threshold nor intercept. Each half serves once for training and once for
-testing. Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) gives the probe only the best k
-columns: those with the largest correlation with the concept, the same order as by the F statistic.
-A table holds a number for each column (latent or dimension) and unit: [columns, units], sparse or
-dense.
+difference of the class means. It is tested on the documents of the other half, by the area under
+the ROC curve, which needs neither threshold nor intercept. Each half serves once for training and
+once for testing. Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) gives the probe only the
+best k columns: those with the largest correlation with the concept.
 
 **Removal.** The contributions of a concept's latents (activation × decoder row) are subtracted from
 the activations. A monosemantic dictionary then loses that concept and no other: selectivity is the
 drop in accuracy of the concept's own dense probe, minus the mean drop of all other concepts'
-probes, of both kinds. The probes are those of the unchanged activations. They are linear, so they
-need not be applied again: their scores fall by activation × (decoder row · probe direction).
-Accuracy is the mean over both classes at the probe's own threshold; the area under the ROC curve
-would hardly change where a probe is nearly perfect. The mean drop of all others is near 0, whatever
-is removed, so selectivity is nearly the own drop. *Spill* looks at the other side alone: what the
-five other concepts that are hit hardest lose, at the same own drop for every dictionary and
-concept.
+probes, of both kinds. The probes are those of the unchanged activations: their scores fall by
+activation × (decoder row · probe direction). Accuracy is the mean over both classes at the probe's
+own threshold; the area under the ROC curve would hardly change where a probe is nearly perfect.
+*Spill* looks at the other side alone: what the five other concepts that are hit hardest lose, at
+the same own drop for every dictionary and concept.
 
 **Absorption.** A latent for "begins with s" may stay silent on *short* because a latent for *short*
-contains the letter. It then looks like a latent for s and is none. Chanin et al. 2024 (arXiv
-2409.14507) found this and measured it on first letters. This is our own version, on our own probes
-of the words in a text; its numbers are not those of SAEBench. A letter's main latents are those
-that a sparse probe of it needs (``main_latents``). On tokens of the letter that the dense probe
-recognises, the letter is *missed* if no main latent is active, and *absorbed* if, in addition, one
-other latent contributes to the probe's score, by activation × (decoder row · probe direction), at
-least half of what separates the letter's mean score from that of all other words.
+contains the letter (Chanin et al. 2024, arXiv 2409.14507). This is our own version, on our own
+probes of the words in a text; its numbers are not those of SAEBench. A letter's main latents are
+those that a sparse probe of it needs (``main_latents``). On tokens of the letter that the dense
+probe recognises, the letter is *missed* if no main latent is active, and *absorbed* if, in
+addition, one other latent contributes to the probe's score at least half of what separates the
+letter's mean score from that of all other words.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +36,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.statistics.measures import LETTER
@@ -92,7 +87,7 @@ class Exam(NamedTuple):
 
     def accuracy(self) -> Float[Tensor, " concepts"]:
         """Of the dense probes."""
-        return accuracy(self.scores, self.split.counts, self.split.num_examples)
+        return _accuracy(self.scores, self.split.counts, self.split.num_examples)
 
 
 def auroc(
@@ -115,11 +110,9 @@ def auroc(
     return wins / (positive_counts.sum(1) * negative_counts.sum(1))
 
 
-def accuracy(
-    scores: Float[Tensor, "*_ items"], counts: Bool[Tensor, "*_ items"], num_examples: int
-) -> Float[Tensor, "*_"]:
-    """Mean share, of examples and of counterexamples, on the right side of 0: the first
-    ``num_examples`` items are examples. Only items in ``counts`` count."""
+def _accuracy(scores: Tensor, counts: Tensor, num_examples: int) -> Tensor:
+    """Mean share, of examples and of counterexamples, on the right side of 0. ``scores`` and
+    ``counts`` [..., items] are as in ``Split``."""
     right = torch.cat([scores[..., :num_examples] > 0, scores[..., num_examples:] <= 0], -1)
     shares = [
         (right & counts)[..., side].sum(-1).double() / counts[..., side].sum(-1)
@@ -170,13 +163,11 @@ def correlations(
 
 
 def best_columns(
-    score: Float[Tensor, "concepts columns"], allowed: Bool[Tensor, " columns"], count: int
+    score: Float[Tensor, "concepts columns"], allowed: Bool[Tensor, " columns"], count: int = _MOST
 ) -> Int[Tensor, "concepts count"]:
     """The ``count`` allowed columns of highest score, the best first; -1 where there are fewer."""
-    score = score.where(allowed, -torch.inf)
     lack = max(0, count - score.shape[1])
-    score = torch.nn.functional.pad(score, (0, lack), value=-torch.inf)
-    best = score.topk(count, dim=1)
+    best = pad(score.where(allowed, -torch.inf), (0, lack), value=-torch.inf).topk(count, dim=1)
     return best.indices.where(best.values > -torch.inf, -1)
 
 
@@ -195,9 +186,9 @@ class SelectedColumns(NamedTuple):
         columns = chosen[chosen >= 0].unique()
         taken = table.index_select(0, columns)
         dense = taken.to_dense() if taken.is_sparse else taken
-        values = torch.nn.functional.pad(dense.T, (0, 1)).contiguous()
         place = torch.searchsorted(columns, chosen.clamp(min=0).contiguous())
-        return cls(columns, values, place.where(chosen >= 0, len(columns)))
+        place = place.where(chosen >= 0, len(columns))
+        return cls(columns, pad(dense.T, (0, 1)).contiguous(), place)
 
 
 def sparse_probes(taken: SelectedColumns, split: Split, size: int) -> Float[Tensor, " concepts"]:
@@ -261,10 +252,14 @@ class _Case(NamedTuple):
     table: Float[Tensor, "columns units"]
     correlation: Float[Tensor, "concepts columns"]
 
-    def best(self, allowed: Tensor) -> Int[Tensor, "concepts most"]:
+    def main(self, allowed: Tensor) -> Int[Tensor, "concepts most"]:
         """The columns that correlate most, and positively: others would strengthen a concept."""
-        positive = self.correlation.where(self.correlation > 0, -torch.inf)
-        return best_columns(positive, allowed, _MOST)
+        return best_columns(self.correlation.where(self.correlation > 0, -torch.inf), allowed)
+
+    def areas(self, allowed: Tensor) -> Float[Tensor, "sizes concepts"]:
+        """Area under the ROC curve of probes on the best 1, 2 and 5 columns."""
+        taken = SelectedColumns.of(self.table, best_columns(self.correlation.abs(), allowed))
+        return torch.stack([sparse_probes(taken, self.exam.split, n) for n in PROBE_SIZES])
 
 
 def probe_site(
@@ -276,12 +271,11 @@ def probe_site(
     for one, rows in zip(concepts, x, strict=True):
         for exams, split in zip(halves, splits_of(one, seed), strict=True):
             exams.append(Exam(one.families, split, *dense_probes(rows, split)))
-    every = torch.ones(x[0].shape[1] if x else 0, dtype=torch.bool)
-    best = _sparse_probes(_cases(halves, [rows.T for rows in x]), every)
     areas = [_joined(exam.split.test(exam.scores) for exam in exams) for exams in halves]
     accuracies = [_joined(exam.accuracy() for exam in exams) for exams in halves]
-    columns = {"dense": _mean(areas), "accuracy": _mean(accuracies)}
-    return SiteProbes(halves, columns | dict(zip(_BEST, best, strict=True)))
+    every = torch.ones(x[0].shape[1] if x else 0, dtype=torch.bool)
+    best = _best(_cases(halves, [rows.T for rows in x]), every)
+    return SiteProbes(halves, {"dense": _mean(areas), "accuracy": _mean(accuracies), **best})
 
 
 def probe_latents(
@@ -302,23 +296,24 @@ def probe_latents(
 
 
 def _scores(halves: list[list[_Case]], decoder: Tensor, allowed: Tensor) -> Columns:
-    best = _sparse_probes(halves, allowed)
-    areas = best.split([len(case.exam.families) for case in halves[0]], 1)
+    best = _best(halves, allowed)
+    of_kinds = torch.stack(list(best.values())).split([len(c.exam.families) for c in halves[0]], 1)
     drops: dict[int, list[Tensor]] = {size: [] for size in PROBE_SIZES}
     absorbed = []
     for cases in halves:
-        nothing = torch.zeros(0, _MOST, dtype=torch.long)
-        sets = torch.cat([nothing, *(case.best(allowed) for case in cases)])
+        main = [case.main(allowed) for case in cases]
+        sets = torch.cat([torch.zeros(0, _MOST, dtype=torch.long), *main])
         for size, found in drops.items():
             parts = (falls(sets[:, :size], decoder, case.exam, case.table) for case in cases)
             found.append(_joined(parts, len(sets)))
-        pairs = zip(cases, areas, strict=True)
-        absorbed.append(_joined((absorption(*pair, allowed, decoder) for pair in pairs), 2))
+        needed = zip(cases, map(main_latents, main, of_kinds), strict=True)
+        parts = (absorption(c.exam, c.table, own, allowed, decoder) for c, own in needed)
+        absorbed.append(_joined(parts, 2))
     by_size = {size: _mean(found) for size, found in drops.items()}
     own_fall = by_size[_MOST].diagonal()
     others_fall = (by_size[_MOST].sum(1) - own_fall) / (len(own_fall) - 1)  # NaN without others
     missed, taken = _mean(absorbed)
-    return dict(zip(_BEST, best, strict=True)) | {
+    return best | {
         "selectivity": own_fall - others_fall,
         "own_fall": own_fall,
         "others_fall": others_fall,
@@ -338,15 +333,9 @@ def _cases(halves: list[list[Exam]], tables: Sequence[Tensor]) -> list[list[_Cas
     ]
 
 
-def _sparse_probes(halves: list[list[_Case]], allowed: Tensor) -> Float[Tensor, "sizes concepts"]:
-    """Area under the ROC curve of probes on the best 1, 2 and 5 columns, mean of both halves."""
-
-    def areas(case: _Case) -> Tensor:
-        chosen = best_columns(case.correlation.abs(), allowed, _MOST)
-        taken = SelectedColumns.of(case.table, chosen)
-        return torch.stack([sparse_probes(taken, case.exam.split, n) for n in PROBE_SIZES])
-
-    return _mean([_joined(map(areas, cases), len(PROBE_SIZES)) for cases in halves])
+def _best(halves: list[list[_Case]], allowed: Tensor) -> Columns:
+    areas = [_joined((case.areas(allowed) for case in cases), len(_BEST)) for cases in halves]
+    return dict(zip(_BEST, _mean(areas), strict=True))
 
 
 def _joined(parts: Iterable[Tensor], *shape: int) -> Float[Tensor, "*shape concepts"]:
@@ -370,8 +359,7 @@ def falls(
     """
     taken = SelectedColumns.of(table, removed)
     # What an activation of 1 of each latent adds to each concept's score; 0 for "no latent".
-    share = decoder[taken.columns].float() @ exam.directions
-    share = torch.nn.functional.pad(share, (0, 0, 0, 1))
+    share = pad(decoder[taken.columns].float() @ exam.directions, (0, 0, 0, 1))
     is_removed = torch.zeros(len(removed), len(share))
     is_removed.scatter_(1, taken.place, 1.0)
     split = exam.split
@@ -379,7 +367,7 @@ def falls(
     for concept, (items, scores) in enumerate(zip(split.items, exam.scores, strict=True)):
         lost = (taken.values[items] * share[:, concept]) @ is_removed.T  # [items, sets]
         left = (scores[:, None] - lost).T
-        after.append(accuracy(left, split.counts[concept], split.num_examples))
+        after.append(_accuracy(left, split.counts[concept], split.num_examples))
     return exam.accuracy() - torch.stack(after, 1)
 
 
@@ -406,44 +394,6 @@ def spill(by_size: Mapping[int, Float[Tensor, "concepts concepts"]]) -> Float[Te
     return found
 
 
-def absorption(
-    case: _Case,
-    area: Float[Tensor, "sizes concepts"],
-    allowed: Bool[Tensor, " d_sae"],
-    decoder: Float[Tensor, "d_sae d_in"],
-) -> Float[Tensor, "2 concepts"]:
-    """Shares of each letter's recognised examples that are missed, and that are absorbed by one
-    other of the ``allowed`` latents; ``area`` is that of sparse probes of 1, 2 and 5 latents.
-
-    NaN for a concept that is no letter or without a recognised example, and where units are more
-    than one row, so that the table is not sparse.
-    """
-    exam, table, found = case.exam, case.table, torch.full_like(area[:2], torch.nan)
-    letters = [n for n, family in enumerate(exam.families) if family == LETTER]
-    if not (table.is_sparse and letters):
-        return found
-    main = main_latents(case.best(allowed), area)
-    columns, units = table.indices()
-    contributions = decoder.float() @ exam.directions[:, letters]
-    n = exam.split.num_examples
-    for number, concept in enumerate(letters):
-        score, counts = exam.scores[concept], exam.split.counts[concept]
-        examples = exam.split.items[concept, :n][(score[:n] > 0) & counts[:n]]
-        apart = score[:n][counts[:n]].mean() - score[n:][counts[n:]].mean()
-        is_example = _marked(examples, table.shape[1])
-        of_examples = is_example[units].nonzero().squeeze(1)
-        unit, column = units[of_examples], columns[of_examples]
-        is_main = _marked(main[concept][main[concept] >= 0], len(decoder))[column]
-        heard = torch.zeros(len(is_example)).index_add_(0, unit, is_main.float()) > 0
-        speaks = table.values()[of_examples] * contributions[column, number]
-        speaks = speaks.where(allowed[column] & ~is_main, -torch.inf)
-        loudest = torch.zeros(len(is_example)).scatter_reduce_(0, unit, speaks, "amax")
-        silent = ~heard[examples]
-        taken = silent & (loudest[examples] >= _SHARE * apart) & (apart > 0)
-        found[0, concept], found[1, concept] = silent.double().mean(), taken.double().mean()
-    return found
-
-
 def main_latents(
     best: Int[Tensor, "concepts most"], area: Float[Tensor, "sizes concepts"]
 ) -> Int[Tensor, "concepts most"]:
@@ -455,7 +405,39 @@ def main_latents(
     return best.where(torch.arange(_MOST) < needed[:, None], -1)
 
 
-def _marked(numbers: Tensor, count: int) -> Bool[Tensor, " count"]:
-    marks = torch.zeros(count, dtype=torch.bool)
-    marks[numbers] = True
-    return marks
+def absorption(
+    exam: Exam,
+    table: Float[Tensor, "d_sae units"],
+    main: Int[Tensor, "concepts most"],
+    allowed: Bool[Tensor, " d_sae"],
+    decoder: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, "2 concepts"]:
+    """Shares of each letter's recognised examples that are missed by its ``main`` latents, and that
+    are absorbed by one other of the ``allowed`` ones.
+
+    NaN for a concept that is no letter or without a recognised example, and where units are more
+    than one row, so that the table is not sparse.
+    """
+    found = torch.full((2, len(exam.families)), torch.nan, dtype=torch.float64)
+    letters = [n for n, family in enumerate(exam.families) if family == LETTER]
+    if not (table.is_sparse and letters):
+        return found
+    columns, units = table.indices()
+    contributions = decoder.float() @ exam.directions[:, letters]
+    n = exam.split.num_examples
+    for number, concept in enumerate(letters):
+        score, counts = exam.scores[concept], exam.split.counts[concept]
+        examples = exam.split.items[concept, :n][(score[:n] > 0) & counts[:n]]
+        apart = score[:n][counts[:n]].mean() - score[n:][counts[n:]].mean()
+        nothing = torch.zeros(table.shape[1])
+        of_examples = nothing.index_fill(0, examples, 1)[units].nonzero()[:, 0]
+        unit, column = units[of_examples], columns[of_examples]
+        is_main = torch.isin(column, main[concept])
+        heard = nothing.index_add(0, unit, is_main.float()) > 0
+        speaks = table.values()[of_examples] * contributions[column, number]
+        speaks = speaks.where(allowed[column] & ~is_main, -torch.inf)
+        loudest = nothing.scatter_reduce(0, unit, speaks, "amax")
+        silent = ~heard[examples]
+        taken = silent & (loudest[examples] >= _SHARE * apart) & (apart > 0)
+        found[0, concept], found[1, concept] = silent.double().mean(), taken.double().mean()
+    return found

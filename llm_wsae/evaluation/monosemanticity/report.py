@@ -20,7 +20,7 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import LETTER, MONOSEMANTICITY
 from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
-from llm_wsae.terminal import Table, printable
+from llm_wsae.terminal import Table
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,6 @@ class MonosemanticReport:
     """Per site, how well probes of the activations themselves do (``probing.SiteProbes``):
     ``means``, ``families`` and ``concepts``."""
     dictionaries: dict[str, DictionaryScores]
-    consistency: dict[str, dict[str, Any]]
-    """For dictionaries that differ only in their seed: ``dictionaries``, ``pw_mcc``, and
-    ``pw_mcc_alive`` over the latents that fired."""
     notes: list[str] = field(default_factory=list)
     text: str = "held-out text"
     """What was read, in words."""
@@ -142,19 +139,12 @@ class MonosemanticReport:
                 f"all dimensions, {means['best_1']:.3f} from the best dimension, "
                 f"{means['best_5']:.3f} from the best five."
             )
-        for group, found in self.consistency.items():
-            lines.append(
-                f"{printable(group)}: agreement of {len(found['dictionaries'])} seeds (PW-MCC, "
-                f"mean cosine of matched latents): {found['pw_mcc']:.3f} over all latents, "
-                f"{found['pw_mcc_alive']:.3f} over those that fired."
-            )
         return lines + [f"note: {note}" for note in self.notes]
 
 
 def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
-    """The numbers of one dictionary, JSON-able: ``value`` with its 95 % ``interval`` and, where
-    there is one, its ``control``: the purity of random contexts, or probes on the best
-    dimensions."""
+    """The numbers of one dictionary, as a ``Measure`` reads them, JSON-able. ``control`` is the
+    purity of random contexts, or probes on the best dimensions."""
     scores = report.dictionaries[name]
     controls = {"purity": report.chance["purity"], **report.sites[scores.site]["means"]}
     letters = scores.concepts.families.get(LETTER)
@@ -173,10 +163,8 @@ def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
 
 
 def mean_of(values: Float[Tensor, " items"], bootstrap: Bootstrap, total: int) -> Mean:
-    """Mean and interval of the values that are not NaN, out of ``total`` latents or concepts.
-
-    ``bootstrap`` resamples the items.
-    """
+    """Mean and interval of the values that are not NaN, out of ``total`` latents or concepts;
+    ``bootstrap`` resamples the items."""
     there = ~values.isnan()
     count = int(there.sum())
     if not count:
@@ -187,10 +175,8 @@ def mean_of(values: Float[Tensor, " items"], bootstrap: Bootstrap, total: int) -
 
 
 def mean_of_families(values: Float[Tensor, " concepts"], families: Sequence[str]) -> Mean:
-    """Mean over families of the mean of their concepts that are not NaN.
-
-    The interval is Student's over the families; over the concepts where there is one family only,
-    NaN where there is one concept.
+    """Mean over families of the mean of their concepts that are not NaN. The interval is Student's
+    over the families; over the concepts where there is one family, NaN where there is one concept.
     """
     by_family: dict[str, list[float]] = {}
     for value, family in zip(values.double().tolist(), families, strict=True):
@@ -217,11 +203,8 @@ def latent_means(
     resamplings: int,
     seed: int,
 ) -> dict[str, Mean]:
-    """Means of every score over the eligible latents.
-
-    The interval of detection also covers the choice of documents: ``resampled`` is each latent's
-    detection on resamplings of them.
-    """
+    """Means of every score over the eligible latents. The interval of detection also covers the
+    choice of documents: ``resampled`` is each latent's detection on resamplings of them."""
     bootstrap = Bootstrap(max(int(eligible.sum()), 1), resamplings, seed)
     total = len(eligible)
     found = {name: mean_of(values[eligible], bootstrap, total) for name, values in scores.items()}

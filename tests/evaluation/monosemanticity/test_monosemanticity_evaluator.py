@@ -5,7 +5,6 @@ dictionary, and how alike those of several seeds are.
 import dataclasses
 import json
 import math
-from itertools import permutations
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from evaluation_cases import (
 )
 from looping import over
 from scipy import stats
-from torch.nn.functional import normalize
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
@@ -33,11 +31,7 @@ from llm_wsae.evaluation.checks import common_packing
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import ActivationCache, HeldoutText
 from llm_wsae.evaluation.monosemanticity.concepts import units_of_documents, units_of_tokens
-from llm_wsae.evaluation.monosemanticity.evaluator import (
-    MonosemanticityEvaluator,
-    matched_cosine,
-    pw_mcc,
-)
+from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.latents import Firings, read_units
 from llm_wsae.evaluation.monosemanticity.report import card_numbers, mean_of_families
 from llm_wsae.model.site import Site
@@ -188,21 +182,6 @@ def test_massive_rows_are_counted_and_left_out(corpus):
     assert found.per_latent["purity"][3].isnan() and found.latents["purity"].count == NUM_WORDS - 1
 
 
-def test_seeds_are_compared_with_each_other(model, corpus):
-    """Other widths are other dictionaries, whatever their names; of twins one is enough."""
-    named = {"one": one_latent_a_word(seed=0), "two": one_latent_a_word(seed=7),
-             "twin": one_latent_a_word(seed=0), "other": one_latent_for_four_words(),
-             "small": dictionary(torch.eye(WIDTH)[:10], "words", seed=3)}  # fmt: skip
-    found = scored(named, model, corpus)
-    ((group, numbers),) = found.consistency.items()
-    assert group == f"{SITE} words" and numbers["dictionaries"] == ["one", "two"]
-    assert numbers["pw_mcc_alive"] == pytest.approx(1)
-    assert numbers["pw_mcc"] == pytest.approx(NUM_WORDS / WIDTH)  # dead latents agree with none
-    assert f"matched latents): {numbers['pw_mcc']:.3f} over all latents" in found.table()
-    strange = dataclasses.replace(found, consistency={"words\x1b]0;mine\x07": numbers}).table()
-    assert "\x1b" not in strange and "\x07" not in strange
-
-
 def test_a_dictionary_that_never_fires_has_no_scores(model, tmp_path):
     """Here on text without labels, which has concepts of tokens only."""
     lines = planted_text(tmp_path / "labelled.jsonl").read_text().splitlines()
@@ -294,27 +273,3 @@ def test_activations_and_latents_are_averaged_over_units(massive, corpus):
     assert firings.num_rows == int(usable.sum())
     counts = torch.bincount(text.token[usable], minlength=one.d_sae)
     assert torch.equal(firings.counts, counts)
-
-
-def decoder(seed, rows=6):
-    return torch.randn(rows, 9, generator=torch.Generator().manual_seed(seed))
-
-
-def test_agreement_is_the_mean_over_pairs_of_the_best_matching():
-    parts = [decoder(seed) for seed in range(3)]
-    pairs = [matched_cosine(parts[i], parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert pw_mcc(parts) == pytest.approx(sum(pairs) / 3)
-    assert math.isnan(pw_mcc(parts[:1])) and math.isnan(pw_mcc([part[:0] for part in parts]))
-    cosines = normalize(parts[0], dim=1) @ normalize(parts[1], dim=1).T
-    orders = map(list, permutations(range(6)))
-    best = max(float(cosines[torch.arange(6), order].mean()) for order in orders)
-    assert pairs[0] == pytest.approx(best, abs=1e-6)
-    # perfect for a permuted and scaled copy, but a latent is not its opposite
-    one = decoder(0, 60)
-    other = one[torch.randperm(60, generator=torch.Generator().manual_seed(1))] * 3
-    assert pw_mcc([one, other]) == pytest.approx(1, abs=1e-6) and pw_mcc([one, -other]) < 0.7
-    # of too many rows, ten of sixty are matched
-    assert matched_cosine(one, other, most_pairs=600) == pytest.approx(1, abs=1e-6)
-    other = decoder(1, 60)
-    whole = matched_cosine(one, other)
-    assert whole < matched_cosine(one, other, most_pairs=600) < whole + 0.2
