@@ -66,14 +66,15 @@ def test_a_few_tokens_are_taken_from_two_contexts_and_too_few_are_an_error(model
 
 def test_rows_are_the_kept_positions(model, tmp_path):
     text = take(model, tmp_path, [(40, {})] * 12, 300)
-    for row in range(0, text.num_rows, 7):
-        context = int(text.context[row])
-        position = int(text.cell[row]) - context * SIZE
-        assert int(text.row_at[context * SIZE + position]) == row
-        assert int(text.token[row]) == int(text.ids[context, position])
-        assert int(text.document_of[row]) == int(text.document[context, position])
-    assert int((text.row_at >= 0).sum()) == text.num_rows
-    assert (text.row_at.view(-1, SIZE)[:, 0] == -1).all()  # first positions give no row
+    at = text.keep.nonzero()
+    assert torch.equal(text.context, at[:, 0]) and torch.equal(
+        text.cell, at @ torch.tensor([SIZE, 1])
+    )
+    assert torch.equal(text.token, text.ids[text.keep])
+    assert torch.equal(text.document_of, text.document[text.keep])
+    assert torch.equal(text.row_at[text.cell], torch.arange(text.num_rows))
+    assert int((text.row_at >= 0).sum()) == text.num_rows == len(at)
+    assert not text.keep[:, 0].any()  # first positions give no row
 
 
 @over(room=(0, 1 << 12, 1 << 30))
@@ -109,18 +110,12 @@ def recording(threshold: float | None):
 def test_the_smallest_recorded_threshold_counts_and_the_text_is_measured_without_any():
     model = planted_model()
     ids = torch.randint(5, 20, (6, 8), generator=torch.Generator().manual_seed(0))
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    keep[:, 0] = False
-    cache = ActivationCache(model, ids, keep, batch_tokens=32)
-
-    def threshold(*recorded):
-        return cache.massive_threshold(AT, [recording(one) for one in recorded])
-
-    assert threshold(7.0, None, 5.0) == 5.0
-    # a recorded threshold costs no forward pass
-    assert not cache.kept(0, Site.parse("blocks.0.hook_resid_post"), lambda: torch.zeros(0)).numel()
-    norms = model.activations(ids, [AT])[AT][keep].norm(dim=1)
-    assert threshold(None, None) == pytest.approx(10 * float(norms.median()), rel=1e-6)
+    cache = ActivationCache(model, ids, ids >= 0, batch_tokens=32)
+    known = [recording(one) for one in (7.0, None, 5.0)]
+    assert cache.massive_threshold(AT, known) == 5.0
+    norms = model.activations(ids, [AT])[AT].norm(dim=2)
+    found = cache.massive_threshold(AT, [recording(None)])
+    assert found == pytest.approx(10 * float(norms.median()), rel=1e-6)
 
 
 def test_fidelity_and_monosemanticity_leave_out_the_same_rows(tmp_path):

@@ -65,12 +65,11 @@ def planted_text(path: Path, documents: int = 80, words: int = 75) -> Path:
     return path
 
 
-def one_latent_a_word(name: str = "words", seed: int = 0) -> Dictionary:
-    """Latent N fires for word N alone; the last eight never do. The seed shuffles the latents."""
+def one_latent_a_word(name: str = "words") -> Dictionary:
+    """Latent N fires for word N alone; the last eight never do."""
     codes = torch.eye(WIDTH)
     codes[NUM_WORDS:] = 0
-    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(seed))
-    return dictionary(codes if seed == 0 else codes[order], name, seed)
+    return dictionary(codes, name)
 
 
 def one_latent_for_four_words(name: str = "four") -> Dictionary:
@@ -81,19 +80,15 @@ def one_latent_for_four_words(name: str = "four") -> Dictionary:
     return dictionary(codes, name)
 
 
-def dictionary(directions: torch.Tensor, name: str, seed: int = 0) -> Dictionary:
+def dictionary(directions: torch.Tensor, name: str) -> Dictionary:
     """The strongest of some directions explains a row."""
-    d_sae = len(directions)
-    lengths = directions.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    arm = name if seed == 0 else f"{name}-s{seed}"
-    info = DictionaryInfo(site=SITE, name=arm, seed=seed, store={"packing": PACKING})
     return Dictionary(
         W_enc=directions.T.clone(),
-        W_dec=directions / lengths,
-        b_enc=torch.zeros(d_sae),
+        W_dec=directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-6),
+        b_enc=torch.zeros(len(directions)),
         b_dec=torch.zeros(directions.shape[1]),
         sparsity=TopK(1),
-        info=info,
+        info=DictionaryInfo(site=SITE, name=name, seed=0, store={"packing": PACKING}),
     )
 
 

@@ -214,19 +214,6 @@ def test_a_resampling_without_any_scored_document_widens_nothing():
     assert (low, high) == same
 
 
-def test_random_latents_score_at_chance():
-    text = make_text(contexts=300)
-    codes = random_codes(text.num_rows, d_sae=200, k=4, seed=3)
-    config = MonosemanticConfig(top=5, sample=8, silent=300, before=2, after=2)
-    _, scores = scores_of(text, codes, config)
-    assert not scores["detection"].isnan().any()
-    # The standard error over 200 latents is about .007.
-    assert abs(float(scores["detection"].mean()) - 0.5) < 0.025
-    assert abs(float(scores["detection_without_tokens"].nanmean()) - 0.5) < 0.03
-    assert abs(float(scores["coherence"].mean())) < 0.01
-    assert float(scores["purity"].mean()) < 0.4
-
-
 def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
     """Half of the contexts speak of words 0-14, the others of 15-29; the latent fires in half of
     the former's rows."""
