@@ -1,9 +1,8 @@
 """What a language model said about latents: ``explanations.jsonl`` beside a dictionary's weights.
 
 The first line names the weights by their checksum, so that labels are never shown beside another
-dictionary, and holds the checksum of the other lines and its own. One line for every explained
-latent follows. The file may come from the Hub, so types are checked, and a text is only ever shown
-escaped.
+dictionary, and holds the checksum of the other lines, one for each explained latent, and its own.
+The file may come from the Hub, so types are checked, and a text is only ever shown escaped.
 """
 
 import gzip
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.artifact.files import Damaged, check_line, json_line, write_atomic, write_text
-from llm_wsae.dictionary.atomic_folder import writing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
     weights_checksum,
+    writing,
 )
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import mapping, pair, parsing, typed
@@ -104,7 +103,7 @@ def keep_explanations(
     """Store explanations in a dictionary's folder; older ones of other latents stay, as does what
     newer ones lack (``_joined``).
 
-    ``weights`` is ``Dictionary.weights_sha256`` of the dictionary that was explained. Raises as
+    ``weights`` is ``Dictionary.weights_sha256`` of what was explained. Raises as
     ``check_keeps_measurements`` and ``read_explanations`` do, and LlmWsaeError if the file cannot
     be written; it is then unchanged.
     """
@@ -115,12 +114,8 @@ def keep_explanations(
             known[one.latent] = _joined(known.get(one.latent), one)
         rows = [asdict(known[latent]) for latent in sorted(known)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        head = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "weights_sha256": weights_checksum(folder),
-            _LINES: _sha256(lines),
-        }
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        head |= {"weights_sha256": weights_checksum(folder), _LINES: _sha256(lines)}
         write_text(Path(folder) / EXPLANATIONS, json_line(head) + lines)
 
 

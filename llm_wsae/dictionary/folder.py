@@ -7,19 +7,21 @@
     wsae.safetensors          gamma [d_in] or [d_in, d_in], statistics of the rows
     explanations.jsonl        what a language model said of its latents (``explanations``), if asked
 
-The folder is written under a temporary name and renamed, so half a dictionary is never found under
-its name. A dictionary may come from the Hub, so reading trusts nothing: every byte is compared with
-its checksum, and the names, shapes and numbers of the tensors are checked.
+A folder is written under a temporary name and renamed, one writer at a time, so half a dictionary
+is never found under its name. A dictionary may come from the Hub, so reading trusts nothing: every
+byte is compared with its checksum, and the names and numbers of the tensors are checked.
 """
 
+import fcntl
 import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from llm_wsae.artifact.files import (
     open_tensors,
     read_json,
     read_own_json,
+    refusals_to_write,
     remove_partials,
     save_tensors,
     sha256,
@@ -36,7 +39,6 @@ from llm_wsae.artifact.files import (
     write_text,
 )
 from llm_wsae.artifact.provenance import version_of
-from llm_wsae.dictionary.atomic_folder import replacing, restore, writing
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
@@ -74,8 +76,8 @@ class Content:
 
 
 def names_of(folders: Iterable[Path]) -> dict[str, Path]:
-    """Dictionary folders by the names to show: those of the folders, or whole paths where several
-    have the same name. Raises UsageError if there is none."""
+    """Dictionary folders by the names to show: their own, or whole paths where several have the
+    same. Raises UsageError if there is none."""
     different = dict.fromkeys(folders)
     if not different:
         raise UsageError("name at least one dictionary folder")
@@ -127,9 +129,9 @@ def write_folder(
 ) -> None:
     """Write a dictionary folder atomically, its matrices in ``dtype``.
 
-    Raises UsageError for a dtype that cannot be stored; LlmWsaeError if a weight is NaN or infinite
-    after rounding, if ``folder`` is not a dictionary or holds other files as well, or if it cannot
-    be written. What was there is then unchanged.
+    Raises UsageError for a dtype that cannot be stored, LlmWsaeError for weights that are not
+    finite once rounded, and if the folder cannot be written or holds anything but a dictionary.
+    What was there is then unchanged.
     """
     if dtype not in _DTYPES:
         raise UsageError(
@@ -139,7 +141,7 @@ def write_folder(
     # Vectors stay exact: they are small, and b_enc and threshold affect every row's selection.
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     check_finite({**stored, **extras}, f"the dictionary for {folder}")
-    with replacing(folder, check_replaceable) as new:
+    with _replacing(folder) as new:
         save_tensors(new / WEIGHTS, stored)
         save_tensors(new / EXTRAS, dict(extras))
         cfg = _saelens_config(d_in, d_sae, sparsity, info)
@@ -157,11 +159,8 @@ def write_folder(
 
 def copy_folder(source: Path, folder: Path) -> None:
     """Copy a dictionary folder byte for byte, atomically; an older dictionary is replaced. What was
-    said of the latents there stays if the weights are the same.
-
-    Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
-    """
-    with replacing(folder, check_replaceable) as new:
+    said of the latents there stays if the weights are the same. Raises as ``write_folder`` does."""
+    with _replacing(folder) as new:
         for name in (*_PROVED, INFO):
             write_atomic(new / name, functools.partial(shutil.copyfile, source / name))
         for place in (source, folder):  # the latter's stay
@@ -191,11 +190,84 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def weights_checksum(folder: Path) -> Any:
-    """The SHA-256 of the weights that a dictionary's description holds; None if it holds none.
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Let one process or thread at a time write to a folder that may be replaced; others wait.
 
-    Raises LlmWsaeError if the description cannot be read.
+    The lock is a file beside the folder, because a file inside would be replaced with it. Raises
+    LlmWsaeError if it cannot be made.
     """
+    folder = Path(os.path.realpath(folder))
+    path = folder.with_name(f".{folder.name}.writing")
+    with refusals_to_write(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(path)
+    with handle:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before the lock is released
+
+
+def _locked(path: Path) -> IO[str]:
+    while True:
+        handle = open(path, "a")  # noqa: SIM115 - held by the caller
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # the one who held it before deleted it
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
+                return handle
+        handle.close()
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """The path of a new folder, which replaces ``folder`` if the block succeeds.
+
+    After an error the old folder is unchanged; a kill between the two renames leaves both, and
+    ``restore`` brings the old one back.
+    """
+    with writing(folder):
+        _clear_up(folder)
+        check_replaceable(folder)
+        try:
+            yield _beside(folder, "new")
+            if folder.exists():
+                os.rename(folder, _beside(folder, "old"))
+            os.rename(_beside(folder, "new"), folder)
+        finally:
+            _clear_up(folder)
+
+
+def restore(folder: Path) -> None:
+    """Bring back a folder that a killed writer left renamed."""
+    if not os.path.lexists(folder) and _beside(folder, "old").exists():
+        clear_up(folder)
+
+
+def clear_up(folder: Path) -> None:
+    """``restore``, and delete what else a killed writer left beside the folder."""
+    if folder.parent.is_dir():
+        with writing(folder):
+            _clear_up(folder)
+
+
+def _clear_up(folder: Path) -> None:
+    old = _beside(folder, "old")
+    if old.exists() and not os.path.lexists(folder):
+        os.rename(old, folder)
+    for path in (old, _beside(folder, "new")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """Where the ``new`` folder is written, or the ``old`` one is moved, under the lock."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def weights_checksum(folder: Path) -> Any:
+    """The SHA-256 of the weights, as the folder's description gives it; None if it gives none.
+    Raises LlmWsaeError if it cannot be read."""
     return mapping(_described(folder).get("sha256")).get(WEIGHTS)
 
 
@@ -264,9 +336,7 @@ def sparsity_from_file(path: Path, settings: Any) -> Sparsity:
 
 def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
     """The content of ``wsae.json``, proved, and the part that says how the dictionary was made.
-
-    Raises LlmWsaeError if it is not one that this version wrote.
-    """
+    Raises LlmWsaeError if it is not one that this version wrote."""
     path = folder / INFO
     about = read_own_json(path, _INFO, WAY_OUT)
     if about.get("format") != FORMAT or about.get("format_version") != FORMAT_VERSION:
@@ -281,8 +351,8 @@ def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, as they are stored. Raises LlmWsaeError if it cannot be
-    read, and as ``check_finite`` does."""
+    """All tensors of a safetensors file. Raises LlmWsaeError if it cannot be read, and as
+    ``check_finite`` does."""
     with open_tensors(path, "file of tensors") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     check_finite(tensors, str(path))
@@ -290,8 +360,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises LlmWsaeError, beginning with ``where``, if a tensor is not of floating point or holds
-    NaN or infinite numbers."""
+    """Raises LlmWsaeError, which begins with ``where``, for whole numbers, NaN and infinity."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise LlmWsaeError(f"{where}: {name} is stored as {tensor.dtype}")
@@ -302,9 +371,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def check_keeps_measurements(folder: Path, weights: str | None = None) -> None:
-    """Raises UsageError for a folder that must not be written to: other tools' files are left
-    alone, and so are links, which lead into the Hub's cache. Raises LlmWsaeError if ``weights``,
-    the SHA-256 of the weights that something was found out about, is not that of the folder's."""
+    """Raises UsageError for another tool's folder, and for links, which lead into the Hub's cache;
+    LlmWsaeError if ``weights``, the SHA-256 of those measured, are no longer the folder's."""
     if not is_dictionary(folder):
         raise UsageError(
             f"{folder} was not saved by this package, so measurements cannot be kept in it"
@@ -330,9 +398,8 @@ def keep_measurements(
     of a dictionary's folder, replacing older ones of the same group.
 
     ``found`` may be a function that gives them from the metrics that are there. ``weights`` is
-    ``Dictionary.weights_sha256`` of the dictionary that was measured. Raises as
-    ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be read or written; it is
-    then unchanged.
+    ``Dictionary.weights_sha256`` of what was measured. Raises as ``check_keeps_measurements`` does,
+    and LlmWsaeError if the file cannot be read or written; it is then unchanged.
     """
     with writing(folder):
         check_keeps_measurements(folder, weights)

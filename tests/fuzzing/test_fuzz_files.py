@@ -2,9 +2,8 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,8 +52,7 @@ USUAL = 30
 """Random changes of each file."""
 
 
-@dataclass
-class Kind:
+class Kind(NamedTuple):
     """A kind of file: one of it, another one, and how the package reads it."""
 
     path: Path
@@ -71,13 +69,8 @@ def in_haste(no_sync):
 def kinds(made_world, tmp_path_factory) -> dict[str, Kind]:
     """One of every kind."""
     folder = shutil.copytree(made_world, tmp_path_factory.mktemp("fuzzed") / "world")
-    return {
-        **of_dictionaries(folder),
-        **of_stores(folder),
-        **of_trainings(folder),
-        **of_studies(folder),
-        **of_others(folder),
-    }
+    makers = of_dictionaries, of_stores, of_trainings, of_studies, of_others
+    return {name: kind for make in makers for name, kind in make(folder).items()}
 
 
 def of_dictionaries(folder: Path) -> dict[str, Kind]:
@@ -107,6 +100,9 @@ def of_stores(folder: Path) -> dict[str, Kind]:
     manifest.shards, manifest.statistics, manifest.complete = [], {}, False
     manifest.save(unfinished)
     store = ActivationStore.open(place)
+    whole, first, second = (
+        rows / f"{name}statistics.safetensors" for name in ("", "00000.", "00001.")
+    )
 
     def read_rows() -> torch.Tensor:
         reader = store.reader(PLACE)
@@ -115,37 +111,28 @@ def of_stores(folder: Path) -> dict[str, Kind]:
         return found
 
     def read_shards_statistics() -> Any:
-        path = rows / "00000.statistics.safetensors"
-        return read_statistics(path, store.manifest.all_files()[f"{SITE}/{path.name}"]).to_tensors()
+        record = store.manifest.all_files()[f"{SITE}/{first.name}"]
+        return read_statistics(first, record).to_tensors()
 
     def read_shards() -> Any:
         return complete_shards(unfinished, Manifest.load(unfinished))
 
+    def read_tokens() -> Any:
+        return ActivationStore.open(place).contexts(0)
+
+    def read_whole() -> Any:
+        return store.statistics(PLACE).to_tensors()
+
+    one, third = (rows / f"0000{n}.safetensors" for n in (0, 2))
+    records = unfinished / "shards"
+    manifests = place / MANIFEST, unfinished / MANIFEST
     return {
-        "store, manifest": Kind(
-            place / MANIFEST, unfinished / MANIFEST, lambda: Manifest.load(place)
-        ),
-        "store, record of a shard": Kind(
-            unfinished / "shards/00000.json", unfinished / "shards/00001.json", read_shards
-        ),
-        "store, rows and their header": Kind(
-            rows / "00000.safetensors", rows / "00002.safetensors", read_rows
-        ),
-        "store, tokens": Kind(
-            place / tokens_path(0),
-            place / tokens_path(1),
-            lambda: ActivationStore.open(place).contexts(0),
-        ),
-        "store, statistics": Kind(
-            rows / "statistics.safetensors",
-            rows / "00001.statistics.safetensors",
-            lambda: store.statistics(PLACE).to_tensors(),
-        ),
-        "store, statistics of a shard": Kind(
-            rows / "00000.statistics.safetensors",
-            rows / "00001.statistics.safetensors",
-            read_shards_statistics,
-        ),
+        "store, manifest": Kind(*manifests, lambda: Manifest.load(place)),
+        "store, record of a shard": Kind(*sorted(records.glob("*.json"))[:2], read_shards),
+        "store, rows and their header": Kind(one, third, read_rows),
+        "store, tokens": Kind(place / tokens_path(0), place / tokens_path(1), read_tokens),
+        "store, statistics": Kind(whole, second, read_whole),
+        "store, statistics of a shard": Kind(first, second, read_shards_statistics),
     }
 
 
@@ -260,9 +247,8 @@ def test_random_damage(kinds, fuzz):
 def test_verify_finds_what_random_damage_does(fuzz, made_world, tmp_path):
     places = [shutil.copytree(made_world / name, tmp_path / name) for name in ("store", "trained")]
     for place in places:
-        files = [
-            path for path in sorted(place.rglob("*")) if path.is_file() and path.stat().st_size
-        ]
+        files = [path for path in sorted(place.rglob("*")) if path.is_file()]
+        files = [path for path in files if path.stat().st_size]
         for number, draw in fuzz.cases(f"verify {place.name}", USUAL):
             path, other = draw.choice(files), draw.choice(files)
             good = path.read_bytes()

@@ -34,8 +34,6 @@ from llm_wsae.model.site import Site
 from llm_wsae.terminal import printable, printable_json
 
 SITE = Site.parse("blocks.1.hook_resid_post")
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-CARD = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 SPARSITIES = {"topk": TopK(4), "relu": ReLU(), "jumprelu": JumpReLU()}
 
 
@@ -195,28 +193,25 @@ def test_promoted_tokens_are_those_whose_logits_grow(family):
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("device", ["cpu", CARD])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @over(kind=SPARSITIES)
-def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind, device):
-    one, moved = dictionary_for(model, kind), dictionary_for(model, kind).to(device)
+def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind):
+    one, moved = dictionary_for(model, kind), dictionary_for(model, kind).to("cuda")
     latents = (all_latents(store, one)[0] > 0).sum(0).argsort(descending=True)[:3].tolist()
-    expected, found = (
-        inspect(each, latents, store=store, model=model, text="w5 w17 w30", top=4)
-        for each in (one, moved)
-    )
+    asked = {"store": store, "model": model, "text": "w5 w17 w30", "top": 4}
+    expected, found = (inspect(each, latents, **asked) for each in (one, moved))
     assert found.latents == expected.latents and found.latents[0].firing.density > 0
-    assert found.tokens is not None and expected.tokens is not None
     for token, other in zip(found.tokens, expected.tokens, strict=True):
         assert [a.latent for a in token.latents] == [a.latent for a in other.latents]
-        assert [a.activation for a in token.latents] == pytest.approx(
-            [a.activation for a in other.latents], rel=1e-2
-        )
-    assert moved.W_enc.device.type == device  # it is left where it was
-    assert (moved.on_cpu() is moved) == (device == "cpu")
+        activations = [a.activation for a in other.latents]
+        assert [a.activation for a in token.latents] == pytest.approx(activations, rel=1e-2)
+    assert moved.W_enc.device.type == "cuda"  # it is left where it was
 
 
 def test_words_are_the_best_and_the_worst_tokens(model):
     one = dictionary_for(model)
+    assert one.on_cpu() is one
     (view,) = inspect(one, [3], model=model).latents
     logits = Readout(model).logits(one.W_dec[[3]])[0]
     assert [w.id for w in view.promotes] == logits.argsort(descending=True)[:10].tolist()
@@ -238,12 +233,10 @@ def test_sentence(model):
     dense = one.encode(model.activations(torch.tensor([ids]), [SITE])[SITE][0])
     dense[[0, 1, 4]] = 0  # not trained on: the first positions, and special tokens
     for own, token in zip(dense, tokens, strict=True):
-        values = own.sort(descending=True)
-        fire = int((own > 0).sum())
-        assert [a.latent for a in token.latents] == values.indices[:fire].tolist()
-        assert [a.activation for a in token.latents] == pytest.approx(
-            values.values[:fire].tolist(), rel=1e-4
-        )
+        values, latents = (part[: int((own > 0).sum())] for part in own.sort(descending=True))
+        assert [a.latent for a in token.latents] == latents.tolist()
+        activations = pytest.approx(values.tolist(), rel=1e-4)
+        assert [a.activation for a in token.latents] == activations
     strongest = tokens[2].latents[0]
     lines = sentence_text(tokens, [strongest.latent, 79]).splitlines()
     assert f"{strongest.latent} {strongest.activation:.2f}" in lines[3]
@@ -323,9 +316,8 @@ def test_what_is_printed_is_printable(store, model):
     one = dictionary_for(model)
     dense, _ = all_latents(store, one)
     latents = (dense > 0).sum(0).argsort(descending=True)[:2].tolist()
-    views = inspect(
-        one, latents, store=store, model=with_hostile_tokens(model, "\x1b]0;1\x07"), top=3
-    ).latents
+    hostile = with_hostile_tokens(model, "\x1b]0;1\x07")
+    views = inspect(one, latents, store=store, model=hostile, top=3).latents
     text = latents_text(one, views)
     assert all(line.isprintable() for line in text.splitlines())
     assert r"«\x1b]0;" in text

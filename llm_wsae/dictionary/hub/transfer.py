@@ -27,7 +27,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from llm_wsae.artifact.artifact import check_file, is_record_of
 from llm_wsae.artifact.files import folder_lock, read_json
 from llm_wsae.artifact.provenance import write_record
-from llm_wsae.dictionary.atomic_folder import clear_up
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
@@ -35,6 +34,7 @@ from llm_wsae.dictionary.folder import (
     INFO,
     WEIGHTS,
     check_replaceable,
+    clear_up,
     copy_folder,
     is_dictionary,
     keep_measurements,
