@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.store import ActivationStore
@@ -160,12 +158,16 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     """
     model.check_site(dictionary.site)
     check_width(model, dictionary)
-    ids = token_ids(model, dictionary, text)
-    hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
-    codes = dictionary.encode_sparse(hidden.float().to(dictionary.W_enc.device))
-    values = codes.values.cpu() * _explained(model, dictionary, torch.tensor(ids), hidden)[:, None]
+    ids = torch.tensor(token_ids(model, dictionary, text))
+    hidden = model.activations(ids[None], [dictionary.site])[dictionary.site][0].cpu().float()
+    codes = dictionary.encode_sparse(hidden.to(dictionary.W_enc.device))
+    packing = PackConfig.remembered(dictionary.info.store.get("packing"))
+    trained_on = torch.arange(len(ids)) >= packing.drop_positions
+    if packing.drop_special:
+        trained_on &= ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids).long())
+    values = codes.values.cpu() * (trained_on & not_massive(dictionary, hidden))[:, None]
     vocabulary, tokens = Vocabulary(model.tokenizer), []
-    for token, *pair in zip(ids, codes.indices.tolist(), values.tolist(), strict=True):
+    for token, *pair in zip(ids.tolist(), codes.indices.tolist(), values.tolist(), strict=True):
         active = [Active(*one) for one in zip(*pair, strict=True) if one[1] > 0]
         active.sort(key=lambda one: -one.activation)
         tokens.append(Token(token, vocabulary.text(token), active))
@@ -173,11 +175,8 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
 
 
 def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[int]:
-    """The tokens of a text, after the model's BOS if the dictionary was trained with it.
-
-    Raises UsageError for a text without tokens or that is not Unicode, LlmWsaeError for a model
-    without a tokenizer or with that of another.
-    """
+    """The ids of ``read_sentence``. Raises UsageError for a text without tokens or that is not
+    Unicode, LlmWsaeError for a model without a tokenizer or with that of another."""
     if model.tokenizer is None:
         raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -203,17 +202,6 @@ def check_width(model: LanguageModel, dictionary: Dictionary) -> None:
             f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
             f"{model.d_model}; give the model that it was trained on"
         )
-
-
-def _explained(
-    model: LanguageModel, dictionary: Dictionary, ids: Tensor, hidden: Tensor
-) -> Bool[Tensor, " positions"]:
-    """The positions of the kind that the dictionary was trained on."""
-    packing = PackConfig.remembered(dictionary.info.store.get("packing"))
-    keep = torch.arange(len(ids)) >= packing.drop_positions
-    if packing.drop_special:
-        keep &= ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long))
-    return keep & not_massive(dictionary, hidden.float())
 
 
 def latents_text(dictionary: Dictionary, latents: Sequence[Latent]) -> str:

@@ -1,42 +1,17 @@
 """Ways to damage a dictionary's files, each the same every time.
 
-``BYTES`` are blind to what a file is; ``OTHER_VALUES`` take the place of each value in a
-configuration, one at a time; ``tensor_changes`` break what a file of tensors says.
+``OTHER_VALUES`` take the place of each value in a configuration, one at a time; ``tensor_changes``
+break what a file of tensors says.
 """
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-BYTES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda data: b"",
-    "eight bytes": lambda data: data[:8],
-    "half": lambda data: data[: len(data) // 2],
-    "the last byte cut off": lambda data: data[:-1],
-    "the first byte cut off": lambda data: data[1:],
-    "a hole": lambda data: data[: len(data) // 3] + data[len(data) // 2 :],
-    "zeros": lambda data: bytes(len(data)),
-    "zeros at the beginning": lambda data: bytes(16) + data[16:],
-    "zeros in the middle": lambda data: (
-        data[: len(data) // 2]
-        + bytes(len(data[len(data) // 2 :][:64]))
-        + data[len(data) // 2 + 64 :]
-    ),
-    "zeros at the end": lambda data: data[:-16] + bytes(16),
-    "every bit turned": lambda data: bytes(255 - byte for byte in data),
-    "more behind it": lambda data: data + b"x",
-    "twice": lambda data: data + data,
-    "a pointer of large files": lambda data: (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
-    ),
-}
-CUT = ("empty", "eight bytes", "half", "zeros", "a pointer of large files")
-"""Those after which nothing can be read from any file."""
 
 OTHER_VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2**31, 2**70, 10**400, 1.5, float("nan"), float("inf"), "", "x",

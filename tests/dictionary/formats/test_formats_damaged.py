@@ -10,7 +10,7 @@ import pytest
 import torch
 from foreign_folders import WRITERS, learning, place
 from looping import over
-from mutations import BYTES, CUT, OTHER_JSON, config_changes, tensor_changes, write
+from mutations import OTHER_JSON, config_changes, tensor_changes, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,14 +68,28 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def test_bytes_of_an_archive_that_are_cut_off_changed_or_another_files(tmp_path):
+def test_bytes_of_an_archive_that_are_cut_off_or_changed(tmp_path):
     folder = make(tmp_path, "learning-BatchTopKSAE")
     whole, path = Dictionary.load(folder), folder / "ae.pt"
-    data = path.read_bytes()
-    for name, mutation in BYTES.items():
-        path.write_bytes(mutation(data))
+    data, half = path.read_bytes(), path.stat().st_size // 2
+    for nothing in (b"", data[:8], data[:half], bytes(len(data))):
+        path.write_bytes(nothing)
+        assert outcome(folder) is None
+    flipped = (
+        data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :]
+        for at in range(0, len(data), 101)
+    )
+    for changed in (
+        data[:-1],
+        data[1:],
+        data + b"x",
+        data + data,
+        data[:-16] + bytes(16),
+        *flipped,
+    ):
+        path.write_bytes(changed)
         found = outcome(folder)
-        assert found is None or (same(found, whole) and name not in CUT), name
+        assert found is None or same(found, whole)
     path.unlink()
     path.mkdir()
     assert outcome(folder) is None
