@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jaxtyping
 import pytest
 
+os.fsync = lambda handle: None  # no file of a test must outlive a loss of power
 pytest_plugins = ("hub_fixtures",)
 HERE = Path(__file__).parent
 CHECKED_CALLS = 5
@@ -69,12 +70,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz", type=int, default=1, metavar="N", help="fuzz with N times as many cases"
     )
-
-
-@pytest.fixture
-def no_sync(monkeypatch):
-    """Files need not outlive a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -52,11 +52,6 @@ def every_bit(data: bytes) -> Iterator[tuple[int, int, bytes]]:
             yield at, bit, flipped(data, at, bit)
 
 
-@pytest.fixture(autouse=True)
-def in_haste(no_sync):
-    """Thousands of files are written; none must outlive a loss of power."""
-
-
 @pytest.fixture
 def world(made_world, tmp_path):
     """A copy that a test may damage."""

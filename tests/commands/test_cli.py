@@ -50,14 +50,12 @@ def ran(model_and_corpus, tmp_path_factory):
 
 
 def is_figure(path: Path) -> bool:
-    height, width, _ = imread(path).shape
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and min(height, width) > 200
+    return min(imread(path).shape[:2]) > 200
 
 
 def check_record(path: Path, command: str, **config) -> None:
     record = json.loads(path.read_text())
-    assert record["command"] == command
-    assert config.items() <= record["config"].items()
+    assert record["command"] == command and config.items() <= record["config"].items()
     assert record["versions"]["torch"] == version("torch")
 
 
@@ -126,11 +124,10 @@ def test_harvest(made_world, model_and_corpus, tmp_path):
     assert "harvest: 100%" in result.err and "loading" in result.err
     asked = {"model": "model", "corpus": str(made_world / "text.jsonl"), "part": "train"}
     check_record(out / "harvest.json", "harvest", **asked, tokens=5000, dtype="float32")
-    assert content(out) == content(made_world / "store")  # the same command gives the same bytes
     again = works(*words)
     assert f"{out} is already complete" in again.err and "harvest:" not in again.err
     assert f"{rows:,} rows of 16 dimensions at each site in {out}" in again.out
-    assert content(out) == content(made_world / "store")
+    assert content(out) == content(made_world / "store")  # the same command gives the same bytes
 
 
 def test_several_stores_are_trained_on_as_one(made_world, model_and_corpus, tmp_path):
@@ -168,18 +165,16 @@ def test_weigh(made_world, tmp_path):
     wanted = statistics.variance**-0.5
     torch.testing.assert_close(gamma / gamma.sum(), wanted / wanted.sum(), rtol=1e-5, atol=0)
     assert inverse["gamma_max"] == pytest.approx(float(gamma.max()))
-    effective = inverse["effective_dimensions"]
     assert is_figure(tmp_path / "weights.png")
     check_record(tmp_path / "weights.json", "weigh", site=SITE, rule="variance", alpha=-0.5)
     again = works(*words)
-    assert f"variance-a-0.5{effective:>25.1f}" in again.out
+    assert f"variance-a-0.5{inverse['effective_dimensions']:>25.1f}" in again.out
     assert again.out.endswith(f"weights  {out}\nfigure   {tmp_path / 'weights.png'}\n")
 
 
 def test_train(made_world, tmp_path):
-    own = torch.linspace(1, 2, 16)
+    own, out = torch.linspace(1, 2, 16), tmp_path / "trained"
     save_file({"anything": own}, tmp_path / "own.safetensors")
-    out = tmp_path / "trained"
     words = ("train", made_world / "store", *TRAIN, "--rule", "uniform", "variance",
              "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
              "--l1", 0.01, "--init-seeds", 0, 7, "--out", out)  # fmt: skip
@@ -198,11 +193,6 @@ def test_train(made_world, tmp_path):
         assert numbers["l0"] <= 4 if "-k4" in name else numbers["l0"] > 4
     gamma = Dictionary.load(out / "own-k4").extras["gamma"]
     torch.testing.assert_close(gamma / gamma[0], own, rtol=1e-5, atol=0)
-    made = tmp_path / "made.safetensors"
-    works("weigh", made_world / "store", "--site", SITE, "--rule", "variance", "--out", made)
-    wrong = call("train", made_world / "store", *TRAIN, "--k", 4, "--weights", made, "--place",
-                 "space", "--out", tmp_path / "x")  # fmt: skip
-    assert wrong.code == 2 and "the rule variance made for the place loss" in wrong.err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
     assert log[-1]["arms"]["uniform-k4"]["fvu"] == result.json["uniform-k4"]["fvu"]
@@ -214,21 +204,12 @@ def test_train(made_world, tmp_path):
     assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
 
 
-def test_train_every_architecture(made_world, model_and_corpus, tmp_path):
-    out, kinds = tmp_path / "trained", ("topk", "batch-topk", "matryoshka", "jumprelu")
-    words = ("train", made_world / "store", *TRAIN, "--rule", "uniform", "--k", 4)
-    result = works(*words, "--architecture", *kinds, "--out", out, "--json")
-    names = ["uniform-k4", *(f"uniform-{kind}-k4" for kind in kinds[1:])]
-    assert list(result.json) == names
-    check_record(out / "train.json", "train", k=[4], architecture=list(kinds))
-    written = [json.loads((out / name / "cfg.json").read_text())["architecture"] for name in names]
-    assert written == ["topk", "jumprelu", "jumprelu", "jumprelu"]
-    report = ("--tokens", 500, "--out", tmp_path / "report.json", "--json")
-    found = works("evaluate", *(out / name for name in names), *model_and_corpus, *report)
-    measured = found.json["dictionaries"]
-    for name in names:  # on other text
-        assert measured[name]["l0"] == pytest.approx(result.json[name]["l0"], rel=0.2)
-        assert measured[name]["fvu"] == pytest.approx(result.json[name]["fvu"], abs=0.1)
+def test_weights_that_were_made_for_another_place(made_world, tmp_path):
+    made = tmp_path / "made.safetensors"
+    works("weigh", made_world / "store", "--site", SITE, "--rule", "variance", "--out", made)
+    wrong = call("train", made_world / "store", *TRAIN, "--k", 4, "--weights", made, "--place",
+                 "space", "--out", tmp_path / "x")  # fmt: skip
+    assert wrong.code == 2 and "the rule variance made for the place loss" in wrong.err
 
 
 def test_evaluate(made_world, model_and_corpus, tmp_path):
@@ -247,16 +228,13 @@ def test_evaluate(made_world, model_and_corpus, tmp_path):
     assert measured["fvu"] == pytest.approx(trained, abs=0.1)  # the same text, other documents
     before = out.read_bytes()
     again = works(*words)
-    assert out.read_bytes() == before
+    assert out.read_bytes() == before and again.out.endswith(f"report  {out}\n")
     assert re.search(rf"^uniform-k4 +{measured['fvu']:.3f} ", again.out, re.MULTILINE)
-    assert again.out.endswith(f"report  {out}\n")
 
 
 def test_verify(made_world, tmp_path):
     for folder in (made_world / "store", made_world / "trained/uniform-k4"):
         assert works("verify", folder).out == f"{folder} is intact\n"
-        found = {"folder": str(folder), "ok": True, "without_digest": []}
-        assert works("--json", "verify", folder).json == found
     for layout in ("saelens-topk", "sparsify", "learning-BatchTopKSAE"):
         folder = place(tmp_path, layout)
         WRITERS[layout](folder)
@@ -267,7 +245,8 @@ def test_verify(made_world, tmp_path):
     works("verify", nameless, "--site", SITE)
     words = [sys.executable, "-m", "llm_wsae", "verify", made_world / "store", "--json"]
     found = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout)["ok"] is True and found.stdout.count("\n") == 1
+    facts = {"folder": str(made_world / "store"), "ok": True, "without_digest": []}
+    assert json.loads(found.stdout) == facts and found.stdout.count("\n") == 1
 
 
 def test_run_leaves_everything_in_one_folder(ran):
@@ -278,22 +257,19 @@ def test_run_leaves_everything_in_one_folder(ran):
     names |= {"log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
     assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
+    assert all(str(here / name) in result.out for name in (*names, *arms))
     report = json.loads((here / "report.json").read_text())
-    for name in (*arms, "raw dimensions"):
-        fvu = report["dictionaries"][name]["fvu"]
+    assert list(report["dictionaries"]) == [*arms, "raw dimensions"]  # baselines come last
+    for name, measured in report["dictionaries"].items():
+        fvu = measured["fvu"]
         assert 0 < fvu < 1 and re.search(rf"^{name} +{fvu:.3f} ", result.out, re.MULTILINE)
         if name in arms:
             assert Dictionary.load(here / name).info.metrics["fidelity"]["fvu"] == fvu
-            assert str(here / name) in result.out
+    assert report["dictionaries"]["raw dimensions"]["l0"] <= 4
+    assert list(report["from_plain"]) == ["variance-a0.5-k4", "whitening-a0.5-k4"]
     check_record(out / "run.json", "run", model="model", k=[4], alpha=[0.5])
     stages = re.findall(r"^\[(\d)/4\] (\w+)", result.err, re.MULTILINE)
     assert stages == [("1", "harvest"), ("2", "weigh"), ("3", "train"), ("4", "evaluate")]
-    for name in names:
-        assert str(here / name) in result.out
-    # baselines beside the dictionaries
-    assert list(report["dictionaries"])[-3:] == [*HALF_RANDOM_OF_RUN, "raw dimensions"]
-    assert report["dictionaries"]["raw dimensions"]["l0"] <= 4
-    assert list(report["from_plain"]) == ["variance-a0.5-k4", "whitening-a0.5-k4"]
     kept = Dictionary.load(here / "uniform-k4").info.metrics["baselines"]
     assert kept.keys() == {"raw dimensions", "frozen decoder", "frozen encoder"}
     for label, name in zip(HALF_RANDOM.values(), HALF_RANDOM_OF_RUN, strict=True):
@@ -301,10 +277,28 @@ def test_run_leaves_everything_in_one_folder(ran):
     assert '"group":"half-random"' in (here / "report.html").read_text().replace(": ", ":")
 
 
+def test_run_again_does_nothing_twice(ran, model_and_corpus):
+    out, first = ran
+    before = content(out)
+    again = works("run", *model_and_corpus, *RUN, "--out", out, "--json")
+    assert "already complete" in again.err and "train 5 arms" not in again.err
+    assert "harvest: " not in again.err.replace("harvest: 5,000 tokens", "")
+    assert content(out) == before
+    (site,) = again.json.values()
+    assert list(site) == ["folder", "profile", "fidelity"]
+    for name, numbers in site["fidelity"].items():
+        assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
+
+
+def request_of(model: str, **options) -> Run:
+    return Run(
+        model=ModelConfig(model=model), corpus=TextConfig(corpus="sotu"), site=(SITE,), **options
+    )
+
+
 def test_run_has_a_folder_for_every_model():
     for model, name in (("owner/name", "name"), ("./x/y.gguf", "y")):
-        model, text = ModelConfig(model=model), TextConfig(corpus="sotu")
-        assert Run(model=model, corpus=text, site=(SITE,)).folder == Path("runs") / name
+        assert request_of(model).folder == Path("runs") / name
 
 
 def test_run_proposes_commands_that_work(ran, tmp_path):
@@ -318,8 +312,7 @@ def test_run_proposes_commands_that_work(ran, tmp_path):
 
 def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
     names = ("uniform-k32", "variance-a0.5-k32", "whitening-k32")
-    model, text = ModelConfig(model="a/model"), TextConfig(corpus="sotu")
-    request = Run(model=model, corpus=text, site=(SITE,), out=tmp_path)
+    request = request_of("a/model", out=tmp_path)
     for d_sae, count, options in ((4608, 3, []), (16_384, 3, ["4", "4"]), (32_768, 2, ["3", "3"])):
         words = shlex.split(page_command(tmp_path, dict.fromkeys(names, d_sae), request))
         assert words[2 : 2 + count] == [str(tmp_path / name) for name in names[:count]]
@@ -328,66 +321,49 @@ def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
         assert given == options
 
 
-def test_run_again_does_nothing_twice(ran, model_and_corpus):
-    out, first = ran
-    before = content(out)
-    again = works("run", *model_and_corpus, *RUN, "--out", out, "--json")
-    assert "already complete" in again.err and "train 3 arms" not in again.err
-    assert "harvest: " not in again.err.replace("harvest: 5,000 tokens", "")
-    assert content(out) == before
-    (site,) = again.json.values()
-    assert list(site) == ["folder", "profile", "fidelity"]
-    for name, numbers in site["fidelity"].items():
-        assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
-
-
 @pytest.fixture
-def short_trials(monkeypatch):
-    """Sets how much a trial must gain."""
+def auto(model_and_corpus, tmp_path, monkeypatch):
+    """A run with short trials: what it printed, and what stands in its folder."""
     monkeypatch.setattr(pipeline, "TRIAL_TOKENS", 300)
+    here = tmp_path / "out" / SITE
 
-    def of(gain: float, rows: int) -> None:
+    def run(*words, gain: float, rows: int):
         monkeypatch.setattr(pipeline, "LEAST_GAIN", gain)
         monkeypatch.setattr(pipeline, "TRIAL_ROWS", rows)
+        given = ("--architecture", "topk", "--out", tmp_path / "out", "--alpha", "auto")
+        result = call("run", *model_and_corpus, *RUN, *given, *words)
+        return result, here, {path.parent.name for path in here.glob("*/wsae.json")}
 
-    return of
-
-
-def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
-    model_and_corpus, tmp_path, short_trials
-):
-    short_trials(0.99, rows=9)  # less than a batch: it is one then
-    asked = (*model_and_corpus, *RUN, "--rule", "whitening", "--alpha", "auto")
-    assert "none is worth it" in works("run", *asked, "--out", tmp_path / "out").err
-    arms = {path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")}
-    assert arms == {"uniform-k4", *HALF_RANDOM_OF_RUN}
+    return run
 
 
-def test_run_chooses_how_far_to_whiten(model_and_corpus, tmp_path, short_trials):
-    short_trials(-9.0, rows=4096)
-    asked = (*model_and_corpus, *RUN, "--alpha", "auto", 0.5, "--out", tmp_path / "out")
-    here = tmp_path / "out" / SITE
-    result = works("run", *asked)
+def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(auto):
+    result, _, arms = auto("--rule", "whitening", gain=0.99, rows=9)  # a batch, at least
+    assert "none is worth it" in result.err and arms == {"uniform-k4"}
+
+
+def test_run_chooses_how_far_to_whiten(auto):
+    asked = ("--alpha", "auto", 0.5)
+    result, here, arms = auto(*asked, gain=-9.0, rows=4096)
     choice = json.loads((here / "alpha.json").read_text())["choice"]
     assert list(choice["kl"]) == ["0", "0.25", "0.5", "0.75", "1"] and choice["rows"] == 4096
     best = min(choice["kl"], key=choice["kl"].get)
-    arms = {path.parent.name for path in here.glob("*/wsae.json")}
     whitened = set() if best == "0" else {f"whitening-a{best}-k4"}
     assert choice["alpha"] == (None if best == "0" else float(best))
     assert f"chosen: {best}" in result.err or best == "0"
-    assert arms == {"uniform-k4", "variance-a0.5-k4", *HALF_RANDOM_OF_RUN} | whitened
-    assert not (here / ".alpha").exists()
-    before = content(tmp_path / "out")
-    assert "train 5 arms" in result.err and "train 5 arms" not in works("run", *asked).err
+    assert arms == {"uniform-k4", "variance-a0.5-k4"} | whitened
+    assert not (here / ".alpha").exists() and "train 5 arms" in result.err
+    before = content(here)
     for other, said in (
         (("--train.learning-rate", 0.01), "was chosen for other rows or settings"),
         (("--place", "space"), 'weights place: "loss" in that choice'),
     ):
-        refused = call("run", *asked, *other)
+        refused, *_ = auto(*asked, *other, gain=-9.0, rows=4096)
         assert refused.code == 1 and said in refused.err
-    assert content(tmp_path / "out") == before
+    again, *_ = auto(*asked, gain=-9.0, rows=4096)
+    assert again.code == 0 and "train 5 arms" not in again.err and content(here) == before
     (here / "alpha.json").write_text("{}")
-    again = call("run", *asked)
+    again, *_ = auto(*asked, gain=-9.0, rows=4096)
     assert again.code == 1 and "checksum does not match; delete it to choose again" in again.err
 
 
@@ -438,18 +414,8 @@ def test_run_refuses_before_the_harvest_what_cannot_be(
 def test_a_training_that_is_interrupted_goes_on(made_world, tmp_path, monkeypatch):
     """Ctrl-C ends it with the exit code that shells know."""
     factor, out = trainer.learning_rate_factor, tmp_path / "out"
-    words = (
-        "train",
-        made_world / "store",
-        *TRAIN,
-        *PAIR,
-        "--k",
-        4,
-        "--lengths",
-        "unit",
-        "--out",
-        out,
-    )
+    words = ("train", made_world / "store", *TRAIN, *PAIR, "--k", 4, "--lengths", "unit",
+             "--out", out)  # fmt: skip
 
     def interrupted(step, *schedule):
         if step == 3:

@@ -1,4 +1,4 @@
-"""Training and whole runs without a store, and over several sites."""
+"""Training and whole runs without a store, over several sites, and in several processes."""
 
 import json
 import os
@@ -10,26 +10,52 @@ from pathlib import Path
 import pytest
 from command_line import SITE, TRAIN, call, cases, content, works
 from several import run as in_several
-from several import torchrun
 from tiny import write_jsonl
 
 from llm_wsae.artifact.files import load_tensors, read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.fidelity import evaluator
-from llm_wsae.evaluation.heldout import ActivationCache
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.pipeline import planning
 from llm_wsae.pipeline import run as pipeline
 from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 
 SITES = ("blocks.0.hook_resid_post", SITE)
-PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
-           "--statistics-tokens", 2048)  # fmt: skip
-STREAM = (*PACKING, "--expansion", 4, "--batch-size", 256, "--dtype", "float32", "--tokens", 3072,
-          "--k", 4, "--rule", "uniform", "whitening", "sensitivity", "--alpha", 0.5)  # fmt: skip
-STORED = ("--harvest.context-size", 16, "--tokens", 3000, "--k", 4, "--eval-tokens", 300,
+STREAM = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
+          "--statistics-tokens", 2048, "--expansion", 4, "--batch-size", 256, "--dtype", "float32",
+          "--tokens", 2048, "--k", 4, "--rule", "uniform", "sensitivity",
+          "--alpha", 0.5)  # fmt: skip
+STORED = ("--harvest.context-size", 16, "--tokens", 2000, "--k", 4, "--eval-tokens", 300,
+          "--rule", "uniform", "whitening", "--architecture", "topk",
           "--train.batch-size", 256, "--train.dtype", "float32")  # fmt: skip
 RUN = (*STORED, "--stream", "--buffer-tokens", 2048, "--statistics-tokens", 2048)
+NAMES = ("uniform-k4", "whitening-a0.5-k4")
+
+
+def draw_nothing():
+    """Figures take longer than runs as small as these."""
+    pipeline.plot_profile = pipeline.plot_fidelity = lambda *given: given[-1].touch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_figures():
+    drawn = pipeline.plot_profile, pipeline.plot_fidelity
+    draw_nothing()
+    yield
+    pipeline.plot_profile, pipeline.plot_fidelity = drawn
+
+
+@pytest.fixture(scope="module")
+def asked(model_and_corpus):
+    """A run without a store, but for its sites and folder."""
+    return ("run", *model_and_corpus, *RUN, "--train.checkpoint-seconds", 0)
+
+
+@pytest.fixture(scope="module")
+def ran(asked, tmp_path_factory):
+    """It, of two sites, and what it printed."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    return out, works(*asked, "--site", *SITES, "--out", out)
 
 
 def check_same(found, expected):
@@ -41,93 +67,76 @@ def check_same(found, expected):
 
 
 def test_several_sites_of_a_stream(model_and_corpus, tmp_path):
+    """Each as if it were alone, on a model that is spread as on one that is not."""
     given = ("train", *model_and_corpus, *STREAM)
     result = works(*given, "--site", *SITES, "--out", tmp_path / "both", "--json")
-    assert result.json.keys() >= set(SITES)
-    names = {"uniform-k4", "whitening-a0.5-k4", "sensitivity-a0.5-k4"}
-    for site in SITES:
-        assert result.json[site].keys() == names
-        works(*given, "--site", site, "--out", tmp_path / site)
-        for name in names:
-            both = Dictionary.load(tmp_path / "both" / site / name)
-            alone = Dictionary.load(tmp_path / site / name)
-            assert both.W_dec.equal(alone.W_dec) and str(both.site) == site
+    names = {"uniform-k4", "sensitivity-a0.5-k4"}
+    assert {site: {*found} for site, found in result.json.items()} == dict.fromkeys(SITES, names)
+    works(*given, "--site", SITE, "--device", "spread", "--out", tmp_path / "alone")
+    for name in names:
+        both = Dictionary.load(tmp_path / "both" / SITE / name)
+        assert both.W_dec.equal(Dictionary.load(tmp_path / "alone" / name).W_dec)
+        assert str(both.site) == SITE
     shutil.copytree(tmp_path / "both", tmp_path / "kept")
     again = works(*given, "--site", *SITES, "--out", tmp_path / "both")
     assert "statistics" not in again.err and again.out.count("train FVU") == 2
     check_same(tmp_path / "both", tmp_path / "kept")
-    assert not list((tmp_path / "both").rglob("manifest.json"))
 
 
-def test_a_spread_model_streams(model_and_corpus, tmp_path):
-    """Where there is one device it has all of the model, and the dictionaries are the same."""
-    given = ("train", *model_and_corpus, *STREAM, "--site", SITE)
-    works(*given, "--device", "cpu", "--out", tmp_path / "one")
-    works(*given, "--device", "spread", "--out", tmp_path / "spread")
-    for name in ("uniform-k4", "sensitivity-a0.5-k4"):
-        one, spread = (Dictionary.load(tmp_path / out / name) for out in ("one", "spread"))
-        assert one.W_dec.equal(spread.W_dec)
-
-
-def test_a_run_without_a_store(model_and_corpus, tmp_path):
-    out = tmp_path / "out"
-    result = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
+def test_a_run_without_a_store(ran, asked, model_and_corpus):
+    out, result = ran
     assert not (out / "store").exists()
     for site in SITES:
         report = json.loads((out / site / "report.json").read_text())
-        assert len(report["dictionaries"]) == 6 and "raw dimensions" in report["dictionaries"]
+        assert [*report["dictionaries"]] == [*NAMES, "raw dimensions"]
         assert (out / site / "report.html").exists()
-        dictionary = Dictionary.load(out / site / "uniform-k4")
-        assert dictionary.info.store["kind"] == "stream"
+        assert Dictionary.load(out / site / "uniform-k4").info.store["kind"] == "stream"
     harvest, page = (line.strip() for line in result.out.splitlines()[-2:])
     assert harvest.endswith("--context-size 16")  # as trained on
     assert harvest.startswith("llm-wsae harvest") and page.startswith("llm-wsae dashboard")
-    assert works("verify", out).out.endswith(" is intact\n")
-    again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
-    assert "statistics:" not in again.err and "train 10" not in again.err
+    assert works("verify", out).out == f"{out} is intact\n"
+    before = content(out)
     training = training_in(out / SITES[0])
     record = training.read()
     for record.complete in (True, False):
         training.write(record)
-        before = content(out)
         refused = call("run", *model_and_corpus, *STORED, "--site", *SITES, "--out", out)
-        assert refused.code == 2 and content(out) == before and "harvest:" not in refused.err
+        assert refused.code == 2 and "harvest:" not in refused.err
         assert f"training of {SITES[0]} on a stream; add --stream to resume it" in refused.err
+    record.complete = True
+    training.write(record)
+    assert content(out) == before
+    again = works(*asked, "--site", *SITES, "--out", out)
+    assert "statistics:" not in again.err and "train 4" not in again.err
 
 
-def test_a_run_of_several_sites_leaves_the_files_of_a_run_of_each(
-    model_and_corpus, tmp_path, monkeypatch
-):
+def test_a_run_of_several_sites_leaves_the_files_of_a_run_of_each(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(pipeline, "TRIAL_ROWS", 1024)
-    asked = ("run", *model_and_corpus, *RUN, "--rule", "uniform", "whitening", "--alpha", "auto")
-    works(*asked, "--site", *SITES, "--out", tmp_path / "both")
-    works(*asked, "--site", SITE, "--out", tmp_path / "alone")
+    monkeypatch.setattr(pipeline, "TRIAL_ROWS", 512)
+    works(*asked, "--alpha", "auto", "--site", *SITES, "--out", tmp_path / "both")
+    works(*asked, "--alpha", "auto", "--site", SITE, "--out", tmp_path / "alone")
     check_same(tmp_path / "both" / SITE, tmp_path / "alone" / SITE)
 
 
 def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
-    model_and_corpus, tmp_path, monkeypatch
+    ran, asked, tmp_path, monkeypatch
 ):
-    threshold = ActivationCache.massive_threshold
+    out, measure = shutil.copytree(ran[0], tmp_path / "out"), FidelityEvaluator.evaluate_sites
+    for name in ("report.json", "report.html"):
+        for site in SITES:
+            (out / site / name).unlink()
 
-    def broken(cache, site, dictionaries):
-        if str(site) == SITES[0]:
-            raise LlmWsaeError(f"activations of the model at {site} are NaN")
-        return threshold(cache, site, dictionaries)
+    def broken(evaluator, dictionaries):
+        first, second = dictionaries
+        yield from measure(evaluator, {second: dictionaries[second]})
+        raise LlmWsaeError(f"activations of the model at {first} are NaN")
 
-    asked = ("run", *model_and_corpus, *RUN, "--rule", "uniform", "--out", tmp_path / "out")
-    asked += ("--site",)
-    with monkeypatch.context() as patch:
-        patch.setattr(ActivationCache, "massive_threshold", broken)
-        failed = call(*asked, *SITES)
-    assert failed.code == 1 and failed.out == ""
-    assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
-    report, page = (tmp_path / "out" / SITES[1] / name for name in ("report.json", "report.html"))
-    found = report.read_bytes()
-    assert page.exists() and not (tmp_path / "out" / SITES[0] / "report.json").exists()
-    works(*asked, *SITES)
-    assert report.read_bytes() == found and (tmp_path / "out" / SITES[0] / "report.html").exists()
+    monkeypatch.setattr(FidelityEvaluator, "evaluate_sites", broken)
+    failed = call(*asked, "--site", *SITES, "--out", out)
+    assert failed.code == 1 and failed.err.endswith(f"at {SITES[0]} are NaN\n")
+    assert (out / SITE / "report.html").exists()
+    assert (out / SITE / "report.json").read_bytes() == (ran[0] / SITE / "report.json").read_bytes()
+    assert not (out / SITES[0] / "report.json").exists()
 
 
 IMPOSSIBLE = """
@@ -149,46 +158,44 @@ train SITE MODEL_AND_CORPUS STREAM --rule participation
     needs a first dictionary
 train SITE MODEL_AND_CORPUS STREAM --rule uniform --lengths free --architecture jumprelu
     jumprelu has no free lengths
+train SITE MODEL_AND_CORPUS STREAM --corpus TINY
+    corpus tiny.jsonl fills contexts of 16 with 0 tokens
 run SITE MODEL_AND_CORPUS --buffer-tokens 9
     are for --stream
 """
 
 
 def test_requests_that_cannot_be(made_world, model_and_corpus, tmp_path):
-    out, words = ("--out", tmp_path / "out"), {"SITE": ["--site", SITE], "STREAM": STREAM}
-    words |= {"STORE": [made_world / "store"], "MODEL_AND_CORPUS": model_and_corpus}
+    words = {"SITE": ["--site", SITE], "STREAM": STREAM, "STORE": [made_world / "store"]}
+    words |= {"MODEL_AND_CORPUS": model_and_corpus}
+    words |= {"TINY": [write_jsonl(tmp_path / "tiny.jsonl", [3])]}
     for command, (sentence,) in cases(IMPOSSIBLE, **words):
-        result = call(*command, *out)
+        result = call(*command, "--out", tmp_path / "out")
         assert result.code in (1, 2) and sentence in result.err, result.err
         assert "Traceback" not in result.err and not (tmp_path / "out").exists()
-    tiny = write_jsonl(tmp_path / "tiny.jsonl", [3])
-    result = call("train", *model_and_corpus[:2], "--corpus", tiny, *STREAM, "--site", SITE, *out)
-    assert result.code == 1 and not (tmp_path / "out").exists()
-    assert "corpus tiny.jsonl fills contexts of 16 with 0 tokens" in result.err
     for place in ("store", "trained/uniform-k4"):
         before = content(made_world / place)
-        words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", made_world / place)
-        assert call(*words).code == 1 and content(made_world / place) == before
+        given = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", made_world / place)
+        assert call(*given).code == 1 and content(made_world / place) == before
 
 
-def test_a_folder_of_other_rows_is_refused_before_they_are_measured(model_and_corpus, tmp_path):
-    few = (*STREAM, "--tokens", 512, "--rule", "uniform", "--site", *SITES)
+def test_a_folder_of_other_rows_is_refused_before_they_are_measured(
+    ran, asked, model_and_corpus, tmp_path
+):
+    few = (*STREAM, "--tokens", 512, "--rule", "uniform", "--site", SITE)
     train = ("train", *model_and_corpus, *few, "--out", tmp_path / "t")
-    run = ("run", *model_and_corpus, *RUN, "--rule", "uniform", "--train.tokens", 512, "--site",
-           SITE, "--out", tmp_path / "r")  # fmt: skip
+    works(*train)
+    run = (*asked, "--site", *SITES, "--out", ran[0])
     for words, other in ((train, ("--context-size", 8)), (run, ("--harvest.context-size", 8))):
-        works(*words)
         before = content(words[-1])
         refused = call(*words, *other)
-        assert (
-            refused.code == 1
-            and "rows packing context_size: 16 in the saved training, 8 in" in refused.err
-        )
+        assert refused.code == 1
+        assert "rows packing context_size: 16 in the saved training, 8 in" in refused.err
         assert "statistics" not in refused.err and content(words[-1]) == before
 
 
 def test_several_sites_of_a_store(model_and_corpus, tmp_path):
-    works("harvest", *model_and_corpus, *PACKING[:4], "--tokens", 3000, "--site", *SITES, "--out",
+    works("harvest", *model_and_corpus, *STREAM[:4], "--tokens", 3000, "--site", *SITES, "--out",
           tmp_path / "store")  # fmt: skip
     works("train", tmp_path / "store", *TRAIN[2:], "--site", *SITES, "--out", tmp_path / "t")
     for site in SITES:
@@ -200,8 +207,8 @@ def test_several_sites_of_a_store(model_and_corpus, tmp_path):
 
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
-    pipeline.TRIAL_TOKENS, pipeline.TRIAL_ROWS = 300, 1024
-    planning.SECONDS = 0.01
+    pipeline.TRIAL_TOKENS, pipeline.TRIAL_ROWS, planning.SECONDS = 300, 512, 0.01
+    draw_nothing()
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
     return call(*words)
@@ -239,6 +246,7 @@ def check_said_once(outcomes, sites):
 
 def check_close(two, one, site, names):
     """The dictionaries of two processes and of one, and what was measured of them."""
+    assert content(two).keys() == content(one).keys()
     reports = [json.loads((out / site / "report.json").read_text()) for out in (two, one)]
     for name in names:
         found, expected = (Dictionary.load(out / site / name) for out in (two, one))
@@ -249,25 +257,17 @@ def check_close(two, one, site, names):
 
 
 @pytest.fixture(scope="module")
-def asked(model_and_corpus):
-    return ("run", *model_and_corpus, *RUN, "--train.checkpoint-seconds", 0, "--site", *SITES)
-
-
-@pytest.fixture(scope="module")
 def unbroken(asked, tmp_path_factory):
-    """A run of two processes on a stream."""
+    """The run in two processes."""
     out = tmp_path_factory.mktemp("two") / "out"
-    check_said_once(in_several(2, part, None, *asked, "--out", out), 2)
+    check_said_once(in_several(2, part, None, *asked, "--site", *SITES, "--out", out), 2)
     return out
 
 
-def test_a_run_in_several_processes_without_a_store(asked, unbroken, tmp_path):
-    works(*asked, "--out", tmp_path / "one")
-    assert content(unbroken).keys() == content(tmp_path / "one").keys()
+def test_a_run_in_several_processes_without_a_store(ran, unbroken):
     for site in SITES:
-        names = ("uniform-k4", "variance-a0.5-k4", "whitening-a0.5-k4")
-        check_close(unbroken, tmp_path / "one", site, names)
-    assert works("verify", unbroken).out.endswith(" is intact\n")
+        check_close(unbroken, ran[0], site, NAMES)
+    assert works("verify", unbroken).out == f"{unbroken} is intact\n"
 
 
 def test_a_run_in_several_processes_with_a_store(model_and_corpus, tmp_path):
@@ -281,7 +281,6 @@ def test_a_run_in_several_processes_with_a_store(model_and_corpus, tmp_path):
         assert outcomes[0].err.count(said) == 1, said
     (alone,) = in_several(1, part, None, *words, "--out", one)
     assert alone.code == 0
-    assert content(two).keys() == content(one).keys()
     choices = [read_own_json(out / SITE / "alpha.json", "choice")["choice"] for out in (two, one)]
     assert choices[0]["alpha"] == choices[1]["alpha"]
     assert choices[0]["kl"] == pytest.approx(choices[1]["kl"], rel=1e-3)
@@ -297,7 +296,7 @@ def plan_fails():
 
 
 def evaluation_fails():
-    evaluator.FidelityEvaluator.evaluate_sites = fail
+    FidelityEvaluator.evaluate_sites = fail
 
 
 @pytest.mark.parametrize("what", [plan_fails, evaluation_fails])
@@ -310,31 +309,20 @@ def test_what_fails_on_rank_0_ends_all_with_its_sentence(asked, tmp_path, what):
     assert what is not plan_fails or not (tmp_path / "out").exists()
 
 
-def die(*given):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def dies_before_the_evaluation():
-    evaluator.FidelityEvaluator.evaluate_sites = die
+    FidelityEvaluator.evaluate_sites = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_run_of_several_processes_is_resumed(asked, unbroken, tmp_path):
     out = tmp_path / "out"
-    killed, other = in_several(2, part, ("0", dies_before_the_evaluation), *asked, "--out", out)
+    words = (*asked, "--site", *SITES, "--out", out)
+    killed, other = in_several(2, part, ("0", dies_before_the_evaluation), *words)
     assert killed is None
     assert other.code == 1 and "run the same command again to resume" in other.err
-    outcomes = in_several(2, part, None, *asked, "--out", out)
+    outcomes = in_several(2, part, None, *words)
     assert [outcome.code for outcome in outcomes] == [0, 0]
     assert "\nin all " not in outcomes[0].err and "statistics:" not in outcomes[0].err
     check_same(out, unbroken)
-
-
-def test_a_run_under_torchrun(asked, tmp_path):
-    few = ("--rule", "uniform", "--site", SITE, "--train.tokens", 512, "--out", tmp_path / "out")
-    ended = torchrun(2, *asked, *few, "--json")
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout).keys() == {SITE}
-    assert ended.stderr.count("[4/4] evaluate: ") == 1
 
 
 def test_most_commands_run_in_one_process(made_world):

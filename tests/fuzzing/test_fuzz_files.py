@@ -47,11 +47,6 @@ class Kind(NamedTuple):
     read: Callable[[], Any]
 
 
-@pytest.fixture(autouse=True)
-def in_haste(no_sync):
-    """Thousands of files are written; none must outlive a loss of power."""
-
-
 @pytest.fixture(scope="module")
 def kinds(made_world, tmp_path_factory) -> dict[str, Kind]:
     folder = shutil.copytree(made_world, tmp_path_factory.mktemp("fuzzed") / "world")

@@ -130,7 +130,7 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
     }
 
 
-def test_kills(made_world, tmp_path, monkeypatch, no_sync, fuzz):
+def test_kills(made_world, tmp_path, monkeypatch, fuzz):
     torch.set_num_threads(1)  # no pool of threads that a fork would lose
     for name in ("model", "store", "trained"):
         shutil.copytree(made_world / name, tmp_path / name)

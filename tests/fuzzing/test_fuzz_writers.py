@@ -62,7 +62,7 @@ def process(
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_two_writers(part, tmp_path, no_sync, fuzz: Fuzz):
+def test_two_writers(part, tmp_path, fuzz: Fuzz):
     mine = make_dictionary("plain-k4")
     other = make_dictionary("plain-k4")
     other.b_dec.data += 1

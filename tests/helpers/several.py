@@ -8,14 +8,12 @@ it was killed.
 import contextlib
 import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from command_line import asked
-from places import ROOT
 from torch.distributed import TCPStore
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -67,15 +65,8 @@ def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     return [rank.outcome() for rank in start(size, work, *args)]
 
 
-def torchrun(size: int, *words: Any) -> subprocess.CompletedProcess:
-    """One of our commands in so many processes of the real launcher, to its end."""
-    return subprocess.run(
-        launched(size, *words), capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-
-
 def launched(size: int, *words: Any) -> list[str]:
-    """The words that start it."""
+    """The words that start one of our commands in so many processes of the real launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     return [*launcher, str(size), "-m", "llm_wsae", *asked(words)]
 
@@ -90,6 +81,7 @@ def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tu
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None
     from llm_wsae.errors import LlmWsaeError
     from llm_wsae.machine import processes
 

@@ -33,9 +33,7 @@ def test_rows_in_memory_are_a_source():
 
 
 @pytest.mark.slow
-def test_every_dictionary_is_compared_with_the_truth_and_a_finished_one_is_only_read(
-    tmp_path, no_sync
-):
+def test_every_dictionary_is_compared_with_the_truth_and_a_finished_one_is_only_read(tmp_path):
     words = ("theory", "--sparsity", 0.99, "--seeds", 0, "--steps", 150, "--model-steps", 100,
              "--out", tmp_path)  # fmt: skip
     text = works(*words).out

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import TRAIN, content
-from several import ROOT, launched, run
+from places import ROOT
+from several import launched, run
 from training_cases import CONFIG, Planted, arms_for, check_same, log_of
 
 from llm_wsae.artifact.files import load_tensors

@@ -100,13 +100,13 @@ def whole(study, tmp_path_factory):
 
 
 @pytest.fixture
-def out(whole, tmp_path, no_sync):
+def out(whole, tmp_path):
     """A copy of the unbroken study."""
     return shutil.copytree(whole[0], tmp_path / "out")
 
 
 @pytest.fixture
-def new(tmp_path, no_sync):
+def new(tmp_path):
     """Where there is no study yet."""
     return tmp_path / "new"
 
@@ -392,7 +392,7 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
             StudyGrid(**grid)
 
 
-def test_the_command(world, tmp_path, no_sync):
+def test_the_command(world, tmp_path):
     out, encoder = tmp_path / "out", save_encoder(tmp_path / "encoder")
     words = ("study", world / "store", "--model", world / "model", "--corpus",
              world / "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
