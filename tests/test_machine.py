@@ -16,8 +16,8 @@ from several import run
 from llm_wsae.artifact import provenance
 from llm_wsae.data.manifest import Manifest
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.machine import number_format, processes
-from llm_wsae.machine.number_format import fast_dtype, name_of
+from llm_wsae.machine import hardware, processes
+from llm_wsae.machine.hardware import fast_dtype, name_of
 from llm_wsae.machine.processes import Processes, collectives, join, may_speak
 
 CPU = torch.device("cpu")
@@ -29,8 +29,7 @@ def measured(monkeypatch, of_float32):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: of_float32 > 0)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     seconds = {torch.float32: 1e-3 * of_float32, torch.bfloat16: 1e-3}
-    products = ("layers", "unembedding", "encoder")
-    monkeypatch.setattr(number_format, "product_seconds", lambda: dict.fromkeys(products, seconds))
+    monkeypatch.setattr(hardware, "product_seconds", lambda kind: seconds)
 
 
 @over(
@@ -50,15 +49,14 @@ def test_the_faster_number_format_is_chosen(kind, found, monkeypatch):
     assert provenance.number_formats[kind].startswith(f"{name_of(faster)}: {why}")
 
 
-def test_the_measurement_takes_little_and_leaves_the_threads():
-    number_format.product_seconds.cache_clear()
+@over(kind=["model", "encoder"])
+def test_the_measurement_takes_little_and_leaves_the_threads(kind):
+    hardware.product_seconds.cache_clear()
     threads = torch.get_num_threads()
-    found = number_format.product_seconds()
-    assert found is number_format.product_seconds() and torch.get_num_threads() == threads
-    assert found.keys() == {"layers", "unembedding", "encoder"}
-    for seconds in found.values():
-        assert seconds.keys() == {torch.float32, torch.bfloat16}
-        assert all(0 < one < 1 for one in seconds.values())
+    found = hardware.product_seconds(kind)
+    assert found is hardware.product_seconds(kind) and torch.get_num_threads() == threads
+    assert found.keys() == {torch.float32, torch.bfloat16}
+    assert all(0 < one < 1 for one in found.values())
 
 
 def test_what_was_begun_goes_on_in_its_format(made_world, tmp_path, monkeypatch):

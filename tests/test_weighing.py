@@ -124,7 +124,7 @@ def test_what_was_measured_is_kept(model, copy):
         fisher(model=tiny_model(seed=1), seed=1)
 
 
-def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy, capsys):
+def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy):
     rows = copy.rows(SITE, 0, copy.num_rows).double()
     rows = rows[rows.norm(dim=1) <= copy.statistics(SITE).massive_threshold]
     found = measure_inputs(["permuted:whitening"], copy, SITE)
@@ -134,10 +134,7 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy, capsys):
     (path,) = (copy.folder / "evidence").iterdir()
     kept = path.read_bytes()
     path.write_bytes(kept[:-9])
-    capsys.readouterr()
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
-    said = f"what {path} holds is measured anew, since it is damaged\n"
-    assert capsys.readouterr().err.count(said) == 1
     assert path.read_bytes() == kept and verify(copy.folder).problems == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
 

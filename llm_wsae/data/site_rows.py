@@ -4,6 +4,7 @@ stored and those that are streamed."""
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,18 +36,13 @@ class StoredMeasurement:
     settings: dict[str, Any]
 
     def read(self) -> dict[str, Tensor] | None:
-        """The tensors by name; None if they are not there, damaged, or of something else."""
-        if self.path is None or not self.path.exists():
-            return None
-        rows, why = plain(self.rows), "it is of other rows"
-        try:
-            tensors, header = load_own_tensors(self.path, "measurement")
-            if header.items() >= rows.items():
-                return tensors if header == {**rows, **self.settings} else None
-        except LlmWsaeError:  # which would say to delete the file
-            why = "it is damaged"
-        if leads():
-            tqdm.write(f"what {self.path} holds is measured anew, since {why}", file=sys.stderr)
+        """The tensors by name; None if they are not there, damaged, or of something else: then they
+        are measured anew."""
+        if self.path is not None and self.path.exists():
+            with suppress(LlmWsaeError):  # which would say to delete the file
+                tensors, header = load_own_tensors(self.path, "measurement")
+                if header == {**plain(self.rows), **self.settings}:
+                    return tensors
         return None
 
     def write(self, tensors: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -300,48 +301,35 @@ TEXT_PACKAGES: dict[str, Callable[[], Iterator[Document]]] = {
 def _hub_dataset(
     dataset: str, config: str | None, asked: str | None, text_column: str | None
 ) -> TextSource:
-    """A dataset of the Hugging Face Hub, streamed: its training split, or its only split.
+    """A dataset of the Hugging Face Hub, streamed.
 
     Its text is that of one revision: the one that was ``asked`` for, or the newest. Its name omits
     the revision, so that a store begun on the newest one can be resumed by naming its commit.
     """
     check_revision(asked)
+    check_token()
     name = f"{dataset}:{config}" if config else dataset
-    revision = _find_revision(dataset, asked)
-    rows = _load_dataset(dataset, config, revision)
+    revision, rows = _open_dataset(dataset, config, asked)
 
     def documents() -> Iterator[Document]:
         return _row_documents(_hub_rows(rows, name), text_column, f"{name}, document ", "")
 
-    return TextSource(name, None, lambda: revision or "unknown revision", documents)
+    return TextSource(name, None, lambda: revision, documents)
 
 
-def _find_revision(dataset: str, asked: str | None) -> str | None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import httpx
-
-    check_token()
-    try:
-        return HfApi().dataset_info(dataset, revision=asked).sha
-    except (httpx.TransportError, ValueError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        if isinstance(error, httpx.TransportError) or status == 429 or status >= 500:
-            # without a revision no later run could resume
-            raise LlmWsaeError(
-                f"there is no file or text package {dataset!r}, and the Hub cannot be reached to "
-                f"look for a dataset of that name ({_said(error)}); check the name and the "
-                "network, and run the same command again later"
-            ) from error
-    return asked  # loading says what is wrong, or finds the dataset in the cache
-
-
-def _load_dataset(dataset: str, config: str | None, revision: str | None) -> Any:
+def _open_dataset(dataset: str, config: str | None, asked: str | None) -> tuple[str, Any]:
+    """The commit, without which no later run could resume, and the rows of its training split, or
+    of its only split."""
     import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
+        revision = asked
+        with suppress(OfflineModeIsEnabled):  # then it may be in the cache
+            revision = HfApi().dataset_info(dataset, revision=asked).sha
         splits = datasets.load_dataset(dataset, config, revision=revision, streaming=True)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # there is none, it needs a script, or the configuration is missing or unknown
+    except Exception as error:  # of the client, of its connection, or of a dataset's own form
         missing = "; pip install zstandard" if "zstd" in str(error) else ""
         raise UsageError(
             f"{dataset!r} is no file or text package, and cannot be opened as a Hub dataset (a "
@@ -352,26 +340,19 @@ def _load_dataset(dataset: str, config: str | None, revision: str | None) -> Any
             f"the Hub dataset {dataset} has no split 'train', only {', '.join(splits)}; save the "
             "one you want as a .parquet file"
         )
-    return splits["train"] if "train" in splits else next(iter(splits.values()))
+    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    return revision or "unknown revision", rows
 
 
 def _hub_rows(rows: Any, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    from huggingface_hub.utils import httpx
-
     number = 0
     try:
         for number, row in enumerate(rows):
             yield number, row
-    except (httpx.TransportError, OSError) as error:
+    except Exception as error:  # of the connection, or of rows that do not all have the same form
         raise LlmWsaeError(
             f"the Hub dataset {name} broke off near document {number} ({_said(error)}); run the "
-            "same command again to resume"
-        ) from error
-    except (ValueError, TypeError) as error:  # raised by datasets and pyarrow
-        raise LlmWsaeError(
-            f"the Hub dataset {name} cannot be read past document {number}: its rows do not all "
-            f"have the same form ({_said(error)}); ask for fewer tokens, or save the usable rows "
-            "as a .parquet file"
+            "same command again to resume, or save the rows that can be read as a .parquet file"
         ) from error
 
 

@@ -19,7 +19,7 @@ from llm_wsae.artifact import files
 from llm_wsae.artifact.artifact import differences
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outside import from_environment
+from llm_wsae.outside import reason
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_MOST = 1 << 16  # processes of one run
 _JOIN = timedelta(minutes=10)  # for all processes to arrive
 _PATIENCE = timedelta(days=7)  # with the slowest piece of work of rank 0, such as an evaluation
 _TIMEOUT = timedelta(minutes=30)  # of exchanges of tensors; another may be loading or writing
@@ -121,7 +120,7 @@ class Processes:
             except RuntimeError:
                 raise LlmWsaeError(
                     f"another process of this run exited without an error message "
-                    f"({_first_line(error)}); run the same command again to resume"
+                    f"({reason(error)}); run the same command again to resume"
                 ) from error
             kind = UsageError if code == UsageError.exit_code else LlmWsaeError
             raise kind(sentence) from error
@@ -172,23 +171,18 @@ class Collectives:
         """Minimum over all processes, in place."""
         return self._reduced(tensor, self._torch.ReduceOp.MIN)
 
+    def _reduced(self, tensor: "Tensor", operation: Any) -> "Tensor":
+        assert tensor.is_contiguous()
+        with self._processes.explained():
+            self._torch.all_reduce(tensor, operation, self._group)
+        return tensor
+
     def gather(self, tensor: "Tensor") -> "list[Tensor]":
         """The tensors of all processes, of one shape, by rank."""
         parts = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
         with self._processes.explained():
             self._torch.all_gather(parts, tensor.contiguous(), self._group)
         return parts
-
-    def close(self) -> None:
-        """Disconnect, which wakes processes that still wait for this one."""
-        self._torch.destroy_process_group(self._group)
-        del self._group  # which a traceback would keep open
-
-    def _reduced(self, tensor: "Tensor", operation: Any) -> "Tensor":
-        assert tensor.is_contiguous()
-        with self._processes.explained():
-            self._torch.all_reduce(tensor, operation, self._group)
-        return tensor
 
 
 @contextmanager
@@ -213,36 +207,28 @@ def collectives(processes: Processes, device: "torch.device") -> Iterator[Collec
     connected = Collectives(processes, backend)
     try:
         yield connected
-    finally:
-        connected.close()
+    finally:  # disconnect, which wakes processes that still wait for this one
+        connected._torch.destroy_process_group(connected._group)
+        del connected._group  # which a traceback would keep open
 
 
 def count() -> int:
     """How many processes the launcher started; 1 without a launcher."""
-    if any(name not in os.environ for name in _ENVIRONMENT):
-        return 1
-    from_environment("MASTER_PORT", 0, 65535)
-    return from_environment("WORLD_SIZE", 1, _MOST)
+    launched = all(name in os.environ for name in _ENVIRONMENT)
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
 
 
 def leads() -> bool:
     """Whether this process is rank 0, without waiting for the others."""
-    return count() == 1 or from_environment("RANK", 0, count() - 1) == 0
+    return count() == 1 or os.environ["RANK"] == "0"
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm":
     """A bar that the process that leads shows, for its own part of the work."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=what,
-        unit=unit,
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=not leads(),
-    )
+    shape = {"unit": unit, "unit_scale": True, "dynamic_ncols": True}
+    return tqdm(total=total, initial=done, desc=what, disable=not leads(), **shape)
 
 
 @functools.cache
@@ -251,7 +237,6 @@ def join() -> Processes:
     they do not all call it, or cannot reach each other."""
     if count() == 1:
         return Processes()
-    from_environment("RANK", 0, count() - 1)
     from torch import distributed
 
     try:
@@ -260,7 +245,7 @@ def join() -> Processes:
     except (RuntimeError, ValueError) as error:
         raise LlmWsaeError(
             f"the {count()} processes of this run did not find each other at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_first_line(error)}); "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason(error)}); "
             "start them with torchrun, on another --master-port if this one is taken"
         ) from error
 
@@ -272,7 +257,3 @@ def may_speak() -> bool:
         return processes.size == 1 or processes._store.add("asked", 1) == 1
     except (LlmWsaeError, RuntimeError):
         return True  # they can no longer agree; better twice than never
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0].rstrip(".")

@@ -23,8 +23,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.machine.hardware import choose_device
-from llm_wsae.machine.number_format import DTYPES, fast_dtype
+from llm_wsae.machine.hardware import DTYPES, choose_device, fast_dtype
 from llm_wsae.model.cpu_modules import fuse_norms_and_gates, use_short_attention
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import check_causal, load_model

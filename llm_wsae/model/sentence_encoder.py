@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.machine.hardware import choose_device
-from llm_wsae.machine.number_format import fast_dtype
+from llm_wsae.machine.hardware import choose_device, fast_dtype
 from llm_wsae.model import DEFAULT_ENCODER
 from llm_wsae.model.loading import check_weights, checked_config, hub_source, quiet
 from llm_wsae.outside import local_path, parsing

@@ -90,8 +90,7 @@ class ModelConfig:
     def load(self, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
         """Load the model, and say so on stderr. ``recorded`` is its identity in the record of rows
         that it made, if there are some: their number format is kept."""
-        from llm_wsae.machine.hardware import choose_device
-        from llm_wsae.machine.number_format import fast_dtype, name_of
+        from llm_wsae.machine.hardware import choose_device, fast_dtype, name_of
         from llm_wsae.model.language_model import LanguageModel
 
         note(f"loading {self.model}")

@@ -28,8 +28,13 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
-from llm_wsae.machine.number_format import fast_dtype, name_of
+from llm_wsae.machine.hardware import (
+    check_memory,
+    choose_device,
+    fast_dtype,
+    name_of,
+    return_freed_memory,
+)
 from llm_wsae.machine.processes import Processes, join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics

@@ -182,7 +182,7 @@ def ours(job: Job, rows: Tensor) -> Trainer:
     The variant is the number of arms, which differ in seed and share the batch, as in a training;
     or ``unit``, one whose decoder rows have length 1.
     """
-    from llm_wsae.machine.number_format import fast_dtype
+    from llm_wsae.machine.hardware import fast_dtype
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.training.arm import Arm, ArmConfig
     from llm_wsae.training.config import TrainConfig, default_learning_rate

@@ -238,7 +238,7 @@ def test_a_site_whose_checkpoint_is_newer_waits(whole, streams, tmp_path):
         assert all(is_finished(mixed / str(site)) for site in SITES)
 
 
-def test_what_was_measured_is_kept_and_read_back(model, corpus, tmp_path, capsys):
+def test_what_was_measured_is_kept_and_read_back(model, corpus, tmp_path):
     first = ActivationStreams(model, corpus, SITES, STREAM, tmp_path)
     statistics, moment = first.statistics(SITES[0]), first.second_moment(SITES[1])
     other = tiny_model(seed=1)
@@ -260,7 +260,6 @@ def test_what_was_measured_is_kept_and_read_back(model, corpus, tmp_path, capsys
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     damaged = ActivationStreams(model, corpus, SITES, STREAM, tmp_path)
     assert torch.equal(damaged.statistics(SITES[0]).mean, statistics.mean)  # measured again
-    assert "is measured anew, since it is damaged" in capsys.readouterr().err
 
 
 def test_a_dictionary_says_whether_its_contexts_began_with_a_bos(corpus, tmp_path):

@@ -16,8 +16,7 @@ from tiny import VOCAB, tiny_encoder, tiny_hf_model, tiny_tokenizer
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.inspection import token_ids
-from llm_wsae.machine.hardware import choose_device, exact_dtype
-from llm_wsae.machine.number_format import fast_dtype
+from llm_wsae.machine.hardware import choose_device, exact_dtype, fast_dtype
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
