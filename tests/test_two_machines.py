@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from command_line import TRAIN, asked, call, works
 from places import ROOT
 from several import run
@@ -15,76 +16,59 @@ from several import run
 SECONDS = 240
 
 
-class Launchers:
-    """Both, of one command; the first one leads the meetings of the two."""
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the launcher of that number; the first one leads the meetings of the two."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    started = []
 
-    def __init__(self, folder, *words):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._folder, self._command = folder, ["-m", "llm_wsae", *asked(words)]
-        self._meeting = ("--rdzv-backend", "c10d", "--rdzv-id", str(port),
-                         "--rdzv-endpoint", f"127.0.0.1:{port}")  # fmt: skip
-        self.both = [self._start(0), self._start(1)]
+    def launcher(number, *words):
+        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", port, "--rdzv-endpoint",
+                      f"127.0.0.1:{port}", "--rdzv-conf",
+                      f"is_host={str(number == 0).lower()},keep_alive_interval=1")  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                   "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous,
+                   "-m", "llm_wsae", *asked(words)]  # fmt: skip
+        with open(tmp_path / f"launcher-{number}.txt", "a") as said:
+            started.append(subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said
+            ))  # fmt: skip
+        return started[-1]
 
-    def _start(self, number):
-        conf = f"is_host={str(number == 0).lower()},keep_alive_interval=1"
-        with open(self._said(number), "a") as said:
-            return subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                 "--nproc-per-node", "1", "--max-restarts", "3", *self._meeting,
-                 "--rdzv-conf", conf, *self._command],
-                cwd=ROOT,
-                stderr=said,
-                stdout=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": os.pathsep.join(sys.path),
-                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                },
-            )  # fmt: skip
-
-    def _said(self, number):
-        return self._folder / f"launcher-{number}.txt"
-
-    def restart_second(self, begun):
-        """Kill it with its process once ``begun()``, and start it again."""
-        until = time.monotonic() + SECONDS
-        while not begun():
-            assert time.monotonic() < until
-            assert [one.poll() for one in self.both] == [None, None]
-            time.sleep(0.01)
-        second = self.both[1]
-        workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
-        second.kill()
-        for worker in workers:
-            os.kill(int(worker), signal.SIGKILL)
-        second.wait()
-        assert self.both[0].poll() is None
-        self.both[1] = self._start(1)
-
-    def end(self):
-        """Wait until both have done all."""
-        try:
-            codes = [one.wait(timeout=SECONDS) for one in self.both]
-        finally:
-            for one in self.both:
-                one.kill()
-        assert codes == [0, 0], [self._said(number).read_text() for number in range(2)]
+    yield launcher
+    for one in started:
+        one.kill()
 
 
 def command(*words):
     return call(*words).code
 
 
-def test_a_training(made_world, tmp_path):
-    words = ("train", made_world / "store", *TRAIN, "--k", 4, "--tokens", 200_000,
-             "--checkpoint-seconds", 0.2)  # fmt: skip
-    out = tmp_path / "two"
-    launchers = Launchers(tmp_path, *words, "--out", out)
-    launchers.restart_second((out / "checkpoint.safetensors").exists)
-    launchers.end()
+def test_a_training(made_world, tmp_path, launch):
+    words = ("train", made_world / "store", *TRAIN, "--k", 4, "--tokens", 60_000)
+    out, until = tmp_path / "two", time.monotonic() + SECONDS
+    launched = (*words, "--checkpoint-seconds", 0.2, "--out", out)
+    first, second = launch(0, *launched), launch(1, *launched)
+    while not (out / "checkpoint.safetensors").exists():
+        assert time.monotonic() < until and first.poll() is second.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    second.kill()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    second.wait()
+    assert first.poll() is None
+    second = launch(1, *launched)
+    codes = [one.wait(timeout=SECONDS) for one in (first, second)]
+    assert codes == [0, 0], [path.read_text() for path in tmp_path.glob("launcher-*.txt")]
     works("verify", out)
     assert run(2, command, *words, "--out", tmp_path / "at once") == [0, 0]
     weights = [
