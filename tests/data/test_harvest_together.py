@@ -59,10 +59,6 @@ def fail():
     raise LlmWsaeError("the moon is full")
 
 
-def crash():
-    raise ZeroDivisionError
-
-
 def record(out, shard):
     return out / RECORDS / f"{shard:05d}.json"
 
@@ -84,26 +80,23 @@ def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path):
     assert when == (out / "manifest.json").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("unlucky, forwards, other, then", [(0, 9, 5, 2), (1, 2, 4, 1)])
+@pytest.mark.parametrize("unlucky, forwards, other", [(0, 9, 5), (1, 2, 4)])
 def test_a_killed_process_loses_no_whole_shard(
-    corpus, unbroken, tmp_path, unlucky, forwards, other, then
+    corpus, unbroken, tmp_path, unlucky, forwards, other
 ):
     """It dies in a shard of its own, when the other process is shards ahead."""
     out = tmp_path / "s"
     what = functools.partial(die_behind, record(out, other))
     outcomes = run(2, make, corpus, out, CONFIG, unlucky, forwards, what)
     assert outcomes[unlucky] is None
-    said = outcomes[1 - unlucky]
-    assert "exited without an error message" in said
-    assert "run the same command again to resume" in said
+    assert "exited without an error message" in outcomes[1 - unlucky]
     there = whole(out)
     assert other in there and there != list(range(len(there))), there
-    assert not list((out / "tokens").glob("*.partial"))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("0*.safetensors")}
-    if then == 1:
+    if unlucky:
         alone(corpus, out)
     else:
-        assert run(then, make, corpus, out) == [unbroken.num_rows] * then
+        assert run(2, make, corpus, out) == [unbroken.num_rows] * 2
     assert files(out) == files(unbroken.folder) and verify(out).problems == []
     for shard in there:  # none was made again
         path = out / f"tokens/{shard:05d}.safetensors"
@@ -113,8 +106,8 @@ def test_a_killed_process_loses_no_whole_shard(
 def test_only_what_is_missing_is_fed_to_the_model(corpus, unbroken, tmp_path):
     """Nine shards, seven forward passes each, but six for the last, which is shorter."""
     out = tmp_path / "s"
-    with pytest.raises(ZeroDivisionError):
-        alone(corpus, out, after(62, crash))
+    with pytest.raises(LlmWsaeError, match="the moon"):
+        alone(corpus, out, after(62, fail))
     assert whole(out) == list(range(8))
     for shard in (0, 3, 6, 7):
         record(out, shard).unlink()
@@ -124,21 +117,16 @@ def test_only_what_is_missing_is_fed_to_the_model(corpus, unbroken, tmp_path):
     with pytest.raises(LlmWsaeError, match=r"00001\.json is damaged: its checksum does not match"):
         alone(corpus, out)
     damaged.write_text(good)
-    with pytest.raises(ZeroDivisionError):
-        alone(corpus, out, after(34, crash))
+    with pytest.raises(LlmWsaeError, match="the moon"):
+        alone(corpus, out, after(34, fail))
     assert whole(out) == list(range(8))
     alone(corpus, out)
     assert files(out) == files(unbroken.folder)
 
 
-@pytest.mark.parametrize(
-    "what, sentence",
-    [(fail, "LlmWsaeError: the moon is full"), (crash, "process 1 ended: ZeroDivisionError()")],
-)
-def test_an_error_of_one_process_ends_all_with_its_sentence(corpus, tmp_path, what, sentence):
-    first, second = run(2, make, corpus, tmp_path / "s", CONFIG, 1, 9, what)
-    assert sentence in first
-    assert second is None if what is crash else second == first
+def test_an_error_of_one_process_ends_all_with_its_sentence(corpus, tmp_path):
+    outcomes = run(2, make, corpus, tmp_path / "s", CONFIG, 1, 9, fail)
+    assert outcomes == ["LlmWsaeError: the moon is full"] * 2
 
 
 def of_own(corpus, out):
@@ -152,24 +140,18 @@ def test_different_requests_are_not_one_harvest(corpus, tmp_path):
     assert first == second and "than process 0 (contexts: " in first and "dtype:" in first
 
 
-@pytest.mark.parametrize("killed", [[], [0]])
-def test_a_second_run_is_refused_while_a_process_of_the_first_lives(corpus, tmp_path, killed):
+def test_a_second_run_is_refused_while_a_process_of_the_first_lives(corpus, tmp_path):
     out, go = tmp_path / "s", tmp_path / "go"
     first = start(2, both_wait, corpus, out, go)
     wait_for(tmp_path / "go.0")
     wait_for(tmp_path / "go.1")
-    for rank in killed:
-        first[rank].kill()
-    with pytest.raises(LlmWsaeError, match="another process is writing the activation store"):
+    refusal = "another process is writing the activation store"
+    assert all(refusal in outcome for outcome in run(2, make, corpus, out))
+    first[0].kill()
+    with pytest.raises(LlmWsaeError, match=refusal):
         alone(corpus, out)
-    if killed:
-        first[1 - killed[0]].kill()
-        alone(corpus, out)
-    else:
-        for outcome in run(2, make, corpus, out):
-            assert "another process is writing the activation store" in outcome
-        go.touch()
-        assert len({rank.outcome() for rank in first}) == 1
+    first[1].kill()
+    alone(corpus, out)
 
 
 def both_wait(corpus, out, go):

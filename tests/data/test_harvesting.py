@@ -59,6 +59,10 @@ class Stopped(Exception):
     pass
 
 
+def stop():
+    raise Stopped
+
+
 def after(forwards, happens):
     """The same model; something happens at each forward behind so many."""
     new = tiny_model()
@@ -71,10 +75,6 @@ def after(forwards, happens):
 
     new.activations = watched
     return new
-
-
-def stop():
-    raise Stopped
 
 
 def stop_after(forwards):
@@ -167,12 +167,11 @@ def test_another_harvest_into_the_folder_is_refused(model, corpus, text, unbroke
         (r"sites: \[.blocks.0.hook_resid_pre", {"sites": SITES[:1]}, {}),
         ('dtype: "float32" in the saved activation store, "bf', {}, {"dtype": "bfloat16"}),
         ("packing context_size: 12 in .*, 13 in", {}, {"context_size": 13}),
-        ("contexts_per_shard: 28 in .*, 16 in", {}, {"shard_tokens": 192}),
     ):
         asked = {"model": model, "corpus": corpus, "sites": SITES} | options
         with pytest.raises(LlmWsaeError, match=message):
             harvest(**asked, out=unbroken.folder, config=replace(CONFIG, **changes))
-        assert files(unbroken.folder) == before
+    assert files(unbroken.folder) == before
 
 
 def test_a_corpus_that_is_too_small(model, corpus, text, tmp_path):
@@ -190,8 +189,6 @@ def test_a_corpus_that_is_too_small(model, corpus, text, tmp_path):
     store = harvest(model, streamed, SITES, out, replace(CONFIG, tokens=there))
     assert store.manifest.num_contexts * 12 == there and verify(out).problems == []
     before = files(out)
-    harvest(model, corpus, SITES, tmp_path / "t", replace(CONFIG, tokens=there))
-    assert before == files(tmp_path / "t")
     with pytest.raises(LlmWsaeError, match=said):
         harvest(model, corpus, SITES, out, config)  # nor is a complete store opened
     assert files(out) == before
@@ -220,31 +217,25 @@ def test_padding_does_not_change_the_rows(model, corpus):
         torch.testing.assert_close(own, alone[SITES[1]][0, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_number_of_tokens(tmp_path):
-    script = """
+MEMORY = """
 import sys
 from pathlib import Path
 from tiny import tiny_model, write_jsonl
-from llm_wsae.data.config import HarvestConfig
-from llm_wsae.data.corpus import Corpus
+from llm_wsae import Corpus, HarvestConfig, Site, harvest
 from llm_wsae.machine.hardware import peak_memory_bytes
-from llm_wsae.data.harvesting import harvest
-from llm_wsae.model.site import Site
 folder = Path(sys.argv[1])
 corpus = Corpus.open(str(write_jsonl(folder / "t.jsonl", [500] * 300)))
-config = dict(context_size=64, batch_tokens=1024, shard_tokens=4096)
 for tokens in (20_000, 120_000):
-    store = harvest(tiny_model(width=64), corpus, [Site(1, "post")], folder / str(tokens),
-                    HarvestConfig(tokens=tokens, **config))
+    config = HarvestConfig(tokens=tokens, context_size=64, batch_tokens=1024, shard_tokens=4096)
+    harvest(tiny_model(width=64), corpus, [Site(1, "post")], folder / str(tokens), config)
     print(peak_memory_bytes() >> 20)
 """
-    out = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "MALLOC_ARENA_MAX": "2", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens(tmp_path):
+    environment = {"MALLOC_ARENA_MAX": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.check_output(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], cwd=ROOT, env=os.environ | environment
     )
-    short, long = map(int, out.stdout.split())
+    short, long = map(int, out.split())
     assert long - short < 20  # 100,000 rows are 26 MB
