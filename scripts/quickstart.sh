@@ -20,8 +20,8 @@ if [[ " $* " != *" --tokens"* ]]; then
   # as on an AMD Zen 4, and fewer on a slower processor. A run that was stopped keeps its number.
   mkdir -p runs
   [ -s "$out.tokens" ] || .venv/bin/python -c '
-from llm_wsae.machine.number_format import product_seconds
-share = 0.0024 / min(product_seconds()["layers"].values())
+from llm_wsae.machine.hardware import product_seconds
+share = 0.0024 / min(product_seconds("encoder").values())
 print(50_000 * max(2, min(6, round(6 * share))))' > "$out.tokens"
   set -- --tokens "$(<"$out.tokens")" --train.tokens $((2 * $(<"$out.tokens"))) "$@"
 fi
