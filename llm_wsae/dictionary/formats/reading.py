@@ -90,7 +90,11 @@ def read(folder: Path, site: str | None = None) -> Content:
         names = files_in(folder)
         layout = layout_of(names)
         if layout is None and not is_own(names):
-            raise _unknown(folder, names)
+            raise LlmWsaeError(
+                f"{folder} holds {', '.join(sorted(names)[:4]) or 'nothing'} and no dictionary "
+                "that can be read: known layouts are llm-wsae (cfg.json, sae_weights.safetensors, "
+                f"wsae.json and wsae.safetensors), {', '.join(map(str, LAYOUTS))}"
+            )
         content = read_folder(folder) if layout is None else _read_foreign(folder, layout, site)
     except OSError as error:
         raise LlmWsaeError(
@@ -124,16 +128,3 @@ def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
     kind = "jumprelu" if "threshold" in weights else said.architecture
     sparsity = sparsity_from_file(path, {"architecture": kind, "k": said.k})
     return Content(weights, sparsity, info, {})
-
-
-def _unknown(folder: Path, names: Collection[str]) -> LlmWsaeError:
-    for layout in LAYOUTS:
-        if layout.weights in names:
-            return LlmWsaeError(
-                f"{folder} looks like a dictionary of {layout.name}, but lacks {layout.config}"
-            )
-    return LlmWsaeError(
-        f"{folder} holds {', '.join(sorted(names)[:4]) or 'nothing'} and no dictionary that can be "
-        "read: known layouts are llm-wsae (cfg.json, sae_weights.safetensors, wsae.json and "
-        f"wsae.safetensors), {', '.join(map(str, LAYOUTS))}"
-    )
