@@ -11,6 +11,7 @@ import tiny
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, save_model, works
 from safetensors.torch import save_file
+from small_dictionaries import make_dictionary
 
 from llm_wsae.cli import main
 from llm_wsae.data import text_sources
@@ -41,6 +42,7 @@ def world(world):
     torn.write_bytes(torn.read_bytes()[:-40])
     shutil.copytree(folder / "trained/uniform-k4", folder / "half")
     (folder / "half/cfg.json").unlink()
+    make_dictionary().save(folder / "narrow")
     (folder / "foreign").mkdir()
     (folder / "foreign/cfg.json").write_text('{"architecture": "gated"}')
     return folder
@@ -79,7 +81,8 @@ WEIGHING = ("weigh", "store", "--site", SITE)
 NAMES = ("HARVEST", "TRAIN", "HARVESTING", "TRAINING", "EVALUATING", "MEASURING", "RUNNING",
          "STUDYING", "WEIGHING")  # fmt: skip
 WORDS = {name: globals()[name] for name in NAMES}
-WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"]}
+WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"], "TEXT": ["w1 " * 99],
+          "INSPECTING": ["inspect", "trained/uniform-k4"]}  # fmt: skip
 # exit code and command, without --out; below it, what the sentence holds
 MISTAKES = """\
 2 harvst
@@ -169,6 +172,8 @@ MISTAKES = """\
 """
 # those have exit code 2, whatever --out is
 PARSED = """\
+INSPECTING --latent three
+    --latent
 verify store --depth 3
     no option --depth … '--site'
 TRAINING --out x --expantion 3
@@ -206,6 +211,42 @@ def test_what_the_parser_refuses(refused, subtests):
     for words, said in cases(PARSED, **WORDS):
         with subtests.test(ascii(words)):
             refused(2, *words, "--json", said=said)
+
+
+LOOKING = """\
+2 INSPECTING --text BYTES --model model
+    not UTF-8
+2 INSPECTING --text w1 --model model --store store
+    a store shows where latents fire, so name some with --latent
+2 INSPECTING
+    name latents (--latent) or give a --text
+2 INSPECTING --latent 64
+    no latent 64; uniform-k4 has latents 0 to 63
+2 INSPECTING --latent -1
+    no latent -1
+2 INSPECTING --latent 1 --top 0
+    top is 0, but must be at least 1
+1 inspect nowhere --latent 1
+    nowhere is not a folder
+1 INSPECTING --latent 1 --store model
+    no activation store in model
+2 INSPECTING --text w1
+    reading a text needs the model, but
+2 INSPECTING --text TEXT --model model
+    100 tokens are too long
+2 INSPECTING --latent 1 --model ./no
+    there is no model at ./no
+2 inspect narrow --latent 1 --model model
+    reads 12 dimensions, but model
+1 inspect narrow --latent 1 --store store
+    rows of 16 dimensions
+"""
+
+
+def test_inspect_says_what_is_wrong(refused, subtests):
+    for (code, *command), said in cases(LOOKING, **WORDS):
+        with subtests.test(ascii(command)):
+            refused(int(code), *command, said=said)
 
 
 TWICE = """\
@@ -258,7 +299,7 @@ PLACES = """\
 1 HARVESTING --out store --dtype float32 --tokens 100
     already holds 5,008 tokens … 112 requested
 1 TRAINING --k 5 --out trained --shuffle-seed 3
-    training in trained has other settings … has arms uniform-k4; … seed: 0 in … to resume it
+    training in trained has other settings … arms uniform-k4 … seed: 0 in … to resume it
 """
 
 
@@ -273,15 +314,16 @@ def test_nothing_of_other_people_or_settings_is_replaced(refused, world, subtest
             assert len(refused(int(code), *command, said=said)) < 700
 
 
-def test_what_one_may_not_read_or_write(refused, world, tmp_path):
+def test_what_one_may_not_read_or_write(world, tmp_path):
     """Before the work. (Modules are imported first: nobody might not read them either.)"""
-    evaluating = ("evaluate", world / "trained/uniform-k4", *EVALUATING)
-    works("verify", world / "trained/uniform-k4")
-    assert call("evaluate", "nowhere", *EVALUATING, "--out", tmp_path / "x.json").code == 1
+    dictionary, out = world / "trained/uniform-k4", tmp_path / "new.json"
+    works("verify", dictionary)
+    evaluating = ("evaluate", dictionary, *EVALUATING, "--out", out)
+    assert call(*evaluating).code == 2
     with nobody(world, tmp_path):
         for command, said in (
-            (("verify", world / "trained/uniform-k4"), f"{world}/trained/uniform-k4: permission"),
-            ((*evaluating, "--out", tmp_path / "new.json"), f"cannot write {tmp_path}/new.json: P"),
+            (("verify", dictionary), f"{dictionary}: permission"),
+            (evaluating, f"cannot write {out}: P"),
         ):
             result = call(*command)
             assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
