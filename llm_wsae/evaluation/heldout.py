@@ -95,15 +95,11 @@ class RowBatch(NamedTuple):
     contexts: slice
     rows: slice
     activations: dict[Site, Float[Tensor, "rows d_in"]]
-    """Of every site, in the model's dtype and on its device."""
 
 
 class ActivationCache:
-    """Activations of a text at any site, in the model's dtype and on its device.
-
-    A part of them stays in memory, so that another pass over the text, or another dictionary,
-    costs no further forward pass.
-    """
+    """Activations of a text at any site, in the model's dtype and on its device. A part of them
+    stays in memory, so that another pass over the text costs no further forward pass."""
 
     def __init__(
         self,
@@ -126,15 +122,12 @@ class ActivationCache:
     def rows(self, sites: Sequence[Site]) -> Iterator[RowBatch]:
         """All rows at the sites, in the order of the text."""
         contexts = rows = 0
-        for number, (_, keep) in enumerate(
-            tqdm(self.batches, desc="held-out text", unit="batch", leave=False)
-        ):
+        bar = tqdm(self.batches, desc="held-out text", unit="batch", leave=False)
+        for number, (_, keep) in enumerate(bar):
             first, start = contexts, rows
             contexts, rows = first + len(keep), start + int(keep.sum())
-            found = {
-                site: hidden[keep.to(hidden.device)]
-                for site, hidden in self.at(number, sites).items()
-            }
+            whole = self.at(number, sites)
+            found = {site: hidden[keep.to(hidden.device)] for site, hidden in whole.items()}
             yield RowBatch(slice(first, contexts), slice(start, rows), found)
 
     def at(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
@@ -198,16 +191,10 @@ class HeldoutText:
     ):
         """``keep`` marks the positions that give rows; ``document`` and ``offset`` are each
         position's document and place in it; ``headers`` holds the name and labels of every document
-        in the contexts, by its number.
-
-        Of each row, ``context``, ``cell`` (its place among all positions), ``token`` and
-        ``document_of``; ``row_at`` every cell (-1 where none is kept); ``owner``, the document that
-        most of a context belongs to.
-        """
+        in the contexts, by its number."""
         self.ids, self.keep, self.document, self.offset = ids, keep, document, offset
-        self.headers = headers
-        self.num_contexts = len(ids)
-        self.owner: Int[Tensor, " contexts"] = _owner(document)
+        self.headers, self.num_contexts = headers, len(ids)
+        self.owner: Int[Tensor, " contexts"] = _owner(document)  # which most of a context is of
         self.context, position = keep.nonzero(as_tuple=True)
         self.num_rows = len(position)
         self.cell: Int[Tensor, " rows"] = self.context * ids.shape[1] + position
@@ -220,11 +207,9 @@ class HeldoutText:
     def take(
         cls, blocks: Iterable[Contexts], tokens: int, labels: Sequence[str] = ()
     ) -> "HeldoutText":
-        """The first ``tokens`` rows, and at least two contexts.
-
-        Where only some documents have labels (one of ``labels``, if given), half of the rows come
-        from those, or as many as there are among the first five times as many rows. Raises
-        LlmWsaeError if the text is too short.
+        """The first ``tokens`` rows, and at least two contexts. Where only some documents have
+        labels (one of ``labels``, if given), half of the rows come from those, or as many as there
+        are among the first five times as many rows. Raises LlmWsaeError if the text is too short.
         """
         headers: dict[int, dict[str, Any]] = {}
         ids, keep, document, offset = _read(blocks, _REACH * tokens, headers)
@@ -266,8 +251,7 @@ class HeldoutText:
 def _read(
     blocks: Iterable[Contexts], rows: int, headers: dict[int, dict[str, Any]]
 ) -> tuple[Tensor, ...]:
-    """ids, keep, document and offset of the first contexts that hold ``rows`` rows; fills
-    ``headers``."""
+    """Of the first contexts that hold ``rows`` rows; fills ``headers``."""
     parts: list[Contexts] = []
     for block in blocks:
         parts.append(block)

@@ -91,9 +91,9 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, room):
             rows = torch.cat([batch.activations[site] for batch in batches])
             expected = whole[site].flatten(0, 1)[text.cell]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
-    kept = [activations.kept(number, site, lambda: torch.zeros(0)).numel() > 0
-            for number in range(len(batches)) for site in sites]  # fmt: skip
-    assert all(kept) == (room > 1 << 12) and any(kept) == (room > 0)
+    found = [activations.kept(number, site, lambda: torch.zeros(0)).numel() > 0
+             for number in range(len(batches)) for site in sites]  # fmt: skip
+    assert all(found) == (room > 1 << 12) and any(found) == (room > 0)
     starts = text.keep.sum(1).cumsum(0)[2:-1:3].tolist()
     assert [batch.rows.start for batch in batches] == [0, *starts]
 

@@ -60,9 +60,6 @@ class Fidelity:
     ce_recovered_interval: Interval
     ce_recovered_mean: float
     """The same relative to ce_mean_ablated, a harder baseline."""
-    ce_recovered_mean_interval: Interval
-    ce_increase_interval: Interval
-    """Of ce_spliced − ce_clean."""
     kl: float
     """Mean KL(clean ‖ spliced) over scored positions."""
     kl_interval: Interval
@@ -73,11 +70,10 @@ class Fidelity:
     latent_density: list[float] = field(repr=False)
     """[d_sae]: share of rows on which each latent fired."""
     kl_per_document: list[float] = field(repr=False)
-    """Sum of KL over the scored positions of each document; then of ce_spliced − ce_clean."""
-    ce_increase_per_document: list[float] = field(repr=False)
+    """Sum of KL over the scored positions of each document."""
 
     def summary(self) -> dict[str, Any]:
-        """Without the lists per dimension, latent and document, JSON-able."""
+        """JSON-able, without the lists per dimension, latent and document."""
         lists = {one.name for one in fields(self) if not one.repr}
         return {k: v for k, v in plain(self).items() if k not in lists}
 

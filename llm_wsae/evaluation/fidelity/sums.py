@@ -10,7 +10,7 @@ features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z �
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -24,14 +24,13 @@ from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
 from llm_wsae.statistics.documents import TextSize
-from llm_wsae.statistics.uncertainty import Bootstrap, Interval
+from llm_wsae.statistics.uncertainty import Bootstrap
 
 _ROWS_AT_ONCE = 256  # made dense to compare their codes
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
 Losses = dict[str, np.ndarray]
 """Sums of one document each: ``scored`` predictions; cross-entropy of the model (``clean``) and of
 its variants (``spliced``, ``zero``, ``mean``); KL of these (``kl spliced``, …)."""
-_Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 class Moments:
@@ -79,8 +78,7 @@ class ReconstructionSums:
         self.firings = torch.zeros(d_sae, dtype=torch.int64)
         """Rows on which each latent fires."""
         self._survivors = self._false = 0
-        self._lost = torch.zeros(d_sae, dtype=torch.float64)
-        """Of every latent, the sum of (z − r)/z over its firings that survive the round trip."""
+        self._lost = torch.zeros(d_sae, dtype=torch.float64)  # Σ (z − r)/z of what does not vanish
 
     @torch.no_grad()
     def update(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
@@ -160,18 +158,13 @@ def fidelity_of(
     def per_position(key: str) -> float:
         return float(total[key][0] / total["scored"][0])
 
-    def with_interval(quantity: _Quantity) -> tuple[float, Interval]:
+    def recovered(sums: Mapping[str, np.ndarray], baseline: str = "zero") -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return float(quantity(total)[0]), bootstrap.interval(quantity, losses)
+            return (sums[baseline] - sums["spliced"]) / (sums[baseline] - sums["clean"])
 
-    def recovered(baseline: str) -> _Quantity:
-        return lambda t: (t[baseline] - t["spliced"]) / (t[baseline] - t["clean"])
-
-    from_zero, from_mean = with_interval(recovered("zero")), with_interval(recovered("mean"))
-    kl = with_interval(lambda t: t["kl spliced"] / t["scored"])
     deviation = rows.usual.deviation()
     fvu = ratio(sums.error, deviation)
-    with_massive = sums.error + sums.massive_error, rows.usual.deviation(rows.massive)
+    with_massive = rows.usual.deviation(rows.massive)
     fidelity = Fidelity(
         name=name,
         site=str(site),
@@ -182,7 +175,7 @@ def fidelity_of(
         massive_threshold=rows.threshold,
         fvu=fvu,
         explained_variance=1 - fvu,
-        fvu_with_massive=ratio(*with_massive),
+        fvu_with_massive=ratio(sums.error + sums.massive_error, with_massive),
         cosine=sums.cosine / max(sums.count, 1),
         l2_ratio=sums.l2_ratio / max(sums.count, 1),
         **sums.shares(),
@@ -190,19 +183,16 @@ def fidelity_of(
         ce_spliced=per_position("spliced"),
         ce_mean_ablated=per_position("mean"),
         ce_zero_ablated=per_position("zero"),
-        ce_recovered=from_zero[0],
-        ce_recovered_interval=from_zero[1],
-        ce_recovered_mean=from_mean[0],
-        ce_recovered_mean_interval=from_mean[1],
-        ce_increase_interval=with_interval(lambda t: (t["spliced"] - t["clean"]) / t["scored"])[1],
-        kl=kl[0],
-        kl_interval=kl[1],
+        ce_recovered=float(recovered(total)[0]),
+        ce_recovered_interval=bootstrap.interval(recovered, losses),
+        ce_recovered_mean=float(recovered(total, "mean")[0]),
+        kl=per_position("kl spliced"),
+        kl_interval=bootstrap.interval(lambda t: t["kl spliced"] / t["scored"], losses),
         kl_mean_ablated=per_position("kl mean"),
         kl_zero_ablated=per_position("kl zero"),
         fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
         latent_density=sums.density.tolist(),
         kl_per_document=losses["kl spliced"].tolist(),
-        ce_increase_per_document=(losses["spliced"] - losses["clean"]).tolist(),
     )
     return Measured(fidelity, losses)
 

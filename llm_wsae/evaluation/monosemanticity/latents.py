@@ -5,8 +5,7 @@ one paragraph would agree with each other whatever the latent stands for. Massiv
 latents that fire on them would list nothing else among their top contexts.
 
 A latent is eligible when it fires in enough contexts for all of its top contexts and, in addition,
-all of its sampled ones. Means over eligible latents say nothing about the others, so every mean is
-reported with their share.
+all of its sampled ones.
 
 *Detection* asks, without a judge, whether a latent's contexts can be distinguished from others by
 their meaning. The centroid of its top contexts, as sentence embeddings, serves as its
@@ -53,16 +52,13 @@ _LATENTS_AT_ONCE = 256  # whose embeddings, and pairs of windows, are in memory 
 
 
 class Examples:
-    """The n firings of highest score of every latent, each from another context."""
+    """The ``count`` firings of highest score of every latent, each from another context."""
 
     def __init__(self, d_sae: int, count: int, device: torch.device):
         self._score = torch.full((d_sae, count), -torch.inf, device=device)
-        self.rows = torch.full((d_sae, count), NO_ROW, device=device)
-        """Row numbers [d_sae, n], -1 where there are no more."""
-        self.values = torch.zeros(d_sae, count, device=device)
-        """The latent's activation there [d_sae, n], 0 where there is no row."""
-        self.contexts = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        """Number of contexts in which each latent fires."""
+        self.rows = torch.full((d_sae, count), NO_ROW, device=device)  # NO_ROW: there are no more
+        self.values = torch.zeros(d_sae, count, device=device)  # the latent's activation there
+        self.contexts = torch.zeros(d_sae, dtype=torch.int64, device=device)  # in which it fires
 
     def add(self, score: Tensor, group: Tensor, row: Tensor, value: Tensor, width: int) -> None:
         """Merge firings in ``width`` further contexts; ``group`` is latent · width + context. Where
@@ -84,7 +80,6 @@ class Examples:
         self.values = torch.cat([self.values, value], 1).gather(1, order)
 
     def to_cpu(self) -> None:
-        """Once all firings are added."""
         self.rows, self.values = self.rows.cpu(), self.values.cpu()
         self.contexts = self.contexts.cpu()
 
@@ -119,12 +114,9 @@ class Firings:
         self._window_rows = text.row_at[windows].where(windows != OUTSIDE, OUTSIDE)
         order = torch.randperm(text.num_rows, generator=torch.Generator().manual_seed(seed))
         self._drawn = -order.float().to(device)  # the higher, the earlier in the draw
-        self.num_rows = 0
-        """Encoded rows; massive rows are not encoded."""
-        self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        """Number of rows on which each latent fires."""
+        self.num_rows = 0  # less massive ones
+        self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)  # rows on which it fires
         self.top, self.sample = (Examples(d_sae, count, device) for count in examples)
-        """Largest activations in descending order, and firings in the order of the draw."""
         self.fired = torch.zeros(len(windows), d_sae, dtype=torch.bool, device=device)
         """Whether each latent fires anywhere in each of the random windows."""
         self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in kinds]
@@ -219,10 +211,8 @@ class Firings:
 def read_units(
     activations: ActivationCache, thresholds: Mapping[Site, float], kinds: Sequence[Units]
 ) -> dict[Site, list[Float[Tensor, "_ d_in"]]]:
-    """For each site, the mean activations of each kind of units, float32 on the CPU.
-
-    ``thresholds`` are the norms above which a row is massive; massive rows count as zeros.
-    """
+    """For each site, the mean activations of each kind of units, float32 on the CPU. Rows whose
+    norm exceeds the site's threshold count as zeros."""
     found: dict[Site, list[Tensor]] = {}
     for batch in activations.rows(list(thresholds)):
         for site, rows in batch.activations.items():
@@ -240,9 +230,9 @@ def read_units(
 
 
 class Documents(NamedTuple):
-    """Where windows come from."""
+    """The documents of windows."""
 
-    top: Int[Tensor, "latents top"]  # documents of the top windows; so below
+    top: Int[Tensor, "latents top"]
     sample: Int[Tensor, "latents sample"]
     random: Int[Tensor, " windows"]
     genre: Int[Tensor, " documents"]  # a number for the genre of every document
@@ -294,10 +284,8 @@ class LatentScorer:
 
     def chance(self) -> float:
         """Purity of the tokens if latents fired at random: of as many random windows as a latent
-        has top contexts; NaN if there are fewer windows."""
-        # One from each stretch of the text, as top contexts are different contexts.
-        top = self._config.top
-        count = len(self.random) // top
+        has top contexts, one from each stretch of the text; NaN if there are fewer windows."""
+        top, count = self._config.top, len(self.random) // self._config.top
         rows = self.random[: count * top].view(top, count).T
         return float(purity(rows, self._token).mean())
 
@@ -374,11 +362,8 @@ def purity(
 
 
 def coherence(embeddings: Float[Tensor, "latents examples width"]) -> Float[Tensor, " latents"]:
-    """Mean cosine of all pairs of a latent's examples, given as unit vectors.
-
-    The squared norm of the sum of n unit vectors is n + 2 Σ of the pairs' cosines.
-    """
-    n = embeddings.shape[1]
+    """Mean cosine of all pairs of a latent's examples, given as unit vectors."""
+    n = embeddings.shape[1]  # the squared norm of their sum is n + 2 Σ of the pairs' cosines
     return (embeddings.sum(1).square().sum(1) - n) / (n * (n - 1))
 
 
@@ -435,11 +420,8 @@ def detection(
 def _share_won(
     won: Float[Tensor, "latents p n"], pairs: Float[Tensor, "latents p n"]
 ) -> Float[Tensor, " latents"]:
-    """Share of the pairs, each 1 or 0, that are won; NaN where too few windows take part.
-
-    Sums of ½ and 1 are exact in float32 up to 2^23 pairs.
-    """
-    of_positive = pairs.sum(2)
+    """Share of the pairs, each 1 or 0, that are won; NaN where too few windows take part."""
+    of_positive = pairs.sum(2)  # sums of ½ and 1 are exact in float32 up to 2^23 pairs
     enough = (of_positive > 0).sum(1) >= FEWEST_POSITIVE
     enough &= (pairs.amax(1) > 0).sum(1) >= FEWEST_NEGATIVE
     share = won.sum((1, 2)).double() / of_positive.sum(1).double()

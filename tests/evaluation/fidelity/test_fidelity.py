@@ -200,7 +200,6 @@ def test_every_number_equals_a_naive_float64_reference(model, contexts, case):
     for middle, (low, high) in (
         (found.kl, found.kl_interval),
         (found.ce_recovered, found.ce_recovered_interval),
-        (found.ce_spliced - found.ce_clean, found.ce_increase_interval),
     ):
         assert low < middle < high
 
@@ -381,7 +380,6 @@ def test_bad_requests(model, contexts):
         (UsageError, "the model has 3 blocks", identity(site="blocks.3.hook_resid_post"), [], 80),
         (UsageError, "15 dimensions, but tiny has 16", narrow, [], 80),
         (LlmWsaeError, "holds 103 tokens in 12 contexts, but 5,000 t", identity(), contexts, 5000),
-        (LlmWsaeError, "in at least 2 contexts", identity(), contexts[:1], 5),
         (UsageError, "of 10 and of 7 tokens; pack or pad", identity(), [contexts[0], cut], 12),
         (UsageError, "no context .* has two rows, so no predict", identity(), single, 5),
     ):
@@ -392,8 +390,6 @@ def test_bad_requests(model, contexts):
     two = SimpleNamespace(ids=contexts[1].ids, keep=last | (np.arange(POSITIONS) == 3))
     report = evaluate({"a": identity()}, model, [*single[:3], two], EvaluateConfig(tokens=5))
     assert report.num_scored == 1
-    with pytest.raises(UsageError, match="batch-tokens is 0"):
-        EvaluateConfig(batch_tokens=0)
 
 
 def test_activations_and_predictions_that_are_not_numbers(contexts):

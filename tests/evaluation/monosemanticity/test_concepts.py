@@ -21,18 +21,16 @@ STORY = [
 ]
 
 
-def spelling_tokenizer(texts) -> PreTrainedTokenizerFast:
-    """One token for each piece that GPT-2's rules cut: words with their space, signs, digits."""
+def text_of(texts, length=None):
+    """Each text a document, all packed one after the other in contexts of ``length`` tokens, and
+    their tokenizer: a token for each piece that GPT-2's rules cut (words with their space, signs,
+    digits)."""
     cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces = {piece for text in [*texts, "a"] for piece, _ in cutter.pre_tokenize_str(text)}
     vocab = {piece: i for i, piece in enumerate(sorted(pieces))} | {"<s>": len(pieces)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = cutter, decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-
-
-def text_of(texts, tokenizer, length=None) -> HeldoutText:
-    """Each text a document, all packed one after the other in contexts of ``length`` tokens."""
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    words.pre_tokenizer, words.decoder = cutter, decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     flat = torch.tensor([i for document in ids for i in document])
     document = torch.tensor([n for n, own in enumerate(ids) for _ in own])
@@ -47,8 +45,8 @@ def text_of(texts, tokenizer, length=None) -> HeldoutText:
         return torch.cat([torch.full((count, 1), bos), rows], 1)
 
     headers = {n: {"name": str(n), "labels": {}} for n in range(len(texts))}
-    bos = tokenizer.bos_token_id
-    return HeldoutText(packed(flat, bos), keep, packed(document, -1), packed(offset, -1), headers)
+    columns = packed(flat, len(pieces)), keep, packed(document, -1), packed(offset, -1)
+    return HeldoutText(*columns, headers), tokenizer
 
 
 def yes(text, tokenizer, name):
@@ -56,28 +54,15 @@ def yes(text, tokenizer, name):
     rows = torch.arange(text.num_rows)
     found = token_concepts(text, tokenizer, rows, torch.ones(text.num_rows).bool(), least=0)
     number = found.names.index(name)
-    spelt = token_texts(tokenizer, text.token.tolist())
+    spelt, applies = token_texts(tokenizer, text.token.tolist()), found.applies[:, number]
     return tuple(
         [spelt[i] for i in column.nonzero()[:, 0].tolist()]
-        for column in (found.positive[:, number] & found.applies[:, number],
-                       found.applies[:, number])
-    )  # fmt: skip
+        for column in (found.positive[:, number] & applies, applies)
+    )
 
 
-@pytest.fixture(scope="module")
-def story():
-    tokenizer = spelling_tokenizer(STORY)
-    return text_of(STORY, tokenizer), tokenizer
-
-
-def test_a_token_is_spelt_with_its_space(story):
-    _, tokenizer = story
-    ids = tokenizer(STORY[0], add_special_tokens=False)["input_ids"]
-    assert "".join(token_texts(tokenizer, ids)) == STORY[0]
-    assert token_texts(tokenizer, ids)[:2] == ["He", " said"]
-
-
-def test_concepts_of_tokens_are_read_off_the_text(story):
+def test_concepts_of_tokens_are_read_off_the_text():
+    story = text_of(STORY)
     words = ["He", " said", "Stop", " now", " Then", " men", " left", "Why", " asked", " Bob",
              "They", " went", " end", "the", " rest", " of", "his", " words", " here", " No",
              " more"]  # fmt: skip
@@ -97,30 +82,22 @@ def test_concepts_of_tokens_are_read_off_the_text(story):
 def test_concepts_look_across_contexts_but_not_across_gaps_or_lines():
     """Contexts of three tokens; without the second one, nothing is known of what came before. An
     unpaired quote ends with its line."""
-    texts = ['Yes. "Go on now" he said. So it is']
-    tokenizer = spelling_tokenizer(texts)
-    whole = text_of(texts, tokenizer, 3)
+    whole, tokenizer = text_of(['Yes. "Go on now" he said. So it is'], 3)
     assert yes(whole, tokenizer, "quotation")[0] == ["Go", " on", " now"]
     assert yes(whole, tokenizer, "sentence start")[0] == ["Yes", "Go", " So"]
-    ids, keep, document, offset = (
-        part[[0, 3]] for part in (whole.ids, whole.keep, whole.document, whole.offset)
-    )
-    cut = HeldoutText(ids, keep, document, offset, whole.headers)
+    parts = (part[[0, 3]] for part in (whole.ids, whole.keep, whole.document, whole.offset))
+    cut = HeldoutText(*parts, whole.headers)
     assert yes(cut, tokenizer, "quotation")[0] == []
     assert yes(cut, tokenizer, "sentence start")[0] == ["Yes", " So"]
-    texts = ['a "b c\nd e "f" g']
-    tokenizer = spelling_tokenizer(texts)
-    assert yes(text_of(texts, tokenizer), tokenizer, "quotation")[0] == ["b", " c", "f"]
+    assert yes(*text_of(['a "b c\nd e "f" g']), "quotation")[0] == ["b", " c", "f"]
 
 
-def test_folded_tokens_are_the_same_for_space_and_case():
-    texts = ["The the cat The, THE 42 42"]
-    tokenizer = spelling_tokenizer(texts)
-    text = text_of(texts, tokenizer)
-    spelt = [t.strip().lower() for t in token_texts(tokenizer, text.token.tolist())]
+def test_tokens_are_spelt_with_their_space_and_fold_with_space_and_case():
+    text, tokenizer = text_of(["The the cat The, THE 42 42"])
+    spelt = token_texts(tokenizer, text.token.tolist())
+    assert spelt == ["The", " the", " cat", " The", ",", " THE", " 42", " 42"]
     folded = folded_tokens(text, tokenizer).tolist()
-    for i, one in enumerate(spelt):
-        assert [spelt[j] == one for j in range(len(spelt))] == [f == folded[i] for f in folded]
+    assert [folded.index(one) for one in folded] == [0, 0, 2, 0, 4, 0, 6, 6]
 
 
 HEADERS = {
@@ -163,11 +140,8 @@ def test_concepts_of_documents_are_their_labels():
     found = document_concepts(headers, torch.arange(16).repeat(4), torch.arange(64) < 32, least=4)
     assert found.names == ["score<1"]
     assert found.positive[:16, 0].tolist() == [n <= 9 for n in range(16)]
-
-
-def test_a_concept_needs_enough_examples_in_both_halves():
-    document = torch.tensor([*range(12), *range(12)])
-    asked = HEADERS, document, document < 6
+    # enough examples are needed in both halves
+    asked = HEADERS, document[:24], document[:24] < 6
     names = document_concepts(*asked, least=0).names
     assert names == ["party=left", "party=none", "party=right", "spoken=False", "1804<=year<1808"]
     assert document_concepts(*asked, least=5).names == ["spoken=False"]
@@ -175,20 +149,17 @@ def test_a_concept_needs_enough_examples_in_both_halves():
 
 
 def test_halves_pair_like_documents():
-    tokenizer = spelling_tokenizer(["a b c"])
-    text = text_of(["a b c"] * 13, tokenizer, 3)
+    text, _ = text_of(["a b c"] * 13, 3)
     text.headers.update(HEADERS)
     drawn = [halves_of_documents(text, seed) for seed in range(8)]
     assert drawn[0] == halves_of_documents(text, 0) and any(d != drawn[0] for d in drawn)
     for halves in drawn:
         for party in range(3):  # four documents of each: two and two, and one is spoken in each
-            mine = [n for n in range(12) if n % 3 == party]
-            assert sum(halves[n] for n in mine) == 2
+            assert sum(halves[n] for n in range(12) if n % 3 == party) == 2
 
 
 def test_units_are_rows_or_the_rows_of_a_document_in_a_context():
-    tokenizer = spelling_tokenizer(["a b c d e"])
-    text = text_of(["a b c d e", "a b c", "a b c d"], tokenizer, 4)
+    text, _ = text_of(["a b c d e", "a b c", "a b c d"], 4)
     text.headers[2]["labels"]["x"] = 1
     text.headers[0]["labels"]["x"] = 2
     # contexts: 0000 | 0111 | 2222; the second is the unlabelled document's

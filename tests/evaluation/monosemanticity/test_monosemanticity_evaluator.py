@@ -175,26 +175,17 @@ def test_a_dictionary_that_never_fires_has_no_scores(model, tmp_path):
 
 
 def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus):
-    def made(directions=None, **info):
-        one = one_latent_a_word() if directions is None else dictionary(directions, "x")
-        one.info = dataclasses.replace(one.info, **info)
-        return one
-
-    good, other = made(), made(store={"packing": {"context_size": 32}})
+    good, narrow = {"x": one_latent_a_word()}, {"x": dictionary(torch.eye(4, 8), "x")}
     for error, match, dictionaries, settings in (
         (UsageError, "there is no dictionary to score; name at least one", {}, {}),
-        (LlmWsaeError, "text holds .* but 10,000,000", {"x": good}, {"tokens": 10_000_000}),
-        (UsageError, "no document has a label 'eara'; did you mean 'era'", {"x": good},
+        (LlmWsaeError, "text holds .* but 10,000,000", good, {"tokens": 10_000_000}),
+        (UsageError, "no document has a label 'eara'; did you mean 'era'", good,
          {"labels": ("eara",)}),
-        (UsageError, "'x' and 'y' were trained on differently packed", {"x": good, "y": other}, {}),
-        (UsageError, "dictionary 'x' has 8 dimensions, but planted has 48",
-         {"x": made(torch.eye(4, 8))}, {}),
-        (UsageError, "blocks.5.hook_resid_pre", {"x": made(site="blocks.5.hook_resid_pre")}, {}),
-        (UsageError, "top is 1, but must be at least 2", {"x": good}, {"top": 1}),
+        (UsageError, "dictionary 'x' has 8 dimensions, but planted has 48", narrow, {}),
+        (UsageError, "top is 1, but must be at least 2", good, {"top": 1}),
     ):  # fmt: skip
-        with pytest.raises(error, match=match) as caught:
+        with pytest.raises(error, match=match):
             scored(dictionaries, model, corpus, dataclasses.replace(CONFIG, **settings))
-        assert str(caught.value).count("\n") == 0
 
 
 def test_the_report_is_json_and_a_table(report):
@@ -207,14 +198,13 @@ def test_the_report_is_json_and_a_table(report):
     assert words["latents"]["detection_without_tokens"]["mean"] is None
     assert len(words["per_latent"]["density"]) == WIDTH and written["config"]["top"] == 5
     assert words["per_latent"]["purity"] == [1.0] * NUM_WORDS + [None] * (WIDTH - NUM_WORDS)
-    lines = report.table().splitlines()
-    detection = report.dictionaries["four"].latents["detection"]
-    (row,) = (line for line in lines if line.startswith("four "))
+    table, detection = report.table(), report.dictionaries["four"].latents["detection"]
+    (row,) = (line for line in table.splitlines() if line.startswith("four "))
     low, high = detection.interval
     assert f"{detection.mean:.3f} [{low:.3f}, {high:.3f}]" in row
-    assert lines[0].split()[:2] == ["dictionary", "eligible"]
-    assert f"{report.num_rows:,} tokens of held-out text" in report.table()
-    assert f"the purity of random contexts is {report.chance['purity']:.3f}." in report.table()
+    assert table.split()[:2] == ["dictionary", "eligible"]
+    assert f"{report.num_rows:,} tokens of held-out text" in table
+    assert f"the purity of random contexts is {report.chance['purity']:.3f}." in table
 
 
 AT = Site.parse(SITE)

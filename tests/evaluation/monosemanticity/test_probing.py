@@ -211,23 +211,24 @@ def letter_and_word(speaks: bool):
     return x, latents, decoder, concepts
 
 
-def probed(speaks, is_sparse=True, without=()):
+def probed(speaks, is_sparse=True, without=(), seen=1):
     x, latents, decoder, asked = letter_and_word(speaks)
     table = latents.T.to_sparse() if is_sparse else latents.T
-    allowed = torch.ones(D_SAE, dtype=torch.bool)
+    allowed = EVERY.clone()
     allowed[list(without)] = False
-    (found,) = probe_latents(probe_site([asked], [x], 0), [table], decoder, [allowed])
+    (found,) = probe_latents(probe_site([asked], [seen * x], 0), [table], decoder, [allowed])
     return float(found["missed"]), float(found["absorbed"])
 
 
 def test_a_word_that_takes_its_letter_is_found(monkeypatch):
-    """By one other latent that counts: not one that the probe needs, nor one that is left out
-    because it is dense, say; and not where units are several rows."""
+    """By one other latent that counts: not one that the probe needs, nor one that is left out; and
+    not where units are several rows, or nothing is seen of the letter."""
     missed, absorbed = probed(True)
     assert missed == pytest.approx(0, abs=0.01) and absorbed == 0
     missed, absorbed = probed(True, without=(LETTER_LATENT, WORD_LATENT))
     assert missed > 0.5 and absorbed == 0
     assert all(map(math.isnan, probed(True, is_sparse=False)))
+    assert all(map(math.isnan, probed(True, seen=0)))  # no example is recognised
     # with one main latent; the word's own would be the second
     monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.probing.GAIN", 1.0)
     assert probed(True) == pytest.approx((WORD, WORD), abs=0.03)
@@ -241,11 +242,3 @@ def test_the_number_of_main_latents_follows_what_they_add():
     )
     found = main_latents(best, area)
     assert [row[row >= 0].tolist() for row in found] == [[0], [0, 1], [0, 1, 3, 4], [0]]
-
-
-def test_a_letter_that_no_probe_recognises_has_no_share():
-    """Its dense probe sees nothing in the activations."""
-    x, latents, decoder, concepts = letter_and_word(True)
-    site = probe_site([concepts], [torch.zeros_like(x)], 0)
-    (found,) = probe_latents(site, [latents.T.to_sparse()], decoder, [EVERY])
-    assert found["missed"].isnan() and found["absorbed"].isnan()
