@@ -106,6 +106,8 @@ class FidelityEvaluator:
         num_documents = int(self._owner.max()) + 1
         self._bootstrap = Bootstrap(num_documents, config.bootstraps, config.seed)
         self._cache = ActivationCache(model, ids, keep, config.batch_tokens)
+        scored = scored_positions(keep).sum(1).double().numpy()
+        self._scored = np.bincount(self._owner, scored)  # of each document
         self._known: dict[tuple[Site, float], SiteRows] = {}
 
     @torch.no_grad()
@@ -140,13 +142,12 @@ class FidelityEvaluator:
         for site in dict.fromkeys(one.site for one in dictionaries.values()):
             own = {name: one for name, one in dictionaries.items() if one.site == site}
             found |= self._measure(site, own)
-        scored = next(iter(found.values())).losses["scored"]
         return Report(
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
-            num_scored=int(scored.sum()),
-            scored_per_document=scored.tolist(),
+            num_scored=int(self._scored.sum()),
+            scored_per_document=self._scored.tolist(),
             dictionaries={name: found[name].fidelity for name in dictionaries},
             from_plain={
                 name: from_plain(found[name], found[plain], self._bootstrap)
@@ -168,7 +169,7 @@ class FidelityEvaluator:
         def of(wanted: str | None) -> Losses:
             return {kind: own for (name, kind), own in by_document.items() if name == wanted}
 
-        rows.losses |= of(None)
+        rows.losses |= {"scored": self._scored} | of(None)
         self._known[site, threshold] = rows
         return {
             name: fidelity_of(
@@ -180,8 +181,8 @@ class FidelityEvaluator:
     def _splice(
         self, site: Site, rows: SiteRows, sums: Mapping[str, ReconstructionSums]
     ) -> dict[_Key, np.ndarray]:
-        """Adds the text to all sums. Returns numbers of each context: scored predictions, and
-        cross-entropy and KL of every variant."""
+        """Adds the text to all sums. Returns cross-entropy and KL of every variant, for each
+        context."""
         variants: _Variants = {(name, "spliced"): own.update for name, own in sums.items()}
         is_new = not rows.losses
         if is_new:
@@ -203,7 +204,7 @@ class FidelityEvaluator:
                 for key, numbers in self._losses(number, site, hidden, usual, variants).items():
                     columns[key].append(numbers)
                 bar.update(len(ids))
-        return {key: torch.cat(parts).double().numpy() for key, parts in columns.items()}
+        return {key: torch.cat(parts).numpy() for key, parts in columns.items()}
 
     def _losses(
         self, number: int, site: Site, hidden: Tensor, usual: Tensor, variants: _Variants
@@ -218,12 +219,8 @@ class FidelityEvaluator:
             spliced = hidden.clone()
             spliced[usual] = replacement(hidden[usual]).to(hidden.dtype)
             ends.append(model.resume_to_end(ids, site, spliced))
-        scored = scored_positions(keep)
-        clean_ce, found = next_token_sums(model, clean, ends, ids, scored)
-        columns: dict[_Key, Tensor] = {
-            (None, "scored"): scored.sum(1).cpu(),
-            (None, "clean"): clean_ce,
-        }
+        clean_ce, found = next_token_sums(model, clean, ends, ids, scored_positions(keep))
+        columns: dict[_Key, Tensor] = {(None, "clean"): clean_ce}
         for (name, kind), (ce, kl) in zip(variants, found, strict=True):
             columns[name, kind], columns[name, f"kl {kind}"] = ce, kl
         return columns

@@ -32,13 +32,10 @@ _SAME_LOGITS = 0.05  # relative; half precision in another order of operations i
 def scored_positions(
     keep: Bool[Tensor, "contexts positions"],
 ) -> Bool[Tensor, "contexts positions-1"]:
-    """Which positions' predictions count.
-
-    Position t counts if it is not before the context's first kept position and the token that it
-    predicts, t + 1, is kept. So the first positions, which no dictionary is trained on and which
-    are never replaced, are not scored, nor are predictions of special tokens or padding. Other
-    positions that are not kept are scored: a replacement before them affects their prediction.
-    """
+    """Which positions' predictions count: t does if it is not before the context's first kept
+    position and the token that it predicts, t + 1, is kept. So the first positions, which are never
+    replaced, are not scored, nor are predictions of special tokens or padding. Other positions that
+    are not kept are scored: a replacement before them affects their prediction."""
     begun = keep.cumsum(1) > 0
     return begun[:, :-1] & keep[:, 1:]
 
@@ -51,10 +48,10 @@ def next_token_sums(
     scored: Bool[Tensor, "contexts positions-1"],
 ) -> tuple[Float[Tensor, " contexts"], list[tuple[Tensor, Tensor]]]:
     """Per context, Σ over scored positions of −log p(next token), for the model itself; and for
-    each variant that and Σ KL(p_clean ‖ p), both [contexts], in nats.
+    each variant that and Σ KL(p_clean ‖ p), both [contexts], in nats, float64 on the CPU.
 
-    ``clean`` and ``variants`` are outputs of the last block. Exponentials are float32; sums are
-    float64, on the CPU. Raises LlmWsaeError if a prediction of the model itself is NaN.
+    ``clean`` and ``variants`` are outputs of the last block. Raises LlmWsaeError if a prediction of
+    the model itself is NaN.
     """
     where = F.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
     streams = [stream.flatten(0, 1) for stream in (clean, *variants)]
@@ -79,8 +76,7 @@ def next_token_sums(
 
 
 def _tile_rows(rows: int, width: int, together: int) -> int:
-    """Rows of a tile, whose logits are ``width`` at a time: tiles of equal size, and as many for
-    each of the cores that work together."""
+    """Of tiles of equal size, as many for each of the cores that work together."""
     most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // width))
     tiles = -(-rows // (most * together)) * together
     return -(-rows // tiles)
@@ -168,9 +164,8 @@ def check_resumable(
     site: Site,
     hidden: Float[Tensor, "1 positions d_model"],
 ) -> None:
-    """Raise LlmWsaeError for a model that, resumed at the site from its own activations, is not the
-    model as it is, since its blocks pass on more than the residual stream; or whose predictions are
-    NaN."""
+    """Raise LlmWsaeError for a model that, resumed at the site from its own activations, makes
+    other predictions, since its blocks pass on more than the residual stream; or NaN."""
     full = model.logits(ids)[0, -_CHECKED_POSITIONS:].float()
     if bool(full.isnan().any()):
         raise _not_numbers(model)

@@ -8,9 +8,9 @@ kept when both halves of the documents hold enough examples and counterexamples:
 trained on one half is tested on the other, so no document is on both sides.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -166,53 +166,43 @@ def document_concepts(
     for name in wanted:
         if name not in columns:
             raise UsageError(f"no document has a label {name!r}; {nearest(name, columns)}")
-    found: list[tuple[str, str, set[int], set[int]]] = []
+
+    def of(documents: Iterable[int]) -> Tensor:
+        return torch.isin(document, torch.tensor(sorted(documents)))
+
+    names: list[str] = []
+    families: list[str] = []
+    nothing = torch.zeros(len(document), 0, dtype=torch.bool)
+    positive, applies = [nothing], [nothing]
     for column in dict.fromkeys(wanted) or columns:
         values = {number: own[column] for number, own in labels.items() if column in own}
-        found += [(name, column, own, set(values)) for name, own in _divided(column, values)]
-
-    def belongs(documents: list[set[int]]) -> Bool[Tensor, "units concepts"]:
-        some = [torch.isin(document, torch.tensor(sorted(own))) for own in documents]
-        return torch.stack(some, 1) if some else torch.zeros(len(document), 0, dtype=torch.bool)
-
-    concepts = Concepts(
-        [name for name, *_ in found],
-        [family for _, family, *_ in found],
-        belongs([having for *_, having, _ in found]),
-        belongs([labelled for *_, labelled in found]),
-        half,
-    )
-    return concepts.with_enough(document, _MIN_DOCUMENTS, least)
+        for name, having in _divided(column, values):
+            names.append(name)
+            families.append(column)
+            positive.append(of(having)[:, None])
+            applies.append(of(values)[:, None])
+    found = Concepts(names, families, torch.cat(positive, 1), torch.cat(applies, 1), half)
+    return found.with_enough(document, _MIN_DOCUMENTS, least)
 
 
 def _divided(column: str, values: dict[int, Any]) -> list[tuple[str, set[int]]]:
     """The concepts of one label, each with its documents."""
     distinct = sorted(set(values.values()), key=lambda value: (str(type(value)), value))
     numeric = all(type(value) in (int, float) for value in distinct)
-    if numeric and len(distinct) > _MAX_VALUES:
-        ordered = sorted(values.values())
-        # Above the smallest value, or nothing would lie below the cut.
-        above = next(value for value in ordered if value > ordered[0])
-        cuts = sorted({float(max(ordered[i * len(ordered) // 3], above)) for i in (1, 2)})
-        edges = [float("-inf"), *cuts, float("inf")]
-        if len(cuts) == 1:  # two parts make one concept
-            edges = edges[:2]
+    if not numeric or len(distinct) <= _MAX_VALUES:
         return [
-            (_third(column, low, high), {n for n, v in values.items() if low <= v < high})
-            for low, high in pairwise(edges)
+            (f"{column}={value}", {number for number, own in values.items() if own == value})
+            for value in (distinct[:1] if len(distinct) == 2 else distinct)
         ]
-    if len(distinct) == 2:
-        distinct = distinct[:1]
-    return [
-        (f"{column}={value}", {number for number, own in values.items() if own == value})
-        for value in distinct
-    ]
-
-
-def _third(column: str, low: float, high: float) -> str:
-    if low == float("-inf"):
-        return f"{column}<{high:g}"
-    return f"{column}>={low:g}" if high == float("inf") else f"{low:g}<={column}<{high:g}"
+    ordered = sorted(values.values())
+    # Above the smallest value, or nothing would lie below the cut.
+    above = next(value for value in ordered if value > ordered[0])
+    first, *more = sorted({float(max(ordered[i * len(ordered) // 3], above)) for i in (1, 2)})
+    parts = [(f"{column}<{first:g}", -math.inf, first)]
+    for second in more:  # two parts make one concept
+        parts.append((f"{first:g}<={column}<{second:g}", first, second))
+        parts.append((f"{column}>={second:g}", second, math.inf))
+    return [(name, {n for n, v in values.items() if low <= v < high}) for name, low, high in parts]
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

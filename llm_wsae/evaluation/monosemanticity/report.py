@@ -40,14 +40,12 @@ _NONE = Mean(math.nan, (math.nan, math.nan), 0, 0.0)
 
 @dataclass(frozen=True)
 class ConceptSummary:
-    """Scores of a dictionary on concepts, averaged and one by one."""
+    """Scores of a dictionary on concepts: means in which every family counts once, those within
+    each family, and the numbers of each concept."""
 
     means: dict[str, Mean]
-    """Every family counted once."""
     families: dict[str, dict[str, float]]
-    """The same means within each family."""
     concepts: dict[str, dict[str, float]]
-    """The same numbers for each concept."""
 
 
 @dataclass(frozen=True)
@@ -224,15 +222,11 @@ def summarise(
     names: Sequence[str], families: Sequence[str], columns: Mapping[str, Float[Tensor, " concepts"]]
 ) -> ConceptSummary:
     """Means over all families and over each of them."""
+    means = {key: mean_of_families(values, families) for key, values in columns.items()}
     of_families = {}
     for family in dict.fromkeys(families):
         mine = torch.tensor([one == family for one in families])
-        of_families[family] = {
-            key: float(values[mine].nanmean()) for key, values in columns.items()
-        }
+        of_families[family] = {key: float(own[mine].nanmean()) for key, own in columns.items()}
     rows = {key: values.tolist() for key, values in columns.items()}
-    return ConceptSummary(
-        {key: mean_of_families(values, families) for key, values in columns.items()},
-        of_families,
-        {name: {key: own[n] for key, own in rows.items()} for n, name in enumerate(names)},
-    )
+    concepts = {name: {key: own[n] for key, own in rows.items()} for n, name in enumerate(names)}
+    return ConceptSummary(means, of_families, concepts)
