@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm_wsae.data.packing import NO_DOCUMENT
@@ -19,7 +18,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.heldout import Encoder
-from llm_wsae.evaluation.monosemanticity.latents import detection
+from llm_wsae.evaluation.monosemanticity.latents import share_won, wins
 from llm_wsae.explaining.protocol import (
     CLOSE,
     OPEN,
@@ -99,8 +98,6 @@ class _Pool(NamedTuple):
     """Random texts for the judge."""
 
     texts: list[str]
-    token: Int[Tensor, " pool"]
-    """The token that each was drawn for."""
     silent: Bool[np.ndarray, "latents pool"]
     """Which of the chosen latents are silent in it."""
 
@@ -163,8 +160,7 @@ class _Choice:
             [self._marked(*pair, draw) for pair in zip(i[:own], a[:own], strict=True)]
             for i, a, draw in zip(ids, activation, draws, strict=True)
         ]
-        tokens = torch.from_numpy(ids[:, :own, WINDOW - 1]).long()
-        likeness, scores = self._likeness(encoder, active, tokens, pool)
+        likeness, scores = self._likeness(encoder, active, pool)
         found = []
         for place, (latent, draw) in enumerate(zip(latents.tolist(), draws, strict=True)):
             silent = self._from_pool(pool, pool.silent[place], likeness[place], draw)
@@ -194,8 +190,7 @@ class _Choice:
             x, floor = reader.rows(first, stop).float(), self.firings.floor[first:stop]
             encoder = self._dictionary.W_enc[:, numbers]
             silent[:, place] = ~activations_of(self._dictionary, x, encoder, numbers, floor).any(0)
-        token = torch.from_numpy(around[:, WINDOW - 1]).long()
-        return _Pool(texts, token, silent)
+        return _Pool(texts, silent)
 
     def _from_pool(
         self,
@@ -234,22 +229,18 @@ class _Choice:
         return found
 
     def _likeness(
-        self,
-        encoder: Encoder,
-        active: Sequence[Sequence[Text]],
-        tokens: Int[Tensor, "latents texts"],
-        pool: _Pool,
+        self, encoder: Encoder, active: Sequence[Sequence[Text]], pool: _Pool
     ) -> tuple[Float[np.ndarray, "latents pool"], list[float]]:
         """How alike the pool is to each latent's strongest texts in meaning, and the detection of
         the latent by that; NaN where there are too few texts."""
         top, shown = self._config.examples // 2, self._config.examples
         flat = encoder.embed([text.plain for texts in active for text in texts])
-        vectors, of_pool = flat.view(*tokens.shape, -1), encoder.embed(pool.texts)
+        vectors, of_pool = flat.view(len(active), -1, flat.shape[1]), encoder.embed(pool.texts)
         silent, scores = torch.tensor(pool.silent), []
-        for some in torch.arange(len(tokens)).split(_LATENTS_AT_ONCE):
+        for some in torch.arange(len(active)).split(_LATENTS_AT_ONCE):
             strongest, judged = vectors[some, :top], vectors[some, shown:]
-            parts = tokens[some, :top], tokens[some, shown:], pool.token
-            scores += detection(strongest, judged, of_pool, silent[some], parts).auroc.tolist()
+            won = wins(strongest, judged, of_pool)
+            scores += share_won(won, silent[some][:, None]).tolist()
         likeness = normalize(vectors[:, :top].sum(1), dim=1) @ of_pool.T
         return likeness.numpy(), scores
 

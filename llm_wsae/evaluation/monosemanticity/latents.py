@@ -25,7 +25,6 @@ different contexts, as the paper measures its vision features (section 5 of arXi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -229,26 +228,6 @@ def read_units(
     return found
 
 
-class Documents(NamedTuple):
-    """The documents of windows."""
-
-    top: Int[Tensor, "latents top"]
-    sample: Int[Tensor, "latents sample"]
-    random: Int[Tensor, " windows"]
-    genre: Int[Tensor, " documents"]  # a number for the genre of every document
-    drawn: Float[Tensor, "resamplings documents"]  # how often each resampling holds each document
-
-
-class Detection(NamedTuple):
-    """Areas under the ROC curve; NaN for a latent with too few windows."""
-
-    auroc: Float[Tensor, " latents"]
-    without_tokens: Float[Tensor, " latents"]
-    """The same without windows whose centre is a token of the top contexts."""
-    resampled: Float[Tensor, "latents resamplings"] | None
-    """``auroc`` on every resampling of the documents, if they are known."""
-
-
 class LatentScorer:
     """Scores latents on one text, with random windows that all dictionaries share."""
 
@@ -306,22 +285,18 @@ class LatentScorer:
         return found
 
     def _scores_of(self, top: Tensor, sample: Tensor, silent: Tensor) -> dict[str, Tensor]:
-        of, token, embedded = self.text.document_of, self._token, self._embeddings.of(top)
-        detected = detection(
-            embedded,
-            self._embeddings.of(sample),
-            self._of_random,
-            silent,
-            (token[top], token[sample], token[self.random]),
-            Documents(of[top], of[sample], of[self.random], self._genre, self._drawn),
-        )
-        assert detected.resampled is not None
+        token, random = self._token, self.random
+        documents = [self.text.document_of[rows] for rows in (top, sample, random)]
+        embedded = self._embeddings.of(top)
+        won = wins(embedded, self._embeddings.of(sample), self._of_random)
+        pairs = fair_pairs(silent, documents, self._genre)
+        others = pairs & strange_pairs(token[top], token[sample], token[random])
         return {
             "purity": purity(top, token),
             "coherence": coherence(embedded),
-            "detection": detected.auroc,
-            "detection_without_tokens": detected.without_tokens,
-            RESAMPLED: detected.resampled,
+            "detection": share_won(won, pairs),
+            "detection_without_tokens": share_won(won, others),
+            RESAMPLED: share_won_resampled(won, pairs, documents, self._drawn),
         }
 
 
@@ -380,65 +355,65 @@ def coherence_of_strangers(
     return cosines / pairs if pairs else float("nan")
 
 
-def detection(
+def wins(
     top: Float[Tensor, "latents top width"],
     sample: Float[Tensor, "latents sample width"],
     random: Float[Tensor, "windows width"],
-    silent: Bool[Tensor, "latents windows"],
-    tokens: tuple[
-        Int[Tensor, "latents top"], Int[Tensor, "latents sample"], Int[Tensor, " windows"]
-    ],
-    documents: Documents | None = None,
-) -> Detection:
-    """Detection of latents from the unit embeddings of their windows.
-
-    ``silent`` marks the random windows that are a latent's negatives; ``tokens`` are the centre
-    tokens of the top, sample and random windows. Without ``documents``, all windows count and are
-    compared with each other.
-    """
+) -> Float[Tensor, "latents sample windows"]:
+    """1 where a sampled window is closer to the centroid of a latent's top ones than a random one
+    is, ½ where they tie; of unit embeddings."""
     centroid = normalize(top.sum(1), dim=1)
-    positive, negative = (sample @ centroid[:, :, None]), (centroid @ random.T)[:, None, :]
-    # 1 where a positive window scores above a negative one, ½ where they tie
-    wins = ((positive > negative).float() + (positive >= negative)) / 2
-    of_top, of_sample, of_random = tokens
-    strange, unlike = ~_among(of_sample, of_top), ~_among(of_random, of_top)
-    pairs = silent[:, None, :].expand_as(wins)
-    if documents is not None:
-        genre = documents.genre
-        pairs = pairs & (genre[documents.sample][:, :, None] == genre[documents.random])
-        pairs &= ~_among(documents.sample, documents.top)[:, :, None]
-        pairs &= ~_among(documents.random, documents.top)[:, None, :]
-    strangers = pairs & strange[:, :, None] & unlike[:, None, :]
-    counted, won = pairs.float(), wins * pairs
-    auroc = _share_won(won, counted)
-    resampled = None
-    if documents is not None:
-        resampled = _resampled(won, counted, documents).where(~auroc.isnan()[:, None], torch.nan)
-    return Detection(auroc, _share_won(wins * strangers, strangers.float()), resampled)
+    one, other = sample @ centroid[:, :, None], (centroid @ random.T)[:, None, :]
+    return ((one > other).float() + (one >= other)) / 2
 
 
-def _share_won(
-    won: Float[Tensor, "latents p n"], pairs: Float[Tensor, "latents p n"]
+def strange_pairs(
+    top: Int[Tensor, "latents top"],
+    sample: Int[Tensor, "latents sample"],
+    random: Int[Tensor, " windows"],
+) -> Bool[Tensor, "latents sample windows"]:
+    """Pairs of a sampled and a random window whose numbers are none of the top windows'."""
+    return ~_among(sample, top)[:, :, None] & ~_among(random, top)[:, None, :]
+
+
+def fair_pairs(
+    silent: Bool[Tensor, "latents windows"], documents: Sequence[Tensor], genre: Tensor
+) -> Bool[Tensor, "latents sample windows"]:
+    """Pairs of a sampled and a silent window of one genre that are in no document of a top window.
+    ``documents`` are those of the top, sampled and random windows, ``genre`` has a number for
+    each."""
+    _, of_sample, of_random = documents
+    alike = genre[of_sample][:, :, None] == genre[of_random]
+    return silent[:, None, :] & alike & strange_pairs(*documents)
+
+
+def share_won(
+    wins: Float[Tensor, "latents p n"], pairs: Bool[Tensor, "latents #p n"]
 ) -> Float[Tensor, " latents"]:
-    """Share of the pairs, each 1 or 0, that are won; NaN where too few windows take part."""
-    of_positive = pairs.sum(2)  # sums of ½ and 1 are exact in float32 up to 2^23 pairs
+    """Share of the pairs that are won, the area under a ROC curve; NaN where too few windows take
+    part."""
+    counted = pairs.expand_as(wins).float()
+    of_positive = counted.sum(2)  # sums of ½ and 1 are exact in float32 up to 2^23 pairs
     enough = (of_positive > 0).sum(1) >= FEWEST_POSITIVE
-    enough &= (pairs.amax(1) > 0).sum(1) >= FEWEST_NEGATIVE
-    share = won.sum((1, 2)).double() / of_positive.sum(1).double()
+    enough &= (counted.amax(1) > 0).sum(1) >= FEWEST_NEGATIVE
+    share = (wins * counted).sum((1, 2)).double() / of_positive.sum(1).double()
     return share.where(enough, torch.nan)
 
 
-def _resampled(
-    won: Float[Tensor, "latents p n"], pairs: Float[Tensor, "latents p n"], documents: Documents
+def share_won_resampled(
+    wins: Float[Tensor, "latents p n"],
+    pairs: Bool[Tensor, "latents p n"],
+    documents: Sequence[Tensor],
+    drawn: Float[Tensor, "resamplings documents"],
 ) -> Float[Tensor, "latents resamplings"]:
-    """The share of won pairs, each counted as often as both of its documents were drawn."""
-    drawn = documents.drawn.T  # [documents, resamplings]
-    of_negative, of_positive = drawn[documents.random], drawn[documents.sample]
+    """The same, each pair counted as often as both of its documents were drawn."""
+    _, of_positive, of_negative = (drawn.T[own] for own in documents)
 
     def counted(marked: Tensor) -> Tensor:
         return ((marked @ of_negative) * of_positive).double().sum(1)
 
-    return counted(won) / counted(pairs)
+    share = counted(wins * pairs) / counted(pairs.float())
+    return share.where(~share_won(wins, pairs).isnan()[:, None], torch.nan)
 
 
 def _among(numbers: Tensor, of_top: Tensor) -> Bool[Tensor, "latents some"]:

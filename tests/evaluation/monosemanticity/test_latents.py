@@ -21,10 +21,13 @@ from torch.nn.functional import normalize
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import WindowEmbeddings
 from llm_wsae.evaluation.monosemanticity.latents import (
-    Documents,
     LatentScorer,
-    detection,
+    fair_pairs,
     purity,
+    share_won,
+    share_won_resampled,
+    strange_pairs,
+    wins,
 )
 from llm_wsae.evaluation.monosemanticity.probing import auroc
 from llm_wsae.evaluation.monosemanticity.report import latent_means
@@ -170,8 +173,10 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
     places[0][:] = torch.tensor([0, 1, 2, 15])
     genre, drawn = torch.arange(20) % 2, torch.randint(3, (7, 20), generator=draw).float()
     drawn[0] = 1  # the text as it is
-    asked = (top, sample, random, silent, tokens)
-    alone, found = detection(*asked), detection(*asked, Documents(*places, genre, drawn))
+    won, every = wins(top, sample, random), silent[:, None]
+    alone, without = share_won(won, every), share_won(won, every & strange_pairs(*tokens))
+    fair = fair_pairs(silent, places, genre)
+    found, resampled = share_won(won, fair), share_won_resampled(won, fair, places, drawn)
     for latent in range(2):
         centroid, known = top[latent].mean(0), set(tokens[0][latent].tolist())
         positive = [
@@ -185,18 +190,18 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
         ]
         left = [[s for s, t, _ in side if t not in known] for side in (positive, negative)]
         wanted = by_pairs(*left) if len(left[0]) >= 3 else math.nan
-        assert float(alone.without_tokens[latent]) == pytest.approx(wanted, nan_ok=True)
+        assert float(without[latent]) == pytest.approx(wanted, nan_ok=True)
         wanted = by_pairs(*([s for s, *_ in side] for side in (positive, negative)))
-        assert float(alone.auroc[latent]) == pytest.approx(wanted)
-        won, every, out = torch.zeros(7), torch.zeros(7), {0, 1, 2, 15}
+        assert float(alone[latent]) == pytest.approx(wanted)
+        wanted, pairs, out = torch.zeros(7), torch.zeros(7), {0, 1, 2, 15}
         for x, _, one in positive:
             for y, _, other in negative:
                 if not {one, other} & out and genre[one] == genre[other]:
-                    won += drawn[:, one] * drawn[:, other] * float(x > y)
-                    every += drawn[:, one] * drawn[:, other]
-        assert torch.allclose(found.resampled[latent].float(), won / every, atol=1e-5)
-        assert float(found.auroc[latent]) == pytest.approx(float(won[0] / every[0]), abs=1e-5)
-    assert not alone.without_tokens[0].isnan() and alone.without_tokens[1].isnan()
+                    wanted += drawn[:, one] * drawn[:, other] * float(x > y)
+                    pairs += drawn[:, one] * drawn[:, other]
+        assert torch.allclose(resampled[latent].float(), wanted / pairs, atol=1e-5)
+        assert float(found[latent]) == pytest.approx(float(wanted[0] / pairs[0]), abs=1e-5)
+    assert not without[0].isnan() and without[1].isnan()
 
 
 def test_a_resampling_without_any_scored_document_widens_nothing():
