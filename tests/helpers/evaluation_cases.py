@@ -153,7 +153,7 @@ def random_codes(rows: int, d_sae: int = D_SAE, k: int = K, seed: int = 1) -> to
     return torch.zeros(rows, d_sae).scatter_(1, indices, values)
 
 
-def collected(text, codes, step, windows=None, top=TOP, sample=SAMPLE, threshold=1e9, seed=0):
+def collected(text, codes, step, windows=None, top=TOP, sample=SAMPLE, threshold=1e9):
     """The firings of a dictionary to which the codes are the rows, from so many contexts at once;
     rows longer than the threshold are massive."""
     windows = text.windows(torch.tensor([0, 5, 30]), 2, 1) if windows is None else windows
@@ -161,7 +161,7 @@ def collected(text, codes, step, windows=None, top=TOP, sample=SAMPLE, threshold
     nothing = torch.zeros(len(eye))
     info = DictionaryInfo(site=SITE)
     one = Dictionary(W_enc=eye, W_dec=eye, b_enc=nothing, b_dec=nothing, sparsity=ReLU(), info=info)
-    found = Firings(one, threshold, text, windows, (top, sample), seed)
+    found = Firings(one, threshold, text, windows, (top, sample), 0)
     for at in range(0, text.num_contexts, step):
         contexts = slice(at, min(at + step, text.num_contexts))
         rows = slice(*(int(text.keep[:end].sum()) for end in (contexts.start, contexts.stop)))

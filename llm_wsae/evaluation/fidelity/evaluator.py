@@ -123,7 +123,7 @@ class FidelityEvaluator:
     ) -> Iterator[tuple[Site, Report]]:
         """A report for each site, the same as of its dictionaries alone. Sites may use the same
         names. The first error of a site is raised once the others are measured."""
-        for own in dictionaries.values() or [{}]:
+        for own in dictionaries.values():
             check_fit(own, self._model, "evaluate")
         self._cache.read(list(dictionaries))
         failure: LlmWsaeError | None = None

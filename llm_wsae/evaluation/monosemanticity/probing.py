@@ -71,8 +71,7 @@ class Split(NamedTuple):
 
     def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
         """The area under the ROC curve of every concept's scores."""
-        n = self.num_examples
-        return auroc(scores[:, :n], scores[:, n:], self.counts[:, :n], self.counts[:, n:])
+        return auroc(scores, self.counts, self.num_examples)
 
 
 class Exam(NamedTuple):
@@ -91,34 +90,29 @@ class Exam(NamedTuple):
 
 
 def auroc(
-    positive: Float[Tensor, "columns p"],
-    negative: Float[Tensor, "columns n"],
-    positive_counts: Bool[Tensor, "columns p"],
-    negative_counts: Bool[Tensor, "columns n"],
+    scores: Float[Tensor, "columns items"], counts: Bool[Tensor, "columns items"], num_examples: int
 ) -> Float[Tensor, " columns"]:
-    """Probability that a positive item scores above a negative one; a tie counts half.
-
-    Of each column, only the items marked in ``positive_counts`` and ``negative_counts`` are used;
-    NaN where one of them marks none.
-    """
-    ordered = negative.where(negative_counts, torch.inf).sort(1).values
-    sought = positive.contiguous()
+    """Probability that an example scores above a counterexample, of those that count; a tie counts
+    half. The first ``num_examples`` items are examples. NaN where there is nothing to compare."""
+    is_example, is_other = counts[:, :num_examples], counts[:, num_examples:]
+    ordered = scores[:, num_examples:].where(is_other, torch.inf).sort(1).values
+    sought = scores[:, :num_examples].contiguous()
     below = torch.searchsorted(ordered, sought)
-    # Not above: the negatives come before the infinities, which no finite score reaches.
+    # Not above: the others come before the infinities, which no finite score reaches.
     not_above = torch.searchsorted(ordered, sought, right=True)
-    wins = (below + not_above).double().where(positive_counts, 0.0).sum(1) / 2
-    return wins / (positive_counts.sum(1) * negative_counts.sum(1))
+    wins = (below + not_above).double().where(is_example, 0.0).sum(1) / 2
+    return wins / (is_example.sum(1) * is_other.sum(1))
 
 
 def _accuracy(scores: Tensor, counts: Tensor, num_examples: int) -> Tensor:
-    """Mean share, of examples and of counterexamples, on the right side of 0. ``scores`` and
-    ``counts`` [..., items] are as in ``Split``."""
-    right = torch.cat([scores[..., :num_examples] > 0, scores[..., num_examples:] <= 0], -1)
-    shares = [
-        (right & counts)[..., side].sum(-1).double() / counts[..., side].sum(-1)
-        for side in (slice(num_examples), slice(num_examples, None))
-    ]
-    return (shares[0] + shares[1]) / 2
+    """Mean share, of the examples and of the counterexamples that count, on the right side of 0.
+    Items are the last dimension, as in ``auroc``."""
+    sides = slice(num_examples), slice(num_examples, None)
+    right = torch.cat([scores[..., sides[0]] > 0, scores[..., sides[1]] <= 0], -1) & counts
+    first, second = (
+        right[..., side].sum(-1).double() / counts[..., side].sum(-1) for side in sides
+    )
+    return (first + second) / 2
 
 
 def splits_of(concepts: Concepts, seed: int) -> list[Split]:
@@ -163,11 +157,11 @@ def correlations(
 
 
 def best_columns(
-    score: Float[Tensor, "concepts columns"], allowed: Bool[Tensor, " columns"], count: int = _MOST
-) -> Int[Tensor, "concepts count"]:
-    """The ``count`` allowed columns of highest score, the best first; -1 where there are fewer."""
-    lack = max(0, count - score.shape[1])
-    best = pad(score.where(allowed, -torch.inf), (0, lack), value=-torch.inf).topk(count, dim=1)
+    score: Float[Tensor, "concepts columns"], allowed: Bool[Tensor, " columns"]
+) -> Int[Tensor, "concepts most"]:
+    """The five allowed columns of highest score, the best first; -1 where there are fewer."""
+    lack = max(0, _MOST - score.shape[1])
+    best = pad(score.where(allowed, -torch.inf), (0, lack), value=-torch.inf).topk(_MOST, dim=1)
     return best.indices.where(best.values > -torch.inf, -1)
 
 

@@ -85,8 +85,7 @@ def test_correlations_equal_numpy(case):
 def test_best_columns_are_allowed_ones_in_order():
     score = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]])
     allowed = torch.tensor([True, False, True, True])
-    assert best_columns(score, allowed, 2).tolist() == [[3, 2], [0, 2]]
-    assert best_columns(score, allowed, 5).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
+    assert best_columns(score, allowed).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
 
 
 def test_probes_equal_the_discriminant_by_hand(case):
