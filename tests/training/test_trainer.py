@@ -2,17 +2,14 @@
 
 import itertools
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import types
 from dataclasses import replace
 
 import pytest
 import torch
 from training_cases import CONFIG as LONG
-from training_cases import Planted, arms_for, check_same, fvu, log_of
+from training_cases import CPU, Planted, arms_for, check_same, fvu, log_of
 
 from llm_wsae.artifact.files import folder_lock, load_own_tensors, save_own_tensors
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -22,7 +19,7 @@ from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, is_finished, training_in
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
 from llm_wsae.training.log import TrainingLog
-from llm_wsae.training.trainer import Interrupted, train
+from llm_wsae.training.trainer import Interrupted, Training, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 
@@ -95,84 +92,35 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
     assert asked.read_bytes() == own.read_bytes()
 
 
-def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
-    source, out, _ = trained
-    arms = four_arms(source)
-    sentence = r"stopped after step 23 of 60, .*run the same command"
-    with pytest.raises(Interrupted, match=sentence) as stopped:
-        train(Planted(stop_after=23), arms, CONFIG, tmp_path)
-    assert stopped.value.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    shorter = replace(CONFIG, tokens=20 * CONFIG.batch_size)  # it has come farther already
-    with pytest.raises(LlmWsaeError, match=r"other settings .*num_steps"):
-        train(source, arms, shorter, tmp_path)
-    train(source, arms, CONFIG, tmp_path)
-    check_same(tmp_path, out, [arm.name for arm in arms])
-
-
-KILLED = """
-import sys; sys.path[:0] = {path!r}
-from pathlib import Path
-from test_trainer import *
-class Slow(Planted):
-    def batches(self, *given):
-        for rows in super().batches(*given):
-            time.sleep(0.02)
-            yield rows
-source = Slow()
-train(source, two_arms(source), replace(CONFIG, checkpoint_seconds=0.0), Path({out!r}))
-"""
-
-
-def test_a_killed_training_resumes_bit_for_bit(trained, tmp_path):
-    """Also, two arms alone have the bits that they have beside others."""
-    source, out, _ = trained
-    program = KILLED.format(path=sys.path, out=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.kill()
-    process.wait()
-    assert (tmp_path / CHECKPOINT).exists() and not is_finished(tmp_path)
-    train(source, two_arms(source), CONFIG, tmp_path)
-    check_same(tmp_path, out, [arm.name for arm in two_arms(source)])
-
-
-def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained):
+def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained, tmp_path):
+    """And a lost dictionary can be trained again as the error says."""
     source, out, dictionaries = trained
+    arms, record = four_arms(source), training_in(out).path
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     (out / CHECKPOINT).write_bytes(b"of a run killed at the very end")
     (out / ".tmp").mkdir()  # somebody's own
-    again = train(source, four_arms(source), CONFIG, out)
+    again = train(source, arms, CONFIG, out)
     assert torch.equal(again["uniform-k4"].W_enc, dictionaries["uniform-k4"].W_enc)
     said = r"learning_rate: 0\.\d+ in the saved training, 0.5 in this command"
     with pytest.raises(LlmWsaeError, match=said):
-        train(source, four_arms(source), replace(CONFIG, learning_rate=0.5), out)
+        train(source, arms, replace(CONFIG, learning_rate=0.5), out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     (out / ".tmp").rmdir()
-
-
-def test_a_lost_dictionary_can_be_trained_again_as_the_error_says(trained, tmp_path):
-    source, out, dictionaries = trained
-    folder = tmp_path / "t"
-    shutil.copytree(out, folder)
-    shutil.rmtree(folder / "uniform-k4")
-    record = training_in(folder).path
+    lost = shutil.copytree(out, tmp_path / "lost")
+    shutil.rmtree(lost / "uniform-k4")
+    record = training_in(lost).path
     with pytest.raises(LlmWsaeError, match=rf"uniform-k4 is missing; .*delete {record} and log"):
-        train(source, four_arms(source), CONFIG, folder)
+        train(source, arms, CONFIG, lost)
     record.unlink()
-    (folder / "log.jsonl").unlink()
-    again = train(source, two_arms(source), CONFIG, folder)
-    assert torch.equal(again["uniform-k4"].W_enc, dictionaries["uniform-k4"].W_enc)
+    (lost / "log.jsonl").unlink()
+    train(source, arms, CONFIG, lost)
+    check_same(lost, out, [arm.name for arm in arms])
 
 
 def test_a_latent_that_fired_a_step_ago_is_not_dead(tmp_path):
     """In a short training a tenth of the rows may be less than a batch."""
-    source = Planted(600)
-    train(source, two_arms(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
-    assert training_in(tmp_path).read().request["dead_after"] == 100
+    config, source = replace(CONFIG, tokens=None, batch_size=100), Planted(600)
+    assert Training(source, two_arms(source), config, tmp_path, CPU).dead_after == 100
 
 
 def test_numbers_that_are_not_finite_stop_the_training(tmp_path):
@@ -279,8 +227,8 @@ def test_lines_of_a_lost_run_are_cut_off_and_a_full_disk_is_a_sentence(tmp_path)
 class Tracker:
     """Stands for the writers of both trackers, and remembers what is sent."""
 
-    def __init__(self, folder=None, purge_step=None, **settings):
-        self.sent, self.settings = [], {**settings, "purge_step": purge_step}
+    def __init__(self, *folder, **settings):
+        self.sent, self.settings = [], settings
 
     def log(self, numbers, step):
         self.sent += [(name, value, step) for name, value in numbers.items()]
@@ -300,27 +248,27 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch, tracker):
     are runs side by side: without reinit, wandb's init returns the first run."""
     made = []
 
-    def begin(*given, **settings):
-        if tracker == "wandb" and made and settings["reinit"] != "create_new":
-            return made[-1]
-        made.append(Tracker(*given, **settings))
+    def begin(*folder, **settings):
+        made.append(Tracker(*folder, **settings))
         return made[-1]
 
     boards = types.SimpleNamespace(SummaryWriter=begin)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", boards)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=begin))
-    logs = [TrainingLog(folder, 0, tracker) for folder in (tmp_path, tmp_path / "other")]
-    for step, log in enumerate(logs, 7):
+    for step, folder in ((7, tmp_path), (8, tmp_path / "other")):
+        log = TrainingLog(folder, 0, tracker)
         log.write(step, 700, NUMBERS)
         log.close()
     TrainingLog(tmp_path, 7, tracker).close()
     numbers = [[("uniform-k4/loss", 0.5, n), ("uniform-k4/fvu", 0.4, n), "closed"] for n in (7, 8)]
     assert [one.sent for one in made] == [*numbers, ["closed"]]
+    settings = [one.settings for one in made]
     if tracker == "wandb":
-        ids = [one.settings["id"] for one in made]
-        assert ids[0] == ids[2] != ids[1] and made[2].settings["resume"] == "allow"
+        assert settings[0]["id"] == settings[2]["id"] != settings[1]["id"]
+        for one in settings:
+            assert one["resume"] == "allow" and one["reinit"] == "create_new"
     else:
-        assert [one.settings["purge_step"] for one in made] == [1, 1, 8]
+        assert [one["purge_step"] for one in settings] == [1, 1, 8]
 
 
 def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from training_cases import CONFIG, CPU, NAMES, Planted, arms_for, check_same, fv
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.training.architectures import architecture_names
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
@@ -106,8 +107,13 @@ def test_a_terminated_training_resumes_bit_for_bit(tmp_path):
     arms = [*arms_for(source, architectures=architecture_names()), *make_arms([space], (2,))]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(source, arms, config, whole)
-    with pytest.raises(Interrupted, match="stopped after step 33 of 60"):
+    said = r"stopped after step 33 of 60, .*run the same command"
+    with pytest.raises(Interrupted, match=said) as stopped:
         train(Planted(massive=True, stop_after=33), arms, config, broken)
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(LlmWsaeError, match=r"other settings .*num_steps"):  # it is farther already
+        train(source, arms, replace(config, tokens=256 * 20), broken)
     train(source, arms, config, broken)
     check_same(broken, whole, [arm.name for arm in arms])
 
