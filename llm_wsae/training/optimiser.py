@@ -1,10 +1,7 @@
 """Adam for one arm.
 
-Encoder and decoder are updated in one pass by ``operations.adam``, which also keeps decoder rows at
-norm 1 and writes the encoder in the number format of the next step's product.
-
-Decoder rows may have lengths of their own while they train, as SAELens' do. Then Adam moves raw
-rows v and e, and a raw bias b. With L the length of v, the latent has the decoder row v/L, the
+Decoder rows have norm 1, or lengths of their own while they train, as SAELens' do. Then Adam moves
+raw rows v and e, and a raw bias b. With L the length of v, the latent has the decoder row v/L, the
 encoder row L·e and the bias L·b; only these are seen elsewhere.
 """
 

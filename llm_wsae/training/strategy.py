@@ -1,15 +1,12 @@
 """How a training is distributed over processes: not at all, by rows, or by latents.
 
-A step consists of sums over rows, over latents, or over both, and of selections of the largest
-latents of a row or of a batch. An architecture's step is written once: it names what each sum goes
-over, and the strategy knows which of them must cross processes.
+An architecture's step is written once: it names what each sum and each selection of the largest
+latents goes over, and the strategy knows which of them must cross processes.
 
 By rows, every process has all latents and about an equal part of the rows of each batch. It divides
 its sums by the number of unmasked rows of the whole batch, so the gradients only need to be added
-up; then all processes take the same optimiser step. By latents, for dictionaries that do not fit
-one device, every process holds a run of latents, all of equal length, with their optimiser state
-and counters, and works on all rows. Processes exchange their largest values and their shares of the
-reconstruction.
+up. By latents, for dictionaries that do not fit one device, every process holds a run of latents,
+all of equal length, with their optimiser state, and works on all rows.
 """
 
 import math

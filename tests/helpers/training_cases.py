@@ -78,9 +78,7 @@ def largest_error(found: Any, expected: Any) -> float:
     return max(error(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def architecture(
-    name: str, like: Tensor, k: int = K, strategy: Strategy = SINGLE, threshold: float = 1.0
-) -> Architecture:
+def architecture(name: str, like: Tensor, k: int = K, strategy: Strategy = SINGLE) -> Architecture:
     """The architecture of a step, with a memory in the dtype of ``like``: JumpReLU's thresholds
     from below the bandwidth to above most pre-activations, BatchTopK's running threshold, and GBA's
     thresholds and amplitudes."""
@@ -94,7 +92,7 @@ def architecture(
     if name.startswith("gba"):
         found.threshold, found.amplitude = 2 * draws + 0.01
     if name in ("batch-topk", "matryoshka"):
-        found.running_threshold.fill_(threshold)
+        found.running_threshold.fill_(1.0)
     return found
 
 

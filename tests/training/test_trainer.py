@@ -3,8 +3,8 @@
 import itertools
 import shutil
 import sys
-import types
 from dataclasses import replace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -224,61 +224,37 @@ def test_lines_of_a_lost_run_are_cut_off_and_a_full_disk_is_a_sentence(tmp_path)
         log.write(7, 700, NUMBERS)
 
 
-class Tracker:
-    """Stands for the writers of both trackers, and remembers what is sent."""
-
-    def __init__(self, *folder, **settings):
-        self.sent, self.settings = [], settings
-
-    def log(self, numbers, step):
-        self.sent += [(name, value, step) for name, value in numbers.items()]
-
-    def add_scalar(self, name, value, step):
-        self.sent.append((name, value, step))
-
-    def close(self):
-        self.sent.append("closed")
-
-    finish = close
-
-
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch, tracker):
     """A resumed training goes on in the same run, and hides what a lost one wrote later. Folders
     are runs side by side: without reinit, wandb's init returns the first run."""
-    made = []
-
-    def begin(*folder, **settings):
-        made.append(Tracker(*folder, **settings))
-        return made[-1]
-
-    boards = types.SimpleNamespace(SummaryWriter=begin)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", boards)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=begin))
-    for step, folder in ((7, tmp_path), (8, tmp_path / "other")):
-        log = TrainingLog(folder, 0, tracker)
-        log.write(step, 700, NUMBERS)
+    runs = [Mock(), Mock(), Mock()]
+    begin = Mock(side_effect=runs)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=begin))
+    monkeypatch.setitem(sys.modules, "wandb", Mock(init=begin))
+    for folder in (tmp_path, tmp_path / "other", tmp_path):
+        log = TrainingLog(folder, 7, tracker)
+        log.write(8, 700, NUMBERS)
         log.close()
-    TrainingLog(tmp_path, 7, tracker).close()
-    numbers = [[("uniform-k4/loss", 0.5, n), ("uniform-k4/fvu", 0.4, n), "closed"] for n in (7, 8)]
-    assert [one.sent for one in made] == [*numbers, ["closed"]]
-    settings = [one.settings for one in made]
-    if tracker == "wandb":
-        assert settings[0]["id"] == settings[2]["id"] != settings[1]["id"]
-        for one in settings:
-            assert one["resume"] == "allow" and one["reinit"] == "create_new"
+    numbers = {"uniform-k4/loss": 0.5, "uniform-k4/fvu": 0.4}
+    sent = [call.log(numbers, step=8), call.finish()]
+    if tracker == "tensorboard":
+        sent = [*(call.add_scalar(*one, 8) for one in numbers.items()), call.close()]
+    assert [run.method_calls for run in runs] == [sent] * 3
+    settings = [one.kwargs for one in begin.call_args_list]
+    if tracker == "tensorboard":
+        assert settings == [{"purge_step": 8}] * 3
     else:
-        assert [one["purge_step"] for one in settings] == [1, 1, 8]
+        assert settings[0]["id"] == settings[2]["id"] != settings[1]["id"]
+        assert {(one["resume"], one["reinit"]) for one in settings} == {("allow", "create_new")}
 
 
 def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
     class UsageError(Exception):
         """Wandb's, which is no error of Python's own."""
 
-    def init(**settings):
-        raise UsageError("No API key configured.\nUse `wandb login` to log in.")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    error = UsageError("No API key configured.\nUse `wandb login` to log in.")
+    monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(side_effect=error)))
     with pytest.raises(LlmWsaeError, match=r"cannot be started \(No API key .*WANDB_API_KEY") as it:
         TrainingLog(tmp_path, 0, "wandb")
     assert "\n" not in str(it.value)

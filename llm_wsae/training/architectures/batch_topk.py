@@ -1,9 +1,8 @@
 """BatchTopK (Bussmann, Leask & Nanda 2024): k active latents per row on average over the batch.
 
-The largest pre-activations of the whole batch are active, so that a row with much in it may have
-more of them than one with little. Encoding a row must not depend on its neighbours, so a finished
-dictionary uses a threshold instead, as in the paper: the mean over batches of the smallest
-pre-activation that was selected. It is saved as the JumpReLU that it then is.
+A row with much in it may have more of them than one with little. Encoding a row must not depend on
+its neighbours, so a finished dictionary uses a threshold instead, as in the paper: the mean over
+batches of the smallest pre-activation that was selected. It is saved as a JumpReLU.
 """
 
 from typing import Any, ClassVar
@@ -31,11 +30,8 @@ _BELOW = 0.9  # the smallest value varies little from batch to batch
 
 
 class BatchTopK(Architecture):
-    """k active latents per row on average; remembers a running mean of the smallest active value.
-
-    The mean covers about the last tenth of the steps, at most 100 of them: the value moves while
-    the dictionary learns, fastest at the start, and the one of the finished dictionary is wanted.
-    """
+    """Remembers a running mean of the smallest active value, over about the last tenth of the
+    steps, at most 100: the value moves while the dictionary learns."""
 
     name = "batch-topk"
     has_free_lengths = True
@@ -69,9 +65,8 @@ class BatchTopK(Architecture):
         return self.strategy.batch_topk(largest, self.k, kept)
 
     def smallest_value(self, codes: RaggedCodes) -> Float[Tensor, ""]:
-        """The smallest of the values that picked the latents; 0 if no latent is active. Once they
-        are recomputed exactly, the smallest of the many that nearly tie is the one that rounding
-        had raised most, and a threshold there lets in too many."""
+        """The smallest of the values that picked the latents; 0 if no latent is active. Recomputed
+        exactly, it would be the one that rounding had raised most, and let in too many."""
         smallest = codes.values.new_full((), torch.inf)
         if len(codes.values):
             smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()

@@ -1,8 +1,7 @@
 """Half-trained baselines: TopK whose encoder or decoder stays random.
 
 Korznikov et al. 2026 (arXiv 2602.14111) find that such dictionaries come close to trained ones in
-measures of interpretability. A weighting should win more than that. Where the encoder is random,
-what latents read means nothing: only their biases and what they write are learnt.
+measures of interpretability. A weighting should win more than that.
 """
 
 from typing import Any, ClassVar, Literal

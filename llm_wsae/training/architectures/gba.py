@@ -13,10 +13,8 @@ The encoder holds a·w and the threshold a·θ, so that decoder rows have norm 1
 dictionary is a JumpReLU one.
 
 Where this differs from the paper, which is known here from secondary sources only: k sets the
-targets, instead of a range of them. Thresholds are adapted more often at first, after a
-two-hundredth of the steps so far, and only later after every 50: with 50 from the start, a training
-of some hundred steps would end while half of all latents are active. All rows have one scale, by
-which their root mean square is √d_in, so the largest θ is √d_in instead of 1.
+targets, instead of a range of them. Thresholds are adapted more often at first, so that in a short
+training latents become few at all. The root mean square of rows is √d_in, and so is the largest θ.
 """
 
 from typing import Any, ClassVar
@@ -29,16 +27,17 @@ from llm_wsae.training.architecture import Batch, Parameters, Step
 from llm_wsae.training.architectures.relu import DenseStart
 from llm_wsae.training.optimiser import adam_vector
 
+GROUPS, SPAN = 10, 100.0
+"""The number of groups, and the highest target frequency over the lowest."""
 RATE = 0.01
 """ρ, the paper's γ₊ and γ₋."""
 SILENT = 1e-6
 """ε: the frequency below which a latent never fired."""
 AMPLITUDE = 0.01
-"""a at the start, and its least. From 1, half of all latents together reconstruct several times the
-row; shrinking that is what directions then learn, and they stay mixtures."""
+"""a at the start, and its least. From 1, half of all latents reconstruct several times the row, and
+directions that learn to shrink that stay mixtures."""
 EVERY, STEPS_EACH = 50, 200
-"""Thresholds are first adapted in every step. After every 200 steps the interval grows by one step,
-up to 50."""
+"""Thresholds are first adapted in every step; every 200 steps the interval grows by one, to 50."""
 
 
 class GBA(DenseStart):
@@ -55,16 +54,13 @@ class GBA(DenseStart):
         "since.steps": "_steps_since",
         "gba.steps": "_steps",
     }
-    num_groups = 10
-    span = 100.0
-    """The highest target frequency over the lowest."""
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
+        own = self.strategy.own_latents(self.d_sae)
         # latents are drawn independently, so that groups by number are random groups
-        own, target = self.strategy.own_latents(self.d_sae), (self.num_groups, self.span)
-        self.group = torch.arange(own.start, own.stop, device=self.device) % self.num_groups
-        self.target = target_frequencies(self.k, self.d_sae, *target).to(self.device)
+        self.group = torch.arange(own.start, own.stop, device=self.device) % GROUPS
+        self.target = target_frequencies(self.k, self.d_sae).to(self.device)
         self.threshold = torch.zeros(len(own), device=self.device)
         self.amplitude = torch.full_like(self.threshold, AMPLITUDE)
         self._mean, self._square = (torch.zeros_like(self.threshold) for _ in range(2))
@@ -128,7 +124,7 @@ class GBA(DenseStart):
 
     def _adapt(self) -> None:
         frequency, excess = self._frequency / self._steps_since, self._excess
-        sums = excess.new_zeros(self.num_groups, 2)
+        sums = excess.new_zeros(GROUPS, 2)
         sums.index_add_(0, self.group, torch.stack([excess, (excess > 0).to(excess)], dim=1))
         total, number = self.strategy.sum_over_latents(sums).unbind(1)
         typical = total / number.clamp(min=1)
@@ -140,12 +136,10 @@ class GBA(DenseStart):
         self._steps_since = 0
 
 
-def target_frequencies(
-    k: int, d_sae: int, num_groups: int, span: float
-) -> Float[Tensor, " groups"]:
-    """Falling geometrically, the first ``span`` times the last, and k·(1/d_sae) on average."""
-    falling = torch.logspace(0, -1, num_groups, base=span, dtype=torch.float64)
-    sizes = torch.bincount(torch.arange(d_sae) % num_groups, minlength=num_groups)
+def target_frequencies(k: int, d_sae: int) -> Float[Tensor, " groups"]:
+    """Falling geometrically, and k / d_sae on average."""
+    falling = torch.logspace(0, -1, GROUPS, base=SPAN, dtype=torch.float64)
+    sizes = torch.bincount(torch.arange(d_sae) % GROUPS, minlength=GROUPS)
     return (falling * k / (falling @ sizes.double())).float()
 
 

@@ -1,12 +1,9 @@
 """Matryoshka BatchTopK (Bussmann et al. 2025): nested dictionaries, each a prefix of the next.
 
 Every prefix of the latents must reconstruct the row alone, which keeps general features in the
-first ones instead of letting later ones absorb them. Active latents are those of BatchTopK over the
-whole dictionary, and the loss is the sum of the prefixes' losses.
-
-A prefix's reconstruction is that of the prefix before it plus the part of its own group of latents.
-So the codes are sorted by group, and every latent is decoded once, however many prefixes there are.
-Likewise a latent's gradient is the sum of the gradients of all prefixes that contain it.
+first ones. Active latents are those of BatchTopK over the whole dictionary, and the loss is the sum
+of the prefixes' losses. The codes are sorted by the group that a prefix adds, so that every latent
+is decoded once; its gradient is the sum of those of all prefixes that contain it.
 """
 
 from collections.abc import Sequence
@@ -32,10 +29,8 @@ class Matryoshka(BatchTopK):
     prefixes: Sequence[float] = PREFIXES
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
-        """Loss Σ_prefixes ‖Γ(x − x̂_prefix)‖² (means over rows and dimensions) and its gradients.
-
-        The residual is that of the whole dictionary.
-        """
+        """Loss Σ_prefixes ‖Γ(x − x̂_prefix)‖² (means over rows and dimensions) and its gradients;
+        the residual is that of the whole dictionary."""
         encoder, decoder, _, decoder_bias = parameters
         codes = self.codes(parameters, batch)
         groups = self._own_groups()

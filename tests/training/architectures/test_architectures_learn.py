@@ -3,7 +3,6 @@
 Adding one touches one file and its test: the diff in the docs is applied and run.
 """
 
-import itertools
 import os
 import re
 import shutil
@@ -22,7 +21,6 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.training.architectures import architecture_names
-from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.normaliser import folded
 from llm_wsae.training.trainer import Interrupted, train
@@ -55,22 +53,11 @@ def test_the_planted_directions_are_found(trained, name):
     assert logged["fvu"] == pytest.approx(fvu(dictionary, rows), rel=0.15)
 
 
-def test_a_matryoshkas_first_latents_reconstruct_better_alone(trained):
-    rows, shares = Planted(5000).rows, []
-    for name in ("uniform-matryoshka-k2", "uniform-batch-topk-k2"):
-        dictionary = trained[2][name]
-        latents = dictionary.encode(rows)
-        latents[:, group_bounds(dictionary.d_sae)[2][1] :] = 0  # the first 14 of 64 remain
-        left = (rows - dictionary.decode(latents)).square().sum()
-        shares.append(float(left / (rows - rows.mean(0)).square().sum()))
-    assert shares[0] < 0.7 * shares[1]
-
-
-def stepped(arm, source, steps, seed=0, aux=1 / 32, dead_after=2000):
+def stepped(arm, source, steps):
     """So many steps of an arm alone."""
     normaliser = source.normaliser()
-    for step, rows in zip(range(steps), source.batches(256, seed), strict=False):
-        arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, dead_after)
+    for step, rows in zip(range(steps), source.batches(256, 0), strict=False):
+        arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, 1 / 32, 2000)
     return arm
 
 
@@ -118,19 +105,6 @@ def test_a_terminated_training_resumes_bit_for_bit(tmp_path):
     check_same(broken, whole, [arm.name for arm in arms])
 
 
-def test_dead_latents_are_revived():
-    """Which architectures do that is seen in their steps (test_steps.py)."""
-    source, shares = Planted(), []
-    (config,) = arms_for(source, l1s=(), architectures=("topk",))
-    for aux, seed in itertools.product((0.0, 1 / 32), range(3)):  # it depends on the draw
-        arm = Arm(replace(config, init_seed=seed), 16, 64, CPU)
-        arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
-        stepped(arm, source, 120, seed, aux)
-        shares.append(float(arm.dead(120 * 256, 2000)[:48].double().mean()))
-    dead, revived = sum(shares[:3]) / 3, sum(shares[3:]) / 3
-    assert dead > 0.8 > revived / dead
-
-
 @over(half=("encoder", "decoder"))
 def test_one_half_stays_and_the_other_learns(half):
     """Directions, that is: free lengths, which there are none of, are no part of what is frozen."""
@@ -138,7 +112,7 @@ def test_one_half_stays_and_the_other_learns(half):
     (config,) = arms_for(source, l1s=(), architectures=(f"frozen-{half}",))
     arm = Arm(config, 16, 64, CPU)
     before = [part.clone() for part in arm.parameters[:2]]
-    stepped(arm, source, 40, dead_after=10**6)
+    stepped(arm, source, 40)
     moved = [not torch.equal(*both) for both in zip(arm.parameters[:2], before, strict=True)]
     assert moved == [half == "decoder", half == "encoder"]
     assert arm.architecture.sparsity == TopK(2) and arm.lengths == "unit"
@@ -159,15 +133,13 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
     assert [arm.name for arm in named] == ["own-relu-l0.1", "own-k4"]
     (only,) = make_arms([gamma], (4,), (0.1,), architectures=("relu",))
     assert only.identity()["architecture"] == only.settings()["architecture"] == "relu"
+    lengths = ArmConfig(gamma, 4, architecture="gba").lengths
     for wrong, said in (
         (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
         (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu takes l1 alone; relu takes an L1"),
         (lambda: ArmConfig(gamma, l1=0.1), "topk takes k alone; relu takes an L1 coefficient"),
         (lambda: ArmConfig(gamma, 4, 0.1), "topk takes k alone; relu takes an L1 coefficient"),
-        (
-            lambda: ArmConfig(gamma, 4, architecture="gba").lengths("free"),
-            "these have: batch-topk, matryoshka, topk",
-        ),
+        (lambda: lengths("free"), "these have: batch-topk, matryoshka, topk"),
     ):
         with pytest.raises(UsageError, match=said):
             wrong()
