@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary.sparsity import JumpReLU, Sparsity, TopK
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import (
     Gradients,
@@ -50,6 +50,32 @@ class Batch(NamedTuple):
     def num_rows(self) -> Float[Tensor, ""]:
         """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
         return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
+
+    def product(self, parameters: Parameters) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [batch, d_in], encoder [d_sae, d_in] and bias [d_sae] as the encoding operations
+        take them: all in one number format."""
+        fast = self.x_fast.dtype
+        return self.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+
+    def exact(self, codes: RaggedCodes, parameters: Parameters) -> RaggedCodes:
+        """The codes with values summed in float32, not rounded by the product that picked them: a
+        rounding error comes back several times as large in the encoder's gradient, since the
+        reconstruction error is small compared with the values."""
+        if self.x_fast.dtype == self.x.dtype:
+            return codes
+        return operations.exact_values(codes, self.x, parameters.encoder, parameters.encoder_bias)
+
+    def above(
+        self,
+        threshold: Float[Tensor, " latents"],
+        parameters: Parameters,
+        capacity: SlotCapacity,
+    ) -> RaggedCodes:
+        """The pre-activations above their thresholds (≥ 0), none in masked rows; complete if
+        ``capacity`` was enough."""
+        codes = operations.encode_above(*self.product(parameters), threshold, capacity)
+        unmasked = codes._replace(values=codes.values * self.mask[codes.rows()])
+        return self.exact(unmasked, parameters)
 
 
 class Step(NamedTuple):
@@ -116,7 +142,9 @@ class Architecture(ABC):
     @property
     def sparsity(self) -> Sparsity:
         """The sparsity of the finished dictionary, which must not look at the batch."""
-        return TopK(self.k) if self.thresholds() is None else JumpReLU()
+        if self.thresholds() is not None:
+            return JumpReLU()
+        return TopK(self.k) if self.setting == "k" else ReLU()
 
     def thresholds(self) -> Float[Tensor, " latents"] | None:
         """The finished dictionary's thresholds in normalised units, None if it has none."""
@@ -191,36 +219,6 @@ def sparse_step(
         operations.firing_counts(codes, len(encoder_bias)),
         found.row_errors.sum() / 2,
     )
-
-
-def product(
-    parameters: Parameters, batch: Batch
-) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
-    """Rows, encoder and bias as the encoding operations take them: all in one number format."""
-    fast = batch.x_fast.dtype
-    return batch.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
-
-
-def codes_above(
-    parameters: Parameters,
-    batch: Batch,
-    threshold: Float[Tensor, " latents"],
-    capacity: SlotCapacity,
-) -> RaggedCodes:
-    """The pre-activations above their thresholds (≥ 0), none in masked rows; complete if
-    ``capacity`` was enough."""
-    codes = operations.encode_above(*product(parameters, batch), threshold, capacity)
-    unmasked = codes._replace(values=codes.values * batch.mask[codes.rows()])
-    return exact(unmasked, parameters, batch)
-
-
-def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
-    """The codes with values summed in float32, not rounded by the product that picked them: a
-    rounding error comes back several times as large in the encoder's gradient, since the
-    reconstruction error is small compared with the values."""
-    if batch.x_fast.dtype == batch.x.dtype:
-        return codes
-    return operations.exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
 
 
 def squared(gamma: Gamma) -> Gamma:

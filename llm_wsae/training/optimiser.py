@@ -73,8 +73,8 @@ class Optimiser:
         """Update the parameters in place; decoder rows have norm 1 again afterwards."""
         self._steps += 1
         bias, now = self._parameters.encoder_bias, (self._steps, learning_rate)
-        moments = (*self._means[:2], *self._squares[:2])
-        latents = Latents(*self._parameters[:2], *moments, self._encoder_fast)
+        weights = (*self._parameters[:2], *self._means[:2], *self._squares[:2])
+        latents = Latents(*weights, self._encoder_fast)
         raw = before = None
         if self._lengths is not None:
             raw, before = RawRows(self._lengths, bias), self._lengths.clone()
@@ -82,14 +82,9 @@ class Optimiser:
         if before is not None:
             bias.div_(before)
             by_bias = by_bias * before
-        for vectors in zip(
-            self._parameters[2:],
-            (by_bias, by_decoder_bias),
-            self._means[2:],
-            self._squares[2:],
-            strict=True,
-        ):
-            adam_vector(*vectors, *now)
+        for index, gradient in ((2, by_bias), (3, by_decoder_bias)):
+            moments = self._means[index], self._squares[index]
+            adam_vector(self._parameters[index], gradient, *moments, *now)
         if self._lengths is not None:
             bias.mul_(self._lengths)
 

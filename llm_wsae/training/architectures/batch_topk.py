@@ -14,15 +14,7 @@ from torch import Tensor
 from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
-from llm_wsae.training.architecture import (
-    Architecture,
-    Batch,
-    Parameters,
-    Step,
-    exact,
-    product,
-    sparse_step,
-)
+from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, sparse_step
 from llm_wsae.weights.loss_weights import Gamma
 
 _LAST_SHARE, _MOST_STEPS = 10, 100
@@ -48,13 +40,13 @@ class BatchTopK(Architecture):
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
         codes = self.codes(parameters, batch)
-        active = exact(codes, parameters, batch)
+        active = batch.exact(codes, parameters)
         step = sparse_step(active, parameters, batch, metric, self.strategy)
         return step._replace(observed=self.smallest_value(codes))
 
     def codes(self, parameters: Parameters, batch: Batch) -> RaggedCodes:
         """The largest positive pre-activations of the batch, k per row that is not masked."""
-        given, kept = product(parameters, batch), batch.mask.bool()
+        given, kept = batch.product(parameters), batch.mask.bool()
         # Makes the selection fast and never changes it. It stays on the device: an implementation
         # that needs the number waits for it.
         guess = _BELOW * self.running_threshold

@@ -22,14 +22,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import SlotCapacity, SparseGradients
 from llm_wsae.sparse.operations import firing_counts, value_gradients
-from llm_wsae.training.architecture import (
-    Architecture,
-    Batch,
-    Parameters,
-    Step,
-    codes_above,
-    weighted_error,
-)
+from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, weighted_error
 from llm_wsae.training.optimiser import adam_vector
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -81,7 +74,7 @@ class JumpReLU(Architecture):
         if fast != batch.x.dtype:
             sought = (window_start - _ROUNDING * (1 + window_start)).clamp_(min=0)
         # everything active, and what is just below its threshold
-        near = codes_above(parameters, batch, sought, self._capacity)
+        near = batch.above(sought, parameters, self._capacity)
         its_threshold = threshold[near.indices]
         active = near.values > its_threshold
         codes = near._replace(values=near.values * active)

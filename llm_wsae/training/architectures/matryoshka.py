@@ -13,7 +13,7 @@ import torch
 
 from llm_wsae.sparse.codes import RaggedCodes, SparseGradients
 from llm_wsae.sparse.operations import firing_counts, value_gradients
-from llm_wsae.training.architecture import Batch, Parameters, Step, exact, weighted_error
+from llm_wsae.training.architecture import Batch, Parameters, Step, weighted_error
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -34,7 +34,7 @@ class Matryoshka(BatchTopK):
         encoder, decoder, _, decoder_bias = parameters
         codes = self.codes(parameters, batch)
         groups = self._own_groups()
-        active = exact(codes, parameters, batch)
+        active = batch.exact(codes, parameters)
         grouped = _by_group(active, groups)
 
         no_bias = torch.zeros_like(decoder_bias)

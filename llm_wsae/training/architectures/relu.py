@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary import sparsity
 from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SlotCapacity
 from llm_wsae.training.architecture import (
@@ -20,8 +19,6 @@ from llm_wsae.training.architecture import (
     Batch,
     Parameters,
     Step,
-    codes_above,
-    product,
     sparse_step,
     weighted_error,
 )
@@ -66,7 +63,7 @@ class DenseStart(Architecture):
 
     def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step along the active latents only, correct if there were slots enough."""
-        codes = codes_above(parameters, batch, self.bounds(parameters), self._capacity)
+        codes = batch.above(self.bounds(parameters), parameters, self._capacity)
         by_active = self.penalty(batch)
         step = sparse_step(codes, parameters, batch, metric, self.strategy, by_active)
         penalty = by_active * self.strategy.sum_over_latents(codes.values.sum())
@@ -80,7 +77,7 @@ class DenseStart(Architecture):
         _, decoder, encoder_bias, decoder_bias = parameters
         strategy, fast, by_active = self.strategy, batch.x_fast.dtype, self.penalty(batch)
         threshold, decoder_fast = self.bounds(parameters), decoder.to(fast)
-        _, encoder_fast, bias_fast = product(parameters, batch)
+        _, encoder_fast, bias_fast = batch.product(parameters)
         by_encoder, by_decoder = torch.zeros_like(decoder), torch.zeros_like(decoder)
         by_bias, by_decoder_bias = torch.zeros_like(encoder_bias), torch.zeros_like(decoder_bias)
         residual = torch.empty_like(batch.x)
@@ -132,10 +129,6 @@ class ReLU(DenseStart):
 
     name = "relu"
     setting = "l1"
-
-    @property
-    def sparsity(self) -> sparsity.ReLU:
-        return sparsity.ReLU()
 
     @classmethod
     def label(cls, level: int | float) -> str:

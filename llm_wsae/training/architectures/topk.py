@@ -5,15 +5,7 @@ size batch × d_sae exists. γ enters only through the gradient of the residual.
 """
 
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.training.architecture import (
-    Architecture,
-    Batch,
-    Parameters,
-    Step,
-    exact,
-    product,
-    sparse_step,
-)
+from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, sparse_step
 from llm_wsae.weights.loss_weights import Gamma
 
 
@@ -22,9 +14,9 @@ class LargestOfRow(Architecture):
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
-        codes = encode_topk(*product(parameters, batch), min(self.k, self.num_latents))
+        codes = encode_topk(*batch.product(parameters), min(self.k, self.num_latents))
         unmasked = codes._replace(values=codes.values * batch.mask[:, None])
-        active = exact(self.strategy.topk(unmasked, self.k), parameters, batch)
+        active = batch.exact(self.strategy.topk(unmasked, self.k), parameters)
         return sparse_step(active, parameters, batch, metric, self.strategy)
 
 

@@ -24,7 +24,7 @@ from training_cases import (
 
 from llm_wsae.sparse.codes import EPSILON, SlotCapacity, ragged
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.training.architecture import Batch, Parameters, codes_above, exact, product
+from llm_wsae.training.architecture import Batch, Parameters
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.architectures.gba import EVERY, GBA, RATE, STEPS_EACH, target_frequencies
 from llm_wsae.training.architectures.jumprelu import (
@@ -65,15 +65,15 @@ def values_of(parameters: Parameters, batch: Batch, name: str, k: int) -> Tensor
     if name.startswith("gba"):
         bound = architecture(name, batch.x).thresholds()
     if name.endswith(", dense"):  # in the step's tiles: another shape may round otherwise
-        x, encoder, bias = product(parameters, batch)
+        x, encoder, bias = batch.product(parameters)
         pre = torch.cat([torch.addmm(bias, rows, encoder.T) for rows in x.split(1024)])
         return (pre * (pre > bound)).double() * batch.mask.double()[:, None]
     if name == "topk":
-        codes = exact(ragged(encode_topk(*product(parameters, batch), k)), parameters, batch)
+        codes = batch.exact(ragged(encode_topk(*batch.product(parameters), k)), parameters)
     elif name in ("batch-topk", "matryoshka"):
-        codes = exact(BatchTopK(k, D_SAE).codes(parameters, batch), parameters, batch)
+        codes = batch.exact(BatchTopK(k, D_SAE).codes(parameters, batch), parameters)
     else:
-        codes = codes_above(parameters, batch, bound, SlotCapacity())
+        codes = batch.above(bound, parameters, SlotCapacity())
     return dense(codes, codes.values.double(), D_SAE) * batch.mask.double()[:, None]
 
 
