@@ -31,8 +31,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import Processes
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import Arm
-from llm_wsae.training.checkpoint import CHECKPOINT, load_checkpoint, training_in
-from llm_wsae.training.log import LOG
+from llm_wsae.training.checkpoint import CHECKPOINT, LOG, load_checkpoint, training_in
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weights.loss_weights import LossWeights
 

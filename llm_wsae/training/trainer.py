@@ -42,7 +42,9 @@ from llm_wsae.training.architecture import CPU, Batch
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
+    LOG,
     Reached,
+    TrainingLog,
     is_finished,
     load_checkpoint,
     recorded,
@@ -57,7 +59,6 @@ from llm_wsae.training.config import (
     default_learning_rate,
     learning_rate_factor,
 )
-from llm_wsae.training.log import LOG, TrainingLog
 from llm_wsae.training.normaliser import Normaliser, Space, folded
 from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of

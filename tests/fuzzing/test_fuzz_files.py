@@ -29,8 +29,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import Processes
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import Arm
-from llm_wsae.training.checkpoint import CHECKPOINT, load_checkpoint
-from llm_wsae.training.log import LOG, TrainingLog
+from llm_wsae.training.checkpoint import CHECKPOINT, LOG, TrainingLog, load_checkpoint
 from llm_wsae.training.trainer import Interrupted, train
 
 PLACE = Site.parse(SITE)

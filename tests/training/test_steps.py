@@ -27,8 +27,7 @@ from llm_wsae.sparse.codes import EPSILON, SparseGradients
 from llm_wsae.training.architecture import Batch, Parameters, squared
 from llm_wsae.training.architectures.relu import ReLU
 from llm_wsae.training.architectures.topk import TopK
-from llm_wsae.training.arm import Arm, ArmConfig
-from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
+from llm_wsae.training.arm import Arm, ArmConfig, DeadFinder, DeadLatents, auxk_gradients
 from llm_wsae.training.optimiser import INITIAL_LENGTH, Optimiser, initial_parameters
 from llm_wsae.training.strategy import Strategy
 from llm_wsae.weights.loss_weights import LossWeights

@@ -11,7 +11,7 @@ from training_cases import BATCH, CPU, D_SAE, STEPS, gradients_of, problem, step
 
 from llm_wsae.machine.processes import join
 from llm_wsae.training.architecture import Batch, Parameters, squared
-from llm_wsae.training.auxk import DeadLatents, auxk_gradients
+from llm_wsae.training.arm import DeadLatents, auxk_gradients
 from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-2}

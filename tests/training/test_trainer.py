@@ -16,9 +16,8 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.checks import plain_beside
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, is_finished, training_in
+from llm_wsae.training.checkpoint import CHECKPOINT, TrainingLog, is_finished, training_in
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
-from llm_wsae.training.log import TrainingLog
 from llm_wsae.training.trainer import Interrupted, Training, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
