@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
 
 _INTERRUPTED = 128 + signal.SIGINT
 _IMPORTING = "<frozen importlib._bootstrap>"
@@ -25,7 +24,6 @@ def main() -> int:
             signal.signal(signal.SIGINT, _interrupted)
             # the first to be registered is the last to run: then Python restores the default
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        sys.unraisablehook = _not_raised
         _open_streams()
         from llm_wsae.cli import main as run
 
@@ -48,13 +46,6 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(_INTERRUPTED)
-
-
-def _not_raised(about: Any) -> None:
-    """Ctrl-C while an object is deleted, where Python would print the exception and go on."""
-    if about.exc_type is KeyboardInterrupt:
-        os._exit(_INTERRUPTED)
-    sys.__unraisablehook__(about)
 
 
 def _open_streams() -> None:

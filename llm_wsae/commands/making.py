@@ -299,14 +299,11 @@ def _next_commands(request: Run, first: "SiteResult") -> Iterator[str]:
     """What one may do with the dictionaries of the first site."""
     from llm_wsae.evaluation.baselines import HALF_RANDOM
 
-    out, source = request.folder, words_of(request.model) + words_of(request.corpus)
-    tokens, dictionaries = ["--tokens", "100000"], first.dictionaries
-    measured = [str(first.folder / next(iter(dictionaries))), *source, *tokens]
-    yield "next: measure on more of the held-out text, e.g."
-    yield _command("evaluate", *measured, "--out", out / "report-100k.json")
-    yield f"look at the dictionaries of {request.sites[0]} in a browser:"
+    dictionaries = first.dictionaries
+    yield f"next: look at the dictionaries of {request.sites[0]} in a browser"
     if request.stream:  # a page needs rows, packed as those trained on
-        store = ["--site", *request.site, *tokens, "--out", out / "store"]
+        source = words_of(request.model) + words_of(request.corpus)
+        store = ["--site", *request.site, "--tokens", 100_000, "--out", request.folder / "store"]
         yield _command("harvest", *source, *store, *words_of(request.harvest, PackConfig))
     sizes = {name: one.d_sae for name, one in dictionaries.items()}
     kinds = {name: one.info.training.get("architecture") for name, one in dictionaries.items()}

@@ -46,7 +46,6 @@ _ARTIFACTS = {make(Path()).name: make for make in (store_in, training_in, study_
 # files whose digests are in another file, or that only their folder explains
 _OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
 _MEND = "delete the damaged files and run the same harvest again, which rewrites those missing"
-_SHORT = 1.0  # seconds of work that need no bar
 
 
 @dataclass
@@ -54,16 +53,14 @@ class Found:
     """What a check found."""
 
     checks: int = 0
-    """Checks that were made."""
     problems: list[str] = field(default_factory=list)
     """A sentence for each fault, which also says what to do."""
     without_digest: list[Path] = field(default_factory=list)
     """Files that have none."""
-    bar: tqdm = field(default_factory=lambda: tqdm(disable=True), repr=False)
 
     def check(self, work: Callable[[], T]) -> T | None:
         """What the work gives; None if it fails, which is one more problem."""
-        self._count()
+        self.checks += 1
         try:
             return work()
         except LlmWsaeError as error:
@@ -72,17 +69,12 @@ class Found:
 
     def compare(self, folder: Path, files: Mapping[str, FileRecord], way_out: str) -> set[Path]:
         """Compare the files of a folder with their records; their paths."""
-        problems = []
-        for name, record in files.items():
-            self._count()
-            problems.append(record.problem(folder / name))
+        self.checks += 1
+        names = tqdm(files, desc=folder.name, unit="file", dynamic_ncols=True, delay=1.0)
+        problems = [files[name].problem(folder / name) for name in names]
         if any(problems):
             self.problems += [*filter(None, problems), way_out]
         return {folder / name for name in files}
-
-    def _count(self) -> None:
-        self.checks += 1
-        self.bar.update()
 
 
 def verify(path: Path | str, site: str | None = None) -> Found:
@@ -94,12 +86,11 @@ def verify(path: Path | str, site: str | None = None) -> Found:
     path = Path(path)
     if not path.exists():
         raise LlmWsaeError(f"there is no file or folder {path}")
-    with tqdm(desc="verify", unit="file", dynamic_ncols=True, delay=_SHORT) as bar:
-        found = Found(bar=bar)
-        if path.is_dir():
-            _check_folder(found, path, site)
-        else:
-            _check_file(found, path)
+    found = Found()
+    if path.is_dir():
+        _check_folder(found, path, site)
+    else:
+        _check_file(found, path)
     if not found.checks:
         raise LlmWsaeError(
             f"there is nothing in {path} that verify knows; give it the folder of a store, a "

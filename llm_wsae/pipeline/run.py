@@ -78,19 +78,9 @@ class SiteResult:
         return {"folder": str(self.folder), **measured}
 
     def text(self) -> str:
-        """The table for people, and the paths of what was written."""
-        paths = {
-            "page": [PAGE],
-            "figures": ["profile.png", "fidelity.png"],
-            "numbers": ["profile.json", "report.json", LOG],
-            "dictionaries": list(self.dictionaries),
-        }
-        lines = [
-            f"{'' if number else what:<14}{self.folder / name}"
-            for what, names in paths.items()
-            for number, name in enumerate(names)
-        ]
-        return "\n".join([self.report.table(), "", *lines])
+        """The table for people, and where the rest is."""
+        rest = "dictionaries, figures, numbers and log beside it"
+        return f"{self.report.table()}\n\npage  {self.folder / PAGE}; {rest}"
 
 
 def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResult]:

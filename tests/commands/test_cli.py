@@ -204,34 +204,6 @@ def test_train(made_world, tmp_path):
     assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
 
 
-def test_weights_that_were_made_for_another_place(made_world, tmp_path):
-    made = tmp_path / "made.safetensors"
-    works("weigh", made_world / "store", "--site", SITE, "--rule", "variance", "--out", made)
-    wrong = call("train", made_world / "store", *TRAIN, "--k", 4, "--weights", made, "--place",
-                 "space", "--out", tmp_path / "x")  # fmt: skip
-    assert wrong.code == 2 and "the rule variance made for the place loss" in wrong.err
-
-
-def test_evaluate(made_world, model_and_corpus, tmp_path):
-    out = tmp_path / "report.json"
-    plain, weighted = made_world / "trained/uniform-k4", made_world / "trained/variance-a0.5-k4"
-    words = ("evaluate", plain, weighted, *model_and_corpus, "--tokens", 500, "--out", out)
-    result = works(*words, "--json")
-    report = json.loads(out.read_text())
-    assert result.json.items() <= report.items()
-    assert report["command"] == "evaluate" and report["versions"]["torch"] == version("torch")
-    rows = ["uniform-k4", "variance-a0.5-k4", "raw dimensions", "frozen random"]
-    assert list(report["dictionaries"]) == rows
-    measured = report["dictionaries"]["uniform-k4"]
-    assert 500 <= measured["rows"] < 515 and 0 < measured["l0"] <= 4
-    trained = Dictionary.load(plain).info.metrics["training"]["fvu"]
-    assert measured["fvu"] == pytest.approx(trained, abs=0.1)  # the same text, other documents
-    before = out.read_bytes()
-    again = works(*words)
-    assert out.read_bytes() == before and again.out.endswith(f"report  {out}\n")
-    assert re.search(rf"^uniform-k4 +{measured['fvu']:.3f} ", again.out, re.MULTILINE)
-
-
 def test_verify(made_world, tmp_path):
     for folder in (made_world / "store", made_world / "trained/uniform-k4"):
         assert works("verify", folder).out == f"{folder} is intact\n"
@@ -257,7 +229,7 @@ def test_run_leaves_everything_in_one_folder(ran):
     names |= {"log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
     assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
-    assert all(str(here / name) in result.out for name in (*names, *arms))
+    assert f"page  {here / 'report.html'}; " in result.out
     report = json.loads((here / "report.json").read_text())
     assert list(report["dictionaries"]) == [*arms, "raw dimensions"]  # baselines come last
     for name, measured in report["dictionaries"].items():
@@ -304,8 +276,7 @@ def test_run_has_a_folder_for_every_model():
 def test_run_proposes_commands_that_work(ran, tmp_path):
     _, result = ran
     lines = [line.strip() for line in result.out.splitlines()]
-    measure, look = (shlex.split(line)[1:] for line in lines if line.startswith("llm-wsae "))
-    assert "uniform-k4" in works(*measure, "--tokens", 100, "--out", tmp_path / "r.json").out
+    (look,) = (shlex.split(line)[1:] for line in lines if line.startswith("llm-wsae "))
     assert not [word for word in look if "frozen" in word]
     assert "open it in a browser" in works(*look, "--out", tmp_path / "page.html").out
 

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import yaml
 from command_line import works
 from foreign_folders import sparsify
 from places import DOCS, PAGES, README, ROOT, SCRIPTS, Block, blocks, prose_words
-from safetensors.torch import save_file
 from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
 
 import llm_wsae
@@ -185,42 +183,18 @@ def test_a_dictionary_of_another_tool(world):
     assert torch.equal(names["Dictionary"].load("mine").W_dec, names["theirs"].W_dec)
 
 
-def test_saelens_reads_a_folder_of_ours(world):
-    pytest.importorskip("sae_lens")
-    shutil.copytree(
-        ROOT / "checkpoints/smollm2-135m/blocks.9.hook_resid_post/uniform-k32",
-        world / "runs/trained/uniform-k32",
-    )
-    assert run(block("docs/formats.md", "SAE.load_from_disk"))["sae"].cfg.d_sae == 4608
+# These need SAELens, whose runner would fetch a model; tests/saelens tries what they call.
+NOT_RUN = ("SAE.load_from_disk", "LanguageModelSAETrainingRunner")
 
 
-def test_saelens_runner_is_called_with_weights_of_ours(world, monkeypatch):
-    """The runner itself would fetch a model; that its class trains is tested beside SAELens."""
-    found = block("docs/formats.md", "LanguageModelSAETrainingRunner")
-    asked = {}
-    runner = types.SimpleNamespace(run=lambda: asked.update(ran=True))
-    module = types.ModuleType("sae_lens")
-    module.LanguageModelSAERunnerConfig = lambda **options: asked.update(options)
-    module.LanguageModelSAETrainingRunner = lambda config: runner
-    monkeypatch.setitem(sys.modules, "sae_lens", module)
-    import llm_wsae.saelens
-
-    monkeypatch.setitem(vars(llm_wsae.saelens), "WeightedTopKTrainingSAEConfig", dict)
-    save_file({"gamma": torch.ones(768)}, "weights.safetensors")
-    run(found)
-    assert asked["ran"] and asked["sae"]["k"] == 32
+def test_every_other_python_block_is_run_by_a_test():
+    tested = re.findall(r'block\("(.+?)", "(.+?)"', Path(__file__).read_text(encoding="utf-8"))
+    for one in blocks("python"):
+        compile(one.code, one.page, "exec")
+        run_here = [words for page, words in tested if page == one.page and words in one.code]
+        assert run_here or any(words in one.code for words in NOT_RUN), one
 
 
-def test_every_python_block_is_run_by_a_test():
-    tested = Path(__file__).read_text(encoding="utf-8")
-    pages = {"README.md": 1, "docs/getting-started.md": 3, "docs/running-model.md": 1,
-             "docs/formats.md": 3, "docs/concepts.md": 1}  # fmt: skip
-    found = [b for b in blocks("python") if b.page != "docs/adding-an-architecture.md"]
-    assert {p: sum(b.page == p for b in found) for p in {b.page for b in found}} == pages
-    assert tested.count('block("') >= sum(pages.values())
-
-
-LANGUAGES = {"bash", "python", "text", "bibtex", "diff"}
 LOADED = re.compile(
     r"""<(?:script|img|iframe)[^>]*\ssrc=["']?(?:https?:)?//"""
     r"""|<link[^>]*rel=["']?(?:stylesheet|icon|preload)[^>]*href=["']?(?:https?:)?//"""
@@ -264,14 +238,6 @@ def test_pages_are_short():
         if path not in evidence:
             assert prose_words(path) <= 1500, f"{path.name}: {prose_words(path)} words"
     assert sum(map(prose_words, evidence)) <= 8000
-
-
-def test_every_code_block_has_a_language_that_is_tested():
-    assert {block.language for block in blocks(*LANGUAGES)} <= LANGUAGES
-    for path in [README, *PAGES]:
-        text = path.read_text(encoding="utf-8")
-        openings = re.findall(r"^\s*```(\w*)$", text, re.MULTILINE)[::2]
-        assert set(openings) <= LANGUAGES, f"{path}: {openings}"
 
 
 def test_every_public_name_is_documented_once():
