@@ -41,7 +41,7 @@ from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.pipeline.request import RUN_RECORD, Run, write_request
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.checkpoint import LOG, check_same_rows, recorded, training_in
+from llm_wsae.training.checkpoint import check_same_rows, recorded, training_in
 from llm_wsae.training.config import PROCEDURAL
 from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
