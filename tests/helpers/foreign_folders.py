@@ -19,6 +19,9 @@ SITE = "blocks.3.hook_resid_post"
 ROWS = 50
 
 
+Active = Callable[[Tensor], Tensor]
+
+
 class Expected(NamedTuple):
     """What the tool makes of some rows, float64."""
 
@@ -58,10 +61,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-# SAELens
-
-# Each architecture: its own settings and tensors beside those of ``base``, and which latents are
-# active.
+# Which latents are active; gated encoders have biases of their own.
 THRESHOLD, SHARED, SCALE = draw(7, D_SAE), torch.tensor(0.7, dtype=torch.float64), 0.25
 GATES = {
     "b_gate": draw(8, D_SAE),
@@ -75,31 +75,65 @@ def gated(pre: Tensor) -> Tensor:
     return opens * (pre * GATES["r_mag"].double().exp() + GATES["b_mag"]).relu()
 
 
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Tensor], Callable[[Tensor], Tensor]]] = {
+def above_its_own(pre: Tensor) -> Tensor:
+    return pre.relu() * (pre > THRESHOLD)
+
+
+def above_one(pre: Tensor) -> Tensor:
+    return pre * (pre > SHARED)
+
+
+def computed(
+    active: Active,
+    subtracts: bool = True,
+    scale: float = 1.0,
+    by_norm: bool = False,
+    factor: Tensor | float = 1.0,
+) -> Expected:
+    """Scale, subtract b_dec, encode, decode what is active, scale back; the tensors are ``base``."""
+    x, w = rows(), {name: tensor.double() for name, tensor in base().items()}
+    pre = (x.double() * scale - subtracts * w["b_dec"]) @ w["W_enc"]
+    if active is not gated:
+        pre = pre + w["b_enc"]
+    norms = w["W_dec"].norm(dim=1) if by_norm else torch.ones(D_SAE)
+    latents = active(pre * norms)
+    reconstruction = (latents / norms * factor @ w["W_dec"] + w["b_dec"]) / scale
+    # Folding the scale leaves decoder rows of norm/scale, and with them latents in those units.
+    return Expected(x, latents / (scale if by_norm else 1), reconstruction)
+
+
+# SAELens
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Tensor], Active]] = {
     "standard": ({}, {}, torch.relu),
-    "topk": ({"k": K, "rescale_acts_by_decoder_norm": False}, {}, topk),
-    "jumprelu": ({}, {"threshold": THRESHOLD}, lambda pre: pre.relu() * (pre > THRESHOLD)),
+    "topk": ({"k": K}, {}, topk),
+    "jumprelu": ({}, {"threshold": THRESHOLD}, above_its_own),
     "gated": ({}, GATES, gated),
-    "batchtopk": (
-        {"k": 5.5, "rescale_acts_by_decoder_norm": True},
-        {"topk_threshold": SHARED},
-        lambda pre: pre * (pre > SHARED),
-    ),
+    "batchtopk": ({"k": 5.5}, {"topk_threshold": SHARED}, above_one),
 }
+"""Each architecture: settings, tensors beside those of ``base``, which latents are active."""
 
 
-def saelens(folder: Path, kind: str, **changes: Any) -> Expected:
-    """As version 6 writes it."""
+def saelens(
+    folder: Path, kind: str, subtracts: bool = True, by_norm: bool = False, **changes: Any
+) -> Expected:
+    """As version 6 writes it; a checkpoint of BatchTopK, in the middle of a training on rescaled
+    activations, has their scale beside it."""
     settings, own, active = KINDS[kind]
     tensors = base() | own
     if kind == "gated":
         del tensors["b_enc"]
+    scale, how = 1.0, "none"
+    if kind == "batchtopk":
+        scale, how = SCALE, "expected_average_only_in"
+        write_json(folder / "activation_scaler.json", {"scaling_factor": scale})
     cfg = {
         "d_in": D_IN,
         "d_sae": D_SAE,
         "dtype": "float32",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": subtracts,
+        "rescale_acts_by_decoder_norm": by_norm,
+        "normalize_activations": how,
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": "6.54.12",
@@ -113,20 +147,17 @@ def saelens(folder: Path, kind: str, **changes: Any) -> Expected:
         **settings,
         **changes,
     }
-    return _saelens(folder, cfg, tensors, active)
+    write_json(folder / "cfg.json", cfg)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return computed(active, subtracts, scale, by_norm)
 
 
 def saelens_checkpoint(folder: Path) -> Expected:
-    """BatchTopK in the middle of a training on rescaled activations."""
-    write_json(folder / "activation_scaler.json", {"scaling_factor": SCALE})
-    return saelens(folder, "batchtopk", normalize_activations="expected_average_only_in")
+    return saelens(folder, "batchtopk", by_norm=True)
 
 
 def saelens_old(
-    folder: Path,
-    factor: Tensor | None = None,
-    active: Callable[[Tensor], Tensor] = torch.relu,
-    **changes: Any,
+    folder: Path, factor: Tensor | None = None, active: Active = torch.relu, **changes: Any
 ) -> Expected:
     """As version 3 wrote it: everything side by side, perhaps without an architecture."""
     cfg = {
@@ -139,8 +170,11 @@ def saelens_old(
         "dtype": "torch.float32",
         **changes,
     }
+    write_json(folder / "cfg.json", cfg)
     own = {} if factor is None else {"scaling_factor": factor}
-    return _saelens(folder, cfg, base() | own, active)
+    save_file(base() | own, folder / "sae_weights.safetensors")
+    subtracts = cfg.get("apply_b_dec_to_input", True)
+    return computed(active, subtracts, factor=1.0 if factor is None else factor.double())
 
 
 def saelens_old_topk(folder: Path) -> Expected:
@@ -162,30 +196,6 @@ def saelens_old_finetuned(folder: Path) -> Expected:
     return saelens_old(folder, factor, architecture="standard", finetuning_scaling_factor=True)
 
 
-def _saelens(
-    folder: Path,
-    cfg: dict[str, Any],
-    tensors: dict[str, Tensor],
-    active: Callable[[Tensor], Tensor],
-) -> Expected:
-    """Write it, and compute: scale, centre, encode, ``active``, decode, scale back."""
-    write_json(folder / "cfg.json", cfg)
-    save_file(tensors, folder / "sae_weights.safetensors")
-    w = {name: tensor.double() for name, tensor in tensors.items()}
-    x, scaled = rows(), cfg.get("normalize_activations") == "expected_average_only_in"
-    scale = SCALE if scaled else 1
-    centre = w["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
-    pre = (x.double() * scale - centre) @ w["W_enc"] + w.get("b_enc", 0)
-    rescale, norms = cfg.get("rescale_acts_by_decoder_norm", False), w["W_dec"].norm(dim=1)
-    latents = active(pre * norms if rescale else pre)
-    written = latents / norms if rescale else latents
-    if cfg.get("finetuning_scaling_factor"):
-        written = written * w["scaling_factor"]
-    # Folding the scale leaves decoder rows of norm/scale, and with them latents in those units.
-    units = scale if rescale else 1.0
-    return Expected(x, latents / units, (written @ w["W_dec"] + w["b_dec"]) / scale)
-
-
 # sparsify
 
 
@@ -204,23 +214,27 @@ def sparsify(folder: Path, **changes: Any) -> Expected:
         **changes,
     }
     write_json(folder / "cfg.json", cfg)
-    tensors = {
-        "encoder.weight": w["W_enc"].T.contiguous(),
-        "encoder.bias": w["b_enc"],
-        "W_dec": w["W_dec"],
-        "b_dec": w["b_dec"],
-    }
+    encoder = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
+    tensors = {**encoder, "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
     save_file(tensors, folder / "sae.safetensors")
-    x, w = rows(), {name: tensor.double() for name, tensor in w.items()}
-    latents = topk((x.double() - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
-    return Expected(x, latents, latents @ w["W_dec"] + w["b_dec"])
+    return computed(topk)
 
 
 # dictionary_learning
 
+CLASSES: dict[str, tuple[str, Active, bool]] = {
+    "AutoEncoder": ("bias", torch.relu, True),
+    "AutoEncoderNew": ("decoder.bias", torch.relu, False),
+    "GatedAutoEncoder": ("decoder_bias", gated, True),
+    "AutoEncoderTopK": ("b_dec", topk, True),
+    "BatchTopKSAE": ("b_dec", above_one, True),
+    "MatryoshkaBatchTopKSAE": ("b_dec", above_one, True),
+    "JumpReluAutoEncoder": ("b_dec", above_its_own, False),
+}
+"""Each class: the name of b_dec, which latents are active, whether it subtracts b_dec."""
+
 
 def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
-    """One of its classes."""
     trainer = {
         "dict_class": dict_class,
         "activation_dim": D_IN,
@@ -233,54 +247,37 @@ def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
     }
     buffer = {"d_submodule": D_IN, "io": "out", "ctx_len": 64}
     write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer})
-    w, x = base(), rows()
-    d = {name: tensor.double() for name, tensor in w.items()}
-    matrices = {
-        "encoder.weight": w["W_enc"].T.contiguous(),
-        "decoder.weight": w["W_dec"].T.contiguous(),
-    }
-    linear = {**matrices, "encoder.bias": w["b_enc"]}
-    one = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(0.6)}
-    gates = {"r_mag": GATES["r_mag"], "gate_bias": GATES["b_gate"], "mag_bias": GATES["b_mag"]}
-    plain = x.double() @ d["W_enc"] + d["b_enc"]
-    centred = (x.double() - d["b_dec"]) @ d["W_enc"]
-    pre = centred + d["b_enc"]
-    tensors, latents = {
-        "AutoEncoder": (linear | {"bias": w["b_dec"]}, pre.relu()),
-        "AutoEncoderNew": (linear | {"decoder.bias": w["b_dec"]}, plain.relu()),
-        "AutoEncoderTopK": (one | linear | {"b_dec": w["b_dec"]}, topk(pre)),
-        "BatchTopKSAE": (one | linear | {"b_dec": w["b_dec"]}, pre * (pre > 0.6)),
-        "MatryoshkaBatchTopKSAE": (
-            w | one | {"group_sizes": torch.tensor([10, 38])},
-            pre * (pre > 0.6),
-        ),
-        "JumpReluAutoEncoder": (
-            w | {"threshold": THRESHOLD},
-            plain.relu() * (plain > THRESHOLD),
-        ),
-        "GatedAutoEncoder": (matrices | gates | {"decoder_bias": w["b_dec"]}, gated(centred)),
-    }[dict_class]
+    bias, active, subtracts = CLASSES[dict_class]
+    w = base()
+    turned = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"],
+              "decoder.weight": w["W_dec"].T.contiguous(), bias: w["b_dec"]}  # fmt: skip
+    tensors = w if dict_class.startswith(("Matryoshka", "JumpRelu")) else turned
+    if active is gated:
+        del tensors["encoder.bias"]
+        tensors |= {"gate_bias": GATES["b_gate"], "mag_bias": GATES["b_mag"]}
+        tensors["r_mag"] = GATES["r_mag"]
+    if active is above_its_own:
+        tensors["threshold"] = THRESHOLD
+    elif active in (above_one, topk):  # some hold what is not used in encoding
+        tensors |= {"k": torch.tensor(K, dtype=torch.int), "threshold": SHARED}
+    if dict_class.startswith("Matryoshka"):
+        tensors["group_sizes"] = torch.tensor([10, 38])
     torch.save(tensors, folder / "ae.pt")
-    reconstruction = latents @ d["W_dec"] + d["b_dec"]
+    made = computed(active, subtracts)
     if dict_class == "AutoEncoder":  # it is loaded with decoder columns of unit norm
-        latents = latents * d["W_dec"].norm(dim=1)
-    return Expected(x, latents, reconstruction)
+        return made._replace(latents=made.latents * w["W_dec"].double().norm(dim=1))
+    return made
 
 
-CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
-           "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # fmt: skip
 WRITERS: dict[str, Callable[[Path], Expected]] = {
-    **{
-        f"saelens-{kind}": lambda f, kind=kind: saelens(f, kind)
-        for kind in ("standard", "topk", "jumprelu", "gated")
-    },
-    **{
-        f"saelens-{kind}-uncentred": lambda f, kind=kind: saelens(
-            f, kind, apply_b_dec_to_input=False
-        )
-        for kind in ("standard", "jumprelu", "gated")
-    },
-    "saelens-topk-rescaled": lambda f: saelens(f, "topk", rescale_acts_by_decoder_norm=True),
+    "saelens-standard": lambda f: saelens(f, "standard"),
+    "saelens-standard-uncentred": lambda f: saelens(f, "standard", subtracts=False),
+    "saelens-topk": lambda f: saelens(f, "topk"),
+    "saelens-topk-rescaled": lambda f: saelens(f, "topk", by_norm=True),
+    "saelens-jumprelu": lambda f: saelens(f, "jumprelu"),
+    "saelens-jumprelu-uncentred": lambda f: saelens(f, "jumprelu", subtracts=False),
+    "saelens-gated": lambda f: saelens(f, "gated"),
+    "saelens-gated-uncentred": lambda f: saelens(f, "gated", subtracts=False),
     "saelens-checkpoint": saelens_checkpoint,
     "saelens-old": saelens_old,
     "saelens-old-topk": saelens_old_topk,
