@@ -90,7 +90,7 @@ def computed(
     by_norm: bool = False,
     factor: Tensor | float = 1.0,
 ) -> Expected:
-    """Scale, subtract b_dec, encode, decode what is active, scale back; the tensors are ``base``."""
+    """Scale, subtract b_dec, encode, ``active``, decode, scale back, with ``base``."""
     x, w = rows(), {name: tensor.double() for name, tensor in base().items()}
     pre = (x.double() * scale - subtracts * w["b_dec"]) @ w["W_enc"]
     if active is not gated:
