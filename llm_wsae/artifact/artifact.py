@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,11 +192,13 @@ def _differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str], under: str = ""
 ) -> Iterator[str]:
     for name in sorted(found.keys() | wanted.keys()):
-        there, asked = found.get(name), wanted.get(name)
+        there, asked, (first, second) = found.get(name), wanted.get(name), owners
         if isinstance(there, dict) and isinstance(asked, dict):
             yield from _differences(there, asked, owners, f"{under}{name} ")
+        elif isinstance(there, dict) or isinstance(asked, dict):
+            has, lacks = (first, second) if isinstance(there, dict) else (second, first)
+            yield f"{has} has {under}{name}; {lacks} does not"
         elif there != asked and not (name == "gamma_sum" and _alike(there, asked)):
-            first, second = owners
             yield f"{under}{name}: {_short(there)} in {first}, {_short(asked)} in {second}"
 
 
@@ -215,7 +218,8 @@ def _short(value: Any) -> str:
 def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
     """Raises UsageError if a path is a folder or below a file; LlmWsaeError if it is someone else's
     file, as ``is_ours`` judges one that is there, or cannot be written."""
-    if _is_there(path):
+    with refusals_to_write(path), suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)  # raises if there is nothing, not even a broken link
         if path.is_dir():
             raise UsageError(f"--out is the name of a file to write, but {path} is a folder")
         if not path.is_file() or not (path.stat().st_size == 0 or is_ours(path)):
@@ -229,9 +233,18 @@ def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
 def check_folder(path: Path) -> None:
     """Raises UsageError if a path is no folder and cannot become one, LlmWsaeError if it cannot be
     written."""
-    if _is_there(path) and not path.is_dir():
+    if os.path.lexists(path) and not path.is_dir():
         raise UsageError(f"--out is the name of a folder, but {path} is a file")
     _check_writable(path, path)
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Write and delete a file in the folder, or in the first of those above it that exists."""
+    there = existing(folder)
+    if not there.is_dir():
+        raise UsageError(f"--out cannot be {path}: {there} is not a folder")
+    with refusals_to_write(path):
+        tempfile.TemporaryFile(dir=there).close()
 
 
 def check_room(path: Path, needed: int, way_out: str) -> None:
@@ -259,25 +272,6 @@ def is_record_of(command: str) -> Callable[[Path], bool]:
             return False
 
     return is_ours
-
-
-def _is_there(path: Path) -> bool:
-    """Whether there is anything of that name, be it a broken link."""
-    with refusals_to_write(path):  # e.g. a name that is too long
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-    return True
-
-
-def _check_writable(path: Path, folder: Path) -> None:
-    """Write and delete a file in the folder, or in the first of those above it that exists."""
-    there = existing(folder)
-    if not there.is_dir():
-        raise UsageError(f"--out cannot be {path}: {there} is not a folder")
-    with refusals_to_write(path):
-        tempfile.TemporaryFile(dir=there).close()
 
 
 def existing(path: Path) -> Path:
