@@ -2,10 +2,9 @@
 
 A row is massive when its norm exceeds ten median norms. A few such rows would dominate every mean
 and every list of top contexts, so training omits them and records the threshold
-(``Statistics.massive_threshold``). Measurements use that record, to omit what training omitted. For
-dictionaries without one (made by other tools) the median norm of the evaluated text takes its
-place. (``inspecting`` and ``attaching`` see a few rows at a time: where there is no record, no row
-counts as massive there.)
+(``Statistics.massive_threshold``). Measurements omit what training omitted. For dictionaries
+without a record (made by other tools) the median norm of the evaluated text takes its place.
+(``inspecting`` and ``attaching`` see a few rows at a time: without a record, no row is massive.)
 """
 
 import copy

@@ -60,10 +60,9 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize, owners
 from llm_wsae.statistics.uncertainty import Bootstrap
 
+# A dictionary, or None for what is of the text alone; and one of the kinds of ``Losses``.
 _Key = tuple[str | None, str]
-"""A dictionary, or None for what is of the text alone; and one of the kinds of ``Losses``."""
-_Variants = dict[_Key, Callable[[Tensor], Tensor]]
-"""What takes the place of a batch's rows."""
+_Variants = dict[_Key, Callable[[Tensor], Tensor]]  # what takes the place of a batch's rows
 
 
 @torch.no_grad()

@@ -76,9 +76,7 @@ def concepts_of(
     text: HeldoutText, tokenizer: Any, config: MonosemanticConfig
 ) -> list[tuple[Units, Concepts]]:
     """The concepts of tokens and of documents; a kind of units without concepts is left out.
-
-    Raises UsageError for a label that no document has.
-    """
+    Raises UsageError for a label that no document has."""
     halves = halves_of_documents(text, config.seed)
 
     def half(units: Units) -> Tensor:
@@ -97,11 +95,9 @@ def concepts_of(
 
 
 def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
-    """For each document, whether it is in the first half.
-
-    Documents with similar labels, or of similar length where they have none, are paired, and chance
-    sends one of each pair to either half, so that the halves are alike even for few documents.
-    """
+    """For each document, whether it is in the first half. Documents with similar labels, or of
+    similar length where they have none, are paired, and chance sends one of each pair to either
+    half, so that the halves are alike even for few documents."""
     numbers, rows = text.document_of.unique(return_counts=True)
     sizes = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
     labels = {n: text.headers[n]["labels"] if n in text.headers else {} for n in sizes}
@@ -155,11 +151,9 @@ def document_concepts(
     wanted: tuple[str, ...] = (),
     least: int = MIN_UNITS,
 ) -> Concepts:
-    """One concept for each value of each label, of units that belong to documents.
-
-    A label with two values is one concept; numbers with more than six values are cut into thirds of
-    the documents. Raises UsageError for a wanted label that no document has.
-    """
+    """One concept for each value of each label, of units that belong to documents. A label with two
+    values is one concept; numbers with more than six values are cut into thirds of the documents.
+    Raises UsageError for a wanted label that no document has."""
     present = document.unique().tolist()
     labels = {n: headers[n]["labels"] for n in present if n in headers}
     columns = sorted({key for own in labels.values() for key in own})
@@ -241,12 +235,10 @@ def token_concepts(
     half: Bool[Tensor, " units"],
     least: int = MIN_UNITS,
 ) -> Concepts:
-    """Concepts of the tokens at some rows, as far as there are enough examples.
-
-    First letter, capital and sentence start apply to the first tokens of words, continuation and
-    quotation to tokens that begin with a letter or a digit, digit to all. What comes before a token
-    matters, so positions that give no row are read too.
-    """
+    """Concepts of the tokens at some rows, as far as there are enough examples. First letter,
+    capital and sentence start apply to the first tokens of words, continuation and quotation to
+    tokens that begin with a letter or a digit, digit to all. What comes before a token matters, so
+    positions that give no row are read too."""
     document, offset = text.document.flatten(), text.offset.flatten()
     cells = (document >= 0).nonzero()[:, 0]
     document, offset = document[cells], offset[cells]

@@ -115,8 +115,8 @@ class MonosemanticityEvaluator:
 
     def _scores(self, name: str, firings: Firings, site_probes: SiteProbes) -> DictionaryScores:
         dictionary, density = firings.dictionary, firings.density
-        dense, eligible = density > DENSE_DENSITY, self._scorer.eligible(firings)
-        scores = self._scorer.scores(firings)
+        scores, dense = self._scorer.scores(firings), density > DENSE_DENSITY
+        eligible = ~scores["purity"].isnan()
         resampled = scores.pop(RESAMPLED)
         allowed = [torch.ones_like(dense), *([~dense] if bool(dense.any()) else [])]
         decoder = dictionary.W_dec.detach().cpu()

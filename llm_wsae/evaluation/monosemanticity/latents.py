@@ -257,10 +257,6 @@ class LatentScorer:
         examples = top, top + 4 * sample
         return Firings(dictionary, threshold, self.text, self.windows, examples, seed, kinds)
 
-    def eligible(self, firings: Firings) -> Bool[Tensor, " d_sae"]:
-        """The latents that fire in enough contexts."""
-        return firings.top.contexts >= self._config.top + self._config.sample
-
     def chance(self) -> float:
         """Purity of the tokens if latents fired at random: of as many random windows as a latent
         has top contexts, one from each stretch of the text; NaN if there are fewer windows."""
@@ -269,9 +265,10 @@ class LatentScorer:
         return float(purity(rows, self._token).mean())
 
     def scores(self, firings: Firings) -> dict[str, Float[Tensor, " d_sae"]]:
-        """Every score of all latents (``statistics.measures``), NaN where a latent has none, and
-        ``RESAMPLED`` [d_sae, resamplings]."""
-        latents = self.eligible(firings).nonzero()[:, 0]
+        """Every score of all latents (``statistics.measures``), and ``RESAMPLED`` [d_sae,
+        resamplings]. NaN where a latent has none: those that are not eligible have no purity."""
+        enough = self._config.top + self._config.sample
+        latents = (firings.top.contexts >= enough).nonzero()[:, 0]
         rows = firings.top.rows, firings.quantile_sample(self._config.sample)
         self._embeddings.prepare(torch.cat([one[latents] for one in rows], 1))
         found: dict[str, Tensor] = {}

@@ -63,10 +63,8 @@ class Split(NamedTuple):
 
     positive: Float[Tensor, "units concepts"]  # 1 for training examples
     negative: Float[Tensor, "units concepts"]  # 1 for training counterexamples
-    items: Int[Tensor, "concepts items"]
-    """Test units: first ``num_examples`` examples, then counterexamples."""
-    counts: Bool[Tensor, "concepts items"]
-    """Whether the item counts: concepts have different numbers of test units."""
+    items: Int[Tensor, "concepts items"]  # test units: first examples, then counterexamples
+    counts: Bool[Tensor, "concepts items"]  # concepts have different numbers of test units
     num_examples: int
 
     def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
@@ -81,8 +79,7 @@ class Exam(NamedTuple):
     families: list[str]
     split: Split
     directions: Float[Tensor, "d_in concepts"]
-    scores: Float[Tensor, "concepts items"]
-    """Of the test units; above 0 where a probe predicts an example."""
+    scores: Float[Tensor, "concepts items"]  # above 0 where a probe predicts an example
 
     def accuracy(self) -> Float[Tensor, " concepts"]:
         """Of the dense probes."""
@@ -347,10 +344,8 @@ def falls(
     exam: Exam,
     table: Float[Tensor, "d_sae units"],
 ) -> Float[Tensor, "sets concepts"]:
-    """Drop in accuracy of every concept's probe when one of the sets of latents is removed.
-
-    -1 in a set stands for no latent.
-    """
+    """Drop in accuracy of every concept's probe when one of the sets of latents is removed; -1 in a
+    set stands for no latent."""
     taken = SelectedColumns.of(table, removed)
     # What an activation of 1 of each latent adds to each concept's score; 0 for "no latent".
     share = pad(decoder[taken.columns].float() @ exam.directions, (0, 0, 0, 1))
@@ -367,11 +362,9 @@ def falls(
 
 def spill(by_size: Mapping[int, Float[Tensor, "concepts concepts"]]) -> Float[Tensor, " concepts"]:
     """From the drop of concept j when concept i's best latents are removed, [i, j], by their
-    number: the mean of the largest drops of others where the own drop is ``_MATCHED_FALL``.
-
-    Between two numbers of latents, both drops are taken to grow in step. NaN for a concept whose
-    own drop never gets there, or that has too few others.
-    """
+    number: the mean of the largest drops of others where the own drop is ``_MATCHED_FALL``. Between
+    two numbers of latents, both drops are taken to grow in step. NaN for a concept whose own drop
+    never gets there, or that has too few others."""
     concepts = len(next(iter(by_size.values())))
     found = torch.full((concepts,), torch.nan, dtype=torch.float64)
     if concepts <= _HIT_HARDEST:
@@ -406,12 +399,9 @@ def absorption(
     allowed: Bool[Tensor, " d_sae"],
     decoder: Float[Tensor, "d_sae d_in"],
 ) -> Float[Tensor, "2 concepts"]:
-    """Shares of each letter's recognised examples that are missed by its ``main`` latents, and that
-    are absorbed by one other of the ``allowed`` ones.
-
-    NaN for a concept that is no letter or without a recognised example, and where units are more
-    than one row, so that the table is not sparse.
-    """
+    """Shares of each letter's recognised examples that its ``main`` latents miss, and that one
+    other of the ``allowed`` ones absorbs. NaN for a concept that is no letter or without a
+    recognised example, and where units are more than one row, so that the table is not sparse."""
     found = torch.full((2, len(exam.families)), torch.nan, dtype=torch.float64)
     letters = [n for n, family in enumerate(exam.families) if family == LETTER]
     if not (table.is_sparse and letters):
