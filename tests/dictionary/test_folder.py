@@ -217,13 +217,8 @@ def test_odd_explanations_with_valid_checksums_are_refused(folder):
     keep_explanations(folder, [Explanation(1, "said", "m", score)])
     path = folder / "explanations.jsonl"
     head, line = path.read_text().splitlines()
-    for old, new in (
-        ("1,", "-1,"),
-        ("1,", '"x",'),
-        ("[0.8, 1.0]", "[0.8]"),
-        ('"m"', "7"),
-        ("10", "null"),
-    ):
+    changes = {"1,": "-1,", "[0.8, 1.0]": "[0.8]", '"m"': "7", "10": "null"}
+    for old, new in (*changes.items(), ("1,", '"x",')):
         lines = line.replace(old, new, 1) + "\n"
         about = json.loads(head) | {"lines_sha256": hashlib.sha256(lines.encode()).hexdigest()}
         del about["sha256"]
@@ -255,8 +250,7 @@ def test_configuration_has_the_keys_saelens_reads(folder):
     importlib.util.find_spec("sae_lens") is None,
     reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
 )
-@over(dtype=[torch.float32, torch.bfloat16])
-@over(sparsity=SPARSITIES)
+@over(sparsity=SPARSITIES, dtype=[torch.float32, torch.bfloat16])
 def test_saelens_loads_it_unchanged_and_computes_the_same(tmp_path, sparsity, dtype):
     from sae_lens import SAE
 

@@ -23,7 +23,6 @@ import llm_wsae.inspecting.latents as latents_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.inspection import inspect, latents_text, read_sentence, sentence_text
@@ -54,18 +53,14 @@ def store(model, tmp_path_factory):
 
 def dictionary_for(model, kind="topk", **info):
     """80 latents, about four active at a time, for the tiny model's rows."""
-    made = make_dictionary(d_in=model.d_model, model=model.identity(), **info)
-    bias = made.b_enc - (0 if kind == "topk" else 4)
-    return Dictionary(
-        W_enc=25 * made.W_enc,  # the tiny model's rows are short
-        W_dec=made.W_dec,
-        b_enc=bias,
-        b_dec=made.b_dec,
-        sparsity=SPARSITIES[kind],
-        threshold=torch.full((80,), 0.5) if kind == "jumprelu" else None,
-        info=made.info,
-        extras=made.extras,
-    )
+    described = {"model": model.identity(), **info}
+    made = make_dictionary(d_in=model.d_model, sparsity=SPARSITIES[kind], **described)
+    made.W_enc.data *= 25  # the tiny model's rows are short
+    if kind != "topk":
+        made.b_enc.data -= 4
+    if made.threshold is not None:
+        made.threshold.data.fill_(0.5)
+    return made
 
 
 def all_latents(store, dictionary):
@@ -186,10 +181,9 @@ def test_promoted_tokens_are_those_whose_logits_grow(family):
         assert logits.argsort(dim=1)[:, -3:].tolist() == there.argsort(dim=1)[:, -3:].tolist()
         return
     expected = (there - back) / 2  # without the norm's bias, if the norm is known
-    expected = expected - expected.mean(1, keepdim=True)
     if live.paths.ln_final is None:
         expected = direction / direction.square().mean(1, keepdim=True).sqrt() @ live.W_U
-        expected = expected - expected.mean(1, keepdim=True)
+    expected = expected - expected.mean(1, keepdim=True)
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
 
 
