@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -37,14 +38,12 @@ def main() -> int:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    while frame is not None:
-        if frame.f_code.co_filename == _IMPORTING:
-            _leave(number, frame)
-        frame = frame.f_back
+    if any(one.f_code.co_filename == _IMPORTING for one, _ in traceback.walk_stack(frame)):
+        _leave()
     raise KeyboardInterrupt
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(*_: object) -> None:
     os._exit(_INTERRUPTED)
 
 

@@ -33,7 +33,7 @@ from tyro.constructors import (
 from llm_wsae.artifact import provenance
 from llm_wsae.artifact.files import way_out
 from llm_wsae.commands import Result, hub, looking, making
-from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine import processes
 from llm_wsae.outside import is_panic, reason
 from llm_wsae.terminal import printable, printable_json, without_secrets
@@ -151,31 +151,27 @@ def _explained(error: BaseException) -> LlmWsaeError | None:
     said = next(iter(str(error).splitlines()), "")
     if isinstance(error, LlmWsaeError):
         return error
-    if is_panic(error):
-        return LlmWsaeError(
-            f"a library gave up ({reason(error)}); a damaged tokenizer.json can be the cause"
-        )
-    if isinstance(error, OSError):
-        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        what = error.strerror or said or type(error).__name__
-        way = way_out(error, "check it, and run the same command again")
-        return LlmWsaeError(": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way}"]))
-    if isinstance(error, UnicodeEncodeError):
-        if error.object.startswith("Bearer"):  # never to be shown
-            return LlmWsaeError("a token or key holds characters that cannot be sent; check it")
-        return LlmWsaeError(
-            f"{shown(error.object)} cannot be written as {error.encoding}; rename it in UTF-8"
-        )
     # Torch's class is known by its name: no command needs torch to say so.
     on_device = isinstance(error, RuntimeError) and (
         type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said
     )
-    if isinstance(error, MemoryError) or on_device:
-        return LlmWsaeError(
+    if is_panic(error):
+        text = f"a library gave up ({reason(error)}); a damaged tokenizer.json can be the cause"
+    elif isinstance(error, OSError):
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        what = error.strerror or said or type(error).__name__
+        way = way_out(error, "check it, and run the same command again")
+        text = ": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way}"])
+    elif isinstance(error, UnicodeEncodeError):  # not shown: it may be a token
+        text = f"a name, token or key cannot be written as {error.encoding}; write it in UTF-8"
+    elif isinstance(error, MemoryError) or on_device:
+        text = (
             f"the device ran out of memory ({said}); ask for fewer or smaller dictionaries, "
             "smaller batches or a smaller model, or compute with --device cpu"
         )
-    return None
+    else:
+        return None
+    return LlmWsaeError(text)
 
 
 def _say(sentence: str) -> None:
@@ -259,7 +255,7 @@ def _meaning(of: Any, name: str) -> str | None:
 
 def _check_word(word: str, before: str) -> None:
     """Raises UsageError for a word that no option can mean: an empty path would be the current
-    folder, one that is not UTF-8 fits into no record, and no file's name holds a NUL."""
+    folder, and one that is not UTF-8 fits into no record."""
     option, equals, value = word.partition("=")
     if not word or (equals and not value and option.startswith("-")):
         option = option or (before if before.startswith("-") else "an argument")
@@ -271,8 +267,6 @@ def _check_word(word: str, before: str) -> None:
             f"{printable(word)} holds bytes that are not UTF-8; a file of such a name can be "
             "renamed, or linked to"
         ) from None
-    if "\0" in word:
-        raise UsageError(f"{shown(word)} holds a NUL character, which no name can")
 
 
 def _check_once(words: list[str]) -> None:

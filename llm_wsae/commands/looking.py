@@ -36,8 +36,6 @@ _NAMED = 3  # files without a digest that people are told of; --json names all
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """What ``evaluate`` is asked for."""
-
     dictionaries: Dicts
     """Dictionary folders."""
     out: Path

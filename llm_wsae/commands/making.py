@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from llm_wsae.data.site_rows import SiteRows
     from llm_wsae.pipeline.run import SiteResult
 
-
 _STARTED = time.monotonic()
 
 
@@ -57,8 +56,6 @@ def _cost() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest:
-    """What ``harvest`` is asked for."""
-
     site: tuple[str, ...]
     """Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post."""
     out: Path
@@ -98,8 +95,6 @@ def harvest(request: Harvest) -> Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Weigh:
-    """What ``weigh`` is asked for."""
-
     stores: Stores
     """Activation stores, of one model with the same sites and settings."""
     site: str
@@ -172,8 +167,6 @@ class Stream(StreamConfig, TextConfig, OptionalModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """What ``train`` is asked for."""
-
     stores: Stores = ()
     """Activation stores, of one model with the same sites and settings."""
     site: tuple[str, ...]
@@ -190,14 +183,11 @@ class Train:
 
     def __post_init__(self) -> None:
         self.grid.check(self.weigh)
-        if self.stores and (given := [*changed(self.stream)]):
+        idle = [*changed(self.stream)]
+        idle += ["--device spread"] if self.training.device == "spread" else []
+        if self.stores and idle:
             raise UsageError(
-                f"{given[0]} is for training without a store; drop it, or drop {self.stores[0]}"
-            )
-        if self.stores and self.training.device == "spread":
-            raise UsageError(
-                "--device spread spreads a model over devices, but training on a store runs no "
-                "model; drop --device spread"
+                f"{idle[0]} is for training without a store; drop it, or drop {self.stores[0]}"
             )
         if not self.stores and (self.stream.model is None or self.stream.corpus is None):
             raise UsageError(

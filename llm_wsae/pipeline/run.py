@@ -211,7 +211,9 @@ def _weigh(
         judge = FidelityEvaluator(model, trial, replace(request.evaluate, tokens=TRIAL_TOKENS))
         choice = _choose_alpha(request, inputs, rows.source(site), judge)
         chosen = choice["alpha"]
-        _write(_choice_text(**choice))
+        found = ", ".join(f"{alpha}: {kl:.3f}" for alpha, kl in choice["kl"].items())
+        said = "none is worth it" if chosen is None else f"chosen: {chosen:g}"
+        _write(f"whitening, KL of short trainings by α ({found}); {said}")
     weights = grid.weights(inputs, config, chosen)
     facts = profile(inputs.statistics, weights)
     _write(profile_text(facts))
@@ -282,12 +284,6 @@ def _kept_choice(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # of a run killed before it did that
     choice: dict[str, Any] = found["choice"]
     return choice
-
-
-def _choice_text(kl: Mapping[str, float], alpha: float | None, **_: Any) -> str:
-    found = ", ".join(f"{alpha}: {kl:.3f}" for alpha, kl in kl.items())
-    chosen = "none is worth it" if alpha is None else f"chosen: {alpha:g}"
-    return f"whitening, KL of short trainings by α ({found}); {chosen}"
 
 
 def _k(request: Run) -> int:

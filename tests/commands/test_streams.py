@@ -149,7 +149,7 @@ train STORE SITE MODEL_AND_CORPUS
 train STORE SITE --buffer-tokens 9
     --buffer-tokens is
 train STORE SITE --device spread
-    training on a store runs no model; drop --device spread
+    --device spread is for training without a store
 train SITE MODEL_AND_CORPUS
     a stream has no end: set --tokens
 train SITE blocks.7.hook_resid_post MODEL_AND_CORPUS STREAM
