@@ -1,8 +1,5 @@
-"""What trainings are tested on.
-
-A problem for the step of each architecture, with those steps; and activations of known answer, with
-a short training on them.
-"""
+"""What trainings are tested on: a problem for the step of each architecture, with those steps; and
+activations of known answer, with a short training on them."""
 
 import json
 import os
@@ -38,11 +35,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 def problem(dtype: torch.dtype, matrix: bool = False) -> tuple[Parameters, Batch, Tensor]:
-    """Parameters in general position, a batch with masked rows, and γ with zeros in it, or a matrix
-    in general position.
-
-    Encoder biases are large enough for masked rows, which are 0, to have latents above 0.
-    """
+    """Parameters in general position, with biases large enough for masked rows, which are 0, to
+    have latents above 0; a batch with such rows; and γ with zeros in it, or any matrix."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
