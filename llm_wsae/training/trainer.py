@@ -409,7 +409,7 @@ class _Steps:
         self._trainings, self._config, self._num_steps = trainings, first.config, first.num_steps
         self._strategy, self._processes = first.strategy, first.processes
         self._began = self._done = 0
-        self._failure: Exception | None = None  # of the rows of the next step
+        self._failure: LlmWsaeError | None = None  # of the rows of the next step
         self._saved_at = time.monotonic()
         self._stopped: list[int] = []
 
@@ -452,9 +452,13 @@ class _Steps:
             return ()
         try:
             batch = next(rows)
-        except Exception as error:  # whatever it is, what was trained is kept
+        except LlmWsaeError as error:
             self._failure = error
             return ()
+        except Exception:  # whatever it is, what was trained is kept
+            if self._processes.size == 1:  # others would not come to save
+                self._save()
+            raise
         return batch if isinstance(batch, tuple) else (batch,)
 
     def _want(self) -> int:
@@ -484,7 +488,7 @@ class _Steps:
             if failure is None:
                 self._processes.meet()  # raises the sentence of the process that failed
             assert failure is not None
-            if not self._done or not isinstance(failure, LlmWsaeError):
+            if not self._done:
                 raise failure
             raise LlmWsaeError(
                 f"{failure} ({came}, {self._done * size:,} of {self._num_steps * size:,} rows; the "
