@@ -288,12 +288,13 @@ class LatentScorer:
         won = wins(embedded, self._embeddings.of(sample), self._of_random)
         pairs = fair_pairs(silent, documents, self._genre)
         others = pairs & strange_pairs(token[top], token[sample], token[random])
+        detected, drawn = share_won(won, pairs), _resampled(won, pairs, documents, self._drawn)
         return {
             "purity": purity(top, token),
             "coherence": coherence(embedded),
-            "detection": share_won(won, pairs),
+            "detection": detected,
             "detection_without_tokens": share_won(won, others),
-            RESAMPLED: share_won_resampled(won, pairs, documents, self._drawn),
+            RESAMPLED: drawn.where(~detected.isnan()[:, None], torch.nan),
         }
 
 
@@ -397,20 +398,19 @@ def share_won(
     return share.where(enough, torch.nan)
 
 
-def share_won_resampled(
+def _resampled(
     wins: Float[Tensor, "latents p n"],
     pairs: Bool[Tensor, "latents p n"],
     documents: Sequence[Tensor],
     drawn: Float[Tensor, "resamplings documents"],
 ) -> Float[Tensor, "latents resamplings"]:
-    """The same, each pair counted as often as both of its documents were drawn."""
+    """The share won, each pair counted as often as both of its documents were drawn."""
     _, of_positive, of_negative = (drawn.T[own] for own in documents)
 
     def counted(marked: Tensor) -> Tensor:
         return ((marked @ of_negative) * of_positive).double().sum(1)
 
-    share = counted(wins * pairs) / counted(pairs.float())
-    return share.where(~share_won(wins, pairs).isnan()[:, None], torch.nan)
+    return counted(wins * pairs) / counted(pairs.float())
 
 
 def _among(numbers: Tensor, of_top: Tensor) -> Bool[Tensor, "latents some"]:

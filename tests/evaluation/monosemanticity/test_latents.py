@@ -22,10 +22,10 @@ from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import WindowEmbeddings
 from llm_wsae.evaluation.monosemanticity.latents import (
     LatentScorer,
+    _resampled,
     fair_pairs,
     purity,
     share_won,
-    share_won_resampled,
     strange_pairs,
     wins,
 )
@@ -165,7 +165,7 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
     won, every = wins(top, sample, random), silent[:, None]
     alone, without = share_won(won, every), share_won(won, every & strange_pairs(*tokens))
     fair = fair_pairs(silent, places, genre)
-    found, resampled = share_won(won, fair), share_won_resampled(won, fair, places, drawn)
+    found, resampled = share_won(won, fair), _resampled(won, fair, places, drawn)
     for latent in range(2):
         centroid, known = top[latent].mean(0), set(tokens[0][latent].tolist())
         positive = [
