@@ -487,7 +487,7 @@ def test_sites_and_batches_do_not_change_a_number(model, contexts):
         assert json.dumps(report.to_dict()) == json.dumps(alone[site].to_dict())
         assert report.from_plain.keys() == {"weighted"}
     many = {f"{name} {site}": one for site, own in known.items() for name, one in own.items()}
-    together = evaluate(many, model, contexts, replace(CONFIG, batch_tokens=1))
+    together = evaluate(many, model, contexts, replace(CONFIG, batch_tokens=20))
     assert list(together.dictionaries) == list(many)
     for name, one in together.dictionaries.items():
         arm, site = name.split()
