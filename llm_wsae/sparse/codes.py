@@ -48,7 +48,7 @@ class Codes(NamedTuple):
 
 
 class RaggedCodes(NamedTuple):
-    """The active latents of all rows end to end. A value of 0 is an unused slot."""
+    """The active latents of all rows end to end; a value of 0 is an unused slot."""
 
     indices: Int[Tensor, " active"]
     """Latent numbers, int64, in no particular order within a row."""
@@ -122,7 +122,7 @@ class SparseGradients(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """The weights of all latents and their moments in Adam; a step updates them in place."""
+    """All latents' weights, in place of which a step puts new ones, and their moments in Adam."""
 
     encoder: Weights
     decoder: Weights
@@ -158,7 +158,7 @@ class Reconstruction(NamedTuple):
 
 
 def ragged(codes: Codes) -> RaggedCodes:
-    """The same codes end to end; indices and values are views, where they are contiguous."""
+    """The same codes end to end; views, where indices and values are contiguous."""
     batch, k = codes.indices.shape
     offsets = torch.arange(batch + 1, device=codes.indices.device) * k
     indices, values = (part.reshape(-1).contiguous() for part in codes)
@@ -206,12 +206,9 @@ def exact_dtype(x: Tensor) -> torch.dtype:
 
 
 class SlotCapacity:
-    """How many slots a row gets where a GPU finds out how many entries are above a threshold.
-
-    Waiting for that number would leave the GPU idle. So every row gets as many slots as the last
-    rows suggest, the step continues, and whether they were enough is read while the device has
-    other work. If they were not, the step is repeated with more.
-    """
+    """How many slots a row gets on a GPU: as many as the last rows suggest, since waiting for the
+    number of entries above a threshold would leave it idle. Whether they were enough is read while
+    it has other work; if not, the step is repeated with more."""
 
     def __init__(self) -> None:
         self.slots = _FEWEST
@@ -231,10 +228,8 @@ class SlotCapacity:
         return fits
 
     def retry(self, compute: Callable[[], T], all_agree: Callable[[bool], bool]) -> T:
-        """What ``compute`` returns once all entries, in all processes, had a slot.
-
-        On a CPU nothing is ever reported: there every entry gets a slot at once.
-        """
+        """What ``compute`` returns once all entries, in all processes, had a slot. On a CPU nothing
+        is ever reported: there every entry gets one at once."""
         while True:
             result = compute()
             if self._longest is None or all_agree(self.enough()):

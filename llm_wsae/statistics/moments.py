@@ -1,14 +1,11 @@
 """Streaming statistics of a site's rows: what every weight rule and every trainer starts from.
 
-One pass over the rows fills three things, each of which merges exactly with that of another part
-of the data, so that shards, processes and resumed runs add up:
+One pass over the rows fills three things, each of which merges exactly with that of other rows:
 
-- the first four central moments, minimum and maximum of every dimension, in float64
-  (pairwise update of Pébay 2008, "Formulas for robust, one-pass parallel computation of
-  covariances and arbitrary-order statistical moments");
+- the first four central moments, minimum and maximum of every dimension, in float64 (Pébay 2008);
 - a histogram of the rows' norms by position in the context, which finds the massive activations
   (Sun et al. 2024): a handful of rows, mostly at the first positions, hundreds of times larger
-  than the rest. They would dominate every plain moment, so they must be found and counted;
+  than the rest, which would dominate every plain moment;
 - a uniform sample of rows, from which anything non-linear is computed, above all the winsorised
   variance, which those rows cannot distort.
 """
@@ -115,19 +112,11 @@ class Statistics:
         # Products of counts outgrow the integers that torch accepts.
         product, squares = float(n_a * n_b), (float(n_a * n_a), float(n_b * n_b))
         last = float(n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b))
-        self._m4 = (
-            self._m4
-            + m4_b
-            + delta * d_n**3 * last
-            + 6 * d_n**2 * (squares[0] * m2_b + squares[1] * m2_a)
-            + 4 * d_n * (n_a * m3_b - n_b * m3_a)
-        )
-        self._m3 = (
-            m3_a
-            + m3_b
-            + delta * d_n**2 * product * (n_a - n_b)
-            + 3 * d_n * (n_a * m2_b - n_b * m2_a)
-        )
+        self._m4 = self._m4 + m4_b + delta * d_n**3 * last
+        self._m4 += 6 * d_n**2 * (squares[0] * m2_b + squares[1] * m2_a)
+        self._m4 += 4 * d_n * (n_a * m3_b - n_b * m3_a)
+        self._m3 = m3_a + m3_b + delta * d_n**2 * product * (n_a - n_b)
+        self._m3 += 3 * d_n * (n_a * m2_b - n_b * m2_a)
         self._m2 = m2_a + m2_b + delta * d_n * product
         self.mean = self.mean + d_n * n_b
         self.count = n
@@ -157,7 +146,7 @@ class Statistics:
 
     @property
     def sample(self) -> Float[Tensor, "sample d_in"]:
-        """A uniform sample of the rows (all of them as long as they are few), in float32."""
+        """A uniform sample of the rows, all of them as long as they are few, in float32."""
         return self._sample.float()
 
     @property

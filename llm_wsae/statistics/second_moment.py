@@ -1,8 +1,8 @@
 """The covariance of all rows of a site, massive ones excepted, for rules that whiten.
 
-Sums about a mean merge exactly (Chan, Golub & LeVeque 1983), so parts of the rows can be summed
-apart, also by several processes. The row sample of ``moments`` is too small for this: the smallest
-eigenvalues of a covariance of 8192 rows are far too small, and whitening amplifies just those.
+Sums about a mean merge exactly (Chan, Golub & LeVeque 1983). The row sample of ``moments`` is too
+small for this: the smallest eigenvalues of a covariance of 8192 rows are far too small, and
+whitening amplifies just those.
 """
 
 import torch

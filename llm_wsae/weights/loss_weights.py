@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.artifact.files import load_own_tensors, open_tensors, save_own_tensors
+from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.model.site import Site
-from llm_wsae.outside import LARGEST_NUMBER, check_number, mapping, parse_json, reason, typed
+from llm_wsae.outside import LARGEST_NUMBER, check_number, reason, typed
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule, RuleInputs, spectrum
@@ -160,9 +160,7 @@ class LossWeights:
 def is_weights_file(path: Path) -> bool:
     """Whether ``LossWeights.save`` wrote a file."""
     try:
-        with open_tensors(path, "weights file") as file:
-            header = (file.metadata() or {}).get("llm_wsae", "{}")
-        return "rule" in mapping(parse_json(header, str(path)))
+        return "rule" in load_own_tensors(path, "weights file")[1]
     except LlmWsaeError:
         return False
 
@@ -214,15 +212,24 @@ def weights_from_rule(
     rule, inputs = Rule.parse(rule), RuleInputs.of(inputs)
     if alpha == 0 and not rule.is_plain:
         rule, alpha = Rule.parse("uniform"), 1.0
-    config = rule.settings(config)
-    inputs.statistics.check_varying()
+    config, statistics = rule.settings(config), inputs.statistics
+    statistics.check_varying()
     found = rule.apply(inputs, config)
     if found.ndim == 2:
         values, vectors = spectrum(found)
         gamma = (vectors * _powers(values, alpha, config.clip)) @ vectors.T
     else:
-        gamma = _power_of_scores(rule, found, alpha, inputs.statistics, config.clip)
-    return _normalised(LossWeights(gamma, rule, alpha, config), inputs.statistics)
+        varies = statistics.variance > 0
+        if not bool(found.isfinite().all()):
+            raise LlmWsaeError(f"scores of the rule {rule.name!r} are NaN or infinite")
+        if not bool((found[varies] > 0).any()):
+            raise LlmWsaeError(
+                f"the rule {rule.name!r} scores every dimension 0, so it prefers none; take another"
+            )
+        raised = _powers(found[varies], alpha, config.clip)
+        gamma = raised.min().expand(len(found)).clone()
+        gamma[varies] = raised
+    return _normalised(LossWeights(gamma, rule, alpha, config), statistics)
 
 
 def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWeights:
@@ -239,26 +246,6 @@ def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWe
         else:
             gamma = _clipped(gamma.log(), clip).exp()
     return _normalised(replace(weights, gamma=gamma), statistics)
-
-
-def _power_of_scores(
-    rule: Rule,
-    scores: Float[Tensor, " d_in"],
-    alpha: float,
-    statistics: Statistics,
-    clip: float | None,
-) -> Float[Tensor, " d_in"]:
-    varies = statistics.variance > 0
-    if not bool(scores.isfinite().all()):
-        raise LlmWsaeError(f"scores of the rule {rule.name!r} are NaN or infinite; measure again")
-    if not bool((scores[varies] > 0).any()):
-        raise LlmWsaeError(
-            f"the rule {rule.name!r} scores every dimension 0, so it prefers none; take another"
-        )
-    raised = _powers(scores[varies], alpha, clip)
-    gamma = raised.min().expand(len(scores)).clone()
-    gamma[varies] = raised
-    return gamma
 
 
 def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:

@@ -3,12 +3,11 @@
 Everything is measured on the text of the rows. What took minutes is kept in the store's folder
 ``evidence``, or in that of the training that a stream goes into, and read from there the next time.
 
-The Fisher information of the next-token distribution says how much the model's predictions depend
-on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from
-the model itself. A small change δ of the activation moves the predictions by ½ δᵀFδ (KL divergence,
-second order). One backward pass per context is enough: with independently drawn labels the
-gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] = Σ_t E[g_t g_tᵀ],
-summed over all predictions from the position to the end of its text.
+The Fisher information is F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from the model itself.
+A small change δ of the activation h moves the predictions by ½ δᵀFδ (KL divergence, second order).
+One backward pass per context is enough: with independently drawn labels the gradients of different
+predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] = Σ_t E[g_t g_tᵀ], summed over all predictions
+from the position to the end of its text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -61,11 +60,7 @@ def measure_inputs(
     Under ``torchrun`` all processes make the same call. Raises UsageError for a dictionary of
     another site; LlmWsaeError for a model that did not make the store.
     """
-    parsed = [Rule.parse(rule) for rule in rules]
-    for rule in parsed:
-        if rule.need == "dictionary" and dictionary is None and rows.model is not None:
-            raise rule.missing_input()  # nothing gives a stream one
-    needs = {rule.need for rule in parsed}
+    needs = {Rule.parse(rule).need for rule in rules}
     processes = join()
     with processes.together():
         own = rows.statistics(site) if planted is None else planted.statistics()

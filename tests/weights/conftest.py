@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from covariances import second_moment
 
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.rules import RuleInputs
 
 
@@ -24,5 +24,5 @@ def inputs(statistics):
         decoder=torch.randn(12, 4, generator=generator),
         energy=torch.rand(12, generator=generator),
         fisher=half @ half.T,
-        second_moment=second_moment(statistics),
+        second_moment=SecondMoment(4).update(statistics.usual_sample),
     )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from covariances import second_moment
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import weights_from_rule
 from llm_wsae.weights.rules import EIGENVALUE_FLOOR, OWN, RULES, Rule, RuleInputs, spectrum
@@ -77,8 +77,7 @@ def test_controls_know_nothing_but_the_rule(inputs):
 
 
 def test_what_a_rule_lacks_is_named(inputs):
-    statistics = Statistics(6, 16).update(torch.randn(6, 6), torch.arange(6))
-    few = RuleInputs(statistics, second_moment=second_moment(statistics))
+    few = RuleInputs(Statistics(6, 16), second_moment=SecondMoment(6).update(torch.randn(6, 6)))
     needed = r"the rule 'whitening' needs the covariance .* llm_wsae.measure_inputs\(\['whitening'"
     too_few = "6 rows are too few for the covariance of 6 dimensions; harvest at least 60 tokens"
     with pytest.raises(UsageError, match=needed):

@@ -49,16 +49,9 @@ _SMALLEST_NORM = tl.constexpr(constants.SMALLEST_NORM)
 
 
 @triton.jit
-def _select_kernel(
-    values_ptr,  # [rows, width]
-    best_ptr,  # [rows, parts, k]
-    chosen_ptr,  # [rows, parts, k]
-    width,
-    part_width,
-    k,  # at most part_width
-    BLOCK: tl.constexpr,
-):
-    """The k largest entries of one part of one row, in order of position; first ones where tied.
+def _select_kernel(values_ptr, best_ptr, chosen_ptr, width, part_width, k, BLOCK: tl.constexpr):
+    """The k largest of the values [rows, width] in one part of one row, in order of position, and
+    where they are, both [rows, parts, k]; the first ones where tied. k is at most the part's width.
 
     Floats are compared as integers of the same order; NaN is the largest, so that it is seen. The
     k-th largest is found bit by bit from the top. Positions beyond the row count as -inf and come
@@ -150,17 +143,10 @@ def encode_batch_topk(
 
 @triton.jit
 def _above_kernel(
-    pre_ptr,  # [rows, width]
-    threshold_ptr,  # [width]
-    indices_ptr,  # [rows, capacity]
-    values_ptr,  # [rows, capacity]
-    counts_ptr,  # [rows]
-    width,
-    capacity,
-    BLOCK: tl.constexpr,
+    pre_ptr, threshold_ptr, indices_ptr, values_ptr, counts_ptr, width, slots, BLOCK: tl.constexpr
 ):
-    """Entries of one row above their thresholds into its slots, as many as fit; and how many are,
-    also where they do not fit."""
+    """Entries of one row [width] above their thresholds into its slots, as many as fit; and how
+    many there are, also where they do not fit."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     found = tl.zeros((), tl.int32)
@@ -170,10 +156,10 @@ def _above_kernel(
         threshold = tl.load(threshold_ptr + columns, mask=inside, other=0)
         pre = tl.load(pre_ptr + row * width + columns, mask=inside, other=0).to(threshold.dtype)
         active = inside & (pre > threshold)
-        slots = found + tl.cumsum(active.to(tl.int32), 0) - 1
-        fits = active & (slots < capacity)
-        tl.store(indices_ptr + row * capacity + slots, columns, mask=fits)
-        tl.store(values_ptr + row * capacity + slots, pre, mask=fits)
+        places = found + tl.cumsum(active.to(tl.int32), 0) - 1
+        fits = active & (places < slots)
+        tl.store(indices_ptr + row * slots + places, columns, mask=fits)
+        tl.store(values_ptr + row * slots + places, pre, mask=fits)
         found += tl.sum(active.to(tl.int32))
     tl.store(counts_ptr + row, found)
 
@@ -210,17 +196,10 @@ def _tile_rows(product: Product) -> int:
 
 @triton.jit
 def _decode_kernel(
-    indices_ptr,  # [active]
-    values_ptr,  # [active]
-    offsets_ptr,  # [rows + 1]
-    decoder_ptr,  # [d_sae, d_in]
-    bias_ptr,  # [d_in]
-    out_ptr,  # [rows, d_in]
-    d_in,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    codes, decoder_ptr, bias_ptr, out_ptr, d_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Some columns of one row: Σ value · decoder[index] + bias. Unused slots are not read."""
+    indices_ptr, values_ptr, offsets_ptr = codes
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d_in
@@ -241,23 +220,16 @@ def _decode_kernel(
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
     d_in = decoder.shape[1]
     out = torch.empty(codes.num_rows, d_in, dtype=codes.values.dtype, device=decoder.device)
-    _run_by_columns(_decode_kernel, len(out), *codes, decoder, bias, out, d_in)
+    _run_by_columns(_decode_kernel, len(out), codes, decoder, bias, out, d_in)
     return out
 
 
 @triton.jit
 def _value_gradients_kernel(
-    indices_ptr,  # [active]
-    values_ptr,  # [active]
-    offsets_ptr,  # [rows + 1]
-    decoder_ptr,  # [d_sae, d_in]
-    gradient_ptr,  # [rows, d_in]
-    out_ptr,  # [active]
-    d_in,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    codes, decoder_ptr, gradient_ptr, out_ptr, d_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """All slots of one row: decoder[index] · output gradient where the value is above 0, else 0."""
+    indices_ptr, values_ptr, offsets_ptr = codes
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(offsets_ptr + row + 1)
     for first in range(tl.load(offsets_ptr + row), end, SLOTS):
@@ -278,7 +250,7 @@ def _value_gradients_kernel(
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
     d_in = decoder.shape[1]
     out = torch.empty_like(codes.values)
-    arguments = (*codes, decoder, output_gradient.contiguous(), out, d_in)
+    arguments = (codes, decoder, output_gradient.contiguous(), out, d_in)
     _run(_value_gradients_kernel, (codes.num_rows,), *arguments, **_tile_of(d_in))
     return out
 
@@ -468,18 +440,12 @@ def _adam_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside
 
 @triton.jit
 def _sparse_adam_kernel(
-    occurrences,
-    pieces,
-    more,  # codes.SubsetGradients, or None
-    places_ptr,  # [d_sae] which of their rows is the latent's, or -1
-    by_bias_ptr,  # [d_sae]
-    state,  # codes.Latents
-    raw,  # codes.RawRows, or None
-    rate,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sums, more, by_bias_ptr, state, raw, rate, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One latent: its gradients, which go nowhere but into Adam; that by its bias does."""
+    """One latent: its gradients, which go nowhere but into Adam; that by its bias does. ``more``
+    are further gradients and which of their rows is each latent's, or -1; ``raw`` may be None."""
+    occurrences, pieces = sums
+    more, places_ptr = more
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < occurrences.d_in
@@ -514,7 +480,7 @@ def sparse_adam(
         places = more.places(d_sae, torch.int64)
     first, second = (1 - beta**step for beta in constants.BETAS)
     rate = _Rate(learning_rate / first, 1 / second)
-    arguments = (*_by_latent(gradients, d_sae), more, places, by_bias, latents, raw, rate)
+    arguments = (_by_latent(gradients, d_sae), (more, places), by_bias, latents, raw, rate)
     block = next_power_of_2(d_in)
     slots, warps = max(1, _HELD // block), min(16, max(1, block // 256))
     _run(_sparse_adam_kernel, (d_sae,), *arguments, SLOTS=slots, BLOCK=block, num_warps=warps)
