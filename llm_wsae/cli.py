@@ -247,10 +247,17 @@ def _meaning(of: Any, name: str) -> str | None:
     """What is said of a field, below it, or of a parameter, in the docstring."""
     where = _BELOW_FIELD if isinstance(of, type) else _OF_PARAMETER
     for owner in getattr(of, "__mro__", (of,)):
-        with contextlib.suppress(OSError, TypeError):  # made by ``named``, or of Python itself
-            if said := re.search(where.format(name), inspect.getsource(owner), re.MULTILINE):
-                return " ".join(said[1].split())
+        if said := re.search(where.format(name), _source(owner), re.MULTILINE):
+            return " ".join(said[1].split())
     return None
+
+
+@functools.cache
+def _source(of: Any) -> str:
+    try:
+        return inspect.getsource(of)
+    except (OSError, TypeError):  # made by ``named``, or of Python itself
+        return ""
 
 
 def _check_word(word: str, before: str) -> None:

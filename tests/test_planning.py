@@ -11,6 +11,7 @@ from llm_wsae import ModelConfig, Run, RunGrid, TextConfig, plan, run
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import Training
@@ -67,14 +68,15 @@ def test_sizes_are_those_of_a_real_run(model, asked, monkeypatch):
     assert all(seconds > 0 for seconds in takes.seconds.values())
 
 
-def test_a_store_is_its_rows_and_a_stream_keeps_none(model, asked):
-    found = plan(asked, model)
-    assert found.rows == 512 * 15 and found.trained_rows == 512 * 15 // 256 * 256
-    assert found.store_bytes > 2 * found.rows * 16 * 4
+def test_a_store_is_its_rows_and_a_stream_keeps_none(model, asked, monkeypatch):
+    monkeypatch.setattr(planning, "SECONDS", 0.01)
+    found, rows = plan(asked, model), 512 * 15
+    assert found.rows == rows and found.trained_rows == rows // 256 * 256
+    assert found.store_bytes > 2 * rows * 16 * 4
     streamed = plan(replace(asked, stream=True), model)
     assert streamed.store_bytes == 0 and streamed.disk_bytes < found.disk_bytes
-    longer = plan(replace(asked, train=replace(TRAIN, tokens=4 * found.rows)), model)
-    assert longer.trained_rows == 4 * found.rows and longer.store_bytes == found.store_bytes
+    longer = plan(replace(asked, train=replace(TRAIN, tokens=4 * rows)), model)
+    assert longer.trained_rows == 4 * rows and longer.store_bytes == found.store_bytes
 
 
 def test_arms_are_those_that_will_be_trained():

@@ -28,7 +28,6 @@ def world(world):
     folder = world
     save_model(folder / "other", seed=5)
     save_model(folder / "wide", width=32)
-    save_model(folder / "broken", broken=True)
     (folder / "nothing").mkdir()
     (folder / "empty.txt").touch()
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff")
@@ -358,13 +357,6 @@ def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     whole = tmp_path / "whole"
     works(*harvest, "--out", whole)
     assert content(whole) == content(tmp_path / "store")
-
-
-def test_activations_that_are_not_finite(refused, tmp_path):
-    out = tmp_path / "store"
-    refused(1, *HARVESTING, "--model", "broken", "--out", out,
-            said=[f"{SITE}, shard 00000: 4"])  # fmt: skip
-    assert complete_shards(out, Manifest.load(out)) == {} and not list(out.rglob("*.safetensors"))
 
 
 def test_a_full_disk(refused, world, tmp_path):

@@ -22,7 +22,6 @@ from command_line import HARVEST, PAIR, SITE, TRAIN, call, cases, content, harve
 from foreign_folders import WRITERS, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
-from small_dictionaries import make_dictionary
 
 from llm_wsae.cli import COMMANDS, _explained, options_of, parse
 from llm_wsae.commands.making import page_command
@@ -32,7 +31,6 @@ from llm_wsae.dictionary.folder import names_of
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
-from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.pipeline import run as pipeline
 from llm_wsae.pipeline.request import ModelConfig, Run, TextConfig
 from llm_wsae.training import trainer
@@ -96,16 +94,13 @@ def test_a_device_without_memory_is_one_sentence():
 
 
 def test_dictionaries_are_named_for_their_folders_however_these_are_given(tmp_path, monkeypatch):
-    for name in ("one/plain", "one/plain/inner", "two/plain"):
-        make_dictionary().save(tmp_path / name)
+    for name in ("one/plain/inner", "two/plain"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "latest").symlink_to(tmp_path / "two/plain")
     monkeypatch.chdir(tmp_path / "one/plain/inner")
-    here, above, link = Path("."), Path(".."), tmp_path / "latest"
+    here, above, link, other = Path("."), Path(".."), tmp_path / "latest", tmp_path / "two/plain"
     assert names_of((here, above, link)) == {"inner": here, "plain": above, "latest": link}
-    other = tmp_path / "two/plain"
     assert names_of((above, other, above)) == {"..": above, str(other): other}
-    assert list(named_dictionaries([".", above, link])) == ["inner", "plain", "latest"]
-    assert list(named_dictionaries([above, other])) == ["plain", "plain (2)"]
     with pytest.raises(UsageError, match="name at least one dictionary folder"):
         names_of(())
 

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from command_line import SITE, TRAIN, call, cases, content, works
+from command_line import SITE, call, cases, content, works
 from several import run as in_several
 from tiny import write_jsonl
 
@@ -192,14 +192,6 @@ def test_a_folder_of_other_rows_is_refused_before_they_are_measured(
         assert refused.code == 1
         assert "rows packing context_size: 16 in the saved training, 8 in" in refused.err
         assert "statistics" not in refused.err and content(words[-1]) == before
-
-
-def test_several_sites_of_a_store(model_and_corpus, tmp_path):
-    works("harvest", *model_and_corpus, *STREAM[:4], "--tokens", 3000, "--site", *SITES, "--out",
-          tmp_path / "store")  # fmt: skip
-    works("train", tmp_path / "store", *TRAIN[2:], "--site", *SITES, "--out", tmp_path / "t")
-    for site in SITES:
-        assert str(Dictionary.load(tmp_path / "t" / site / "uniform-k32").site) == site
 
 
 # --- A run in several processes

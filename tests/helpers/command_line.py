@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.cli import main
@@ -103,11 +102,8 @@ def nobody(*paths: Path) -> Iterator[None]:
             path.chmod(mode)
 
 
-def save_model(folder: Path, seed: int = 0, width: int = 16, broken: bool = False) -> Path:
+def save_model(folder: Path, seed: int = 0, width: int = 16) -> Path:
     model = tiny_model(seed, width)
-    if broken:
-        weight = model.hf_model.model.layers[1].mlp.down_proj.weight
-        weight.data[0, 0] = torch.nan
     model.hf_model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return folder
