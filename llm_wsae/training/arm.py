@@ -53,10 +53,8 @@ class ArmConfig:
         check_numbers(self, l1=0)
         takes_k = self.kind.setting == "k"
         if takes_k == (self.k is None) or (takes_k and self.l1):
-            raise UsageError(
-                f"the architecture {self.architecture} takes {'k' if takes_k else 'l1'} alone; "
-                "relu takes an L1 coefficient, and every other architecture k"
-            )
+            needs = "k and no L1 coefficient" if takes_k else "an L1 coefficient and no k"
+            raise UsageError(f"the architecture {self.architecture} needs {needs}")
 
     @property
     def kind(self) -> type[Architecture]:

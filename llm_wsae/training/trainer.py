@@ -223,10 +223,10 @@ class Training:
         """Begin or resume; whether nothing is left to do. Raises LlmWsaeError if the folder holds
         another training."""
         remove_partials(self.out)
-        record = training_in(self.out).begin(self.identity, *_NAMES)
-        if record.complete:
+        complete = training_in(self.out).begin(self.identity, *_NAMES).complete
+        if complete:
             (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
-        return record.complete
+        return complete
 
     def begin(self) -> None:
         """Take up the checkpoint, if there is one, and open the log."""

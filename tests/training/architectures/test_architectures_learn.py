@@ -136,9 +136,9 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
     lengths = ArmConfig(gamma, 4, architecture="gba").lengths
     for wrong, said in (
         (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
-        (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu takes l1 alone; relu takes an L1"),
-        (lambda: ArmConfig(gamma, l1=0.1), "topk takes k alone; relu takes an L1 coefficient"),
-        (lambda: ArmConfig(gamma, 4, 0.1), "topk takes k alone; relu takes an L1 coefficient"),
+        (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu needs an L1 coefficient and no k"),
+        (lambda: ArmConfig(gamma, l1=0.1), "topk needs k and no L1 coefficient"),
+        (lambda: ArmConfig(gamma, 4, 0.1), "topk needs k and no L1 coefficient"),
         (lambda: lengths("free"), "these have: batch-topk, matryoshka, topk"),
     ):
         with pytest.raises(UsageError, match=said):
