@@ -190,10 +190,12 @@ class HeldoutText:
     ):
         """``keep`` marks the positions that give rows; ``document`` and ``offset`` are each
         position's document and place in it; ``headers`` holds the name and labels of every document
-        in the contexts, by its number."""
+        in the contexts, by its number, and perhaps of others."""
         self.ids, self.keep, self.document, self.offset = ids, keep, document, offset
-        self.headers, self.num_contexts = headers, len(ids)
-        self.owner: Int[Tensor, " contexts"] = _owner(document)  # which most of a context is of
+        self.num_contexts, present = len(ids), set(document.unique().tolist())
+        self.headers = {number: own for number, own in headers.items() if number in present}
+        known = document.where(document != NO_DOCUMENT, document.amax(1, keepdim=True))
+        self.owner: Int[Tensor, " contexts"] = known.mode(1).values  # which most of a context is of
         self.context, position = keep.nonzero(as_tuple=True)
         self.num_rows = len(position)
         self.cell: Int[Tensor, " rows"] = self.context * ids.shape[1] + position
@@ -210,28 +212,47 @@ class HeldoutText:
         labels (one of ``labels``, if given), half of the rows come from those, or as many as there
         are among the first five times as many rows. Raises LlmWsaeError if the text is too short.
         """
-        headers: dict[int, dict[str, Any]] = {}
-        ids, keep, document, offset = _read(blocks, _REACH * tokens, headers)
-        owner, rows = _owner(document), keep.sum(1)
-        labels_of = {n: header["labels"] for n, header in headers.items()}
+        whole = cls._read(blocks, _REACH * tokens)
+        rows = whole.keep.sum(1)
+        labels_of = {n: header["labels"] for n, header in whole.headers.items()}
         named = [n for n, own in labels_of.items() if (set(own) & set(labels) if labels else own)]
-        labelled = torch.isin(owner, torch.tensor(named, dtype=torch.int64))
+        labelled = torch.isin(whole.owner, torch.tensor(named, dtype=torch.int64))
         available = [int(rows[mine].sum()) for mine in (labelled, ~labelled)]
         filled = rows > 0
         if sum(available) < tokens or int(filled.sum()) < 2:
             raise _too_short("the held-out text", sum(available), int(filled.sum()), tokens)
         theirs = min(available[0], max(tokens // 2, tokens - available[1]))
-        chosen = torch.zeros(len(ids), dtype=torch.bool)
+        chosen = torch.zeros(len(rows), dtype=torch.bool)
         for mine, quota in ((labelled, theirs), (~labelled, tokens - theirs)):
             of_mine = mine.nonzero()[:, 0]
             before = rows[of_mine].cumsum(0) - rows[of_mine]
             chosen[of_mine[before < quota]] = True
         if int((chosen & filled).sum()) < 2:  # so few tokens that one context holds them
             chosen[(filled & ~chosen).nonzero()[0]] = True
-        ids, keep, document, offset = (part[chosen] for part in (ids, keep, document, offset))
-        present = set(document.unique().tolist())
-        headers = {number: header for number, header in headers.items() if number in present}
-        return cls(ids, keep, document, offset, headers)
+        ids, keep = whole.ids[chosen], whole.keep[chosen]
+        return cls(ids, keep, whole.document[chosen], whole.offset[chosen], whole.headers)
+
+    @classmethod
+    def _read(cls, blocks: Iterable[Contexts], rows: int) -> "HeldoutText":
+        """The first contexts that hold ``rows`` rows, or all."""
+        parts: list[Contexts] = []
+        for block in blocks:
+            parts.append(block)
+            rows -= int(block.keep.sum())
+            if rows <= 0:
+                break
+        if not parts:
+            raise LlmWsaeError(
+                "the held-out text does not fill a single context; provide more text"
+            )
+        ids, keep, document, offset = list(zip(*parts, strict=True))[:4]
+        return cls(
+            torch.from_numpy(np.concatenate(ids)).long(),
+            torch.from_numpy(np.concatenate(keep)),
+            torch.from_numpy(np.concatenate(document)).long(),
+            torch.from_numpy(np.concatenate(offset)).long(),
+            {number: header for part in parts for number, header in part.headers.items()},
+        )
 
     def windows(
         self, rows: Int[Tensor, " rows"], before: int, after: int
@@ -245,29 +266,6 @@ class HeldoutText:
         document = self.document.flatten()
         inside = same_context & (document[cells] == document[centre])
         return cells.where(inside, OUTSIDE)
-
-
-def _read(
-    blocks: Iterable[Contexts], rows: int, headers: dict[int, dict[str, Any]]
-) -> tuple[Tensor, ...]:
-    """Of the first contexts that hold ``rows`` rows; fills ``headers``."""
-    parts: list[Contexts] = []
-    for block in blocks:
-        parts.append(block)
-        headers.update(block.headers)
-        rows -= int(block.keep.sum())
-        if rows <= 0:
-            break
-    if not parts:
-        raise LlmWsaeError("the held-out text does not fill a single context; provide more text")
-    ids, keep, document, offset = (
-        torch.from_numpy(np.concatenate(column)) for column in list(zip(*parts, strict=True))[:4]
-    )
-    return ids.long(), keep, document.long(), offset.long()
-
-
-def _owner(document: Tensor) -> Tensor:
-    return document.where(document != NO_DOCUMENT, document.amax(1, keepdim=True)).mode(1).values
 
 
 @runtime_checkable
