@@ -305,7 +305,7 @@ def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
     assert again.out == f"already up to date: {hub.endpoint}/{REPO}\n"
 
     listed = works("list", REPO).out.splitlines()
-    assert listed[1].split() == [HERE, "12", "→", "80", "TopK,", "k", "=", "4", "0.250", "0.975"]
+    assert listed[2].split() == [HERE, "12", "→", "80", "TopK,", "k", "=", "4", "0.250", "0.975"]
     facts = works("list", REPO, "--json").json["dictionaries"]
     assert facts[1]["sae_id"] == f"{SITE}/weighted-k4" and facts[1]["d_sae"] == 80
     assert facts[1]["metrics"]["fidelity"]["kl"] == 0.5
