@@ -161,7 +161,9 @@ def auxk_gradients(
     too many for sparse products to be faster. ``metric`` is what ``squared`` gives of Γ.
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
-    num_dead = int(strategy.sum_over_latents(torch.tensor(len(indices))))
+    num_dead = len(indices)
+    if strategy.shares_latents:
+        num_dead = int(strategy.sum_over_latents(torch.tensor(num_dead)))
     if num_dead == 0:
         return None
     # For every new shape of a product oneDNN generates code, and keeps about a quarter of a
