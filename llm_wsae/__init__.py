@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_wsae.attaching.attachment import Ablate as Ablate
-    from llm_wsae.attaching.attachment import Clamp as Clamp
-    from llm_wsae.attaching.attachment import Scale as Scale
-    from llm_wsae.attaching.attachment import Steer as Steer
-    from llm_wsae.attaching.attachment import attach as attach
+    from llm_wsae.attaching import Ablate as Ablate
+    from llm_wsae.attaching import Clamp as Clamp
+    from llm_wsae.attaching import Scale as Scale
+    from llm_wsae.attaching import Steer as Steer
+    from llm_wsae.attaching import attach as attach
     from llm_wsae.data.config import HarvestConfig as HarvestConfig
     from llm_wsae.data.config import StreamConfig as StreamConfig
     from llm_wsae.data.corpus import Corpus as Corpus

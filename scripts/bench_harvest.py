@@ -21,12 +21,14 @@ all of them; a ratio is the median over repeats of the ratio within a repeat.
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks import embedded_model, finish, gpu_memory, machine, write_benchmark
@@ -36,7 +38,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.machine.hardware import choose_device
 from llm_wsae.model import cpu_modules
-from llm_wsae.model.language_model import LanguageModel, boot_bridge, share_weights
+from llm_wsae.model.language_model import LanguageModel, share_weights
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.second_moment import SecondMoment
 
@@ -61,6 +63,19 @@ def unfused(model: LanguageModel) -> torch.nn.Module:
     return plain
 
 
+def bridge_of(model: LanguageModel) -> Any:
+    """TransformerLens' bridge over the same weights, made without a network."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    shared, tokenizer = unfused(model), copy.deepcopy(model.tokenizer)
+    shared.config.architectures = [type(shared).__name__]
+    tokenizer.init_kwargs["add_bos_token"] = True  # else one with a BOS is fetched again
+    options = {"device": str(model.device), "dtype": model.dtype}
+    return TransformerBridge.boot_transformers(
+        model.name, hf_model=shared, tokenizer=tokenizer, **options
+    )
+
+
 def truncated(whole: torch.nn.Module, model: LanguageModel, site: Site) -> torch.nn.Module:
     """The trunk of a Hugging Face model, ended behind the site's block."""
     depth = site.block + 1
@@ -83,7 +98,7 @@ def ways(
     small = ids[: max(1, SMALL // context_size)]
     parts = contexts // len(small)
     trunk = truncated(unfused(model), model, site)
-    bridge = boot_bridge(unfused(model), model.tokenizer, model.name, model.device)
+    bridge = bridge_of(model)
 
     def bare(ids: torch.Tensor, times: int) -> None:
         with torch.inference_mode():

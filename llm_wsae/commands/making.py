@@ -337,13 +337,11 @@ def study(request: Study) -> Result:
     Run it again to resume after an interruption, or with other rules or seeds to extend the
     study: no dictionary is trained twice, and the report is about all that was tried in the folder.
     """
-    from llm_wsae.lab.studies.report import MARKDOWN, PAGE, REPORT
+    from llm_wsae.lab.studies.report import PAGE, REPORT
     from llm_wsae.lab.studies.runner import study as compare
 
     report = compare(request)
-    written = (
-        f"report  {request.out / PAGE}, to open in a browser; {MARKDOWN} and {REPORT} beside it"
-    )
+    written = f"report  {request.out / PAGE}, to open in a browser; {REPORT} beside it"
     return report.to_dict(), "\n".join([report.table(), "", written, _cost()])
 
 

@@ -25,8 +25,7 @@ from llm_wsae.pipeline.request import (
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
-_LEAST_STRENGTH = 1e-6  # a weaker plant is lost in the rounding of float32
-_LEAST_PROBABILITY = 1e-6  # rarer: on hardly any held-out row, and float32 cannot draw it exactly
+_LEAST = 1e-6  # of a strength or a probability: float32 rounds away what is less
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,16 @@ class PlantConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, per_cell=(1, 10_000))
-        if not self.strengths:
-            raise UsageError("give at least one of strengths")
-        if not all(_LEAST_STRENGTH <= strength <= 1 for strength in self.strengths):
+        if not self.strengths or not _LEAST <= min(self.strengths) <= max(self.strengths) <= 1:
             raise UsageError(
-                f"a plant's strength must be at least {_LEAST_STRENGTH:g}, or it is lost in "
-                "rounding, and at most 1, the median norm of the rows, or it would drown the "
-                f"stream; not {', '.join(map(str, self.strengths))}"
+                f"strengths must be at least {_LEAST:g}, or a plant is lost in rounding, and at "
+                "most 1, the median norm of the rows, or it would drown the stream; not "
+                f"{', '.join(map(str, self.strengths)) or 'none'}"
             )
-        if not _LEAST_PROBABILITY <= self.rarest <= self.commonest < 1:
+        if not _LEAST <= self.rarest <= self.commonest < 1:
             raise UsageError(
                 f"plants fire with probabilities from {self.rarest:g} to {self.commonest:g}; these "
-                f"must rise, be at least {_LEAST_PROBABILITY:g} and less than 1"
+                f"must rise, be at least {_LEAST:g} and less than 1"
             )
         if not 0 <= self.token_share <= 1 or not 0 < self.heldout_share < 1:
             raise UsageError("token-share must be from 0 to 1, heldout-share between 0 and 1")
@@ -83,12 +80,10 @@ class TheoryConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the toy model, the rows and the initial weights, which all rules share."""
     steps: int = 2000
-    """Steps of each dictionary, of 256 rows."""
-    model_steps: int = 1500
-    """Steps of each toy model, of 512 rows."""
+    """Steps of each dictionary, of 256 rows; its toy model takes three quarters as many, of 512."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, sparsity=SHARE, steps=(1, 10**6), model_steps=(1, 10**6))
+        check_numbers(self, sparsity=SHARE, steps=(1, 10**6))
         if max(self.sparsity, default=0) == 1:
             raise UsageError("at a sparsity of 1 there is no feature to find; take a lower one")
         if not (self.sparsity and self.rule and self.seeds):

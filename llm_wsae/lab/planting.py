@@ -104,8 +104,10 @@ def make_plants(
     directions = torch.from_numpy(np.concatenate(list(strata.values())))
     relative = np.tile(np.repeat(config.strengths, config.per_cell), len(strata))
     token, probability, on_a_row = _firing(token_counts, config, len(directions), draw)
-    together = _length_of_sum(directions.numpy(), relative, on_a_row)
-    if together > 1:
+    # root mean square of ‖Σ_j b_j a_j v_j‖, where b_j is 1 that often, on its own, and a_j fixed
+    mean = (on_a_row * relative) @ directions.numpy()
+    spread = np.sum(on_a_row * (1 - on_a_row) * relative**2)
+    if (together := float(np.sqrt(mean @ mean + spread))) > 1:
         raise UsageError(
             f"the plants of a row are together {together:.1f} times as long as the rows, and would "
             "drown the stream; lower strengths, commonest or per-cell"
@@ -145,13 +147,6 @@ def _firing(
     return token, probability, on_a_row
 
 
-def _length_of_sum(directions: np.ndarray, strength: np.ndarray, often: np.ndarray) -> float:
-    """Root mean square of ‖Σ_j b_j a_j v_j‖, where b_j is 1 with probability ``often``, on its own,
-    and a_j is ``strength``."""
-    mean = (often * strength) @ directions
-    return float(np.sqrt(mean @ mean + np.sum(often * (1 - often) * strength**2)))
-
-
 def _directions(
     statistics: Statistics, count: int, draw: np.random.Generator
 ) -> dict[str, np.ndarray]:
@@ -172,14 +167,17 @@ def _directions(
         signs = draw.choice([-1.0, 1.0], size=(count, 1))
         return vectors[draw.permutation(count)] * signs
 
-    planes = _on_sphere(draw, 2 * -(-count // 3), d_in).reshape(-1, 2, d_in)
-    pairs = _on_sphere(draw, -(-count // 2), d_in)
+    def on_sphere(count: int) -> np.ndarray:
+        return _unit(draw.standard_normal((count, d_in)))
+
+    planes = on_sphere(2 * -(-count // 3)).reshape(-1, 2, d_in)
+    pairs = on_sphere(-(-count // 2))
     return {
         "quiet dimension": some(axes[by_variance[:count]]),
         "loud dimension": some(axes[by_variance[-count:]]),
         "quiet component": some(components[:count]),
         "loud component": some(components[-count:]),
-        "random": _on_sphere(draw, count, d_in),
+        "random": on_sphere(count),
         "antipodal": np.stack([pairs, -pairs], 1).reshape(-1, d_in)[:count],
         "triangle": np.concatenate([_triangle(plane) for plane in planes])[:count],
     }
@@ -212,10 +210,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _on_sphere(draw: np.random.Generator, count: int, d_in: int) -> np.ndarray:
-    return _unit(draw.standard_normal((count, d_in)))
-
-
 def _triangle(plane: np.ndarray) -> np.ndarray:
     """Three unit vectors at 120° in the plane of two."""
     first, second = np.linalg.qr(plane.T)[0].T
@@ -229,7 +223,6 @@ class Firings(NamedTuple):
     row: Int[np.ndarray, " firings"]
     """Number of the row in the run, ascending."""
     plant: Int[np.ndarray, " firings"]
-    """Number of the plant."""
     strength: Float[np.ndarray, " firings"]
     """How strongly it fires, in the units of the rows."""
 
@@ -285,19 +278,17 @@ class PlantedSource:
 
     @cached_property
     def _measured(self) -> tuple[Statistics, SecondMoment]:
-        reader = self.reader(self.num_rows)
+        reader, total = self.reader(self.num_rows), self._trained
         place = _of_every_row(self.store, lambda contexts: np.nonzero(contexts.keep)[1])
         positions = torch.from_numpy(place)
         found = Statistics(self.d_in, self.store.context_size)
         moment = SecondMoment(self.d_in)
         threshold = self.store.statistics(self.site).massive_threshold
-        total = self._trained
         with tqdm(total=total, desc="plant", unit="row", unit_scale=True, leave=False) as bar:
             for start in range(0, total, _READ_ROWS):
-                stop = min(start + _READ_ROWS, total)
-                rows = torch.empty(stop - start, self.d_in)
+                rows = torch.empty(min(_READ_ROWS, total - start), self.d_in)
                 reader.read(start, rows)
-                found.update(rows, positions[start:stop])
+                found.update(rows, positions[start : start + len(rows)])
                 moment.update(rows[rows.norm(dim=1) <= threshold])
                 bar.update(len(rows))
         return found, moment
@@ -322,8 +313,7 @@ class PlantedSource:
         return PlantedReader(self.store.reader(self.site), self.plants, self._tokens, stop)
 
     def _token_means(self) -> Float[Tensor, "tokens d_in"]:
-        """Of each token that is frequent among the first rows, the mean of its rows less that of
-        all rows."""
+        """Of each token that is frequent among the first rows: its mean less that of all rows."""
         count = min(self._trained, _ROWS_OF_MEANS)
         rows = self.store.rows(self.site, 0, count).double()
         token, index, times = np.unique(

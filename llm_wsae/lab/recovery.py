@@ -21,6 +21,7 @@ from llm_wsae.sparse.codes import Codes
 
 RECOVERED_F1 = 0.8
 MEASURES = ("recovered", "f1", "cosine", "slope", "vanished")
+_Piece = tuple[Codes, Tensor]  # rows: their codes, and the strength of every plant (sparse)
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,15 @@ class PlantRecovery:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: means, and every plant."""
         plants = self.plants
-        columns = {name: getattr(self, name).tolist() for name in MEASURES}
-        return {
-            **self.means(),
-            "l_gt": self.l_gt,
-            "dead": self.dead,
-            "plants": {
-                "stratum": list(plants.stratum),
-                "strength": list(plants.relative_strength),
-                "token": plants.token.tolist(),
-                **{
-                    name: [None if math.isnan(value) else value for value in column]
-                    for name, column in columns.items()
-                },
-            },
+        every: dict[str, list] = {
+            "stratum": list(plants.stratum),
+            "strength": list(plants.relative_strength),
+            "token": plants.token.tolist(),
         }
+        for name in MEASURES:
+            column = getattr(self, name).tolist()
+            every[name] = [None if math.isnan(value) else value for value in column]
+        return {**self.means(), "l_gt": self.l_gt, "dead": self.dead, "plants": every}
 
 
 def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantRecovery:
@@ -87,22 +82,25 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
             f"plants are in {source.d_in} of {source.site}"
         )
     plants, threshold = source.plants, source.statistics().massive_threshold
-    chosen, measured = (_Half(len(plants), dictionary.d_sae) for _ in range(2))
+    halves: tuple[list[_Piece], list[_Piece]] = ([], [])
     for number, (rows, firings) in enumerate(source.heldout()):
         kept = rows.norm(dim=1) <= threshold
         codes = dictionary.encode_sparse(rows[kept].to(dictionary.W_enc.device))
         truth = torch.zeros(len(rows), len(plants))
         truth[firings.row, firings.plant] = torch.from_numpy(firings.strength).float()
-        half = measured if number % 2 else chosen
-        half.add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
-    either = chosen.fires[:, None] + chosen.active
-    best = (2 * chosen.together / either.clamp(min=1)).argmax(1)  # of largest F1
+        piece = Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept].to_sparse()
+        halves[number % 2].append(piece)
+    (together, seen_fires, active), (_, _, active_later) = (
+        _counts(half, len(plants), dictionary.d_sae) for half in halves
+    )
+    either = seen_fires[:, None] + active
+    best = (2 * together / either.clamp(min=1)).argmax(1)  # of largest F1
     decoder = dictionary.W_dec.detach().cpu().double()[best]
     length, directions = decoder.norm(dim=1), plants.directions.double()
     along = (decoder * directions).sum(1)
-    seen = chosen.fires.bool()
-    answered = seen & (chosen.together.sum(1) > 0)  # else no latent is the best
-    sums = measured.sums(best, seen, answered)
+    seen = seen_fires.bool()
+    answered = seen & (together.sum(1) > 0)  # else no latent is the best
+    sums = _sums(halves[1], best, seen, answered, dictionary.d_sae)
     fires, both = sums["fires"], sums["both"]
     none = torch.full_like(fires, torch.nan)
     product, power = (sums["answer"] * length).sum(), (sums["code"] * length.square()).sum()
@@ -115,44 +113,43 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
         slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
         vanished=torch.where(fires > 0, 1 - both / fires, none),
         l_gt=float(1 - explained),
-        dead=float((chosen.active + measured.active == 0).double().mean()),
+        dead=float((active + active_later == 0).double().mean()),
     )
 
 
-class _Half:
-    """Some of the held-out rows: what fires in them, alone and together, and all codes."""
+def _counts(pieces: list[_Piece], plants: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """On how many rows plants and latents fire: together [plants, latents], and each."""
+    together, fires, active = (
+        torch.zeros(*size) for size in ((plants, latents), (plants,), (latents,))
+    )
+    for codes, strength in pieces:
+        truth = (strength.to_dense() > 0).float()
+        answer = (to_dense(codes, latents) > 0).float()
+        together += torch.sparse.mm(truth.T.to_sparse(), answer)
+        fires += truth.sum(0)
+        active += answer.sum(0)
+    return together, fires, active
 
-    def __init__(self, plants: int, latents: int):
-        self.together = torch.zeros(plants, latents)
-        self.fires, self.active = torch.zeros(plants), torch.zeros(latents)
-        self._pieces: list[tuple[Codes, Tensor]] = []
 
-    def add(self, codes: Codes, truth: Float[Tensor, "rows plants"]) -> None:
-        """Add rows: their codes, and the strength of every plant."""
-        self._pieces.append((codes, truth.to_sparse()))
-        fires = (truth > 0).float()
-        active = (to_dense(codes, len(self.active)) > 0).float()
-        self.together += torch.sparse.mm(fires.T.to_sparse(), active)
-        self.fires += fires.sum(0)
-        self.active += active.sum(0)
-
-    def sums(self, best: Tensor, seen: Tensor, answered: Tensor) -> dict[str, Tensor]:
-        """Over rows, for every plant and its latent; plants that were not ``seen`` where latents
-        were chosen do not fire, and latents of those that were not ``answered`` are silent."""
-        found: dict[str, Tensor] = {}
-        for codes, strength in self._pieces:
-            truth = strength.to_dense().double() * seen
-            answer = to_dense(codes, len(self.active))[:, best].double() * answered
-            both = (truth > 0) & (answer > 0)
-            parts = {
-                "fires": (truth > 0).double(),
-                "active": (answer > 0).double(),
-                "both": both.double(),
-                "answer": answer * truth,
-                "together": truth.square() * both,
-                "truth": truth.square(),
-                "code": answer.square(),
-            }
-            for name, part in parts.items():
-                found[name] = found.get(name, 0) + part.sum(0)
-        return found
+def _sums(
+    pieces: list[_Piece], best: Tensor, seen: Tensor, answered: Tensor, latents: int
+) -> dict[str, Tensor]:
+    """Over rows, for every plant and its latent; plants that were not ``seen`` where latents were
+    chosen do not fire, and latents of those that were not ``answered`` are silent."""
+    found: dict[str, Tensor] = {}
+    for codes, strength in pieces:
+        truth = strength.to_dense().double() * seen
+        answer = to_dense(codes, latents)[:, best].double() * answered
+        both = (truth > 0) & (answer > 0)
+        parts = {
+            "fires": (truth > 0).double(),
+            "active": (answer > 0).double(),
+            "both": both.double(),
+            "answer": answer * truth,
+            "together": truth.square() * both,
+            "truth": truth.square(),
+            "code": answer.square(),
+        }
+        for name, part in parts.items():
+            found[name] = found.get(name, 0) + part.sum(0)
+    return found

@@ -1,26 +1,15 @@
-"""The closed form of Cui et al. 2026 (arXiv 2506.15963), when it can be trained, and its weights.
+"""The closed form of Cui et al. 2026 (arXiv 2506.15963), and the weights that close its gap.
 
 n true features x ≥ 0, sparse and independent, are mixed into n_p < n observed dimensions,
 x_p = W_p x. A tied sparse autoencoder W_m encodes x_m = ReLU(W_m x_p) and reconstructs
-x̂_p = W_mᵀ x_m. With W_m = (W_p, 0)ᵀ what it recovers of x is
+x̂_p = W_mᵀ x_m. With W_m = (W_p, 0)ᵀ what it recovers of x is r = ReLU(W_pᵀ W_p x). How far its
+loss on x_p is from the loss on x that one wants is a quadratic form in x − r, whose matrix is
+W_pᵀΓ²W_p − I for a loss with weights Γ (theorems 4 and 5).
 
-    r = ReLU(W_pᵀ W_p x),
-
-and everything below follows from r: which features shrink, which vanish, and how far the training
-loss (on x_p) is from the loss one wants (on x).
-
-Where it is the optimum (theorem 1) and the only one (theorem 3), for a ReLU without a penalty on
-the codes, as the tests of this module establish:
-
-- in antipodal pairs (digons) the reconstruction is exact at any sparsity, so it is optimal;
-- three features at 120° leave a loss on dense inputs, where W_pᵀ is not even a local optimum; on
-  1-sparse inputs it is optimal;
-- only a single digon has a unique optimum. With n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any*
-  orthogonal Q reconstructs everything: something else must choose, a penalty or TopK.
-
-Of theorem 5's matrix W_pᵀΓ²W_p − I a norm says little alone: a single number c·I already makes it
-smaller, and no Γ makes it 0 where there are more features than dimensions. So ``gap_norms`` puts
-beside the norm what the best scalar leaves, what the best matrix leaves, and the bound.
+``tests/lab/test_theory.py`` shows where the closed form is the optimum (theorem 1) and the only one
+(theorem 3): for antipodal pairs (digons) at any sparsity, for three features at 120° on 1-sparse
+inputs alone. With n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any* orthogonal Q reconstructs
+everything, so something else must choose: a penalty or TopK.
 """
 
 from dataclasses import dataclass
@@ -33,7 +22,6 @@ from llm_wsae.errors import UsageError
 
 Weights = Float[Tensor, "n_p"] | Float[Tensor, "n_p n_p"]  # γ, or the whole matrix Γ
 
-_TOLERANCE = 1e-6
 _RANK_TOLERANCE = 1e-10  # of the largest eigenvalue of W_p W_pᵀ
 _TOY_BATCH, _TOY_RATE = 512, 1e-2
 
@@ -106,64 +94,11 @@ def recovered(
     return (x @ (mixing.T @ mixing)).relu()
 
 
-def losses(
-    mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Feature shrinking and feature vanishing (Cui et al. 2026, §3.2): of the rows where a feature
-    is active, the share on which 0 < r < x, and that on which r = 0; NaN if there is none."""
-    r, active = recovered(mixing, x), x > 0
-    # A relative margin: rounding must not count as shrinking where recovery is exact.
-    shrunk = active & (r > 0) & (r < x * (1 - _TOLERANCE))
-    vanished = active & (r == 0)
-    return shrunk.sum(0) / active.sum(0), vanished.sum(0) / active.sum(0)
-
-
-def assumptions_hold(mixing: Float[Tensor, "n_p n"]) -> bool:
-    """Whether W_p is in the position that theorem 1 assumes: columns of length 1, or below 1e-6,
-    which counts as 0, without positive inner products.
-
-    At most 2·n_p vectors of an n_p-dimensional space have pairwise non-positive inner products
-    (the axes and their opposites reach it), so n > 2·n_p rules the assumption out.
-    """
-    norms = mixing.norm(dim=0)
-    present = norms > _TOLERANCE
-    gram = mixing[:, present].T @ mixing[:, present]
-    interference = gram - torch.diag(gram.diagonal())
-    is_unit = (norms[present] - 1).abs() <= _TOLERANCE
-    return bool(is_unit.all() and (interference <= _TOLERANCE).all())
-
-
-def sae_loss(
-    dictionary: Float[Tensor, "latents n_p"],
-    x_p: Float[Tensor, "rows n_p"],
-    weights: Weights | None = None,
-) -> Float[Tensor, ""]:
-    """L_SAE = E‖x_p − W_mᵀ ReLU(W_m x_p)‖² of a tied dictionary W_m; with weights the weighted
-    L_WSAE = E‖Γ(x_p − x̂_p)‖²."""
-    error = x_p - (x_p @ dictionary.T).relu() @ dictionary
-    return _weighted(error, weights).square().sum(1).mean()
-
-
-def truth_loss(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Float[Tensor, ""]:
-    """L_GT = E‖x − r‖², the loss on the true features at W_m = (W_p, 0)ᵀ. Over E‖x‖² it falls to 0
-    as S → 1 (theorem 2)."""
-    return (x - recovered(mixing, x)).square().sum(1).mean()
-
-
-def loss_gap(
-    mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"], weights: Weights | None = None
-) -> Float[Tensor, ""]:
-    """L_WSAE − L_GT = E (x − r)ᵀ (W_pᵀ ΓᵀΓ W_p − I)(x − r) at the closed form (theorems 4, 5)."""
-    lost = x - recovered(mixing, x)
-    return ((lost @ gap_matrix(mixing, weights)) * lost).sum(1).mean()
-
-
 def gap_matrix(
     mixing: Float[Tensor, "n_p n"], weights: Weights | None = None
 ) -> Float[Tensor, "n n"]:
     """W_pᵀ ΓᵀΓ W_p − I (theorem 5; theorem 4 without weights): 0 would close the gap."""
-    seen = _weighted(mixing.T, weights)
-    return seen @ seen.T - torch.eye(mixing.shape[1], dtype=mixing.dtype)
+    return _gram(mixing, weights) - torch.eye(mixing.shape[1], dtype=mixing.dtype)
 
 
 def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"]:
@@ -182,28 +117,20 @@ def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"
     return (vectors * roots) @ vectors.T
 
 
-def best_scaled_gap_norm(mixing: Float[Tensor, "n_p n"], weights: Weights | None = None) -> float:
-    """‖c²G − I‖_F, G = W_pᵀΓ²W_p, at the best scale of the weights: c² = tr G/‖G‖_F², or 0 for 0.
-
-    A loss has the same minimum at any scale of its weights, so this compares weights.
-    """
-    seen = _weighted(mixing.double().T, None if weights is None else weights.double())
-    gram = seen @ seen.T
-    square = float(gram.square().sum())
-    scale = float(gram.trace() / square) ** 0.5 if square > 0 else 0.0
-    return float((scale**2 * gram - torch.eye(len(gram), dtype=torch.float64)).norm())
-
-
 @dataclass(frozen=True)
 class GapNorms:
-    """‖W_pᵀΓ²W_p − I‖_F for one W_p: weights beside the scale alone, the optimum and the bound."""
+    """‖W_pᵀΓ²W_p − I‖_F for one W_p: weights beside the scale alone, the optimum and the bound.
+
+    A norm says little alone: a single number c·I already makes it smaller, and no Γ makes it 0
+    where there are more features than dimensions.
+    """
 
     none: float
     """Γ = I."""
     best_scalar: float
     """The best multiple of I."""
     weights: dict[str, float]
-    """By name of the weights: at their best scale."""
+    """By name of the weights: at their best scale, since a loss has its minimum at any."""
     whitening: float
     """Γ², the pseudo-inverse of W_p W_pᵀ (``least_gap_weights``)."""
     bound: float
@@ -218,18 +145,27 @@ def gap_norms(mixing: Float[Tensor, "n_p n"], weights: dict[str, Weights]) -> Ga
     mixing = mixing.double()
     return GapNorms(
         none=float(gap_matrix(mixing).norm()),
-        best_scalar=best_scaled_gap_norm(mixing),
-        weights={name: best_scaled_gap_norm(mixing, w) for name, w in weights.items()},
+        best_scalar=_at_best_scale(mixing, None),
+        weights={name: _at_best_scale(mixing, one.double()) for name, one in weights.items()},
         whitening=float(gap_matrix(mixing, least_gap_weights(mixing)).norm()),
         bound=(mixing.shape[1] - int(_spectrum(mixing)[2].sum())) ** 0.5,
     )
 
 
-def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Rows x_p as Γx_p; the rows themselves without weights."""
-    if weights is None:
-        return rows
-    return rows * weights if weights.ndim == 1 else rows @ weights.T
+def _gram(mixing: Tensor, weights: Tensor | None) -> Tensor:
+    """W_pᵀ ΓᵀΓ W_p."""
+    seen = mixing.T
+    if weights is not None:
+        seen = seen * weights if weights.ndim == 1 else seen @ weights.T
+    return seen @ seen.T
+
+
+def _at_best_scale(mixing: Tensor, weights: Tensor | None) -> float:
+    """‖c²G − I‖_F, G = W_pᵀΓ²W_p, at c² = tr G/‖G‖_F², or 0 for 0."""
+    gram = _gram(mixing, weights)
+    square = float(gram.square().sum())
+    scale = float(gram.trace() / square) ** 0.5 if square > 0 else 0.0
+    return float((scale**2 * gram - torch.eye(len(gram), dtype=torch.float64)).norm())
 
 
 def _spectrum(mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:

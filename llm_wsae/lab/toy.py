@@ -12,7 +12,7 @@ sparsity.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -46,12 +46,7 @@ _LEARNING_RATE = 0.01  # at Adam's usual 0.001 plain dictionaries are not finish
 _FAR = 1_000_003  # from the seeds of initial weights, which would begin as the features do
 _MOST_ACTIVE = DIMENSIONS // 2  # more latents reconstruct a row whatever their directions
 _FOUND_COSINE = 0.9
-_COLUMNS = {
-    "recovered": "recovered",
-    "mmcs": "MMCS",
-    "l_gt": "L_GT",
-    "features_per_latent": "features/latent",
-}
+_TITLES = {"mmcs": "MMCS", "l_gt": "L_GT", "features_per_latent": "features/latent"}
 _MEANINGS = {
     "recovered": "share of the true features with a decoder row at a cosine above 0.9",
     "MMCS": "mean over features of the largest cosine with a decoder row",
@@ -60,8 +55,7 @@ _MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Recovery:
+class Recovery(NamedTuple):
     """How much of the true features a dictionary finds, where they are known."""
 
     recovered: float
@@ -85,19 +79,21 @@ class ToyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        found = {f"{sparsity:g}": by_name for sparsity, by_name in self.found.items()}
+        found = {
+            f"{sparsity:g}": {name: [one._asdict() for one in own] for name, own in named.items()}
+            for sparsity, named in self.found.items()
+        }
         return {"config": plain(self.config), "found": plain(found)}
 
     def table(self) -> str:
         """Means over seeds, with the least and the most, and the meaning of each column."""
-        rows = [["S", "dictionary", *_COLUMNS.values()]]
+        rows = [["S", "dictionary", *(_TITLES.get(name, name) for name in Recovery._fields)]]
         for sparsity, by_name in self.found.items():
             for name, of_seeds in by_name.items():
-                cells = []
-                for key in _COLUMNS:
-                    values = [getattr(one, key) for one in of_seeds]
-                    mean = sum(values) / len(values)
-                    cells.append(f"{mean:.2f} [{min(values):.2f}, {max(values):.2f}]")
+                cells = [
+                    f"{sum(values) / len(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+                    for values in zip(*of_seeds, strict=True)
+                ]
                 rows.append([f"{sparsity:g}", name, *cells])
         return Table(rows, left=2, meanings=_MEANINGS).text()
 
@@ -180,7 +176,7 @@ def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "
 def _compared(config: TheoryConfig, sparsity: float, seed: int, out: Path) -> dict[str, Recovery]:
     """What every dictionary of one toy model finds."""
     draw = torch.Generator().manual_seed(_FAR + seed)
-    mixing = toy_model(FEATURES, DIMENSIONS, sparsity, draw, config.model_steps)
+    mixing = toy_model(FEATURES, DIMENSIONS, sparsity, draw, steps=3 * config.steps // 4)
     data = Superposition(mixing, sparsity)
     source = MemorySource(data.observe(_features(data, _TRAIN_ROWS, draw)), _SITE)
     x = _features(data, _TEST_ROWS, draw)

@@ -2,13 +2,13 @@
 
 The model runs as transformers wrote it; only the ends of its blocks are hooked. Every hook and
 patch is removed when the call ends, also after an error. To stop, the hook at the last wanted site
-raises a private exception.
+raises a private exception. To resume at a site, the blocks before it pass their input through, and
+the given activations replace the stream there.
 
-To resume at a site, the blocks before it pass their input through unchanged, and the given
-activations enter at the site. ``mid`` needs care: the stream between attention and MLP is read
-twice, by the norm before the MLP and by the residual branch around it. A TransformerLens hook on
-``ln2.hook_in`` replaces only the first. Here the activation enters as the *block's* input while the
-attention is made to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
+``mid`` needs care: the stream between attention and MLP is read twice, by the norm before the MLP
+and by the residual branch around it. A TransformerLens hook on ``ln2.hook_in`` replaces only the
+first. Here the stream is overwritten in place, so that the block's own code computes
+new + mlp(ln2(new)).
 """
 
 import contextlib
@@ -52,14 +52,14 @@ class Blocks:
         self._hf_model, self._blocks = hf_model, blocks
         self._mid, self._attn = paths.mid, paths.attention
         self._forms: dict[nn.Module, int] = {}
+        self._overwritable: set[Site] = set()
         self._visitors = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def has_mid(self, block: int) -> bool:
-        """Whether this block has a ``hook_resid_mid``: an attention before it and a norm after
-        it."""
+        """Whether this block has an attention, and a norm after it."""
         paths, module = (self._mid, self._attn), self._blocks[block]
         return all(path is not None and get_module(module, path) is not None for path in paths)
 
@@ -67,39 +67,38 @@ class Blocks:
         """One plain forward pass of ``ids [contexts, positions]``; the model's output object."""
         return self._hf_model(input_ids=ids, use_cache=False, return_dict=True)
 
-    def record(self, ids: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The activations at ``sites``; nothing after the last site is computed.
+    def record(
+        self,
+        ids: Tensor,
+        sites: Sequence[Site],
+        start: Site | None = None,
+        hidden: Tensor | None = None,
+    ) -> dict[Site, Tensor]:
+        """The activations at ``sites``, perhaps with ``hidden`` as the stream at ``start``. Nothing
+        after the last site is computed, and no block before ``start``.
 
         On a CPU the contexts go through the model in parallel, a few per core; while visits are
         open, all together. No row depends on another context.
         """
-        with self.recording(sites, stop=True) as recorded:
-            parts = ids.split(self._contexts_together(ids))
-            found = parallel_map(lambda part: self._pass(part, recorded), parts)
+        size = max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])) if self.side_by_side else len(ids)
+        entered = ids if hidden is None else hidden
+        parts = list(zip(ids.split(size), entered.split(size), strict=True))
+        given = threading.local()
+
+        def one_pass(part: tuple[Tensor, Tensor]) -> dict[Site, Tensor]:
+            some_ids, given.rows = part
+            with torch.no_grad(), contextlib.suppress(_StopForward):
+                self.run(some_ids)
+            return recorded.pop(threading.get_ident())
+
+        with contextlib.ExitStack() as hooks:
+            if start is not None:
+                hooks.enter_context(self.entering(start, lambda: given.rows))
+            recorded = self._record_and_stop(hooks, sites)
+            found = parallel_map(one_pass, parts)
         if len(found) == 1:
             return found[0]
         return {site: torch.cat([part[site] for part in found]) for site in sites}
-
-    def carry(self, ids: Tensor, start: Site, hidden: Tensor, end: Site) -> Tensor:
-        """The stream at ``end`` with ``hidden`` at ``start``; only what lies between is computed,
-        as by ``record``."""
-        given, size = threading.local(), self._contexts_together(ids)
-
-        def carried(part: tuple[Tensor, Tensor]) -> Tensor:
-            given.rows = part[1]
-            return self._pass(part[0], recorded)[end]
-
-        with (
-            self.entering(start, lambda: given.rows),
-            self.recording((end,), stop=True) as recorded,
-        ):
-            parts = list(zip(ids.split(size), hidden.split(size), strict=True))
-            return torch.cat(parallel_map(carried, parts))
-
-    def _pass(self, ids: Tensor, recorded: _Recorded) -> dict[Site, Tensor]:
-        with torch.no_grad(), contextlib.suppress(_StopForward):
-            self.run(ids)
-        return recorded.pop(threading.get_ident())
 
     @property
     def side_by_side(self) -> bool:
@@ -110,58 +109,44 @@ class Blocks:
             return False
         return device_of(self._hf_model).type == "cpu"
 
-    def _contexts_together(self, ids: Tensor) -> int:
-        """How many contexts go through the model in one forward pass."""
-        if not self.side_by_side:
-            return len(ids)
-        return max(1, _TOKENS_TOGETHER // max(1, ids.shape[1]))
-
-    @contextlib.contextmanager
-    def recording(self, sites: Sequence[Site], stop: bool = False) -> Iterator[_Recorded]:
-        """While open, forward passes write the activations at ``sites`` into the dict it yields, by
-        the thread that they run in. With ``stop`` they end at the last, by a private exception."""
+    def _record_and_stop(self, hooks: contextlib.ExitStack, sites: Sequence[Site]) -> _Recorded:
         recorded: _Recorded = defaultdict(dict)
         last = max(sites)
 
         def recorder(site: Site) -> Visit:
             def record(hidden: Tensor) -> None:
                 recorded[threading.get_ident()][site] = hidden
-                if stop and site == last:
+                if site == last:
                     raise _StopForward
 
             return record
 
-        with contextlib.ExitStack() as hooks:
-            for site in sites:
-                self._visit(hooks, site, recorder(site))
-            yield recorded
+        for site in sites:
+            self._visit(hooks, site, recorder(site))
+        return recorded
 
     @contextlib.contextmanager
     def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
         """While open, forward passes give each visit the stream at its site and continue with what
-        it returns, or with the unchanged stream if that is None.
-
-        At ``mid`` the stream is overwritten in place, since the block reads it twice. Raises
-        LlmWsaeError if that would reach only one of the two readers.
-        """
+        it returns, or with the unchanged stream if that is None. Raises as ``_check_overwriting``
+        does."""
         for site in visits:
             if site.point == "mid":
-                self.check_overwriting(site)
+                self._check_overwriting(site)
         with contextlib.ExitStack() as hooks:
             for site, visit in visits.items():
-                self._visit(hooks, site, overwriting(visit) if site.point == "mid" else visit)
+                self._visit(hooks, site, _overwriting(visit) if site.point == "mid" else visit)
             self._visitors += 1
             try:
                 yield
             finally:
                 self._visitors -= 1
 
-    def check_overwriting(self, site: Site) -> None:
+    def _check_overwriting(self, site: Site) -> None:
         """Check, on two tokens, that a block's residual branch reads the same memory as the norm
-        after ``mid``. Raises LlmWsaeError if it does not.
-        """
+        after ``mid``. Raises LlmWsaeError if it does not."""
         outputs: list[Tensor] = []
-        block, norm = self._blocks[site.block], self._part(site.block, self._mid)
+        block, norm = self._blocks[site.block], self._norm(site)
 
         def disturbed(args: tuple, kwargs: dict) -> Tensor:
             hidden = _hidden_of(args, kwargs)
@@ -183,27 +168,24 @@ class Blocks:
 
     @contextlib.contextmanager
     def entering(self, site: Site, given: Callable[[], Tensor]) -> Iterator[None]:
-        """While open, forward passes skip all before ``site`` and resume from what ``given``
-        returns in their thread."""
+        """While open, forward passes skip the blocks before ``site`` and resume from what ``given``
+        returns in their thread. Raises as ``_check_overwriting`` does."""
         self._learn_forms()
+        if site.point == "mid" and site not in self._overwritable:
+            self._check_overwriting(site)
+            self._overwritable.add(site)
+        skipped = site.block + 1 if site.point == "post" else site.block
         with contextlib.ExitStack() as patches:
-            for block in self._blocks[: site.block]:
-                replace_forward(patches, block, self._returning(block, _hidden_of))
-            block = self._blocks[site.block]
-            if site.point == "post":
-                replace_forward(patches, block, self._returning(block, lambda *_: given()))
-            else:
-                _pre_hook(patches, block, lambda *_: given())
-            if site.point == "mid":
-                attention = self._part(site.block, self._attn)
-                replace_forward(patches, attention, self._returning(attention, _zeros_like(given)))
-                _pre_hook(patches, self._part(site.block, self._mid), _same_as(given, site))
+            for block in self._blocks[:skipped]:
+                replace_forward(patches, block, self._passing_through(block))
+            entered = _overwriting(lambda _: given()) if site.point == "mid" else lambda _: given()
+            self._visit(patches, site, entered)
             yield
 
-    def _part(self, block: int, path: str | None) -> nn.Module:
-        """A part of a block that has a ``mid``."""
-        assert path is not None
-        return self._blocks[block].get_submodule(path)
+    def _norm(self, site: Site) -> nn.Module:
+        """The module whose input is ``mid``."""
+        assert self._mid is not None
+        return self._blocks[site.block].get_submodule(self._mid)
 
     def _visit(self, hooks: contextlib.ExitStack, site: Site, visit: Visit) -> None:
         """Give a visit the stream at its site in every forward pass that is no probe."""
@@ -219,22 +201,21 @@ class Blocks:
         if site.point == "post":
             hooks.callback(block.register_forward_hook(behind).remove)
         else:
-            module = block if site.point == "pre" else self._part(site.block, self._mid)
+            module = block if site.point == "pre" else self._norm(site)
             _pre_hook(hooks, module, lambda args, kwargs: shown(_hidden_of(args, kwargs)))
 
     def _learn_forms(self) -> None:
-        """Find out once whether blocks and attentions return a tensor (0) or a tuple (its length):
-        a skipped module must return what its caller unpacks."""
+        """Find out once whether blocks return a tensor (0) or a tuple (its length): a skipped block
+        must return what its caller unpacks."""
         if self._forms:
             return
 
         def learn(module: nn.Module, args: tuple, output: Any) -> None:
             self._forms[module] = 0 if isinstance(output, Tensor) else len(output)
 
-        attentions = [get_module(block, self._attn) for block in self._blocks] if self._attn else []
         with contextlib.ExitStack() as hooks, torch.no_grad():
-            for module in [*self._blocks, *filter(None, attentions)]:
-                hooks.callback(module.register_forward_hook(learn).remove)
+            for block in self._blocks:
+                hooks.callback(block.register_forward_hook(learn).remove)
             self._probe()
 
     def _probe(self) -> None:
@@ -245,18 +226,18 @@ class Blocks:
         finally:
             _probing.reset(token)
 
-    def _returning(self, module: nn.Module, value: _Look) -> Callable[..., Any]:
-        """A forward that computes nothing and returns ``value`` in the module's form."""
-        form = self._forms[module]
+    def _passing_through(self, block: nn.Module) -> Callable[..., Any]:
+        """A forward that returns its input in the block's form."""
+        form = self._forms[block]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = value(args, kwargs)
+            hidden = _hidden_of(args, kwargs)
             return hidden if form == 0 else (hidden,) + (None,) * (form - 1)
 
         return forward
 
 
-def overwriting(visit: Visit) -> Visit:
+def _overwriting(visit: Visit) -> Visit:
     """The visit, with its result written over the stream that it received."""
 
     def visit_in_place(hidden: Tensor) -> None:
@@ -265,25 +246,6 @@ def overwriting(visit: Visit) -> Visit:
             hidden.copy_(new)
 
     return visit_in_place
-
-
-def _zeros_like(given: Callable[[], Tensor]) -> _Look:
-    """Zeros in the place of an attention's output, on the device that it computes on."""
-    return lambda args, kwargs: torch.zeros_like(given(), device=_hidden_of(args, kwargs).device)
-
-
-def _same_as(given: Callable[[], Tensor], site: Site) -> _Look:
-    """A guard: the MLP's norm must receive exactly the activation that entered."""
-
-    def check(args: tuple, kwargs: dict) -> None:
-        hidden = _hidden_of(args, kwargs)
-        if not torch.equal(hidden, given().to(hidden.device)):
-            raise LlmWsaeError(
-                f"this architecture changes the stream inside the block before {site}, so an "
-                "activation cannot be placed there; use hook_resid_pre or hook_resid_post"
-            )
-
-    return check
 
 
 def _hidden_of(args: tuple, kwargs: dict) -> Tensor:

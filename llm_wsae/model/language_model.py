@@ -3,8 +3,7 @@ the activation at a site replaced, embeddings, identity. Names and meanings are 
 
 The forward passes are the model's own. They give the numbers of ``hidden_states``: exactly, or up
 to rounding if ``load`` put faster norms, gates and attention into the model. A live model belongs
-to the caller, and TransformerLens' bridge rewires the model that it gets. So both work on a copy of
-the module structure over the same parameter memory.
+to the caller, so a copy of its modules over the same parameter memory is used.
 """
 
 import copy
@@ -13,7 +12,6 @@ import hashlib
 import json
 import math
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -178,14 +176,6 @@ class LanguageModel:
         with self._one_pass:
             return self._blocks.run(ids).logits
 
-    @torch.no_grad()
-    def logits_and_activations(self, ids: Ids, site: Site) -> tuple[Logits, Stream]:
-        """Next-token logits and the residual stream at one site, from one forward pass."""
-        ids = self._checked(ids, (site,))
-        with self._one_pass, self._blocks.recording((site,)) as recorded:
-            logits = self._blocks.run(ids).logits
-        return logits, self._stream(recorded[threading.get_ident()][site], ids, site)
-
     def resume(self, ids: Ids, site: Site, hidden: Stream) -> Logits:
         """Logits with ``hidden`` as the stream at ``site``; only the blocks after it are computed.
 
@@ -207,8 +197,8 @@ class LanguageModel:
         ids = self._checked(ids, (site,))
         hidden = hidden.to(self.device, self.dtype)
         with self._one_pass:
-            end = self._blocks.carry(ids, site, hidden, Site(self.num_blocks - 1, "post"))
-        return end.to(ids.device)
+            end = Site(self.num_blocks - 1, "post")
+            return self._blocks.record(ids, (end,), site, hidden)[end].to(ids.device)
 
     @contextmanager
     def unembedding(self) -> Iterator[Unembedding]:
@@ -254,27 +244,6 @@ class LanguageModel:
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """The unembedding, TransformerLens' ``W_U`` (the final norm is not folded in)."""
         return weight_of(self.hf_model.get_output_embeddings()).T
-
-    def bridge(self) -> Any:
-        """TransformerLens' TransformerBridge of this model, built by the first call.
-
-        It shares the weights: hook and read it freely, but do not fold or process its weights.
-        Raises LlmWsaeError if TransformerLens does not support the architecture or there is no
-        tokenizer.
-        """
-        return self._bridge
-
-    @functools.cached_property
-    def _bridge(self) -> Any:
-        if self.tokenizer is None:
-            raise LlmWsaeError(f"TransformerLens needs a tokenizer; pass one with {self.name}")
-        if is_spread(self.hf_model):
-            raise LlmWsaeError(
-                f"{self.name} is spread over devices, which TransformerLens' bridge cannot be"
-            )
-        if not self.paths.from_transformer_lens:
-            raise LlmWsaeError(f"TransformerLens does not support {type(self.hf_model).__name__}")
-        return boot_bridge(self.hf_model, self.tokenizer, self.name, self.device)
 
     def identity(self) -> dict[str, str | int | None]:
         """What a manifest records of the model; ``weights_sha256`` and ``dtype`` identify it."""
@@ -350,31 +319,3 @@ def share_weights(hf_model: nn.Module) -> Any:
         if parameter.requires_grad:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return copy.deepcopy(hf_model, memo).eval()
-
-
-def boot_bridge(hf_model: Any, tokenizer: Any, name: str, device: torch.device) -> Any:
-    """TransformerLens' TransformerBridge over a weight-sharing copy of ``hf_model``, made without a
-    network. Model and tokenizer are left unchanged."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformer_lens.model_bridge import TransformerBridge
-
-        shared = share_weights(hf_model)
-        # Models built in process, and some files, do not name the class of their architecture.
-        shared.config.architectures = [type(hf_model).__name__]
-        return TransformerBridge.boot_transformers(
-            name,
-            hf_model=shared,
-            tokenizer=_offline_tokenizer(tokenizer, name),
-            device=str(device),
-            dtype=hf_model.dtype,
-        )
-
-
-def _offline_tokenizer(tokenizer: Any, name: str) -> Any:
-    """A copy that TransformerLens will not fetch from the Hub again, as it does for any tokenizer
-    with a BOS unless ``add_bos_token`` is set."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.init_kwargs.setdefault("name_or_path", name)
-    tokenizer.init_kwargs["add_bos_token"] = True
-    return tokenizer

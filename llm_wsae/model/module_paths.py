@@ -28,8 +28,6 @@ class ModulePaths:
     """The norm between the last block and the unembedding; None if unknown."""
     why_no_mid: str = ""
     """Why ``mid`` is None, as the end of a sentence."""
-    from_transformer_lens: bool = True
-    """False if TransformerLens does not know the architecture."""
 
 
 def find_paths(hf_model: nn.Module) -> ModulePaths:
@@ -119,5 +117,4 @@ def _guessed_paths(hf_model: Any) -> ModulePaths:
     return ModulePaths(
         blocks=lists[0],
         why_no_mid="TransformerLens does not know this architecture; use hook_resid_pre or _post",
-        from_transformer_lens=False,
     )

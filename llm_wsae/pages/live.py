@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from llm_wsae.attaching.attachment import Steer, attach
+from llm_wsae.attaching import Steer, attach
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.inspection import read_sentence, token_ids

@@ -1,4 +1,4 @@
-"""Dictionaries in a running model: what they compute, on both backends, and that nothing stays."""
+"""Dictionaries in a running model: what they compute, and that nothing stays."""
 
 import functools
 
@@ -9,7 +9,7 @@ from looping import looped, over
 from small_dictionaries import make_dictionary
 from tiny import BLOCKS, KNOWN, VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer
 
-from llm_wsae.attaching.attachment import Ablate, Clamp, Scale, Steer, attach
+from llm_wsae.attaching import Ablate, Clamp, Scale, Steer, attach
 from llm_wsae.data.packing import Context
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -19,7 +19,8 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 SITE = "blocks.1.hook_resid_post"
-both = over(backend=("transformers", "bridge"))
+EARLIER = "blocks.1.hook_resid_pre"
+no_grad = torch.no_grad()
 
 
 def families(*names):
@@ -47,46 +48,31 @@ def dictionary(site=SITE, seed=0, **info):
     return make_dictionary(d_in=WIDTH, seed=seed, site=site, **info)
 
 
-def place(model, backend):
-    return model.bridge() if backend == "bridge" else model
-
-
-@torch.no_grad()
-def logits(target, ids):
-    return target.logits(ids) if isinstance(target, LanguageModel) else target(ids)
-
-
-def hooks_of(target):
-    """Everything that could be left on a module, and TransformerLens' own lists of it."""
-    if isinstance(target, LanguageModel):
-        root, points = target.hf_model, []
-    else:
-        root, points = target.original_model, target.hook_dict.items()
+def hooks_of(model):
+    """Everything that could be left on a module."""
     return [
         (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for name, m in root.named_modules()
-    ] + [(name, len(point.fwd_hooks), len(point._forward_hooks)) for name, point in points]
+        for name, m in model.hf_model.named_modules()
+    ]
 
 
-no_grad = torch.no_grad()
+def stream_at(model, ids, one):
+    return model.activations(ids, [one.site])[one.site]
 
 
 @families()
-@both
-def test_with_the_error_and_no_edit_not_a_bit_changes(model, backend, ids):
-    target = place(model, backend)
-    expected = logits(target, ids)  # TransformerLens sets up hooks of its own at the first forward
-    before = hooks_of(target)
+def test_with_the_error_and_no_edit_not_a_bit_changes(model, ids):
+    expected, before = model.logits(ids), hooks_of(model)
     dictionaries = [dictionary(site, seed) for seed, site in enumerate(sites_of(model))]
-    with attach(target, dictionaries) as attached:
-        assert torch.equal(logits(target, ids), expected)
-        assert hooks_of(target) != before
+    with attach(model, dictionaries) as attached:
+        assert torch.equal(model.logits(ids), expected)
+        assert hooks_of(model) != before
         for one in dictionaries:
-            hidden = model.activations(ids, [one.site])[one.site]
+            hidden = stream_at(model, ids, one)
             latents = attached.latents(one.site)
             assert latents.shape == (*ids.shape, 80) and not latents[:, 0].any()
             torch.testing.assert_close(latents[:, 1:], one.encode(hidden[:, 1:]), atol=1e-4, rtol=0)
-    assert hooks_of(target) == before
+    assert hooks_of(model) == before
     assert attached.sites == [Site.parse(site) for site in sites_of(model)]
 
 
@@ -106,9 +92,8 @@ def contexts_of(model):
 
 
 @families("gpt2", "llama", "neox")
-@both
 @over(point=["pre", "mid", "post"])
-def test_cross_entropy_is_what_evaluate_reports(model, backend, point):
+def test_cross_entropy_is_what_evaluate_reports(model, point):
     if point == "mid" and not model.paths.mid:
         return  # parallel blocks have none
     ids, keep = contexts = contexts_of(model)
@@ -122,11 +107,10 @@ def test_cross_entropy_is_what_evaluate_reports(model, backend, point):
     config = EvaluateConfig(tokens=int(keep.sum()), batch_tokens=120, bootstraps=10)
     report = evaluate({"one": one}, model, given, config).dictionaries["one"]
     assert report.massive_rows > 5 and report.ce_spliced > report.ce_clean + 0.1
-
-    target, scored = place(model, backend), scored_positions(keep)
+    scored = scored_positions(keep)
     for error, expected in ((False, report.ce_spliced), (True, report.ce_clean)):
-        with attach(target, one, error=error, keep=keep):
-            found = logits(target, ids)[:, :-1].double().log_softmax(2)
+        with attach(model, one, error=error, keep=keep):
+            found = model.logits(ids)[:, :-1].double().log_softmax(2)
         entropies = -found.gather(2, ids[:, 1:, None])[..., 0]
         assert float(entropies[scored].mean()) == pytest.approx(expected, abs=1e-5)
 
@@ -153,12 +137,10 @@ EDITS = {  # the edits, and what they do to dense latents [contexts, positions, 
 
 
 @families("gpt2", "llama")
-@both
-@over(name=EDITS)
-@over(error=[True, False])
-def test_edits(model, backend, ids, name, error):
-    target, one = place(model, backend), dictionary()
-    hidden = model.activations(ids, [one.site])[one.site]
+@over(name=EDITS, error=[True, False])
+def test_edits(model, ids, name, error):
+    one = dictionary()
+    hidden = stream_at(model, ids, one)
     dense = one.encode(hidden)
     dense[:, 0] = 0
     common = dense.sum((0, 1)).topk(2).indices.tolist()
@@ -170,14 +152,14 @@ def test_edits(model, backend, ids, name, error):
     assert not torch.equal(new, dense)
     expected = (hidden if error else one.decode(dense)) + (new - dense) @ one.W_dec
     expected[:, 0] = hidden[:, 0]
-    clean = logits(target, ids)
-    with attach(target, one, error=error) as attached:
+    clean = model.logits(ids)
+    with attach(model, one, error=error) as attached:
         attached.edit(one.site, *edits(latents))
-        found = logits(target, ids)
+        found = model.logits(ids)
         torch.testing.assert_close(attached.latents(SITE), new, atol=1e-4, rtol=1e-4)
         assert attached.codes(SITE).indices.shape[:2] == ids.shape
         attached.clear(SITE)
-        assert torch.equal(logits(target, ids), clean) == error
+        assert torch.equal(model.logits(ids), clean) == error
     with no_grad:
         wanted = model.resume(ids, one.site, expected)
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
@@ -191,25 +173,25 @@ def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
     for latent in (7, [7, 7], torch.tensor(7), torch.tensor([7]), []):
         with attach(model, one) as attached:
             attached.edit(one.site, Clamp(latent, 2.0))
-            found.append(logits(model, ids))
+            found.append(model.logits(ids))
             assert (float(attached.latents(SITE)[..., 7].max()) == 2) == (latent != [])
     assert all(torch.equal(other, found[0]) for other in found[1:-1])
-    assert torch.equal(found[-1], logits(model, ids))
+    assert torch.equal(found[-1], model.logits(ids))
 
 
 @families("gpt2", "llama")
-@both
 @over(error=[True, False])
-def test_a_function_sees_and_changes_all_latents(model, backend, ids, error):
-    target, one, seen = place(model, backend), dictionary(), []
-    with attach(target, one, error=error) as attached:
-        untouched = logits(target, ids)
+def test_a_function_sees_and_changes_all_latents(model, ids, error):
+    one, seen = dictionary(), []
+    with attach(model, one, error=error) as attached:
+        untouched = model.logits(ids)
         attached.edit(SITE, seen.append)  # returns None: it only looks
-        assert torch.equal(logits(target, ids), untouched)
+        assert torch.equal(model.logits(ids), untouched)
         torch.testing.assert_close(seen[-1], attached.latents(SITE), atol=0, rtol=0)
         assert seen[-1].shape == (*ids.shape, 80) and not seen[-1][:, 0].any()
-        attached.edit(SITE, lambda latents: latents * 2 + (latents == 0) * 0.25)
-        mapped, after = logits(target, ids), attached.latents(SITE)
+        attached.edit(SITE, lambda latents: latents.mul_(2))  # in place
+        attached.edit(SITE, lambda latents: latents + (latents == 0) * 0.25)
+        mapped, after = model.logits(ids), attached.latents(SITE)
         assert torch.equal(seen[0], seen[-1])  # edits act in the order in which they were added
         torch.testing.assert_close(after[:, 1:], (seen[-1] * 2 + (seen[-1] == 0) * 0.25)[:, 1:])
         assert not after[:, 0].any()
@@ -217,28 +199,26 @@ def test_a_function_sees_and_changes_all_latents(model, backend, ids, error):
         firing = [int(j) for j in (seen[0] > 0).any(1).any(0).nonzero()[:, 0]]
         attached.edit(SITE, Scale(firing, 2.0))  # another way to say the same
         attached.edit(SITE, lambda latents: latents + (latents == 0) * 0.25)
-        torch.testing.assert_close(logits(target, ids), mapped, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(model.logits(ids), mapped, atol=1e-3, rtol=1e-3)
 
 
 @families("gpt2", "llama")
-@both
-def test_several_sites_and_nested_blocks(model, backend, ids):
-    target = place(model, backend)
+def test_several_sites_and_nested_blocks(model, ids):
     early, late = dictionary("blocks.0.hook_resid_mid"), dictionary("blocks.2.hook_resid_pre", 1)
     again = dictionary("blocks.0.hook_resid_mid", 2)
-    with attach(target, [late, early], error=False) as attached:
-        together = logits(target, ids)
+    with attach(model, [late, early], error=False) as attached:
+        together = model.logits(ids)
         assert [str(site) for site in attached.sites] == [early.info.site, late.info.site]
-    with attach(target, late, error=False):
-        alone = logits(target, ids)
-        with attach(target, early, error=False):
-            assert torch.equal(logits(target, ids), together)
-        assert torch.equal(logits(target, ids), alone)
+    with attach(model, late, error=False):
+        alone = model.logits(ids)
+        with attach(model, early, error=False):
+            assert torch.equal(model.logits(ids), together)
+        assert torch.equal(model.logits(ids), alone)
 
-    with attach(target, early, error=False), attach(target, again, error=False) as inner:
-        both_there = logits(target, ids)
+    with attach(model, early, error=False), attach(model, again, error=False) as inner:
+        both_there = model.logits(ids)
         latents = inner.latents(again.site)
-    hidden = model.activations(ids, [early.site])[early.site]
+    hidden = stream_at(model, ids, early)
     first = early(hidden)[:, 1:]  # the inner one sees the stream that the outer one leaves
     torch.testing.assert_close(latents[:, 1:], again.encode(first), atol=1e-4, rtol=1e-4)
     hidden[:, 1:] = again(first)
@@ -257,74 +237,9 @@ def test_what_is_asked_of_the_model_itself_is_no_pass_of_the_outer_block(ids):
         with attach(model.hf_model, inner):
             model.hf_model(ids)
     assert {shape[:2] for shape in seen} == {ids.shape}
-    hidden = model.activations(ids, [outer.site])[outer.site]
+    hidden = stream_at(model, ids, outer)
     with attach(model, outer, keep=keep):
         model.resume(ids, outer.site, hidden)
-
-
-@families("gpt2")
-def test_transformer_lens_own_tools_work_inside(model, ids):
-    bridge, one = model.bridge(), dictionary()
-    seen = []
-    handle_count = len(bridge.hook_dict[SITE].fwd_hooks)
-    bridge.add_hook(SITE, lambda stream, hook: seen.append(stream.clone()))
-    with attach(bridge, one, error=False):
-        spliced = logits(bridge, ids)
-        bridge.reset_hooks()  # the user's hooks go, the dictionary stays
-        with_cache, cache = bridge.run_with_cache(ids)
-        torch.testing.assert_close(with_cache, spliced, atol=1e-5, rtol=1e-5)
-        stream = cache["blocks.1.hook_resid_post"]
-    torch.testing.assert_close(stream[:, 1:], one(seen[0][:, 1:]))
-    assert len(bridge.hook_dict[SITE].fwd_hooks) == handle_count
-    with attach(bridge, one, error=False):
-        bridge.reset_hooks(including_permanent=True)  # asked for, so that is what happens
-        assert not torch.equal(logits(bridge, ids), spliced)
-
-
-@families("gpt2", "llama")
-def test_a_bridge_has_latents_by_name(model, ids):
-    """As SAELens' users know them: cached, hooked for one run, hooked until reset."""
-    bridge, one = model.bridge(), dictionary()
-    name = f"{SITE}.hook_sae_acts_post"
-    clean = logits(bridge, ids)
-    before = set(bridge.hook_dict)
-
-    def silence(latents, hook):
-        assert hook.name == name
-        latents[..., 1::2] = 0  # in place
-
-    def cached():
-        with no_grad:
-            return bridge.run_with_cache(ids, names_filter=name)
-
-    for error in (True, False):
-        with attach(bridge, one, error=error) as attached:
-            assert set(bridge.hook_dict) - before == {name}
-            alone = logits(bridge, ids)
-            found, cache = cached()
-            assert list(cache) == [name] and torch.equal(found, alone)  # looking changes nothing
-            assert torch.equal(cache[name], attached.latents(SITE))
-            doubling = [(name, lambda latents, hook: latents * 2)]
-            with no_grad:
-                doubled = bridge.run_with_hooks(ids, fwd_hooks=doubling)
-            torch.testing.assert_close(attached.latents(SITE), cache[name] * 2)
-            bridge.add_hook(name, silence)
-            silenced = logits(bridge, ids)
-            assert not attached.latents(SITE)[..., 1::2].any()
-            bridge.reset_hooks()
-            assert torch.equal(logits(bridge, ids), alone)
-            for edit, hooked in (
-                (Scale(range(80), 2.0), doubled),
-                (Ablate(range(1, 80, 2)), silenced),
-            ):
-                attached.edit(SITE, edit)
-                torch.testing.assert_close(logits(bridge, ids), hooked, atol=1e-3, rtol=1e-3)
-                attached.clear()
-            with attach(bridge, dictionary(seed=1)) as inner:
-                assert torch.equal(cached()[1][name], inner.latents(SITE))
-            assert torch.equal(cached()[1][name], attached.latents(SITE))
-    assert set(bridge.hook_dict) == before
-    assert torch.equal(logits(bridge, ids), clean)
 
 
 def test_a_live_model_is_hooked_itself_and_stays_as_it_is(ids):
@@ -360,45 +275,38 @@ def test_gradients_flow_through_the_reconstruction(ids, point):
     assert float(strength.grad) == pytest.approx(slope, rel=2e-2)
 
 
-@families("llama", "gemma2")
-@both
-def test_mid_is_refused_where_the_block_reads_two_streams(model, backend, ids):
-    target = place(model, backend)
-    hf_model = model.hf_model if backend == "transformers" else target.original_model
-    # As of an architecture that casts the stream before the norm.
-    norm = hf_model.get_submodule(model.paths.blocks)[1].get_submodule(model.paths.mid)
-    handle = norm.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
-    logits(target, ids)
-    before = hooks_of(target)
-    try:
-        with (
-            pytest.raises(LlmWsaeError, match=r"blocks\.1\.hook_resid_mid cannot be replaced"),
-            attach(target, dictionary("blocks.1.hook_resid_mid")),
-        ):
-            pass
-        assert hooks_of(target) == before
-    finally:
-        handle.remove()
+@over(family=["llama", "gemma2"])
+def test_mid_is_refused_where_the_block_reads_two_streams(family, ids):
+    """As of an architecture that casts the stream before the norm."""
+    model, site = LanguageModel.from_live(tiny_hf_model(family), None), Site(1, "mid")
+    norm = model.hf_model.get_submodule(model.paths.blocks)[1].get_submodule(model.paths.mid)
+    norm.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
+    before = hooks_of(model)
+    said = r"blocks\.1\.hook_resid_mid cannot be replaced"
+    with pytest.raises(LlmWsaeError, match=said), attach(model, dictionary(str(site))):
+        pass
+    with pytest.raises(LlmWsaeError, match=said):
+        model.resume(ids, site, torch.zeros(*ids.shape, WIDTH))
+    assert hooks_of(model) == before
 
 
 @families("gpt2", "neox")
-@both
-def test_bad_requests_are_sentences(model, backend, ids):
-    target = place(model, backend)
-    logits(target, ids)
-    before = hooks_of(target)
+def test_bad_requests_are_sentences(model, ids):
+    before = hooks_of(model)
 
-    def refused(match, dictionaries, **options):
+    def refused(match, dictionaries, target=model, **options):
         with pytest.raises(UsageError, match=match), attach(target, dictionaries, **options):
-            logits(target, ids)
+            model.logits(ids)
 
     refused("the model has 4 blocks", dictionary("blocks.4.hook_resid_pre"))
     refused("two dictionaries belong to blocks.1", [dictionary(), dictionary(seed=1)])
     refused("12 dimensions, but .* has 32", make_dictionary())
     refused("keep is for 2 contexts", dictionary(), keep=torch.ones(2, 11, dtype=torch.bool))
+    for thing in (torch.nn.Linear(2, 2), "gpt2"):
+        refused(f"attached to a {type(thing).__name__}; give a Lang", dictionary(), thing)
     if not model.paths.mid:
         refused("no blocks.1.hook_resid_mid", dictionary("blocks.1.hook_resid_mid"))
-    with attach(target, dictionary()) as attached:
+    with attach(model, dictionary()) as attached:
         for ask, said in (
             (lambda: attached.codes(SITE), "no forward pass has reached blocks.1"),
             (lambda: attached.latents(EARLIER), "did you mean 'blocks.1.hook_resid_post'"),
@@ -411,128 +319,89 @@ def test_bad_requests_are_sentences(model, backend, ids):
                 ask()
         attached.edit(SITE, lambda latents: latents[:, 1:])
         with pytest.raises(UsageError, match=r"returned \[3, 10, 80\]"):
-            logits(target, ids)
+            model.logits(ids)
         attached.clear()
         attached.edit(SITE, lambda latents: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            logits(target, ids)
-    assert hooks_of(target) == before
-    for thing in (torch.nn.Linear(2, 2), "gpt2"):
-        said = f"attached to a {type(thing).__name__}; give a Transf"
-        with pytest.raises(UsageError, match=said), attach(thing, dictionary()):
-            pass
-
-
-EARLIER = "blocks.1.hook_resid_pre"
+            model.logits(ids)
+    assert hooks_of(model) == before
 
 
 # --- while the model writes ---
 
 
-def caches(model, target):
-    """The ways of generating that the target itself gets right.
-
-    TransformerLens 3.9 and 4.3 lose the cache of the attentions that they compute themselves:
-    transformers 5.24 hands it over under a new name.
-    """
-    broken = target is not model and type(model.hf_model).__name__ != "GPTNeoXForCausalLM"
-    return (False,) if broken else (False, True)
-
-
-def written(target, ids, new, mask=None, cached=True):
+def written(model, ids, new, mask=None, **options):
     """``ids`` with ``new`` tokens of greedy generation behind them."""
-    options = {"max_new_tokens": new, "do_sample": False}
-    options |= {} if mask is None else {"attention_mask": mask}
-    if isinstance(target, LanguageModel):
-        options |= {"use_cache": cached, "pad_token_id": 0, "eos_token_id": None}
-        return target.hf_model.generate(ids, **options)
-    options |= {"use_past_kv_cache": cached, "verbose": False, "stop_at_eos": False}
-    return target.generate(ids, **options)
-
-
-def test_padding_is_known_from_a_cache_of_fixed_size():
-    """There the decoder is given what each position attends to, not which tokens are text."""
-    model = LanguageModel.from_live(tiny_hf_model("llama"), None)
-    one, short = dictionary(), torch.arange(5, 11)[None]
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)
-    mask = (torch.arange(10) >= 4).long()[None]
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    options |= {"cache_implementation": "static"}
-    with attach(model, one, error=False):
-        alone = model.hf_model.generate(short, **options)
-        beside = model.hf_model.generate(padded, attention_mask=mask, **options)
-    assert torch.equal(beside[:, 4:], alone)
+    mask = torch.ones_like(ids) if mask is None else mask
+    options |= {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model.hf_model.generate(ids, attention_mask=mask, **options)
 
 
 @families("gpt2", "llama", "neox")
-@both
 @over(where=[None, slice(6), slice(6, None)])
-def test_steering_while_generating(model, backend, ids, where):
+def test_steering_while_generating(model, ids, where):
     """With a cache, without one, and token by token by hand: the same text."""
-    target, one, ids = place(model, backend), dictionary(), ids[:, :6]
+    one, ids = dictionary(), ids[:, :6]
     direction = 6 * one.W_dec[7]
     expected = ids
     for _ in range(8):
-        hidden = model.activations(expected, [one.site])[one.site]
+        hidden = stream_at(model, expected, one)
         taken = torch.zeros(expected.shape[1], dtype=torch.bool)
         taken[slice(None) if where is None else where] = True
         taken[0] = False
         with no_grad:
             steered = model.resume(expected, one.site, hidden + taken[:, None] * direction)
         expected = torch.cat([expected, steered[:, -1:].argmax(2)], 1)
-    alone = written(target, ids, 8)
-    with attach(target, one) as attached:
+    alone = written(model, ids, 8)
+    with attach(model, one) as attached:
         attached.edit(one.site, Steer(7, 6.0, where))
-        for cached in caches(model, target):
-            assert torch.equal(written(target, ids, 8, cached=cached), expected)
+        for cached in (False, True):
+            assert torch.equal(written(model, ids, 8, use_cache=cached), expected)
     assert not torch.equal(expected, alone)
-    assert torch.equal(written(target, ids, 8), alone)
+    assert torch.equal(written(model, ids, 8), alone)
 
 
 @families("gpt2", "llama", "neox")
-@both
-def test_padding_is_left_alone_and_counts_for_nothing(model, backend, ids):
-    """A prompt padded on the left gives what it gives unpadded; its first real token is kept."""
-    target, one = place(model, backend), dictionary()
-    short = ids[:1, :5]
+def test_padding_is_left_alone_and_counts_for_nothing(model, ids):
+    """A prompt padded on the left gives what it gives unpadded; its first real token is kept.
+
+    With a cache of fixed size the decoder is told what each position attends to, not which tokens
+    are text."""
+    one, short = dictionary(), ids[:1, :5]
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)
     padded = torch.cat([padded, ids[1:2, :9]])
     mask = torch.ones_like(padded)
     mask[0, :4] = 0
-    with attach(target, one, error=False) as attached:
+    with attach(model, one, error=False) as attached:
         attached.edit(SITE, Steer(7, 3.0))
-        together = written(target, padded, 6, mask)
-        assert torch.equal(together[:1, 4:], written(target, short, 6))
-        assert torch.equal(together[1:], written(target, ids[1:2, :9], 6))
-        if backend == "transformers":
-            target.hf_model(padded, attention_mask=mask)
-        else:
-            target(padded, attention_mask=mask)
+        for options in ({}, {"cache_implementation": "static"}):
+            together = written(model, padded, 6, mask, **options)
+            assert torch.equal(together[:1, 4:], written(model, short, 6, **options))
+            assert torch.equal(together[1:], written(model, ids[1:2, :9], 6, **options))
+        model.hf_model(padded, attention_mask=mask)
         used = attached.latents(SITE).any(2)
     assert used.tolist() == [[False] * 5 + [True] * 4, [False] + [True] * 8]
 
 
 @families("gpt2")
-@both
-def test_which_rows_are_touched(model, backend, ids):
-    target = place(model, backend)
+def test_which_rows_are_touched(model, ids):
     norms = model.activations(ids, [Site.parse(SITE)])[Site.parse(SITE)].norm(dim=2)
     threshold = float(norms.median()) + 1e-3
+    usual = norms <= threshold
     one = dictionary(massive_threshold=threshold, store={"packing": {"drop_positions": 3}})
     keep = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) > 0.5
-    with attach(target, one) as attached:
-        logits(target, ids)
-        used = attached.latents(SITE).any(2)
-        assert torch.equal(used, (norms <= threshold) & (torch.arange(11) >= 3))
-        attached.keep = keep
-        logits(target, ids)
-        assert torch.equal(attached.latents(SITE).any(2), keep & (norms <= threshold))
-        attached.keep = keep[:, :4]  # behind its end everything may be changed
-        logits(target, ids)
-        used = torch.cat([keep[:, :4], torch.ones(3, 7, dtype=torch.bool)], 1)
-        assert torch.equal(attached.latents(SITE).any(2), used & (norms <= threshold))
+    with attach(model, one) as attached:
+        for mask, used in (
+            (None, (torch.arange(11) >= 3).expand(3, 11)),
+            (keep, keep),
+            # behind its end everything may be changed
+            (keep[:, :4], torch.cat([keep[:, :4], torch.ones(3, 7, dtype=torch.bool)], 1)),
+        ):
+            attached.keep = mask
+            model.logits(ids)
+            assert torch.equal(attached.latents(SITE).any(2), used & usual)
         attached.keep = torch.zeros(3, 11, dtype=torch.bool)
-        clean, attached.error = logits(target, ids), False
-        assert torch.equal(logits(target, ids), clean)
+        clean, attached.error = model.logits(ids), False
+        assert torch.equal(model.logits(ids), clean)
         assert attached.codes(SITE).values.sum() == 0
-    assert torch.equal(logits(target, ids), clean)
+    assert torch.equal(model.logits(ids), clean)

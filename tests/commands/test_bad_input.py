@@ -292,7 +292,7 @@ PLACES = """\
 1 TRAINING --k 4 --out mine
     mine holds other files (log.jsonl)
 1 STUDYING --out mine
-    mine holds other files (report.md)
+    mine holds other files (report.html)
 1 HARVESTING --out store --dtype float32 --model other
     store has other settings ( … model name: "model" in the saved … choose another folder
 1 HARVESTING --out store --dtype float32 --tokens 100
@@ -307,7 +307,7 @@ def test_nothing_of_other_people_or_settings_is_replaced(refused, world, subtest
     (world / "page.html").write_text("<p>mine")
     (world / "mine").mkdir()
     (world / "mine/log.jsonl").write_text("my log\n")
-    (world / "mine/report.md").write_text("my report")
+    (world / "mine/report.html").write_text("my report")
     for (code, *command), said in cases(PLACES, **WORDS):
         with subtests.test(ascii(command)):
             assert len(refused(int(code), *command, said=said)) < 700

@@ -36,7 +36,7 @@ WORKING = {
             "--evaluate.tokens", 60),
     "study": ("store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--k", 4,
               "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
-    "theory": ("--sparsity", 0.99, "--seeds", 0, "--steps", 3, "--model-steps", 3),
+    "theory": ("--sparsity", 0.99, "--seeds", 0, "--steps", 3),
     "explain": ("trained/uniform-k4", "--store", "store", "--model", "model",
                 "--endpoint", "http://127.0.0.1:9/v1", "--explainer", "x"),
     "push": ("trained/uniform-k4", "user/saes"),

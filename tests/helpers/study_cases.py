@@ -5,6 +5,7 @@ import numpy as np
 from llm_wsae.lab.studies.arms import PLAIN
 from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.results import Result
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import STUDIED
 
 KS = (16, 32)
@@ -51,6 +52,7 @@ class Made:
             fvu=0.1,
             shares={"eligible_share": 0.8, "dense_share": 0.01, "dead_share": 0.0, "l0": float(k)},
             density=float(k),
+            text=TextSize(10**6, 10**4, 1e4),
         )
 
     def plain(self, ks=KS, seeds=SEEDS) -> list[Result]:

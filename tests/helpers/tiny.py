@@ -4,7 +4,9 @@ A language model with its tokenizer and text, one of each architecture that site
 a sentence encoder.
 """
 
+import copy
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.language_model import LanguageModel, share_weights
 
 WORDS = [f"w{i}" for i in range(50)]
 BOS, EOS = 50, 51
@@ -80,27 +82,38 @@ def tiny_hf_model(family: str, seed: int = 0):
         intermediate_size=64,
         max_position_embeddings=32,
     )
+    gpt2 = dict(vocab_size=VOCAB, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=32)
     llama = dict(neox, num_key_value_heads=2)
-    config, model_class = {
-        "gpt2": lambda: (
-            t.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=32),
-            t.GPT2LMHeadModel,
+    model_class, config_class, sizes = {
+        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, gpt2),
+        "llama": (t.LlamaForCausalLM, t.LlamaConfig, llama),
+        "neox": (t.GPTNeoXForCausalLM, t.GPTNeoXConfig, neox),
+        "neox-sequential": (
+            t.GPTNeoXForCausalLM, t.GPTNeoXConfig, neox | {"use_parallel_residual": False}
         ),
-        "llama": lambda: (t.LlamaConfig(**llama), t.LlamaForCausalLM),
-        "neox": lambda: (t.GPTNeoXConfig(**neox), t.GPTNeoXForCausalLM),
-        "neox-sequential": lambda: (
-            t.GPTNeoXConfig(**neox, use_parallel_residual=False),
-            t.GPTNeoXForCausalLM,
-        ),
-        "gemma2": lambda: (t.Gemma2Config(**llama, head_dim=8), t.Gemma2ForCausalLM),
-        "unknown": lambda: (t.BioGptConfig(**neox), t.BioGptForCausalLM),
-    }[family]()
-    hf_model = model_class(config)
+        "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, llama | {"head_dim": 8}),
+        "unknown": (t.BioGptForCausalLM, t.BioGptConfig, neox),
+    }[family]  # fmt: skip
+    hf_model = model_class(config_class(**sizes))
     with torch.no_grad():
         for parameter in hf_model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(5)
     return hf_model
+
+
+def bridge_of(model: LanguageModel):
+    """TransformerLens' bridge over the same weights, made without a network."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        hf_model, tokenizer = share_weights(model.hf_model), copy.deepcopy(model.tokenizer)
+        hf_model.config.architectures = [type(hf_model).__name__]
+        tokenizer.init_kwargs |= {"name_or_path": model.name, "add_bos_token": True}
+        return TransformerBridge.boot_transformers(
+            model.name, hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=model.dtype
+        )
 
 
 def tiny_encoder() -> tuple[BertModel, PreTrainedTokenizerFast]:

@@ -34,8 +34,7 @@ def test_rows_in_memory_are_a_source():
 
 @pytest.mark.slow
 def test_every_dictionary_is_compared_with_the_truth_and_a_finished_one_is_only_read(tmp_path):
-    words = ("theory", "--sparsity", 0.99, "--seeds", 0, "--steps", 150, "--model-steps", 100,
-             "--out", tmp_path)  # fmt: skip
+    words = ("theory", "--sparsity", 0.99, "--seeds", 0, "--steps", 150, "--out", tmp_path)
     text = works(*words).out
     found = json.loads((tmp_path / "theory.json").read_text())["found"]["0.99"]
     assert list(found) == NAMES and all(name in text for name in NAMES)

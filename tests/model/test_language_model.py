@@ -16,6 +16,7 @@ from tiny import (
     KNOWN,
     VOCAB,
     WIDTH,
+    bridge_of,
     tiny_encoder,
     tiny_hf_model,
     tiny_tokenizer,
@@ -44,6 +45,12 @@ def ids():
     return drawn(3)
 
 
+@pytest.fixture
+def cores():
+    yield torch.set_num_threads
+    torch.set_num_threads(THREADS)
+
+
 def all_families(*names):
     return looped("model", names or FAMILIES, model_of)
 
@@ -60,13 +67,17 @@ def hooks_and_patches(model):
     ]
 
 
+def some_sites(model, blocks=(0, 2, BLOCKS - 1)):
+    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
+    return [Site(block, point) for block in blocks for point in points]
+
+
 def test_several_threads_may_ask_at_once(ids):
     """Each has hooks of its own on the same modules."""
     model = model_of("llama")
     sites = [Site(0, "pre"), Site(1, "post"), Site(3, "post")]
     hidden = [model.activations(ids, [site])[site] for site in sites]
-    with torch.no_grad():
-        logits = model.logits(ids)
+    logits = model.logits(ids)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
 
@@ -76,7 +87,6 @@ def test_several_threads_may_ask_at_once(ids):
             assert torch.equal(rows, hidden[number])
             with torch.no_grad():
                 assert torch.equal(model.resume(ids, sites[1], hidden[1]), logits)
-                assert torch.equal(model.logits_and_activations(ids, sites[1])[0], logits)
 
     try:
         with ThreadPoolExecutor(3) as pool:
@@ -87,19 +97,17 @@ def test_several_threads_may_ask_at_once(ids):
 
 @all_families()
 @over(contexts=[3, 100])
-def test_rows_equal_hidden_states_however_contexts_are_divided(model, contexts):
+def test_rows_equal_hidden_states_however_contexts_are_divided(model, contexts, cores):
     """All in one pass, or 93 on one core and 7 on another."""
     ids = drawn(contexts)
     # the last entry of hidden_states is behind the final norm
     behind = {Site(block, "post"): block + 1 for block in range(BLOCKS - 1)}
     behind |= {Site(block, "pre"): block for block in range(BLOCKS)}
     sites = list(behind)
-    torch.set_num_threads(1)  # as each part has; several round a product otherwise
-    try:
-        with torch.no_grad():
-            states = model.hf_model(ids, output_hidden_states=True).hidden_states
-    finally:
-        torch.set_num_threads(THREADS)
+    cores(1)  # as each part has; several round a product otherwise
+    with torch.no_grad():
+        states = model.hf_model(ids, output_hidden_states=True).hidden_states
+    cores(THREADS)
     before = hooks_and_patches(model)
     rows = model.activations(ids, sites)
     assert list(rows) == sites and hooks_and_patches(model) == before
@@ -120,20 +128,36 @@ def test_visits_see_all_contexts_at_once(model):
 
 
 @all_families(*KNOWN)
-def test_sites_equal_the_bridge(model, ids):
-    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
-    sites = [Site(block, point) for block in (0, 2, BLOCKS - 1) for point in points]
-    _, cache = model.bridge().run_with_cache(ids)
-    for site, rows in model.activations(ids, sites).items():
+def test_sites_embeddings_and_replaced_streams_are_those_of_transformer_lens(model, ids):
+    bridge = bridge_of(model)
+    assert model.W_E.shape == (VOCAB, WIDTH) and model.W_U.shape == (WIDTH, VOCAB)
+    assert torch.equal(model.W_E, bridge.W_E) and torch.equal(model.W_U, bridge.W_U)
+    _, cache = bridge.run_with_cache(ids)
+    for site, rows in model.activations(ids, some_sites(model)).items():
         torch.testing.assert_close(rows, cache[str(site)], rtol=1e-4, atol=1e-4)
+    clean = model.logits(ids)
+    for site in some_sites(model):
+        new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(site.block))
+        expected = bridge.run_with_hooks(
+            ids, fwd_hooks=[(str(site), lambda stream, hook, new=new: new)]
+        )
+        assert not torch.allclose(expected, clean, atol=1e-2)
+        found = model.resume(ids, site, new)
+        # a bridge's hook on the input of the MLP's norm misses the residual branch
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4) == (site.point != "mid")
+    if not model.paths.mid:
+        assert "blocks.1.hook_resid_mid" not in bridge.hook_dict
 
 
-@all_families("neox", "unknown")
-def test_no_mid_without_a_stream_between_attention_and_mlp(model, ids):
-    with pytest.raises(UsageError, match=r"has no blocks\.1\.hook_resid_mid: "):
-        model.activations(ids, [Site(1, "mid")])
-    if model.paths.from_transformer_lens:
-        assert "blocks.1.hook_resid_mid" not in model.bridge().hook_dict
+@all_families("gpt2", "llama", "neox-sequential")
+def test_resume_at_mid_reaches_the_residual_branch(model, ids):
+    """Block output = new + mlp(norm(new))."""
+    new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3))
+    block = blocks_of(model)[1]
+    with torch.no_grad():
+        expected = new + block.mlp(block.get_submodule(model.paths.mid)(new))
+    with_new = model.resume(ids, Site(1, "mid"), new)
+    assert torch.equal(with_new, model.resume(ids, Site(1, "post"), expected))
 
 
 @all_families()
@@ -163,11 +187,8 @@ def test_only_the_blocks_that_are_needed_run(model, ids, point):
 
 @all_families()
 def test_nothing_is_left_behind(model, ids):
-    before = hooks_and_patches(model)
-    expected = model.logits(ids)
-    site = Site(2, "pre")
-    model.activations(ids, [site])
-    _, rows = model.logits_and_activations(ids, site)
+    before, expected, site = hooks_and_patches(model), model.logits(ids), Site(2, "pre")
+    rows = model.activations(ids, [site])[site]
     model.resume(ids, site, rows)
     failing = blocks_of(model)[2].register_forward_pre_hook(lambda *_: 1 / 0)
     for call in (
@@ -185,93 +206,25 @@ def test_nothing_is_left_behind(model, ids):
 def test_resume_with_the_clean_activation_changes_nothing(model, ids):
     with torch.no_grad():
         expected = model.hf_model(ids).logits
-    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
-    for block in (0, 1, BLOCKS - 1):
-        for point in points:
-            site = Site(block, point)
-            logits, rows = model.logits_and_activations(ids, site)
-            assert torch.equal(logits, expected)
-            assert torch.equal(rows, model.activations(ids, [site])[site])
-            assert torch.equal(model.resume(ids, site, rows), expected), site
-
-
-@all_families(*KNOWN)
-@over(point=["pre", "post"])
-def test_resume_equals_the_bridge_with_a_replaced_stream(model, ids, point):
-    for block in (0, 2, BLOCKS - 1):
-        site = Site(block, point)
-        new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(block))
-        expected = model.bridge().run_with_hooks(
-            ids, fwd_hooks=[(str(site), lambda stream, hook, new=new: new)]
-        )
-        assert not torch.allclose(expected, model.logits(ids), atol=1e-2)
-        torch.testing.assert_close(model.resume(ids, site, new), expected, rtol=1e-4, atol=1e-4)
-
-
-@all_families("gpt2", "llama", "neox-sequential")
-def test_resume_at_mid_reaches_the_residual_branch(model, ids):
-    """Block output = new + mlp(norm(new)), which a bridge hook on the norm's input misses."""
-    site, after = Site(1, "mid"), Site(1, "post")
-    new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3))
-    block = blocks_of(model)[1]
-    with torch.no_grad():
-        expected = new + block.mlp(block.get_submodule(model.paths.mid)(new))
-    with_new = model.resume(ids, site, new)
-    assert torch.equal(with_new, model.resume(ids, after, expected))
-
-    spliced = model.bridge().run_with_hooks(ids, fwd_hooks=[(str(site), lambda stream, hook: new)])
-    assert not torch.allclose(spliced, with_new, atol=1e-2)
-
-
-@all_families("llama")
-def test_resume_refuses_mid_where_the_stream_would_be_changed(model, ids):
-    """An attention that adds to the stream even with its output zeroed must not pass unnoticed."""
-    site = Site(1, "mid")
-    block = blocks_of(model)[1]
-    norm = block.get_submodule(model.paths.mid)
-    handle = norm.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    with pytest.raises(LlmWsaeError, match="changes the stream inside the block"):
-        model.resume(ids, site, torch.randn(*ids.shape, WIDTH))
-    handle.remove()
+    assert torch.equal(model.logits(ids), expected)
+    for site in some_sites(model, (0, 1, BLOCKS - 1)):
+        rows = model.activations(ids, [site])[site]
+        assert torch.equal(model.resume(ids, site, rows), expected), site
 
 
 @all_families()
 def test_resume_is_differentiable_in_the_activation(model, ids):
-    rows = torch.randn(*ids.shape, WIDTH, requires_grad=True)
-    site = Site(2, "post")
-    direction = torch.randn(*ids.shape, WIDTH)
-    model.resume(ids, site, rows).logsumexp(-1).sum().backward()
-    with torch.no_grad():
-        ahead, behind = (
-            model.resume(ids, site, rows + sign * 1e-3 * direction).double().logsumexp(-1).sum()
-            for sign in (1, -1)
-        )
-    slope = ((ahead - behind) / 2e-3).item()
-    assert (rows.grad * direction).sum().item() == pytest.approx(slope, rel=2e-2)
-
-
-@all_families(*KNOWN)
-def test_embeddings_are_transformer_lens(model):
-    assert model.W_E.shape == (VOCAB, WIDTH) and model.W_U.shape == (WIDTH, VOCAB)
-    assert torch.equal(model.W_E, model.bridge().W_E)
-    assert torch.equal(model.W_U, model.bridge().W_U)
-
-
-@over(family=KNOWN)
-def test_the_bridge_shares_weights_and_leaves_the_model_alone(family, ids):
-    model = LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
-    modules = {name: type(m) for name, m in model.hf_model.named_modules()}
-    config, tokenizer = model.hf_model.config.to_dict(), model.tokenizer.init_kwargs.copy()
-    attention, expected = model.hf_model.config._attn_implementation, model.logits(ids)
-    bridge = model.bridge()
-    assert bridge is model.bridge()
-    ours = {p.data_ptr() for p in model.hf_model.parameters()}
-    assert ours <= {p.data_ptr() for p in bridge.original_model.parameters()}
-    bridge(ids)
-    assert {name: type(m) for name, m in model.hf_model.named_modules()} == modules
-    assert (model.hf_model.config.to_dict(), model.tokenizer.init_kwargs) == (config, tokenizer)
-    assert model.hf_model.config._attn_implementation == attention
-    assert torch.equal(model.logits(ids), expected)
+    for site in some_sites(model, (2,)):
+        rows = torch.randn(*ids.shape, WIDTH, requires_grad=True)
+        direction = torch.randn(*ids.shape, WIDTH)
+        model.resume(ids, site, rows).logsumexp(-1).sum().backward()
+        with torch.no_grad():
+            ahead, behind = (
+                model.resume(ids, site, rows + sign * 1e-3 * direction).double().logsumexp(-1).sum()
+                for sign in (1, -1)
+            )
+        slope = ((ahead - behind) / 2e-3).item()
+        assert (rows.grad * direction).sum().item() == pytest.approx(slope, rel=2e-2)
 
 
 def test_a_live_model_is_left_as_it_is():
@@ -290,23 +243,24 @@ def test_a_live_model_is_left_as_it_is():
 
 def test_bad_requests_are_sentences(ids):
     model = LanguageModel.from_live(tiny_hf_model("gpt2"), None)
-    unknown, encoder = model_of("unknown"), BertForMaskedLM(tiny_encoder()[0].config)
+    encoder, mid = BertForMaskedLM(tiny_encoder()[0].config), [Site(1, "mid")]
+    too_long, unknown = torch.zeros(1, 33, dtype=torch.long), torch.tensor([[9999, 0]])
     for said, call in {
         "the model has 4 blocks": lambda: model.activations(ids, [Site(4, "pre")]),
-        "33 tokens are too long for .* reads at most 32": lambda: model.logits(
-            torch.zeros(1, 33, dtype=torch.long)
-        ),
-        "needs a tokenizer": model.bridge,
+        "33 tokens are too long for .* reads at most 32": lambda: model.logits(too_long),
         "is not a causal language": lambda: LanguageModel.from_live(torch.nn.Linear(2, 2), None),
         "BertForMaskedLM is an encoder": lambda: LanguageModel.from_live(encoder, None),
         "no site to record at": lambda: model.activations(ids, []),
         "at least one context of one token": lambda: model.logits(ids[:, :0]),
-        "was given ids from 0 to 9999; use its own": lambda: model.logits(
-            torch.tensor([[9999, 0]])
+        "was given ids from 0 to 9999; use its own": lambda: model.logits(unknown),
+        r"no blocks\.1\.hook_resid_mid: its blocks run attention and MLP in parallel": (
+            lambda: model_of("neox").activations(ids, mid)
         ),
-        "does not support BioGptForCausalLM": unknown.bridge,
+        r"no blocks\.1\.hook_resid_mid: TransformerLens does not know": (
+            lambda: model_of("unknown").activations(ids, mid)
+        ),
     }.items():
-        with pytest.raises(LlmWsaeError, match=said):
+        with pytest.raises((LlmWsaeError, UsageError), match=said):
             call()
 
 
@@ -334,19 +288,10 @@ def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
     assert len(others | {saved["a"]["weights_sha256"]}) == 4
 
 
-# --- cores shared out ---
-
-
-@pytest.fixture(params=[1, 2, 5])
-def cores(request):
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(THREADS)
-
-
-@over(pieces=[0, 1, 2, 7])
-def test_results_come_in_order_and_cores_are_shared_out(cores, pieces):
-    meeting = threading.Barrier(min(cores, pieces), timeout=60) if pieces else None
+@over(count=[1, 2, 5], pieces=[0, 1, 2, 7])
+def test_results_come_in_order_and_cores_are_shared_out(cores, count, pieces):
+    cores(count)
+    meeting = threading.Barrier(min(count, pieces), timeout=60) if pieces else None
 
     def work(piece):
         if piece < meeting.parties:
@@ -355,16 +300,15 @@ def test_results_come_in_order_and_cores_are_shared_out(cores, pieces):
 
     found = parallel_map(work, range(pieces))
     assert [piece for piece, _, _ in found] == list(range(pieces))
-    workers = max(1, min(cores, pieces))
-    assert all(share == cores // workers for _, share, _ in found)
+    workers = max(1, min(count, pieces))
+    assert all(share == count // workers for _, share, _ in found)
     if workers == 1:
         assert all(thread == threading.get_ident() for _, _, thread in found)
-    assert torch.get_num_threads() == cores
+    with pytest.raises(ZeroDivisionError):
+        parallel_map(lambda piece: 1 // (3 - piece), range(5))
+    assert torch.get_num_threads() == count
     later = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert later == [cores]
-    with pytest.raises(ZeroDivisionError):
-        parallel_map(lambda piece: 1 // (3 - piece), range(5))
-    assert torch.get_num_threads() == cores
+    assert later == [count]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary
-from tiny import VOCAB, tiny_encoder, tiny_hf_model, tiny_tokenizer
+from tiny import VOCAB, bridge_of, tiny_encoder, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -50,24 +50,21 @@ def test_a_local_folder_loads_without_touching_the_network(folder, hub):
     torch.testing.assert_close(model.logits(ids), expected)
     for half in ("bfloat16", torch.bfloat16):
         assert LanguageModel.load(str(folder), dtype=half).dtype == torch.bfloat16
-    model.bridge()(ids)
+    bridge_of(model)(ids)
     assert hub.requests == []
 
 
-NOWHERE = [
-    ("./no/such/folder", {}, "there is no model at ./no/such/folder"),
-    ("no-such.gguf", {}, "there is no file no-such.gguf"),
-    ("two words!", {}, "there is no model 'two words!'"),
-    ("two words!", {"download": False}, "there is no model 'two words!'"),
-    ("gpt2", {"dtype": "float23"}, "did you mean 'float32'"),
-    ("gpt2", {"device": "abacus"}, "there is no device 'abacus'"),
-    ("gpt2", {"device": "cpu:x"}, "there is no device 'cpu:x'"),
-    ("gpt2", {"device": "cuda:99"}, "there is no device 'cuda:99'"),
-]
-
-
 def test_names_that_lead_nowhere():
-    for spec, options, sentence in NOWHERE:
+    for spec, options, sentence in (
+        ("./no/such/folder", {}, "there is no model at ./no/such/folder"),
+        ("no-such.gguf", {}, "there is no file no-such.gguf"),
+        ("two words!", {}, "there is no model 'two words!'"),
+        ("two words!", {"download": False}, "there is no model 'two words!'"),
+        ("gpt2", {"dtype": "float23"}, "did you mean 'float32'"),
+        ("gpt2", {"device": "abacus"}, "there is no device 'abacus'"),
+        ("gpt2", {"device": "cpu:x"}, "there is no device 'cpu:x'"),
+        ("gpt2", {"device": "cuda:99"}, "there is no device 'cuda:99'"),
+    ):
         refused(sentence, spec, kind=UsageError, **options)
     for options in ({}, {"download": False}):
         refused("the Hub cannot be reached", "nobody/no-such-model", **options)
@@ -101,6 +98,8 @@ def test_folders_that_hold_no_causal_model(tmp_path):
     refused("no file named model.safetensors", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors" * 9)
     refused("cannot be loaded as a causal language model", tmp_path)
+    transformers.BertLMHeadModel(tiny_encoder()[0].config).save_pretrained(tmp_path)
+    wrong("is an encoder, in which tokens attend to later")
 
 
 def test_weights_that_do_not_fit_the_configuration(folder):
@@ -180,20 +179,6 @@ def test_code_that_comes_with_a_model_is_never_run(folder):
         path.write_text(before)
 
 
-def test_an_encoder_predicts_no_next_token(folder):
-    config = tiny_encoder()[0].config
-    transformers.BertLMHeadModel(config).save_pretrained(folder)
-    refused("is an encoder, in which tokens attend to later", folder, kind=UsageError)
-
-
-def test_gguf_files_that_cannot_be_read(tmp_path):
-    pytest.importorskip("gguf")
-    path = tmp_path / "broken.gguf"
-    for content in (b"", b"not gguf" * 99, b"GGUF\3" + bytes(12)):  # the last: cut in its header
-        path.write_bytes(content)
-        refused("cannot be loaded as a causal language model", path)
-
-
 def test_answers_of_the_hub_become_sentences(hub, folder):
     """A model of the Hub is known by its commit, also without a network."""
     for path in folder.iterdir():
@@ -235,13 +220,11 @@ def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
 
     ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
     site = Site(9, "mid")
-    logits, rows = model.logits_and_activations(ids, site)
+    logits, rows = model.logits(ids), model.activations(ids, [site])[site]
     assert torch.equal(model.resume(ids, site, rows), logits)
     assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
-    _, cache = model.bridge().run_with_cache(ids)
-    difference = (rows - cache[str(site)]).float().norm() / rows.float().norm()
-    assert difference < 0.02
-    assert torch.equal(model.logits(ids), logits)
+    _, cache = bridge_of(model).run_with_cache(ids)
+    assert (rows - cache[str(site)]).float().norm() < 0.02 * rows.float().norm()
 
 
 def test_names_of_sites():

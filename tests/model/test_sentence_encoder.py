@@ -74,18 +74,15 @@ def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch
 
 
 CODE = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
-
-
-@over(
-    damage=[
-        ("config.json", {"model_type": "theirs", "auto_map": CODE}),
-        ("config.json", {"num_hidden_layers": 10**9}),
-        ("config.json", {"hidden_act": None}),
-        ("config.json", {"layer_norm_eps": "x"}),
-        ("tokenizer_config.json", {"pad_token": 3}),
-        ("tokenizer_config.json", {"tokenizer_class": 3}),
-    ]
+DAMAGES = (
+    ("config.json", {"model_type": "theirs", "auto_map": CODE}),
+    ("config.json", {"num_hidden_layers": 10**9}),
+    ("config.json", {"layer_norm_eps": "x"}),
+    ("tokenizer_config.json", {"tokenizer_class": 3}),
 )
+
+
+@over(damage=DAMAGES)
 def test_damaged_encoders_and_their_code(tmp_path, damage):
     """Each is refused in a sentence; no code is run, and nobody is asked whether it may be."""
     path, changes = save_encoder(tmp_path) / damage[0], damage[1]

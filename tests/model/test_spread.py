@@ -3,11 +3,10 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import WIDTH, tiny_hf_model, tiny_tokenizer
+from tiny import tiny_hf_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.model.forward import _zeros_like
+from llm_wsae.errors import UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import POINTS, Site
 
@@ -61,18 +60,6 @@ def test_rows_logits_and_identity_are_those_of_one_device(folder, spread):
     torch.testing.assert_close(apart.logits(IDS), model.logits(IDS), rtol=1e-5, atol=1e-6)
     assert torch.equal(apart.W_U, model.W_U) and torch.equal(apart.W_E, model.W_E)
     assert any(p.is_meta for p in spread.parameters())  # nothing has stayed
-
-
-def test_zeros_in_the_place_of_an_attention_are_on_its_device():
-    rows = torch.zeros(*IDS.shape, WIDTH)
-    zeros = _zeros_like(lambda: rows)((rows[..., :1].to("meta"),), {})
-    assert zeros.is_meta and zeros.shape == rows.shape
-
-
-def test_what_a_spread_model_cannot(spread):
-    model = LanguageModel.from_live(spread, tiny_tokenizer())
-    with pytest.raises(LlmWsaeError, match="is spread over devices"):
-        model.bridge()
     with pytest.raises(UsageError, match="in training mode; call its eval"):
         LanguageModel.from_live(spread.train(), None)
 

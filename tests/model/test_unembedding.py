@@ -32,8 +32,7 @@ def drawn(model):
 
 
 def ends_and_logits(model):
-    ids, hidden = drawn(model)
-    end = model.resume_to_end(ids, SITE, hidden)
+    end = model.resume_to_end(drawn(model)[0], SITE, drawn(model)[1])
     with torch.no_grad(), model.unembedding() as unembedding:
         return end, unembedding(end.flatten(0, 1))
 
@@ -84,6 +83,9 @@ def test_products_are_those_of_the_weights(model):
     with model.prepacked():  # weights that have changed are read again
         assert agree(ends_and_logits(model)[1], expected)
     assert are_as_they_were(model) and model._prepacked._copies is None
+    exact = LanguageModel.from_live(tiny_hf_model("llama").double().eval(), None)
+    with exact.prepacked():  # which oneDNN does not multiply faster
+        assert are_as_they_were(exact)
 
 
 @needs_layout
@@ -102,16 +104,12 @@ def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
 
 
 @needs_layout
-def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
+def test_gradients_and_few_rows_take_the_weights(model):
     ids, hidden = drawn(model)
     hidden.requires_grad_()
     with model.prepacked():
         model.logits(ids[:1, :4])
         model.resume(ids, SITE, hidden).float().square().mean().backward()
-        half = nn.Linear(8, 8, dtype=torch.float16)
-        rows = torch.ones(unembedding._MANY, 8, dtype=torch.float16)
-        with torch.no_grad():
-            assert torch.equal(model._prepacked.product(half, rows), half(rows))
         assert not model._prepacked._copies
     assert hidden.grad.isfinite().all() and hidden.grad.any()
 
@@ -138,9 +136,3 @@ def test_it_is_closed_behind_the_passes_of_other_threads(model):
     for one in threads:
         one.join(20)
     assert not any(one.is_alive() for one in threads) and are_as_they_were(model)
-
-
-def test_other_models_are_left_alone():
-    exact = LanguageModel.from_live(tiny_hf_model("llama").double().eval(), None)
-    with exact.prepacked():
-        assert are_as_they_were(exact)

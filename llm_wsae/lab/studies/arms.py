@@ -7,6 +7,7 @@ to the others, a measure says little of what was learnt.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from llm_wsae.lab.config import StudyGrid
@@ -34,7 +35,7 @@ class PlannedArm:
     arm: ArmConfig
     label: str
     """Name of its weights without the random draw, shared with other k and seeds."""
-    control: str | None
+    control: str | None = None
     """Label of its control."""
 
     @property
@@ -61,22 +62,6 @@ def plan(inputs: RuleInputs, grid: StudyGrid, weigh: WeightConfig) -> list[Plann
     return list(arms.values())
 
 
-def baselines(inputs: RuleInputs, grid: StudyGrid) -> list[PlannedArm]:
-    """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
-    frozen encoder: all TopK, with the first k of the study.
-
-    An architecture that all dictionaries of the study have is no baseline of it.
-    """
-    weights, k = weights_from_rule(PLAIN, 1.0, inputs), grid.k[0]
-    found = [PlannedArm(ArmConfig(weights, k), RAW, None)]
-    for seed in dict.fromkeys(grid.seeds):
-        for name, label in FROZEN.items():
-            if name != grid.architecture:
-                arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
-                found.append(PlannedArm(arm, label, None))
-    return found
-
-
 def _weights(
     inputs: RuleInputs, grid: StudyGrid, weigh: WeightConfig, seed: int
 ) -> Iterator[tuple[LossWeights, str | None]]:
@@ -87,13 +72,26 @@ def _weights(
         return weights_from_rule(rule, alpha, inputs, config)
 
     yield weights_from_rule(PLAIN, 1.0, inputs), None
-    for rule in grid.rules:
-        matched = rule.matched_control(weigh)
-        for alpha in grid.alpha:
-            weights = drawn(rule, alpha)
-            if weights.label == PLAIN:
-                continue
-            control = None if matched is None else drawn(matched, alpha)
-            yield weights, None if control is None else control.label
-            if control is not None:
-                yield control, None
+    for rule, alpha in product(grid.rules, grid.alpha):
+        weights, matched = drawn(rule, alpha), rule.matched_control(weigh)
+        if weights.label == PLAIN:
+            continue
+        if matched is None:
+            yield weights, None
+        else:
+            control = drawn(matched, alpha)
+            yield weights, control.label
+            yield control, None
+
+
+def baselines(inputs: RuleInputs, grid: StudyGrid) -> list[PlannedArm]:
+    """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
+    frozen encoder: all TopK, with the first k of the study. An architecture that all dictionaries
+    of the study have is no baseline of it."""
+    weights, k = weights_from_rule(PLAIN, 1.0, inputs), grid.k[0]
+    found = [PlannedArm(ArmConfig(weights, k), RAW)]
+    for seed, (name, label) in product(dict.fromkeys(grid.seeds), FROZEN.items()):
+        if name != grid.architecture:
+            arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
+            found.append(PlannedArm(arm, label))
+    return found

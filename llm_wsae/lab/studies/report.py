@@ -1,4 +1,4 @@
-"""The report of a study: verdicts, tables, JSON, and a page of all of them.
+"""The report of a study: verdicts, as a table, as JSON, and as a page.
 
 Every rule is compared with plain dictionaries of the same k and seeds, and with its control. KL,
 detection of latents and spill decide, the last two without latents that fire on more than a tenth
@@ -11,9 +11,10 @@ covers all rules, k and deciding measures of the study.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llm_wsae.artifact.files import write_json, write_text
@@ -27,7 +28,7 @@ from llm_wsae.statistics.uncertainty import LEVEL, holm
 from llm_wsae.terminal import Table, aligned
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "not shown"
-REPORT_FILES = REPORT, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
+REPORT, PAGE = "report.json", "report.html"
 _QUESTION = "Is a dictionary with weights better than a plain one of the same k?"
 _HOW_TO_READ = (
     "Each value less that of the plain dictionary of the same k and seed. Square brackets hold the "
@@ -53,6 +54,7 @@ _LEGEND = (
 _FIDELITY = [measure.key for measure in DRAWN]
 _NONE = "–"
 _Kind = tuple[str, int]  # a label and a k
+_Groups = dict[_Kind, list[Result]]
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,16 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     adjusted: dict[_Kind, dict[str, float]] = defaultdict(dict)
     for (kind, measure), p in zip(tests, holm(list(tests.values())), strict=True):
         adjusted[kind][measure] = p
-    seeds = {kind: {result.seed for result in own} for kind, own in groups.items()}
+
+    def seeds(kind: _Kind) -> set[int]:
+        return {result.seed for result in groups.get(kind, ())}
+
     return [
         Compared(
             label=kind[0],
             k=kind[1],
             control=label,
-            seeds=tuple(sorted(seeds[kind] & seeds.get((PLAIN, kind[1]), set()))),
+            seeds=tuple(sorted(seeds(kind) & seeds((PLAIN, kind[1])))),
             effects=effects[kind],
             against_control=against[kind],
             adjusted=adjusted[kind],
@@ -110,17 +115,14 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     ]
 
 
-def _grouped(results: Iterable[Result]) -> dict[_Kind, list[Result]]:
-    """By label and k."""
-    groups: dict[_Kind, list[Result]] = {}
+def _grouped(results: Iterable[Result]) -> _Groups:
+    groups: _Groups = {}
     for result in results:
         groups.setdefault((result.label, result.k), []).append(result)
     return groups
 
 
-def _differences(
-    groups: Mapping[_Kind, Sequence[Result]], kind: _Kind, beside: str
-) -> dict[str, Estimate]:
+def _differences(groups: _Groups, kind: _Kind, beside: str) -> dict[str, Estimate]:
     """By measure, from the dictionaries of another label and the same k."""
     found = {}
     for measure in STUDIED:
@@ -143,7 +145,6 @@ def _p(measure: str, effect: Estimate, against: Estimate | None) -> float:
 
 
 def _is_gain(measure: str, estimate: Estimate) -> bool:
-    """Whether a difference is in the better direction."""
     sign = -1 if STUDIED[measure].lower_is_better else 1
     return sign * estimate.difference > 0
 
@@ -196,9 +197,8 @@ class StudyReport:
         )
 
     def write(self, out: Path) -> None:
-        """Write JSON, Markdown and page. Raises LlmWsaeError if that is impossible."""
+        """Write JSON and page. Raises LlmWsaeError if that is impossible."""
         write_json(out / REPORT, self.to_dict())
-        write_text(out / MARKDOWN, self.markdown())
         write_text(out / PAGE, self.page())
 
     def sentences(self) -> list[str]:
@@ -213,27 +213,29 @@ class StudyReport:
             parts += ["difference from the plain dictionaries of the same k", aligned(rows)]
         return "\n\n".join([*parts, *self.sentences()])
 
-    def markdown(self) -> str:
-        """The same and more, as Markdown."""
-        parts = [f"# {self._title}", *(f"- {sentence}" for sentence in self.sentences())]
-        parts += [table.markdown() for table in self._tables()]
-        measures = [STUDIED[name] for name in self._measures]
-        parts += ["\n".join(f"- {one.title}: {one.meaning}" for one in measures)]
-        return "\n\n".join(parts) + "\n"
-
     def page(self) -> str:
         """All of it as one HTML file that needs no network (``pages/report.html``)."""
         figures = self.figures()
         numbers = {one["name"]: number for number, one in enumerate(figures["series"])}
+        titles = [STUDIED[measure].title for measure in deciding(self.results)]
+        words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
+        tables = (
+            Table(
+                self._differences(self._measures),
+                words=[words],
+                title="Differences from plain dictionaries of the same k",
+            ),
+            Table(self._dictionaries(), words=[_BASELINES], title="Dictionaries"),
+        )
         about = {
-            "title": self._title,
+            "title": f"Study of weights at {self.site}, {self.basis['training']['architecture']}",
             "words": [_QUESTION, *self._notes()],
             "facts": self._facts(),
             "evidence": [
                 {"series": numbers[one.label], "name": one.name, "text": _evidence(one)}
                 for one in self._claims()
             ],
-            "tables": [table.of_page() for table in self._tables()],
+            "tables": [table.of_page() for table in tables],
         }
         return filled("report.html", figures | about)
 
@@ -241,44 +243,42 @@ class StudyReport:
         """What the page draws, JSON-able; ``pages/report.html`` says what it expects."""
         of_others = {one.control for one in self.compared}
         shown = [one for one in self.compared if one.label not in of_others]
-        controls = {(one.label, one.k): one for one in self.compared}
+        by_kind = {(one.label, one.k): one for one in self.compared}
         owners = {one.label: one.control for one in shown}
         numbers = {label: number for number, label in enumerate((PLAIN, *owners))}
         of_control = {control: numbers[label] for label, control in owners.items() if control}
+        series: list[dict[str, Any]] = [{"name": PLAIN, "group": "plain"}]
+        for number, (name, control) in enumerate(owners.items()):
+            colour = {"group": "weighted", "colour": number % COLOURS}
+            series.append({"name": name, "control": control} | colour)
+        points = [
+            {
+                "series": of_control.get(r.label, numbers.get(r.label)),
+                "control": r.label in of_control,
+                "name": r.label,
+                "k": r.k,
+                "values": {"l0": r.shares["l0"], "fvu": r.fvu, "ce_recovered": r.ce_recovered}
+                | {measure: value.mean for measure, value in r.values.items()},
+            }
+            for r in self.results
+            if not r.is_baseline
+        ]
         rows = [
             {
                 "series": numbers[one.label],
                 "name": one.name,
                 "word": ", ".join(f"{STUDIED[m].title} {word}" for m, word in one.verdicts.items()),
                 "values": _numbers(one),
-                "control": _numbers(controls.get((one.control or "", one.k))),
+                "control": _numbers(by_kind.get((one.control or "", one.k))),
             }
             for one in shown
         ]
         others = [measure for measure in self._measures if measure not in _FIDELITY]
+        measures = {m.key: m for m in (*DRAWN, L0)} | {m: STUDIED[m] for m in self._measures}
         return {
-            "series": [
-                {"name": PLAIN, "group": "plain"},
-                *(
-                    {"name": name, "control": control, "group": "weighted",
-                     "colour": number % COLOURS}
-                    for number, (name, control) in enumerate(owners.items())
-                ),
-            ],
-            "points": [
-                {
-                    "series": of_control.get(r.label, numbers.get(r.label)),
-                    "control": r.label in of_control,
-                    "name": r.label,
-                    "k": r.k,
-                    "values": {"l0": r.shares["l0"], "fvu": r.fvu, "ce_recovered": r.ce_recovered}
-                    | {measure: value.mean for measure, value in r.values.items()},
-                }
-                for r in self.results
-                if not r.is_baseline
-            ],
-            "measures": {m.key: m.of_page() for m in (*DRAWN, L0)}
-            | {name: STUDIED[name].of_page() for name in self._measures},
+            "series": series,
+            "points": points,
+            "measures": {key: measure.of_page() for key, measure in measures.items()},
             "curves": [
                 {"title": "Fidelity", "across": "l0", "up": _FIDELITY},
                 {"title": "Monosemanticity", "across": "l0", "up": others},
@@ -286,11 +286,7 @@ class StudyReport:
             "legend": _LEGEND,
             "forest": self._measures,
             "differences": [{"equal": "k", "across": "l0", "rows": rows}],
-        }  # fmt: skip
-
-    @property
-    def _title(self) -> str:
-        return f"Study of weights at {self.site}, {self.basis['training']['architecture']}"
+        }
 
     @property
     def _measures(self) -> list[str]:
@@ -302,33 +298,20 @@ class StudyReport:
 
     def _notes(self) -> list[str]:
         """What to know before relying on the verdicts."""
-        texts = [result.text for result in self.results if result.text is not None]
-        return texts[0].warnings() if texts else []
+        return self.results[0].text.warnings()
 
     def _facts(self) -> list[tuple[str, str]]:
-        """What all dictionaries share, as far as it is known."""
-        rows, text = self.basis.get("rows", {}), self.basis.get("text", {})
+        """What all dictionaries share."""
         own = [result for result in self.results if not result.is_baseline]
         made = f"{len(own)}, on seeds {', '.join(map(str, sorted({r.seed for r in own})))}"
         if beside := len(self.results) - len(own):
             made += f", and {beside} baselines"
-        sizes = [result.text.text("held-out text") for result in own if result.text]
         return [
-            ("model", str(rows.get("model", {}).get("name", "not known"))),
-            ("text", str(text.get("name", "not known"))),
-            ("measured on", sizes[0] if sizes else "not known"),
-            ("rows trained on", f"{rows.get('num_rows', 0):,}"),
+            ("model", self.basis["rows"]["model"]["name"]),
+            ("text", self.basis["text"]["name"]),
+            ("measured on", own[0].text.text("held-out text")),
+            ("rows trained on", f"{self.basis['rows']['num_rows']:,}"),
             ("dictionaries", made),
-        ]
-
-    def _tables(self) -> list[Table]:
-        """Those of the Markdown and of the page."""
-        titles = [STUDIED[measure].title for measure in deciding(self.results)]
-        words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
-        rows, title = self._differences(self._measures), "Differences from plain dictionaries"
-        return [
-            Table(rows, words=[words], title=f"{title} of the same k"),
-            Table(self._dictionaries(), words=[_BASELINES], title="Dictionaries"),
         ]
 
     def _differences(self, measures: Sequence[str]) -> list[list[str]]:
@@ -344,7 +327,7 @@ class StudyReport:
         rows = [["weights", "k", "seeds", "L0", "L0 not dense", "CE recovered", "FVU", "dense %",
                  "dead %", "scored %", *(STUDIED[m].title for m in self._measures)]]  # fmt: skip
         for (label, k), own in _grouped(self.results).items():
-            shares = {name: _mean(r.shares[name] for r in own) for name in own[0].shares}
+            shares = {name: fmean(r.shares[name] for r in own) for name in own[0].shares}
             of = {m: [r.values[m].mean for r in own if m in r.values] for m in self._measures}
             rows.append(
                 [
@@ -352,11 +335,11 @@ class StudyReport:
                     str(k),
                     str(len(own)),
                     f"{shares['l0']:.1f}",
-                    f"{_mean(r.density for r in own):.1f}",
-                    f"{_mean(r.ce_recovered for r in own):.4f}",
-                    f"{_mean(r.fvu for r in own):.4f}",
+                    f"{fmean(r.density for r in own):.1f}",
+                    f"{fmean(r.ce_recovered for r in own):.4f}",
+                    f"{fmean(r.fvu for r in own):.4f}",
                     *(f"{100 * shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")),
-                    *(f"{_mean(known):.4f}" if known else _NONE for known in of.values()),
+                    *(f"{fmean(known):.4f}" if known else _NONE for known in of.values()),
                 ]
             )
         return rows
@@ -395,8 +378,3 @@ def _estimate(estimate: Estimate | None, measure: str) -> str:
 def _numbers(one: Compared | None) -> dict[str, tuple[float, ...]]:
     effects = {} if one is None else one.effects
     return {name: (found.difference, *found.interval) for name, found in effects.items()}
-
-
-def _mean(numbers: Iterable[float]) -> float:
-    known = list(numbers)
-    return sum(known) / len(known)

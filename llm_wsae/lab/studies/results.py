@@ -6,7 +6,7 @@ command.json            the last command
 training/               dictionaries in training, those of one seed at a time
 dictionaries/<name>/    trained dictionaries, and the raw dimensions
 results/<name>.json     measured dictionaries; none is measured twice
-report.json, report.md, report.html
+report.json, report.html
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,13 +51,8 @@ class Result:
     """``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``."""
     density: float
     """Latents active per token, dense ones not counted."""
-    text: TextSize | None = None
+    text: TextSize
     """What fidelity was measured on."""
-
-    @property
-    def kl(self) -> float:
-        """In nats."""
-        return self.values["kl"].mean
 
     @property
     def is_baseline(self) -> bool:
@@ -72,14 +67,12 @@ def study_in(folder: Path) -> Artifact:
 
 def read_results(folder: Path) -> list[Result]:
     """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged."""
-    return [read_result(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+    return [_read(path) for path in sorted((folder / RESULTS).glob("*.json"))]
 
 
-def read_result(path: Path) -> Result:
-    """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
+def _read(path: Path) -> Result:
     way_out = "delete it to measure that dictionary again"
     found = read_own_json(path, "result of a study", way_out)["result"]
-    found.pop("share", None)  # of the rows, as earlier versions wrote it
     values = {name: Value(**value) for name, value in found["values"].items()}
     return Result(**{**found, "values": values, "text": TextSize(**found["text"])})
 
@@ -100,56 +93,67 @@ def record_of(
 ) -> dict[str, Any]:
     """Contents of a dictionary's result file, JSON-able. ``identity`` is the arm's; ``device`` is
     where it was measured."""
-    return plain(
-        {
-            "result": _result_of(planned, fidelity, scores, planted),
-            "identity": identity,
-            "measured_on": {"processor": processor_name(device), **versions()},
-            "fidelity": fidelity.summary(),
-            "scores": scores.to_dict(),
-            "planted": None if planted is None else planted.to_dict(),
-        }
-    )
-
-
-def _result_of(
-    planned: PlannedArm,
-    fidelity: Fidelity,
-    scores: DictionaryScores,
-    planted: PlantRecovery | None,
-) -> Result:
-    latents, found, summary = scores.per_latent, plain(scores.to_dict()), fidelity.summary()
-    usual = latents["density"] <= DENSE_DENSITY
-    density = latents["density"][usual].double()
-    plants = None if planted is None else plain(planted.to_dict())["plants"]
-    values: dict[str, Value | None] = {}
-    for key, measure in STUDIED.items():
-        name = measure.name
-        if measure.source == "fidelity":
-            sums = getattr(fidelity, f"{key}_per_document")
-            documents = tuple(round(one, 2) for one in sums)
-            values[key] = Value(summary[key], documents=documents)
-        elif measure.source == "latents":
-            resampled = scores.resampled[usual] if name == "detection" else None
-            values[key] = over_latents(measure, latents[name][usual], found["d_sae"], resampled)
-        elif measure.source == "concepts":
-            values[key] = _mean_of(items_of(measure, found["concepts_not_dense"]))
-        elif plants is not None:
-            values[key] = _mean_of({str(n): one for n, one in enumerate(plants[name])})
-    rows = summary["rows"] + summary["massive_rows"]
-    return Result(
+    summary, found = fidelity.summary(), plain(scores.to_dict())
+    plants = None if planted is None else plain(planted.to_dict())
+    usual = scores.per_latent["density"] <= DENSE_DENSITY
+    density = scores.per_latent["density"][usual].double()
+    values = {
+        key: value
+        for key, measure in STUDIED.items()
+        if (value := _value(measure, fidelity, scores, found, plants)) is not None
+    }
+    result = Result(
         name=planned.name,
         label=planned.label,
         control=planned.control,
         k=int(planned.arm.level),
         seed=planned.arm.init_seed,
-        values={key: value for key, value in values.items() if value is not None},
+        values=values,
         ce_recovered=summary["ce_recovered"],
         fvu=summary["fvu"],
         shares={key: found[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
         density=float(density.mean()) * len(density) if len(density) else 0.0,
-        text=TextSize(rows, summary["documents"], summary["effective_documents"]),
+        text=TextSize(
+            summary["rows"] + summary["massive_rows"],
+            summary["documents"],
+            summary["effective_documents"],
+        ),
     )
+    return plain(
+        {
+            "result": result,
+            "identity": identity,
+            "measured_on": {"processor": processor_name(device), **versions()},
+            "fidelity": summary,
+            "scores": found,
+            "planted": plants,
+        }
+    )
+
+
+def _value(
+    measure: Measure,
+    fidelity: Fidelity,
+    scores: DictionaryScores,
+    found: Mapping[str, Any],
+    planted: Mapping[str, Any] | None,
+) -> Value | None:
+    """A measure of one dictionary; None if it does not exist for it. ``found`` and ``planted`` are
+    scores and recovery as JSON."""
+    if measure.source == "fidelity":
+        sums = getattr(fidelity, f"{measure.key}_per_document")
+        documents = tuple(round(one, 2) for one in sums)
+        return Value(fidelity.summary()[measure.key], documents=documents)
+    if measure.source == "latents":
+        usual = scores.per_latent["density"] <= DENSE_DENSITY
+        resampled = scores.resampled[usual] if measure.name == "detection" else None
+        column = scores.per_latent[measure.name][usual]
+        return over_latents(measure, column, len(usual), resampled)
+    if measure.source == "concepts":
+        return _mean_of(items_of(measure, found["concepts_not_dense"]))
+    if planted is None:
+        return None
+    return _mean_of({str(n): one for n, one in enumerate(planted["plants"][measure.name])})
 
 
 def over_latents(

@@ -41,7 +41,7 @@ from llm_wsae.lab.config import Study
 from llm_wsae.lab.planting import PlantedSource
 from llm_wsae.lab.recovery import measure_recovery
 from llm_wsae.lab.studies.arms import RAW, PlannedArm, baselines, plan
-from llm_wsae.lab.studies.report import REPORT_FILES, StudyReport
+from llm_wsae.lab.studies.report import PAGE, REPORT, StudyReport
 from llm_wsae.lab.studies.results import (
     COMMAND,
     DICTIONARIES,
@@ -82,7 +82,7 @@ def study(
     not make the store, or a stage fails.
     """
     out, grid, site = request.out, request.compare, Site.parse(request.site)
-    folder, written = study_in(out), (*REPORT_FILES, COMMAND, RESULTS, DICTIONARIES, TRAINING)
+    folder, written = study_in(out), (REPORT, PAGE, COMMAND, RESULTS, DICTIONARIES, TRAINING)
     folder.check_place(*written)
     if request.dictionary is None and any(rule.need == "dictionary" for rule in grid.rules):
         raise UsageError(
@@ -108,7 +108,7 @@ def study(
     for planned in arms:
         planned.arm.check(training.expansion * inputs.statistics.d_in)
         planned.arm.lengths(training.lengths)
-    basis = _basis(store.identity(site), heldout, request, training)
+    basis = plain(_basis(store.identity(site), heldout, request, training))
     judge = partial(MonosemanticityEvaluator, model, heldout, packing, request.score, encoder)
     with folder_lock(out, "study"):
         remove_partials(out, DICTIONARIES, RESULTS)
@@ -129,25 +129,20 @@ def _basis(
     rows: dict[str, Any], heldout: Corpus, request: Study, training: TrainConfig
 ) -> dict[str, Any]:
     """What all results of a study have in common; ``rows`` identify those of the store."""
-    # another processor rounds the same rows differently: still the same study
-    rows = {name: value for name, value in rows.items() if name != "sha256"}
-    basis: dict[str, Any] = plain(
-        {
-            "rows": rows,
-            "text": heldout.identity(),
-            "training": _settings(training) | {"architecture": request.compare.architecture},
-            "fidelity": _settings(request.evaluate),
-            "scoring": _settings(request.score),
-            "planted": _settings(request.planted) if request.plant else {},
-            "measures": _MEASURES,
-        }
-    )
-    return basis
 
+    def settings(config: Any) -> dict[str, Any]:
+        return {name: value for name, value in asdict(config).items() if name not in _PROCEDURAL}
 
-def _settings(config: Any) -> dict[str, Any]:
-    """Those that change a result."""
-    return {name: value for name, value in asdict(config).items() if name not in _PROCEDURAL}
+    return {
+        # another processor rounds the same rows differently: still the same study
+        "rows": {name: value for name, value in rows.items() if name != "sha256"},
+        "text": heldout.identity(),
+        "training": settings(training) | {"architecture": request.compare.architecture},
+        "fidelity": settings(request.evaluate),
+        "scoring": settings(request.score),
+        "planted": settings(request.planted) if request.plant else {},
+        "measures": _MEASURES,
+    }
 
 
 class _Jobs:
@@ -180,7 +175,6 @@ class _Jobs:
                 continue
             found = read_own_json(path, "result of a study")["identity"]
             own = plain(planned.identity(self._training.lengths))
-            found.pop("share", None)  # of the rows, as earlier versions wrote it
             sums = found.pop("gamma_sum"), own.pop("gamma_sum")
             if found != own or not math.isclose(*sums, rel_tol=_SAME_WEIGHTS):
                 raise LlmWsaeError(

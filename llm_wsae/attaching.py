@@ -1,4 +1,5 @@
-"""Dictionaries inside a running model, as a context manager::
+"""Dictionaries inside a running model, as a context manager: reconstruct, read latents, edit them,
+steer::
 
     with attach(model, dictionary) as attached:
         attached.edit(dictionary.site, Steer(latent=123, strength=8.0))
@@ -6,44 +7,40 @@
 
 While the block is open, the stream x at the dictionary's site is split, x = x̂ + error with
 x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is recombined. With the error,
-only the difference that the edits make is added to x, so that a model with a dictionary and no edit
+only the difference that the edits make is added to x, so a model with a dictionary and no edit
 computes exactly the numbers of the model alone.
 
 Rows that the dictionary's training excluded keep the model's stream, as in ``evaluate``, and have
 no latents: massive activations, padding, and the first positions of a context, or with ``keep`` the
 positions that it excludes.
 
-An edit maps the activations of some latents [rows, latents] to new ones, token by token. For every
-unit that a latent gains, its decoder row is added to the stream once. ``latent`` is one latent or
-several; duplicates count once. ``positions`` are those of the token ids, generated ones included,
-counted from the first: ``slice(ids.shape[1], None)`` is what is generated after ``ids``. None: all.
-
-In a bridge the latents also have a name, ``<site>.hook_sae_acts_post`` as in SAELens, for
-``run_with_cache``, ``run_with_hooks`` and ``add_hook``: all latents [contexts, positions, d_sae],
-edits included. The model continues with what a hook makes of them.
+Edits map activations of latents to new ones, token by token. Their ``positions`` are those of the
+token ids, generated ones included: ``slice(ids.shape[1], None)`` is what is generated after
+``ids``. None: all.
 """
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from llm_wsae.attaching.targets import Bridge, Call, target_of, watching
 from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.loading import check_causal
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
 
 Latents = SupportsIndex | Iterable[SupportsIndex]
-"""A number (also of numpy or torch), or several."""
+"""A number (also of numpy or torch), or several; duplicates count once."""
 Function = Callable[[Tensor], Tensor | None]
 """Receives all latents [contexts, positions, d_sae]; what it returns replaces them."""
 
@@ -55,10 +52,6 @@ class Ablate:
     latent: Latents
     positions: slice | None = None
 
-    def change(self, values: Tensor) -> Tensor:
-        """The new activations."""
-        return values * 0
-
 
 @dataclass(frozen=True)
 class Clamp:
@@ -69,10 +62,6 @@ class Clamp:
     """Their activation."""
     positions: slice | None = None
 
-    def change(self, values: Tensor) -> Tensor:
-        """The new activations."""
-        return values * 0 + self.value
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -81,10 +70,6 @@ class Scale:
     latent: Latents
     factor: float
     positions: slice | None = None
-
-    def change(self, values: Tensor) -> Tensor:
-        """The new activations."""
-        return values * self.factor
 
 
 @dataclass(frozen=True)
@@ -97,17 +82,34 @@ class Steer:
     values move the other way."""
     positions: slice | None = None
 
-    def change(self, values: Tensor) -> Tensor:
-        """The new activations."""
-        return values + self.strength
-
 
 Edit = Ablate | Clamp | Scale | Steer
 
 
+def _edited(edit: Edit, values: Tensor) -> Tensor:
+    match edit:
+        case Ablate():
+            return values * 0
+        case Clamp():
+            return values * 0 + edit.value
+        case Scale():
+            return values * edit.factor
+        case Steer():
+            return values + edit.strength
+
+
+class _Call(NamedTuple):
+    """What a forward pass was called with."""
+
+    cached: int
+    """Number of positions that earlier forward passes have read."""
+    attention_mask: Tensor | None
+    """[contexts, positions], 0 for padding, including the cached positions; None without
+    padding."""
+
+
 class _Splice:
-    """A dictionary with its edits, at a site of a running model: from the stream to latents,
-    through the edits, and back."""
+    """A dictionary with its edits, at a site of a running model."""
 
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
@@ -115,21 +117,18 @@ class _Splice:
         self.codes: Codes | None = None
         """Those of the last forward pass, edited [contexts, positions, slots]; all 0 where the
         stream was not changed."""
-        self.point: Any = None
-        """A bridge's hook point for the latents, which sees and changes them last."""
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def check(self, edit: Edit | Function) -> None:
         if not isinstance(edit, Edit):
             return
         where = edit.positions or slice(None)
-        if (where.start or 0) < 0 or (where.stop or 0) < 0:  # which would move while generating
+        # negative positions would move while generating
+        if min(where.start or 0, where.stop or 0, where.step or 1) < 0 or where.step == 0:
             raise UsageError(
-                f"positions are counted from the first token, so {where.start}:{where.stop} is "
-                "impossible; give numbers from 0 on"
+                f"positions are counted from the first token, so {where.start}:{where.stop} with a "
+                f"step of {where.step} is impossible; give numbers from 0 on"
             )
-        if where.step is not None and where.step < 1:
-            raise UsageError(f"positions cannot have a step of {where.step}; give at least 1")
         for latent in _latents(edit):
             if not 0 <= latent < self.dictionary.d_sae:
                 raise UsageError(
@@ -137,41 +136,25 @@ class _Splice:
                     f"latents 0 to {self.dictionary.d_sae - 1}"
                 )
 
-    def visit(
-        self,
-        hidden: Tensor,
-        call: Call,
-        keep: Tensor | None,
-        error: bool,
-    ) -> Tensor | None:
+    def visit(self, hidden: Tensor, call: _Call, keep: Tensor | None, error: bool) -> Tensor | None:
         """The stream to continue with [contexts, positions, d_in]; None leaves it unchanged."""
         if self.dictionary.W_enc.device != hidden.device:  # blocks may be on several devices
             self.dictionary = copy.deepcopy(self.dictionary).to(hidden.device)
         rows = self._rows(hidden, call, keep)
         x = hidden[rows]
         codes = self.dictionary.encode_sparse(x)
-        edits = [*self.edits]
-        if self.point is not None and self.point.has_hooks():
-            edits.append(self.point)
         base = x if error else self.dictionary.decode(codes)
-        positions = torch.arange(hidden.shape[1], device=hidden.device) + call.cached
         change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
-        for edit in edits:
-            if isinstance(edit, Edit):
-                where = torch.zeros(call.cached + hidden.shape[1], dtype=torch.bool)
-                where[edit.positions or slice(None)] = True
-                here = where.to(hidden.device)[positions].expand(rows.shape)[rows]
-                codes, moved = self._edited(codes, edit, here)
-            else:
-                codes, moved = self._mapped(codes, edit, rows)
+        for edit in self.edits:
+            codes, moved = self._apply(edit, codes, rows, call.cached)
             change = change + moved
-        self.codes = _spread(codes, rows)
-        if error and not edits:
+        self.codes = Codes(_placed(codes.indices, rows), _placed(codes.values, rows))
+        if error and not self.edits:
             return None
         return hidden.clone().masked_scatter(rows[..., None], (base + change).to(hidden.dtype))
 
     @torch.no_grad()
-    def _rows(self, hidden: Tensor, call: Call, keep: Tensor | None) -> Tensor:
+    def _rows(self, hidden: Tensor, call: _Call, keep: Tensor | None) -> Tensor:
         """Mask of the rows that are explained [contexts, positions]."""
         if hidden.ndim != 3:
             raise LlmWsaeError(
@@ -192,46 +175,35 @@ class _Splice:
             )
         else:
             known = keep[:, :stop].to(hidden.device).bool()
-            rows = torch.nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
+            rows = nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
         rows = rows[:, call.cached :]
         threshold = self.dictionary.info.massive_threshold
         return rows if threshold is None else rows & ~(hidden.float().norm(dim=2) > threshold)
 
-    def _edited(self, codes: Codes, edit: Edit, where: Tensor) -> tuple[Codes, Tensor]:
-        """The codes after an edit of latents ``where`` rows are True, and the change of rows."""
-        latents = torch.tensor(_latents(edit), dtype=torch.long, device=codes.indices.device)
-        column = latents.new_full((self.dictionary.d_sae,), len(latents))
-        column[latents] = torch.arange(len(latents), device=latents.device)
+    def _apply(
+        self, edit: Edit | Function, codes: Codes, rows: Tensor, cached: int
+    ) -> tuple[Codes, Tensor]:
+        """The codes after an edit, and the change of the stream's rows."""
+        d_sae, device = self.dictionary.d_sae, codes.indices.device
+        chosen = _latents(edit) if isinstance(edit, Edit) else range(d_sae)
+        latents = torch.tensor(chosen, dtype=torch.long, device=device)
+        column = latents.new_full((d_sae,), len(latents))
+        column[latents] = torch.arange(len(latents), device=device)
         slot = column[codes.indices]
         # the last column is for all other latents
         before = codes.values.new_zeros(len(codes.values), len(latents) + 1)
         before = before.scatter_add(1, slot, codes.values)[:, :-1]
-        after = torch.where(where[:, None], edit.change(before), before)
+        if isinstance(edit, Edit):
+            where = torch.zeros(cached + rows.shape[1], dtype=torch.bool, device=device)
+            where[edit.positions or slice(None)] = True
+            here = where[cached:].expand(rows.shape)[rows]
+            after = torch.where(here[:, None], _edited(edit, before), before)
+        else:
+            after = _returned(edit, _placed(before, rows))[rows]
         others = codes.values.where(slot == len(latents), 0.0)
-        new = Codes(
-            torch.cat([codes.indices, latents.expand(len(before), -1)], 1),
-            torch.cat([others, after], 1),
-        )
-        return new, (after - before) @ self.dictionary.W_dec[latents]
-
-    def _mapped(self, codes: Codes, function: Function, rows: Tensor) -> tuple[Codes, Tensor]:
-        """The codes after a function of all latents, and the change of rows."""
-        before = codes.values.new_zeros(len(codes.values), self.dictionary.d_sae)
-        before = before.scatter_add(1, codes.indices, codes.values)
-        shown = before.new_zeros(*rows.shape, self.dictionary.d_sae)
-        shown = shown.masked_scatter(rows[..., None], before)
-        returned = function(shown)
-        found = shown if returned is None else returned
-        if found.shape != shown.shape:
-            raise UsageError(
-                f"a function of latents {list(shown.shape)} returned {list(found.shape)}"
-            )
-        after = found[rows]
-        if found is shown and torch.equal(after, before):  # it only read them
-            return codes, before.new_zeros(())
-        width = max(1, int((after != 0).sum(1).max())) if len(after) else 1
-        indices = after.detach().abs().topk(width, dim=1).indices
-        return Codes(indices, after.gather(1, indices)), (after - before) @ self.dictionary.W_dec
+        indices = torch.cat([codes.indices, latents.expand(len(before), -1)], 1)
+        new = Codes(indices, torch.cat([others, after], 1))
+        return _without_empty(new), (after - before) @ self.dictionary.W_dec[latents]
 
 
 def _latents(edit: Edit) -> list[int]:
@@ -243,13 +215,28 @@ def _latents(edit: Edit) -> list[int]:
         return list(dict.fromkeys(map(operator.index, latent)))
 
 
-def _spread(codes: Codes, rows: Tensor) -> Codes:
-    """The codes of ``rows`` placed in [contexts, positions, slots], 0 elsewhere."""
-    width = codes.indices.shape[1]
-    indices = codes.indices.new_zeros(*rows.shape, width)
-    indices[rows] = codes.indices
-    values = codes.values.new_zeros(*rows.shape, width)
-    return Codes(indices, values.masked_scatter(rows[..., None], codes.values))
+def _returned(function: Function, latents: Tensor) -> Tensor:
+    """What a function makes of all latents, perhaps in place."""
+    returned = function(latents)
+    found = latents if returned is None else returned
+    if found.shape != latents.shape:
+        raise UsageError(
+            f"a function of latents {list(latents.shape)} returned {list(found.shape)}"
+        )
+    return found
+
+
+def _placed(values: Tensor, rows: Tensor) -> Tensor:
+    """Values of ``rows`` [rows, n] as [contexts, positions, n], 0 elsewhere."""
+    placed = values.new_zeros(*rows.shape, values.shape[1])
+    return placed.masked_scatter(rows[..., None], values)
+
+
+def _without_empty(codes: Codes) -> Codes:
+    """The codes [rows, slots] in as few slots as hold what is not 0."""
+    width = max(1, int((codes.values != 0).sum(1).max())) if len(codes.values) else 1
+    slots = codes.values.detach().abs().topk(width, dim=1).indices
+    return Codes(codes.indices.gather(1, slots), codes.values.gather(1, slots))
 
 
 class Attached:
@@ -275,10 +262,8 @@ class Attached:
 
         An edit is ``Ablate``, ``Clamp``, ``Scale``, ``Steer``, or a function of all latents
         [contexts, positions, d_sae] that returns new ones, or None if it only reads them or changes
-        them in place.
-
-        Raises UsageError if no dictionary is attached there, it has no such latent, or positions
-        are negative.
+        them in place. Raises UsageError if no dictionary is attached there, it has no such latent,
+        or positions are negative.
         """
         splice = self._splice(site)
         for edit in edits:
@@ -322,11 +307,8 @@ def attach(
 ) -> Iterator[Attached]:
     """Attach dictionaries to a model for the duration of a ``with`` block.
 
-    ``model`` is a TransformerBridge (its weights as loaded, neither folded nor centred), a causal
-    language model of transformers, or a LanguageModel. When the block ends, also by an error, the
-    model is as before. Generation works with all of them, with or without a cache. (The cache of
-    TransformerLens 3.9 and 4.3 does not work with transformers 5.24 in most architectures, whether
-    or not anything is attached: generate with ``use_past_kv_cache=False``.)
+    ``model`` is a LanguageModel or a causal language model of transformers. When the block ends,
+    also by an error, it is as before. Generation works, with or without a cache.
 
     The model itself is changed within the block, so passes of other threads go through the
     dictionaries too, edits included; give each thread a model of its own, or let them take turns.
@@ -341,7 +323,7 @@ def attach(
     instead), or for one that does not fit the model; LlmWsaeError if an architecture does not allow
     a replacement between attention and MLP.
     """
-    target = target_of(model)
+    target = _target(model)
     chosen = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     splices: dict[Site, _Splice] = {}
     for dictionary in sorted(chosen, key=lambda one: one.site):
@@ -358,15 +340,63 @@ def attach(
             )
         splices[site] = _Splice(dictionary)
     attached = Attached(splices, error, keep)
-    naming: AbstractContextManager[Mapping[Site, Any]] = nullcontext({})
-    if isinstance(target, Bridge):
-        naming = target.naming(attached.sites)
-    with watching(target) as calls, naming as points:
+    with _watching(target) as calls:
 
         def visit(splice: _Splice, hidden: Tensor) -> Tensor | None:
             return splice.visit(hidden, calls[0], attached.keep, attached.error)
 
-        for site, point in points.items():
-            splices[site].point = point
         with target.visiting({site: partial(visit, splice) for site, splice in splices.items()}):
             yield attached
+
+
+def _target(model: Any) -> LanguageModel:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        check_causal(type(model).__name__, model)
+        # Neither copied nor frozen: this very model must be hooked.
+        return LanguageModel(model, None, type(model).__name__)
+    raise UsageError(
+        f"dictionaries cannot be attached to a {type(model).__name__}; give a LanguageModel or a "
+        "causal language model of transformers"
+    )
+
+
+@contextmanager
+def _watching(model: LanguageModel) -> Iterator[list[_Call]]:
+    """While open, the only entry of the list that it yields is the current forward pass's call.
+
+    It is read off the arguments of the module that holds the blocks.
+    """
+    from transformers import Cache
+
+    calls = [_Call(0, None)]
+
+    def look(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # By type: the parameter's name changed between versions of transformers.
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        cached = int(caches[0].get_seq_length()) if caches else 0
+        calls[0] = _Call(cached, _padding(kwargs.get("attention_mask"), cached))
+
+    decoder = model.hf_model.get_submodule(model.paths.blocks.rpartition(".")[0])
+    handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _padding(mask: Any, cached: int) -> Tensor | None:
+    """Which tokens are text [contexts, positions], from either form of mask that a decoder takes:
+    that, or what each position attends to [contexts, 1, queries, keys] (perhaps one for each kind
+    of attention), of which the last position attends to all text."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 2:
+        return mask
+    seen = mask[:, 0, -1, : cached + mask.shape[2]]
+    return seen if seen.dtype == torch.bool else seen == 0  # else it is added to scores

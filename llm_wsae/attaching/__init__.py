@@ -1,1 +1,0 @@
-"""Dictionaries inside a running model: reconstruct, read latents, edit them, steer."""
