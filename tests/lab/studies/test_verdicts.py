@@ -13,7 +13,11 @@ from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.report import BETTER, NOT_SHOWN, WORSE, StudyReport, compare
 
 SITE = "blocks.1.hook_resid_post"
-BASIS = {"training": {"architecture": "jumprelu"}}
+BASIS = {
+    "training": {"architecture": "jumprelu"},
+    "rows": {"model": {"name": "tiny"}, "num_rows": 5},
+    "text": {"name": "words"},
+}
 
 
 @over(
@@ -164,9 +168,8 @@ def test_report(tmp_path):
     assert set(found["verdicts"]["kurtosis-a0.5, k 32"].values()) == {NOT_SHOWN}
     assert found["compared"]["variance-a0.5, k 32"]["effects"]["detection"]["p"] < 0.01
     assert len(found["dictionaries"]) == len(results)
-    page = (tmp_path / "report.md").read_text()
-    assert page.startswith(f"# Study of weights at {SITE}, jumprelu")
-    assert all(f"- {sentence}" in page for sentence in report.sentences())
+    page = (tmp_path / "report.html").read_text()
+    assert f"Study of weights at {SITE}, jumprelu" in page
     assert "Verdicts are on KL, detection and spill" in page
     table = report.table().splitlines()
     assert table[0].split()[:3] == ["weights", "k", "seeds"]
