@@ -20,7 +20,15 @@ class Bootstrap:
     """Resamplings of ``num_items`` items, the same for every quantity."""
 
     def __init__(self, num_items: int, resamplings: int, seed: int):
-        self._times = _times_drawn(num_items, resamplings, seed)
+        draw, rows = np.random.default_rng(seed), max(1, _BLOCK // num_items)
+        # How often each item was drawn: [resamplings, items], a block of resamplings at a time. A
+        # byte holds it: that an item is drawn 256 times has a probability of 10^-500.
+        self._times = []
+        for at in range(0, resamplings, rows):
+            times = np.empty((min(rows, resamplings - at), num_items), dtype=np.uint8)
+            for one in times:  # drawing them together as a multinomial takes five times as long
+                one[:] = np.bincount(draw.integers(num_items, size=num_items), minlength=num_items)
+            self._times.append(times)
 
     def interval(
         self,
@@ -32,35 +40,17 @@ class Bootstrap:
         ``sums`` holds one number per item; ``quantity`` receives their totals under the same names,
         one per resampling. Resamplings where it is not defined (0/0) are ignored.
         """
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = quantity(self._totals(sums))
-        low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
-
-    def _totals(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found: dict[str, list[np.ndarray]] = {name: [] for name in sums}
         for block in self._times:
             times = block.astype(np.float64)
             for name, column in sums.items():
                 found[name].append(times @ column)
             del times  # before the next block is made
-        return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def _times_drawn(num_items: int, resamplings: int, seed: int) -> list[np.ndarray]:
-    """How often each item was drawn: [resamplings, items], a block of resamplings at a time.
-
-    A byte holds it: that an item is drawn 256 times has a probability of 10^-500.
-    """
-    draw = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // num_items)
-    blocks = []
-    for at in range(0, resamplings, rows):
-        times = np.empty((min(rows, resamplings - at), num_items), dtype=np.uint8)
-        for one in times:  # drawing them together as a multinomial takes five times as long
-            one[:] = np.bincount(draw.integers(num_items, size=num_items), minlength=num_items)
-        blocks.append(times)
-    return blocks
+        totals = {name: np.concatenate(parts) for name, parts in found.items()}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = quantity(totals)
+        low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
