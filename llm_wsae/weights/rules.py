@@ -247,7 +247,7 @@ def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ halfway. At α = 1 it is, up to
     its scale, the Γ that minimises ‖WᵀΓ²W − I‖ for independent features x, x_p = Wx, of equal
     variance: the optimum of theorem 5 (Cui et al. 2026) over all Γ
-    (``theory.optimum.least_gap_weights``). The floor applies to the eigenvalues of Σ.
+    (``llm_wsae.least_gap_weights``). The floor applies to the eigenvalues of Σ.
     """
     values, vectors = spectrum(inputs.covariance)
     return (vectors * values.rsqrt()) @ vectors.T
