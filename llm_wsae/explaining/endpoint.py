@@ -36,7 +36,6 @@ _TIMEOUT = 600.0  # seconds for a whole reply; a large model on a small machine 
 _LARGEST = 1 << 22  # bytes of a reply; an answer has a few thousand
 _QUOTED = 200  # characters of what an endpoint says
 _IN_A_ROW = 3  # failed questions that end the run
-_REFUSED_IN_A_ROW = 20  # such questions, if each was refused for what it says
 _OF_THE_QUESTION = {400, 413, 422}  # its length, or a filter of its words
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 _HOPELESS = {  # what no other question would change
@@ -93,7 +92,7 @@ class Endpoint:
         self._path = Path(out) / ANSWERS
         self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
         self._wait = wait or self._stopped.wait
-        self._headers = {"accept-encoding": "identity"}
+        self._headers = {"accept-encoding": "identity"}  # unpacked, a reply may be of any size
         if self._key:
             self._headers["authorization"] = f"Bearer {self._key}"
         self._tls = httpx.create_ssl_context()  # once: certificates take long to read
@@ -102,13 +101,15 @@ class Endpoint:
     def __enter__(self) -> "Endpoint":
         self._held.enter_context(folder_lock(self._path.parent, "answers"))
         try:
-            self._known, cut_off = _read(self._path)
-            self._file = self._held.enter_context(open(self._path, "ab"))
-            if cut_off:
+            self._file = self._held.enter_context(open(self._path, "a+b"))
+            self._file.seek(0)
+            data = self._file.read()
+            if data and not data.endswith(b"\n"):  # a kill cut off the last line
                 self._file.write(b"\n")
         except OSError as error:
             self._held.close()
             raise LlmWsaeError(f"{self._path} cannot be used: {error.strerror}") from error
+        self._known = answers_in(data)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,8 +178,7 @@ class Endpoint:
 
     async def _reply(self, body: dict[str, Any]) -> tuple[int, str, str]:
         """Status, text and Retry-After of the reply to one request. Raises TimeoutError if it is
-        not complete in time; ValueError if it is too large or packed in an unknown way; and what
-        httpx raises."""
+        not complete in time, ValueError if it is too large, and what httpx raises."""
         client = httpx.AsyncClient(
             verify=self._tls,
             timeout=self._timeout,
@@ -190,12 +190,7 @@ class Endpoint:
             client,
             client.stream("POST", self._url, json=body, headers=self._headers) as reply,
         ):
-            # Some servers compress unasked. One layer of gzip unpacks to a thousand times its
-            # size, and httpx unpacks piece by piece; brotli, or layers, could fill the memory.
-            packing = reply.headers.get("content-encoding", "").strip().lower()
-            if packing not in ("", "identity", "gzip", "deflate"):
-                raise ValueError(f"its content encoding is {shown(packing)}, which was not asked")
-            async for part in reply.aiter_bytes():
+            async for part in reply.aiter_raw():
                 data += part
                 if len(data) > _LARGEST:
                     raise ValueError(f"it has more than {_LARGEST:,} bytes")
@@ -238,10 +233,10 @@ class Endpoint:
             return
         self.tally.failed += 1
         self.tally.why = why
+        if status in _OF_THE_QUESTION and self.tally.asked + self.tally.known:
+            return  # it answers others: those that it always refuses must not end every further run
         self._in_a_row += 1
-        # A few that are refused whenever they are asked must not end every further run.
-        refused = status in _OF_THE_QUESTION and self.tally.asked + self.tally.known
-        if self._in_a_row >= (_REFUSED_IN_A_ROW if refused else _IN_A_ROW):
+        if self._in_a_row >= _IN_A_ROW:
             raise LlmWsaeError(
                 f"{self._url} failed {self._in_a_row} questions in a row: {why}; run the same "
                 "command again to resume, what was answered is kept"
@@ -283,9 +278,9 @@ def check_endpoint(address: str) -> tuple[str, str]:
             "the endpoint's address must not hold a password, a query or a fragment; a key "
             f"belongs into {KEY}"
         )
-    names = (KEY, OPENAI_KEY) if parts.hostname == OPENAI else (KEY,)
-    found = ((name, os.environ.get(name, "").strip()) for name in names)
-    name, key = next((pair for pair in found if pair[1]), (KEY, ""))
+    name, key = KEY, os.environ.get(KEY, "").strip()
+    if not key and parts.hostname == OPENAI:
+        name, key = OPENAI_KEY, os.environ.get(OPENAI_KEY, "").strip()
     if not all("!" <= character <= "~" for character in key):
         raise UsageError(f"{name} does not hold a key: it has spaces or special characters in it")
     if key and parts.scheme == "http" and not _is_here(address):
@@ -305,17 +300,16 @@ def _is_here(address: str) -> bool:
         return False
 
 
-def _read(path: Path) -> tuple[dict[str, str], bool]:
-    """The answers in the file, by question, and whether a kill cut off its last line."""
+def answers_in(data: bytes) -> dict[str, str]:
+    """The answers in a file, by question."""
     known: dict[str, str] = {}
-    data = path.read_bytes() if path.exists() else b""
     for line in data.split(b"\n"):
         try:
             entry = check_line(line.decode("utf-8"))
         except (ValueError, RecursionError):
             continue  # damaged or cut off: it is asked again
         known[entry["question"]] = entry["answer"]
-    return known, bool(data) and not data.endswith(b"\n")
+    return known
 
 
 def _content(text: str) -> dict[str, Any] | None:

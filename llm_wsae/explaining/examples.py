@@ -168,8 +168,7 @@ class _Choice:
             others = [text for pair in near if (text := self._if_silent(*pair, draw)) is not None]
             silent["neighbours"] = others[: config.negatives // 4]
             shown, judged = active[place][: config.examples], active[place][config.examples :]
-            score = None if np.isnan(scores[place]) else scores[place]
-            found.append(LatentTexts(latent, shown, judged, silent, score))
+            found.append(LatentTexts(latent, shown, judged, silent, scores[place]))
         return found
 
     def _pool(self, latents: Int[np.ndarray, " latents"]) -> _Pool:

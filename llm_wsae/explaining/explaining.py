@@ -16,9 +16,9 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from llm_wsae.artifact.artifact import check_file
-from llm_wsae.artifact.files import read_json, write_json
-from llm_wsae.artifact.provenance import command_line, plain, versions
+from llm_wsae.artifact.artifact import check_file, is_record_of
+from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
@@ -28,7 +28,6 @@ from llm_wsae.dictionary.explanations import (
     read_explanations,
 )
 from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.evaluation.monosemanticity.report import Mean, mean_of
 from llm_wsae.explaining.endpoint import ANSWERS, Endpoint, Tally
@@ -61,15 +60,13 @@ _FEWEST = 5  # latents of a rank correlation
 
 @dataclass(frozen=True)
 class Price:
-    """What a run costs at most."""
+    """What a run costs at most; about, at four characters a token."""
 
     questions: int
     tokens_in: int
-    """About, at four characters a token."""
     tokens_out: int
-    """About; ``questions`` × ``answer_tokens`` at most."""
     money: float | None
-    """At the prices of the configuration; None without them."""
+    """At the prices of the configuration."""
 
     def __str__(self) -> str:
         digits = ",.2f" if (self.money or 0) >= 1 else ".2g"
@@ -243,7 +240,7 @@ def explain(
             missing, no latent is active in enough documents, or the endpoint refuses or fails.
     """
     folders = check_folders(dictionaries)
-    check_file(Path(out) / REPORT, _is_report)
+    check_file(Path(out) / REPORT, is_record_of("explain"))
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
@@ -260,18 +257,10 @@ def explain(
             keep_measurements(folder, one.card_numbers, dictionary.weights_sha256)
             done[name] = one
     result = Explained(done, asked.tally, Path(out), store.text_size())
-    settings = plain({"endpoint": endpoint, "explainer": explainer, "config": config})
-    record = {"command": command_line(), **settings, "versions": versions()}
-    write_json(Path(out) / REPORT, record | result.to_dict())
+    asked_for = {"command": "explain", "endpoint": endpoint, "explainer": explainer}
+    made = {"config": plain(config), "versions": versions()}
+    write_json(Path(out) / REPORT, {**asked_for, **made, **result.to_dict()})
     return result
-
-
-def _is_report(path: Path) -> bool:
-    """Whether ``explain`` wrote the file."""
-    try:
-        return {"endpoint", "explainer"} <= mapping(read_json(path, "report")).keys()
-    except LlmWsaeError:
-        return False
 
 
 def check_folders(
@@ -322,24 +311,23 @@ def _scored(
         scores = {name: score_of(name, trials, seed) for name, trials in one.trials.items()}
         there = {name: score for name, score in scores.items() if score is not None}
         latents.append(Explanation(one.texts.latent, one.explanation, explainer, there))
-    bootstrap = Bootstrap(len(latents), _BOOTSTRAPS, seed)
-
-    def mean(column: Sequence[float | None]) -> Mean:
-        values = [np.nan if value is None else value for value in column]
-        return mean_of(torch.tensor(values, dtype=torch.float64), bootstrap, len(values))
-
-    own = [one.texts.detection for one in examined]
     columns = {
-        name: [one.scores[name].value if name in one.scores else None for one in latents]
+        name: [one.scores[name].value if name in one.scores else np.nan for one in latents]
         for name in SCORES
-        if any(name in one.trials for one in examined)
+        if name in examined[0].trials
     }
+    own = [one.texts.detection for one in examined]
     agreement = {name: rank_correlation(column, own) for name, column in columns.items()}
     silent: dict[str, list[bool]] = {}
     for one in examined:
         for trial in one.trials.get("detection", []):
             if not trial.truth and trial.answer is not None:
                 silent.setdefault(trial.kind, []).append(not trial.answer)
+    bootstrap = Bootstrap(len(latents), _BOOTSTRAPS, seed)
+
+    def mean(column: Sequence[float]) -> Mean:
+        return mean_of(torch.tensor(column, dtype=torch.float64), bootstrap, len(column))
+
     return DictionaryExplained(
         folder=folder,
         d_sae=d_sae,
@@ -377,19 +365,19 @@ def score_of(name: str, trials: Sequence[Trial], seed: int) -> Score | None:
     return Score(value, interval, len(trials), len(read))
 
 
-def rank_correlation(
-    one: Sequence[float | None], other: Sequence[float | None]
-) -> Correlation | None:
-    """Of two scores, over the latents that have both; None if a score is the same for all of them,
-    or they are fewer than 5."""
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    if len(pairs) < _FEWEST or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> Correlation | None:
+    """Of two scores, over the latents that have both (the others are NaN); None if a score is the
+    same for all of them, or they are fewer than 5."""
+    both = np.array([one, other], dtype=np.float64)
+    both = both[:, ~np.isnan(both).any(0)]
+    count = both.shape[1]
+    if count < _FEWEST or (np.ptp(both, axis=1) == 0).any():
         return None
-    value = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
-    error = np.sqrt((1 + value**2 / 2) / (len(pairs) - 3))
+    value = float(stats.spearmanr(*both).statistic)
+    error = np.sqrt((1 + value**2 / 2) / (count - 3))
     centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
     low, high = np.tanh(centre + np.array(stats.norm.interval(LEVEL)) * error).tolist()
-    return Correlation(value, (low, high), len(pairs))
+    return Correlation(value, (low, high), count)
 
 
 def _text(mean: Mean | None) -> str:

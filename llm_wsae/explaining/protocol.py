@@ -12,6 +12,7 @@ line.
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,8 +108,8 @@ class LatentTexts:
     """To judge, from other documents, in descending order of activation."""
     silent: Mapping[str, Sequence[str]]
     """To judge: texts in which it is silent, by how they were chosen; ``random`` is one way."""
-    detection: float | None = None
-    """Its detection without a language model on the same texts; None if there are too few."""
+    detection: float = math.nan
+    """Its detection without a language model on the same texts; NaN if there are too few."""
 
 
 class Trial(NamedTuple):
@@ -170,20 +171,19 @@ _EXPLAIN = (
     f"{_DATA}"
     '{"explanation": "..."}'
 )
-_DETECT = (
+_JUDGE = (
     "A unit inside a language model is active on some tokens of texts, and an explanation says on "
-    "which. You get the explanation and numbered texts, in JSON. Decide of every text whether the "
-    "unit is active on any of its tokens: 1 if something in the text fits the explanation, 0 if "
-    f"nothing does.{_DATA}"
-    '{"answers": [1, 0, ...]}, one number for each text, in their order.'
+    "which. You get the explanation and numbered texts, in JSON. "
+)
+_ANSWERS = f'{_DATA}{{"answers": [1, 0, ...]}}, one number for each text, in their order.'
+_DETECT = (
+    f"{_JUDGE}Decide of every text whether the unit is active on any of its tokens: 1 if something "
+    f"in the text fits the explanation, 0 if nothing does.{_ANSWERS}"
 )
 _FUZZ = (
-    "A unit inside a language model is active on some tokens of texts, and an explanation says on "
-    f"which. You get the explanation and numbered texts, in JSON. Tokens between {OPEN} and "
-    f"{CLOSE} are marked. Decide of every text whether the marked tokens are those on which the "
-    "unit is active: 1 if the marked tokens fit the explanation, 0 if they do not."
-    f"{_DATA}"
-    '{"answers": [1, 0, ...]}, one number for each text, in their order.'
+    f"{_JUDGE}Tokens between {OPEN} and {CLOSE} are marked. Decide of every text whether the "
+    "marked tokens are those on which the unit is active: 1 if the marked tokens fit the "
+    f"explanation, 0 if they do not.{_ANSWERS}"
 )
 _INTRUDE = (
     "A unit inside a language model is active in all but one of the numbered texts that you get, "
@@ -245,8 +245,7 @@ def harmless(text: str) -> str:
 
 
 def explanation_question(marked: Sequence[str]) -> Question:
-    """What do these texts have in common? ``marked`` are in descending order of activation. An
-    answer longer than ``LONGEST`` is none."""
+    """What do these texts, in descending order of activation, have in common?"""
 
     def read(value: Any) -> str | None:
         text = value if isinstance(value, str) else ""

@@ -256,6 +256,11 @@ class Windows:
     part: Float[np.ndarray, "examples sources"]
     """What they give: (x − mean)·W_enc of the one dimension."""
 
+    def run(self, example: int) -> slice:
+        """The positions that hold text, around the centre."""
+        there = np.flatnonzero(self.ids[example] >= 0)
+        return slice(int(there[0]), int(there[-1]) + 1)
+
 
 def windows(
     store: ActivationStore,

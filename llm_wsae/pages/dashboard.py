@@ -36,7 +36,7 @@ from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import Firings, collect, windows
 from llm_wsae.pages.frame import filled, is_page
 from llm_wsae.statistics.documents import FEWEST, TextSize
-from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY, score_text
+from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
 from llm_wsae.terminal import printable
 
 MOST_MEGABYTES = 60
@@ -96,7 +96,7 @@ def dashboard(
     of latents become measures here. ``live`` adds the panels that ask a server (``live.serve``).
 
     The rows are encoded in one pass, and those of contexts with examples are read once more. Memory
-    grows with the store by only 4 bytes a row, and 4 more for each dictionary.
+    grows by 4 bytes for each row, and 4 more for each dictionary.
 
     Raises UsageError for dictionaries of different sites or none, or a page that would be larger
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
@@ -126,8 +126,7 @@ def dashboard(
     parts: list[tuple[str, str]] = []
     overviews = []
     for index, (name, dictionary) in enumerate(named.items()):
-        own, beside = found[name], None
-        partner = None
+        own, beside, partner = found[name], None, None
         if len(named) > 1:  # the first is compared with the second, all others with the first
             partner = 0 if index else 1
             beside = nearest(dictionary.W_dec, decoders[partner], 1)
@@ -195,20 +194,17 @@ def named_dictionaries(
     Raises UsageError if there is none or they are of several sites; LlmWsaeError for a folder that
     holds none.
     """
-    if not dictionaries:
-        raise UsageError("name at least one dictionary")
     named: dict[str, Dictionary] = {}
     if isinstance(dictionaries, Mapping):
-        named = dict(dictionaries)
-        dictionaries = ()
+        named, dictionaries = dict(dictionaries), ()
     for one in dictionaries:
-        if isinstance(one, Dictionary):
-            dictionary, name = one, one.info.name
-        else:
-            dictionary = Dictionary.load(one)
-            name = os.path.basename(os.path.abspath(one))  # also of . and ..
+        opened = one if isinstance(one, Dictionary) else Dictionary.load(one)
+        # also of . and ..
+        name = opened.info.name if one is opened else os.path.basename(os.path.abspath(str(one)))
         numbered = (f"{name} ({number})" for number in itertools.count(2))
-        named[next(n for n in itertools.chain([name], numbered) if n not in named)] = dictionary
+        named[next(n for n in itertools.chain([name], numbered) if n not in named)] = opened
+    if not named:
+        raise UsageError("name at least one dictionary")
     sites = {dictionary.info.site for dictionary in named.values()}
     if len(sites) > 1:
         raise UsageError(
@@ -227,17 +223,17 @@ def read_scores(
     """
     read = read_own_json(report, "report of evaluate --monosemantic")
     theirs = mapping(mapping(read.get("monosemanticity")).get("dictionaries"))
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in dictionaries if name in theirs]:
         if theirs[name].get("sha256") != dictionaries[name].decoder_digest():
             raise LlmWsaeError(
                 f"{report} is about another dictionary named {name}; run `llm-wsae evaluate "
                 "--monosemantic` on this one"
             )
-        columns = {key: one for key, one in theirs[name]["per_latent"].items() if key in SCORES}
         found[name] = {
             key: torch.tensor([math.nan if value is None else value for value in column])
-            for key, column in columns.items()
+            for key, column in theirs[name]["per_latent"].items()
+            if key in SCORES
         }
     if not found:
         raise LlmWsaeError(
@@ -311,15 +307,13 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
     """What ``evaluate --keep`` stored. It may come from the Hub, so numbers may be missing."""
-    fidelity, scores, baselines = (
-        mapping(metrics.get(name)) for name in ("fidelity", "monosemanticity", "baselines")
-    )
+    fidelity, scores = mapping(metrics.get("fidelity")), mapping(metrics.get("monosemanticity"))
     faithful = [(one.title, text, one.meaning) for one in DRAWN if (text := one.text(fidelity))]
     documents = pair([fidelity.get(key) for key in ("documents", "effective_documents")])
     if documents is not None:
         faithful.append(("documents", _documents(*documents), "that it was measured on"))
     beside = []
-    for label, own in baselines.items():
+    for label, own in mapping(metrics.get("baselines")).items():
         record = mapping(mapping(own).get("fidelity"))
         if all(number(record.get(one.key)) is not None for one in DRAWN):
             values = (one.cell(record).split()[0] for one in DRAWN)
@@ -330,10 +324,8 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]
         f"The same of untrained and half-trained baselines ({titles})": beside,
         "Monosemanticity on held-out text": [
             (one.title, text, one.meaning)
-            if (one := MEASURES.get(key)) is not None
-            else (key.replace("_", " "), text, "")
-            for key in scores
-            if (text := score_text(scores, key))
+            for one in MEASURES.values()
+            if (text := one.text(scores))
         ],
     }
 
@@ -417,33 +409,24 @@ class Latents:
 
     def chunks(self) -> Iterator[str]:
         """Packed lists of latents; ``search`` grows with them."""
-        chunk = []
         for first in range(0, len(self._decoder), _LOGITS_AT_ONCE):
             logits = self._readout.logits(self._decoder[first : first + _LOGITS_AT_ONCE])
-            for latent, own in enumerate(logits, first):
-                chunk.append(self._latent(latent, own))
-                if len(chunk) == CHUNK or latent == len(self._decoder) - 1:
-                    yield packed(chunk)
-                    chunk = []
+            made = [self._latent(latent, own) for latent, own in enumerate(logits, first)]
+            yield from (packed(made[at : at + CHUNK]) for at in range(0, len(made), CHUNK))
 
     def _latent(self, latent: int, logits: Float[Tensor, " words"]) -> dict[str, Any]:
         found, texts = self._found, self._words.texts
         ranks = torch.where(found.row[latent] >= 0)[0].tolist()
         examples = [self._example(latent, rank) for rank in ranks]
         together = _pairs(found.together[latent], found.overlap[latent])
-        best = {name: top_words(logits, _WORDS, name == "promotes")
-                for name in ("promotes", "suppresses")}  # fmt: skip
-        promoted = {
-            name: [[self._words.number(token), _short(value)] for token, value in pairs]
-            for name, pairs in best.items()
-        }
         new: dict[str, Any] = {
             "examples": examples,
             "histogram": found.histogram[latent].tolist(),
             "neighbours": _pairs(self._near[0][latent], self._near[1][latent]),
             "together": [one for one in together if one[1] > 0],
             "dimensions": self._written[latent],
-            **promoted,
+            "promotes": self._words_of(logits, largest=True),
+            "suppresses": self._words_of(logits, largest=False),
             "logits": _histogram(logits),
         }
         fires = [texts[tokens[centre]].strip() for _, _, _, centre, tokens, _, _ in examples[:6]]
@@ -455,11 +438,14 @@ class Latents:
         self.search.append(" ".join(listed))
         return new
 
+    def _words_of(self, logits: Float[Tensor, " words"], largest: bool) -> list[list[Any]]:
+        best = top_words(logits, _WORDS, largest)
+        return [[self._words.number(token), _short(value)] for token, value in best]
+
     def _example(self, latent: int, rank: int) -> list[Any]:
         """Rank, activation, document, place of the centre, tokens, their shades, and sources."""
         place = latent * self._found.row.shape[1] + rank
-        there = np.flatnonzero(self._tokens[place] >= 0)  # a run around the centre
-        here = slice(int(there[0]), int(there[-1]) + 1)
+        here = self._windows.run(place)
         sources = zip(self._windows.source[place], self._windows.part[place], strict=True)
         return [
             rank,

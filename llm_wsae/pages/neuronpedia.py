@@ -1,5 +1,5 @@
-"""``export_neuronpedia``: what the page collects of a dictionary's latents, written into the files
-that SAEDashboard writes and Neuronpedia imports.
+"""``export_neuronpedia``: what the page collects of a dictionary's latents, as the files that
+SAEDashboard writes and Neuronpedia imports.
 
     out/
       export.json             what was exported, with which settings and versions
@@ -12,10 +12,9 @@ SAEDashboard's words: a *prompt* is a context, a *feature* a latent, a *neuron* 
 stream. Numbers have five decimals.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import Artifact
@@ -41,6 +40,7 @@ from llm_wsae.inspecting.inspection import check_width
 from llm_wsae.inspecting.latents import check_store
 from llm_wsae.inspecting.vocabulary import Readout, Vocabulary, top_words
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import (
     BINS_PER_OCTAVE,
     Windows,
@@ -90,10 +90,8 @@ def export_neuronpedia(
     dictionary's own names by default, without a suffix.
 
     Explanations in the dictionary's folder (``explain``) are written too, in Neuronpedia's and in
-    delphi's form.
-
-    Activations are in units of decoder rows of length 1. The store is read and encoded once, and
-    contexts with examples once more. The same call writes the same files again.
+    delphi's form. Activations are in units of decoder rows of length 1. The same call writes the
+    same files again.
 
     Raises UsageError for numbers below 1 or a name that cannot be part of an address; LlmWsaeError
     if the folder holds anything else, or the dictionary, store or model cannot be read or do not
@@ -108,21 +106,27 @@ def export_neuronpedia(
     explained = {} if dictionary.folder is None else read_explanations(dictionary.folder)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     check_store(store, dictionary)
-    rows = store.identity(dictionary.site)  # raises if the store lacks the site
-    there = store.manifest.num_contexts
-    settings: dict[str, Any] = {
-        "top": top,
-        "bands": bands,
-        "contexts": there if contexts is None else min(contexts, there),
+    rows, there = store.identity(dictionary.site), store.manifest.num_contexts
+    numbers = {"top": top, "bands": bands, "contexts": there if contexts is None else contexts}
+    for name, value in numbers.items():
+        check_number(name, value, 1)
+    names = {
         "model_id": model_id or str(store.manifest.model.get("name")).rpartition("/")[2],
         "sae_set": sae_set or dictionary.info.name,
         "sae_id_suffix": sae_id_suffix,
     }
-    _check(settings)
+    for name in filter(None, names.values()):
+        if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+            raise UsageError(
+                f"{shown(name)} cannot be a name on Neuronpedia, where it is part of an address; "
+                "give one of letters, digits, dots, - and _"
+            )
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
     check_width(model, dictionary)
-    asked = {"dictionary": _digest(dictionary), "rows": rows, "settings": settings}
+    numbers["contexts"] = min(numbers["contexts"], there)
+    settings: dict[str, Any] = {**numbers, **names}
+    asked = {"dictionary": dictionary.decoder_digest(), "rows": rows, "settings": settings}
     with folder_lock(out, "export"):
         remove_partials(out)
         record = export.begin(asked)
@@ -145,26 +149,6 @@ def export_in(folder: Path) -> Artifact:
     return Artifact(folder, "export.json", "export for Neuronpedia")
 
 
-def _check(settings: dict[str, Any]) -> None:
-    """Raises UsageError for settings that cannot be."""
-    if min(settings[name] for name in ("top", "bands", "contexts")) < 1:
-        raise UsageError("top, bands and contexts must be at least 1")
-    for name in filter(None, (settings[k] for k in ("model_id", "sae_set", "sae_id_suffix"))):
-        if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-            raise UsageError(
-                f"{shown(name)} cannot be a name on Neuronpedia, where it is part of an address; "
-                "give one of letters, digits, dots, - and _"
-            )
-
-
-def _digest(dictionary: Dictionary) -> str:
-    """SHA-256 of a dictionary's tensors."""
-    digest = hashlib.sha256(str(dictionary.sparsity).encode())
-    for tensor in dictionary.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 class _Features:
     """What the page collects of latents, under SAEDashboard's keys."""
 
@@ -180,17 +164,13 @@ class _Features:
         sizes = settings["top"], settings["bands"], max(rows, 1)
         self._found = collect(store, {"": dictionary}, *sizes)[""]
         self._readout, self._token = Readout(model), cache(Vocabulary(model.tokenizer).text)
-        self._facts = {
-            "n_prompts_total": settings["contexts"],
-            "n_tokens_in_prompt": store.context_size,
-            "dataset": str(store.manifest.corpus.get("name", "")),
-            "decoder_weights_dist": [],  # over heads, for attention's outputs
-            "vector": [],  # given one, Neuronpedia would use it in the place of the encoder
-        }
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The content of the files, one after another."""
         dictionary, found, around = self._dictionary, self._found, self._store.context_size - 1
+        settings = self._settings
+        head = {"model_id": settings["model_id"], "layer": dictionary.site.block}
+        head |= {name: settings[name] for name in ("sae_set", "sae_id_suffix")}
         for those in torch.arange(dictionary.d_sae).split(_FILES_AT_ONCE * LATENTS_AT_ONCE):
             rows = found.row[those]
             texts = windows(self._store, dictionary, those, rows, found.floor, around, around)
@@ -201,27 +181,24 @@ class _Features:
                     self._feature(latent, logits, texts, latent * rows.shape[1] - first)
                     for latent, logits in zip(numbers.tolist(), effects, strict=True)
                 ]
-                yield {
-                    "model_id": self._settings["model_id"],
-                    "layer": dictionary.site.block,
-                    "sae_set": self._settings["sae_set"],
-                    "sae_id_suffix": self._settings["sae_id_suffix"],
-                    "features": features,
-                }
+                yield {**head, "features": features}
 
     def _feature(self, latent: int, logits: Tensor, texts: Windows, first: int) -> dict[str, Any]:
         """What is written of a latent; its examples begin at the ``first`` of the texts."""
         decoder, heights = self._dictionary.W_dec[latent], self._found.histogram[latent].numpy()
-        length = float(decoder.norm())
+        length, contexts = float(decoder.norm()), self._settings["contexts"]
         (there,) = np.nonzero(heights)
         bins = np.arange(there.min(initial=len(heights)), there.max(initial=-1) + 1)
         centres = self._found.first_edge * 2 ** ((bins - 0.5) / BINS_PER_OCTAVE)
-        positions = self._settings["contexts"] * self._store.context_size
-        share = int(self._found.count[latent]) / positions
+        share = int(self._found.count[latent]) / (contexts * self._store.context_size)
+        unit = normalize(decoder, dim=0)
+        best = unit.topk(min(_NEIGHBOURS, len(unit)))
         return {
             "feature_index": latent,
-            **_alignment(decoder),
-            **_logits(logits, self._token),
+            "neuron_alignment_indices": best.indices.tolist(),
+            "neuron_alignment_values": _rounded(best.values),
+            "neuron_alignment_l1": _rounded(best.values.abs() / unit.abs().sum().clamp(min=1e-30)),
+            **self._logits(logits),
             "frac_nonzero": round(share, _DECIMALS),
             "freq_hist_data_bar_values": _rounded(centres * length),
             "freq_hist_data_bar_heights": heights[bins].tolist(),
@@ -229,7 +206,11 @@ class _Features:
             **{f"correlated_{what}_{number}": [] for what in ("neurons", "features")
                for number in ("indices", "l1", "pearson")},
             "activations": list(self._examples(latent, length, share, texts, first)),
-            **self._facts,
+            "n_prompts_total": contexts,
+            "n_tokens_in_prompt": self._store.context_size,
+            "dataset": str(self._store.manifest.corpus.get("name", "")),
+            "decoder_weights_dist": [],  # over heads, for attention's outputs
+            "vector": [],  # given one, Neuronpedia would use it in the place of the encoder
         }  # fmt: skip
 
     def _examples(
@@ -238,9 +219,8 @@ class _Features:
         """The strongest contexts, then one of each band, with the activation on every token."""
         edges = (self._found.edges[latent] * length).tolist()
         for rank in torch.where(self._found.row[latent] >= 0)[0].tolist():
-            ids, activation = texts.ids[first + rank], texts.activation[first + rank]
-            there = np.flatnonzero(ids >= 0)
-            here = slice(int(there[0]), int(there[-1]) + 1)
+            here = texts.run(first + rank)
+            ids, activation = texts.ids[first + rank, here], texts.activation[first + rank, here]
             lower, upper, part = -1.0, edges[0], -1.0
             band = rank - self._settings["top"]
             if band >= 0:
@@ -249,38 +229,24 @@ class _Features:
                 "bin_min": round(lower, _DECIMALS),
                 "bin_max": round(upper, _DECIMALS),
                 "bin_contains": round(part, _DECIMALS),
-                "tokens": [self._token(one) for one in ids[here].tolist()],
-                "values": _rounded(activation[here] * length),
+                "tokens": [self._token(one) for one in ids.tolist()],
+                "values": _rounded(activation * length),
                 "qualifying_token_index": self._store.context_size - 1 - here.start,
             }
 
-
-def _alignment(decoder: Float[Tensor, " d_in"]) -> dict[str, Any]:
-    """The dimensions that a latent writes to most, and their parts of the L1 norm."""
-    unit = torch.nn.functional.normalize(decoder, dim=0)
-    best = unit.topk(min(_NEIGHBOURS, len(unit)))
-    return {
-        "neuron_alignment_indices": best.indices.tolist(),
-        "neuron_alignment_values": _rounded(best.values.numpy()),
-        "neuron_alignment_l1": _rounded(
-            (best.values.abs() / unit.abs().sum().clamp(min=1e-30)).numpy()
-        ),
-    }
-
-
-def _logits(logits: Float[Tensor, " words"], token: Callable[[int], str]) -> dict[str, Any]:
-    """The tokens that a latent suppresses and promotes, and the histogram over all tokens."""
-    found: dict[str, Any] = {}
-    for name, largest in (("neg", False), ("pos", True)):
-        ids, values = zip(*top_words(logits, _WORDS, largest), strict=True)
-        found[f"{name}_str"] = [token(one) for one in ids]
-        found[f"{name}_values"] = _rounded(np.array(values))
-    edges = torch.linspace(float(logits.min()), float(logits.max()), _BINS + 1)
-    return found | {
-        "logits_hist_data_bar_heights": torch.histc(logits, bins=_BINS).long().tolist(),
-        "logits_hist_data_bar_values": _rounded(((edges[1:] + edges[:-1]) / 2).numpy()),
-    }
+    def _logits(self, logits: Tensor) -> dict[str, Any]:
+        """The tokens that a latent suppresses and promotes, and the histogram over all tokens."""
+        found: dict[str, Any] = {}
+        for name, largest in (("neg", False), ("pos", True)):
+            ids, values = zip(*top_words(logits, _WORDS, largest), strict=True)
+            found[f"{name}_str"] = [self._token(one) for one in ids]
+            found[f"{name}_values"] = _rounded(np.array(values))
+        edges = torch.linspace(float(logits.min()), float(logits.max()), _BINS + 1)
+        return found | {
+            "logits_hist_data_bar_heights": torch.histc(logits, bins=_BINS).long().tolist(),
+            "logits_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
+        }
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return np.round(values.astype(np.float64), _DECIMALS).tolist()
+def _rounded(values: np.ndarray | Tensor) -> list[float]:
+    return np.round(np.asarray(values, dtype=np.float64), _DECIMALS).tolist()

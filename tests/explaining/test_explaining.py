@@ -326,10 +326,9 @@ def test_scores_by_hand():
     assert score_of("intruder", one_side, 0).value == 0.5
 
     def correlation(one, other):
-        floats = ([v if v is None else float(v) for v in column] for column in (one, other))
-        return rank_correlation(*floats)
+        return rank_correlation(*([float(value) for value in column] for column in (one, other)))
 
-    up = correlation([1, 2, 3, 4, None, 6], [10, 20, 30, 40, 50, 60])
+    up = correlation([1, 2, 3, 4, np.nan, 6], [10, 20, 30, 40, 50, 60])
     assert up.value == pytest.approx(1) and up.latents == 5
     mixed = correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])
     assert mixed.value == pytest.approx(0.8) and mixed.interval[0] < 0.8 < mixed.interval[1]
@@ -445,18 +444,18 @@ def test_hopeless_faults_end_the_run(judge, tmp_path, monkeypatch):
         with pytest.raises(LlmWsaeError, match=said) as error:
             one_answer(judge(lambda number, body, reply=reply: reply), tmp_path)
         assert SECRET not in str(error.value)
-    # Three questions in a row without an answer; or twenty, if some had one and these are refused.
-    for answered, failed, reason in ((0, 3, f"no {SECRET}"), (1, 20, "filtered")):
-        picky = judge(
-            lambda number, body, n=answered, why=reason: "fine" if number <= n else (400, why, {})
-        )
-        with Endpoint(picky.address, "m", tmp_path / reason) as endpoint:
-            questions = [replace(QUESTION, user=str(n)) for n in range(answered + failed)]
-            said = [endpoint.ask(question, "") for question in questions[:-1]]
-            assert said == ["fine"] * answered + [None] * (failed - 1)
-            with pytest.raises(LlmWsaeError, match=f"failed {failed} questions in a") as error:
-                endpoint.ask(questions[-1], "")
-        assert SECRET not in str(error.value)
+    # Three questions in a row without an answer; refused ones count until one is answered.
+    dull = judge(lambda number, body: (400, f"no {SECRET}", {}))
+    some = [replace(QUESTION, user=str(number)) for number in range(9)]
+    with Endpoint(dull.address, "m", tmp_path / "dull") as endpoint:
+        assert [endpoint.ask(question, "") for question in some[:2]] == [None] * 2
+        with pytest.raises(LlmWsaeError, match="failed 3 questions in a row: it ans") as error:
+            endpoint.ask(some[2], "")
+    assert SECRET not in str(error.value)
+    picky = judge(lambda number, body: "fine" if number == 1 else (400, "filtered", {}))
+    with Endpoint(picky.address, "m", tmp_path / "picky") as endpoint:
+        assert [endpoint.ask(question, "") for question in some] == ["fine", *[None] * 8]
+        assert endpoint.tally.failed == 8
     half = judge(lambda number, body: "half a \ud83d character")
     assert one_answer(half, tmp_path / "half")[0] == "half a ? character"
     gone = judge(lambda number, body: "")

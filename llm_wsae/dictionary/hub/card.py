@@ -1,29 +1,28 @@
 """The card of a repository of dictionaries (README.md), written from what was measured.
 
 Each push rewrites everything between two marks from the JSON files of all dictionaries in the
-repository. What a user wrote around the marks stays. In the metadata, the library, models, datasets
-and metrics are replaced by those of the dictionaries; the rest stays. Text from files (names of
-models, corpora, arms) is escaped, so that it cannot become markup.
+repository. What a user wrote around the marks stays. In the metadata, library, models and datasets
+are replaced by those of the dictionaries; the rest stays. Text from files (names of models,
+corpora, arms) is escaped, so that it cannot become markup.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.dictionary.folder import EXPLANATIONS
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.outside import integer, mapping, parsing, text
-from llm_wsae.statistics.measures import FIDELITY, MEASURES, score_text
+from llm_wsae.statistics.measures import FIDELITY, MEASURES, Measure, score_text
 from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
@@ -36,24 +35,35 @@ TAGS = (
     "saelens",
     "transformer-lens",
 )
-_METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # the Hub indexes them
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
 _BASELINES = ("raw dimensions", "frozen random", "frozen decoder", "frozen encoder")
-_ENTROPIES = ("ce_clean", "ce_spliced", "ce_mean_ablated", "ce_zero_ablated", "ce_recovered_mean")
-_NOT_LEARNT = "none"
+_BASELINE = "none"  # the rule of a baseline
 _SHOWN = [measure for measure in FIDELITY if measure.card]
+_OF_THE_TEXT = {  # titles, metrics and their digits
+    "held-out tokens": ("rows", 0),
+    "documents": ("documents", 0),
+    "effective documents": ("effective_documents", 0),
+    "CE of the model": ("ce_clean", 3),
+    "with the reconstruction": ("ce_spliced", 3),
+    "with the mean": ("ce_mean_ablated", 3),
+    "with zeros": ("ce_zero_ablated", 3),
+    "CE recovered against the mean": ("ce_recovered_mean", 3),
+    "massive tokens": ("massive_rows", 0),
+    "FVU with them": ("fvu_with_massive", 3),
+}
+_WITH_OWNER = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a token, not hf_hub_download
 _BODY = """{begin}
 
 # Sparse autoencoders for the residual stream{of_models}
 
-{dictionaries} of the residual stream at {sites}: each row becomes a sparse sum of directions\
-{trained}. A rule other than *uniform* weights the error of every dimension by γ = score^α
-(weighted sparse autoencoders, arXiv 2506.15963), or trains in the space of the weights (*space*).
-*uniform* is the plain sparse autoencoder to compare with.
+{dictionaries} of the residual stream at {sites}: each row becomes a sparse sum of directions.
+A rule other than *uniform* weights the error of every dimension by γ = score^α (weighted sparse
+autoencoders, arXiv 2506.15963), or trains in the space of the weights (*space*). *uniform* is the
+plain sparse autoencoder to compare with.
 
 ## Dictionaries
 
@@ -106,7 +116,7 @@ def card(
     ``old`` cannot be read.
     """
     theirs, around = _parsed(repo_id, old)
-    metadata = yaml_dump(_metadata(repo_id, dictionaries, license, theirs))
+    metadata = yaml_dump(_metadata(dictionaries, license, theirs))
     before, rest = around, ""
     if END in around.partition(BEGIN)[2]:
         before, after = around.split(BEGIN, 1)
@@ -132,74 +142,39 @@ def _parsed(repo_id: str, old: str) -> tuple[dict[str, Any], str]:
 
 
 def _metadata(
-    repo_id: str, dictionaries: Sequence[Facts], license: str | None, old: dict[str, Any]
+    dictionaries: Sequence[Facts], license: str | None, old: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the Hub indexes: the old metadata, updated; tags and model index are united."""
-    name = repo_id.split("/")[-1]
-    tags, index = (
-        found if isinstance(found := old.get(key), list) else [] for key in ("tags", "model-index")
-    )
-    measured = [d for d in dictionaries if d.metric("fvu") is not None]
-    results = [
-        one
-        for d in measured  # one call for each: it unites results on the same text
-        for one in eval_results_to_model_index(name, _results(d))[0]["results"]
-    ]
+    """What the Hub indexes: the old metadata, updated; tags are united."""
+    tags = old["tags"] if isinstance(old.get("tags"), list) else []
     # only what came from the Hub has a revision
     models = [d.model for d in dictionaries if d.model and text(d.info.model.get("revision"))]
+    parts = [part.split(":")[0] for d in dictionaries for part in (d.corpus or "").split("+")]
     ours = {
         "library_name": LIBRARY,
         "license": license,
-        "tags": list(dict.fromkeys([*TAGS, *(tag for tag in tags if isinstance(tag, str))])),
-        "base_model": list(dict.fromkeys(models)),
-        "datasets": list(dict.fromkeys(own for d in dictionaries for own in _hub_datasets(d))),
-        "metrics": [m for m in _METRICS if any(d.metric(m) is not None for d in measured)],
-        "model-index": [
-            *([{"name": name, "results": results}] if results else []),
-            *(entry for entry in index if mapping(entry).get("name") != name),
-        ],
+        "tags": _each_once([*TAGS, *(tag for tag in tags if isinstance(tag, str))]),
+        "base_model": _each_once(models),
+        "datasets": _each_once(part for part in parts if _WITH_OWNER.fullmatch(part)),
     }
     return {**old, **{key: value for key, value in ours.items() if value}}
 
 
-def _hub_datasets(d: Facts) -> list[str]:
-    """The Hub datasets among the corpus' parts: those whose names have an owner."""
-    parts = [part.split(":")[0] for part in (d.corpus or "").split("+")]
-    return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
-
-
-def _results(d: Facts) -> list[EvalResult]:
-    """What was measured of one dictionary."""
-    held_out = text(mapping(d.info.metrics.get("fidelity")).get("corpus")) or d.corpus
-    own = next(iter(_hub_datasets(d)), "text") if held_out == d.corpus else "text"
-    return [
-        EvalResult(
-            task_type="feature-extraction",
-            task_name=d.sae_id,
-            dataset_type=own,
-            dataset_name=f"held-out text of {held_out or 'the corpus'}",
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=round(value, 6),
-        )
-        for metric in _METRICS
-        if (value := d.metric(metric)) is not None
-    ]
+def _each_once(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
 
 
 def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> str:
     first, count = dictionaries[0], len(dictionaries)
-    models = dict.fromkeys(escape(d.model) for d in dictionaries if d.model)
-    tools = {text(d.info.training.get("trained with")) or LIBRARY for d in dictionaries}
+    models = _each_once(escape(d.model) for d in dictionaries if d.model)
     names = f"{json.dumps(repo_id)}, {json.dumps(first.sae_id)}"
+    made = [part for d in dictionaries for part in (f"### {escape(d.sae_id)}", *making(d))]
     return _BODY.format(
         begin=BEGIN,
         end=END,
         of_models=f" of {', '.join(models)}" if models else "",
         dictionaries=f"{count} {'dictionary' if count == 1 else 'dictionaries'}",
-        sites=", ".join(dict.fromkeys(escape(d.info.site) for d in dictionaries)),
-        trained=f", trained with {escape(tools.pop())}" if len(tools) == 1 else "",
-        measured="\n\n".join([*tables(dictionaries), *_explanations_section(dictionaries)]),
+        sites=", ".join(_each_once(escape(d.info.site) for d in dictionaries)),
+        measured="\n\n".join([*tables(dictionaries), *_explanations(dictionaries)]),
         names=names,
         revision=f", revision={json.dumps(revision)}" if revision else "",
         width=first.d_in or "d_in",
@@ -209,9 +184,7 @@ def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> 
         option=f" --revision {shlex.quote(revision)}" if revision else "",
         # SAELens reads the default branch only
         saelens="" if revision else _SAELENS.format(names=names),
-        made="\n\n".join(
-            part for d in dictionaries for part in (f"### {escape(d.sae_id)}", *making(d))
-        ),
+        made="\n\n".join(made),
     )
 
 
@@ -257,19 +230,37 @@ def escape(value: str) -> str:
 
 def rule_words(d: Facts) -> str:
     """The rule that made the weights, with the space where these are one."""
-    place = d.info.weights.get("place")
-    return d.info.rule + (f", {place}" if place == "space" else "")
+    return d.info.rule + (", space" if d.info.weights.get("place") == "space" else "")
 
 
 def tables(dictionaries: Sequence[Facts]) -> list[str]:
     """What each dictionary is, how faithful to the model and how monosemantic; beside them the
     untrained and half-trained baselines."""
     everything = [*dictionaries, *_baselines(dictionaries)]
-    return [
-        _dictionaries_table(everything),
-        *_fidelity_notes(everything),
-        *_monosemanticity_section(everything),
-    ]
+    columns: dict[str, Callable[[Facts], str]] = {
+        "dimensions → latents": lambda d: f"{_figure(d.d_in)} → {_figure(d.d_sae)}",
+        "sparsity": lambda d: escape(d.sparsity),
+        "rule": lambda d: escape(rule_words(d)),
+        "α": lambda d: "" if d.info.rule in ("uniform", _BASELINE) else f"{d.info.alpha:g}",
+        **{one.title: partial(_measured, "fidelity", one) for one in _SHOWN},
+    }
+    first = _table(everything, columns, left=4)
+    return [first, *_fidelity_notes(everything), *_monosemanticity(everything)]
+
+
+def _table(
+    dictionaries: Sequence[Facts], columns: Mapping[str, Callable[[Facts], str]], left: int = 1
+) -> str:
+    rows = [[f"`{d.sae_id}`", *(c(d) or _NONE for c in columns.values())] for d in dictionaries]
+    return markdown([["dictionary", *columns], *rows], left)
+
+
+def _of_the_text(metric: str, digits: int, d: Facts) -> str:
+    return _figure(d.metric(metric), digits)
+
+
+def _measured(group: str, measure: Measure, d: Facts) -> str:
+    return measure.text(mapping(d.info.metrics.get(group)))
 
 
 def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
@@ -280,27 +271,11 @@ def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
         measured = mapping(d.info.metrics.get("baselines"))
         for name in _BASELINES:
             if metrics := mapping(measured.get(name)):
-                info = replace(d.info, rule=_NOT_LEARNT, metrics=dict(metrics))
+                info = replace(d.info, rule=_BASELINE, metrics=dict(metrics))
                 sae_id = f"{name}, {d.info.site}"
                 one = replace(d, sae_id=sae_id, info=info, d_sae=None, architecture="topk", k=None)
                 found.setdefault(sae_id, one)
     return list(found.values())
-
-
-def _dictionaries_table(dictionaries: Sequence[Facts]) -> str:
-    header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
-    rows = [
-        [
-            f"`{d.sae_id}`",
-            f"{_count(d.d_in)} → {_count(d.d_sae)}",
-            escape(d.sparsity),
-            escape(rule_words(d)),
-            _NONE if d.info.rule in ("uniform", _NOT_LEARNT) else f"{d.info.alpha:g}",
-            *(one.text(mapping(d.info.metrics.get("fidelity"))) or _NONE for one in _SHOWN),
-        ]
-        for d in dictionaries
-    ]
-    return markdown([[*header, *(one.title for one in _SHOWN)], *rows], left=4)
 
 
 def _fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
@@ -308,80 +283,53 @@ def _fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
     if not measured:
         return ["Their fidelity was not measured; `llm-wsae evaluate --keep` measures it."]
-    notes = ["; ".join(f"{one.title}: {one.meaning}" for one in _SHOWN) + "."]
-    if any(d.info.rule == _NOT_LEARNT for d in measured):
+    notes = [_meanings(_SHOWN)]
+    if any(d.info.rule == _BASELINE for d in measured):
         notes.append(
             "Raw dimensions (two latents for each dimension of the activations) and frozen random "
             "(random directions) are untrained; of frozen decoder and frozen encoder one half is "
             "random, the other was trained. A number says little unless it is far from theirs."
         )
-    header = ["cross-entropy in nats", "held-out tokens", "documents", "effective documents"]
-    header += ["model", "with the reconstruction", "with the mean", "with zeros"]
-    header += ["CE recovered against the mean"]
-    rows = [
-        [
-            f"`{d.sae_id}`",
-            *(_figure(d.metric(m), 0) for m in ("rows", "documents", "effective_documents")),
-            *(_figure(d.metric(m), 3) for m in _ENTROPIES),
-        ]
-        for d in measured
-    ]
-    notes.append(markdown([header, *rows]))
-    massive = [
-        f"`{d.sae_id}` {count:,.0f}, with them its FVU is "
-        f"{_figure(d.metric('fvu_with_massive'), 3)}"
-        for d in measured
-        if (count := d.metric("massive_rows"))
-    ]
-    if massive:
-        notes.append(
-            "Tokens with massive activations are excluded and keep the model's own activation: "
-            f"{'; '.join(massive)}."
-        )
-    return notes
+    notes.append(
+        "Cross-entropies (CE) are in nats. Tokens with massive activations are excluded, and keep "
+        "the model's own activation."
+    )
+    columns = {title: partial(_of_the_text, *how) for title, how in _OF_THE_TEXT.items()}
+    return [*notes, _table(measured, columns)]
 
 
-def _monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
+def _monosemanticity(dictionaries: Sequence[Facts]) -> list[str]:
     """What the measures mean, and a table with a column for each, the control in brackets."""
-    cells = {}
-    for d in dictionaries:
-        found = mapping(d.info.metrics.get("monosemanticity"))
-        if scores := {key: cell for key, one in MEASURES.items() if (cell := one.text(found))}:
-            cells[d.sae_id] = scores
-    shown = [one for key, one in MEASURES.items() if any(key in own for own in cells.values())]
+    columns = {one: partial(_measured, "monosemanticity", one) for one in MEASURES.values()}
+    shown = {one: cell for one, cell in columns.items() if any(map(cell, dictionaries))}
     if not shown:
         return []
-    rows = [
-        [f"`{sae_id}`", *(own.get(one.key, _NONE) for one in shown)]
-        for sae_id, own in cells.items()
-    ]
-    meanings = "; ".join(f"{one.title}: {one.meaning}" for one in shown)
+    scored = [d for d in dictionaries if any(cell(d) for cell in shown.values())]
     return [
         "## Monosemanticity",
         "All on held-out text, without a language model as judge, with 95 % intervals. "
-        f"{meanings}.",
-        markdown([["dictionary", *(one.title for one in shown)], *rows]),
+        + _meanings(shown),
+        _table(scored, {one.title: cell for one, cell in shown.items()}),
     ]
 
 
-def _explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
+def _meanings(measures: Iterable[Measure]) -> str:
+    return "; ".join(f"{one.title}: {one.meaning}" for one in measures) + "."
+
+
+def _explanations(dictionaries: Sequence[Facts]) -> list[str]:
     """How well a language model explained every dictionary's latents; empty if it was not asked."""
     rows = []
     for d in dictionaries:
         found = mapping(d.info.metrics.get("explanations"))
-        latents = integer(found.get("latents"))
-        if latents is None:
-            continue
-        unread, questions = (integer(found.get(key)) for key in ("unread", "questions"))
-        rows.append(
-            [
-                f"`{d.sae_id}`",
-                escape(text(found.get("explainer")) or _NONE),
-                f"{latents:,}",
-                *(score_text(found, name) or _NONE for name in _JUDGED),
-                _count(unread) + (f" of {questions:,}" if questions else ""),
-            ]
+        latents, unread, questions = (
+            integer(found.get(key)) for key in ("latents", "unread", "questions")
         )
+        if latents is not None:
+            said = escape(text(found.get("explainer")) or _NONE)
+            scores = [score_text(found, name) or _NONE for name in _JUDGED]
+            unreadable = f"{_figure(unread)} of {_figure(questions)}"
+            rows.append([f"`{d.sae_id}`", said, f"{latents:,}", *scores, unreadable])
     if not rows:
         return []
     header = ["dictionary", "explained and judged by", "latents", *_JUDGED, "answers not readable"]
@@ -396,9 +344,5 @@ def _explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
     ]
 
 
-def _figure(value: float | None, digits: int) -> str:
+def _figure(value: int | float | None, digits: int = 0) -> str:
     return _NONE if value is None else f"{value:,.{digits}f}"
-
-
-def _count(value: int | None) -> str:
-    return _NONE if value is None else f"{value:,}"

@@ -13,8 +13,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import io
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -41,12 +39,14 @@ from llm_wsae.terminal import printable, without_secrets
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGEST = {".json": 16 << 20, ".md": 4 << 20, ".jsonl": 256 << 20}  # bytes; the last: 2¹⁸ latents
-_MOST_FILES = 100_000
 _PART = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOGIN = "log in (`hf auth login`, or the variable HF_TOKEN)"
 _AGAIN = "run the same command again"
-_KNOWN: dict[Any, str] = {  # the first class that fits
+_CHANGED = (
+    f"{{repo}} was changed by someone else in the meantime, and nothing was written; {_AGAIN}"
+)
+_KNOWN: dict[Any, str] = {  # by class, or status
     errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo}, "
     "and the local cache does not hold it; unset it",
     errors.HFValidationError: "{repo!r} cannot be the name of a repository on the Hub; give "
@@ -58,27 +58,22 @@ _KNOWN: dict[Any, str] = {  # the first class that fits
     f"check the name, or {_LOGIN}",
     httpx.TransportError: "the connection to the Hub ({hub}) failed ({kind}), and nothing of "
     f"{{repo}} is half written; check the network and {_AGAIN}",
-}
-_NAMES = (errors.HFValidationError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
-_CHANGED = (
-    f"{{repo}} was changed by someone else in the meantime, and nothing was written; {_AGAIN}"
-)
-_BY_STATUS = {
     401: f"the Hub does not accept your token, or needs one; {_LOGIN}",
     403: f"your token may not do that with {{repo}}; {_LOGIN} as someone who may",
     409: _CHANGED,
     412: _CHANGED,
 }
+_OTHER_STATUS = f"the Hub answered with status {{status}} about {{repo}}{{said}}; {_AGAIN} later"
+_NAMES = (errors.HFValidationError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository."""
+    """A file of a repository: its size in bytes, and the SHA-256 of a large one, or git's id of a
+    small one; None if only the cache was asked."""
 
     size: int
-    """Bytes."""
     digest: str | None
-    """SHA-256 of a large file, git's id of a small one; None if only the cache was asked."""
 
     def is_same_as(self, path: Path) -> bool:
         """Whether a local file has this content."""
@@ -93,11 +88,9 @@ class Repository:
     """The files of one commit."""
 
     repo_id: str
-    """``user/name``."""
     revision: str | None
     """The branch, tag or commit asked for; None for the default branch."""
     commit: str
-    """The commit that it points to."""
     files: Mapping[str, RemoteFile]
     """By path in the repository."""
     is_cached: bool = False
@@ -121,10 +114,7 @@ class Repository:
         """The files of a commit on the Hub; use it within ``hub_errors``."""
         commit = commit_of(commit)
         listed = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
-        entries = list(itertools.islice(listed, _MOST_FILES + 1))
-        if len(entries) > _MOST_FILES:
-            raise LlmWsaeError(f"{repo_id} lists files without an end, so nothing of it is read")
-        files = dict(_entry(repo_id, one) for one in entries if isinstance(one, RepoFile))
+        files = dict(_entry(repo_id, one) for one in listed if isinstance(one, RepoFile))
         return cls(repo_id, revision, commit, files)
 
     @functools.cached_property
@@ -183,10 +173,8 @@ class Repository:
                 f"{sae_id} of {self._here} is not a complete dictionary of this package: it lacks "
                 f"{' and '.join(missing)}"
             )
-        for path in (inside(sae_id, name) for name in (*optional, *names)):
-            if path in self.files:
-                local = self.fetch(path)
-        return local.parent
+        paths = [inside(sae_id, name) for name in (*optional, *names)]
+        return [self.fetch(path) for path in paths if path in self.files][-1].parent
 
     def fetch(self, path: str) -> Path:
         """A file in the local cache, downloaded if necessary and compared with its checksum.
@@ -224,16 +212,15 @@ class Repository:
     def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
         """Put a file's content at ``blob``; what a broken download left beside it is continued."""
         partial = blob.with_name(f"{blob.name}.incomplete")
-        url = f"{constants.ENDPOINT}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
-        with _UpTo(partial, remote.size, path) as file:
-            http_get(
-                url,
-                file,
-                resume_size=file.tell(),
-                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
-                expected_size=remote.size,
-                displayed_filename=printable(path),
-            )
+        with open(partial, "ab") as file:
+            if file.tell() < remote.size:
+                http_get(
+                    f"{constants.ENDPOINT}/{self.repo_id}/resolve/{self.commit}/{quote(path)}",
+                    file,
+                    resume_size=file.tell(),
+                    headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                    displayed_filename=printable(path),
+                )
         if not remote.is_same_as(partial):
             partial.unlink()
             raise LlmWsaeError(
@@ -248,27 +235,16 @@ class Repository:
         return f"the local cache of {name}" if self.is_cached else name
 
 
-class _UpTo(io.FileIO):
-    """A file that is appended to, and refuses more than it should hold."""
-
-    def __init__(self, place: Path, size: int, path: str):
-        super().__init__(place, "ab")
-        self._size, self._path = size, path
-
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > self._size:
-            raise LlmWsaeError(
-                f"the Hub ({constants.ENDPOINT}) sends more for {self._path} than the "
-                f"{self._size:,} bytes that it lists, so it is not read"
-            )
-        return super().write(data)
-
-
 def commit_of(value: Any) -> str:
     """The value, which must be the id of a commit: it becomes the name of a folder."""
     if not (isinstance(value, str) and COMMIT.fullmatch(value)):
         raise ValueError(f"{shown(value)} is not the id of a commit")
     return value
+
+
+def inside(sae_id: str, name: str) -> str:
+    """The path in a repository of a dictionary's file; "." is the repository itself."""
+    return str(PurePosixPath(sae_id) / name)
 
 
 def _entry(repo_id: str, said: RepoFile) -> tuple[str, RemoteFile]:
@@ -286,11 +262,6 @@ def _entry(repo_id: str, said: RepoFile) -> tuple[str, RemoteFile]:
 def _cache_folder(repo_id: str) -> Path:
     name = repo_folder_name(repo_id=repo_id, repo_type="model")
     return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
-
-
-def inside(sae_id: str, name: str) -> str:
-    """The path in a repository of a dictionary's file; "." is the repository itself."""
-    return str(PurePosixPath(sae_id) / name)
 
 
 def _cached(repo_id: str, revision: str | None) -> Repository | None:
@@ -329,18 +300,18 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError:
     """The client wraps failures in failures, so the causes are searched for one that is known."""
-    known = {"repo": repo_id, "revision": revision, "hub": constants.ENDPOINT}
     cause: BaseException | None = error
     while cause is not None:
-        for kind, sentence in _KNOWN.items():
-            if isinstance(cause, kind):
-                ours = UsageError if isinstance(cause, _NAMES) else LlmWsaeError
-                return ours(sentence.format(**known, kind=type(cause).__name__))
+        status, said = 0, ""
         if isinstance(cause, errors.HfHubHTTPError):
             status, said = cause.response.status_code, str(cause.server_message or "")
             said = f" ({without_secrets(' '.join(said.split()))[:300]})" if said else ""
-            other = f"the Hub answered with status {status} about {{repo}}{{said}}; {_AGAIN} later"
-            return LlmWsaeError(_BY_STATUS.get(status, other).format(**known, said=said))
+        known = next((_KNOWN[k] for k in (*type(cause).__mro__, status) if k in _KNOWN), None)
+        if sentence := known or (status and _OTHER_STATUS):
+            words: dict[str, Any] = {"repo": repo_id, "revision": revision, "status": status}
+            words |= {"hub": constants.ENDPOINT, "kind": type(cause).__name__, "said": said}
+            ours = UsageError if isinstance(cause, _NAMES) else LlmWsaeError
+            return ours(sentence.format(**words))
         cause = cause.__cause__ or cause.__context__
     said = without_secrets(reason(error))
     if isinstance(error, OSError):

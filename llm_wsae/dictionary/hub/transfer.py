@@ -1,5 +1,5 @@
-"""Dictionaries are put on the Hugging Face Hub (``push``) and read from it: copied into a folder
-(``pull``), opened (``fetch``), listed.
+"""``push`` puts dictionaries on the Hugging Face Hub; ``pull`` copies them into a folder, ``fetch``
+opens one, ``list_dictionaries`` lists them.
 
 A repository holds many dictionaries, each in the folder ``<site>/<name>``, and one card for all of
 them. A push is a single commit of what changed, on top of the commit that it was compared with.
@@ -7,8 +7,7 @@ Large files are uploaded first and become visible only with the commit, so a pus
 leaves the repository as it was; a new branch may be left, unchanged.
 
 A pull downloads into the client's cache, checks everything there, and only then copies into the
-user's folder. A dictionary of the user's own is never replaced, and what was said of its latents
-here, which may have been paid for, is never lost.
+user's folder, where it never replaces a dictionary.
 """
 
 import contextlib
@@ -18,8 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -33,22 +31,30 @@ from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     INFO,
     WEIGHTS,
-    check_replaceable,
     clear_up,
     copy_folder,
     is_dictionary,
     keep_measurements,
     read_folder,
     read_info,
+    weights_checksum,
     write_folder,
 )
 from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card import card
-from llm_wsae.dictionary.hub.repository import COMMIT, FILES, Repository, commit_of, hub_errors
+from llm_wsae.dictionary.hub.repository import (
+    COMMIT,
+    FILES,
+    Repository,
+    commit_of,
+    hub_errors,
+    inside,
+)
 from llm_wsae.dictionary.info import DictionaryInfo, Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.outside import check_revision, mapping
+from llm_wsae.outside import check_revision
 
+Operation = CommitOperationAdd | CommitOperationDelete
 _README = "README.md"
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
@@ -63,11 +69,10 @@ class Pushed:
     url: str
     """Address of the commit, or of the repository if nothing had changed."""
     commit: str
-    """The commit that now holds the dictionaries."""
+    """It now holds the dictionaries."""
     sae_ids: list[str]
-    """The dictionaries' folders in the repository."""
     changed: list[str]
-    """Paths that were written; empty if nothing had changed."""
+    """Paths that were written."""
 
 
 def push(
@@ -85,9 +90,8 @@ def push(
     others put there about the same weights stays: measurements and explanations that are not here.
 
     Raises UsageError for impossible requests (two dictionaries of one name, a name taken by another
-    model's dictionary, a tag instead of a branch, ``private`` for a public repository, no such
-    user), LlmWsaeError for a folder that is not a complete dictionary or changed since it was
-    saved, and for every failure of the Hub.
+    model's dictionary, a tag instead of a branch, ``private`` for a public repository), and
+    LlmWsaeError for a folder that is no intact dictionary and every failure of the Hub.
     """
     check_revision(revision)
     local = _local_dictionaries(folders)
@@ -103,16 +107,15 @@ def push(
             old = remote.fetch(_README).read_text(encoding="utf-8", errors="replace")
         ordered = [known[name] for name in sorted(known)]
         new = card(repo_id, ordered, old=old, license=license, revision=revision)
-        changed: dict[str, Path | bytes | None] = {} if new == old else {_README: new.encode()}
-        for name, folder in staged.items():
-            changed |= _changed(name, folder, remote)
-        if not changed and not is_new:
+        todo = [one for name, folder in staged.items() for one in _operations(name, folder, remote)]
+        if new != old:
+            todo.append(CommitOperationAdd(_README, new.encode()))
+        if not todo and not is_new:
             return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
-        operations = [_operation(path, new) for path, new in sorted(changed.items())]
         with hub_errors(repo_id, revision):
             if is_new:
                 HfApi().create_branch(repo_id, branch=str(revision), revision=head)
-            added = [one for one in operations if isinstance(one, CommitOperationAdd)]
+            added = [one for one in todo if isinstance(one, CommitOperationAdd)]
             HfApi().preupload_lfs_files(repo_id, added, revision=revision)
             # The client would silently leave these files out of the commit.
             if ignored := [one.path_in_repo for one in added if one._should_ignore]:
@@ -122,13 +125,14 @@ def push(
                 )
             done = HfApi().create_commit(
                 repo_id,
-                operations,
+                todo,
                 commit_message=f"Push {', '.join(local)}"[:72],
                 revision=revision,
                 parent_commit=head,
             )
             commit = commit_of(done.oid)
-        return Pushed(str(done.commit_url), commit, list(local), sorted(changed))
+        changed = sorted(one.path_in_repo for one in todo)
+        return Pushed(str(done.commit_url), commit, list(local), changed)
 
 
 def folder_name(info: DictionaryInfo) -> str:
@@ -186,7 +190,7 @@ def _prepare(repo_id: str, private: bool, revision: str | None) -> tuple[str, bo
 def _staged(sae_id: str, folder: Path, remote: Repository, place: Path) -> Path:
     """The folder, or, where others described the same weights, a copy below ``place`` that also
     holds what others measured and said; what is known here counts more."""
-    weights, info, said = (f"{sae_id}/{name}" for name in (WEIGHTS, INFO, EXPLANATIONS))
+    weights, info, said = (inside(sae_id, name) for name in (WEIGHTS, INFO, EXPLANATIONS))
     same = weights in remote.files and remote.files[weights].is_same_as(folder / WEIGHTS)
     if not same or info not in remote.files:
         return folder
@@ -198,23 +202,17 @@ def _staged(sae_id: str, folder: Path, remote: Repository, place: Path) -> Path:
     return copy
 
 
-def _changed(sae_id: str, folder: Path, remote: Repository) -> dict[str, Path | bytes | None]:
-    """The files of a dictionary that the repository lacks or has differently; None for one that
-    must be deleted."""
-    changed: dict[str, Path | bytes | None] = {}
+def _operations(sae_id: str, folder: Path, remote: Repository) -> Iterator[Operation]:
+    """What must be done to the files of a dictionary in the repository."""
+    new_weights = False
     for name in (*FILES, EXPLANATIONS):
-        path = f"{sae_id}/{name}"
+        path, local = inside(sae_id, name), folder / name
         there = remote.files.get(path)
-        if (folder / name).is_file() and not (there and there.is_same_as(folder / name)):
-            changed[path] = folder / name
-    said = f"{sae_id}/{EXPLANATIONS}"
-    if said in remote.files and said not in changed and f"{sae_id}/{WEIGHTS}" in changed:
-        changed[said] = None  # of the older weights
-    return changed
-
-
-def _operation(path: str, new: Path | bytes | None) -> CommitOperationAdd | CommitOperationDelete:
-    return CommitOperationDelete(path) if new is None else CommitOperationAdd(path, new)
+        if local.is_file() and not (there and there.is_same_as(local)):
+            new_weights |= name == WEIGHTS
+            yield CommitOperationAdd(path, local)
+        elif there and not local.is_file() and new_weights:
+            yield CommitOperationDelete(path)  # it explains the older weights
 
 
 def _facts(sae_id: str, folder: Path) -> Facts:
@@ -254,73 +252,38 @@ def pull(
     level of its repository to ``out/<repository>``). Returns the folders by name.
 
     Each is checked completely before it is copied; a foreign one is converted to this package's
-    layout. An older one that was pulled from the same repository is replaced in one step. What was
-    said or measured of one that is there is added. ``pull.json`` in ``out`` keeps where each came
-    from.
+    layout. A dictionary that is there already stays, with what is known of it; if it has the same
+    weights, what the repository knows besides is added.
 
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
-    damaged, unsafe or not what its checksum says, if two dictionaries would be copied into one
-    place, or if ``out`` cannot be written, or holds another dictionary there or explanations of
-    older weights.
+    damaged, unsafe or not what its checksum says, or if ``out`` cannot be written or holds
+    something else there.
     """
     out = Path(out)
     check_file(out / RECORD, is_record_of("pull"))
     repository = Repository.open(repo_id, revision)
-    places = _places(repository, repository.wanted(sae_id), out)
-    asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
-    for name, place in places.items():
+    own = repo_id.split("/")[-1]
+    folders = {name: out / (own if name == "." else name) for name in repository.wanted(sae_id)}
+    for name, folder in folders.items():
         with _own_layout(repository, name) as source, folder_lock(out, "pulled dictionaries"):
-            pulled = _pulled(out)
-            known = mapping(pulled.get(place))
-            ours = known.get("versions") if known.get("repo_id") == repo_id else None
-            ours = ours if isinstance(ours, list) else []
-            if not _is_there(source, out / place, ours):
-                new = _digests(source)
-                versions = ours if new in ours else [*ours, new]
-                pulled[place] = {"repo_id": repo_id, "versions": versions}
-                write_record(out / RECORD, "pull", {**asked, "pulled": pulled})
-                copy_folder(source, out / place)
-            _add_what_is_new(source, out / place)
-    return {name: out / place for name, place in places.items()}
+            _add(source, folder)
+    write_record(out / RECORD, "pull", {"repo_id": repo_id, "sae_id": sae_id, "revision": revision})
+    return folders
 
 
-def _is_there(source: Path, folder: Path, ours: list[Any]) -> bool:
-    """Whether the folder holds the dictionary of ``source``; raises LlmWsaeError if it holds one
-    that may not be replaced: only ``ours`` may, which were pulled from the same repository."""
+def _add(source: Path, folder: Path) -> None:
+    """Copy a dictionary to a folder, or what is new in it if the folder has the same weights."""
     clear_up(folder)
-    here, there = _digests(folder), _digests(source)
-    if not here:
-        return False
-    if here == there:
-        try:
-            read_folder(folder)
-        except LlmWsaeError:  # damaged since
-            return False
-        return True
-    if here not in ours:
+    if is_dictionary(folder) and weights_checksum(folder) != weights_checksum(source):
         raise LlmWsaeError(
-            f"{folder} holds a dictionary that was not pulled from this repository, or was "
-            "saved again since; choose another --out"
+            f"{folder} holds another dictionary, or another version of this one, and a pull "
+            "replaces none; move it away, or choose another --out"
         )
-    if (folder / EXPLANATIONS).is_file() and here.get(WEIGHTS) != there.get(WEIGHTS):
-        raise LlmWsaeError(
-            f"{folder / EXPLANATIONS} explains the weights that were pulled before, and the "
-            "repository has others now; move it away to replace them, or choose another --out"
-        )
-    return False
-
-
-def _digests(folder: Path) -> dict[str, Any]:
-    """The SHA-256 of a dictionary's files, by its description; empty if there is none."""
-    if not is_dictionary(folder):
-        return {}
-    return dict(mapping(read_json(folder / INFO, "dictionary's information").get("sha256")))
-
-
-def _pulled(out: Path) -> dict[str, Any]:
-    """What is recorded of every dictionary that was pulled into a folder, by its place there."""
-    record = mapping(read_json(out / RECORD, "record")) if (out / RECORD).is_file() else {}
-    return dict(mapping(mapping(record.get("config")).get("pulled")))
+    try:
+        read_folder(folder)
+    except LlmWsaeError:  # missing, or damaged since
+        copy_folder(source, folder)
+    _add_what_is_new(source, folder)
 
 
 @contextmanager
@@ -347,29 +310,6 @@ def _add_what_is_new(source: Path, folder: Path) -> None:
     known, found = read_info(folder)[1].metrics, read_info(source)[1].metrics
     if groups := {group: own for group, own in found.items() if group not in known}:
         keep_measurements(folder, groups)
-
-
-def _places(repository: Repository, names: Sequence[str], out: Path) -> dict[str, str]:
-    """Where each dictionary goes, below ``out``.
-
-    Raises LlmWsaeError, before any is downloaded, if one would be in the place of another or of the
-    record, whatever the case of the letters.
-    """
-    own = repository.repo_id.split("/")[-1]
-    places = {name: own if name == "." else name for name in names}
-    taken = {PurePosixPath(RECORD): f"the record {RECORD}"}
-    for name, place in places.items():
-        here = PurePosixPath(place.casefold())
-        for other, holder in taken.items():
-            if here.is_relative_to(other) or other.is_relative_to(here):
-                raise LlmWsaeError(
-                    f"{name} of {repository.repo_id} would be copied into the place of {holder}; "
-                    "pull one dictionary at a time, each into a folder of its own: llm-wsae pull "
-                    f"{repository.repo_id} {name} --out …"
-                )
-        check_replaceable(out / place)
-        taken[here] = name
-    return places
 
 
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:

@@ -11,7 +11,6 @@ import torch
 from command_line import call, content, works
 from foreign_folders import saelens_checkpoint
 from hub_fixtures import REPO, head, sentence
-from safetensors.torch import load_file, save_file
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -21,7 +20,7 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, keep_measurements, read_folder
+from llm_wsae.dictionary.folder import WEIGHTS, keep_measurements, read_folder
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
@@ -66,17 +65,11 @@ def test_only_what_changed_is_written_and_the_card_knows_all(hub, plain, weighte
 
 
 def test_what_a_user_wrote_in_the_card_stays(hub, plain):
-    own = "---\nlicense: mit\ntags:\n- mine\n---\n\n# My own words\n"
-    hub.put(REPO, "README.md", own.encode())
-    push([plain], REPO)
-    card = hub.content(REPO, "README.md").decode()
-    assert "license: mit" in card and "- mine" in card and "- sparse-autoencoder" in card
-    hub.put(REPO, "README.md", (card + "\nMore of them.\n").encode())
+    hub.put(REPO, "README.md", b"---\nlicense: mit\n---\n\n# My own words\n")
     push([plain], REPO, license="apache-2.0")
     card = hub.content(REPO, "README.md").decode()
     assert "license: apache-2.0" in card and "license: mit" not in card
-    assert card.count("# My own words") == card.count("More of them.") == 1
-    assert card.count("## Dictionaries") == 1
+    assert card.count("# My own words") == card.count("## Dictionaries") == 1
 
 
 def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
@@ -89,11 +82,6 @@ def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
     card = hub.content(REPO, "README.md", "try/2").decode()
     assert 'revision="try/2")' in card and "--revision try/2 --out" in card
     assert push([weighted], REPO, revision="try/2").changed == []
-    make_dictionary("plain-k4", seed=5).save(plain.parent / "other")
-    push([plain.parent / "other"], REPO, revision="try/2")
-    push([plain], REPO, revision="try/2")  # the branch has another version, main has this one
-    for name in (WEIGHTS, INFO, EXTRAS):
-        assert hub.content(REPO, f"{HERE}/{name}", "try/2") == (plain / name).read_bytes()
     hub.repositories[REPO].tags["v1"] = before
     for fixed in ("v1", before):
         with pytest.raises(UsageError, match="is not a branch of user/saes") as error:
@@ -101,22 +89,20 @@ def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
         assert "'main', 'try/2'" in sentence(error)
 
 
-def test_a_repository_that_would_leave_weights_out_gets_nothing(hub, plain):
-    hub.put(REPO, ".gitignore", b"*.safetensors")
-    before = head(hub)
-    with pytest.raises(LlmWsaeError, match=r"gitignore that excludes .*safetensors") as error:
-        push([plain], REPO)
-    assert "nothing was pushed" in sentence(error) and head(hub) == before
-
-
-def test_private_is_private(hub, plain):
+def test_a_push_that_would_not_do_what_was_asked_does_nothing(hub, plain):
+    """Weights that a .gitignore leaves out, and what is to be private in a public repository."""
     push([plain], REPO, private=True)
     assert hub.repositories[REPO].private
     assert push([plain], REPO, private=True).changed == []
-    hub.create("user/open")
-    with pytest.raises(UsageError, match="exists and is public"):
-        push([plain], "user/open", private=True)
-    assert len(hub.repositories["user/open"].commits) == 1
+    for file, how, said in (
+        (".gitignore", {}, r"gitignore that excludes .*safetensors, so nothing was pushed"),
+        ("README.md", {"private": True}, "exists and is public"),
+    ):
+        hub.put("user/open", file, b"*.safetensors")
+        commits = len(hub.repositories["user/open"].commits)
+        with pytest.raises(LlmWsaeError, match=said):
+            push([plain], "user/open", **how)
+        assert len(hub.repositories["user/open"].commits) == commits
 
 
 # Bytes there and back
@@ -146,33 +132,25 @@ def test_python_goes_there_and_back(hub, tmp_path):
 
 def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
     first = push([plain], REPO).commit
+    older = content(plain)
     make_dictionary("plain-k4", seed=5).save(plain)
     push([plain], REPO)
     old = pull(REPO, tmp_path / "old", HERE, revision=first)
     new = pull(REPO, tmp_path / "new", HERE)
-    assert old == {HERE: tmp_path / "old" / HERE}
-    assert content(*new.values()) == content(plain) != content(*old.values())
-    pull(REPO, tmp_path / "old")  # replaced as a whole
-    assert content(*old.values()) == content(plain)
-    assert push(list(old.values()), REPO).changed == []
+    assert old == {HERE: tmp_path / "old" / HERE} and content(*old.values()) == older
+    assert content(*new.values()) == content(plain)
+    assert push(list(new.values()), REPO).changed == []
 
 
-def test_a_pull_keeps_every_dictionary_or_says_which_it_cannot(hub, plain, weighted, tmp_path):
-    for repo, first, second, said in (
-        (REPO, "", "saes/", r"(\.|saes) of user/saes would be copied into the place of (\.|saes)"),
-        ("user/deep", "a/", "A/b/", "a of user/deep would be copied into the place of A/b;"),
-        ("user/odd", "pull.json/", "a/", r"pull\.json of user/odd .* the record pull\.json;"),
-    ):
-        for place, source in ((first, plain), (second, weighted)):
-            for name, data in content(source).items():
-                hub.put(repo, f"{place}{name}", data)
-        with pytest.raises(LlmWsaeError, match=said) as error:
-            pull(repo, tmp_path / "out")
-        assert "pull one dictionary at a time" in sentence(error)
-        assert not (tmp_path / "out").exists() and not hub.count("GET", "/storage/")
-    for number, (name, one) in enumerate(((".", plain), ("saes", weighted))):
-        (folder,) = pull(REPO, tmp_path / str(number), name).values()
-        assert content(folder) == content(one)
+def test_one_at_the_top_and_one_within_another(hub, plain, weighted, tmp_path):
+    for place, source in (("", plain), ("a/", weighted), ("a/b/", plain)):
+        for name, data in content(source).items():
+            hub.put(REPO, f"{place}{name}", data)
+    folders = pull(REPO, tmp_path)
+    assert folders == {".": tmp_path / "saes", "a": tmp_path / "a", "a/b": tmp_path / "a/b"}
+    assert pull(REPO, tmp_path) == folders
+    for name, source in ((".", plain), ("a", weighted), ("a/b", plain)):
+        assert torch.equal(Dictionary.load(folders[name]).W_enc, Dictionary.load(source).W_enc)
 
 
 def test_only_the_files_of_a_dictionary_are_fetched(hub, plain, tmp_path):
@@ -185,75 +163,37 @@ def test_only_the_files_of_a_dictionary_are_fetched(hub, plain, tmp_path):
     assert fetched == set(content(plain))
 
 
-def test_a_pull_replaces_only_what_was_pulled_from_there(hub, plain, weighted, tmp_path):
-    push([plain], REPO)
-    out, place = tmp_path / "out", tmp_path / "out" / HERE
-    place.mkdir(parents=True)
-    (place / "notes.txt").write_text("mine")
-    with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
-        pull(REPO, out)
-    (place / "notes.txt").unlink()
-    make_dictionary("plain-k4", seed=9).save(place)  # trained here
-    before = content(place)
-    with pytest.raises(LlmWsaeError, match="was not pulled from this repository, or was saved"):
-        pull(REPO, out)
-    assert content(place) == before
-    shutil.rmtree(place)
-    pull(REPO, out)
-    for name, data in content(weighted).items():
-        hub.put("user/others", f"{HERE}/{name}", data)
-    with pytest.raises(LlmWsaeError, match="was not pulled from this repository"):
-        pull("user/others", out)
-    (place / WEIGHTS).write_bytes(b"damaged since")
-    pull(REPO, out)
-    assert content(place) == content(plain)
-    make_dictionary("plain-k4", seed=9).save(place)  # saved again since, it is one's own
-    with pytest.raises(LlmWsaeError, match="or was saved again since"):
-        pull(REPO, out)
-
-
-def test_what_is_known_here_is_added_to_and_never_lost(hub, plain, tmp_path):
+def test_a_pull_replaces_nothing_and_adds_what_is_new(hub, plain, tmp_path):
     """Explanations may have been paid for."""
     out, place = tmp_path / "out", tmp_path / "out" / HERE
-
-    def made(seed: int, *latents: int) -> None:
-        make_dictionary("plain-k4", seed=seed).save(plain)
-        if latents:
-            said = [Explanation(latent, "theirs", "m", {}) for latent in latents]
-            keep_explanations(plain, said)
 
     def pulled() -> dict[int, str | None]:
         push([plain], REPO)
         pull(REPO, out)
         return {latent: one.text for latent, one in read_explanations(place).items()}
 
-    made(1)
-    assert pulled() == {}
-    made(2)
+    assert pulled() == {} and content(place) == content(plain)
+    (place / WEIGHTS).write_bytes(b"damaged since")
     assert pulled() == {} and content(place) == content(plain)
     keep_measurements(place, {"fidelity": {"kl": 0.25}})
     keep_explanations(place, [Explanation(3, "mine", "m", {})])
-    made(2, 3, 4)  # the same weights: what is new is added, and mine stay mine
+    keep_explanations(plain, [Explanation(latent, "theirs", "m", {}) for latent in (3, 4)])
     keep_measurements(plain, {"fidelity": {"kl": 0.5}, "monosemanticity": {"l0": 4.0}})
     assert pulled() == {3: "mine", 4: "theirs"}
     metrics = read_folder(place).info.metrics
     assert metrics["fidelity"] == {"kl": 0.25} and metrics["monosemanticity"] == {"l0": 4.0}
-    dictionary = Dictionary.load(plain)
-    dictionary.extras = {"gamma": torch.ones(dictionary.d_in)}
-    dictionary.save(plain)  # of the same weights, but replaced
-    keep_explanations(plain, [Explanation(5, "theirs", "m", {})])
-    assert pulled() == {3: "mine", 4: "theirs", 5: "theirs"}
-    assert Dictionary.load(place).extras["gamma"].tolist() == [1.0] * dictionary.d_in
     assert works("verify", out).out
-
-    made(6, 1)
-    before = content(out)
-    with pytest.raises(LlmWsaeError, match="explains the weights that were pulled before") as error:
+    make_dictionary("plain-k4", seed=9).save(plain)
+    before = content(place)
+    with pytest.raises(LlmWsaeError, match="holds another dictionary, or another version"):
         pulled()
-    assert f"{place / 'explanations.jsonl'} explains" in sentence(error)
-    assert "move it away" in sentence(error) and content(out) == before
-    (place / "explanations.jsonl").unlink()
-    assert pulled() == {1: "theirs"} and content(place) == content(plain)
+    assert content(place) == before
+    shutil.rmtree(place)
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
+        pulled()
+    assert content(place) == {"notes.txt": b"mine"}
 
 
 def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, tmp_path):
@@ -287,11 +227,6 @@ def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     keep_measurements(folder, {"fidelity": {"kl": 0.25}})
     pull(REPO, tmp_path / "out")  # converted again, to the same
     assert read_folder(folder).info.metrics["fidelity"] == {"kl": 0.25}
-    twice = {name: 2 * tensor for name, tensor in load_file(theirs / WEIGHTS).items()}
-    save_file(twice, theirs / WEIGHTS)
-    hub.put(REPO, f"one/{WEIGHTS}", (theirs / WEIGHTS).read_bytes())
-    pull(REPO, tmp_path / "out")
-    assert torch.equal(Dictionary.load(folder).W_enc, Dictionary.load(theirs).W_enc)
 
 
 # The commands
