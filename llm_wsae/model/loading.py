@@ -48,13 +48,12 @@ _ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
 
 
 class Loaded(NamedTuple):
-    """A model of transformers and its name."""
+    """A model of transformers, on the CPU unless it is spread, and its name."""
 
     hf_model: Any
-    """On the CPU unless it is spread."""
     tokenizer: Any
     name: str
-    """Hub id, or the bare name of the file or folder, independent of its location."""
+    """Hub id, or the bare name of the file or folder."""
     revision: str | None
     """Commit hash on the Hub; None for local files."""
 

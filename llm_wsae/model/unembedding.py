@@ -32,10 +32,8 @@ _SHARE = 8  # copies take at most one part of this many of the memory
 
 
 class PrepackedWeights:
-    """The linear layers of a Hugging Face model, whose weights are copied while it is open.
-
-    The weights must not change while it is open. It is opened and closed while no pass is running.
-    """
+    """The linear layers of a Hugging Face model, whose weights are copied while it is open and must
+    not change. It is opened and closed while no pass is running."""
 
     def __init__(self, hf_model: Any):
         self._hf_model = hf_model
@@ -130,9 +128,8 @@ class Head:
         """Run by run; None if the head is no plain product, or if the model may not compute side by
         side (as on an accelerator, which one product of all fills).
 
-        To make a run, the model's own forward is called. Its trunk answers with what it made of the
-        rows in the first step, and its head multiplies with a part of its weights.
-        """
+        The model's own forward makes a run: its trunk answers with what it made of the rows in the
+        first step, and its head multiplies with a part of its weights."""
         model: Any = self._hf_model
         head, trunk = model.get_output_embeddings(), model.base_model
         is_plain = type(head) is nn.Linear and trunk is not model

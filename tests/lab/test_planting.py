@@ -269,7 +269,6 @@ def test_of_a_plant_that_fires_in_one_half_alone_nothing_is_known(few):
         mine = firings.plant == 0
         firings.strength[mine] = 0.0
         rows[firings.row[mine]] = 0.0
-
     silenced = copy.copy(few)
     silenced.heldout = lambda: heldout
     found = measure_recovery(dictionary, silenced)
