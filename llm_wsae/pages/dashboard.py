@@ -198,11 +198,13 @@ def named_dictionaries(
     if isinstance(dictionaries, Mapping):
         named, dictionaries = dict(dictionaries), ()
     for one in dictionaries:
-        opened = one if isinstance(one, Dictionary) else Dictionary.load(one)
-        # also of . and ..
-        name = opened.info.name if one is opened else os.path.basename(os.path.abspath(str(one)))
+        if isinstance(one, Dictionary):
+            dictionary, name = one, one.info.name
+        else:
+            dictionary = Dictionary.load(one)
+            name = os.path.basename(os.path.abspath(one))  # also of . and ..
         numbered = (f"{name} ({number})" for number in itertools.count(2))
-        named[next(n for n in itertools.chain([name], numbered) if n not in named)] = opened
+        named[next(n for n in itertools.chain([name], numbered) if n not in named)] = dictionary
     if not named:
         raise UsageError("name at least one dictionary")
     sites = {dictionary.info.site for dictionary in named.values()}
