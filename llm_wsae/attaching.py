@@ -307,7 +307,8 @@ def attach(
 ) -> Iterator[Attached]:
     """Attach dictionaries to a model for the duration of a ``with`` block.
 
-    ``model`` is a LanguageModel or a causal language model of transformers. When the block ends,
+    ``model`` is a LanguageModel, a causal language model of transformers, or a TransformerLens
+    bridge, whose own hook at a site sees the stream as it was before the dictionary. When the block ends,
     also by an error, it is as before. Generation works, with or without a cache.
 
     The model itself is changed within the block, so passes of other threads go through the
@@ -350,8 +351,11 @@ def attach(
 
 
 def _target(model: Any) -> LanguageModel:
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
+    if isinstance(model, TransformerBridge):
+        model = model.original_model  # whose modules the bridge calls
     if isinstance(model, LanguageModel):
         return model
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
@@ -359,8 +363,8 @@ def _target(model: Any) -> LanguageModel:
         # Neither copied nor frozen: this very model must be hooked.
         return LanguageModel(model, None, type(model).__name__)
     raise UsageError(
-        f"dictionaries cannot be attached to a {type(model).__name__}; give a LanguageModel or a "
-        "causal language model of transformers"
+        f"dictionaries cannot be attached to a {type(model).__name__}; give a LanguageModel, a "
+        "causal language model of transformers or a TransformerBridge"
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from looping import looped, over
 from small_dictionaries import make_dictionary
-from tiny import BLOCKS, KNOWN, VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer
+from tiny import BLOCKS, KNOWN, VOCAB, WIDTH, bridge_of, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.attaching import Ablate, Clamp, Scale, Steer, attach
 from llm_wsae.data.packing import Context
@@ -74,6 +74,23 @@ def test_with_the_error_and_no_edit_not_a_bit_changes(model, ids):
             torch.testing.assert_close(latents[:, 1:], one.encode(hidden[:, 1:]), atol=1e-4, rtol=0)
     assert hooks_of(model) == before
     assert attached.sites == [Site.parse(site) for site in sites_of(model)]
+
+
+@families("gpt2", "llama", "neox", "gemma2")
+def test_a_bridge_computes_what_its_model_does(model, ids):
+    bridge, here = bridge_of(model), [dictionary(site) for site in sites_of(model)]
+    with no_grad:
+        clean = bridge(ids)
+        for error in (True, False):
+            with attach(model, here, error=error) as attached:
+                attached.edit(here[0].site, Clamp(3, 5.0))
+                expected, latents = model.logits(ids), attached.latents(here[1].site)
+            with attach(bridge, here, error=error) as attached:
+                attached.edit(here[0].site, Clamp(3, 5.0))
+                torch.testing.assert_close(bridge(ids), expected, atol=1e-4, rtol=1e-4)
+                found = attached.latents(here[1].site)
+                torch.testing.assert_close(found, latents, atol=1e-4, rtol=1e-4)
+        assert torch.equal(bridge(ids), clean) and not torch.allclose(clean, expected, atol=0.1)
 
 
 @functools.cache

