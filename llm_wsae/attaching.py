@@ -308,8 +308,8 @@ def attach(
     """Attach dictionaries to a model for the duration of a ``with`` block.
 
     ``model`` is a LanguageModel, a causal language model of transformers, or a TransformerLens
-    bridge, whose own hook at a site sees the stream as it was before the dictionary. When the block ends,
-    also by an error, it is as before. Generation works, with or without a cache.
+    bridge, whose own hook at a site sees the stream as it was before the dictionary. When the block
+    ends, also by an error, it is as before. Generation works, with or without a cache.
 
     The model itself is changed within the block, so passes of other threads go through the
     dictionaries too, edits included; give each thread a model of its own, or let them take turns.
