@@ -289,7 +289,7 @@ def files_in(folder: Path) -> set[str]:
     restore(folder)
     if not folder.is_dir():
         raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
-    return {entry.name for entry in folder.iterdir()}
+    return {entry.name for entry in folder.iterdir() if entry.is_file()}
 
 
 def read_folder(folder: Path) -> Content:
