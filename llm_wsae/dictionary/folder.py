@@ -289,7 +289,7 @@ def files_in(folder: Path) -> set[str]:
     restore(folder)
     if not folder.is_dir():
         raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
-    return {entry.name for entry in folder.iterdir() if entry.is_file()}
+    return {entry.name for entry in folder.iterdir()}
 
 
 def read_folder(folder: Path) -> Content:
@@ -299,8 +299,8 @@ def read_folder(folder: Path) -> Content:
     truncated, changed since it was saved, of an unknown architecture, or if names or numbers of its
     tensors cannot be a dictionary's; ``Dictionary`` checks their shapes.
     """
-    names = files_in(folder)
-    if missing := [name for name in (*_PROVED, INFO) if name not in names]:
+    files_in(folder)  # refuses what is no folder
+    if missing := [name for name in (*_PROVED, INFO) if not (folder / name).is_file()]:
         raise LlmWsaeError(
             f"{folder} is not a complete dictionary folder of this package: it lacks "
             f"{' and '.join(missing)}"

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.artifact.files import folder_lock, remove_partials, write_text
@@ -132,7 +131,7 @@ def export_neuronpedia(
         record = export.begin(asked)
         files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
         batches = _Features(dictionary, store, model, settings).batches()
-        for number, batch in enumerate(tqdm(batches, total=files, desc="files", unit="file")):
+        for number, batch in enumerate(batches):
             write_text(out / f"batch-{number}.json", json.dumps(batch))
         said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
         if said:

@@ -159,7 +159,7 @@ MISTAKES = """\
 2 STUDYING --planted.per-cell 4 --planted.seed 3
     --planted.seed and --planted.per-cell: only with --plant; add that
 2 STUDYING --plant --planted.strengths 0.2 3
-    --planted: a plant's strength must be at least 1e-06 … not 0.2, 3.0
+    --planted: strengths must be at least 1e-06 … not 0.2, 3.0
 1 evaluate torn EVALUATING
     in torn, sae_weights.safetensors changed since it was saved … restore the dictionary
 1 evaluate trained/uniform-k4 store EVALUATING
