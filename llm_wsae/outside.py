@@ -1,4 +1,4 @@
-"""The gate for what comes from outside: JSON, paths, numbers of options.
+"""The gate for what comes from outside: JSON, paths, numbers of options, the environment.
 
 Whoever wrote it, it has the expected type and a size that can be worked with, or it is refused with
 a sentence. Typed readers (``number``, ``text``, …) give None for a value of another type: others'
@@ -9,13 +9,14 @@ about a file into a sentence.
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 
@@ -26,6 +27,7 @@ LARGEST_NUMBER = 10**15
 SHARE = (0, 1)
 """The limits of a share or a probability."""
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
+_LONGEST_LINE = 1 << 26  # characters of one line of text
 
 
 def check_token() -> None:
@@ -88,6 +90,16 @@ def parse_json(text: str | bytes, what: str) -> Any:
     anything that is not JSON, also brackets without end."""
     with parsing(f"{what} is not readable JSON"):
         return json.loads(text)
+
+
+def lines(file: IO[str], what: str) -> Iterator[str]:
+    """The lines of a text file. Raises LlmWsaeError, with its number, for one without an end."""
+    number = 1
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE and not line.endswith("\n"):
+            raise LlmWsaeError(f"{what}, line {number}: longer than {_LONGEST_LINE:,} characters")
+        yield line
+        number += 1
 
 
 def number(value: Any) -> float | None:
@@ -193,6 +205,19 @@ def check_number(
     if not value <= most:  # NaN too
         limit = f"at most {most:,}" if value > most else "a number"
         raise UsageError(f"{name} is {shown(value)}, but must be {limit}")
+
+
+def from_environment(name: str, least: int, most: int) -> int:
+    """A whole number that a launcher put into the environment. Raises UsageError, naming the
+    variable, if it is not one from ``least`` to ``most``."""
+    found = os.environ[name]
+    value = int(found) if re.fullmatch(r"\d{1,9}", found, re.ASCII) else None
+    if value is None or not least <= value <= most:
+        raise UsageError(
+            f"the environment variable {name} is {shown(found)}, but must be a whole number from "
+            f"{least} to {most}; start several processes with torchrun, or unset it"
+        )
+    return value
 
 
 def check_revision(name: str | None) -> None:

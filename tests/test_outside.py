@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from command_line import call
 from looping import over
 
 from llm_wsae.artifact.artifact import check_file, check_room, is_record_of
@@ -22,6 +23,7 @@ from llm_wsae.outside import (
     SHARE,
     check_numbers,
     check_revision,
+    lines,
     local_path,
     parse_json,
     parsing,
@@ -107,6 +109,14 @@ def test_whatever_a_library_raises():
             raise passed
 
 
+def test_a_line_without_an_end(tmp_path):
+    (tmp_path / "t").write_text("1234567\n\nab")
+    with open(tmp_path / "t") as file:
+        assert list(lines(file, "t")) == ["1234567\n", "\n", "ab"]
+    with open("/dev/zero") as file, pytest.raises(LlmWsaeError, match="t, line 1: longer than 67"):
+        list(lines(file, "t"))
+
+
 def test_names_of_files(tmp_path):
     for name, said in (
         ("", "the name of the corpus is empty"),
@@ -166,6 +176,18 @@ def test_a_command_leaves_its_machine_without_its_folders():
         ("llm-wsae train 'runs/my store' --k 4", "llm-wsae train 'runs/my store' --k 4"),
     ):
         assert portable(command) == shown
+
+
+def test_variables_of_a_launcher(monkeypatch):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in (("WORLD_SIZE", "x"), ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "9" * 5000),
+                        ("MASTER_PORT", "70000")):  # fmt: skip
+        for variable, given in (launched | {name: value}).items():
+            monkeypatch.setenv(variable, given)
+        result = call("verify", "x")
+        assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
+        assert f"llm-wsae: the environment variable {name} is" in result.err
+        assert len(result.err) < 300
 
 
 # The process

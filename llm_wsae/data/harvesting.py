@@ -174,8 +174,8 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
     """Where the text continues after each complete shard; None if the store is complete.
 
     More tokens than before may be requested, since a shard depends on its index alone; a last shard
-    that was shorter is then rebuilt, and so is one of which a file is missing or has another size.
-    Call this under the folder's lock.
+    that was shorter is then rebuilt, and so is one of which a file is missing or has another size,
+    or whose tokens changed. Call this under the folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
@@ -212,7 +212,14 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
 
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
-    return all(record.has_size(folder / path) for path, record in files.items())
+    """Whether the files exist and have their sizes, and tokens, which no later step reads, also
+    their checksums."""
+    return all(
+        record.problem(folder / path) is None
+        if path.startswith(f"{TOKENS}/")
+        else record.has_size(folder / path)
+        for path, record in files.items()
+    )
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:

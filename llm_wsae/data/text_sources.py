@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outside import check_revision, check_token, local_path, parse_json, parsing
+from llm_wsae.outside import check_revision, check_token, lines, local_path, parse_json, parsing
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?", re.ASCII)
@@ -211,7 +211,7 @@ def _pieces(file: Path) -> Iterator[str]:
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file, with the numbers of their lines."""
     with open(file, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(lines(stream, str(file)), 1):
             if not line.strip():
                 continue
             row = parse_json(line, f"{file}, line {number}")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llm_wsae.artifact import provenance
 from llm_wsae.errors import UsageError
+from llm_wsae.outside import from_environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROWS, _INPUTS, _OUTPUTS = 512, 576, 768  # of a product that takes a few milliseconds
@@ -52,7 +53,7 @@ def choose_device(name: str = "auto") -> torch.device:
         here += f" ({counts['cuda']} of them)" if counts["cuda"] else ""
         raise UsageError(f"there is no device {name!r} on this machine; it has {here}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % counts["cuda"])
+        return torch.device("cuda", from_environment("LOCAL_RANK", 0, 1 << 16) % counts["cuda"])
     return device
 
 

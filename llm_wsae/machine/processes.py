@@ -19,7 +19,7 @@ from llm_wsae.artifact import files
 from llm_wsae.artifact.artifact import differences
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outside import reason
+from llm_wsae.outside import from_environment, reason
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MOST = 1 << 16  # processes of one run
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _JOIN = timedelta(minutes=10)  # for all processes to arrive
 _PATIENCE = timedelta(days=7)  # with the slowest piece of work of rank 0, such as an evaluation
@@ -214,13 +215,15 @@ def collectives(processes: Processes, device: "torch.device") -> Iterator[Collec
 
 def count() -> int:
     """How many processes the launcher started; 1 without a launcher."""
-    launched = all(name in os.environ for name in _ENVIRONMENT)
-    return int(os.environ["WORLD_SIZE"]) if launched else 1
+    if any(name not in os.environ for name in _ENVIRONMENT):
+        return 1
+    from_environment("MASTER_PORT", 0, 65535)
+    return from_environment("WORLD_SIZE", 1, _MOST)
 
 
 def leads() -> bool:
     """Whether this process is rank 0, without waiting for the others."""
-    return count() == 1 or os.environ["RANK"] == "0"
+    return count() == 1 or from_environment("RANK", 0, count() - 1) == 0
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm":
@@ -237,6 +240,7 @@ def join() -> Processes:
     they do not all call it, or cannot reach each other."""
     if count() == 1:
         return Processes()
+    from_environment("RANK", 0, count() - 1)
     from torch import distributed
 
     try:

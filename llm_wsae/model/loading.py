@@ -44,6 +44,8 @@ _MOST_BLOCKS = 10_000
 _KERNELS = ("_attn_implementation", "_experts_implementation")
 # packed weights have four, and an embedding that is also the head counts twice
 _NUMBERS_PER_BYTE = 8
+_MOST_PARTS = 5_000_000  # of a header; a vocabulary of 262,144 words with its merges has 3,400,000
+_LIST = 9  # the type of a value
 _ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
 
 
@@ -329,13 +331,27 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def _checked(reader: type) -> type:
-    """gguf's reader, which raises ValueError where it would read past the end."""
+    """gguf's reader, which raises ValueError where it would read past the end, and for more entries
+    than a header has: of zeros, which take no disk, there may be any number."""
 
     class Checked(reader):  # type: ignore[misc]
+        parts = 0
+
         def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+            self._count(1)
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends before what its header announces; download it again")
             return super()._get(offset, dtype, count, *order, **named)
+
+        def _get_field_parts(self, offset: Any, kind: Any) -> Any:
+            if kind == _LIST:
+                self._count(int(self._get(offset + 4, np.uint64)[0]))
+            return super()._get_field_parts(offset, kind)
+
+        def _count(self, parts: int) -> None:
+            self.parts += parts
+            if self.parts > _MOST_PARTS:
+                raise ValueError("its header has too many entries")
 
     return Checked
 

@@ -81,7 +81,7 @@ class Product(NamedTuple):
         return torch.addmm(self.bias, self.x, self.encoder.T)
 
     def tiles(self, rows: int) -> list["Product"]:
-        """Parts of so many rows; one even if there is no row."""
+        """Parts of at most ``rows`` rows; without any row, one empty part."""
         return [self._replace(x=tile) for tile in self.x.split(rows)]
 
 

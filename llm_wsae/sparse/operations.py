@@ -84,7 +84,7 @@ def encode_topk(x: Rows, encoder: Weights, bias: PerLatent, k: int) -> Codes:
 
 
 def topk_of_tiles(product: Product, k: int, rows: int | None = None) -> Codes:
-    """``encode_topk`` by ``select_topk``, so many rows at a time."""
+    """``encode_topk`` by ``select_topk``, ``rows`` rows at a time."""
     tiles = [select_topk(tile.pre(), k) for tile in product.tiles(rows or _TILE_ROWS)]
     indices, values = zip(*tiles, strict=True)
     return Codes(torch.cat(indices), torch.cat(values).to(exact_dtype(product.x)).relu_())

@@ -37,7 +37,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 def problem(dtype: torch.dtype, matrix: bool = False) -> tuple[Parameters, Batch, Tensor]:
     """Parameters in general position, with biases large enough for masked rows, which are 0, to
     have latents above 0; a batch with such rows; and γ with zeros in it, or any matrix."""
-    generator = torch.Generator().manual_seed(0)
+    # of bfloat16 some draws have ties in a batch's largest, which processes break differently
+    generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

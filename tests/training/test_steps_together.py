@@ -14,7 +14,7 @@ from llm_wsae.training.architecture import Batch, Parameters, squared
 from llm_wsae.training.arm import DeadLatents, auxk_gradients
 from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Of sums that were added up in another order; in bfloat16 many values tie for the last place among
 the k largest, and which of them is taken depends on who has them."""
 DEAD = [0, 3, 7, *range(100, 160)]  # unevenly shared, and more than take part in a row

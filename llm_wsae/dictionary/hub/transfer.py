@@ -117,7 +117,7 @@ def push(
                 HfApi().create_branch(repo_id, branch=str(revision), revision=head)
             added = [one for one in todo if isinstance(one, CommitOperationAdd)]
             HfApi().preupload_lfs_files(repo_id, added, revision=revision)
-            # The client would silently leave these files out of the commit.
+            # The client leaves such files out of the commit without a word.
             if ignored := [one.path_in_repo for one in added if one._should_ignore]:
                 raise LlmWsaeError(
                     f"{repo_id} has a .gitignore that excludes {', '.join(ignored)}, so nothing "

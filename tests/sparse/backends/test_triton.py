@@ -108,8 +108,8 @@ def test_a_batch_has_as_many_slots_whatever_the_guess(triton):
 
 
 class Watched(TorchDispatchMode):
-    """Records what would wait for the device; what was asked for first and is read later does not
-    count."""
+    """Records what would wait for the device, and the largest tensor made; what was asked for first
+    and is read later does not count."""
 
     # lift_fresh: a number that a tensor is made of is copied to the device.
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero",
@@ -117,7 +117,7 @@ class Watched(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.waited, self._reading = [], False
+        self.waited, self.largest, self._reading = [], 0, False
         tolist, read = torch.Tensor.tolist, DeferredScalar.read
 
         def watched_tolist(tensor):
@@ -144,7 +144,11 @@ class Watched(TorchDispatchMode):
         waits = by_mask or sizeless or any(word in name for word in self.waits)
         if waits and not self._reading:
             self.waited.append(name)
-        return function(*args, **kwargs)
+        made = function(*args, **kwargs)
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, torch.Tensor) and one.dtype != torch.uint8:  # the interpreter's
+                self.largest = max(self.largest, one.numel())
+        return made
 
 
 def test_no_operation_waits_for_the_device(triton, monkeypatch):
@@ -159,6 +163,17 @@ def test_no_operation_waits_for_the_device(triton, monkeypatch):
             everything(*given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_encoding_holds_all_pre_activations(triton, monkeypatch):
+    x, encoder, bias = layer(batch=10, d_in=4)
+    threshold = torch.full((D_SAE,), 9.0, device=DEVICE)
+    with Watched(monkeypatch) as watched:
+        operations.encode_topk(x, encoder, bias, 3)
+        operations.encode_batch_topk(x, encoder, bias, 1, 0.0)
+        operations.encode_above(x, encoder, bias, threshold, SlotCapacity())
+        operations.encode_dead(x, encoder[:9], bias[:9], threshold[:9] > 0, 3)
+    assert 0 < watched.largest < 10 * D_SAE
 
 
 @pytest.mark.parametrize(
