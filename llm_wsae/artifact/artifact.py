@@ -167,7 +167,7 @@ class Artifact:
         value = read_own_json(self.path, f"record of the {self.kind}", way_out)
         if (value.get("kind"), value.get("format")) != (self.kind, _FORMAT):
             raise LlmWsaeError(
-                f"{self.path} is not the record of a {self.kind} as this version writes it; update "
+                f"this version cannot read {self.path} as the record of the {self.kind}; update "
                 f"llm-wsae, or make the {self.kind} again, in another folder"
             )
         facts = {k: v for k, v in value.items() if k not in ("kind", "format", "versions")}

@@ -81,7 +81,7 @@ def test_a_damaged_or_foreign_record_is_one_sentence(artifact):
         with pytest.raises(LlmWsaeError, match=sentence):
             artifact.read()
     for value, sentence in (
-        ({"kind": "other thing"}, "is not the record of"),
+        ({"kind": "other thing"}, "cannot read"),
         ({"kind": "made thing", "format": 9}, "as this version writes it"),
     ):
         write_json(artifact.path, value)

@@ -148,7 +148,7 @@ def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
         return scale
     raise LlmWsaeError(
         f"{folder / CFG} has normalize_activations = {shown(how)}, which this package cannot fold "
-        f"into the weights, also not with what the folder holds in {SCALER}; call "
+        f"into the weights, even with what {SCALER} holds; call "
         "fold_activation_norm_scaling_factor in SAELens, if it is one scale for all rows, and save "
         "it again"
     )

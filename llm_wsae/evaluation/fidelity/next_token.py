@@ -183,6 +183,6 @@ def check_resumable(
 
 def _not_numbers(model: LanguageModel) -> LlmWsaeError:
     return LlmWsaeError(
-        f"predictions of {model.name} are NaN: it overflows behind the sites; try the model in "
+        f"predictions of {model.name} are NaN: it overflows after the sites; try the model in "
         "float32 (--model-dtype float32)"
     )
