@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +156,7 @@ def ours_saved(out: Path) -> dict[str, Path]:
         folders[name] = out / "ours" / name
         dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
         dictionary = make(sparsity, seed)
-        dictionary.info = DictionaryInfo(**{**dictionary.info.to_dict(), "name": name})
+        dictionary.info = replace(dictionary.info, name=name)
         dictionary.save(folders[name], dtype=dtype)
         x = torch.randn(300, D_IN) * 2 + torch.randn(D_IN)
         save_file({"x": x}, out / f"{name}.rows.safetensors")

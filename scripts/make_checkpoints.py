@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_wsae.artifact.files import load_tensors, read_json, write_text
+from llm_wsae.artifact.files import load_tensors, write_text
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
+from llm_wsae.dictionary.folder import EXTRAS, INFO, read_facts
 from llm_wsae.dictionary.hub.card import making, rule_words, tables
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.model.site import Site
@@ -98,7 +98,8 @@ def copy() -> None:
 def write_pages() -> None:
     """A card and a figure beside every dictionary, and the index over all of them."""
     folders = sorted((path.parent for path in CHECKPOINTS.glob(f"*/*/*/{INFO}")), key=_place)
-    known = {folder: _facts(folder) for folder in folders}
+    # by the names under which ``load_pretrained`` finds them
+    known = {one: read_facts(one, one.relative_to(CHECKPOINTS).as_posix()) for one in folders}
     for folder, own in known.items():
         figure = weights_figure(load_tensors(folder / EXTRAS, "side tensors")[0], own.sae_id)
         if figure is not None:
@@ -122,13 +123,6 @@ def write_pages() -> None:
 def _place(folder: Path) -> tuple[str, int, str]:
     """What the index is sorted by: model, block, dictionary."""
     return folder.parts[-3], Site.parse(folder.parts[-2]).block, folder.name
-
-
-def _facts(folder: Path) -> Facts:
-    """Of a dictionary by the name under which ``load_pretrained`` finds it."""
-    name = folder.relative_to(CHECKPOINTS).as_posix()
-    cfg = read_json(folder / CFG, "dictionary's configuration")
-    return Facts.own(name, cfg, read_json(folder / INFO, "dictionary's information"))
 
 
 def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:

@@ -3,8 +3,7 @@
     latents = sparsity(x · W_enc + b_enc)        x̂ = latents · W_dec + b_dec
 
 Centring and scaling of the inputs were folded into the four tensors, so encoding never subtracts
-``b_dec`` and takes the model's activations as they are. ``load_pretrained`` opens those of the
-project by name.
+``b_dec`` and takes the model's activations as they are.
 """
 
 import copy
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_wsae.dictionary.folder import INFO, write_folder
+from llm_wsae.dictionary.folder import INFO, Content, write_folder
 from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, to_dense
@@ -78,7 +77,11 @@ class Dictionary(nn.Module):
                     f"{name} has the shape {list(tensor.shape)}, but W_enc is [{d_in}, {d_sae}], "
                     f"so {name} must be {list(shape)}"
                 )
-        sparsity.check(d_sae)
+        if sparsity.k is not None and sparsity.k > d_sae:
+            raise UsageError(
+                f"k = {sparsity.k} active latents is more than the dictionary's {d_sae} latents; "
+                "choose a smaller k or a larger expansion"
+            )
         Site.parse(info.site)
         self.W_enc, self.W_dec = _parameter(W_enc), _parameter(W_dec)
         self.b_enc, self.b_dec = _parameter(b_enc), _parameter(b_dec)
@@ -93,12 +96,10 @@ class Dictionary(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Number of dimensions."""
         return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
-        """Number of latents."""
         return self.W_enc.shape[1]
 
     @property
@@ -156,8 +157,8 @@ class Dictionary(nn.Module):
         float16 the file is half as large and the weights are rounded once: measure the reloaded
         dictionary, not this one. Raises as ``folder.write_folder`` does.
         """
-        weights = dict(self.named_parameters())
-        write_folder(Path(folder), weights, self.sparsity, self.info, self.extras, dtype)
+        weights: dict[str, Tensor] = dict(self.named_parameters())
+        write_folder(Path(folder), Content(weights, self.sparsity, self.info, self.extras), dtype)
 
     @classmethod
     def load(

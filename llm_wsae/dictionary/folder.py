@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.artifact.files import (
-    open_tensors,
+    load_tensors,
     read_json,
     read_own_json,
     refusals_to_write,
@@ -39,20 +39,15 @@ from llm_wsae.artifact.files import (
     write_text,
 )
 from llm_wsae.artifact.provenance import version_of
-from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
+from llm_wsae.dictionary.info import DictionaryInfo, Facts
+from llm_wsae.dictionary.sparsity import Sparsity, TopK, sparsity_of
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.outside import mapping
 
-FORMAT = "llm-wsae dictionary"
-FORMAT_VERSION = 1
-CFG, WEIGHTS, INFO, EXTRAS = (
-    "cfg.json",
-    "sae_weights.safetensors",
-    "wsae.json",
-    "wsae.safetensors",
-)
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+INFO, EXTRAS = "wsae.json", "wsae.safetensors"
 EXPLANATIONS = "explanations.jsonl"
+_FORMAT, _FORMAT_VERSION = "llm-wsae dictionary", 1
 _INFO = "dictionary's information"
 _PROVED = (CFG, WEIGHTS, EXTRAS)
 WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
@@ -88,13 +83,47 @@ def names_of(folders: Iterable[Path]) -> dict[str, Path]:
     }
 
 
-def _saelens_config(
-    d_in: int, d_sae: int, sparsity: Sparsity, info: DictionaryInfo
-) -> dict[str, Any]:
+def write_folder(folder: Path, content: Content, dtype: torch.dtype = torch.float32) -> None:
+    """Write a dictionary folder atomically, its matrices in ``dtype``.
+
+    Raises UsageError for a dtype that cannot be stored, LlmWsaeError for weights that are not
+    finite once rounded, and if the folder cannot be written or holds anything but a dictionary.
+    What was there is then unchanged.
+    """
+    if dtype not in _DTYPES:
+        raise UsageError(
+            f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
+        )
+    # Vectors stay exact: they are small, and b_enc and threshold affect every row's selection.
+    stored = {
+        name: w.detach().to(dtype if w.ndim == 2 else w.dtype)
+        for name, w in content.weights.items()
+    }
+    check_finite({**stored, **content.extras}, f"the dictionary for {folder}")
+    with _replacing(folder) as new:
+        save_tensors(new / WEIGHTS, stored)
+        save_tensors(new / EXTRAS, content.extras)
+        cfg = json.dumps(_saelens_config(content), indent=1, ensure_ascii=False)
+        write_text(new / CFG, cfg + "\n")
+        about = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "package_version": version_of("llm-wsae"),
+            "sha256": {name: sha256(new / name) for name in _PROVED},
+            **asdict(content.info),
+        }
+        write_json(new / INFO, about)
+        _carry_explanations(folder, new)
+
+
+def _saelens_config(content: Content) -> dict[str, Any]:
     """The ``cfg.json`` with which SAELens ≥ 6 computes what ``Dictionary`` computes.
 
     Its dtype is that of the computation, float32, whatever the file's: SAELens converts on load.
     """
+    sparsity, info = content.sparsity, content.info
+    d_in, d_sae = content.weights["W_enc"].shape
+    topk = {"k": sparsity.k, "rescale_acts_by_decoder_norm": False}
     return {
         "architecture": sparsity.architecture,
         "d_in": d_in,
@@ -104,7 +133,7 @@ def _saelens_config(
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **sparsity.settings(),
+        **(topk if isinstance(sparsity, TopK) else {}),
         "metadata": {
             "sae_lens_version": _SAELENS_LAYOUT,
             "sae_lens_training_version": None,
@@ -117,44 +146,6 @@ def _saelens_config(
             "model_from_pretrained_kwargs": {},
         },
     }
-
-
-def write_folder(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    sparsity: Sparsity,
-    info: DictionaryInfo,
-    extras: Mapping[str, Tensor],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write a dictionary folder atomically, its matrices in ``dtype``.
-
-    Raises UsageError for a dtype that cannot be stored, LlmWsaeError for weights that are not
-    finite once rounded, and if the folder cannot be written or holds anything but a dictionary.
-    What was there is then unchanged.
-    """
-    if dtype not in _DTYPES:
-        raise UsageError(
-            f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
-        )
-    d_in, d_sae = weights["W_enc"].shape
-    # Vectors stay exact: they are small, and b_enc and threshold affect every row's selection.
-    stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
-    check_finite({**stored, **extras}, f"the dictionary for {folder}")
-    with _replacing(folder) as new:
-        save_tensors(new / WEIGHTS, stored)
-        save_tensors(new / EXTRAS, dict(extras))
-        cfg = _saelens_config(d_in, d_sae, sparsity, info)
-        write_text(new / CFG, json.dumps(cfg, indent=1, ensure_ascii=False) + "\n")
-        about = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "package_version": version_of("llm-wsae"),
-            "sha256": {name: sha256(new / name) for name in _PROVED},
-            **info.to_dict(),
-        }
-        write_json(new / INFO, about)
-        _carry_explanations(folder, new)
 
 
 def copy_folder(source: Path, folder: Path) -> None:
@@ -224,7 +215,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """The path of a new folder, which replaces ``folder`` if the block succeeds.
 
     After an error the old folder is unchanged; a kill between the two renames leaves both, and
-    ``restore`` brings the old one back.
+    ``clear_up`` brings the old one back.
     """
     with writing(folder):
         _clear_up(folder)
@@ -238,15 +229,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
             _clear_up(folder)
 
 
-def restore(folder: Path) -> None:
-    """Bring back a folder that a killed writer left renamed."""
-    if not os.path.lexists(folder) and _beside(folder, "old").exists():
-        clear_up(folder)
-
-
 def clear_up(folder: Path) -> None:
-    """``restore``, and delete what else a killed writer left beside the folder."""
-    if folder.parent.is_dir():
+    """Bring back a folder that a killed writer left renamed, and delete what else it left."""
+    if any(_beside(folder, what).exists() for what in ("new", "old")):
         with writing(folder):
             _clear_up(folder)
 
@@ -274,7 +259,7 @@ def weights_checksum(folder: Path) -> Any:
 def is_dictionary(folder: Path) -> bool:
     """Whether the folder is marked as a dictionary of this package."""
     try:
-        return _described(Path(folder)).get("format") == FORMAT
+        return _described(Path(folder)).get("format") == _FORMAT
     except LlmWsaeError:
         return False
 
@@ -286,7 +271,8 @@ def _described(folder: Path) -> Mapping[str, Any]:
 def files_in(folder: Path) -> set[str]:
     """The names of a dictionary folder's files; one that a killed writer left renamed is brought
     back first. Raises LlmWsaeError if there is no folder."""
-    restore(folder)
+    if not os.path.lexists(folder):
+        clear_up(folder)
     if not folder.is_dir():
         raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
     return {entry.name for entry in folder.iterdir()}
@@ -313,7 +299,9 @@ def read_folder(folder: Path) -> Content:
             f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
             f"{EXTRAS} to load it as a SAELens dictionary"
         )
-    sparsity = sparsity_from_file(folder / CFG, read_json(folder / CFG, "configuration"))
+    cfg = mapping(read_json(folder / CFG, "configuration"))
+    with naming(folder / CFG):
+        sparsity = sparsity_of(cfg.get("architecture"), cfg.get("k"))
     weights, extras = read_tensors(folder / WEIGHTS), read_tensors(folder / EXTRAS)
     wanted = {"W_enc", "W_dec", "b_enc", "b_dec"}
     if sparsity.has_threshold:
@@ -326,10 +314,11 @@ def read_folder(folder: Path) -> Content:
     return Content(weights, sparsity, info, extras, digests[WEIGHTS])
 
 
-def sparsity_from_file(path: Path, settings: Any) -> Sparsity:
-    """``sparsity_from_settings`` for those of a file, which the error then names."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Begin an error about the content of a file with its path."""
     try:
-        return sparsity_from_settings(mapping(settings))
+        yield
     except LlmWsaeError as error:
         raise LlmWsaeError(f"{path}: {error}") from None
 
@@ -339,22 +328,28 @@ def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
     Raises LlmWsaeError if it is not one that this version wrote."""
     path = folder / INFO
     about = read_own_json(path, _INFO, WAY_OUT)
-    if about.get("format") != FORMAT or about.get("format_version") != FORMAT_VERSION:
+    if (about.get("format"), about.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
         raise LlmWsaeError(
             f"{path} is not the information file of a dictionary as this version writes it (format "
-            f"version {FORMAT_VERSION}, not {shown(about.get('format_version'))}); update llm-wsae"
+            f"version {_FORMAT_VERSION}, not {shown(about.get('format_version'))}); update llm-wsae"
         )
-    try:
+    with naming(path):
         return about, DictionaryInfo.from_dict(about)
-    except LlmWsaeError as error:
-        raise LlmWsaeError(f"{path}: {error}") from None
+
+
+def read_facts(folder: Path, sae_id: str) -> Facts:
+    """What the small files of a dictionary of this package say; nothing is proved. Raises
+    LlmWsaeError if they cannot be read."""
+    cfg = read_json(folder / CFG, "configuration") if (folder / CFG).exists() else {}
+    info = read_json(folder / INFO, _INFO)
+    with naming(folder / INFO):
+        return Facts.own(sae_id, cfg, info)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Raises LlmWsaeError if it cannot be read, and as
     ``check_finite`` does."""
-    with open_tensors(path, "file of tensors") as file:
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    tensors, _ = load_tensors(path, "file of tensors")
     check_finite(tensors, str(path))
     return tensors
 

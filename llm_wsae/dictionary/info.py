@@ -1,7 +1,7 @@
 """What a dictionary says about itself, apart from its tensors: plain data, light to import."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
@@ -58,13 +58,9 @@ class DictionaryInfo:
         alike = (own.get("dtype") == "float16") == (its.get("dtype") == "float16")
         return known and alike and own["weights_sha256"] != its["weights_sha256"]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryInfo":
-        """The inverse of ``to_dict``; fields of a later version are ignored. Raises LlmWsaeError
+        """From JSON; fields of a later version are ignored. Raises LlmWsaeError
         for a value of another type, no site, or a threshold that leaves no row."""
         known = {f.name for f in fields(cls)}
         try:
@@ -88,9 +84,7 @@ class Facts:
     architecture: str | None
     """Name of its kind, SAELens' if it has one."""
     d_in: int | None
-    """Dimensions."""
     d_sae: int | None
-    """Latents."""
     k: int | None
     """Active latents per token, if the kind fixes their number."""
     info: DictionaryInfo
@@ -102,15 +96,9 @@ class Facts:
     def own(cls, sae_id: str, cfg: Any, info: Any) -> "Facts":
         """From the contents of ``cfg.json`` and ``wsae.json``. Raises as ``from_dict`` does."""
         cfg, info = mapping(cfg), mapping(info)
-        return cls(
-            sae_id,
-            text(cfg.get("architecture")),
-            integer(cfg.get("d_in")),
-            integer(cfg.get("d_sae")),
-            integer(cfg.get("k")),
-            DictionaryInfo.from_dict(info),
-            text(info.get("package_version")),
-        )
+        d_in, d_sae, k = (integer(cfg.get(name)) for name in ("d_in", "d_sae", "k"))
+        made, version = DictionaryInfo.from_dict(info), text(info.get("package_version"))
+        return cls(sae_id, text(cfg.get("architecture")), d_in, d_sae, k, made, version)
 
     @property
     def sparsity(self) -> str:
@@ -118,9 +106,13 @@ class Facts:
         kind = _KINDS.get(self.architecture or "", self.architecture or "unknown")
         return f"{kind}, k = {self.k}" if self.k else kind
 
+    def measured(self, group: str) -> Mapping[str, Any]:
+        """What was measured under that name (``fidelity``, ``monosemanticity``, …)."""
+        return mapping(self.info.metrics.get(group))
+
     def metric(self, name: str) -> float | None:
         """A number of its fidelity."""
-        return number(mapping(self.info.metrics.get("fidelity")).get(name))
+        return number(self.measured("fidelity").get(name))
 
     @property
     def model(self) -> str | None:

@@ -1,7 +1,6 @@
 """How a dictionary turns pre-activations into sparse latents: one small frozen class per kind,
 under the name and with the settings that SAELens ≥ 6 writes to ``cfg.json``."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +21,8 @@ class Sparsity:
     """Its name in ``cfg.json``."""
     has_threshold: ClassVar[bool] = False
     """Whether a dictionary of this kind has a threshold for each latent."""
+    k: int | None = None
+    """Active latents per row, at most, if the kind limits them."""
 
     def encode(
         self,
@@ -38,21 +39,12 @@ class Sparsity:
         least = torch.zeros_like(bias) if threshold is None else threshold.clamp(min=0)
         return padded(encode_above(rows, encoder, bias, least))
 
-    def settings(self) -> dict[str, Any]:
-        """Its keys in ``cfg.json``, beside the name."""
-        return {}
-
-    def check(self, d_sae: int) -> None:
-        """Raises UsageError if a dictionary of ``d_sae`` latents cannot have this sparsity."""
-
 
 @dataclass(frozen=True)
 class TopK(Sparsity):
     """The k largest pre-activations of a row are active, through a ReLU (Gao et al. 2024)."""
 
     k: int
-    """Active latents per row, at most."""
-
     architecture: ClassVar[str] = "topk"
 
     def __post_init__(self):
@@ -63,16 +55,6 @@ class TopK(Sparsity):
         self, rows: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | None = None
     ) -> Codes:
         return encode_topk(rows, encoder, bias, self.k)
-
-    def settings(self) -> dict[str, Any]:
-        return {"k": self.k, "rescale_acts_by_decoder_norm": False}
-
-    def check(self, d_sae: int) -> None:
-        if self.k > d_sae:
-            raise UsageError(
-                f"k = {self.k} active latents is more than the dictionary's {d_sae} latents; "
-                "choose a smaller k or a larger expansion"
-            )
 
 
 @dataclass(frozen=True)
@@ -94,23 +76,22 @@ class JumpReLU(Sparsity):
     has_threshold: ClassVar[bool] = True
 
 
-SPARSITIES: dict[str, type[Sparsity]] = {kind.architecture: kind for kind in (TopK, ReLU, JumpReLU)}
+_KINDS: dict[str, type[Sparsity]] = {kind.architecture: kind for kind in (TopK, ReLU, JumpReLU)}
 
 
-def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
-    """The sparsity that a SAELens ``cfg.json`` describes.
+def sparsity_of(architecture: Any, k: Any) -> Sparsity:
+    """The sparsity that a SAELens ``cfg.json`` with these entries describes.
 
     Raises LlmWsaeError for an unknown architecture (listing the known ones) or an impossible k.
     """
-    name = str(cfg.get("architecture"))
-    kind = SPARSITIES.get(name)
+    kind = _KINDS.get(str(architecture))
     if kind is None:
         raise LlmWsaeError(
-            f"architecture {shown(name)} is not supported; {nearest(name, SPARSITIES)}"
+            f"architecture {shown(architecture)} is not supported; "
+            f"{nearest(str(architecture), _KINDS)}"
         )
     if kind is not TopK:
         return kind()
-    k = cfg.get("k")
     if type(k) is not int or not 1 <= k < 2**31:
         raise LlmWsaeError(f"k is {shown(k)}, but the topk architecture needs a positive integer")
     return TopK(k)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.dictionary.folder import check_finite
-from llm_wsae.dictionary.formats.folding import Found, foreign_info, named
+from llm_wsae.dictionary.formats.folding import fold, foreign_info, named
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, parsing, text
@@ -73,8 +73,8 @@ def _site(trainer: Mapping[str, Any]) -> str | None:
     return f"blocks.{block}.hook_{match[0]}" if match else module
 
 
-def read(folder: Path, config: Mapping[str, Any], said: Facts) -> Found:
-    """The tensors of ``ae.pt``, and how their class uses them."""
+def read(folder: Path, config: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:
+    """The tensors of ``ae.pt``, folded as their class uses them."""
     name = str(mapping(config.get("trainer")).get("dict_class"))
     if name not in _CLASSES:
         raise LlmWsaeError(
@@ -95,15 +95,11 @@ def read(folder: Path, config: Mapping[str, Any], said: Facts) -> Found:
     threshold = tensors.get("threshold")
     if threshold is not None and threshold.ndim == 0:  # one for all latents
         tensors["threshold"] = threshold.expand(d_sae)
-    w = named(path, tensors, wanted, said, CONFIG)
-    by_norm = name == "AutoEncoder" and not _unit_rows(w["W_dec"])
-    return Found(w, subtracts_bias, selects_by_norm=by_norm)
-
-
-def _unit_rows(W_dec: Tensor) -> bool:
-    """The other tool's own test, by which it leaves nearly normalised rows as they are."""
-    norms = W_dec.norm(dim=1)
-    return torch.allclose(norms, torch.ones_like(norms))
+    w = named(path, tensors, wanted, said)
+    norms = w["W_dec"].norm(dim=1)
+    # As the tool tests it; it leaves nearly normalised rows as they are.
+    by_norm = name == "AutoEncoder" and not torch.allclose(norms, torch.ones_like(norms))
+    return fold(w, subtracts_bias=subtracts_bias, selects_by_norm=by_norm)
 
 
 def _opened(path: Path, largest: int) -> dict[str, Tensor]:

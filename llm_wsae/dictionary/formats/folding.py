@@ -2,12 +2,11 @@
 
 A reader is one module with two functions. ``announce`` turns the tool's configuration into
 ``Facts`` without believing any of it (listings of other people's repositories show it too).
-``read`` compares that with the tensors, and says how the tool computes with them.
+``read`` compares that with the tensors, and folds them as the tool computes with them.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,25 +27,6 @@ _NAMES = {
     "gate_bias": "b_gate",
     "mag_bias": "b_mag",
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """A dictionary as its tool computes with it."""
-
-    tensors: dict[str, Tensor]
-    """Under SAELens' names: W_enc, W_dec, b_enc, b_dec, threshold; b_gate, b_mag and r_mag in the
-    place of b_enc for a gated encoder."""
-    subtracts_bias: bool
-    """Whether b_dec is subtracted from the input."""
-    scale: float = 1.0
-    """Factor of the rows before all else."""
-    selects_by_norm: bool = False
-    """Whether a pre-activation counts times the norm of its decoder row."""
-    centred: bool = False
-    """Whether the rows it was trained on had mean 0 over dimensions."""
-    factor: Tensor | None = None
-    """Of each latent before the decoder. [d_sae]"""
 
 
 def foreign_info(
@@ -80,12 +60,10 @@ def site_of(name: str | None) -> str | None:
 
 
 def named(
-    path: Path, tensors: Mapping[str, Tensor], wanted: Iterable[str], said: Facts, config: str
+    path: Path, tensors: Mapping[str, Tensor], wanted: Iterable[str], said: Facts
 ) -> dict[str, Tensor]:
-    """The tensors of the file at ``path`` in float32, named and turned as in SAELens.
-
-    Raises LlmWsaeError unless they are those ``wanted``, of the shapes that ``config`` gives.
-    """
+    """The tensors of the file at ``path`` in float32, named and turned as in SAELens. Raises
+    LlmWsaeError unless they are those ``wanted``, of the shapes that its configuration gives."""
     d_in, d_sae = said.d_in or 0, said.d_sae or 0
     known: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
@@ -101,7 +79,8 @@ def named(
     for name, shape in shapes.items():
         if (found := tuple(tensors[name].shape)) != shape:
             raise LlmWsaeError(
-                f"{path}: {name} has the shape {list(found)}, but {config} asks for {list(shape)}"
+                f"{path}: {name} has the shape {list(found)}, but the configuration beside it asks "
+                f"for {list(shape)}"
             )
     return {
         _NAMES.get(name, name): (tensor.T if name in _TURNED else tensor).float()
@@ -109,27 +88,40 @@ def named(
     }
 
 
-def fold(found: Found) -> dict[str, Tensor]:
-    """The tensors with which ``Dictionary`` computes what the tool computes."""
-    w, scale = found.tensors, found.scale
+def fold(
+    w: Mapping[str, Tensor],
+    *,
+    subtracts_bias: bool,
+    scale: float = 1.0,
+    selects_by_norm: bool = False,
+    centred: bool = False,
+    factor: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The tensors with which ``Dictionary`` computes what a tool computes with those in ``w``,
+    which has SAELens' names; b_gate, b_mag and r_mag in the place of b_enc for a gated encoder.
+
+    The tool multiplies rows by ``scale``, subtracts b_dec if it ``subtracts_bias``, multiplies
+    pre-activations by the norms of their decoder rows if it ``selects_by_norm``, and latents by
+    ``factor`` [d_sae] before the decoder. ``centred`` rows have mean 0 over dimensions.
+    """
     W_enc, W_dec, b_enc, b_dec = w["W_enc"], w["W_dec"], w.get("b_enc"), w["b_dec"]
     threshold = w.get("threshold")
     if scale != 1:
         W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale
     if b_enc is None:
         W_enc, b_enc, threshold = _gated_as_jumprelu(W_enc, w["r_mag"], w["b_gate"], w["b_mag"])
-    if found.selects_by_norm:  # a row of zeros stays zero
+    if selects_by_norm:  # a row of zeros stays zero
         norms = W_dec.norm(dim=1)
         W_enc, b_enc = W_enc * norms, b_enc * norms
         W_dec = W_dec / torch.where(norms > 0, norms, 1.0)[:, None]
-    if found.subtracts_bias:  # (x − b_dec)·W_enc + b_enc = x·W_enc + b
+    if subtracts_bias:  # (x − b_dec)·W_enc + b_enc = x·W_enc + b
         # In float64: means of the residual stream can be far larger than the variation around them.
         shift = [b_dec.double() @ columns.double() for columns in W_enc.split(_COLUMNS, dim=1)]
         b_enc = (b_enc.double() - torch.cat(shift)).float()
-    if found.centred:  # (x − mean x)·W = x·(W − its mean over dimensions)
+    if centred:  # (x − mean x)·W = x·(W − its mean over dimensions)
         W_enc = W_enc - W_enc.mean(0)
-    if found.factor is not None:
-        W_dec = W_dec * found.factor[:, None]
+    if factor is not None:
+        W_dec = W_dec * factor[:, None]
     weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     if threshold is not None:  # every tool applies a ReLU too, so below 0 means 0
         weights["threshold"] = threshold.float().clamp(min=0)

@@ -1,6 +1,6 @@
 """Reading a dictionary folder, whichever tool wrote it.
 
-File names identify the layout, here and in a repository's listing. A folder in this package's own
+The names of its files tell, here and in a repository's listing. A folder in this package's own
 layout is read by ``folder.read_folder`` and nothing else.
 """
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
+
+from torch import Tensor
 
 from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.folder import (
@@ -19,12 +21,12 @@ from llm_wsae.dictionary.folder import (
     Content,
     check_finite,
     files_in,
+    naming,
     read_folder,
-    sparsity_from_file,
 )
 from llm_wsae.dictionary.formats import dictionary_learning, saelens, sparsify
-from llm_wsae.dictionary.formats.folding import Found, fold
 from llm_wsae.dictionary.info import Facts
+from llm_wsae.dictionary.sparsity import sparsity_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import reason
 
@@ -33,18 +35,14 @@ from llm_wsae.outside import reason
 class Layout:
     """How another tool stores a dictionary in files."""
 
-    name: str
-    """The tool's name, for errors and listings."""
-    config: str
-    """Its JSON file."""
-    weights: str
-    """Its file of tensors."""
+    name: str  # the tool's
+    config: str  # its JSON file
+    weights: str  # its file of tensors
     announce: Callable[[Mapping[str, Any], PurePath], Facts]
     """What the JSON file and the folder's path say."""
-    read: Callable[[Path, Mapping[str, Any], Facts], Found]
-    """The tensors of a folder. Raises LlmWsaeError, in one sentence, for whatever is wrong."""
-    optional: tuple[str, ...] = ()
-    """Small files that are read too where they exist."""
+    read: Callable[[Path, Mapping[str, Any], Facts], dict[str, Tensor]]
+    """The tensors of a folder, folded. Raises LlmWsaeError for whatever is wrong."""
+    optional: tuple[str, ...] = ()  # small files that are read too where they exist
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -105,11 +103,17 @@ def read(folder: Path, site: str | None = None) -> Content:
     return content
 
 
-def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
+def read_config(folder: Path, layout: Layout) -> dict[str, Any]:
+    """The tool's configuration. Raises LlmWsaeError if it is not a JSON object."""
     path = folder / layout.config
     config = read_json(path, f"{layout.name} configuration")
     if not isinstance(config, dict):
         raise LlmWsaeError(f"{path} should be a JSON object")
+    return config
+
+
+def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
+    path, config = folder / layout.config, read_config(folder, layout)
     said = layout.announce(config, PurePath(folder.absolute()))
     info = dataclasses.replace(said.info, site=said.info.site or site or "")
     if not info.site:
@@ -123,8 +127,8 @@ def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
             f"{path} gives {said.d_in} dimensions, {said.d_sae} latents and k = {said.k}, so it "
             "does not describe a dictionary"
         )
-    weights = fold(layout.read(folder, config, said))
+    weights = layout.read(folder, config, said)
     check_finite(weights, f"{folder}, after folding")
     kind = "jumprelu" if "threshold" in weights else said.architecture
-    sparsity = sparsity_from_file(path, {"architecture": kind, "k": said.k})
-    return Content(weights, sparsity, info, {})
+    with naming(path):
+        return Content(weights, sparsity_of(kind, said.k), info, {})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
-from llm_wsae.dictionary.formats.folding import Found, foreign_info, named, site_of
+from llm_wsae.dictionary.formats.folding import fold, foreign_info, named, site_of
 from llm_wsae.dictionary.info import CENTRED, Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, number, text
@@ -64,8 +64,8 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     return Facts(place.name, _architecture(cfg), d_in, d_sae, k, info)
 
 
-def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> Found:
-    """The tensors of ``sae_weights.safetensors``, and what ``cfg.json`` says of their use."""
+def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:
+    """The tensors of ``sae_weights.safetensors``, folded as ``cfg.json`` says they are used."""
     path, weights, kind = folder / CFG, folder / WEIGHTS, str(said.architecture)
     if kind not in _KINDS:
         raise LlmWsaeError(
@@ -78,13 +78,13 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> Found:
     scale = _scale(folder, cfg)
     tensors = read_tensors(weights)
     factors = [name for name in _FACTORS if name in tensors]
-    w = named(weights, tensors, (*_KINDS[kind], *factors), said, CFG)
+    w = named(weights, tensors, (*_KINDS[kind], *factors), said)
     if (one := w.pop("topk_threshold", None)) is not None:  # in inference, of every latent
         w["threshold"] = one.expand(said.d_sae or 0) / (scale if by_norm else 1)
-    return Found(
+    return fold(
         w,
-        subtracts_bias,
-        scale,
+        subtracts_bias=subtracts_bias,
+        scale=scale,
         selects_by_norm=by_norm and "topk" in kind,
         centred=CENTRED in said.info.model,
         factor=_factor(weights, cfg, w[factors[0]] if factors else None),

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from torch import Tensor
+
 from llm_wsae.dictionary.folder import CFG, read_tensors
-from llm_wsae.dictionary.formats.folding import Found, foreign_info, named, site_of
+from llm_wsae.dictionary.formats.folding import fold, foreign_info, named, site_of
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.outside import integer
@@ -33,8 +35,8 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     return Facts(place.name, "topk", d_in, latents, integer(cfg.get("k")), info)
 
 
-def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> Found:
-    """The tensors of ``sae.safetensors``."""
+def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:
+    """The tensors of ``sae.safetensors``, folded."""
     odd = {key: cfg[key] for key in ("transcode", "skip_connection", "signed") if cfg.get(key)}
     if cfg.get("activation", "topk") != "topk":
         odd["activation"] = cfg["activation"]
@@ -44,4 +46,4 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> Found:
             "sparse autoencoder"
         )
     path = folder / WEIGHTS
-    return Found(named(path, read_tensors(path), _TENSORS, said, CFG), subtracts_bias=True)
+    return fold(named(path, read_tensors(path), _TENSORS, said), subtracts_bias=True)

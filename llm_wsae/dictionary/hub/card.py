@@ -14,11 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub import RepoCard
 
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.dictionary.folder import EXPLANATIONS
@@ -29,8 +25,7 @@ from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
 END = "<!-- … to here -->"
-LIBRARY = "llm-wsae"
-TAGS = (
+_TAGS = (
     "sparse-autoencoder",
     "weighted-sparse-autoencoder",
     "mechanistic-interpretability",
@@ -59,6 +54,7 @@ _OF_THE_TEXT = {  # titles, metrics and their digits
 }
 _WITH_OWNER = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a token, not hf_hub_download
+_Columns = Mapping[str, Callable[[Facts], str]]
 _BODY = """{begin}
 
 # Sparse autoencoders for the residual stream{of_models}
@@ -118,61 +114,49 @@ def card(
     ``old`` is the existing card, ``revision`` the branch. Raises LlmWsaeError if the metadata of
     ``old`` cannot be read.
     """
-    theirs, around = _parsed(repo_id, old)
-    metadata = yaml_dump(_metadata(repo_id, dictionaries, license, theirs))
-    before, rest = around, ""
-    if END in around.partition(BEGIN)[2]:
-        before, after = around.split(BEGIN, 1)
-        rest = after.rpartition(END)[2]
-    parts = [before.strip("\n"), _body(repo_id, dictionaries, revision), rest.strip("\n")]
-    whole = "\n\n".join(part for part in parts if part)
-    return _TOKEN.sub("…", f"---\n{metadata}---\n\n{whole}\n")
-
-
-def _parsed(repo_id: str, old: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata and text."""
-    found = REGEX_YAML_BLOCK.search(old)
-    if found is None:
-        return {}, old
+    if not old.lstrip().startswith("---"):
+        old = f"---\n\n---\n{old}"  # the client warns of a card without metadata
     with parsing(
         f"the README.md of {repo_id} begins with metadata that cannot be read, so it is left "
         "alone; correct it on the Hub and push again"
     ):
-        values = yaml.safe_load(found[2]) or {}
-        if not (isinstance(values, dict) and all(isinstance(name, str) for name in values)):
-            raise ValueError("it is not a list of names with values")
-    return values, old[found.end() :]
+        whole = RepoCard(old)
+    for key, value in _metadata(repo_id, dictionaries, license, whole.data.to_dict()).items():
+        whole.data[key] = value
+    before, rest = whole.text, ""
+    if END in before.partition(BEGIN)[2]:
+        before, after = before.split(BEGIN, 1)
+        rest = after.rpartition(END)[2]
+    parts = [before.strip("\n"), _body(repo_id, dictionaries, revision), rest.strip("\n")]
+    whole.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return _TOKEN.sub("…", str(whole))
 
 
 def _metadata(
-    repo_id: str, dictionaries: Sequence[Facts], license: str | None, old: dict[str, Any]
+    repo_id: str, dictionaries: Sequence[Facts], license: str | None, old: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the Hub indexes: the old metadata, updated; tags and model index are united."""
+    """What the Hub indexes; ``old`` tags and entries of the model index stay."""
     name = repo_id.split("/")[-1]
     tags, index = (
         found if isinstance(found := old.get(key), list) else [] for key in ("tags", "model-index")
     )
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
-    results = [
-        one
-        for d in measured  # one call for each: it unites results on the same text
-        for one in eval_results_to_model_index(name, _results(d))[0]["results"]
-    ]
+    results = [one for one in map(_result, measured) if one["metrics"]]
     # only what came from the Hub has a revision
     models = [d.model for d in dictionaries if d.model and text(d.info.model.get("revision"))]
     ours = {
-        "library_name": LIBRARY,
+        "library_name": "llm-wsae",
         "license": license,
-        "tags": _each_once([*TAGS, *(tag for tag in tags if isinstance(tag, str))]),
-        "base_model": _each_once(models),
-        "datasets": _each_once(own for d in dictionaries for own in _hub_datasets(d)),
+        "tags": list(dict.fromkeys([*_TAGS, *(tag for tag in tags if isinstance(tag, str))])),
+        "base_model": list(dict.fromkeys(models)),
+        "datasets": list(dict.fromkeys(own for d in dictionaries for own in _hub_datasets(d))),
         "metrics": [m for m in _METRICS if any(d.metric(m) is not None for d in measured)],
         "model-index": [
             *([{"name": name, "results": results}] if results else []),
             *(entry for entry in index if mapping(entry).get("name") != name),
         ],
     }
-    return {**old, **{key: value for key, value in ours.items() if value}}
+    return {key: value for key, value in ours.items() if value}
 
 
 def _hub_datasets(d: Facts) -> list[str]:
@@ -181,32 +165,25 @@ def _hub_datasets(d: Facts) -> list[str]:
     return [part for part in parts if _WITH_OWNER.fullmatch(part)]
 
 
-def _results(d: Facts) -> list[EvalResult]:
-    """What was measured of one dictionary."""
-    held_out = text(mapping(d.info.metrics.get("fidelity")).get("corpus")) or d.corpus
+def _result(d: Facts) -> dict[str, Any]:
+    """What was measured of one dictionary, as the model index has it."""
+    held_out = text(d.measured("fidelity").get("corpus")) or d.corpus
     own = next(iter(_hub_datasets(d)), "text") if held_out == d.corpus else "text"
-    return [
-        EvalResult(
-            task_type="feature-extraction",
-            task_name=d.sae_id,
-            dataset_type=own,
-            dataset_name=f"held-out text of {held_out or 'the corpus'}",
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=round(value, 6),
-        )
-        for metric in _METRICS
-        if (value := d.metric(metric)) is not None
-    ]
-
-
-def _each_once(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
+    values = {metric: d.metric(metric) for metric in _METRICS}
+    return {
+        "task": {"type": "feature-extraction", "name": d.sae_id},
+        "dataset": {"name": f"held-out text of {held_out or 'the corpus'}", "type": own},
+        "metrics": [
+            {"type": metric, "value": round(value, 6), "name": metric}
+            for metric, value in values.items()
+            if value is not None
+        ],
+    }
 
 
 def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> str:
     first, count = dictionaries[0], len(dictionaries)
-    models = _each_once(escape(d.model) for d in dictionaries if d.model)
+    models = dict.fromkeys(escape(d.model) for d in dictionaries if d.model)
     names = f"{json.dumps(repo_id)}, {json.dumps(first.sae_id)}"
     made = [part for d in dictionaries for part in (f"### {escape(d.sae_id)}", *making(d))]
     return _BODY.format(
@@ -214,7 +191,7 @@ def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> 
         end=END,
         of_models=f" of {', '.join(models)}" if models else "",
         dictionaries=f"{count} {'dictionary' if count == 1 else 'dictionaries'}",
-        sites=", ".join(_each_once(escape(d.info.site) for d in dictionaries)),
+        sites=", ".join(dict.fromkeys(escape(d.info.site) for d in dictionaries)),
         measured="\n\n".join([*tables(dictionaries), *_explanations(dictionaries)]),
         names=names,
         revision=f", revision={json.dumps(revision)}" if revision else "",
@@ -278,7 +255,7 @@ def tables(dictionaries: Sequence[Facts]) -> list[str]:
     """What each dictionary is, how faithful to the model and how monosemantic; beside them the
     untrained and half-trained baselines."""
     everything = [*dictionaries, *_baselines(dictionaries)]
-    columns: dict[str, Callable[[Facts], str]] = {
+    columns: _Columns = {
         "dimensions → latents": lambda d: f"{_figure(d.d_in)} → {_figure(d.d_sae)}",
         "sparsity": lambda d: escape(d.sparsity),
         "rule": lambda d: escape(rule_words(d)),
@@ -289,19 +266,13 @@ def tables(dictionaries: Sequence[Facts]) -> list[str]:
     return [first, *_fidelity_notes(everything), *_monosemanticity(everything)]
 
 
-def _table(
-    dictionaries: Sequence[Facts], columns: Mapping[str, Callable[[Facts], str]], left: int = 1
-) -> str:
+def _table(dictionaries: Sequence[Facts], columns: _Columns, left: int = 1) -> str:
     rows = [[f"`{d.sae_id}`", *(c(d) or _NONE for c in columns.values())] for d in dictionaries]
     return markdown([["dictionary", *columns], *rows], left)
 
 
-def _of_the_text(metric: str, digits: int, d: Facts) -> str:
-    return _figure(d.metric(metric), digits)
-
-
 def _measured(group: str, measure: Measure, d: Facts) -> str:
-    return measure.text(mapping(d.info.metrics.get(group)))
+    return measure.text(d.measured(group))
 
 
 def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
@@ -309,9 +280,8 @@ def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
     ones, as they were measured beside a dictionary there."""
     found: dict[str, Facts] = {}
     for d in dictionaries:
-        measured = mapping(d.info.metrics.get("baselines"))
         for name in _BASELINES:
-            if metrics := mapping(measured.get(name)):
+            if metrics := mapping(d.measured("baselines").get(name)):
                 info = replace(d.info, rule=_BASELINE, metrics=dict(metrics))
                 sae_id = f"{name}, {d.info.site}"
                 one = replace(d, sae_id=sae_id, info=info, d_sae=None, architecture="topk", k=None)
@@ -335,7 +305,11 @@ def _fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         "Cross-entropies (CE) are in nats. Tokens with massive activations are excluded, and keep "
         "the model's own activation."
     )
-    columns = {title: partial(_of_the_text, *how) for title, how in _OF_THE_TEXT.items()}
+
+    def figure(name: str, digits: int, d: Facts) -> str:
+        return _figure(d.metric(name), digits)
+
+    columns = {title: partial(figure, *how) for title, how in _OF_THE_TEXT.items()}
     return [*notes, _table(measured, columns)]
 
 
@@ -360,20 +334,24 @@ def _meanings(measures: Iterable[Measure]) -> str:
 
 def _explanations(dictionaries: Sequence[Facts]) -> list[str]:
     """How well a language model explained every dictionary's latents; empty if it was not asked."""
-    rows = []
-    for d in dictionaries:
-        found = mapping(d.info.metrics.get("explanations"))
-        latents, unread, questions = (
-            integer(found.get(key)) for key in ("latents", "unread", "questions")
-        )
-        if latents is not None:
-            said = escape(text(found.get("explainer")) or _NONE)
-            scores = [score_text(found, name) or _NONE for name in _JUDGED]
-            unreadable = f"{_figure(unread)} of {_figure(questions)}"
-            rows.append([f"`{d.sae_id}`", said, f"{latents:,}", *scores, unreadable])
-    if not rows:
+
+    def count(name: str, d: Facts) -> str:
+        return _figure(integer(d.measured("explanations").get(name)))
+
+    def score(name: str, d: Facts) -> str:
+        return score_text(d.measured("explanations"), name)
+
+    asked = [d for d in dictionaries if count("latents", d) != _NONE]
+    if not asked:
         return []
-    header = ["dictionary", "explained and judged by", "latents", *_JUDGED, "answers not readable"]
+    columns: _Columns = {
+        "explained and judged by": lambda d: escape(
+            text(d.measured("explanations").get("explainer")) or ""
+        ),
+        "latents": partial(count, "latents"),
+        **{name: partial(score, name) for name in _JUDGED},
+        "answers not readable": lambda d: f"{count('unread', d)} of {count('questions', d)}",
+    }
     return [
         "## Explanations by a language model",
         "Detection: does a text excite the latent, by its explanation? Fuzzing: are the marked "
@@ -381,7 +359,7 @@ def _explanations(dictionaries: Sequence[Facts]) -> list[str]:
         "the explainer did not see. Intruder: which of five texts does not excite it (accuracy "
         "without an explanation; chance: 0.2). Means over a sample of latents, with 95 % intervals "
         f"over them. The explanations are in `{EXPLANATIONS}`.",
-        markdown([header, *rows], left=2),
+        _table(asked, columns, left=2),
     ]
 
 

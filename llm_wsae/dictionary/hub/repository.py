@@ -9,7 +9,6 @@ Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs
 links in ``snapshots/<commit>``. Only those are written.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -18,7 +17,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,9 +29,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, httpx
 from huggingface_hub.utils.sha import git_hash
 
-from llm_wsae.artifact.files import read_json, sha256
-from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
-from llm_wsae.dictionary.formats.reading import Layout, layout_of
+from llm_wsae.artifact.files import sha256
+from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS, read_facts
+from llm_wsae.dictionary.formats.reading import Layout, layout_of, read_config
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.outside import check_revision, check_token, hub_is_unreachable, reason
@@ -148,23 +147,12 @@ class Repository:
 
     def facts(self, sae_id: str) -> Facts:
         """What the small files of a dictionary say. Raises LlmWsaeError if one cannot be read."""
-        if layout := self.layouts[sae_id]:
-            place = PurePosixPath(self.repo_id, sae_id)
-            found = layout.announce(self._json(sae_id, layout.config), place)
-            return dataclasses.replace(found, sae_id=sae_id)
-        cfg = self._json(sae_id, CFG) if inside(sae_id, CFG) in self.files else {}
-        info = self._json(sae_id, INFO)
-        try:
-            return Facts.own(sae_id, cfg, info)
-        except LlmWsaeError as error:
-            raise LlmWsaeError(f"{inside(sae_id, INFO)} of {self._here}: {error}") from None
-
-    def _json(self, sae_id: str, name: str) -> dict[str, Any]:
-        path = inside(sae_id, name)
-        value = read_json(self.fetch(path), f"{path} of {self._here}")
-        if not isinstance(value, dict):
-            raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
-        return value
+        layout = self.layouts[sae_id]
+        if layout is None:
+            return read_facts(self._fetched(sae_id, CFG, INFO), sae_id)
+        config = read_config(self._fetched(sae_id, layout.config), layout)
+        found = layout.announce(config, PurePosixPath(self.repo_id, sae_id))
+        return dataclasses.replace(found, sae_id=sae_id)
 
     def dictionary_folder(self, sae_id: str) -> Path:
         """The folder in the cache with the files of a dictionary; ``reading.read`` judges them.
@@ -179,7 +167,11 @@ class Repository:
                 f"{sae_id} of {self._here} is not a complete dictionary of this package: it lacks "
                 f"{' and '.join(missing)}"
             )
-        paths = [inside(sae_id, name) for name in (*optional, *names)]
+        return self._fetched(sae_id, *optional, *names)
+
+    def _fetched(self, sae_id: str, *names: str) -> Path:
+        """The folder in the cache with those of a dictionary's files that there are."""
+        paths = [inside(sae_id, name) for name in names]
         return [self.fetch(path) for path in paths if path in self.files][-1].parent
 
     def fetch(self, path: str) -> Path:
@@ -210,7 +202,7 @@ class Repository:
                     link.symlink_to(os.path.relpath(blob, link.parent))
             if self.revision != self.commit:  # so that the cache can answer offline
                 ref = root / "refs" / (self.revision or "main")
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     ref.parent.mkdir(parents=True, exist_ok=True)
                     ref.write_text(self.commit)
         return link

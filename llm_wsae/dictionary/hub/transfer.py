@@ -15,7 +15,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +22,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from llm_wsae.artifact.artifact import check_file, is_record_of
-from llm_wsae.artifact.files import folder_lock, read_json
+from llm_wsae.artifact.files import folder_lock
 from llm_wsae.artifact.provenance import write_record
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
-    CFG,
     EXPLANATIONS,
     INFO,
     WEIGHTS,
@@ -35,6 +33,7 @@ from llm_wsae.dictionary.folder import (
     copy_folder,
     is_dictionary,
     keep_measurements,
+    read_facts,
     read_folder,
     read_info,
     weights_checksum,
@@ -54,12 +53,10 @@ from llm_wsae.dictionary.info import DictionaryInfo, Facts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.outside import check_revision
 
-Operation = CommitOperationAdd | CommitOperationDelete
 _README = "README.md"
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
-RECORD = "pull.json"
-"""The record of the command, next to the dictionaries."""
+_RECORD = "pull.json"
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def push(
     theirs = _their_facts(local, remote)
     with tempfile.TemporaryDirectory() as place:
         staged = {name: _staged(name, local[name], remote, Path(place)) for name in local}
-        known = theirs | {name: _facts(name, folder) for name, folder in staged.items()}
+        known = theirs | {name: read_facts(folder, name) for name, folder in staged.items()}
         old = ""
         if _README in remote.files:
             old = remote.fetch(_README).read_text(encoding="utf-8", errors="replace")
@@ -202,7 +199,9 @@ def _staged(sae_id: str, folder: Path, remote: Repository, place: Path) -> Path:
     return copy
 
 
-def _operations(sae_id: str, folder: Path, remote: Repository) -> Iterator[Operation]:
+def _operations(
+    sae_id: str, folder: Path, remote: Repository
+) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
     """What must be done to the files of a dictionary in the repository."""
     new_weights = False
     for name in (*FILES, EXPLANATIONS):
@@ -213,11 +212,6 @@ def _operations(sae_id: str, folder: Path, remote: Repository) -> Iterator[Opera
             yield CommitOperationAdd(path, local)
         elif there and not local.is_file() and new_weights:
             yield CommitOperationDelete(path)  # it explains the older weights
-
-
-def _facts(sae_id: str, folder: Path) -> Facts:
-    cfg = read_json(folder / CFG, "dictionary's configuration")
-    return Facts.own(sae_id, cfg, read_json(folder / INFO, "dictionary's information"))
 
 
 def _their_facts(local: Mapping[str, Path], remote: Repository) -> dict[str, Facts]:
@@ -235,7 +229,7 @@ def _their_facts(local: Mapping[str, Path], remote: Repository) -> dict[str, Fac
             if sae_id not in local:
                 print(f"llm-wsae: the card omits {sae_id}: {error}", file=sys.stderr)
             continue
-        mine = _facts(sae_id, local[sae_id]) if sae_id in local else there
+        mine = read_facts(local[sae_id], sae_id) if sae_id in local else there
         if mine.model and there.model and mine.model != there.model:
             raise UsageError(
                 f"{remote.repo_id} holds another dictionary named {sae_id}, for the model "
@@ -260,14 +254,22 @@ def pull(
     something else there.
     """
     out = Path(out)
-    check_file(out / RECORD, is_record_of("pull"))
+    check_file(out / _RECORD, is_record_of("pull"))
     repository = Repository.open(repo_id, revision)
     own = repo_id.split("/")[-1]
     folders = {name: out / (own if name == "." else name) for name in repository.wanted(sae_id)}
-    for name, folder in folders.items():
-        with _own_layout(repository, name) as source, folder_lock(out, "pulled dictionaries"):
-            _add(source, folder)
-    write_record(out / RECORD, "pull", {"repo_id": repo_id, "sae_id": sae_id, "revision": revision})
+    with tempfile.TemporaryDirectory() as place:
+        for name, folder in folders.items():
+            source = repository.dictionary_folder(name)
+            content = reading.read(source)
+            if repository.layouts[name] is not None:
+                source = Path(place) / "converted"
+                write_folder(source, content)
+            with folder_lock(out, "pulled dictionaries"):
+                _add(source, folder)
+    write_record(
+        out / _RECORD, "pull", {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
+    )
     return folders
 
 
@@ -284,21 +286,6 @@ def _add(source: Path, folder: Path) -> None:
     except LlmWsaeError:  # missing, or damaged since
         copy_folder(source, folder)
     _add_what_is_new(source, folder)
-
-
-@contextmanager
-def _own_layout(repository: Repository, name: str) -> Iterator[Path]:
-    """The folder of a dictionary in the cache, checked; a foreign one is converted, into another
-    folder."""
-    source = repository.dictionary_folder(name)
-    read = reading.read(source)
-    if repository.layouts[name] is None:
-        yield source
-        return
-    with tempfile.TemporaryDirectory() as place:
-        converted = Path(place) / "converted"
-        write_folder(converted, read.weights, read.sparsity, read.info, read.extras)
-        yield converted
 
 
 def _add_what_is_new(source: Path, folder: Path) -> None:

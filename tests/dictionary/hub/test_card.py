@@ -3,6 +3,7 @@ texts from files that cannot become anything but text."""
 
 import contextlib
 import re
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ CFG = {"architecture": "topk", "k": 4, "d_in": 12, "d_sae": 80}
 
 def some(name: str = "plain-k4", **changes) -> Facts:
     info = make_info(name, **changes)
-    return Facts.own(folder_name(info), CFG, {**info.to_dict(), "package_version": "0.1.0"})
+    return Facts.own(folder_name(info), CFG, {**asdict(info), "package_version": "0.1.0"})
 
 
 def parts(text: str) -> tuple[dict, str]:
