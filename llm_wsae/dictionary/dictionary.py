@@ -77,11 +77,7 @@ class Dictionary(nn.Module):
                     f"{name} has the shape {list(tensor.shape)}, but W_enc is [{d_in}, {d_sae}], "
                     f"so {name} must be {list(shape)}"
                 )
-        if sparsity.k is not None and sparsity.k > d_sae:
-            raise UsageError(
-                f"k = {sparsity.k} active latents is more than the dictionary's {d_sae} latents; "
-                "choose a smaller k or a larger expansion"
-            )
+        sparsity.check(d_sae)
         Site.parse(info.site)
         self.W_enc, self.W_dec = _parameter(W_enc), _parameter(W_dec)
         self.b_enc, self.b_dec = _parameter(b_enc), _parameter(b_dec)

@@ -153,7 +153,7 @@ def copy_folder(source: Path, folder: Path) -> None:
     said of the latents there stays if the weights are the same. Raises as ``write_folder`` does."""
     with _replacing(folder) as new:
         for name in (*_PROVED, INFO):
-            write_atomic(new / name, functools.partial(shutil.copyfile, source / name))
+            _copy(source / name, new)
         for place in (source, folder):  # the latter's stay
             _carry_explanations(place, new)
 
@@ -161,7 +161,11 @@ def copy_folder(source: Path, folder: Path) -> None:
 def _carry_explanations(old: Path, new: Path) -> None:
     there = old / EXPLANATIONS
     if there.is_file() and weights_checksum(old) == weights_checksum(new):
-        write_atomic(new / EXPLANATIONS, functools.partial(shutil.copyfile, there))
+        _copy(there, new)
+
+
+def _copy(file: Path, folder: Path) -> None:
+    write_atomic(folder / file.name, functools.partial(shutil.copyfile, file))
 
 
 def check_replaceable(folder: Path) -> None:
@@ -212,11 +216,8 @@ def _locked(path: Path) -> IO[str]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """The path of a new folder, which replaces ``folder`` if the block succeeds.
-
-    After an error the old folder is unchanged; a kill between the two renames leaves both, and
-    ``clear_up`` brings the old one back.
-    """
+    """The path of a new folder, which replaces ``folder`` if the block succeeds. A kill between the
+    two renames leaves the old one aside; ``clear_up`` brings it back."""
     with writing(folder):
         _clear_up(folder)
         check_replaceable(folder)
@@ -279,12 +280,8 @@ def files_in(folder: Path) -> set[str]:
 
 
 def read_folder(folder: Path) -> Content:
-    """Read a dictionary folder of this package.
-
-    Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
-    truncated, changed since it was saved, of an unknown architecture, or if names or numbers of its
-    tensors cannot be a dictionary's; ``Dictionary`` checks their shapes.
-    """
+    """Read a dictionary folder of this package. Raises LlmWsaeError, naming file and fault, for
+    whatever is wrong with it but the tensors' shapes, which ``Dictionary`` checks."""
     files_in(folder)  # refuses what is no folder
     if missing := [name for name in (*_PROVED, INFO) if not (folder / name).is_file()]:
         raise LlmWsaeError(

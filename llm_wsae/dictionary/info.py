@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
@@ -99,6 +100,33 @@ class Facts:
         d_in, d_sae, k = (integer(cfg.get(name)) for name in ("d_in", "d_sae", "k"))
         made, version = DictionaryInfo.from_dict(info), text(info.get("package_version"))
         return cls(sae_id, text(cfg.get("architecture")), d_in, d_sae, k, made, version)
+
+    @classmethod
+    def foreign(
+        cls,
+        tool: str,
+        place: PurePath,
+        site: str | None,
+        architecture: str | None,
+        sizes: tuple[Any, Any, Any],
+        *,
+        model: str | None = None,
+        corpus: str | None = None,
+        centred: bool = False,
+        **more: Any,
+    ) -> "Facts":
+        """Of another tool's dictionary in the folder ``place``. ``sizes`` are d_in, d_sae and k, as
+        far as they are numbers; ``more`` are fields of its ``info``."""
+        info = DictionaryInfo(
+            site=site or "",
+            name=place.name or "dictionary",
+            model={**({"name": model} if model else {}), **({CENTRED: True} if centred else {})},
+            corpus={"name": corpus} if corpus else {},
+            training={"trained with": tool},
+            **more,
+        )
+        d_in, d_sae, k = map(integer, sizes)
+        return cls(place.name, architecture, d_in, d_sae, k, info)
 
     @property
     def sparsity(self) -> str:

@@ -39,6 +39,14 @@ class Sparsity:
         least = torch.zeros_like(bias) if threshold is None else threshold.clamp(min=0)
         return padded(encode_above(rows, encoder, bias, least))
 
+    def check(self, d_sae: int) -> None:
+        """Raises UsageError if a dictionary of ``d_sae`` latents cannot have this sparsity."""
+        if self.k is not None and self.k > d_sae:
+            raise UsageError(
+                f"k = {self.k} active latents is more than the dictionary's {d_sae} latents; "
+                "choose a smaller k or a larger expansion"
+            )
+
 
 @dataclass(frozen=True)
 class TopK(Sparsity):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.dictionary.folder import check_finite
-from llm_wsae.dictionary.formats.folding import fold, foreign_info, named
+from llm_wsae.dictionary.formats.folding import fold, named
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, parsing, text
@@ -52,16 +52,16 @@ def announce(config: Mapping[str, Any], place: PurePath) -> Facts:
     """What ``config.json`` says."""
     trainer, buffer = mapping(config.get("trainer")), mapping(config.get("buffer"))
     kind, *_ = _CLASSES.get(text(trainer.get("dict_class")) or "", (None,))
-    info = foreign_info(
+    k = trainer.get("k") if kind == "topk" else None
+    return Facts.foreign(
         "dictionary_learning",
         place,
         _site(trainer),
+        kind,
+        (trainer.get("activation_dim"), trainer.get("dict_size"), k),
         model=text(trainer.get("lm_name")),
         context_size=integer(buffer.get("ctx_len")),
     )
-    d_in, d_sae = integer(trainer.get("activation_dim")), integer(trainer.get("dict_size"))
-    k = integer(trainer.get("k")) if kind == "topk" else None
-    return Facts(place.name, kind, d_in, d_sae, k, info)
 
 
 def _site(trainer: Mapping[str, Any]) -> str | None:

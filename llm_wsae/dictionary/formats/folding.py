@@ -7,13 +7,12 @@ A reader is one module with two functions. ``announce`` turns the tool's configu
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.info import CENTRED, DictionaryInfo, Facts
+from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError
 
 _COLUMNS = 4096  # of an encoder, converted to float64 at once
@@ -29,32 +28,9 @@ _NAMES = {
 }
 
 
-def foreign_info(
-    tool: str,
-    place: PurePath,
-    site: str | None,
-    *,
-    model: str | None = None,
-    corpus: str | None = None,
-    centred: bool = False,
-    **more: Any,
-) -> DictionaryInfo:
-    """What is recorded about another tool's dictionary in the folder ``place``."""
-    return DictionaryInfo(
-        site=site or "",
-        name=place.name or "dictionary",
-        model={**({"name": model} if model else {}), **({CENTRED: True} if centred else {})},
-        corpus={"name": corpus} if corpus else {},
-        training={"trained with": tool},
-        **more,
-    )
-
-
 def site_of(name: str | None) -> str | None:
-    """The site of a whole transformer block's output (``h.9``, ``model.layers.9``).
-
-    Any other name, such as one of TransformerLens', is returned unchanged.
-    """
+    """The site of a whole transformer block's output (``h.9``, ``model.layers.9``); any other name,
+    such as one of TransformerLens', unchanged."""
     match = _BLOCK.fullmatch(name or "")
     return f"blocks.{match[1]}.hook_resid_post" if match else name
 

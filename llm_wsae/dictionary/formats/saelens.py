@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
-from llm_wsae.dictionary.formats.folding import fold, foreign_info, named, site_of
+from llm_wsae.dictionary.formats.folding import fold, named, site_of
 from llm_wsae.dictionary.info import CENTRED, Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, number, text
@@ -47,10 +47,13 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     """What ``cfg.json`` says."""
     about = mapping(cfg.get("metadata")) or cfg
     ours, bos = mapping(about.get(OURS)), about.get("prepend_bos")
-    info = foreign_info(
+    k = integer(cfg.get("k")) or mapping(cfg.get("activation_fn_kwargs")).get("k")
+    return Facts.foreign(
         "SAELens",
         place,
         site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
+        _architecture(cfg),
+        (cfg.get("d_in"), cfg.get("d_sae"), k),
         model=text(about.get("model_name")),
         corpus=text(about.get("dataset_path")),
         centred=_centred_stream(cfg),
@@ -59,9 +62,6 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
         rule=text(ours.get("rule")) or "uniform",
         alpha=number(ours.get("alpha")) or 0.0,
     )
-    k = integer(cfg.get("k")) or integer(mapping(cfg.get("activation_fn_kwargs")).get("k"))
-    d_in, d_sae = integer(cfg.get("d_in")), integer(cfg.get("d_sae"))
-    return Facts(place.name, _architecture(cfg), d_in, d_sae, k, info)
 
 
 def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_wsae.dictionary.folder import CFG, read_tensors
-from llm_wsae.dictionary.formats.folding import fold, foreign_info, named, site_of
+from llm_wsae.dictionary.formats.folding import fold, named, site_of
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.outside import integer
@@ -31,8 +31,7 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     if not latents and d_in and expansion:
         latents = d_in * expansion
     site = site_of(place.name) if _MODULE.fullmatch(place.name) else None
-    info = foreign_info("sparsify", place, site)
-    return Facts(place.name, "topk", d_in, latents, integer(cfg.get("k")), info)
+    return Facts.foreign("sparsify", place, site, "topk", (d_in, latents, cfg.get("k")))
 
 
 def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:
@@ -45,5 +44,5 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
             f"{folder / CFG} has {key} = {shown(value)}, so this package cannot represent it as a "
             "sparse autoencoder"
         )
-    path = folder / WEIGHTS
-    return fold(named(path, read_tensors(path), _TENSORS, said), subtracts_bias=True)
+    w = named(folder / WEIGHTS, read_tensors(folder / WEIGHTS), _TENSORS, said)
+    return fold(w, subtracts_bias=True)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -63,13 +64,10 @@ _RECORD = "pull.json"
 class Pushed:
     """What a push did."""
 
-    url: str
-    """Address of the commit, or of the repository if nothing had changed."""
-    commit: str
-    """It now holds the dictionaries."""
+    url: str  # of the commit, or of the repository if nothing had changed
+    commit: str  # which now holds the dictionaries
     sae_ids: list[str]
-    changed: list[str]
-    """Paths that were written."""
+    changed: list[str]  # paths that were written
 
 
 def push(
@@ -86,15 +84,14 @@ def push(
     if it is new; ``license`` is one of the Hub's identifiers, such as ``mit``, for the card. What
     others put there about the same weights stays: measurements and explanations that are not here.
 
-    Raises UsageError for impossible requests (two dictionaries of one name, a name taken by another
-    model's dictionary, a tag instead of a branch, ``private`` for a public repository), and
-    LlmWsaeError for a folder that is no intact dictionary and every failure of the Hub.
+    Raises UsageError for requests that cannot be, LlmWsaeError for a folder that is no intact
+    dictionary and every failure of the Hub.
     """
     check_revision(revision)
     local = _local_dictionaries(folders)
     with hub_errors(repo_id, revision):
-        head, is_new = _prepare(repo_id, private, revision)
-        remote = Repository.at(repo_id, revision, head)
+        start, is_new = _prepare(repo_id, private, revision)
+        remote = Repository.at(repo_id, revision, start)
     theirs = _their_facts(local, remote)
     with tempfile.TemporaryDirectory() as place:
         staged = {name: _staged(name, local[name], remote, Path(place)) for name in local}
@@ -108,10 +105,10 @@ def push(
         if new != old:
             todo.append(CommitOperationAdd(_README, new.encode()))
         if not todo and not is_new:
-            return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
+            return Pushed(f"{constants.ENDPOINT}/{repo_id}", remote.commit, list(local), [])
         with hub_errors(repo_id, revision):
             if is_new:
-                HfApi().create_branch(repo_id, branch=str(revision), revision=head)
+                HfApi().create_branch(repo_id, branch=str(revision), revision=remote.commit)
             added = [one for one in todo if isinstance(one, CommitOperationAdd)]
             HfApi().preupload_lfs_files(repo_id, added, revision=revision)
             # The client leaves such files out of the commit without a word.
@@ -125,7 +122,7 @@ def push(
                 todo,
                 commit_message=f"Push {', '.join(local)}"[:72],
                 revision=revision,
-                parent_commit=head,
+                parent_commit=remote.commit,
             )
             commit = commit_of(done.oid)
         changed = sorted(one.path_in_repo for one in todo)
@@ -155,7 +152,7 @@ def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _prepare(repo_id: str, private: bool, revision: str | None) -> tuple[str, bool]:
+def _prepare(repo_id: str, private: bool, revision: str | None) -> tuple[Any, bool]:
     """The commit to build on, and whether the branch is new. Creates a missing repository."""
     if repo_id.count("/") != 1:  # the Hub would make it under another name than it is found by
         raise UsageError(f"name the repository as user/name, not {repo_id!r}")
@@ -171,17 +168,17 @@ def _prepare(repo_id: str, private: bool, revision: str | None) -> tuple[str, bo
             "another name, or make it private in its settings"
         )
     if revision is None:
-        return commit_of(main.sha), False
+        return main.sha, False
     refs = api.list_repo_refs(repo_id)
     heads = {one.name: one.target_commit for one in refs.branches}
     if revision in heads:
-        return commit_of(heads[revision]), False
+        return heads[revision], False
     if COMMIT.fullmatch(revision) or revision in [one.name for one in refs.tags]:
         raise UsageError(
             f"{revision} is not a branch of {repo_id}, so nothing can be pushed to it; "
             f"{nearest('', heads)}"
         )
-    return commit_of(main.sha), True
+    return main.sha, True
 
 
 def _staged(sae_id: str, folder: Path, remote: Repository, place: Path) -> Path:
@@ -249,14 +246,12 @@ def pull(
     layout. A dictionary that is there already stays, with what is known of it; if it has the same
     weights, what the repository knows besides is added.
 
-    Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
-    damaged, unsafe or not what its checksum says, or if ``out`` cannot be written or holds
-    something else there.
+    Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, a file is damaged
+    or unsafe, or ``out`` cannot be written or holds something else there.
     """
     out = Path(out)
     check_file(out / _RECORD, is_record_of("pull"))
-    repository = Repository.open(repo_id, revision)
-    own = repo_id.split("/")[-1]
+    repository, own = Repository.open(repo_id, revision), repo_id.split("/")[-1]
     folders = {name: out / (own if name == "." else name) for name in repository.wanted(sae_id)}
     with tempfile.TemporaryDirectory() as place:
         for name, folder in folders.items():
@@ -267,9 +262,8 @@ def pull(
                 write_folder(source, content)
             with folder_lock(out, "pulled dictionaries"):
                 _add(source, folder)
-    write_record(
-        out / _RECORD, "pull", {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
-    )
+    asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
+    write_record(out / _RECORD, "pull", asked)
     return folders
 
 
