@@ -167,7 +167,8 @@ def test_answers_of_a_hub(there, tmp_path, monkeypatch, fuzz: Fuzz, action):
     shutil.rmtree(out)
     around = surroundings(tmp_path)
     for number, draw in fuzz.cases(kind, CASES[action] // (4 if fuzz.times == 1 else 1)):
-        there.twist = twist = Twist(number, draw, tmp_path / "victims", files)
+        twist = Twist(number, draw, tmp_path / "victims", files)
+        there.spoil(".", twist)
         if draw.random() < 0.8:
             shutil.rmtree(home, ignore_errors=True)
 
@@ -175,7 +176,8 @@ def test_answers_of_a_hub(there, tmp_path, monkeypatch, fuzz: Fuzz, action):
             assert act() in (None, [], [whole])
 
         fuzz.reads(kind, twist, read, None)
-        there.twist, repository.branches["main"] = None, good
+        there.faults.clear()
+        repository.branches["main"] = good
         if (left := surroundings(tmp_path)) != around:
             fuzz.count(kind, "lost", twist, set(left.items()) ^ set(around.items()))
             around = left

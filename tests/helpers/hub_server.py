@@ -5,14 +5,10 @@
         subprocess.run([...], env=hub.environment(tmp_path, token=WRITER))   # another process
         hub.use(monkeypatch, tmp_path, token=WRITER)                         # or this one
 
-What it knows of models: create a repository, model info, the list of files, refs, a new branch,
-preupload, LFS batch with uploads, commits, and downloads by revision with ETag, Range and the
-redirect of large files to another host ("localhost" instead of "127.0.0.1"), where a token must
-never arrive. Any token may do anything.
-
-A commit is a whole mapping from path to file, so nothing ever changes under a commit. Faults are
-ordered by ``fail``, ``cut`` and ``corrupt``; each strikes the next ``times`` answers to requests
-that match. ``requests`` lists what was asked: (method, path).
+It serves models, to any token. Large files come, by a redirect, from another host ("localhost"
+instead of "127.0.0.1"), where a token must never arrive. A commit is a whole mapping from path to
+file, so nothing ever changes under a commit. ``spoil`` and ``fail`` change what it answers;
+``requests`` lists what it was asked: (method, path).
 """
 
 import base64
@@ -27,7 +23,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 WRITER = "hf_writersecret"
 _LARGE = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")  # of .gitattributes
@@ -74,8 +70,7 @@ class Repository:
     def commit(self, tree: dict[str, File], branch: str = "main") -> str:
         """A new commit on a branch."""
         listing = sorted((path, file.oid) for path, file in tree.items())
-        text = json.dumps([len(self.commits), listing])
-        commit = hashlib.sha1(text.encode()).hexdigest()
+        commit = hashlib.sha1(json.dumps([len(self.commits), listing]).encode()).hexdigest()
         self.commits[commit], self.branches[branch] = tree, commit
         return commit
 
@@ -91,7 +86,7 @@ class Repository:
 
 @dataclass
 class Said:
-    """An answer, which faults and the server's ``twist`` may change before it is sent."""
+    """An answer, which may be changed before it is sent."""
 
     status: int
     body: Any
@@ -103,15 +98,16 @@ class Said:
 class Fault:
     """What goes wrong with the answers to the next ``times`` requests that match."""
 
-    method: str
-    path: str
+    asked: str
+    """A pattern of ``METHOD path``."""
+    change: Callable[[str, Said], object]
+    """Changes an answer, by path, before it is sent."""
     times: int
-    change: Callable[[Said], None]
-    acts: bool = True
+    acts: bool
     """Whether the server does what it was asked for."""
 
-    def strikes(self, method: str, path: str) -> bool:
-        found = self.times > 0 and self.method == method and bool(re.search(self.path, path))
+    def strikes(self, asked: str) -> bool:
+        found = self.times > 0 and bool(re.search(self.asked, asked))
         self.times -= found
         return found
 
@@ -127,8 +123,6 @@ class HubServer:
         self.faults: list[Fault] = []
         self.leaked: list[str] = []
         """Requests that carried a token to the host of large files."""
-        self.twist: Callable[[str, Said], None] | None = None
-        """Changes answers, by path, before they are sent."""
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -160,32 +154,20 @@ class HubServer:
         self.large[file.sha256] = data
         repository.commit({**repository.files(), path: file})
 
-    def fail(self, method: str, path: str, status: int, times: int = 1, message="", code=""):
+    def spoil(
+        self, asked: str, change: Callable[[str, Said], object], times: int = 999, acts: bool = True
+    ) -> None:
+        """Change the next answers to requests that match, as the first such ``Fault`` says."""
+        self.faults.append(Fault(asked, change, times, acts))
+
+    def fail(self, method: str, path: str, status: int, times: int = 1, code: str = "") -> None:
         """Answer with ``status`` to requests whose path matches."""
 
-        def change(said: Said) -> None:
+        def change(_: str, said: Said) -> None:
             said.status, said.body = status, b'{"error": "something went wrong"}'
-            said.headers = {"X-Error-Message": message} if message else {}
-            said.headers |= {"X-Error-Code": code} if code else {}
+            said.headers = {"X-Error-Code": code} if code else {}
 
-        self.faults.append(Fault(method, path, times, change, acts=False))
-
-    def cut(self, method: str, path: str, after: int, times: int = 1) -> None:
-        """End the connection after some bytes of the body."""
-
-        def change(said: Said) -> None:
-            said.headers["Content-Length"] = str(len(said.body))
-            said.body = [said.body[:after]]
-
-        self.faults.append(Fault(method, path, times, change))
-
-    def corrupt(self, method: str, path: str, times: int = 1) -> None:
-        """Change the first byte of the body."""
-
-        def change(said: Said) -> None:
-            said.body = bytes([said.body[0] ^ 255]) + said.body[1:]
-
-        self.faults.append(Fault(method, path, times, change))
+        self.spoil(f"{method} .*{path}", change, times, acts=False)
 
     def count(self, method: str, pattern: str) -> int:
         """How many requests matched so far."""
@@ -193,7 +175,7 @@ class HubServer:
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
         """The variables that lead a client in another process here; ``home`` holds its cache."""
-        found = {
+        variables = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
@@ -201,7 +183,7 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        return found | ({"HF_TOKEN": token} if token else {})
+        return variables | ({"HF_TOKEN": token} if token else {})
 
     def use(self, monkeypatch: Any, home: Path, token: str | None = None) -> None:
         """Lead the client in this process here; it read its environment when it was imported."""
@@ -240,33 +222,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Tests ask ``requests`` instead."""
 
     def _handle(self) -> None:
-        url = urlsplit(self.path)
-        self.query, self.body = parse_qs(url.query), b"".join(self._pieces())
-        self.hub.requests.append((self.command, url.path))
-        fault = next((one for one in self.hub.faults if one.strikes(self.command, url.path)), None)
+        path, asked = urlsplit(self.path).path, f"{self.command} {urlsplit(self.path).path}"
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.requests.append((self.command, path))
+        fault = next((one for one in self.hub.faults if one.strikes(asked)), None)
+        said = Said(200, b"")
         if fault is None or fault.acts:
             with self.hub.lock:
-                said = self._answer(url.path)
-        else:
-            said = Said(200, b"")
+                said = self._answer(path)
         if fault is not None:
-            fault.change(said)
-        if self.hub.twist:
-            self.hub.twist(url.path, said)
+            fault.change(path, said)
         with contextlib.suppress(OSError):
             self._send(said)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
-
-    def _pieces(self):
-        """The request's body, of a known length or chunked."""
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            return
-        while size := int(self.rfile.readline(), 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
 
     def _send(self, said: Said) -> None:
         pieces = [said.body] if isinstance(said.body, bytes) else said.body
@@ -334,17 +303,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self, there: dict[str, File]) -> dict[str, Any]:
         ignored = there[".gitignore"].content.decode().split() if ".gitignore" in there else []
-        asked = [one["path"] for one in json.loads(self.body)["files"]]
-        return {
-            "files": [
-                {
-                    "path": path,
-                    "uploadMode": "lfs" if _LARGE.search(path) else "regular",
-                    "shouldIgnore": any(fnmatch.fnmatch(path, one) for one in ignored),
-                }
-                for path in asked
-            ]
-        }
+        files = [
+            {
+                "path": path,
+                "uploadMode": "lfs" if _LARGE.search(path) else "regular",
+                "shouldIgnore": any(fnmatch.fnmatch(path, one) for one in ignored),
+            }
+            for path in (one["path"] for one in json.loads(self.body)["files"])
+        ]
+        return {"files": files}
 
     def _info(self, repository: Repository, *_: str) -> dict[str, Any]:
         """LFS batch."""

@@ -4,13 +4,12 @@ without a token, leaves repository and disk as they were, and is over when its c
 import contextlib
 import dataclasses
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 from command_line import call, content
 from hub_fixtures import REPO, head, sentence
-from hub_server import WRITER, HubServer
+from hub_server import WRITER, HubServer, Said
 from huggingface_hub import constants
 from looping import over
 from small_dictionaries import SITE, make_dictionary
@@ -32,29 +31,20 @@ def there(hub, plain) -> HubServer:
 
 @pytest.fixture
 def refused(there, tmp_path):
-    """What comes of pulling: one sentence, and nothing on disk."""
+    """What comes of pulling, after which the repository is whole again: one sentence, and nothing
+    on disk."""
+    repository = there.repositories[REPO]
+    good = repository.branches["main"]
 
     def check() -> str:
         with pytest.raises(LlmWsaeError) as error:
             pull(REPO, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+        there.faults.clear()
+        repository.branches["main"] = good
         return sentence(error)
 
     return check
-
-
-@contextmanager
-def spoilt(hub: HubServer, case: object):
-    """Undo what the block does to the repository; a failure names the case."""
-    repository = hub.repositories[REPO]
-    good = repository.branches["main"]
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"case: {case!r}"[:200])
-        raise
-    finally:
-        repository.branches["main"] = good
 
 
 # Networks and servers that fail
@@ -120,46 +110,52 @@ def test_a_pull_that_may_not_leaves_nothing(there, refused):
     for method, path, status, code, said in BREAKS[:3]:
         there.fail(method, path, status, times=99, code=code)
         assert said in refused(), path
-        there.faults.clear()
 
 
 def test_someone_else_pushes_in_between(hub, plain, weighted):
     push([plain], REPO)
-    hub.twist = lambda path, said: "/preupload/" in path and hub.put(REPO, "theirs", b"quicker")
+    hub.spoil("/preupload/", lambda *_: hub.put(REPO, "theirs", b"quicker"), times=1)
     with pytest.raises(LlmWsaeError) as error:
         push([weighted], REPO)
     assert "was changed by someone else" in sentence(error)
-    hub.twist = None
     push([weighted], REPO)
     assert {"theirs", f"{SITE}/weighted-k4/cfg.json"} < set(hub.repositories[REPO].files())
+
+
+def cut(after: int):
+    """The connection ends after some bytes of the body."""
+
+    def change(path: str, said: Said) -> None:
+        said.headers["Content-Length"] = str(len(said.body))
+        said.body = [said.body[:after]]
+
+    return change
 
 
 def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
     make_dictionary(d_in=64, d_sae=1024).save(tmp_path / "big")
     push([tmp_path / "big"], REPO)
-    hub.cut("GET", "/storage/", after=100_000, times=4)  # the first request is for a small file
+    hub.spoil("GET /storage/", cut(100_000), times=4)  # the first request is for a small file
     folders = pull(REPO, tmp_path / "out")
     assert content(*folders.values()) == content(tmp_path / "big")
     assert hub.count("GET", "/storage/") == 1 + 4  # so each of the four brought what was missing
     make_dictionary(d_in=64, d_sae=1024, seed=7).save(tmp_path / "big")
     push([tmp_path / "big"], REPO)
-    hub.cut("GET", "/storage/", after=0, times=99)
+    hub.spoil("GET /storage/", cut(0))
     with pytest.raises(LlmWsaeError, match="the connection to the Hub"):
         pull(REPO, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-@over(pattern=[r"/storage/", r"/resolve/.*/cfg.json"])
-def test_a_file_damaged_on_its_way_is_noticed_and_fetched_again(
-    there, plain, tmp_path, monkeypatch, pattern
-):
-    there.use(monkeypatch, tmp_path / f"home {len(pattern)}", WRITER)  # an empty cache
-    out = tmp_path / f"out {len(pattern)}"
-    there.corrupt("GET", pattern)
-    with pytest.raises(LlmWsaeError, match=r"arrived damaged.*run the same command again"):
-        pull(REPO, out)
-    assert not out.exists()
-    assert content(*pull(REPO, out).values()) == content(plain)
+def corrupt(path: str, said: Said) -> None:
+    said.body = bytes([said.body[0] ^ 255]) + said.body[1:]
+
+
+def test_a_file_damaged_on_its_way_is_noticed_and_fetched_again(there, refused, plain, tmp_path):
+    for pattern in ("GET .*/resolve/.*/cfg.json", "GET /storage/"):
+        there.spoil(pattern, corrupt, times=1)
+        assert "arrived damaged" in (said := refused()) and "run the same command again" in said
+    assert content(*pull(REPO, tmp_path / "out").values()) == content(plain)
 
 
 # Requests that cannot be
@@ -245,10 +241,14 @@ def test_a_server_names_no_file_outside(there, plain, tmp_path, way, exists, dam
     repository = there.repositories[REPO]
     repository.tags[str(target)] = repository.branches["main"]  # so it answers for that, too
     quoted = {"ETag": f'"{target}"', "X-Linked-Etag": f'"{target}"'}
-    there.twist = lying(
-        quoted if way == "etag" else None,
-        str(target) if way == "sha" else None,
-        b"import os" if damaged else None,
+    there.faults.clear()
+    there.spoil(
+        ".",
+        lying(
+            quoted if way == "etag" else None,
+            str(target) if way == "sha" else None,
+            b"import os" if damaged else None,
+        ),
     )
     for action in (
         lambda: list_dictionaries(REPO),
@@ -270,7 +270,7 @@ def test_a_download_ends_at_the_size_that_was_listed(there, refused):
             yield b" " * (1 << 20)
 
     most: list[int] = []
-    there.twist = lying(body=more())
+    there.spoil(".", lying(body=more()))
     assert "sends more for" in refused() and max(most) < 40  # MiB; what the connection holds
 
 
@@ -280,14 +280,13 @@ def test_a_list_without_an_end_is_not_read(there, refused):
             answer.headers["Link"] = f'<{there.endpoint}{path}?cursor=7>; rel="next"'
             answer.body = b"[" + b",".join([answer.body[1:-1]] * 12_000) + b"]"
 
-    there.twist = twist
+    there.spoil(".", twist)
     assert "lists files without an end" in refused()
 
 
 def test_a_file_that_is_listed_too_large_is_not_read(there, refused):
-    there.twist = lying(size=2**50)
+    there.spoil(".", lying(size=2**50))
     assert "is not read: it has 1,125,899,906,842,624 bytes" in refused()
-    there.twist = None
     there.put(REPO, f"{HERE}/wsae.json", b" " * ((16 << 20) + 1))
     assert "wsae.json of user/saes is not read: it has 16,777,217 bytes" in refused()
 
@@ -299,12 +298,11 @@ PATHS = ("../evil.json", "/etc/evil.json", f"{SITE}/../../evil", "a//b", "./a", 
 def test_a_path_that_leaves_the_folder_is_refused(there, refused, plain, tmp_path):
     before = content(tmp_path)
     for path in PATHS:
-        with spoilt(there, path):
-            there.put(REPO, path, b"{}")
-            said = refused()
-            assert repr(path)[1:-1] in said and "nothing of it is read" in said
-    with spoilt(there, "push"), pytest.raises(LlmWsaeError, match="nothing of it is read"):
-        there.put(REPO, PATHS[0], b"{}")
+        there.put(REPO, path, b"{}")
+        said = refused()
+        assert repr(path)[1:-1] in said and "nothing of it is read" in said
+    there.put(REPO, PATHS[0], b"{}")
+    with pytest.raises(LlmWsaeError, match="nothing of it is read"):
         push([plain], REPO)
     assert content(tmp_path) == before
 
@@ -313,12 +311,13 @@ NONSENSE = (b"", b"{", b"[]", b"7", b"\xff\xfe", b"{}", b"[" * 200_000, b'{"form
             b"1" * 10_000)  # fmt: skip
 
 
-def test_nonsense_is_one_sentence(there, refused):
-    for name in ("cfg.json", "wsae.json"):
-        for nonsense in NONSENSE:
-            with spoilt(there, (name, nonsense[:20])):
-                there.put(REPO, f"{HERE}/{name}", nonsense)
-                assert "json" in refused()
+@over(name=["cfg.json", "wsae.json"], nonsense=NONSENSE)
+def test_nonsense_is_one_sentence(there, refused, name, nonsense):
+    there.put(REPO, f"{HERE}/{name}", nonsense)
+    assert name in refused()
+
+
+def test_an_incomplete_dictionary_is_refused(there, refused):
     repository = there.repositories[REPO]
     repository.commit({p: file for p, file in repository.files().items() if "cfg.json" not in p})
     assert "is not a complete dictionary of this package: it lacks cfg.json" in refused()
@@ -337,7 +336,7 @@ def test_a_traceback_shows_no_token(there, monkeypatch):
     def twist(path, answer):
         answer.status, answer.headers["X-Error-Message"] = 418, f"\x1b[2J {token} of yours"
 
-    there.twist = twist
+    there.spoil(".", twist)
     for token in (WRITER, "a-mirrors-own-token"):
         monkeypatch.setenv("HF_TOKEN", token)
         result = call("--debug", "list", REPO)
