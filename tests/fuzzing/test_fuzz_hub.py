@@ -10,12 +10,11 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import content
-from fuzzing import Fuzz, blind, change, frozen
+from fuzzing import Fuzz, blind, change, frozen, places
 from hub_fixtures import REPO
 from hub_server import WRITER, Said
 from small_dictionaries import SITE, make_dictionary
@@ -72,8 +71,8 @@ class Twist:
             said = json.loads(answer.body)
         except ValueError:
             return self.header(path, answer)
-        places = list(_places(said))
-        for inside, key in self.draw.sample(places, min(len(places), self.draw.choice((1, 1, 9)))):
+        found = list(places(said))
+        for inside, key in self.draw.sample(found, min(len(found), self.draw.choice((1, 1, 9)))):
             inside[key] = self.odd()
         if self.draw.random() < 0.3:
             self.done += f" {change(said, self.draw)}"
@@ -120,14 +119,6 @@ class Twist:
         self.done += f" {answer.status}"
 
 
-def _places(value: object) -> Iterator[tuple]:
-    """(container, key) of everything in a JSON value."""
-    if isinstance(value, dict | list):
-        for key in list(value) if isinstance(value, dict) else range(len(value)):
-            yield value, key
-            yield from _places(value[key])
-
-
 @pytest.fixture
 def there(hub, tmp_path):
     """A Hub with a dictionary."""
@@ -166,26 +157,25 @@ def test_answers_of_a_hub(there, tmp_path, monkeypatch, fuzz: Fuzz, action):
     repository.branches["main"] = good
     shutil.rmtree(out)
     around = surroundings(tmp_path)
+
+    def read():
+        assert act() in (None, [], [whole])
+
     for number, draw in fuzz.cases(kind, CASES[action] // (4 if fuzz.times == 1 else 1)):
         twist = Twist(number, draw, tmp_path / "victims", files)
-        there.spoil(".", twist)
         if draw.random() < 0.8:
             shutil.rmtree(home, ignore_errors=True)
-
-        def read():
-            assert act() in (None, [], [whole])
-
+        there.spoil(".", twist)
         fuzz.reads(kind, twist, read, None)
         there.faults.clear()
         repository.branches["main"] = good
-        if (left := surroundings(tmp_path)) != around:
-            fuzz.count(kind, "lost", twist, set(left.items()) ^ set(around.items()))
-            around = left
+        left = surroundings(tmp_path)
         here = [path for path in home.rglob("*") if path.is_symlink() or not path.is_dir()]
-        odd = [path for path in here if not CACHED.fullmatch(str(path.relative_to(home)))]
-        odd += [path for path in here if not path.resolve().is_relative_to(home)]
-        if odd:
-            fuzz.count(kind, "lost", twist, odd)
+        odd = {path for path in here if not CACHED.fullmatch(str(path.relative_to(home)))}
+        odd |= {path for path in here if not path.resolve().is_relative_to(home)}
+        if lost := odd | (left.items() ^ around.items()):
+            fuzz.count(kind, "lost", twist, lost)
+            around = left
         for found in out.rglob("wsae.json"):
             assert frozen(Dictionary.load(found.parent)) == whole, str(twist)
         shutil.rmtree(out, ignore_errors=True)
@@ -194,20 +184,19 @@ def test_answers_of_a_hub(there, tmp_path, monkeypatch, fuzz: Fuzz, action):
 def test_damaged_repositories(there, tmp_path, fuzz: Fuzz):
     """Checksums of the Hub match what is damaged; the dictionary's own do not."""
     whole, files = frozen(Dictionary.load(tmp_path / "plain")), content(tmp_path / "plain")
-    repository, out = there.repositories[REPO], tmp_path / "out"
-    good = repository.branches["main"]
 
-    def read():
+    def read() -> bool:
         list_dictionaries(REPO)
-        return [frozen(Dictionary.load(folder)) for folder in pull(REPO, out).values()] == [whole]
+        (folder,) = pull(REPO, tmp_path / "out").values()
+        return frozen(Dictionary.load(folder)) == whole
 
     for number, draw in fuzz.cases("repository", 20):
         name = draw.choice(sorted(files))
         done, data = blind(files[name], draw, draw.choice(sorted(files.values())))
         there.put(REPO, f"{SITE}/plain-k4/{name}", data)
         fuzz.reads("repository", f"{number} ({name}: {done})", read, frozen(True))
-        repository.branches["main"] = good
-        shutil.rmtree(out, ignore_errors=True)
+        there.put(REPO, f"{SITE}/plain-k4/{name}", files[name])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def surroundings(place: Path) -> dict[str, bytes]:

@@ -213,10 +213,10 @@ _BLIND: dict[str, Callable[[bytes, random.Random, bytes], bytes]] = {
 
 def change(value: Any, draw: random.Random) -> str:
     """Change one value somewhere in JSON, in place; what was done."""
-    places = list(_places(value))
-    if not places:
+    known = list(places(value))
+    if not known:
         return "nothing"
-    inner, key = draw.choice(places)
+    inner, key = draw.choice(known)
     old = inner[key]
     how = draw.choice(("other", "near", "removed", "renamed", "exchanged"))
     if how == "removed":
@@ -226,7 +226,7 @@ def change(value: Any, draw: random.Random) -> str:
         new = draw.choice(("x", f"{key}x", str(key)[:-1], str(key).upper()))
         inner[new] = inner.pop(key)
     elif how == "exchanged":
-        other, its_key = draw.choice(places)
+        other, its_key = draw.choice(known)
         new = other[its_key] if its_key in _keys(other) else None
         inner[key] = json.loads(json.dumps(new))  # no circle
     elif how == "near":
@@ -236,10 +236,11 @@ def change(value: Any, draw: random.Random) -> str:
     return f"{key!r} = {old!r:.40} became {new!r:.40}"
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything in a JSON value."""
     for key in _keys(value):
         yield value, key
-        yield from _places(value[key])
+        yield from places(value[key])
 
 
 def _keys(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ without a token, leaves repository and disk as they were, and is over when its c
 import contextlib
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -56,24 +57,23 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
     asked = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(Dictionary.from_pretrained(REPO, HERE).W_enc, wanted.W_enc)
+    for repo, sae_id, said in (
+        (REPO, f"{SITE}/weighted-k4", "the local cache of user/saes has no dictionary"),
+        ("user/never-seen", None, "HF_HUB_OFFLINE is set.*user/never-seen"),
+    ):
+        with pytest.raises(LlmWsaeError, match=said) as error:
+            Dictionary.from_pretrained(repo, sae_id)
+        sentence(error)
     assert len(hub.requests) == asked
-    with pytest.raises(UsageError) as error:
-        Dictionary.from_pretrained(REPO, f"{SITE}/weighted-k4")
-    assert "the local cache of user/saes has no dictionary" in sentence(error)
-    with pytest.raises(LlmWsaeError) as error:
-        Dictionary.from_pretrained("user/never-seen")
-    assert "HF_HUB_OFFLINE is set" in sentence(error) and "user/never-seen" in sentence(error)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.fail("GET", "/api/models/", 503, times=2)
     assert torch.equal(Dictionary.from_pretrained(REPO, HERE).W_enc, wanted.W_enc)
     with pytest.raises(LlmWsaeError, match="the Hub answered with status 503"):
         Dictionary.from_pretrained("user/never-seen")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    folders = pull(REPO, tmp_path / "out", HERE)
-    assert content(*folders.values()) == content(plain)
-    with pytest.raises(LlmWsaeError) as error:
+    assert content(*pull(REPO, tmp_path / "out", HERE).values()) == content(plain)
+    with pytest.raises(LlmWsaeError, match=r"connection to the Hub .http://127.0.0.1:9. failed"):
         push([plain], REPO)
-    assert "the connection to the Hub (http://127.0.0.1:9) failed" in sentence(error)
 
 
 BREAKS = (  # method, path, status, code, the sentence
@@ -177,57 +177,43 @@ def test_names_that_are_not_there(there, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_models_dictionary_is_not_replaced(there, tmp_path):
+@over(name=["plain-k4", "new-k4"])
+def test_another_models_dictionary_is_not_replaced(there, tmp_path, name):
+    mine, theirs = make_dictionary(name, seed=2), make_dictionary(name, seed=1)
+    theirs.info = dataclasses.replace(theirs.info, model={"name": "someone/else"})
+    mine.save(tmp_path / "mine")
+    theirs.save(tmp_path / "theirs")
+    pushed = "theirs"
+    if name == "new-k4":  # theirs is there as SAELens writes it
+        pushed = "mine"
+        for file in ("cfg.json", "sae_weights.safetensors"):
+            there.put(REPO, f"{SITE}/{name}/{file}", (tmp_path / "theirs" / file).read_bytes())
     before = head(there)
-    for name in ("plain-k4", "new-k4"):
-        mine, theirs = make_dictionary(name, seed=2), make_dictionary(name, seed=1)
-        theirs.info = dataclasses.replace(theirs.info, model={"name": "someone/else"})
-        mine.save(tmp_path / "mine")
-        theirs.save(tmp_path / "theirs")
-        if name == "new-k4":  # as SAELens writes it
-            for file in ("cfg.json", "sae_weights.safetensors"):
-                there.put(REPO, f"{SITE}/{name}/{file}", (tmp_path / "theirs" / file).read_bytes())
-            before, theirs = head(there), mine
-        pushed = tmp_path / ("mine" if name == "new-k4" else "theirs")
-        with pytest.raises(UsageError, match=f"another dictionary named {SITE}/{name}, for the"):
-            push([pushed], REPO)
-        assert head(there) == before
+    with pytest.raises(UsageError, match=f"another dictionary named {SITE}/{name}, for the"):
+        push([tmp_path / pushed], REPO)
+    assert head(there) == before
 
 
 def test_what_cannot_be_pushed(hub, plain, tmp_path):
-    with pytest.raises(UsageError, match="name at least one dictionary folder"):
-        push([], REPO)
     make_dictionary("plain-k4", seed=9).save(tmp_path / "twin")
-    with pytest.raises(UsageError, match=f"are both named {SITE}/plain-k4"):
-        push([plain, tmp_path / "twin"], REPO)
-    with pytest.raises(LlmWsaeError, match="is not a folder"):
-        push([tmp_path / "nowhere"], REPO)
-    weights = plain / "sae_weights.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(LlmWsaeError, match=r"sae_weights.safetensors changed since it was saved"):
-        push([plain], REPO)
+    make_dictionary("plain-k4").save(tmp_path / "damaged")
+    weights = tmp_path / "damaged/sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    for folders, said in (
+        ([], "name at least one dictionary folder"),
+        ([plain, tmp_path / "twin"], f"are both named {SITE}/plain-k4"),
+        ([tmp_path / "nowhere"], "is not a folder"),
+        ([tmp_path / "damaged"], "sae_weights.safetensors changed since it was saved"),
+    ):
+        with pytest.raises(LlmWsaeError, match=said):
+            push(folders, REPO)
     assert hub.requests == []  # all of it was found out here
 
 
 # A server or a repository that means harm
 
 
-def lying(headers=None, sha=None, body=None, size=None):
-    """A twist of a server that wants a file of the user's: its path, or the bytes that it sends."""
-
-    def twist(path, answer):
-        if sha and path == f"/api/models/{REPO}":
-            answer.body = json.dumps(json.loads(answer.body) | {"sha": sha}).encode()
-        if size is not None and "/tree/" in path:
-            entries = json.loads(answer.body)
-            answer.body = json.dumps([one | {"size": size} for one in entries]).encode()
-        if "/resolve/" in path or "/storage/" in path:
-            answer.headers |= headers or {}
-            answer.body = body or answer.body
-
-    return twist
+DOWNLOADS = "/(resolve|storage)/"
 
 
 @over(way=["etag", "sha"], exists=[False, True], damaged=[False, True])
@@ -241,15 +227,16 @@ def test_a_server_names_no_file_outside(there, plain, tmp_path, way, exists, dam
     repository = there.repositories[REPO]
     repository.tags[str(target)] = repository.branches["main"]  # so it answers for that, too
     quoted = {"ETag": f'"{target}"', "X-Linked-Etag": f'"{target}"'}
+
+    def lie(path: str, said: Said) -> None:
+        if way == "sha" and path == f"/api/models/{REPO}":
+            said.body = json.dumps(json.loads(said.body) | {"sha": str(target)}).encode()
+        if re.search(DOWNLOADS, path):
+            said.headers |= quoted if way == "etag" else {}
+            said.body = b"import os" if damaged else said.body
+
     there.faults.clear()
-    there.spoil(
-        ".",
-        lying(
-            quoted if way == "etag" else None,
-            str(target) if way == "sha" else None,
-            b"import os" if damaged else None,
-        ),
-    )
+    there.spoil(".", lie)
     for action in (
         lambda: list_dictionaries(REPO),
         lambda: pull(REPO, tmp_path / "out"),
@@ -264,28 +251,25 @@ def test_a_server_names_no_file_outside(there, plain, tmp_path, way, exists, dam
 
 
 def test_a_download_ends_at_the_size_that_was_listed(there, refused):
-    def more():
-        for sent in range(100):
-            most.append(sent)
-            yield b" " * (1 << 20)
+    def more(_: str, said: Said) -> None:
+        said.body = (most.append(sent) or b" " * (1 << 20) for sent in range(100))
 
     most: list[int] = []
-    there.spoil(".", lying(body=more()))
+    there.spoil(DOWNLOADS, more)
     assert "sends more for" in refused() and max(most) < 40  # MiB; what the connection holds
 
 
-def test_a_list_without_an_end_is_not_read(there, refused):
-    def twist(path, answer):
-        if "/tree/" in path:
-            answer.headers["Link"] = f'<{there.endpoint}{path}?cursor=7>; rel="next"'
-            answer.body = b"[" + b",".join([answer.body[1:-1]] * 12_000) + b"]"
+def test_lists_without_an_end_and_of_huge_files_are_not_read(there, refused):
+    def endless(path: str, said: Said) -> None:
+        said.headers["Link"] = f'<{there.endpoint}{path}?cursor=7>; rel="next"'
+        said.body = b"[" + b",".join([said.body[1:-1]] * 12_000) + b"]"
 
-    there.spoil(".", twist)
+    def huge(_: str, said: Said) -> None:
+        said.body = json.dumps([one | {"size": 2**50} for one in json.loads(said.body)]).encode()
+
+    there.spoil("/tree/", endless)
     assert "lists files without an end" in refused()
-
-
-def test_a_file_that_is_listed_too_large_is_not_read(there, refused):
-    there.spoil(".", lying(size=2**50))
+    there.spoil("/tree/", huge)
     assert "is not read: it has 1,125,899,906,842,624 bytes" in refused()
     there.put(REPO, f"{HERE}/wsae.json", b" " * ((16 << 20) + 1))
     assert "wsae.json of user/saes is not read: it has 16,777,217 bytes" in refused()
@@ -333,10 +317,10 @@ def test_someone_elses_nonsense_does_not_stop_a_push(there, weighted, capfd):
 
 
 def test_a_traceback_shows_no_token(there, monkeypatch):
-    def twist(path, answer):
-        answer.status, answer.headers["X-Error-Message"] = 418, f"\x1b[2J {token} of yours"
+    def repeat(_: str, said: Said) -> None:
+        said.status, said.headers["X-Error-Message"] = 418, f"\x1b[2J {token} of yours"
 
-    there.spoil(".", twist)
+    there.spoil(".", repeat)
     for token in (WRITER, "a-mirrors-own-token"):
         monkeypatch.setenv("HF_TOKEN", token)
         result = call("--debug", "list", REPO)

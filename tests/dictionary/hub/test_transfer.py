@@ -26,7 +26,11 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 
 HERE = f"{SITE}/plain-k4"
 
-# What a push writes
+
+def place(hub, sae_id: str, folder) -> None:
+    """Put a folder's files into the repository, as any other tool could."""
+    for name, data in content(folder).items():
+        hub.put(REPO, f"{sae_id}/{name}".lstrip("/"), data)
 
 
 def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
@@ -43,7 +47,7 @@ def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
     assert f"`{HERE}`" in card and f"`{SITE}/weighted-k4`" in card
     hub.requests.clear()
     again = push([plain, weighted], REPO)
-    assert again.changed == [] and again.commit == done.commit == head(hub)
+    assert (again.changed, again.commit) == ([], done.commit) == ([], head(hub))
     assert again.url == f"{hub.endpoint}/{REPO}"
     assert {method for method, _ in hub.requests} == {"GET"}
 
@@ -105,9 +109,6 @@ def test_a_push_that_would_not_do_what_was_asked_does_nothing(hub, plain):
         assert len(hub.repositories["user/open"].commits) == commits
 
 
-# Bytes there and back
-
-
 def test_python_goes_there_and_back(hub, tmp_path):
     dictionary = make_dictionary()
     url = dictionary.push_to_hub(REPO)
@@ -143,19 +144,18 @@ def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
 
 
 def test_one_at_the_top_and_one_within_another(hub, plain, weighted, tmp_path):
-    for place, source in (("", plain), ("a/", weighted), ("a/b/", plain)):
-        for name, data in content(source).items():
-            hub.put(REPO, f"{place}{name}", data)
+    wanted = {".": plain, "a": weighted, "a/b": plain}
+    for sae_id, source in wanted.items():
+        place(hub, sae_id.strip("."), source)
     folders = pull(REPO, tmp_path)
     assert folders == {".": tmp_path / "saes", "a": tmp_path / "a", "a/b": tmp_path / "a/b"}
     assert pull(REPO, tmp_path) == folders
-    for name, source in ((".", plain), ("a", weighted), ("a/b", plain)):
-        assert torch.equal(Dictionary.load(folders[name]).W_enc, Dictionary.load(source).W_enc)
+    for sae_id, source in wanted.items():
+        assert torch.equal(Dictionary.load(folders[sae_id]).W_enc, Dictionary.load(source).W_enc)
 
 
 def test_only_the_files_of_a_dictionary_are_fetched(hub, plain, tmp_path):
-    for name, data in content(plain).items():
-        hub.put(REPO, f"{HERE}/{name}", data)
+    place(hub, HERE, plain)
     for name in ("ae.pt", "evil.py", "model.bin", "more.safetensors", "notes.json"):
         hub.put(REPO, f"{HERE}/{name}", b"\x80\x04anything")
     assert content(*pull(REPO, tmp_path / "out").values()) == content(plain)
@@ -220,16 +220,12 @@ def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, t
 def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     theirs = tmp_path / "theirs"
     saelens_checkpoint(theirs)
-    for name, data in content(theirs).items():
-        hub.put(REPO, f"one/{name}", data)
+    place(hub, "one", theirs)
     (folder,) = pull(REPO, tmp_path / "out").values()
     assert torch.equal(Dictionary.load(folder).W_enc, Dictionary.load(theirs).W_enc)
     keep_measurements(folder, {"fidelity": {"kl": 0.25}})
     pull(REPO, tmp_path / "out")  # converted again, to the same
     assert read_folder(folder).info.metrics["fidelity"] == {"kl": 0.25}
-
-
-# The commands
 
 
 def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
@@ -265,14 +261,16 @@ def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
 
 
 def test_commands_that_cannot_be(hub, plain, weighted):
-    for words in (("push",), ("push", plain), ("push", plain, weighted)):
+    no_repository, no_name = "name dictionary folders and then the repository", "as user/name, not"
+    for words, said in (
+        (["push"], no_repository),
+        (["push", plain], no_repository),
+        (["push", plain, weighted], no_repository),
+        (["push", plain, "saes"], f"{no_name} 'saes'"),
+        (["push", plain, "hub/user/saes"], f"{no_name} 'hub/user/saes'"),
+        (["pull", "user/nothing", "--out", "out"], "llm-wsae: there is no repository user/nothing"),
+    ):
+        assert hub.requests == []
         result = call(*words)
-        assert result.code == 2 and result.out == ""
-        assert "name dictionary folders and then the repository" in result.err
-    for name in ("saes", "hub/user/saes"):
-        result = call("push", plain, name)
-        assert result.code == 2 and f"as user/name, not '{name}'" in result.err
-    assert hub.requests == []
-    result = call("pull", "user/nothing", "--out", "out")
-    assert result.code == 2 and "Traceback" not in result.err
-    assert result.err.startswith("llm-wsae: there is no repository user/nothing")
+        assert result.code == 2 and result.out == "" and said in result.err
+        assert "Traceback" not in result.err
