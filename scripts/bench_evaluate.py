@@ -49,8 +49,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
-from llm_wsae.evaluation.fidelity.sums import ReconstructionSums
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, ReconstructionSums
 from llm_wsae.machine.hardware import DTYPES, choose_device, onednn_is_faster, onednn_linear
 from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel

@@ -23,7 +23,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.evaluation.fidelity.sums import Moments, ReconstructionSums
+from llm_wsae.evaluation.fidelity.evaluator import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import BETAS, EPSILON
 from llm_wsae.training.architecture import Parameters

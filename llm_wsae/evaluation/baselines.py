@@ -19,7 +19,6 @@ from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.evaluation.checks import check_fit
 from llm_wsae.evaluation.heldout import ActivationCache, Context, stacked
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 
 _ROWS = 8192  # on which means, deviations and numbers of active latents are measured
@@ -54,8 +53,7 @@ def frozen_random(
 
 
 def raw_dimensions(info: DictionaryInfo, statistics: Statistics, l0: float) -> Dictionary:
-    """The dimensions of the activations as ``signed_dimensions``; ``statistics`` are of their
-    rows."""
+    """``signed_dimensions`` of the rows that the ``statistics`` are of."""
     deviation, mean = statistics.robust_variance.sqrt(), statistics.usual_sample.mean(0)
     return signed_dimensions(info, deviation, mean, l0)
 
@@ -74,8 +72,8 @@ def signed_dimensions(
     """A dictionary with two latents for each dimension, one for either sign. A latent is the row's
     distance from the ``mean`` in standard deviations, if that is among the ``l0`` largest."""
     axes = torch.eye(len(deviation), dtype=torch.float64)
-    signed, scale = torch.cat([axes, -axes]), torch.cat([deviation, deviation]).double()[:, None]
-    scale = scale.clamp(min=1e-6)
+    signed = torch.cat([axes, -axes])
+    scale = torch.cat([deviation, deviation]).double()[:, None].clamp(min=1e-6)
     return _made(info, signed / scale, signed * scale, mean, l0)
 
 
@@ -103,14 +101,10 @@ def baselines_of(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, contexts: Sequence[Context]
 ) -> dict[str, Dictionary]:
     """The dimensions and a random dictionary for each site, as sparse as the site's first one.
-
     Raises UsageError if one of the ``dictionaries`` does not fit the model, LlmWsaeError if its
-    threshold leaves no row to measure on.
-    """
+    threshold leaves no row to measure on."""
     check_fit(dictionaries, model, "evaluate")
-    first: dict[Site, Dictionary] = {}
-    for one in dictionaries.values():
-        first.setdefault(one.site, one)
+    first = {one.site: one for one in reversed(list(dictionaries.values()))}
     ids, keep, _ = stacked(contexts[: max(1, _ROWS // len(contexts[0].ids))])
     read = list(ActivationCache(model, ids, keep, _BATCH_TOKENS).rows(sorted(first)))
     found: dict[str, Dictionary] = {}

@@ -48,15 +48,13 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
 def common_packing(
     dictionaries: Mapping[str, Dictionary], max_context: int | None = None
 ) -> PackConfig:
-    """How the contexts were packed that all dictionaries were trained on. Held-out text is packed
-    in the same way.
+    """How the contexts were packed that all dictionaries were trained on, and how held-out text is
+    to be. Raises UsageError when they were trained on differently packed contexts.
 
     Dictionaries of other tools record at most the size of their contexts and whether these began
     with BOS. Where all are such, the text has the shortest of their contexts, so that none sees a
     position it was not trained on, with BOS if one had it, else the default; and never longer ones
     than ``max_context``, which is the model's.
-
-    Raises UsageError when they were trained on differently packed contexts.
     """
     packings = {name: one.info.store.get("packing") for name, one in dictionaries.items()}
     found = {PackConfig.remembered(own): n for n, own in packings.items() if own is not None}
@@ -107,16 +105,10 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
     """A sentence for every dictionary that was trained on centred activations, or on other weights
     than this model's."""
-    said = {
-        "activations whose rows have mean 0: its reconstructions lack the mean": [
-            name for name, one in dictionaries.items() if one.info.model.get(CENTRED)
-        ],
-        f"other weights than those of this {model.name}": [
-            name
-            for name, one in dictionaries.items()
-            if one.info.is_of_other_weights(model.identity())
-        ],
-    }
-    return [
-        f"dictionary {name!r} was trained on {what}" for what, own in said.items() for name in own
-    ]
+    infos, identity = {name: one.info for name, one in dictionaries.items()}, model.identity()
+    centred = [name for name, info in infos.items() if info.model.get(CENTRED)]
+    others = [name for name, info in infos.items() if info.is_of_other_weights(identity)]
+    lacking = "activations whose rows have mean 0: its reconstructions lack the mean"
+    notes = [f"dictionary {name!r} was trained on {lacking}" for name in centred]
+    weights = f"other weights than those of this {model.name}"
+    return notes + [f"dictionary {name!r} was trained on {weights}" for name in others]

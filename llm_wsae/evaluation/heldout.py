@@ -97,8 +97,8 @@ class RowBatch(NamedTuple):
 
 
 class ActivationCache:
-    """Activations of a text at any site, in the model's dtype and on its device. A part of them
-    stays in memory, so that another pass over the text costs no further forward pass."""
+    """Activations of a text at any site, in the model's dtype and on its device. As many as there
+    is room for stay in memory, so that another pass costs no further forward pass."""
 
     def __init__(
         self,
@@ -133,8 +133,7 @@ class ActivationCache:
         """Activations [contexts, positions, d_in] of batch ``number``; the model runs only for the
         sites that are not kept."""
         found = {site: self._kept[site, number] for site in sites if (site, number) in self._kept}
-        missing = [site for site in sites if site not in found]
-        if missing:
+        if missing := [site for site in sites if site not in found]:
             for site, hidden in self._model.activations(self.batches[number][0], missing).items():
                 found[site] = self._keep(number, site, hidden)
         return found
@@ -177,8 +176,7 @@ def on_device_of(model: LanguageModel, dictionary: Dictionary) -> Dictionary:
 
 
 class HeldoutText:
-    """Contexts of held-out text; row r is the r-th kept position in the order of the text. Token
-    ids stay in memory (a few bytes a token), so that every row leads back to its text."""
+    """Contexts of held-out text; row r is the r-th kept position in the order of the text."""
 
     def __init__(
         self,
@@ -189,8 +187,7 @@ class HeldoutText:
         headers: dict[int, dict[str, Any]],
     ):
         """``keep`` marks the positions that give rows; ``document`` and ``offset`` are each
-        position's document and place in it; ``headers`` holds the name and labels of every document
-        in the contexts, by its number, and perhaps of others."""
+        position's document and place in it; ``headers`` are the names and labels of documents."""
         self.ids, self.keep, self.document, self.offset = ids, keep, document, offset
         self.num_contexts, present = len(ids), set(document.unique().tolist())
         self.headers = {number: own for number, own in headers.items() if number in present}
@@ -245,14 +242,10 @@ class HeldoutText:
             raise LlmWsaeError(
                 "the held-out text does not fill a single context; provide more text"
             )
-        ids, keep, document, offset = list(zip(*parts, strict=True))[:4]
-        return cls(
-            torch.from_numpy(np.concatenate(ids)).long(),
-            torch.from_numpy(np.concatenate(keep)),
-            torch.from_numpy(np.concatenate(document)).long(),
-            torch.from_numpy(np.concatenate(offset)).long(),
-            {number: header for part in parts for number, header in part.headers.items()},
-        )
+        columns = [np.concatenate(column) for column in list(zip(*parts, strict=True))[:4]]
+        ids, keep, document, offset = map(torch.from_numpy, columns)
+        headers = {number: header for part in parts for number, header in part.headers.items()}
+        return cls(ids.long(), keep, document.long(), offset.long(), headers)
 
     def windows(
         self, rows: Int[Tensor, " rows"], before: int, after: int
@@ -270,13 +263,11 @@ class HeldoutText:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Turns texts into unit vectors, as ``model.sentence_encoder`` does."""
+    """Turns texts into unit vectors [texts, width], as ``model.sentence_encoder`` does."""
 
     width: int
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """One unit vector per text [texts, width]."""
-        ...
+    def embed(self, texts: Sequence[str]) -> Tensor: ...
 
 
 class WindowEmbeddings:

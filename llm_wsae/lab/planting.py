@@ -38,8 +38,8 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 
 ON_TOKEN = 0.5
-"""How often a feature that is tied to a token fires on it. If it always fired, a latent of the
-token would recover the feature without knowing its direction; so that latent's F1 is at most ⅔."""
+"""How often a feature that is tied to a token fires on it. A latent of the token, which knows
+nothing of the feature's direction, then has an F1 of at most ⅔."""
 SPREAD = 0.25
 """A firing's strength is uniform within this share of the plant's mean strength."""
 _READ_ROWS = 8 * CHUNK_ROWS
@@ -51,21 +51,16 @@ _LEAST_OF_A_TOKEN = 64  # rows that a token must have for its mean
 class Plants:
     """Features to add to rows: x′ = x + Σ_j a_j v_j over those that fire."""
 
-    directions: Float[Tensor, "plants d_in"]
-    """Unit vectors v, float32."""
+    directions: Float[Tensor, "plants d_in"]  # unit vectors v, float32
     strength: Float[Tensor, " plants"]
     """Mean strength of each, in the units of the rows (float64)."""
     relative_strength: tuple[float, ...]
     """The same in median norms of the centred rows, as it was asked for."""
     probability: Float[Tensor, " plants"]
-    """Probability that it fires on a row; of one tied to a token, on a row of that token
-    (float64)."""
-    token: Int[Tensor, " plants"]
-    """Id of the token that it is tied to, -1 for none."""
+    """That it fires on a row; of one tied to a token, on a row of that token (float64)."""
+    token: Int[Tensor, " plants"]  # id of the token that it is tied to, -1 for none
     stratum: tuple[str, ...]
-    """Where its direction comes from."""
-    seed: int
-    """Seed of the firings."""
+    seed: int  # of the firings
 
     def __len__(self) -> int:
         return len(self.directions)
@@ -84,10 +79,8 @@ def make_plants(
     config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
     token_means: Float[Tensor, "tokens d_in"] | None = None,
 ) -> Plants:
-    """Draw plants for a site, from the statistics of its rows before planting.
-
-    ``token_counts`` says how many rows each token id has. ``token_means``, less the mean of all
-    rows, are needed for natural ones.
+    """Draw plants for a site, from the statistics of its rows before planting. ``token_counts``
+    says how many rows each token id has; natural ones need ``token_means``, less that of all rows.
 
     Raises UsageError if the site has too few dimensions or the rows too few tokens for that many
     plants, or if the plants of a row are together longer than the rows (root mean square, and
@@ -112,15 +105,10 @@ def make_plants(
             f"the plants of a row are together {together:.1f} times as long as the rows, and would "
             "drown the stream; lower strengths, commonest or per-cell"
         )
-    return Plants(
-        directions.float(),
-        torch.from_numpy(relative * norm),
-        tuple(relative.tolist()),
-        torch.from_numpy(probability),
-        torch.from_numpy(token),
-        tuple(name for name in strata for _ in range(per_stratum)),
-        config.seed,
-    )
+    strength, firing, tied = map(torch.from_numpy, (relative * norm, probability, token))
+    of_each = tuple(name for name in strata for _ in range(per_stratum))
+    asked = tuple(relative.tolist())
+    return Plants(directions.float(), strength, asked, firing, tied, of_each, config.seed)
 
 
 def _firing(
@@ -160,8 +148,8 @@ def _directions(
             f"of least and {count} of most variance; lower per-cell"
         )
     axes = np.eye(d_in)
-    components = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.T.numpy()
-    components = components[d_in - len(by_variance) :]  # the rest belong to constant dimensions
+    vectors = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.T.numpy()
+    components = vectors[d_in - len(by_variance) :]  # the rest belong to constant dimensions
 
     def some(vectors: np.ndarray) -> np.ndarray:
         signs = draw.choice([-1.0, 1.0], size=(count, 1))
@@ -220,19 +208,14 @@ def _triangle(plane: np.ndarray) -> np.ndarray:
 class Firings(NamedTuple):
     """Which plants fire in a run of rows: one entry for each firing, by row."""
 
-    row: Int[np.ndarray, " firings"]
-    """Number of the row in the run, ascending."""
+    row: Int[np.ndarray, " firings"]  # its number in the run, ascending
     plant: Int[np.ndarray, " firings"]
-    strength: Float[np.ndarray, " firings"]
-    """How strongly it fires, in the units of the rows."""
+    strength: Float[np.ndarray, " firings"]  # in the units of the rows
 
 
 class PlantedSource:
-    """One site of a store with plants in its rows, as an ActivationSource.
-
-    The last rows of the store are held out of the batches and of the statistics; ``heldout`` gives
-    them with the truth.
-    """
+    """One site of a store with plants in its rows, as an ActivationSource. The last rows are held
+    out of the batches and of the statistics; ``heldout`` gives them with the truth."""
 
     def __init__(
         self,
@@ -295,11 +278,8 @@ class PlantedSource:
 
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
-        return {
-            **self.store.identity(self.site),
-            "num_rows": self.num_rows,
-            "planted": self.plants.identity(),
-        }
+        own = {"num_rows": self.num_rows, "planted": self.plants.identity()}
+        return self.store.identity(self.site) | own
 
     def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
         """The held-out rows, planted, with what fires in them; in the order of the text."""
@@ -339,10 +319,8 @@ class PlantedReader:
         self.row_bytes = plants.directions.shape[1] * self.dtype.itemsize
 
     def read(self, start: int, out: Float[Tensor, "rows d_in"]) -> Firings:
-        """Fill ``out`` with planted rows from ``start``, and return what was planted.
-
-        Raises as ``RowReader.read`` does.
-        """
+        """Fill ``out`` with planted rows from ``start``, and return what was planted. Raises as
+        ``RowReader.read`` does."""
         stop = start + len(out)
         out.copy_(self._reader.rows(start, stop))
         pieces = []
@@ -363,10 +341,11 @@ class PlantedReader:
         plants = self._plants
         draw = np.random.default_rng((plants.seed, 1, chunk))
         tokens = self._tokens[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
-        tied = plants.token.numpy() >= 0
+        of_plant = plants.token.numpy()
+        tied = of_plant >= 0
         uniform = draw.random((CHUNK_ROWS, len(plants)), dtype=np.float32)[: len(tokens)]
         fires = uniform < plants.probability.numpy().astype(np.float32)
-        fires[:, tied] &= tokens[:, None] == plants.token.numpy()[tied]
+        fires[:, tied] &= tokens[:, None] == of_plant[tied]
         row, plant = np.nonzero(fires)
         varied = 1 + SPREAD * draw.uniform(-1, 1, len(row))
         return Firings(row, plant, plants.strength.numpy()[plant] * varied)

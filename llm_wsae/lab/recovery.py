@@ -5,7 +5,6 @@ on one half of the rows. Everything is then measured on the other half, so that 
 thousands of latents flatters nobody.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import UsageError
@@ -30,8 +30,7 @@ class PlantRecovery:
     otherwise."""
 
     plants: Plants
-    latent: Int[Tensor, " plants"]
-    """Number of the latent that is each plant's best (int64)."""
+    latent: Int[Tensor, " plants"]  # the number of each plant's best (int64)
     f1: Float[Tensor, " plants"]
     """2·both / (plant fires + latent fires), over rows; NaN for a plant that does not fire."""
     cosine: Float[Tensor, " plants"]
@@ -44,8 +43,7 @@ class PlantRecovery:
     l_gt: float
     """min over one scale c of Σ_j E(x_j − c·z_j)² / Σ_j E x_j²: what is missing of the plants when
     each is read from its latent."""
-    dead: float
-    """Share of the latents that fire on none of the held-out rows."""
+    dead: float  # share of the latents that fire on none of the held-out rows
 
     @property
     def recovered(self) -> Float[Tensor, " plants"]:
@@ -60,14 +58,9 @@ class PlantRecovery:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: means, and every plant."""
         plants = self.plants
-        every: dict[str, list] = {
-            "stratum": list(plants.stratum),
-            "strength": list(plants.relative_strength),
-            "token": plants.token.tolist(),
-        }
-        for name in MEASURES:
-            column = getattr(self, name).tolist()
-            every[name] = [None if math.isnan(value) else value for value in column]
+        known = {"stratum": plants.stratum, "strength": plants.relative_strength}
+        measured = {name: getattr(self, name).tolist() for name in MEASURES}
+        every = plain({**known, "token": plants.token.tolist(), **measured})
         return {**self.means(), "l_gt": self.l_gt, "dead": self.dead, "plants": every}
 
 
@@ -119,9 +112,8 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
 
 def _counts(pieces: list[_Piece], plants: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:
     """On how many rows plants and latents fire: together [plants, latents], and each."""
-    together, fires, active = (
-        torch.zeros(*size) for size in ((plants, latents), (plants,), (latents,))
-    )
+    together, fires = torch.zeros(plants, latents), torch.zeros(plants)
+    active = torch.zeros(latents)
     for codes, strength in pieces:
         truth = (strength.to_dense() > 0).float()
         answer = (to_dense(codes, latents) > 0).float()

@@ -6,10 +6,9 @@ x̂_p = W_mᵀ x_m. With W_m = (W_p, 0)ᵀ what it recovers of x is r = ReLU(W_p
 loss on x_p is from the loss on x that one wants is a quadratic form in x − r, whose matrix is
 W_pᵀΓ²W_p − I for a loss with weights Γ (theorems 4 and 5).
 
-``tests/lab/test_theory.py`` shows where the closed form is the optimum (theorem 1) and the only one
-(theorem 3): for antipodal pairs (digons) at any sparsity, for three features at 120° on 1-sparse
-inputs alone. With n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any* orthogonal Q reconstructs
-everything, so something else must choose: a penalty or TopK.
+The closed form is an optimum for antipodal pairs (digons) at any sparsity, and for three features
+at 120° on 1-sparse inputs alone. With n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any* orthogonal Q
+reconstructs everything, so something else must choose: a penalty or TopK.
 """
 
 from dataclasses import dataclass
@@ -36,11 +35,6 @@ class Superposition:
     sparsity: float
     """S, the probability that a feature is 0; otherwise it is uniform on (0, 1]."""
 
-    @property
-    def mean_active(self) -> float:
-        """Mean number of true features that are not 0 in a row."""
-        return self.mixing.shape[1] * (1 - self.sparsity)
-
     def features(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows n"]:
         """Draw true features x."""
         size, dtype = (rows, self.mixing.shape[1]), self.mixing.dtype
@@ -54,25 +48,13 @@ class Superposition:
         return x @ self.mixing.T
 
 
-def digon_mixing(singles: int, digons: int) -> Float[Tensor, "n_p n"]:
-    """W_p with one feature alone on each of the first dimensions, an antipodal pair on the rest:
-    the position in which the closed form is exact."""
-    mixing = torch.zeros(singles + digons, singles + 2 * digons)
-    mixing[:singles, :singles] = torch.eye(singles)
-    for i in range(digons):
-        mixing[singles + i, singles + 2 * i] = 1
-        mixing[singles + i, singles + 2 * i + 1] = -1
-    return mixing
-
-
 def toy_model(
     n: int, n_p: int, sparsity: float, generator: torch.Generator, steps: int = 1500
 ) -> Float[Tensor, "n_p n"]:
-    """W_p of a toy model of superposition trained from scratch, so that nobody chose which features
-    share dimensions.
+    """W_p of a toy model of superposition, trained from scratch by Adam whose rate falls to 0.
 
     W_p = argmin E‖x − ReLU(W_pᵀ W_p x)‖², all features equally important, no bias (the setting of
-    Cui et al. 2026; Elhage et al. 2022 with the bias left out), by Adam whose rate falls to 0.
+    Cui et al. 2026; Elhage et al. 2022 with the bias left out).
     """
     data = Superposition(torch.empty(n_p, n), sparsity)
     mixing = (torch.randn(n_p, n, generator=generator) / n_p**0.5).requires_grad_()
@@ -119,11 +101,7 @@ def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"
 
 @dataclass(frozen=True)
 class GapNorms:
-    """‖W_pᵀΓ²W_p − I‖_F for one W_p: weights beside the scale alone, the optimum and the bound.
-
-    A norm says little alone: a single number c·I already makes it smaller, and no Γ makes it 0
-    where there are more features than dimensions.
-    """
+    """‖W_pᵀΓ²W_p − I‖_F for one W_p: weights beside the scale alone, the optimum and the bound."""
 
     none: float
     """Γ = I."""
@@ -138,10 +116,8 @@ class GapNorms:
 
 
 def gap_norms(mixing: Float[Tensor, "n_p n"], weights: dict[str, Weights]) -> GapNorms:
-    """The norms for W_p and each of the weights γ [n_p] or Γ [n_p, n_p]. Computed in float64.
-
-    Raises UsageError if W_p is 0.
-    """
+    """The norms for W_p and each of the weights γ [n_p] or Γ [n_p, n_p], in float64. Raises
+    UsageError if W_p is 0."""
     mixing = mixing.double()
     return GapNorms(
         none=float(gap_matrix(mixing).norm()),

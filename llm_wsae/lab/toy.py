@@ -23,7 +23,6 @@ from llm_wsae.artifact.artifact import check_file, check_folder, is_record_of
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.data.shuffling import MemorySource
-from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import frozen_random
 from llm_wsae.lab.config import TheoryConfig
@@ -64,9 +63,7 @@ class Recovery(NamedTuple):
     """Mean over true features of the largest cosine between its direction and a decoder row
     (Sharkey et al. 2022); the sign counts, since latents are not negative."""
     l_gt: float
-    """``matched_loss``."""
     features_per_latent: float
-    """``features_per_latent``."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +153,9 @@ def matched_loss(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"
 
 
 def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"]) -> float:
-    """Mean participation ratio (Σ_j ρ²)²/Σ_j ρ⁴ of a latent's correlations ρ with the features,
-    each latent weighted by its variance; NaN if all are constant. 1 is a monosemantic latent.
-
-    Weighted by variance, because a spare latent that fires on a few rows correlates with features
-    by chance: it would look like a mixture of all of them, and there are many such latents.
-    """
+    """Mean participation ratio (Σ_j ρ²)²/Σ_j ρ⁴ of a latent's correlations ρ with the features; NaN
+    if all are constant. 1 is a monosemantic latent. Latents are weighted by their variance: spare
+    ones that fire on a few rows correlate with all features by chance."""
     z, features = (codes - codes.mean(0)).double(), (x - x.mean(0)).double()
     spread = z.norm(dim=0)
     alive = spread > 0
@@ -180,22 +174,9 @@ def _compared(config: TheoryConfig, sparsity: float, seed: int, out: Path) -> di
     data = Superposition(mixing, sparsity)
     source = MemorySource(data.observe(_features(data, _TRAIN_ROWS, draw)), _SITE)
     x = _features(data, _TEST_ROWS, draw)
-    k = min(_MOST_ACTIVE, max(1, round(data.mean_active / 2)))
-    dictionaries = _trained(config, source, k, seed, out / f"S{sparsity:g}-seed{seed}")
-    like = next(iter(dictionaries.values()))
-    mean = source.statistics().mean.float()
-    dictionaries[RANDOM] = frozen_random(like, mean, float(k), seed)
-    found = {
-        name: measure(one.W_dec, one.encode(data.observe(x)), mixing, x)
-        for name, one in dictionaries.items()
-    }
-    return found | {CLOSED_FORM: measure(mixing.T, recovered(mixing, x), mixing, x)}
-
-
-def _trained(
-    config: TheoryConfig, source: MemorySource, k: int, seed: int, out: Path
-) -> dict[str, Dictionary]:
-    inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
+    k = min(_MOST_ACTIVE, max(1, round(FEATURES * (1 - sparsity) / 2)))
+    statistics = source.statistics()
+    inputs = RuleInputs(statistics, second_moment=source.second_moment())
     weights = choose_weights(inputs, config.rule, (config.alpha,))
     settings = TrainConfig(
         expansion=LATENTS // DIMENSIONS,
@@ -207,8 +188,15 @@ def _trained(
         dtype="float32",
     )
     arms = [ArmConfig(one, k=k, init_seed=seed) for one in weights]
-    dictionaries = train(source, arms, settings, out)
-    return {one.weights.name: dictionaries[one.name] for one in arms}
+    trained = train(source, arms, settings, out / f"S{sparsity:g}-seed{seed}")
+    dictionaries = {one.weights.name: trained[one.name] for one in arms}
+    like = next(iter(dictionaries.values()))
+    dictionaries[RANDOM] = frozen_random(like, statistics.mean.float(), float(k), seed)
+    found = {
+        name: measure(one.W_dec, one.encode(data.observe(x)), mixing, x)
+        for name, one in dictionaries.items()
+    }
+    return found | {CLOSED_FORM: measure(mixing.T, recovered(mixing, x), mixing, x)}
 
 
 def _features(data: Superposition, rows: int, draw: torch.Generator) -> Float[Tensor, "rows n"]:

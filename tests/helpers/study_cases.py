@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from llm_wsae.lab.studies.arms import PLAIN
 from llm_wsae.lab.studies.differences import Value
-from llm_wsae.lab.studies.results import Result
+from llm_wsae.lab.studies.results import PLAIN, Result
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import STUDIED
 

@@ -1,4 +1,4 @@
-"""Theorems 1–5 of Cui et al. 2026, each as far as it goes; and superposition is what it says."""
+"""The closed form and the gap of Cui et al. 2026; and superposition is what it says."""
 
 import math
 
@@ -11,7 +11,6 @@ from looping import over
 from llm_wsae.errors import UsageError
 from llm_wsae.lab.theory import (
     Superposition,
-    digon_mixing,
     gap_matrix,
     gap_norms,
     least_gap_weights,
@@ -19,78 +18,53 @@ from llm_wsae.lab.theory import (
     toy_model,
 )
 
+
+def digon_mixing(singles: int, digons: int) -> torch.Tensor:
+    """One feature alone on each of the first dimensions, an antipodal pair on each of the rest."""
+    eye = torch.eye(singles + digons, dtype=torch.float64)
+    return torch.cat([eye, -eye[:, singles:]], 1)
+
+
 EXAMPLE = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
 ANGLES = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3], dtype=torch.float64)
 TRIANGLE = torch.stack([ANGLES.cos(), ANGLES.sin()])
-DIGONS = digon_mixing(1, 2).double()  # one lone feature, two digons: n = 5, n_p = 3
-ONE_DIGON = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+DIGONS = digon_mixing(1, 2)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
 
 def features(mixing: torch.Tensor, sparsity: float, rows: int = 2000) -> torch.Tensor:
-    return Superposition(mixing, sparsity).features(rows, generator(7))
-
-
-def one_sparse(n: int) -> torch.Tensor:
-    """Rows in which one feature is active, at three strengths."""
-    eye = torch.eye(n, dtype=torch.float64)
-    return torch.cat([0.3 * eye, 0.7 * eye, eye])
-
-
-def sae_loss(dictionary: torch.Tensor, x_p: torch.Tensor) -> torch.Tensor:
-    """L_SAE = E‖x_p − W_mᵀ ReLU(W_m x_p)‖² of a tied dictionary W_m."""
-    return (x_p - (x_p @ dictionary.T).relu() @ dictionary).square().sum(1).mean()
+    return Superposition(mixing, sparsity).features(rows, torch.Generator().manual_seed(7))
 
 
 def missed(mixing: torch.Tensor, x: torch.Tensor) -> float:
-    """Share of the features' energy that the closed form does not recover: L_GT over E‖x‖²."""
+    """Share of the features' energy that the closed form does not recover."""
     return float((x - recovered(mixing, x)).square().sum() / x.square().sum())
 
 
-def descend(start: torch.Tensor, x_p: torch.Tensor, steps: int = 800) -> torch.Tensor:
-    """Where Adam ends on L_SAE from a dictionary."""
-    w = start.clone().requires_grad_()
-    optimiser = torch.optim.Adam([w], lr=0.02)
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
-        optimiser.zero_grad()
-        sae_loss(w, x_p).backward()
-        optimiser.step()
-    return w.detach()
-
-
-# Superposition.
-
-
 def test_features_have_their_frequency_and_strength():
-    data = Superposition(digon_mixing(2, 1), 0.8)
-    x = data.features(100_000, generator())
+    x = features(digon_mixing(2, 1), 0.8, 100_000)
     active = x > 0
-    assert active.float().mean(0).tolist() == pytest.approx([0.2] * 4, abs=0.005)
+    assert active.double().mean(0).tolist() == pytest.approx([0.2] * 4, abs=0.005)
     for j in range(4):
         strength = x[active[:, j], j]
         assert float(strength.mean()) == pytest.approx(1 / 2, rel=0.02)
         assert float(strength.var()) == pytest.approx(1 / 12, rel=0.03)
         assert float(strength.max()) <= 1
-    assert data.mean_active == pytest.approx(0.8)
-    together = (active[:, 0] & active[:, 1]).float().mean()
+    together = (active[:, 0] & active[:, 1]).double().mean()
     assert float(together) == pytest.approx(0.04, abs=0.003)  # independent
-    assert not Superposition(digon_mixing(1, 1), 1.0).features(50, generator()).any()
-    data = Superposition(digon_mixing(1, 1), 0.5)
-    assert data.observe(torch.tensor([[0.5, 1.0, 0.25]])).tolist() == [[0.5, 0.75]]
+    assert not features(DIGONS, 1.0, 50).any()
+    seen = Superposition(digon_mixing(1, 1), 0.5).observe(torch.tensor([[0.5, 0.25, 1.0]]).double())
+    assert seen.tolist() == [[0.5, -0.75]]
 
 
 def test_a_toy_model_learns_antipodal_pairs_and_more_features_than_dimensions():
     """Six features in three dimensions: dense inputs keep three of them, sparse ones keep all."""
     keep_half = torch.cat([torch.eye(3), torch.zeros(3, 3)], dim=1)
-    sparse = toy_model(6, 3, 0.95, generator(4))
+    sparse = toy_model(6, 3, 0.95, torch.Generator().manual_seed(4))
     x = features(sparse, 0.95, 20_000)
     assert missed(sparse, x) < 0.12 < missed(keep_half, x)
     gram = sparse.T @ sparse
@@ -99,100 +73,24 @@ def test_a_toy_model_learns_antipodal_pairs_and_more_features_than_dimensions():
     assert float(gram.min()) < -0.7  # pairs lie opposite each other
 
 
-# Theorem 1: the closed form.
-
-
-def test_the_papers_example():
+def test_the_closed_form_in_the_papers_example_and_on_one_sparse_inputs():
     x = torch.tensor([[0.5, 1.0, 0.8]], dtype=torch.float64)
     expected = torch.tensor([[0.5, 0.2, 0.0]], dtype=torch.float64)  # one shrinks, one vanishes
     torch.testing.assert_close(recovered(EXAMPLE, x), expected, rtol=0, atol=1e-12)
+    for mixing in (EXAMPLE, TRIANGLE, DIGONS):
+        eye = torch.eye(mixing.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(recovered(mixing, 0.7 * eye), 0.7 * eye, rtol=0, atol=1e-12)
 
 
 @over(sparsity=[0.0, 0.5, 0.9])
-def test_digons_are_reconstructed_exactly_at_any_sparsity(sparsity):
-    """Though the true features are not recovered; spare latents stay silent."""
-    x = features(DIGONS, sparsity)
-    dictionary = torch.cat([DIGONS.T, DIGONS.new_zeros(3, 3)])  # (W_p, 0)ᵀ
-    codes = (x @ DIGONS.T @ dictionary.T).relu()
-    torch.testing.assert_close(codes[:, :5], recovered(DIGONS, x), rtol=0, atol=1e-12)
-    assert codes[:, 5:].abs().max() == 0
-    assert float(sae_loss(dictionary, x @ DIGONS.T)) < 1e-28
-    assert sparsity > 0.8 or missed(DIGONS, x) > 0.1
-
-
-def test_descent_finds_the_digon_optimum_stays_there_and_never_beats_it():
-    x_p, direction = features(DIGONS, 0.5) @ DIGONS.T, normal(5, 3, seed=3)
-    for size in (0.01, 0.1, 0.5):
-        moved = DIGONS.T + size * direction / direction.norm()
-        lost = float(sae_loss(moved, x_p))
-        assert lost > 1e-3 * size**2
-        assert float(sae_loss(descend(moved, x_p), x_p)) < 1e-6 * lost
-    w, x_p = DIGONS.T.clone().requires_grad_(), x_p[:500]
-    best = sae_loss(w, x_p)
-    best.backward()
-    assert w.grad.abs().max() < 1e-12
-    ends = [float(sae_loss(descend(normal(5, 3, seed=s), x_p, 1500), x_p)) for s in (1, 2)]
-    assert min(ends) >= float(best.detach()) and min(ends) < 1e-3
-
-
-def test_on_dense_inputs_a_triangle_is_not_the_optimum_though_its_position_is_allowed():
-    x_p = features(TRIANGLE, 0.0) @ TRIANGLE.T
-    at_closed_form = float(sae_loss(TRIANGLE.T, x_p))
-    better = float(sae_loss(descend(TRIANGLE.T, x_p), x_p))
-    assert at_closed_form > 0.03 and better < 0.95 * at_closed_form
-
-
-def test_positive_interference_breaks_recovery_even_of_single_features():
-    mixing = torch.tensor([[1.0, 0.5], [0.0, math.sqrt(0.75)]], dtype=torch.float64)
-    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(recovered(mixing, x), x + torch.tensor([[0.0, 0.5]]).double())
-    assert float(sae_loss(mixing.T, x @ mixing.T)) > 0.2
-
-
-# Theorem 2: recovery becomes exact as S → 1.
-
-
-@over(mixing=[EXAMPLE, TRIANGLE, DIGONS])
-def test_one_sparse_inputs_are_recovered_exactly(mixing):
-    x = one_sparse(mixing.shape[1])
-    torch.testing.assert_close(recovered(mixing, x), x, rtol=0, atol=1e-12)
-    assert float(sae_loss(mixing.T, x @ mixing.T)) < 1e-28
-
-
-def test_recovery_of_digons_improves_in_proportion_to_the_sparsity():
+def test_digons_are_reconstructed_exactly_and_recovered_in_proportion_to_the_sparsity(sparsity):
     """E min(x₁, x₂)²·P(both) / E x² = (1 − S)/2, for uniform features. Beside an active feature the
     other is active with 1 − S, and stronger half the time."""
-    mixing = digon_mixing(0, 3).double()
-    for sparsity in (0.0, 0.5, 0.9):
-        error = missed(mixing, features(mixing, sparsity, 60_000))
-        assert error == pytest.approx((1 - sparsity) / 2, rel=0.04)
-
-
-# Theorem 3: uniqueness.
-
-
-def test_a_digon_alone_has_one_optimum_up_to_order():
-    x_p = features(ONE_DIGON, 0.8, 500) @ ONE_DIGON.T
-    for start in ([0.2, -1.7], [-0.4, 0.3], [2.0, -0.1]):
-        end = descend(torch.tensor(start, dtype=torch.float64)[:, None], x_p)
-        assert sorted(end[:, 0].tolist()) == pytest.approx([-1, 1], abs=1e-4)
-
-
-def test_several_digons_and_a_triangle_on_one_sparse_inputs_have_other_optima():
-    q = torch.linalg.qr(normal(3, 3, seed=5)).Q
-    frame = torch.cat([q, -q])
-    mixing = digon_mixing(0, 3).double()
-    x = features(mixing, 0.5)
-    assert float(sae_loss(frame, x @ mixing.T)) < 1e-28
-    assert (frame @ mixing).amax(0).max() < 0.999  # with none of the true directions
-    dense = normal(3, 9, seed=6)  # and whatever W_p is
-    assert float(sae_loss(frame, features(dense, 0.0) @ dense.T)) < 1e-26
-    x_p = one_sparse(3) @ TRIANGLE.T
-    for dictionary in (TRIANGLE.T, -math.sqrt(2) * TRIANGLE.T):
-        assert float(sae_loss(dictionary, x_p)) < 1e-28
-
-
-# Theorems 4 and 5: the gap.
+    x = features(DIGONS, sparsity)
+    torch.testing.assert_close(recovered(DIGONS, x) @ DIGONS.T, x @ DIGONS.T, rtol=0, atol=1e-12)
+    mixing = digon_mixing(0, 3)
+    error = missed(mixing, features(mixing, sparsity, 60_000))
+    assert error == pytest.approx((1 - sparsity) / 2, rel=0.04)
 
 
 @settings(deadline=None, max_examples=25)
@@ -213,25 +111,21 @@ def test_the_gap_is_the_quadratic_form(seed, n_p, n, sparsity):
 
 def test_weights_close_the_gap_where_dimensions_differ_in_scale_and_never_that_of_a_digon():
     """W_pᵀΓ²W_p of a digon is γ²·(1, −1; −1, 1), which is never the identity."""
-    scale = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    scale, digon = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64), digon_mixing(0, 1)
     mixing = torch.diag(scale)
     assert gap_matrix(mixing).abs().max() > 0.1
     for weights in (1 / scale, torch.diag(1 / scale)):
         assert gap_matrix(mixing, weights).abs().max() < 1e-12
     for g in (0.0, 0.5**0.5, 1.0, 3.0):
         weights = torch.tensor([g], dtype=torch.float64)
-        assert gap_matrix(ONE_DIGON, weights).norm() >= 1 - 1e-12
-    assert gap_matrix(ONE_DIGON).tolist() == [[0.0, -1.0], [-1.0, 0.0]]
-    x = features(DIGONS, 0.3)
-    # what is lost of two opposite features, equally of both, no weights can see
-    torch.testing.assert_close((x - recovered(DIGONS, x)) @ DIGONS.T, 0 * x[:, :3])
-    assert missed(DIGONS, x) > 0.1
+        assert gap_matrix(digon, weights).norm() >= 1 - 1e-12
+    assert gap_matrix(digon).tolist() == [[0.0, -1.0], [-1.0, 0.0]]
 
 
 def test_in_digons_the_optimum_is_inverse_variance():
     """Lone features keep weight 1, a pair gets γ² = ½. One number does most of it, and the paper's
     rule is worse than one number: n − (tr G)²/‖G‖² with G = γ²(1, −1; −1, 1) for each pair."""
-    mixing = digon_mixing(10, 10).double()
+    mixing = digon_mixing(10, 10)
     variance = mixing.square().sum(1)
     found = gap_norms(mixing, {"half": variance.sqrt(), "paper": variance, "gap": variance**-0.5})
     assert found.none == pytest.approx(20**0.5)
@@ -263,9 +157,8 @@ def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
 
 def test_for_equal_independent_features_the_optimum_whitens():
     mixing = normal(3, 7, seed=8)
-    x = features(mixing, 0.5, 20_000)
     gamma = least_gap_weights(mixing)
-    white = gamma @ torch.cov((x @ mixing.T).T) @ gamma.T
+    white = gamma @ torch.cov((features(mixing, 0.5, 20_000) @ mixing.T).T) @ gamma.T
     off = white / white.diagonal().mean() - torch.eye(3, dtype=torch.float64)
     assert float(off.abs().max()) < 0.05
 

@@ -8,7 +8,7 @@ import torch
 from command_line import call, content, works
 
 from llm_wsae.data.shuffling import ActivationSource, MemorySource
-from llm_wsae.lab.theory import Superposition, digon_mixing
+from llm_wsae.lab.theory import Superposition
 from llm_wsae.lab.toy import features_per_latent, matched_loss, measure
 from llm_wsae.model.site import Site
 
@@ -67,8 +67,9 @@ def test_what_cannot_be_run_is_refused(tmp_path):
 
 
 def features(rows: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
-    data = Superposition(digon_mixing(2, 1), 0.7)
-    return data.mixing, data.features(rows, torch.Generator().manual_seed(0))
+    """Of two features that are alone on their dimensions, and a pair that shares the third."""
+    mixing = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -1]])
+    return mixing, Superposition(mixing, 0.7).features(rows, torch.Generator().manual_seed(0))
 
 
 def test_the_truth_is_found_whole_in_any_order_and_scale_with_spare_latents():

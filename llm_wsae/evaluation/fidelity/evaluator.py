@@ -6,24 +6,34 @@ as they are, and with each variant in their place (zeros, the mean, every dictio
 reconstruction). What depends on the text alone is kept for further dictionaries.
 
 Only the rows that training sees are replaced. First positions, special tokens and massive rows
-(``ActivationCache.massive_threshold``) keep the model's own activations.
+(``ActivationCache.massive_threshold``) keep the model's own activations. A handful of massive rows
+would dominate every mean, so they are summed apart.
 
 Losses are summed over the contexts of each document, and intervals are over documents. A packed
 context counts for the document that has most of it; one that names no document is its own.
+
+The *round trip* decodes real codes z and encodes them again, r = encode(decode(z)). It is theorem 1
+of Cui et al. 2026 (arXiv 2506.15963) with a trained dictionary as W_p and its own codes as the true
+features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z − r)/z. A latent is
+*false* where r > 0 and z = 0. Sums are float64.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
+from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.checks import (
     check_fit,
@@ -38,16 +48,7 @@ from llm_wsae.evaluation.fidelity.next_token import (
     next_token_sums,
     scored_positions,
 )
-from llm_wsae.evaluation.fidelity.report import Report
-from llm_wsae.evaluation.fidelity.sums import (
-    Losses,
-    Measured,
-    ReconstructionSums,
-    SiteRows,
-    exact,
-    fidelity_of,
-    from_plain,
-)
+from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain, Report
 from llm_wsae.evaluation.heldout import (
     ActivationCache,
     Context,
@@ -57,10 +58,16 @@ from llm_wsae.evaluation.heldout import (
 )
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.sparse.codes import Codes
 from llm_wsae.statistics.documents import TextSize, owners
 from llm_wsae.statistics.uncertainty import Bootstrap
 
-# A dictionary, or None for what is of the text alone; and one of the kinds of ``Losses``.
+_ROWS_AT_ONCE = 256  # made dense to compare their codes
+_TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
+# One sum for each document: ``scored`` predictions; cross-entropy of the model (``clean``) and of
+# its variants (``spliced``, ``zero``, ``mean``); KL of these (``kl spliced``, …).
+_Losses = dict[str, np.ndarray]
+# A dictionary, or None for what is of the text alone; and one of the kinds of losses.
 _Key = tuple[str | None, str]
 _Variants = dict[_Key, Callable[[Tensor], Tensor]]  # what takes the place of a batch's rows
 
@@ -107,7 +114,7 @@ class FidelityEvaluator:
         self._cache = ActivationCache(model, ids, keep, config.batch_tokens)
         scored = scored_positions(keep).sum(1).double().numpy()
         self._scored = np.bincount(self._owner, scored)  # of each document
-        self._known: dict[tuple[Site, float], SiteRows] = {}
+        self._known: dict[tuple[Site, float], _SiteRows] = {}
 
     @torch.no_grad()
     def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
@@ -137,48 +144,47 @@ class FidelityEvaluator:
             raise failure
 
     def _report(self, dictionaries: Mapping[str, Dictionary]) -> Report:
-        found: dict[str, Measured] = {}
+        found: dict[str, Fidelity] = {}
+        losses: dict[str, _Losses] = {}
         for site in dict.fromkeys(one.site for one in dictionaries.values()):
             own = {name: one for name, one in dictionaries.items() if one.site == site}
-            found |= self._measure(site, own)
+            rows, sums, of_site = self._measure(site, own)
+            losses |= of_site
+            for name, one in sums.items():
+                found[name] = self._fidelity(name, site, rows, one, losses[name])
         return Report(
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
             num_scored=int(self._scored.sum()),
             scored_per_document=self._scored.tolist(),
-            dictionaries={name: found[name].fidelity for name in dictionaries},
+            dictionaries={name: found[name] for name in dictionaries},
             from_plain={
-                name: from_plain(found[name], found[plain], self._bootstrap)
+                name: self._from_plain(found[name], found[plain], losses[name], losses[plain])
                 for name, plain in plain_beside(dictionaries).items()
             },
             notes=[*notes_on_weights(dictionaries, self._model), *self._size.warnings()],
         )
 
-    def _measure(self, site: Site, dictionaries: Mapping[str, Dictionary]) -> dict[str, Measured]:
-        """A site's dictionaries, by name: one pass over the text, and another where the mean of the
-        rows is not known."""
+    def _measure(
+        self, site: Site, dictionaries: Mapping[str, Dictionary]
+    ) -> tuple["_SiteRows", dict[str, "ReconstructionSums"], dict[str, _Losses]]:
+        """The rows of a site, and the sums and losses of its dictionaries: one pass over the text,
+        and another where the mean of the rows is not known."""
         here = {name: on_device_of(self._model, one) for name, one in dictionaries.items()}
         threshold = self._cache.massive_threshold(site, here.values())
         rows = self._known.get((site, threshold)) or self._about_mean(site, threshold)
         sums = {name: ReconstructionSums(one) for name, one in here.items()}
         by_context = self._splice(site, rows, sums)
-        by_document = {key: np.bincount(self._owner, own) for key, own in by_context.items()}
-
-        def of(wanted: str | None) -> Losses:
-            return {kind: own for (name, kind), own in by_document.items() if name == wanted}
-
-        rows.losses |= {"scored": self._scored} | of(None)
+        losses: dict[str | None, _Losses] = defaultdict(dict)
+        for (name, kind), own in by_context.items():
+            losses[name][kind] = np.bincount(self._owner, own)
+        rows.losses |= {"scored": self._scored} | losses[None]
         self._known[site, threshold] = rows
-        return {
-            name: fidelity_of(
-                name, site, own, rows.losses | of(name), rows, self._bootstrap, self._size
-            )
-            for name, own in sums.items()
-        }
+        return rows, sums, {name: rows.losses | losses[name] for name in sums}
 
     def _splice(
-        self, site: Site, rows: SiteRows, sums: Mapping[str, ReconstructionSums]
+        self, site: Site, rows: "_SiteRows", sums: Mapping[str, "ReconstructionSums"]
     ) -> dict[_Key, np.ndarray]:
         """Adds the text to all sums. Returns cross-entropy and KL of every variant, for each
         context."""
@@ -224,7 +230,7 @@ class FidelityEvaluator:
             columns[name, kind], columns[name, f"kl {kind}"] = ce, kl
         return columns
 
-    def _about_mean(self, site: Site, threshold: float) -> SiteRows:
+    def _about_mean(self, site: Site, threshold: float) -> "_SiteRows":
         """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite, or the
         model cannot be resumed at the site."""
         total, count = torch.zeros(()), 0
@@ -238,8 +244,185 @@ class FidelityEvaluator:
                     "in float32 (--model-dtype float32)"
                 )
             usual = keep & ~(hidden.float().norm(dim=2) > threshold)
-            total = total + exact(hidden[usual]).sum(0)
+            total = total + _exact(hidden[usual]).sum(0)
             count += int(usual.sum())
         first = self._cache.batches[0][0][:1]
         check_resumable(self._model, first, site, self._cache.at(0, [site])[site][:1])
-        return SiteRows(threshold, total / max(count, 1))
+        return _SiteRows(threshold, total / max(count, 1))
+
+    def _fidelity(
+        self, name: str, site: Site, rows: "_SiteRows", sums: "ReconstructionSums", losses: _Losses
+    ) -> Fidelity:
+        total = {key: column.sum(keepdims=True) for key, column in losses.items()}
+
+        def per_position(key: str) -> float:
+            return float(total[key][0] / total["scored"][0])
+
+        def recovered(sums: Mapping[str, np.ndarray], baseline: str = "zero") -> np.ndarray:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return (sums[baseline] - sums["spliced"]) / (sums[baseline] - sums["clean"])
+
+        deviation = rows.usual.deviation()
+        fvu = _ratio(sums.error, deviation)
+        with_massive = rows.usual.deviation(rows.massive)
+        return Fidelity(
+            name=name,
+            site=str(site),
+            documents=self._size.documents,
+            effective_documents=self._size.effective,
+            massive_rows=rows.massive.count,
+            massive_threshold=rows.threshold,
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            fvu_with_massive=_ratio(sums.error + sums.massive_error, with_massive),
+            **sums.means(),
+            ce_clean=per_position("clean"),
+            ce_spliced=per_position("spliced"),
+            ce_mean_ablated=per_position("mean"),
+            ce_zero_ablated=per_position("zero"),
+            ce_recovered=float(recovered(total)[0]),
+            ce_recovered_interval=self._bootstrap.interval(recovered, losses),
+            ce_recovered_mean=float(recovered(total, "mean")[0]),
+            kl=per_position("kl spliced"),
+            kl_interval=self._bootstrap.interval(lambda t: t["kl spliced"] / t["scored"], losses),
+            kl_mean_ablated=per_position("kl mean"),
+            kl_zero_ablated=per_position("kl zero"),
+            fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
+            latent_density=sums.density.tolist(),
+            kl_per_document=losses["kl spliced"].tolist(),
+        )
+
+    def _from_plain(
+        self, one: Fidelity, plain: Fidelity, losses: _Losses, of_plain: _Losses
+    ) -> FromPlain:
+        """The difference of two dictionaries of a site, with intervals of the difference itself."""
+        used = {
+            "scored": losses["scored"],
+            "range": losses["zero"] - losses["clean"],
+            "ce": of_plain["spliced"] - losses["spliced"],
+            "kl": losses["kl spliced"] - of_plain["kl spliced"],
+        }
+        return FromPlain(
+            plain=plain.name,
+            fvu=one.fvu - plain.fvu,
+            ce_recovered=one.ce_recovered - plain.ce_recovered,
+            ce_recovered_interval=self._bootstrap.interval(lambda t: t["ce"] / t["range"], used),
+            kl=one.kl - plain.kl,
+            kl_interval=self._bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
+        )
+
+
+class Moments:
+    """Count, sum and squared sum of rows about a fixed centre, which avoids cancellation."""
+
+    def __init__(self, centre: Float[Tensor, " d_in"]):
+        self.centre, self.count = centre, 0
+        self.sum, self.square = torch.zeros_like(centre), torch.zeros_like(centre)
+
+    def update(self, rows: Float[Tensor, "rows d_in"]) -> None:
+        """Add rows."""
+        x = _exact(rows) - self.centre
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.square += x.square().sum(0)
+
+    def deviation(self, other: "Moments | None" = None) -> Float[Tensor, " d_in"]:
+        """Σ (x − mean)² of every dimension, over these rows or over these and ``other``'s."""
+        count, total, square = self.count, self.sum, self.square
+        if other is not None:
+            count, total, square = count + other.count, total + other.sum, square + other.square
+        return square - total.square() / max(count, 1)
+
+
+class _SiteRows:
+    """The rows of a site, massive ones apart, and the losses of the text alone, which are empty
+    until a pass over it has measured them."""
+
+    def __init__(self, threshold: float, mean: Float[Tensor, " d_in"]):
+        self.threshold, self.mean = threshold, mean
+        self.usual, self.massive = Moments(mean), Moments(mean)
+        self.losses: _Losses = {}
+
+
+class ReconstructionSums:
+    """Sums over a dictionary's reconstructions of the rows of its site."""
+
+    def __init__(self, dictionary: Dictionary):
+        self._dictionary, d_in, d_sae = dictionary, dictionary.d_in, dictionary.d_sae
+        self._count = 0
+        self.error = torch.zeros(d_in, dtype=torch.float64)
+        self.massive_error = torch.zeros(d_in, dtype=torch.float64)
+        self._cosine = self._l2_ratio = 0.0
+        self._firings = torch.zeros(d_sae, dtype=torch.int64)  # rows on which each latent fires
+        self._survivors = self._false = 0
+        self._lost = torch.zeros(d_sae, dtype=torch.float64)  # Σ (z − r)/z of what does not vanish
+
+    @torch.no_grad()
+    def update(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """Reconstruct rows, add them to every sum, and return the reconstruction."""
+        codes = self._dictionary.encode_sparse(rows)
+        reconstruction = self._dictionary.decode(codes)
+        for x, y in zip(rows.split(_TOGETHER), reconstruction.split(_TOGETHER), strict=True):
+            self._compare(_exact(x), _exact(y))
+        again = self._dictionary.encode_sparse(reconstruction)
+        parts = [part.split(_ROWS_AT_ONCE) for part in (*codes, *again)]
+        for z_latents, z, r_latents, r in zip(*parts, strict=True):
+            self._compare_codes(Codes(z_latents, z), Codes(r_latents, r))
+        return reconstruction
+
+    @torch.no_grad()
+    def update_massive(self, rows: Float[Tensor, "rows d_in"]) -> None:
+        """Add massive rows, which only count in ``massive_error``."""
+        if len(rows):
+            self.massive_error += (_exact(rows) - _exact(self._dictionary(rows))).square().sum(0)
+
+    def _compare(self, x: Tensor, y: Tensor) -> None:
+        self._count += len(x)
+        self.error += (x - y).square().sum(0)
+        norm_x, norm_y = x.norm(dim=1), y.norm(dim=1)
+        # The bound only guards the quotient of an all-zero row.
+        self._cosine += float(((x * y).sum(1) / (norm_x * norm_y).clamp(min=1e-300)).sum())
+        self._l2_ratio += float((norm_y / norm_x.clamp(min=1e-300)).sum())
+
+    def _compare_codes(self, z: Codes, r: Codes) -> None:
+        d_sae, fires = len(self._firings), z.values > 0
+        latent, before = z.indices[fires].cpu(), z.values[fires].cpu().double()
+        after = to_dense(r, d_sae).gather(1, z.indices)[fires].cpu().double()
+        survives = after > 0
+        self._firings += torch.bincount(latent, minlength=d_sae)
+        self._survivors += int(survives.sum())
+        was_silent = to_dense(z, d_sae).gather(1, r.indices) == 0
+        self._false += int(((r.values > 0) & was_silent).sum())
+        self._lost.index_add_(0, latent[survives], 1 - after[survives] / before[survives])
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Share of the rows on which each latent fires."""
+        return self._firings.double() / max(self._count, 1)
+
+    def means(self) -> dict[str, Any]:
+        """The fields of ``Fidelity`` that are of the reconstructions alone; NaN where the round
+        trip has no firings."""
+        rows, firings, survivors = max(self._count, 1), int(self._firings.sum()), self._survivors
+        return {
+            "rows": self._count,
+            "cosine": self._cosine / rows,
+            "l2_ratio": self._l2_ratio / rows,
+            "l0": float(self.density.sum()),
+            "dead_share": float((self._firings == 0).double().mean()),
+            "dense_share": float((self.density > DENSE_DENSITY).double().mean()),
+            "vanished": 1 - survivors / firings if firings else math.nan,
+            "shrunk": float(self._lost.sum()) / survivors if survivors else math.nan,
+            "false_latents": self._false / rows,
+        }
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """The tensor in float64 on the CPU (not every accelerator has float64)."""
+    return tensor.detach().cpu().double()
+
+
+def _ratio(error: Tensor, deviation: Tensor) -> float:
+    """The fraction of variance unexplained; NaN for constant rows."""
+    total = float(deviation.sum())
+    return float(error.sum()) / total if total > 0 else math.nan

@@ -4,8 +4,7 @@ The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32
 exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
 gets its logits, on a CPU a run of the vocabulary after the other: those of the model itself, and
 against them those of every variant. On a CPU each core has a tile of its own; elsewhere there is
-one at a time. (Fused kernels of other libraries make gradients, which nobody needs here, and no
-divergence.)
+one at a time.
 """
 
 from collections.abc import Sequence
@@ -33,9 +32,8 @@ def scored_positions(
     keep: Bool[Tensor, "contexts positions"],
 ) -> Bool[Tensor, "contexts positions-1"]:
     """Which positions' predictions count: t does if it is not before the context's first kept
-    position and the token that it predicts, t + 1, is kept. So the first positions, which are never
-    replaced, are not scored, nor are predictions of special tokens or padding. Other positions that
-    are not kept are scored: a replacement before them affects their prediction."""
+    position and the token that it predicts, t + 1, is kept. A position between them that is not
+    kept is scored, too: a replacement before it affects its prediction."""
     begun = keep.cumsum(1) > 0
     return begun[:, :-1] & keep[:, 1:]
 
@@ -111,11 +109,9 @@ def _measure_tile(
 def _loss_and_divergence(
     sums: Sequence[Float[Tensor, "3 runs rows"]], of_target: Float[Tensor, "streams rows"]
 ) -> Float[Tensor, "streams 2 rows"]:
-    """From maxima, sums and differences (``softmax_sums``) of each run.
-
-    With r and q the logits, KL = Σ p_clean·(r − q) + log Σ exp q − log Σ exp r. Tokens that a model
-    excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
-    """
+    """From the ``softmax_sums`` of each run: with r and q the logits of the model and a variant,
+    KL = Σ p_clean·(r − q) + log Σ exp q − log Σ exp r. Tokens that the model excludes (r = −∞) add
+    nothing; those that only the variant excludes (q = −∞) make KL infinite."""
     maxima, of_clean, _ = sums[0]
     whole = _over_runs(of_clean, maxima)
     log_sums = [one[0].amax(0) + _over_runs(one[1], one[0]).log() for one in sums]
@@ -130,8 +126,7 @@ def _loss_and_divergence(
 def _over_runs(
     sums: Float[Tensor, "runs rows"], maxima: Float[Tensor, "runs rows"]
 ) -> Float[Tensor, " rows"]:
-    """Sums about the maximum of each run, added up about the largest maximum; a run without a
-    number above −∞ adds nothing."""
+    """Sums about the maximum of each run, added up about the largest maximum."""
     # the bound keeps an infinite sum infinite
     scale = (maxima - maxima.amax(0)).clamp(min=-700).exp()
     return torch.where(maxima == -torch.inf, 0, sums * scale).sum(0)

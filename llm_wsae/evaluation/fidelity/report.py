@@ -44,7 +44,7 @@ class Fidelity:
     """Share of latents that fire on more than 10 % of the rows."""
     vanished: float
     """Of all firings z, the share that is gone when the reconstruction is encoded again, r = 0
-    (``fidelity.sums``)."""
+    (``fidelity.evaluator``)."""
     shrunk: float
     """Mean of (z − r)/z over the others."""
     false_latents: float
@@ -71,6 +71,11 @@ class Fidelity:
     """[d_sae]: share of rows on which each latent fired."""
     kl_per_document: list[float] = field(repr=False)
     """Sum of KL over the scored positions of each document."""
+
+    @property
+    def text(self) -> TextSize:
+        """What it was measured on."""
+        return TextSize(self.rows + self.massive_rows, self.documents, self.effective_documents)
 
     def summary(self) -> dict[str, Any]:
         """JSON-able, without the lists per dimension, latent and document."""
@@ -121,7 +126,7 @@ class Report:
         return plain(self)
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """The numbers of each dictionary without the long lists; JSON-able."""
+        """``Fidelity.summary`` of each dictionary."""
         return {name: fidelity.summary() for name, fidelity in self.dictionaries.items()}
 
     def write(self, path: Path) -> None:
@@ -150,10 +155,8 @@ class Report:
         return self.measured.text()
 
     def _text_measured(self, found: list[Fidelity]) -> list[str]:
-        of = found[0]
-        size = TextSize(of.rows + of.massive_rows, of.documents, of.effective_documents)
         lines = [
-            f"{size.text(self.text)}, in {self.num_contexts:,} contexts; "
+            f"{found[0].text.text(self.text)}, in {self.num_contexts:,} contexts; "
             f"{self.num_scored:,} predictions scored. Intervals are over documents."
         ]
         for site in dict.fromkeys(f.site for f in found):

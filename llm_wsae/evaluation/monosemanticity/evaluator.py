@@ -7,6 +7,7 @@ The forward pass, the embeddings of windows and the probes of the activations ar
 dictionaries, together or one after the other.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -33,11 +34,7 @@ from llm_wsae.evaluation.monosemanticity.latents import (
     LatentScorer,
     read_units,
 )
-from llm_wsae.evaluation.monosemanticity.probing import (
-    SiteProbes,
-    probe_latents,
-    probe_site,
-)
+from llm_wsae.evaluation.monosemanticity.probing import SiteProbes, probe_latents, probe_site
 from llm_wsae.evaluation.monosemanticity.report import (
     DictionaryScores,
     MonosemanticReport,
@@ -82,17 +79,15 @@ class MonosemanticityEvaluator:
         self._probes: dict[tuple[Site, float], SiteProbes] = {}
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
-        """Score dictionaries, by name, of any sites, in one pass over the text.
-
-        Raises UsageError if there is none or one does not fit the model.
-        """
+        """Score dictionaries, by name, of any sites, in one pass over the text. Raises UsageError
+        if there is none or one does not fit the model."""
         check_fit(dictionaries, self._model, "score")
-        sites = sorted({one.site for one in dictionaries.values()})
+        by_site: dict[Site, list[Dictionary]] = defaultdict(list)
+        for one in dictionaries.values():
+            by_site[one.site].append(one)
         thresholds = {
-            site: self._activations.massive_threshold(
-                site, [one for one in dictionaries.values() if one.site == site]
-            )
-            for site in sites
+            site: self._activations.massive_threshold(site, own)
+            for site, own in sorted(by_site.items(), key=lambda item: item[0])
         }
         new = {site: at for site, at in thresholds.items() if (site, at) not in self._probes}
         for site, x in read_units(self._activations, new, self._kinds).items() if new else ():
@@ -104,7 +99,7 @@ class MonosemanticityEvaluator:
             )
             for name, one in dictionaries.items()
         }
-        for batch in self._activations.rows(sites):
+        for batch in self._activations.rows(list(thresholds)):
             for recorder in recorders.values():
                 recorder.add(batch)
         scores = {

@@ -78,20 +78,15 @@ class Examples:
         self.rows = torch.cat([self.rows, row], 1).gather(1, order)
         self.values = torch.cat([self.values, value], 1).gather(1, order)
 
-    def to_cpu(self) -> None:
-        self.rows, self.values = self.rows.cpu(), self.values.cpu()
-        self.contexts = self.contexts.cpu()
-
 
 class Firings:
     """What one dictionary's latents do on a text: recorded batch by batch on its device, and read
     on the CPU when it is finished.
 
-    A batch's codes are reduced to the best firing of each latent in each context, so memory is
-    latents × contexts kept, never latents × tokens. A latent's sample is uniform over its firings,
-    one per context: random numbers are drawn once per row, and the first ones count. It does not
-    depend on the cut into batches, and uses the same rows for many latents and dictionaries, so few
-    windows have to be embedded.
+    Of each latent and context the best firing is kept, so memory is latents × examples. A latent's
+    sample is uniform over its firings, one per context: random numbers are drawn once per row, and
+    the first ones count. So it does not depend on the cut into batches, and few windows, shared by
+    many latents and dictionaries, have to be embedded.
     """
 
     def __init__(
@@ -105,8 +100,8 @@ class Firings:
         kinds: Sequence[Units] = (),
     ):
         """``threshold`` is the norm above which a row is massive; ``windows`` are the positions of
-        the random windows, each within one context; ``examples`` the numbers of top contexts and of
-        sampled ones; ``kinds`` the units to make tables of."""
+        the random windows; ``examples`` the numbers of top contexts and of sampled ones; ``kinds``
+        the units to make tables of."""
         self.dictionary, self._threshold, self._kinds = dictionary, threshold, kinds
         d_sae, device = dictionary.d_sae, dictionary.W_enc.device
         self._text, self._windows = text, windows
@@ -162,8 +157,10 @@ class Firings:
     def finished(self) -> "Firings":
         """Itself, on the CPU."""
         self.counts, self.fired = self.counts.cpu(), self.fired.cpu()
-        self.top.to_cpu()
-        self.sample.to_cpu()
+        for one in (self.top, self.sample):
+            one.rows, one.values, one.contexts = (
+                part.cpu() for part in (one.rows, one.values, one.contexts)
+            )
         return self
 
     @property
@@ -265,8 +262,8 @@ class LatentScorer:
         return float(purity(rows, self._token).mean())
 
     def scores(self, firings: Firings) -> dict[str, Float[Tensor, " d_sae"]]:
-        """Every score of all latents (``statistics.measures``), and ``RESAMPLED`` [d_sae,
-        resamplings]. NaN where a latent has none: those that are not eligible have no purity."""
+        """Every score of all latents, and ``RESAMPLED`` [d_sae, resamplings]. NaN where a latent
+        has none: those that are not eligible have no purity."""
         enough = self._config.top + self._config.sample
         latents = (firings.top.contexts >= enough).nonzero()[:, 0]
         rows = firings.top.rows, firings.quantile_sample(self._config.sample)
@@ -301,9 +298,9 @@ class LatentScorer:
 def _documents(
     text: HeldoutText, seed: int
 ) -> tuple[Int[Tensor, " documents"], Float[Tensor, "resamplings documents"]]:
-    """The genre of every document, and how often each resampling holds it. Documents of one
-    genre have the same labels, whatever their values: so do the parts of a joined corpus. The
-    last entry, -1, is of rows in no document: a genre of their own, once in each resampling."""
+    """The genre of every document, and how often each resampling holds it. Documents of one genre
+    have the same labels, whatever their values. The last entry, -1, is of rows in no document: a
+    genre of their own, once in each resampling."""
     count = int(text.document_of.max()) + 1
     kinds: dict[tuple[str, ...], int] = {}
     genre = torch.zeros(count + 1, dtype=torch.long)

@@ -52,7 +52,6 @@ _MATCHED_FALL = 0.05  # own drop at which spill is read off
 GAIN = 0.02
 """More main latents are taken as long as they add this much area under the ROC curve."""
 _SHARE = 0.5  # of the distance between mean scores, that an absorbing latent contributes at least
-_BEST = [f"best_{size}" for size in PROBE_SIZES]
 _MOST = PROBE_SIZES[-1]
 Columns = dict[str, Float[Tensor, " concepts"]]
 """Scores by name, each with a number for every concept."""
@@ -67,10 +66,6 @@ class Split(NamedTuple):
     counts: Bool[Tensor, "concepts items"]  # concepts have different numbers of test units
     num_examples: int
 
-    def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
-        """The area under the ROC curve of every concept's scores."""
-        return auroc(scores, self.counts, self.num_examples)
-
 
 class Exam(NamedTuple):
     """The concepts of one kind of units, with dense probes of a site's activations that were
@@ -81,19 +76,14 @@ class Exam(NamedTuple):
     directions: Float[Tensor, "d_in concepts"]
     scores: Float[Tensor, "concepts items"]  # above 0 where a probe predicts an example
 
-    def accuracy(self) -> Float[Tensor, " concepts"]:
-        """Of the dense probes."""
-        return _accuracy(self.scores, self.split.counts, self.split.num_examples)
 
-
-def auroc(
-    scores: Float[Tensor, "columns items"], counts: Bool[Tensor, "columns items"], num_examples: int
-) -> Float[Tensor, " columns"]:
-    """Probability that an example scores above a counterexample, of those that count; a tie counts
-    half. The first ``num_examples`` items are examples. NaN where there is nothing to compare."""
-    is_example, is_other = counts[:, :num_examples], counts[:, num_examples:]
-    ordered = scores[:, num_examples:].where(is_other, torch.inf).sort(1).values
-    sought = scores[:, :num_examples].contiguous()
+def auroc(scores: Float[Tensor, "concepts items"], split: Split) -> Float[Tensor, " concepts"]:
+    """Probability that an example scores above a counterexample; a tie counts half. NaN where there
+    is nothing to compare."""
+    n = split.num_examples
+    is_example, is_other = split.counts[:, :n], split.counts[:, n:]
+    ordered = scores[:, n:].where(is_other, torch.inf).sort(1).values
+    sought = scores[:, :n].contiguous()
     below = torch.searchsorted(ordered, sought)
     # Not above: the others come before the infinities, which no finite score reaches.
     not_above = torch.searchsorted(ordered, sought, right=True)
@@ -101,14 +91,11 @@ def auroc(
     return wins / (is_example.sum(1) * is_other.sum(1))
 
 
-def _accuracy(scores: Tensor, counts: Tensor, num_examples: int) -> Tensor:
-    """Mean share, of the examples and of the counterexamples that count, on the right side of 0.
-    Items are the last dimension, as in ``auroc``."""
-    sides = slice(num_examples), slice(num_examples, None)
-    right = torch.cat([scores[..., sides[0]] > 0, scores[..., sides[1]] <= 0], -1) & counts
-    first, second = (
-        right[..., side].sum(-1).double() / counts[..., side].sum(-1) for side in sides
-    )
+def _accuracy(scores: Tensor, counts: Tensor, n: int) -> Tensor:
+    """Mean share, of the ``n`` examples and of the counterexamples, on the right side of 0. Items
+    are the last dimension."""
+    sides = (scores[..., :n] > 0, counts[..., :n]), (scores[..., n:] <= 0, counts[..., n:])
+    first, second = ((right & own).sum(-1).double() / own.sum(-1) for right, own in sides)
     return (first + second) / 2
 
 
@@ -128,14 +115,9 @@ def _split(concepts: Concepts, train: Tensor, order: Tensor) -> Split:
         found = side[:, order].float().sort(dim=1, descending=True, stable=True)
         width = min(_MAX_ITEMS, int(side.sum(1).max())) if side.numel() else 0
         sides.append((order[found.indices[:, :width]], found.values[:, :width] > 0))
-    (yes, is_yes), (no, is_no) = sides
-    return Split(
-        (trained & positive).float(),
-        (trained & ~positive).float(),
-        torch.cat([yes, no], 1),
-        torch.cat([is_yes, is_no], 1),
-        yes.shape[1],
-    )
+    items, counts = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
+    learnt = (trained & positive).float(), (trained & ~positive).float()
+    return Split(*learnt, items, counts, sides[0][0].shape[1])
 
 
 def correlations(
@@ -169,17 +151,17 @@ class SelectedColumns(NamedTuple):
     values: Float[Tensor, "units n_and_one"]  # the last column is 0 and stands for no column
     place: Int[Tensor, "concepts count"]
 
-    @classmethod
-    def of(
-        cls, table: Float[Tensor, "columns units"], chosen: Int[Tensor, "concepts count"]
-    ) -> "SelectedColumns":
-        """Take the ``chosen`` columns of a table."""
-        columns = chosen[chosen >= 0].unique()
-        taken = table.index_select(0, columns)
-        dense = taken.to_dense() if taken.is_sparse else taken
-        place = torch.searchsorted(columns, chosen.clamp(min=0).contiguous())
-        place = place.where(chosen >= 0, len(columns))
-        return cls(columns, pad(dense.T, (0, 1)).contiguous(), place)
+
+def select(
+    table: Float[Tensor, "columns units"], chosen: Int[Tensor, "concepts count"]
+) -> SelectedColumns:
+    """Take the ``chosen`` columns of a table; -1 stands for none."""
+    columns = chosen[chosen >= 0].unique()
+    taken = table.index_select(0, columns)
+    dense = taken.to_dense() if taken.is_sparse else taken
+    place = torch.searchsorted(columns, chosen.clamp(min=0).contiguous())
+    place = place.where(chosen >= 0, len(columns))
+    return SelectedColumns(columns, pad(dense.T, (0, 1)).contiguous(), place)
 
 
 def sparse_probes(taken: SelectedColumns, split: Split, size: int) -> Float[Tensor, " concepts"]:
@@ -195,7 +177,7 @@ def sparse_probes(taken: SelectedColumns, split: Split, size: int) -> Float[Tens
     covariance = (centred * weight.T[:, :, None]).mT @ centred / weight.sum(0)[:, None, None]
     direction = _discriminant(covariance, (means[0] - means[1])[:, :, None], RIDGE_SPARSE)
     tested = taken.values[split.items[:, :, None], place[:, None, :]]
-    return split.test((tested.double() * direction[:, None, :, 0]).sum(2))
+    return auroc((tested.double() * direction[:, None, :, 0]).sum(2), split)
 
 
 def dense_probes(
@@ -249,7 +231,7 @@ class _Case(NamedTuple):
 
     def areas(self, allowed: Tensor) -> Float[Tensor, "sizes concepts"]:
         """Area under the ROC curve of probes on the best 1, 2 and 5 columns."""
-        taken = SelectedColumns.of(self.table, best_columns(self.correlation.abs(), allowed))
+        taken = select(self.table, best_columns(self.correlation.abs(), allowed))
         return torch.stack([sparse_probes(taken, self.exam.split, n) for n in PROBE_SIZES])
 
 
@@ -262,8 +244,11 @@ def probe_site(
     for one, rows in zip(concepts, x, strict=True):
         for exams, split in zip(halves, splits_of(one, seed), strict=True):
             exams.append(Exam(one.families, split, *dense_probes(rows, split)))
-    areas = [_joined(exam.split.test(exam.scores) for exam in exams) for exams in halves]
-    accuracies = [_joined(exam.accuracy() for exam in exams) for exams in halves]
+    areas = [_joined(auroc(exam.scores, exam.split) for exam in exams) for exams in halves]
+    accuracies = [
+        _joined(_accuracy(e.scores, e.split.counts, e.split.num_examples) for e in exams)
+        for exams in halves
+    ]
     every = torch.ones(x[0].shape[1] if x else 0, dtype=torch.bool)
     best = _best(_cases(halves, [rows.T for rows in x]), every)
     return SiteProbes(halves, {"dense": _mean(areas), "accuracy": _mean(accuracies), **best})
@@ -275,13 +260,10 @@ def probe_latents(
     decoder: Float[Tensor, "d_sae d_in"],
     allowed: Sequence[Bool[Tensor, " d_sae"]],
 ) -> list[Columns]:
-    """Scores of the latents, for each choice of ``allowed`` ones.
-
-    ``best_1``, ``best_2``, ``best_5``: area under the ROC curve of sparse probes; ``own_fall``,
-    ``others_fall``: drop of the dense probes' accuracy when a concept's best five latents are
-    removed, and ``selectivity``, their difference; ``spill``; ``missed`` and ``absorbed``, NaN
-    unless the concept is a first letter.
-    """
+    """Scores of the latents, for each choice of ``allowed`` ones: areas ``best_1``, ``best_2`` and
+    ``best_5`` of sparse probes; ``own_fall`` and ``others_fall`` of the dense probes' accuracy when
+    a concept's best five latents are removed, and ``selectivity``, their difference; ``spill``;
+    ``missed`` and ``absorbed``, NaN unless the concept is a first letter."""
     cases = _cases(site.halves, tables)
     return [_scores(cases, decoder, one) for one in allowed]
 
@@ -325,8 +307,8 @@ def _cases(halves: list[list[Exam]], tables: Sequence[Tensor]) -> list[list[_Cas
 
 
 def _best(halves: list[list[_Case]], allowed: Tensor) -> Columns:
-    areas = [_joined((case.areas(allowed) for case in cases), len(_BEST)) for cases in halves]
-    return dict(zip(_BEST, _mean(areas), strict=True))
+    areas = [_joined((case.areas(allowed) for case in cases), len(PROBE_SIZES)) for cases in halves]
+    return {f"best_{n}": found for n, found in zip(PROBE_SIZES, _mean(areas), strict=True)}
 
 
 def _joined(parts: Iterable[Tensor], *shape: int) -> Float[Tensor, "*shape concepts"]:
@@ -346,18 +328,17 @@ def falls(
 ) -> Float[Tensor, "sets concepts"]:
     """Drop in accuracy of every concept's probe when one of the sets of latents is removed; -1 in a
     set stands for no latent."""
-    taken = SelectedColumns.of(table, removed)
+    taken = select(table, removed)
     # What an activation of 1 of each latent adds to each concept's score; 0 for "no latent".
     share = pad(decoder[taken.columns].float() @ exam.directions, (0, 0, 0, 1))
     is_removed = torch.zeros(len(removed), len(share))
     is_removed.scatter_(1, taken.place, 1.0)
-    split = exam.split
+    _, _, every, counts, n = exam.split
     after = []
-    for concept, (items, scores) in enumerate(zip(split.items, exam.scores, strict=True)):
+    for concept, (items, scores) in enumerate(zip(every, exam.scores, strict=True)):
         lost = (taken.values[items] * share[:, concept]) @ is_removed.T  # [items, sets]
-        left = (scores[:, None] - lost).T
-        after.append(_accuracy(left, split.counts[concept], split.num_examples))
-    return exam.accuracy() - torch.stack(after, 1)
+        after.append(_accuracy((scores[:, None] - lost).T, counts[concept], n))
+    return _accuracy(exam.scores, counts, n) - torch.stack(after, 1)
 
 
 def spill(by_size: Mapping[int, Float[Tensor, "concepts concepts"]]) -> Float[Tensor, " concepts"]:
@@ -385,7 +366,7 @@ def main_latents(
     best: Int[Tensor, "concepts most"], area: Float[Tensor, "sizes concepts"]
 ) -> Int[Tensor, "concepts most"]:
     """1, 2 or 5 of the ``best`` latents of each concept, as many as a sparse probe of it needs; -1
-    for none. ``area`` is that of sparse probes of 1, 2 and 5 latents."""
+    for none. ``area`` is by ``PROBE_SIZES``."""
     needed = torch.full((len(best),), PROBE_SIZES[0])
     for (size, less), (more, gained) in pairwise(zip(PROBE_SIZES, area, strict=True)):
         needed = needed.where((needed < size) | (gained - less < GAIN), more)

@@ -40,10 +40,10 @@ _NONE = Mean(math.nan, (math.nan, math.nan), 0, 0.0)
 
 @dataclass(frozen=True)
 class ConceptSummary:
-    """Scores of a dictionary on concepts: means in which every family counts once, those within
-    each family, and the numbers of each concept."""
+    """Scores on concepts."""
 
     means: dict[str, Mean]
+    """Every family counts once."""
     families: dict[str, dict[str, float]]
     concepts: dict[str, dict[str, float]]
 
@@ -113,31 +113,26 @@ class MonosemanticReport:
 
     def table(self) -> str:
         """A table for people, with the meaning of each column below it."""
-        numbers = {name: card_numbers(self, name) for name in self.dictionaries}
-        rows = [
-            [name, *(one.cell(own) for one in MONOSEMANTICITY)] for name, own in numbers.items()
-        ]
-        return Table(
-            [["dictionary", *(one.title for one in MONOSEMANTICITY)], *rows],
-            meanings={one.title: one.meaning for one in MONOSEMANTICITY},
-            words=self._words(),
-        ).text()
-
-    def _words(self) -> list[str]:
+        rows = [["dictionary", *(one.title for one in MONOSEMANTICITY)]]
+        for name in self.dictionaries:
+            numbers = card_numbers(self, name)
+            rows.append([name, *(one.cell(numbers) for one in MONOSEMANTICITY)])
+        meanings = {one.title: one.meaning for one in MONOSEMANTICITY}
         size = TextSize(self.num_rows, self.num_documents, self.effective_documents)
-        lines = [
+        words = [
             f"{size.text(self.text)}, in {self.num_contexts:,} contexts; the purity of random "
             f"contexts is {self.chance['purity']:.3f}.",
         ]
         for site, found in self.sites.items():
             means = found["means"]
-            lines.append(
+            words.append(
                 f"{site}: area under the ROC curve of probes on the activations themselves, mean "
                 f"over families of {len(found['concepts'])} concepts: {means['dense']:.3f} from "
                 f"all dimensions, {means['best_1']:.3f} from the best dimension, "
                 f"{means['best_5']:.3f} from the best five."
             )
-        return lines + [f"note: {note}" for note in self.notes]
+        words += [f"note: {note}" for note in self.notes]
+        return Table(rows, meanings=meanings, words=words).text()
 
 
 def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
@@ -206,8 +201,7 @@ def latent_means(
     bootstrap = Bootstrap(max(int(eligible.sum()), 1), resamplings, seed)
     total = len(eligible)
     found = {name: mean_of(values[eligible], bootstrap, total) for name, values in scores.items()}
-    one = found["detection"]
-    values = scores["detection"][eligible]
+    one, values = found["detection"], scores["detection"][eligible]
     values = values[~values.isnan()]
     drawn = resampled[eligible].nanmean(0)
     drawn = drawn[~drawn.isnan()]  # one may lack the documents of every latent

@@ -19,9 +19,8 @@ from typing import Any
 
 from llm_wsae.artifact.files import write_json, write_text
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.lab.studies.arms import PLAIN
 from llm_wsae.lab.studies.differences import Estimate, compared
-from llm_wsae.lab.studies.results import Result, deciding
+from llm_wsae.lab.studies.results import PLAIN, Result, deciding
 from llm_wsae.pages.frame import COLOURS, filled
 from llm_wsae.statistics.measures import DRAWN, L0, STUDIED
 from llm_wsae.statistics.uncertainty import LEVEL, holm
@@ -53,8 +52,6 @@ _LEGEND = (
 )
 _FIDELITY = [measure.key for measure in DRAWN]
 _NONE = "–"
-_Kind = tuple[str, int]  # a label and a k
-_Groups = dict[_Kind, list[Result]]
 
 
 @dataclass(frozen=True)
@@ -84,53 +81,45 @@ class Compared:
 def compare(results: Sequence[Result]) -> list[Compared]:
     """Every label and k except plain ones and baselines, in the order of the results."""
     groups = _grouped(result for result in results if not result.is_baseline)
-    controls = {kind: own[0].control for kind, own in groups.items() if kind[0] != PLAIN}
-    effects = {kind: _differences(groups, kind, PLAIN) for kind in controls}
-    against = {kind: _differences(groups, kind, label or "") for kind, label in controls.items()}
-    tests = {
-        (kind, measure): _p(measure, effects[kind][measure], against[kind].get(measure))
-        for kind, label in controls.items()
+    found = []
+    for (label, k), own in groups.items():
+        if label == PLAIN:
+            continue
+        plain_ones, control = groups.get((PLAIN, k), []), own[0].control
+        seeds = {r.seed for r in own} & {r.seed for r in plain_ones}
+        against = _differences(own, groups.get((control or "", k), []))
+        effects = _differences(own, plain_ones)
+        found.append(Compared(label, k, control, tuple(sorted(seeds)), effects, against, {}, {}))
+    # corrected together
+    tests = [
+        (one, measure, _p(measure, one.effects[measure], one.against_control.get(measure)))
+        for one in found
         for measure in deciding(results)
-        if label is not None and measure in effects[kind]
-    }
-    adjusted: dict[_Kind, dict[str, float]] = defaultdict(dict)
-    for (kind, measure), p in zip(tests, holm(list(tests.values())), strict=True):
-        adjusted[kind][measure] = p
-
-    def seeds(kind: _Kind) -> set[int]:
-        return {result.seed for result in groups.get(kind, ())}
-
-    return [
-        Compared(
-            label=kind[0],
-            k=kind[1],
-            control=label,
-            seeds=tuple(sorted(seeds(kind) & seeds((PLAIN, kind[1])))),
-            effects=effects[kind],
-            against_control=against[kind],
-            adjusted=adjusted[kind],
-            verdicts={m: _verdict(m, effects[kind][m], p) for m, p in adjusted[kind].items()},
-        )
-        for kind, label in controls.items()
+        if one.control is not None and measure in one.effects
     ]
+    for (one, measure, _), p in zip(tests, holm([p for *_, p in tests]), strict=True):
+        one.adjusted[measure] = p
+        one.verdicts[measure] = _verdict(measure, one.effects[measure], p)
+    return found
 
 
-def _grouped(results: Iterable[Result]) -> _Groups:
-    groups: _Groups = {}
+def _grouped(results: Iterable[Result]) -> dict[tuple[str, int], list[Result]]:
+    """By label and k."""
+    groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for result in results:
-        groups.setdefault((result.label, result.k), []).append(result)
+        groups[result.label, result.k].append(result)
     return groups
 
 
-def _differences(groups: _Groups, kind: _Kind, beside: str) -> dict[str, Estimate]:
-    """By measure, from the dictionaries of another label and the same k."""
+def _differences(own: Iterable[Result], others: Iterable[Result]) -> dict[str, Estimate]:
+    """By measure, of dictionaries of the same k."""
     found = {}
     for measure in STUDIED:
-        own, other = (
-            {r.seed: r.values[measure] for r in groups.get(one, ()) if measure in r.values}
-            for one in (kind, (beside, kind[1]))
+        sides = (
+            {r.seed: r.values[measure] for r in side if measure in r.values}
+            for side in (own, others)
         )
-        if (difference := compared(own, other)) is not None:
+        if (difference := compared(*sides)) is not None:
             found[measure] = difference
     return found
 
@@ -172,8 +161,7 @@ class StudyReport:
 
         def place(result: Result) -> tuple:
             """Plain first, then each rule followed by its control, then baselines."""
-            label = result.label
-            rule = owner.get(label, label)
+            label, rule = result.label, owner.get(result.label, result.label)
             first = result.is_baseline, label != PLAIN
             return *first, rule, label != rule, label, result.k, result.seed
 
@@ -209,7 +197,7 @@ class StudyReport:
         """For the terminal."""
         parts = [aligned(self._dictionaries())]
         if self.compared:
-            rows = self._differences(deciding(self.results))
+            rows = self._effects(deciding(self.results))
             parts += ["difference from the plain dictionaries of the same k", aligned(rows)]
         return "\n\n".join([*parts, *self.sentences()])
 
@@ -219,12 +207,9 @@ class StudyReport:
         numbers = {one["name"]: number for number, one in enumerate(figures["series"])}
         titles = [STUDIED[measure].title for measure in deciding(self.results)]
         words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
+        effects = "Differences from plain dictionaries of the same k"
         tables = (
-            Table(
-                self._differences(self._measures),
-                words=[words],
-                title="Differences from plain dictionaries of the same k",
-            ),
+            Table(self._effects(self._measures), words=[words], title=effects),
             Table(self._dictionaries(), words=[_BASELINES], title="Dictionaries"),
         )
         about = {
@@ -314,11 +299,11 @@ class StudyReport:
             ("dictionaries", made),
         ]
 
-    def _differences(self, measures: Sequence[str]) -> list[list[str]]:
+    def _effects(self, measures: Sequence[str]) -> list[list[str]]:
         """Differences from plain dictionaries, with the verdict of a measure that decides."""
         rows = [["weights", "k", "seeds", *(STUDIED[m].title for m in measures)]]
         for one in self.compared:
-            cells = [_difference(one, measure) for measure in measures]
+            cells = (_difference(one, measure) for measure in measures)
             rows.append([one.label, str(one.k), str(len(one.seeds)), *cells])
         return rows
 
@@ -329,19 +314,12 @@ class StudyReport:
         for (label, k), own in _grouped(self.results).items():
             shares = {name: fmean(r.shares[name] for r in own) for name in own[0].shares}
             of = {m: [r.values[m].mean for r in own if m in r.values] for m in self._measures}
-            rows.append(
-                [
-                    label,
-                    str(k),
-                    str(len(own)),
-                    f"{shares['l0']:.1f}",
-                    f"{fmean(r.density for r in own):.1f}",
-                    f"{fmean(r.ce_recovered for r in own):.4f}",
-                    f"{fmean(r.fvu for r in own):.4f}",
-                    *(f"{100 * shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")),
-                    *(f"{fmean(known):.4f}" if known else _NONE for known in of.values()),
-                ]
-            )
+            cells = [label, str(k), str(len(own)), f"{shares['l0']:.1f}"]
+            cells.append(f"{fmean(r.density for r in own):.1f}")
+            cells += [f"{fmean(getattr(r, m) for r in own):.4f}" for m in ("ce_recovered", "fvu")]
+            cells += [f"{100 * shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")]
+            cells += [f"{fmean(known):.4f}" if known else _NONE for known in of.values()]
+            rows.append(cells)
         return rows
 
 

@@ -1,5 +1,10 @@
 """A study from start to end: plan → train → measure → report, in one folder (see ``results``).
 
+Its dictionaries are plain ones, the rules' and a control for each of those. Beside them stand
+untrained and half-trained baselines, on which no verdict or correction depends. They may still look
+interpretable (Korznikov et al. 2026, arXiv 2602.14111): where they come close to the others, a
+measure says little of what was learnt.
+
 A job is done when its result is a file, so the same command resumes what was stopped at any
 instant. A command with other rules, k or seeds adds to the study. The report always covers
 everything that was tried in its folder, and so does the correction for multiple tests.
@@ -8,13 +13,15 @@ everything that was tried in its folder, and so does the correction for multiple
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.artifact.files import (
@@ -24,39 +31,50 @@ from llm_wsae.artifact.files import (
     remove_partials,
     write_json,
 )
-from llm_wsae.artifact.provenance import plain
+from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.site_rows import SiteSource
 from llm_wsae.data.store import open_stores
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.lab.config import Study
+from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
+from llm_wsae.lab.config import Study, StudyGrid
 from llm_wsae.lab.planting import PlantedSource
 from llm_wsae.lab.recovery import measure_recovery
-from llm_wsae.lab.studies.arms import RAW, PlannedArm, baselines, plan
+from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.report import PAGE, REPORT, StudyReport
 from llm_wsae.lab.studies.results import (
     COMMAND,
     DICTIONARIES,
+    FROZEN,
+    PLAIN,
+    RAW,
     RESULTS,
     TRAINING,
+    Result,
     read_results,
-    record_of,
     study_in,
 )
+from llm_wsae.machine.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import train_beside, write_request
+from llm_wsae.statistics.measures import STUDIED, Measure
+from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import is_finished, recorded
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.training.trainer import origin_of, train
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
+from llm_wsae.weights.rules import Rule, RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 PASS_BYTES = 1 << 30
@@ -145,6 +163,71 @@ def _basis(
     }
 
 
+@dataclass(frozen=True)
+class PlannedArm:
+    """One dictionary of a study."""
+
+    arm: ArmConfig
+    label: str
+    """Name of its weights without the random draw, shared with other k and seeds."""
+    control: str | None = None
+    """Label of its control."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder and of its result."""
+        return f"raw-dimensions-k{self.arm.k}" if self.label == RAW else self.arm.name
+
+
+def plan(inputs: RuleInputs, grid: StudyGrid, weigh: WeightConfig) -> list[PlannedArm]:
+    """All dictionaries but the baselines, seed by seed, the plain ones first.
+
+    Controls are drawn again for every seed. Raises as ``weights_from_rule`` does.
+    """
+    arms: dict[str, PlannedArm] = {}
+    for seed in dict.fromkeys(grid.seeds):
+        for weights, control in _weights(inputs, grid, weigh, seed):
+            for k in grid.k:
+                arm = ArmConfig(weights, k, init_seed=seed, architecture=grid.architecture)
+                arms.setdefault(arm.name, PlannedArm(arm, weights.label, control))
+    return list(arms.values())
+
+
+def _weights(
+    inputs: RuleInputs, grid: StudyGrid, weigh: WeightConfig, seed: int
+) -> Iterator[tuple[LossWeights, str | None]]:
+    """The weights of a seed, each with the label of its control."""
+
+    def drawn(rule: Rule, alpha: float) -> LossWeights:
+        config = replace(weigh, draw=seed) if rule.is_drawn else weigh
+        return weights_from_rule(rule, alpha, inputs, config)
+
+    yield weights_from_rule(PLAIN, 1.0, inputs), None
+    for rule, alpha in product(grid.rules, grid.alpha):
+        weights, matched = drawn(rule, alpha), rule.matched_control(weigh)
+        if weights.label == PLAIN:
+            continue
+        if matched is None:
+            yield weights, None
+        else:
+            control = drawn(matched, alpha)
+            yield weights, control.label
+            yield control, None
+
+
+def baselines(inputs: RuleInputs, grid: StudyGrid) -> list[PlannedArm]:
+    """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
+    frozen encoder: all TopK, with the first k of the study. An architecture that all dictionaries
+    of the study have is no baseline of it."""
+    weights, k = weights_from_rule(PLAIN, 1.0, inputs), grid.k[0]
+    found = [PlannedArm(ArmConfig(weights, k), RAW)]
+    for seed, (name, label) in product(dict.fromkeys(grid.seeds), FROZEN.items()):
+        if name != grid.architecture:
+            arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
+            found.append(PlannedArm(arm, label))
+    return found
+
+
 class _Jobs:
     """The dictionaries of one study that have no result yet, in training and in measurement."""
 
@@ -174,7 +257,7 @@ class _Jobs:
                 missing.append(planned)
                 continue
             found = read_own_json(path, "result of a study")["identity"]
-            own = plain(planned.identity(self._training.lengths))
+            own = plain(self._identity(planned))
             sums = found.pop("gamma_sum"), own.pop("gamma_sum")
             if found != own or not math.isclose(*sums, rel_tol=_SAME_WEIGHTS):
                 raise LlmWsaeError(
@@ -249,12 +332,18 @@ class _Jobs:
         for planned in group:
             name, own = planned.name, loaded[planned.name]
             scores = monosemanticity.score({name: own}).dictionaries[name]
-            planted = None
+            plants = None
             if isinstance(self._source, PlantedSource):
-                planted = measure_recovery(own, self._source)
-            identity = planned.identity(self._training.lengths)
-            record = record_of(planned, identity, found[name], scores, planted, self._device)
-            write_json(self._result(planned), record)
+                plants = plain(measure_recovery(own, self._source).to_dict())
+            record = {
+                "result": _result(planned, found[name], scores, plants),
+                "identity": self._identity(planned),
+                "measured_on": {"processor": processor_name(self._device), **versions()},
+                "fidelity": found[name].summary(),
+                "scores": scores.to_dict(),
+                "planted": plants,
+            }
+            write_json(self._result(planned), plain(record))
             if not self._keeps:
                 remove_folder(self._dictionary(planned))
 
@@ -269,6 +358,11 @@ class _Jobs:
                 "choose another folder, or delete it"
             )
         return dictionary
+
+    def _identity(self, planned: PlannedArm) -> dict[str, Any]:
+        """What a result must agree on."""
+        arm, lengths = planned.arm, self._training.lengths
+        return arm.identity(lengths) | {"rate": arm.rate(lengths)}
 
     def _result(self, planned: PlannedArm) -> Path:
         return self._out / RESULTS / f"{planned.name}.json"
@@ -286,3 +380,86 @@ def _chunks(arms: Sequence[PlannedArm], size: int) -> Iterator[list[PlannedArm]]
     for number in range(pieces):
         first, last = (len(arms) * n // pieces for n in (number, number + 1))
         yield list(arms[first:last])
+
+
+def _result(
+    planned: PlannedArm,
+    fidelity: Fidelity,
+    scores: DictionaryScores,
+    plants: Mapping[str, Any] | None,
+) -> Result:
+    """``plants`` is what was recovered of them, as JSON."""
+    density = scores.per_latent["density"]
+    density = density[density <= DENSE_DENSITY].double()
+    values = {
+        key: value
+        for key, measure in STUDIED.items()
+        if (value := _value(measure, fidelity, scores, plants)) is not None
+    }
+    shares = ("eligible_share", "dense_share", "dead_share", "l0")
+    return Result(
+        name=planned.name,
+        label=planned.label,
+        control=planned.control,
+        k=int(planned.arm.level),
+        seed=planned.arm.init_seed,
+        values=values,
+        ce_recovered=fidelity.ce_recovered,
+        fvu=fidelity.fvu,
+        shares={key: getattr(scores, key) for key in shares},
+        density=float(density.mean()) * len(density) if len(density) else 0.0,
+        text=fidelity.text,
+    )
+
+
+def _value(
+    measure: Measure,
+    fidelity: Fidelity,
+    scores: DictionaryScores,
+    plants: Mapping[str, Any] | None,
+) -> Value | None:
+    """A measure of one dictionary; None if it does not exist for it."""
+    if measure.source == "fidelity":
+        sums = getattr(fidelity, f"{measure.key}_per_document")
+        documents = tuple(round(one, 2) for one in sums)
+        return Value(getattr(fidelity, measure.key), documents=documents)
+    if measure.source == "latents":
+        usual = scores.per_latent["density"] <= DENSE_DENSITY
+        resampled = scores.resampled[usual] if measure.name == "detection" else None
+        column = scores.per_latent[measure.name][usual]
+        return over_latents(measure, column, len(usual), resampled)
+    if measure.source == "concepts":
+        items = items_of(measure, plain(scores.concepts_not_dense))
+    elif plants is not None:
+        items = {str(n): one for n, one in enumerate(plants["plants"][measure.name])}
+    else:
+        return None
+    known = {item: value for item, value in items.items() if value is not None}
+    return Value(sum(known.values()) / len(known), known) if known else None
+
+
+def over_latents(
+    measure: Measure, column: Tensor, d_sae: int, resampled: Tensor | None
+) -> Value | None:
+    """The mean over the latents that have the score; those without one count as
+    ``measure.unscored``. None if fewer than two have it."""
+    known = column[~column.isnan()].double()
+    if len(known) < 2:
+        return None
+    share, rest = 1.0, 0.0
+    if measure.unscored is not None:
+        share = len(known) / d_sae
+        rest = (1 - share) * measure.unscored
+    drawn = None
+    if resampled is not None:  # NaN where it lacks the documents of every latent
+        means = resampled.nanmean(0).tolist()
+        drawn = tuple(None if mean != mean else rest + share * mean for mean in means)
+    return Value(rest + share * float(known.mean()), resampled=drawn)
+
+
+def items_of(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a measure of concepts is the mean of: families, or the concepts of one of them."""
+    parts, prefix = summary["families"], ""
+    if measure.family is not None:
+        parts, prefix = summary["concepts"], f"{measure.family} "
+    return {p: own[measure.name] for p, own in parts.items() if p.startswith(prefix)}

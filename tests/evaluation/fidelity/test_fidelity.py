@@ -18,9 +18,8 @@ from llm_wsae.dictionary.sparsity import ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity import next_token
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, Moments, _ratio, evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
-from llm_wsae.evaluation.fidelity.sums import Moments, ratio
 from llm_wsae.model import unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -175,14 +174,18 @@ def by_hand(model, contexts, one: Dictionary, threshold: float) -> dict:
     }
 
 
+def rows_of(model, contexts) -> torch.Tensor:
+    """The activations at the site that are kept."""
+    ids = torch.tensor(np.stack([one.ids for one in contexts]))
+    keep = torch.tensor(np.stack([one.keep for one in contexts]))
+    return model.activations(ids, [identity().site])[identity().site][keep]
+
+
 @over(case=((None, TopK(6)), (0.9, TopK(6)), (None, ReLU())))
 def test_every_number_equals_a_naive_float64_reference(model, contexts, case):
     quantile, sparsity = case
-    hidden = torch.cat(
-        [model.activations(torch.tensor(c.ids)[None], [identity().site]).popitem()[1][0][c.keep]
-         for c in contexts]
-    )  # fmt: skip
-    threshold = 1e9 if quantile is None else float(hidden.norm(dim=1).quantile(quantile))
+    norms = rows_of(model, contexts).norm(dim=1)
+    threshold = 1e9 if quantile is None else float(norms.quantile(quantile))
     one = trained(sparsity=sparsity, massive_threshold=threshold)
     report = evaluate({"one": one}, model, contexts, EvaluateConfig(tokens=103, batch_tokens=40))
     found = report.dictionaries["one"]
@@ -203,11 +206,9 @@ def test_every_number_equals_a_naive_float64_reference(model, contexts, case):
 
 def test_a_perfect_dictionary_an_empty_one_and_the_mean(model, contexts):
     used = contexts[:10]
-    ids = torch.tensor(np.stack([c.ids for c in used]))
-    keep = torch.tensor(np.stack([c.keep for c in used]))
-    mean = model.activations(ids, [identity().site])[identity().site][keep].mean(0)
-    config = EvaluateConfig(tokens=int(keep.sum()), batch_tokens=30, bootstraps=50)
-    known = {"clean": identity(), "nothing": nothing(), "mean": nothing(b_dec=mean)}
+    rows = rows_of(model, used)
+    config = EvaluateConfig(tokens=len(rows), batch_tokens=30, bootstraps=50)
+    known = {"clean": identity(), "nothing": nothing(), "mean": nothing(b_dec=rows.mean(0))}
 
     def no_more():
         yield from used
@@ -216,20 +217,15 @@ def test_a_perfect_dictionary_an_empty_one_and_the_mean(model, contexts):
     report = evaluate(known, model, no_more(), config)
     perfect, empty, average = report.dictionaries.values()
     assert report.num_contexts == 10
-    assert perfect.fvu < 1e-10 and perfect.cosine == pytest.approx(1, abs=1e-6)
-    assert perfect.l2_ratio == pytest.approx(1, abs=1e-6) and perfect.l0 == pytest.approx(D)
+    assert perfect.fvu < 1e-10 and perfect.l0 == pytest.approx(D)
     assert perfect.ce_spliced == pytest.approx(perfect.ce_clean, abs=1e-6)
-    assert perfect.ce_recovered == pytest.approx(1, abs=1e-5)
     assert perfect.ce_recovered_interval == pytest.approx((1, 1), abs=1e-4)
     assert perfect.kl == pytest.approx(0, abs=1e-6)
     assert empty.ce_spliced == empty.ce_zero_ablated > empty.ce_clean
     assert empty.ce_recovered == 0 and empty.ce_recovered_interval == (0, 0)
-    assert empty.kl == empty.kl_zero_ablated > 0.01
-    assert empty.fvu >= 1 and empty.l0 == 0 and empty.dead_share == 1 and empty.l2_ratio == 0
+    assert empty.kl == empty.kl_zero_ablated > 0.01 and empty.dead_share == 1
     assert math.isnan(empty.vanished) and math.isnan(empty.shrunk)
-    assert average.fvu == pytest.approx(1, abs=1e-5)
     assert average.fvu_per_dimension == pytest.approx([1.0] * D, abs=1e-4)
-    assert average.ce_spliced == pytest.approx(average.ce_mean_ablated, abs=1e-5)
     assert average.ce_recovered_mean == pytest.approx(0, abs=1e-4)
 
 
@@ -260,24 +256,21 @@ def test_the_sums_are_those_of_all_logits_in_float64(dtype, device):
     ids, scored = ids.to(device), scored.to(device)
     entropy, found = next_token_sums(here, asked[0], asked[1:], ids, scored)
     target, scored = ids.cpu()[:, 1:, None], scored.cpu()
-    wanted = -(log_p.gather(2, target)[..., 0] * scored).sum(1)
-    torch.testing.assert_close(entropy, wanted, rtol=1e-5, atol=0)
-    for (ce, kl), log_q in zip(found, others, strict=True):
+    entropies = entropy, *(ce for ce, _ in found)
+    for ce, log_q in zip(entropies, (log_p, *others), strict=True):
         wanted = -(log_q.gather(2, target)[..., 0] * scored).sum(1)
         torch.testing.assert_close(ce, wanted, rtol=1e-5, atol=0)
+    for (_, kl), log_q in zip(found, others, strict=True):
         wanted = ((log_p.exp() * (log_p - log_q)).sum(2) * scored).sum(1)
         torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=0)
     entropy, found = next_token_sums(here, asked[0], asked[1:], ids, (scored & False).to(device))
     assert not entropy.any() and len(found) == 2
 
 
-def measured(target, *streams, width=5003):
+def measured(target, *streams, width):
     """−log p(target) and KL of rows of logits, of which so many columns come at a time."""
-
-    def columns(start):
-        return lambda logits: logits[:, start : start + width]
-
-    runs = [columns(start) for start in range(0, streams[0].shape[1], width)]
+    starts = range(0, streams[0].shape[1], width)
+    runs = [lambda logits, at=start: logits[:, at : at + width] for start in starts]
     as_it_is = unembedding.Unembedding(lambda logits: logits, runs)
     return next_token._measure_tile(as_it_is, streams, target)
 
@@ -299,8 +292,8 @@ def test_excluded_tokens_and_small_divergences(dtype, width):
     assert wanted.isfinite().tolist() == [True, True, False, False, True] and wanted[4] < 1e-3
     (entropy, _), (ce, kl), (_, none) = measured(target, clean, own, clean, width=width)
     torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=2e-7)
-    torch.testing.assert_close(entropy, -log_p[:, 3], rtol=1e-5, atol=0)
-    torch.testing.assert_close(ce, -log_q[:, 3], rtol=1e-5, atol=0)
+    for found, log in ((entropy, log_p), (ce, log_q)):
+        torch.testing.assert_close(found, -log[:, 3], rtol=1e-5, atol=0)
     assert none.abs().max() < 1e-6
     own[4, 4000] = torch.nan
     assert measured(target, clean, own, width=width)[1, :, 4].isnan().all()
@@ -313,7 +306,7 @@ def test_variance_keeps_its_digits_far_from_zero():
     rest.update(rows[200:])
     expected = rows.var(0, correction=0) * 500
     torch.testing.assert_close(moments.deviation(rest), expected, rtol=1e-9, atol=0)
-    assert math.isnan(ratio(torch.ones(2), torch.zeros(2)))  # constant rows have no FVU
+    assert math.isnan(_ratio(torch.ones(2), torch.zeros(2)))  # constant rows have no FVU
 
 
 def test_resamplings_in_blocks_are_those_of_one_draw():
@@ -332,7 +325,6 @@ def test_report_is_json_and_a_table(model, contexts, tmp_path):
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     found = report.dictionaries["plain"]
     assert read["dictionaries"]["plain"]["fvu"] == found.fvu and read["config"]["tokens"] == 80
-    assert len(read["dictionaries"]["plain"]["latent_density"]) == 40
     lines = report.table().splitlines()
     low, high = found.ce_recovered_interval
     assert lines[2].startswith("plain") and len({len(line) for line in lines[2:4]}) == 1
@@ -357,7 +349,7 @@ def test_a_weighted_dictionary_is_compared_with_the_plain_one_beside_it(model, c
     found = evaluate(known, model, contexts, CONFIG)
     assert list(found.from_plain) == ["same", "empty"]
     same, empty = found.from_plain.values()
-    assert same.kl_interval == same.ce_recovered_interval == (0, 0) and same.kl == same.fvu == 0
+    assert same.kl_interval == same.ce_recovered_interval == (0, 0) and same.fvu == 0
     plain, other = found.dictionaries["plain"], found.dictionaries["empty"]
     for measure in ("kl", "ce_recovered", "fvu"):
         assert getattr(empty, measure) == getattr(other, measure) - getattr(plain, measure)

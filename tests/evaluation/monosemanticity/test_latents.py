@@ -29,7 +29,7 @@ from llm_wsae.evaluation.monosemanticity.latents import (
     strange_pairs,
     wins,
 )
-from llm_wsae.evaluation.monosemanticity.probing import auroc
+from llm_wsae.evaluation.monosemanticity.probing import Split, auroc
 from llm_wsae.evaluation.monosemanticity.report import latent_means
 
 
@@ -119,14 +119,13 @@ def by_pairs(positive, negative):
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(*(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1),) * 2))
 def test_auroc_equals_the_count_of_pairs_ties_and_bystanders_included(sides):
-    scores = [torch.tensor([[float(s) for s, _ in side]] * 2) for side in sides]
-    for one in scores:
-        one[1] *= -1
-    counts = [torch.tensor([[c for _, c in side]] * 2) for side in sides]
-    found = auroc(torch.cat(scores, 1), torch.cat(counts, 1), len(sides[0]))
-    for row in range(2):
-        expected = by_pairs(*(s[row][c[row]].tolist() for s, c in zip(scores, counts, strict=True)))
-        assert float(found[row]) == pytest.approx(expected, nan_ok=True)
+    scores = torch.tensor([[float(s) for side in sides for s, _ in side]])
+    counts = torch.tensor([[counted for side in sides for _, counted in side]]).expand(2, -1)
+    nothing = torch.zeros(0, 2)
+    split = Split(nothing, nothing, torch.zeros_like(counts).long(), counts, len(sides[0]))
+    for sign, found in zip((1, -1), auroc(torch.cat([scores, -scores]), split), strict=True):
+        expected = by_pairs(*([sign * s for s, counted in side if counted] for side in sides))
+        assert float(found) == pytest.approx(expected, nan_ok=True)
 
 
 def test_purity_by_hand():

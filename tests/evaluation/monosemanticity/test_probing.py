@@ -11,7 +11,7 @@ from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.evaluation.monosemanticity.probing import (
     RIDGE_DENSE,
     Exam,
-    SelectedColumns,
+    auroc,
     best_columns,
     correlations,
     dense_probes,
@@ -19,6 +19,7 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     main_latents,
     probe_latents,
     probe_site,
+    select,
     sparse_probes,
     spill,
     splits_of,
@@ -43,8 +44,7 @@ def planted(seed=0):
     latents[:, 4] = (positive[:, 1] & which).float()
     latents[:, 5] = (positive[:, 1] & ~which).float()
     half = torch.rand(UNITS, generator=draw) < 0.5
-    names = ["one", "two", "chance"]
-    return latents, Concepts(names, ["a", "a", "b"], positive, applies, half)
+    return latents, Concepts(["one", "two", "chance"], ["a", "a", "b"], positive, applies, half)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,16 @@ def test_correlations_equal_numpy(case):
         assert found[:, 9].tolist() == [0, 0, 0]
 
 
-def test_best_columns_are_allowed_ones_in_order():
+def test_best_columns_are_allowed_ones_in_order_as_many_as_are_needed():
     score = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]])
     allowed = torch.tensor([True, False, True, True])
     assert best_columns(score, allowed).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
+    best = torch.tensor([[0, 1, 3, 4, -1]]).repeat(4, 1)
+    area = torch.tensor(
+        [[0.90, 0.80, 0.80, 0.80], [0.91, 0.90, 0.90, 0.81], [0.99, 0.91, 0.99, 0.99]]
+    )
+    found = main_latents(best, area)  # by how much they add
+    assert [row[row >= 0].tolist() for row in found] == [[0], [0, 1], [0, 1, 3, 4], [0]]
 
 
 def test_probes_equal_the_discriminant_by_hand(case):
@@ -103,9 +109,9 @@ def test_probes_equal_the_discriminant_by_hand(case):
         expected = (x[halves[0].items[c]].numpy() - (mean1 + mean0) / 2) @ direction
         assert scores[c].numpy() == pytest.approx(expected, rel=1e-3, abs=1e-4)
     # A sparse probe of all columns is the same probe, but for the ridge.
-    few = SelectedColumns.of(x.T, torch.arange(D_IN).repeat(3, 1))
-    assert torch.allclose(sparse_probes(few, halves[0], D_IN), halves[0].test(scores), atol=0.02)
-    none = SelectedColumns.of(latents.T.to_sparse(), torch.full((3, 2), -1))
+    few = select(x.T, torch.arange(D_IN).repeat(3, 1))
+    assert torch.allclose(sparse_probes(few, halves[0], D_IN), auroc(scores, halves[0]), atol=0.02)
+    none = select(latents.T.to_sparse(), torch.full((3, 2), -1))
     assert sparse_probes(none, halves[0], 2).tolist() == [0.5, 0.5, 0.5]
 
 
@@ -154,10 +160,7 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     (mixed,) = probe_latents(site, [turned], turn @ decoder, [EVERY])
     assert mixed["selectivity"][:2].max() < good["selectivity"][:2].min() - 0.1
     assert float(blind["best_1"][0]) < 0.7 and float(blind["own_fall"][0]) < 0.1
-
-
-def test_no_concept_gives_empty_scores():
-    site = probe_site([], [], 0)
+    site = probe_site([], [], 0)  # no concept
     (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), [EVERY])
     assert {len(values) for values in (*site.columns.values(), *found.values())} == {0}
 
@@ -181,7 +184,7 @@ def test_spill_is_read_off_at_the_same_own_drop(case):
     assert bool(spill(few).isnan().all())
 
 
-LETTER_LATENT, WORD_LATENT, OTHERS = 3, 7, range(10, D_SAE)
+LETTER_LATENT, WORD_LATENT = 3, 7  # those from 10 on fire by chance
 WORD = 0.2
 """Share of the letter's tokens that are one word."""
 
@@ -195,27 +198,26 @@ def letter_and_word(speaks: bool):
     x = 0.1 * torch.randn(6000, 8, generator=draw)
     x[letter, 0] += 1
     x[word, 1] += 1
-    latents = torch.zeros(6000, D_SAE)
+    latents = torch.rand(6000, D_SAE, generator=draw)
+    latents *= latents < 0.2
+    latents[:, :10] = 0
     latents[letter & ~word, LETTER_LATENT] = 1
     latents[word, WORD_LATENT] = 1
-    chance = torch.rand(6000, len(OTHERS), generator=draw)
-    latents[:, list(OTHERS)] = chance * (chance < 0.2)
     decoder = torch.zeros(D_SAE, 8)
+    decoder[10:, 3] = 1
     decoder[LETTER_LATENT, 0] = 1
     decoder[WORD_LATENT, :2] = torch.tensor([1.0 if speaks else 0.0, 1.0])
-    decoder[list(OTHERS), 3] = 1
     half = torch.rand(6000, generator=draw) < 0.5
-    one = torch.ones(6000, 1, dtype=torch.bool)
-    concepts = Concepts([f"{LETTER} s"], [LETTER], letter[:, None], one, half)
-    return x, latents, decoder, concepts
+    asked = [f"{LETTER} s"], [LETTER], letter[:, None], torch.ones_like(letter)[:, None], half
+    return x, latents.T, decoder, Concepts(*asked)
 
 
 def probed(speaks, is_sparse=True, without=(), seen=1):
-    x, latents, decoder, asked = letter_and_word(speaks)
-    table = latents.T.to_sparse() if is_sparse else latents.T
+    x, table, decoder, asked = letter_and_word(speaks)
     allowed = EVERY.clone()
     allowed[list(without)] = False
-    (found,) = probe_latents(probe_site([asked], [seen * x], 0), [table], decoder, [allowed])
+    site = probe_site([asked], [seen * x], 0)
+    (found,) = probe_latents(site, [table.to_sparse() if is_sparse else table], decoder, [allowed])
     return float(found["missed"]), float(found["absorbed"])
 
 
@@ -232,12 +234,3 @@ def test_a_word_that_takes_its_letter_is_found(monkeypatch):
     monkeypatch.setattr("llm_wsae.evaluation.monosemanticity.probing.GAIN", 1.0)
     assert probed(True) == pytest.approx((WORD, WORD), abs=0.03)
     assert probed(False) == pytest.approx((WORD, 0.0), abs=0.03)
-
-
-def test_the_number_of_main_latents_follows_what_they_add():
-    best = torch.tensor([[0, 1, 3, 4, -1]]).repeat(4, 1)
-    area = torch.tensor(
-        [[0.90, 0.80, 0.80, 0.80], [0.91, 0.90, 0.90, 0.81], [0.99, 0.91, 0.99, 0.99]]
-    )
-    found = main_latents(best, area)
-    assert [row[row >= 0].tolist() for row in found] == [[0], [0, 1], [0, 1, 3, 4], [0]]

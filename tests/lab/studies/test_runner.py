@@ -28,8 +28,7 @@ from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.lab.config import PlantConfig, Study, StudyGrid
 from llm_wsae.lab.studies import runner
-from llm_wsae.lab.studies.arms import baselines, plan
-from llm_wsae.lab.studies.results import items_of, over_latents
+from llm_wsae.lab.studies.runner import baselines, items_of, over_latents, plan
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import ModelConfig, TextConfig
@@ -57,20 +56,15 @@ LABELS = [f"topk baseline: {what}" for what in ("raw dimensions", "frozen decode
 
 
 @pytest.fixture(scope="module")
-def world(made_world):
-    return made_world
-
-
-@pytest.fixture(scope="module")
-def study(world):
+def study(made_world):
     """Runs a study in a folder."""
-    model = LanguageModel.load(str(world / "model"))
+    model = LanguageModel.load(str(made_world / "model"))
     request = Study(
-        stores=(world / "store",),
+        stores=(made_world / "store",),
         site=SITE,
-        out=world,
-        model=ModelConfig(model=str(world / "model")),
-        corpus=TextConfig(corpus=str(world / "text.jsonl")),
+        out=made_world,
+        model=ModelConfig(model=str(made_world / "model")),
+        corpus=TextConfig(corpus=str(made_world / "text.jsonl")),
         compare=GRID,
         train=TRAIN,
         evaluate=FIDELITY,
@@ -82,14 +76,6 @@ def study(world):
         return runner.study(asked, model, WordCounts())
 
     return run
-
-
-@pytest.fixture(scope="module")
-def contexts(world):
-    """The held-out text."""
-    text = Corpus.open(str(world / "text.jsonl"), "heldout")
-    model = LanguageModel.load(str(world / "model"))
-    return model, list(Packer.for_model(model, PackConfig(context_size=16)).contexts(text))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +114,6 @@ def test_every_dictionary_is_trained_measured_reported_and_then_only_read(whole,
     assert len([s for s in report.sentences() if "documents" not in s]) == 1
     assert report.sentences()[0].startswith("variance-a-0.25, k 4: KL ")
     assert not list((out / "training").iterdir())
-    for name in ("report.json", "report.html"):
-        assert (out / name).stat().st_size > 100
     assert json.loads((out / "command.json").read_text())["config"]["k"] == [4]
     before, there = content(out), trained(out)
     study(out)
@@ -149,59 +133,48 @@ def test_a_rule_may_need_a_first_dictionary(whole, study, new):
         study(new, AFTER_FIRST, dictionary=whole[0] / "dictionaries/uniform-k4")
 
 
-def test_baselines_stand_beside_the_others(whole, world, contexts):
-    """On every seed, measured alike, and nothing is compared with them."""
+def test_baselines_stand_beside_the_others(whole, made_world):
+    """On every seed, and nothing is compared with them."""
     out, report = whole
     beside = {r.name: r for r in report.results if r.is_baseline}
     assert list(beside) == [r.name for r in report.results][-5:]  # below the others
     assert sorted(beside) == sorted([RAW, *FROZEN])
-    assert {r.seed for r in beside.values() if r.name != RAW} == {0, 1}
     for label, count in zip(LABELS, (1, 2, 2), strict=True):
         (line,) = [one for one in report.table().splitlines() if one.startswith(label)]
         row = line.removeprefix(label).split()  # so in no table of differences
         own = [r for r in beside.values() if r.label == label]
         assert row[:2] == ["4", str(count)]
         assert row[4] == f"{sum(r.ce_recovered for r in own) / count:.4f}"
-    assert "a measure says little of what was learnt" in report.page()
-    assert LABELS[0] in report.page()
-    assert "6, on seeds 0, 1, and 5 baselines" in report.page()
+    for said in ("a measure says little of what was learnt", LABELS[0], "0, 1, and 5 baselines"):
+        assert said in report.page()
     assert set(report.to_dict()["verdicts"]) == {"variance-a-0.25, k 4"}
 
     raw = Dictionary.load(out / "dictionaries" / RAW)
-    statistics = ActivationStore.open(world / "store").statistics(Site.parse(SITE))
+    statistics = ActivationStore.open(made_world / "store").statistics(Site.parse(SITE))
     spread = statistics.robust_variance.sqrt().float()
     torch.testing.assert_close(raw.W_dec, torch.cat([spread.diag(), -spread.diag()]))
     plain = Dictionary.load(out / "dictionaries/uniform-k4")
     assert raw.sparsity == plain.sparsity and raw.info.store == plain.info.store
     assert raw.info.rule == "raw dimensions" and plain.info.rule == "uniform"
     assert raw.info.massive_threshold == plain.info.massive_threshold
-    (again,) = evaluate({RAW: raw}, *contexts, FIDELITY).dictionaries.values()
-    assert beside[RAW].fvu == pytest.approx(again.fvu)
 
 
-def test_free_lengths_are_asked_only_of_what_can_have_them(study, new):
-    """A frozen half has none, and stands beside dictionaries that have."""
-    study(new, train=replace(TRAIN, lengths="free"))
-    lengths = {
-        name: Dictionary.load(new / "dictionaries" / name).info.training["lengths"]
-        for name in ("uniform-k4", *FROZEN)
-    }
-    assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k4": "free"}
-
-
-def test_what_is_written_is_what_was_measured(whole, contexts):
+def test_what_is_written_is_what_was_measured(whole, made_world):
     out, report = whole
-    names = ("uniform-k4", "permuted-variance-a-0.25-d1-k4-s1")
+    names = ("uniform-k4", "permuted-variance-a-0.25-d1-k4-s1", RAW)
     loaded = {name: Dictionary.load(out / "dictionaries" / name) for name in names}
-    assert [d.info.seed for d in loaded.values()] == [0, 1]
-    assert [d.info.training["seed"] for d in loaded.values()] == [0, 1]  # the order of the rows
-    measured = evaluate(loaded, *contexts, FIDELITY).dictionaries
-    for name in names:
+    trained = [one.info for one in loaded.values()][:2]
+    assert [one.seed for one in trained] == [0, 1]
+    assert [one.training["seed"] for one in trained] == [0, 1]  # the order of the rows
+    model = LanguageModel.load(str(made_world / "model"))
+    text = Corpus.open(str(made_world / "text.jsonl"), "heldout")
+    contexts = Packer.for_model(model, PackConfig(context_size=16)).contexts(text)
+    for name, measured in evaluate(loaded, model, contexts, FIDELITY).dictionaries.items():
         record = json.loads((out / "results" / f"{name}.json").read_text())
-        assert record["fidelity"]["ce_spliced"] == pytest.approx(measured[name].ce_spliced)
+        assert record["fidelity"]["ce_spliced"] == pytest.approx(measured.ce_spliced)
         found = next(r for r in report.results if r.name == name)
-        assert found.values["kl"].mean == pytest.approx(measured[name].kl)
-        sums = [round(kl, 2) for kl in measured[name].kl_per_document]
+        assert found.values["kl"].mean == pytest.approx(measured.kl)
+        sums = [round(kl, 2) for kl in measured.kl_per_document]
         assert found.values["kl"].documents == pytest.approx(sums)
         scores = record["scores"]
         means = scores["latents"]["detection"]
@@ -263,14 +236,24 @@ def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, out):
     assert [s.split(":")[0] for s in said] == ["kurtosis-a0.5, k 4", "variance-a-0.25, k 4"]
 
 
-def test_dictionaries_need_not_be_kept(study, new):
-    """One that a kill left half deleted is deleted."""
-    half = new / "dictionaries/.uniform-k4-s0.1234567.partial"
-    for _ in range(2):
-        study(new, replace(GRID, keep_dictionaries=False))
-        assert not list((new / "dictionaries").iterdir()) and len(results(new)) == len(ALL)
-        assert not list((new / "training").iterdir())
-        half.mkdir()
+def test_dictionaries_need_not_be_kept(study, out):
+    """One that a kill left half deleted is deleted, and what was measured is not trained again."""
+    shutil.rmtree(out / "dictionaries")
+    (out / "dictionaries/.uniform-k4-s0.1234567.partial").mkdir(parents=True)
+    (out / "results/uniform-k4.json").unlink()
+    study(out, replace(GRID, keep_dictionaries=False))
+    assert not list((out / "dictionaries").iterdir()) and len(results(out)) == len(ALL)
+    assert not list((out / "training").iterdir())
+
+
+def test_free_lengths_are_asked_only_of_what_can_have_them(study, new):
+    """A frozen half has none, and stands beside dictionaries that have."""
+    study(new, train=replace(TRAIN, lengths="free"))
+    lengths = {
+        name: Dictionary.load(new / "dictionaries" / name).info.training["lengths"]
+        for name in ("uniform-k4", *FROZEN)
+    }
+    assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k4": "free"}
 
 
 def test_another_study_in_the_folder_is_refused(study, out):
@@ -315,9 +298,9 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     assert {r.name for r in report.results} == set(ALL)
     other = {r.name: r.fvu for r in whole[1].results}
     for result in report.results:
-        planted = read_own_json(new / f"results/{result.name}.json", "result")["planted"]
-        assert len(planted["plants"]["f1"]) == 14
-        known = [f1 for f1 in planted["plants"]["f1"] if f1 is not None]
+        f1 = read_own_json(new / f"results/{result.name}.json", "result")["planted"]["plants"]["f1"]
+        known = [one for one in f1 if one is not None]
+        assert len(f1) == 14
         assert result.values["planted_f1"].mean == pytest.approx(sum(known) / len(known))
         loaded = Dictionary.load(new / "dictionaries" / result.name)
         assert loaded.info.store["planted"]["plants"] == 14
@@ -386,10 +369,10 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
             StudyGrid(**grid)
 
 
-def test_the_command(world, tmp_path):
+def test_the_command(made_world, tmp_path):
     out, encoder = tmp_path / "out", save_encoder(tmp_path / "encoder")
-    words = ("study", world / "store", "--model", world / "model", "--corpus",
-             world / "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
+    words = ("study", made_world / "store", "--model", made_world / "model", "--corpus",
+             made_world / "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
              "--train.expansion", 4, "--train.tokens", 4096, "--eval-tokens", 300,
              "--score.tokens", 300, "--score.encoder", encoder, "--out", out)  # fmt: skip
     for changes, code, said in (
@@ -417,9 +400,8 @@ def test_the_command(world, tmp_path):
 
 @pytest.fixture(scope="module")
 def inputs():
-    draw = torch.Generator().manual_seed(0)
     statistics = Statistics(8, 1, sample_rows=500)
-    rows = torch.randn(500, 8, generator=draw) * torch.arange(1, 9)
+    rows = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
     statistics.update(rows, torch.zeros(500, dtype=torch.int64))
     return RuleInputs(statistics, fisher=torch.cov(rows.T.double()))
 

@@ -8,9 +8,9 @@ import pytest
 from looping import over
 from study_cases import KS, MEASURES, SEEDS, Made
 
-from llm_wsae.lab.studies.arms import BASELINES
 from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.report import BETTER, NOT_SHOWN, WORSE, StudyReport, compare
+from llm_wsae.lab.studies.results import BASELINES
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {
