@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
@@ -98,16 +98,6 @@ def _edited(edit: Edit, values: Tensor) -> Tensor:
             return values + edit.strength
 
 
-class _Call(NamedTuple):
-    """What a forward pass was called with."""
-
-    cached: int
-    """Number of positions that earlier forward passes have read."""
-    attention_mask: Tensor | None
-    """[contexts, positions], 0 for padding, including the cached positions; None without
-    padding."""
-
-
 class _Splice:
     """A dictionary with its edits, at a site of a running model."""
 
@@ -136,25 +126,25 @@ class _Splice:
                     f"latents 0 to {self.dictionary.d_sae - 1}"
                 )
 
-    def visit(self, hidden: Tensor, call: _Call, keep: Tensor | None, error: bool) -> Tensor | None:
+    def visit(self, hidden: Tensor, attached: "Attached") -> Tensor | None:
         """The stream to continue with [contexts, positions, d_in]; None leaves it unchanged."""
         if self.dictionary.W_enc.device != hidden.device:  # blocks may be on several devices
             self.dictionary = copy.deepcopy(self.dictionary).to(hidden.device)
-        rows = self._rows(hidden, call, keep)
+        rows = self._rows(hidden, attached)
         x = hidden[rows]
         codes = self.dictionary.encode_sparse(x)
-        base = x if error else self.dictionary.decode(codes)
+        base = x if attached.error else self.dictionary.decode(codes)
         change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
         for edit in self.edits:
-            codes, moved = self._apply(edit, codes, rows, call.cached)
+            codes, moved = self._apply(edit, codes, rows, attached.cached)
             change = change + moved
         self.codes = Codes(_placed(codes.indices, rows), _placed(codes.values, rows))
-        if error and not self.edits:
+        if attached.error and not self.edits:
             return None
         return hidden.clone().masked_scatter(rows[..., None], (base + change).to(hidden.dtype))
 
     @torch.no_grad()
-    def _rows(self, hidden: Tensor, call: _Call, keep: Tensor | None) -> Tensor:
+    def _rows(self, hidden: Tensor, attached: "Attached") -> Tensor:
         """Mask of the rows that are explained [contexts, positions]."""
         if hidden.ndim != 3:
             raise LlmWsaeError(
@@ -163,10 +153,10 @@ class _Splice:
                 "supported"
             )
         contexts, length = hidden.shape[:2]
-        stop = call.cached + length
+        stop, keep, padding = attached.cached + length, attached.keep, attached.padding
         mask = torch.ones(contexts, stop, dtype=torch.bool, device=hidden.device)
-        if call.attention_mask is not None and call.attention_mask.shape == mask.shape:
-            mask = call.attention_mask.to(hidden.device).bool()
+        if padding is not None and padding.shape == mask.shape:
+            mask = padding.to(hidden.device).bool()
         if keep is None:
             rows = mask & (mask.cumsum(1) > self._first)
         elif len(keep) != contexts:
@@ -176,7 +166,7 @@ class _Splice:
         else:
             known = keep[:, :stop].to(hidden.device).bool()
             rows = nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
-        rows = rows[:, call.cached :]
+        rows = rows[:, attached.cached :]
         threshold = self.dictionary.info.massive_threshold
         return rows if threshold is None else rows & ~(hidden.float().norm(dim=2) > threshold)
 
@@ -246,6 +236,11 @@ class Attached:
     positions], which positions may be changed (None: as in training; positions after its end
     always may). Both can be set between forward passes.
     """
+
+    cached = 0
+    """Positions that earlier forward passes have read, when the current one began."""
+    padding: Tensor | None = None
+    """Which tokens are text [contexts, positions], those included; None without padding."""
 
     def __init__(self, splices: dict[Site, _Splice], error: bool, keep: Tensor | None):
         self._splices = splices
@@ -341,13 +336,14 @@ def attach(
             )
         splices[site] = _Splice(dictionary)
     attached = Attached(splices, error, keep)
-    with _watching(target) as calls:
-
-        def visit(splice: _Splice, hidden: Tensor) -> Tensor | None:
-            return splice.visit(hidden, calls[0], attached.keep, attached.error)
-
-        with target.visiting({site: partial(visit, splice) for site, splice in splices.items()}):
+    visits = {site: partial(splice.visit, attached=attached) for site, splice in splices.items()}
+    decoder = target.hf_model.get_submodule(target.paths.blocks.rpartition(".")[0])
+    look = decoder.register_forward_pre_hook(partial(_look, attached), with_kwargs=True)
+    try:
+        with target.visiting(visits):
             yield attached
+    finally:
+        look.remove()
 
 
 def _target(model: Any) -> LanguageModel:
@@ -368,28 +364,14 @@ def _target(model: Any) -> LanguageModel:
     )
 
 
-@contextmanager
-def _watching(model: LanguageModel) -> Iterator[list[_Call]]:
-    """While open, the only entry of the list that it yields is the current forward pass's call.
-
-    It is read off the arguments of the module that holds the blocks.
-    """
+def _look(attached: Attached, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Read off a decoder's arguments what the forward pass that begins is about."""
     from transformers import Cache
 
-    calls = [_Call(0, None)]
-
-    def look(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # By type: the parameter's name changed between versions of transformers.
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-        cached = int(caches[0].get_seq_length()) if caches else 0
-        calls[0] = _Call(cached, _padding(kwargs.get("attention_mask"), cached))
-
-    decoder = model.hf_model.get_submodule(model.paths.blocks.rpartition(".")[0])
-    handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
+    # By type: the parameter's name changed between versions of transformers.
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    attached.cached = int(caches[0].get_seq_length()) if caches else 0
+    attached.padding = _padding(kwargs.get("attention_mask"), attached.cached)
 
 
 def _padding(mask: Any, cached: int) -> Tensor | None:

@@ -135,3 +135,17 @@ def browser():
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def store(world):
+    from llm_wsae.data.store import ActivationStore
+
+    return ActivationStore.open(world / "store")
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    from llm_wsae.model.language_model import LanguageModel
+
+    return LanguageModel.load(str(world / "model"))

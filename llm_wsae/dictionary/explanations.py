@@ -5,7 +5,6 @@ dictionary, and holds the checksum of the other lines, one for each explained la
 The file may come from the Hub, so types are checked, and a text is only ever shown escaped.
 """
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.artifact.files import Damaged, check_line, json_line, write_atomic, write_text
+from llm_wsae.artifact.files import Damaged, check_line, json_line, write_text
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
@@ -28,7 +27,6 @@ _LINES = "lines_sha256"
 _WAY_OUT = "delete it to continue without explanations"
 LONGEST = 400
 """Characters of an explanation."""
-_NEURONPEDIA = "clkht01d40000jv08hvalcvly"  # the user to whom its own tools ascribe what they make
 
 
 @dataclass(frozen=True)
@@ -128,36 +126,6 @@ def _joined(old: Explanation | None, new: Explanation) -> Explanation:
     if old.text is not None and new.text is not None and old.text != new.text:
         return new
     return replace(new, text=new.text or old.text, scores={**old.scores, **new.scores})
-
-
-def write_for_neuronpedia(
-    folder: Path, said: Mapping[int, Explanation], model_id: str, source: str
-) -> None:
-    """Write ``batch-0.jsonl.gz``, rows of the explanations in Neuronpedia's database.
-
-    ``source`` is the name of the dictionary there. Raises LlmWsaeError if it cannot be written.
-    """
-    lines = []
-    for latent, one in said.items():
-        own = {"modelId": model_id, "layer": source, "index": str(latent), "description": one.text}
-        scores = "; ".join(f"{name} {score.value:.3f}" for name, score in one.scores.items())
-        row = {
-            "id": "c" + hashlib.sha256(json.dumps(own).encode()).hexdigest()[:24],
-            **own,
-            "authorId": _NEURONPEDIA,
-            "explanationModelName": one.explainer,
-            "notes": scores or None,
-        }
-        lines.append(json.dumps(row) + "\n")
-    packed = gzip.compress("".join(lines).encode(), mtime=0)
-    write_atomic(folder / "batch-0.jsonl.gz", lambda partial: partial.write_bytes(packed))
-
-
-def write_for_delphi(folder: Path, said: Mapping[int, Explanation], site: str) -> None:
-    """Write a file for each latent, as delphi keeps and reads explanations; other files in the
-    folder stay. Raises LlmWsaeError if one cannot be written."""
-    for latent, one in said.items():
-        write_text(folder / f"{site}_latent{latent}.txt", json.dumps(one.text))
 
 
 def _sha256(text: str) -> str:

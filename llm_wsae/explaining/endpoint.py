@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Endpoint:
     """A language model to ask, from several threads at once; use it as a context manager.
 
     Raises UsageError for an address or a key that cannot be used, LlmWsaeError if another run
-    holds the folder or its file cannot be read.
+    holds the folder or its file cannot be used.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class Endpoint:
         timeout: float = _TIMEOUT,
         wait: Callable[[float], object] | None = None,
     ):
-        self.explainer, self.tally = explainer, Tally()
+        self.tally = Tally()
         address, self._key = check_endpoint(address)
         self._url = f"{address}/chat/completions"
         # OpenAI's newer models refuse the older name, which all other servers know
         openai = urlsplit(address).hostname == OPENAI
-        self._limit = {"max_completion_tokens" if openai else "max_tokens": answer_tokens}
+        limit = {"max_completion_tokens" if openai else "max_tokens": answer_tokens}
+        self._body = {"model": explainer, "temperature": 0, **limit}
         self._schema, self._timeout = schema, timeout
         self._path = Path(out) / ANSWERS
         self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
@@ -96,20 +97,21 @@ class Endpoint:
         if self._key:
             self._headers["authorization"] = f"Bearer {self._key}"
         self._tls = httpx.create_ssl_context()  # once: certificates take long to read
-        self._held = ExitStack()
+        self._known: dict[str, str] = {}  # answers by question
 
     def __enter__(self) -> "Endpoint":
-        self._held.enter_context(folder_lock(self._path.parent, "answers"))
-        try:
-            self._file = self._held.enter_context(open(self._path, "a+b"))
+        with ExitStack() as held, refusals_to_write(self._path):
+            held.enter_context(folder_lock(self._path.parent, "answers"))
+            self._file = held.enter_context(open(self._path, "a+b"))
             self._file.seek(0)
             data = self._file.read()
             if data and not data.endswith(b"\n"):  # a kill cut off the last line
                 self._file.write(b"\n")
-        except OSError as error:
-            self._held.close()
-            raise LlmWsaeError(f"{self._path} cannot be used: {error.strerror}") from error
-        self._known = answers_in(data)
+            self._held = held.pop_all()
+        for line in data.split(b"\n"):
+            with suppress(ValueError, RecursionError):  # damaged or cut off: it is asked again
+                entry = check_line(line.decode("utf-8"))
+                self._known[entry["question"]] = entry["answer"]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,7 +130,7 @@ class Endpoint:
             {"role": "system", "content": question.system},
             {"role": "user", "content": question.user},
         ]
-        body = {"model": self.explainer, "messages": messages, "temperature": 0, **self._limit}
+        body = {**self._body, "messages": messages}
         if self._schema:
             # not "strict", for which each service has its own idea of what a schema may say
             form = {"name": "answer", "schema": question.schema}
@@ -148,8 +150,7 @@ class Endpoint:
             return self._keep({"question": digest, "about": about, **answer, "messages": messages})
 
     def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str, int]:
-        """The endpoint's reply, or None and why there is none; and the last status, or 0. Raises
-        LlmWsaeError where no other question would fare better."""
+        """The endpoint's reply, or None and why there is none; and the last status, or 0."""
         why, status = "the run was stopped", 0
         for attempt in range(TRIES):
             if self._stopped.is_set():
@@ -177,8 +178,8 @@ class Endpoint:
         return None, why, status
 
     async def _reply(self, body: dict[str, Any]) -> tuple[int, str, str]:
-        """Status, text and Retry-After of the reply to one request. Raises TimeoutError if it is
-        not complete in time, ValueError if it is too large, and what httpx raises."""
+        """Status, text and Retry-After of the reply to one request, complete in time and not too
+        large."""
         client = httpx.AsyncClient(
             verify=self._tls,
             timeout=self._timeout,
@@ -298,18 +299,6 @@ def _is_here(address: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def answers_in(data: bytes) -> dict[str, str]:
-    """The answers in a file, by question."""
-    known: dict[str, str] = {}
-    for line in data.split(b"\n"):
-        try:
-            entry = check_line(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            continue  # damaged or cut off: it is asked again
-        known[entry["question"]] = entry["answer"]
-    return known
 
 
 def _content(text: str) -> dict[str, Any] | None:

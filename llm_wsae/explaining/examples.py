@@ -5,8 +5,7 @@ it was made from. The texts of one latent come from different contexts. One pass
 (``pages.collecting``) finds where latents are active, a second one reads the activations there.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,8 +27,7 @@ from llm_wsae.explaining.protocol import (
     Text,
     harmless,
 )
-from llm_wsae.inspecting.latents import nearest
-from llm_wsae.inspecting.vocabulary import Vocabulary
+from llm_wsae.inspecting.directions import Vocabulary, nearest
 from llm_wsae.pages.collecting import (
     activations_of,
     collect,
@@ -37,6 +35,9 @@ from llm_wsae.pages.collecting import (
     place_of,
     windows,
 )
+
+Numbers = Int[np.ndarray, " _"]
+Rows = Int[np.ndarray, "_ _"]  # [latents, each]
 
 POOL = 1000
 """Random texts, shared by all latents, among which silent ones are sought."""
@@ -73,11 +74,8 @@ def choose(
 
 
 def sample_by_density(
-    eligible: Int[np.ndarray, " eligible"],
-    density: Float[np.ndarray, " d_sae"] | Int[np.ndarray, " d_sae"],
-    count: int | str,
-    seed: int,
-) -> Int[np.ndarray, " latents"]:
+    eligible: Numbers, density: np.ndarray, count: int | str, seed: int
+) -> Numbers:
     """``count`` of the eligible latents, as many from every tenth of them by density.
 
     Every number has its place in one random order: dictionaries of one width get the same latents
@@ -94,17 +92,10 @@ def sample_by_density(
     return np.sort(np.concatenate(chosen))
 
 
-class _Pool(NamedTuple):
-    """Random texts for the judge."""
-
-    texts: list[str]
-    silent: Bool[np.ndarray, "latents pool"]
-    """Which of the chosen latents are silent in it."""
-
-
 class _Choice:
     """The texts of one dictionary's latents. Half of the documents are for the explainer, the
-    others for the judge."""
+    others for the judge. A text is cut out of the ids around a row [wide], which are wide enough
+    for every text that holds it."""
 
     def __init__(
         self,
@@ -126,13 +117,13 @@ class _Choice:
         first = np.random.default_rng(config.seed).integers(2, size=len(numbers) // 2 + 1)
         self._shown = ((place + first[place // 2]) % 2 == 0)[where]
 
-    def _usable(self, rows: Int[np.ndarray, " some"], show: bool) -> Int[np.ndarray, " fewer"]:
+    def _usable(self, rows: Numbers, show: bool) -> Numbers:
         """Rows for the explainer, or for the judge; the first of each context."""
         rows = rows[rows >= 0]
         rows = rows[(self._shown[rows] == show) & (self._document[rows] != NO_DOCUMENT)]
         return rows[np.sort(np.unique(self._context[rows], return_index=True)[1])]
 
-    def rows_of_latents(self) -> dict[int, Int[np.ndarray, " texts"]]:
+    def rows_of_latents(self) -> dict[int, Numbers]:
         """The rows to show, then those to judge, of every latent that has enough."""
         config, top, found = self._config, self._top, {}
         for latent, own in enumerate(self.firings.row.numpy()):
@@ -145,14 +136,10 @@ class _Choice:
                 found[latent] = np.concatenate(rows)
         return found
 
-    def texts(
-        self,
-        latents: Int[np.ndarray, " latents"],
-        table: Int[np.ndarray, "latents texts"],
-        encoder: Encoder,
-    ) -> list[LatentTexts]:
+    def texts(self, latents: Numbers, table: Rows, encoder: Encoder) -> list[LatentTexts]:
         """The texts of every latent; ``table`` has its rows."""
-        pool, config, own = self._pool(latents), self._config, table.shape[1]
+        pool, silent_in = self._pool(latents)
+        config, own = self._config, table.shape[1]
         beside = self._of_neighbours(latents, table)
         ids, activation = self._around(latents, np.concatenate([table, beside], 1))
         draws = [np.random.default_rng([config.seed, 1, latent]) for latent in latents.tolist()]
@@ -160,58 +147,36 @@ class _Choice:
             [self._marked(*pair, draw) for pair in zip(i[:own], a[:own], strict=True)]
             for i, a, draw in zip(ids, activation, draws, strict=True)
         ]
-        likeness, scores = self._likeness(encoder, active, pool)
+        likeness, scores = self._likeness(encoder, active, pool, silent_in)
         found = []
         for place, (latent, draw) in enumerate(zip(latents.tolist(), draws, strict=True)):
-            silent = self._from_pool(pool, pool.silent[place], likeness[place], draw)
             near = zip(ids[place, own:], activation[place, own:], strict=True)
-            others = [text for pair in near if (text := self._if_silent(*pair, draw)) is not None]
-            silent["neighbours"] = others[: config.negatives // 4]
+            silent = self._silent(pool, silent_in[place], likeness[place], near, draw)
             shown, judged = active[place][: config.examples], active[place][config.examples :]
             found.append(LatentTexts(latent, shown, judged, silent, scores[place]))
         return found
 
-    def _pool(self, latents: Int[np.ndarray, " latents"]) -> _Pool:
-        """Random texts, one of each context."""
+    def _pool(self, latents: Numbers) -> tuple[list[str], Bool[np.ndarray, "latents pool"]]:
+        """Random texts for the judge, one of each context, and which latents are silent in it."""
         draw = np.random.default_rng(self._config.seed)
         every = np.flatnonzero(~self._shown)
         some = draw.choice(every, min(len(every), 10 * POOL), replace=False)
         chosen = self._usable(some, show=False)[:POOL]
         around = self._around(latents[:1], chosen[None])[0][0]
         cuts = [_cut(wide, draw) for wide in around]
-        texts = [self._text(wide[cut].tolist()) for wide, cut in zip(around, cuts, strict=True)]
+        texts = [self._text(wide[cut]) for wide, cut in zip(around, cuts, strict=True)]
         silent = np.ones((len(latents), len(chosen)), dtype=bool)
         reader, numbers = self._store.reader(self._dictionary.site), torch.from_numpy(latents)
+        encoder = self._dictionary.W_enc[:, numbers]
         for place, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
             *_, kept, start = place_of(self._store, self._context, int(self._context[row]))
             ends = kept[row - start] - (WINDOW - 1) + np.array([cut.start, cut.stop])
             first, stop = (start + np.searchsorted(kept, ends)).tolist()
             x, floor = reader.rows(first, stop).float(), self.firings.floor[first:stop]
-            encoder = self._dictionary.W_enc[:, numbers]
             silent[:, place] = ~activations_of(self._dictionary, x, encoder, numbers, floor).any(0)
-        return _Pool(texts, silent)
+        return texts, silent
 
-    def _from_pool(
-        self,
-        pool: _Pool,
-        silent: Bool[np.ndarray, " pool"],
-        likeness: Float[np.ndarray, " pool"],
-        draw: np.random.Generator,
-    ) -> dict[str, list[str]]:
-        """Random texts in which a latent is silent, and those most like its own."""
-        quarter = self._config.negatives // 4
-        half = self._config.negatives - 2 * quarter
-        numbers = draw.permutation(np.flatnonzero(silent))
-        rest = numbers[half:]
-        hard = rest[np.argsort(-likeness[rest], kind="stable")][:quarter]
-        return {
-            "random": [pool.texts[number] for number in numbers[:half]],
-            "hard": [pool.texts[number] for number in hard],
-        }
-
-    def _of_neighbours(
-        self, latents: Int[np.ndarray, " latents"], table: Int[np.ndarray, "latents texts"]
-    ) -> Int[np.ndarray, "latents candidates"]:
+    def _of_neighbours(self, latents: Numbers, table: Rows) -> Rows:
         """Rows for the judge on which the latents of the nearest decoder rows are active, in
         contexts that the latent's own texts do not come from; −1 where there are no more."""
         wanted = _CANDIDATES * (self._config.negatives // 4)
@@ -227,71 +192,81 @@ class _Choice:
             found[place, : len(strange)] = strange
         return found
 
-    def _likeness(
-        self, encoder: Encoder, active: Sequence[Sequence[Text]], pool: _Pool
-    ) -> tuple[Float[np.ndarray, "latents pool"], list[float]]:
-        """How alike the pool is to each latent's strongest texts in meaning, and the detection of
-        the latent by that; NaN where there are too few texts."""
-        top, shown = self._config.examples // 2, self._config.examples
-        flat = encoder.embed([text.plain for texts in active for text in texts])
-        vectors, of_pool = flat.view(len(active), -1, flat.shape[1]), encoder.embed(pool.texts)
-        silent, scores = torch.tensor(pool.silent), []
-        for some in torch.arange(len(active)).split(_LATENTS_AT_ONCE):
-            strongest, judged = vectors[some, :top], vectors[some, shown:]
-            won = wins(strongest, judged, of_pool)
-            scores += share_won(won, silent[some][:, None]).tolist()
-        likeness = normalize(vectors[:, :top].sum(1), dim=1) @ of_pool.T
-        return likeness.numpy(), scores
-
-    def _around(
-        self, latents: Int[np.ndarray, " latents"], table: Int[np.ndarray, "latents each"]
-    ) -> tuple[Int[np.ndarray, "latents each wide"], Float[np.ndarray, "latents each wide"]]:
-        """Ids and activations around rows, wide enough for every text that holds the row."""
+    def _around(self, latents: Numbers, table: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and activations around rows, both [latents, each, wide]."""
         reach, shape = WINDOW - 1, (*table.shape, 2 * WINDOW - 1)
         given = torch.from_numpy(latents), torch.from_numpy(table), self.firings.floor
         seen = windows(self._store, self._dictionary, *given, reach, reach)
         return seen.ids.reshape(shape), seen.activation.reshape(shape)
 
-    def _marked(
+    def _likeness(
         self,
-        wide: Int[np.ndarray, " wide"],
-        activation: Float[np.ndarray, " wide"],
+        encoder: Encoder,
+        active: Sequence[Sequence[Text]],
+        pool: list[str],
+        silent: np.ndarray,
+    ) -> tuple[Float[np.ndarray, "latents pool"], list[float]]:
+        """How alike the pool is to each latent's strongest texts in meaning, and the detection of
+        the latent by that; NaN where there are too few texts."""
+        top, shown = self._config.examples // 2, self._config.examples
+        flat = encoder.embed([text.plain for texts in active for text in texts])
+        vectors, of_pool = flat.view(len(active), -1, flat.shape[1]), encoder.embed(pool)
+        scores = []
+        for some in torch.arange(len(active)).split(_LATENTS_AT_ONCE):
+            won = wins(vectors[some, :top], vectors[some, shown:], of_pool)
+            scores += share_won(won, torch.tensor(silent)[some][:, None]).tolist()
+        likeness = normalize(vectors[:, :top].sum(1), dim=1) @ of_pool.T
+        return likeness.numpy(), scores
+
+    def _silent(
+        self,
+        pool: list[str],
+        silent: Bool[np.ndarray, " pool"],
+        likeness: Float[np.ndarray, " pool"],
+        near: Iterable[tuple[np.ndarray, np.ndarray]],
         draw: np.random.Generator,
-    ) -> Text:
+    ) -> dict[str, list[str]]:
+        """Texts in which a latent is silent: random ones, those most like its own, and those around
+        rows of its neighbours."""
+        quarter = self._config.negatives // 4
+        half = self._config.negatives - 2 * quarter
+        numbers = draw.permutation(np.flatnonzero(silent))
+        rest = numbers[half:]
+        hard = rest[np.argsort(-likeness[rest], kind="stable")][:quarter]
+        neighbours = []
+        for wide, activation in near:
+            there = wide[WINDOW - 1] >= 0
+            if there and not activation[cut := _cut(wide, draw)].any():
+                neighbours.append(self._text(wide[cut]))
+        return {
+            "random": [pool[number] for number in numbers[:half]],
+            "hard": [pool[number] for number in hard],
+            "neighbours": neighbours[:quarter],
+        }
+
+    def _marked(self, wide: np.ndarray, activation: np.ndarray, draw: np.random.Generator) -> Text:
         cut = _cut(wide, draw)
-        ids, active = wide[cut].tolist(), activation[cut] > 0
+        ids, active = wide[cut], activation[cut] > 0
         shifts = [n for n in range(1, len(ids)) if not (np.roll(active, n) & active).any()]
         wrong = self._text(ids, np.roll(active, draw.choice(shifts))) if shifts else None
         return Text(self._text(ids), self._text(ids, active), wrong)
 
-    def _if_silent(
-        self,
-        wide: Int[np.ndarray, " wide"],
-        activation: Float[np.ndarray, " wide"],
-        draw: np.random.Generator,
-    ) -> str | None:
-        """The text around a row of a neighbour; None if there is none, or the latent is active."""
-        if wide[WINDOW - 1] < 0 or activation[cut := _cut(wide, draw)].any():
-            return None
-        return self._text(wide[cut].tolist())
-
-    def _text(self, ids: list[int], marks: Bool[np.ndarray, " ids"] | None = None) -> str:
+    def _text(self, ids: Numbers, marks: Bool[np.ndarray, " ids"] | None = None) -> str:
         marks = np.zeros(len(ids), dtype=bool) if marks is None else marks
-        cuts = (np.flatnonzero(np.diff(marks)) + 1).tolist()
-        pieces = map(harmless, self._vocabulary.pieces(ids, cuts))
-        marked = [bool(marks[at]) for at in (0, *cuts)]
+        cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist()]
+        pieces = map(harmless, self._vocabulary.pieces(ids.tolist(), cuts[1:]))
         return "".join(
-            f"{OPEN}{piece}{CLOSE}" if mark else piece
-            for piece, mark in zip(pieces, marked, strict=True)
+            f"{OPEN}{piece}{CLOSE}" if marks[at] else piece
+            for piece, at in zip(pieces, cuts, strict=True)
         )
 
 
-def _spread(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " count"]:
+def _spread(rows: Numbers, count: int) -> Numbers:
     """``count`` of the rows, at even distances."""
     return rows[((np.arange(count) + 0.5) * len(rows) / max(count, 1)).astype(np.int64)]
 
 
-def _cut(wide: Int[np.ndarray, " wide"], draw: np.random.Generator) -> slice:
+def _cut(wide: Numbers, draw: np.random.Generator) -> slice:
     """A text that holds the middle one of some tokens, at a random place in it; shorter where its
     document or its context is."""
     there = np.flatnonzero(wide >= 0)  # a run around the middle

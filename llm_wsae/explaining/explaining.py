@@ -5,7 +5,7 @@ rank correlation says whether the judge orders latents as detection without a la
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,7 @@ from llm_wsae.explaining.protocol import (
     Trial,
     examine,
 )
-from llm_wsae.inspecting.inspection import check_width
-from llm_wsae.inspecting.vocabulary import Vocabulary
+from llm_wsae.inspecting.directions import Vocabulary, check_width
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.outside import mapping
@@ -134,8 +133,8 @@ class DictionaryExplained:
     def card_numbers(self, older: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What is kept in the dictionary's description, JSON-able; empty if nothing was scored.
 
-        ``older`` is what is kept there now. Of it stay the scores by the same explainer that this
-        run did not measure again."""
+        Of the ``older`` numbers stay the scores by the same explainer that this run did not measure
+        again."""
         scores = {
             name: {"value": mean.mean, "interval": mean.interval}
             for name, mean in self.means.items()
@@ -150,20 +149,23 @@ class DictionaryExplained:
             numbers |= {name: known[name] for name in SCORES if name in known}
         return {"explanations": plain({**numbers, **scores})}
 
-    def notes(self) -> list[str]:
+    def notes(self) -> Iterator[str]:
         """What the table has no columns for."""
-        shares = ", ".join(f"{kind} {share:.2f}" for kind, share in self.recognised.items())
+        yield (
+            f"{self.eligible:,} of {self.d_sae:,} latents are active in enough documents to be "
+            "explained and judged"
+        )
+        if self.recognised:
+            shares = ", ".join(f"{kind} {share:.2f}" for kind, share in self.recognised.items())
+            yield f"silent texts recognised: {shares}"
         found = ", ".join(
             f"{name} {c.value:.2f} [{c.interval[0]:.2f}, {c.interval[1]:.2f}]"
             for name, c in self.agreement.items()
         )
-        return [
-            f"{self.eligible:,} of {self.d_sae:,} latents are active in enough documents to be "
-            "explained and judged",
-            *([f"silent texts recognised: {shares}"] if shares else ()),
+        yield (
             f"detection without a language model on these texts: {_text(self.own_detection)}; "
-            f"its rank correlation over latents: {found or 'not defined'}",
-        ]
+            f"its rank correlation over latents: {found or 'not defined'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -219,25 +221,18 @@ def explain(
 ) -> Explained:
     """Have a language model explain latents, and score how well it recognises them by that.
 
-    This may cost money: ``price_of`` says how much. The explanations are kept in the dictionaries'
-    folders.
+    This may cost money: ``price_of`` says how much. ``dictionaries`` are folders that this package
+    saved, or these by the names to show; the explanations are kept in them. ``store`` is of their
+    site; ``model`` made it, or is what ``LanguageModel.load`` takes. ``endpoint`` is the address of
+    an OpenAI-compatible endpoint, up to ``/v1``, whose key is read from ``LLM_WSAE_API_KEY`` in the
+    environment (for OpenAI's own also from ``OPENAI_API_KEY``); the language model there that
+    explains and judges is named ``explainer``. A run with the same folder ``out`` pays for no
+    answer twice. ``encoder`` takes the place of ``config.encoder``.
 
-    Args:
-        dictionaries: Folders of dictionaries that this package saved; or by the names to show.
-        store: Activation store of their site.
-        model: The model that made the store, or what ``LanguageModel.load`` takes.
-        endpoint: Address of an OpenAI-compatible endpoint, up to ``/v1``. The key is read from
-            ``LLM_WSAE_API_KEY`` in the environment, for OpenAI's own also from ``OPENAI_API_KEY``.
-        explainer: Name of the language model there, which explains and judges.
-        out: Folder of the answers. A run with the same folder pays for no answer twice.
-        config: Which latents are explained, from how many texts, and how they are judged.
-        encoder: Sentence encoder to use in place of ``config.encoder``.
-
-    Raises:
-        UsageError: The request cannot be right: no dictionary, a folder that is not this
-            package's, an address or key that cannot be one.
-        LlmWsaeError: A folder cannot be read or belongs to another model, the sentence encoder is
-            missing, no latent is active in enough documents, or the endpoint refuses or fails.
+    Raises UsageError for no dictionary, a folder that is not this package's, or an address or key
+    that cannot be one; LlmWsaeError if a folder cannot be read or belongs to another model, the
+    sentence encoder is missing, no latent is active in enough documents, or the endpoint refuses or
+    fails.
     """
     folders = check_folders(dictionaries)
     check_file(Path(out) / REPORT, is_record_of("explain"))
@@ -252,7 +247,8 @@ def explain(
             check_width(model, dictionary)
             latents, eligible = choose(store, dictionary, vocabulary, config, encoder)
             examined = _examine_all(latents, asked, config, name)
-            one = _scored(examined, explainer, config.seed, folder, dictionary.d_sae, eligible)
+            facts = {"folder": folder, "d_sae": dictionary.d_sae, "eligible": eligible}
+            one = _scored(examined, explainer, config.seed, facts)
             keep_explanations(folder, one.latents, dictionary.weights_sha256)
             keep_measurements(folder, one.card_numbers, dictionary.weights_sha256)
             done[name] = one
@@ -281,15 +277,12 @@ def check_folders(
 def _examine_all(
     latents: Sequence[LatentTexts], endpoint: Endpoint, config: ExplainConfig, name: str
 ) -> list[Examined]:
-    with (
-        tqdm(total=len(latents), desc=f"explain {name}", unit="latent") as bar,
-        ThreadPoolExecutor(config.parallel) as pool,
-    ):
+    with ThreadPoolExecutor(config.parallel) as pool:
         jobs = [pool.submit(examine, texts, endpoint.ask, config, name) for texts in latents]
+        ready = as_completed(jobs)
         try:
-            for job in as_completed(jobs):
+            for job in tqdm(ready, desc=f"explain {name}", total=len(jobs), unit="latent"):
                 job.result()
-                bar.update()
         except BaseException:  # Ctrl-C too: what is on its way is still kept
             endpoint.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -298,12 +291,7 @@ def _examine_all(
 
 
 def _scored(
-    examined: Sequence[Examined],
-    explainer: str,
-    seed: int,
-    folder: Path,
-    d_sae: int,
-    eligible: int,
+    examined: Sequence[Examined], explainer: str, seed: int, facts: dict[str, Any]
 ) -> DictionaryExplained:
     """Score what was answered; ``seed`` is that of the resamplings."""
     latents = []
@@ -329,9 +317,7 @@ def _scored(
         return mean_of(torch.tensor(column, dtype=torch.float64), bootstrap, len(column))
 
     return DictionaryExplained(
-        folder=folder,
-        d_sae=d_sae,
-        eligible=eligible,
+        **facts,
         latents=latents,
         means={name: mean(column) for name, column in columns.items()},
         recognised={kind: float(np.mean(said)) for kind, said in sorted(silent.items())},

@@ -1,6 +1,10 @@
-"""``inspect``: what the latents of a dictionary stand for, and which of them fire on a text.
+"""``inspect``: single latents of a dictionary, or those that fire on a text.
 
-``latents_text`` and ``sentence_text`` format what was found for a terminal.
+``firings`` finds where given latents fire in an activation store; no model is needed. It is one
+pass over the rows. A latent's pre-activation costs one column of the encoder, so it is computed for
+every row, and the rows where it is largest are candidates. Whether a candidate fires may depend on
+all other latents (TopK). So the complete dictionary encodes the candidates, best first, until
+enough contexts are found. It also encodes evenly spread rows, from which the density is estimated.
 """
 
 import sys
@@ -9,21 +13,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
 
 from llm_wsae.data.config import PackConfig
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, RowReader
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.latents import Latent, check_latents, check_store, look_at, not_massive
-from llm_wsae.inspecting.vocabulary import Vocabulary
+from llm_wsae.inspecting.directions import (
+    Readout,
+    Vocabulary,
+    Written,
+    check_store,
+    check_width,
+    dimensions_written,
+    nearest,
+    not_massive,
+    top_words,
+    written,
+)
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, parsing
 from llm_wsae.outside import text as known_text
 from llm_wsae.terminal import printable
 
-_LEFT, _RIGHT = 56, 32  # characters shown on either side of the marked token
-_STRONGEST = 5  # latents shown for each token of a text
+CANDIDATES = 4096
+"""The most rows per latent that are encoded in search of its top contexts."""
+SAMPLE_ROWS = 1 << 15
+"""The fewest rows that the density is estimated from (or all rows of a smaller store)."""
+_ROWS_AT_ONCE, _CANDIDATES_AT_ONCE = 1 << 14, 64
+_BEFORE, _AFTER = 24, 12  # tokens shown around the marked one
+_LEFT, _RIGHT = 56, 32  # characters printed on either side of it
+_STRONGEST = 5  # latents printed for each token of a text
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,84 @@ class Token:
     token: str
     latents: list[Active]
     """All that fire, by descending activation; none at positions excluded from training."""
+
+
+@dataclass(frozen=True)
+class Firing:
+    """What one latent does in a store."""
+
+    density: float
+    """Fraction of the rows looked at on which it fires."""
+    rows_looked_at: int
+    """Number of rows, evenly spread over the store, without massive activations."""
+    mean_activation: float | None
+    """Mean over those rows on which it fires; None if it never does."""
+    rows: list[int]
+    """Rows of its largest activations, each in a different context, in descending order."""
+    values: list[float]
+    """Its activations on these rows."""
+    searched_all: bool
+    """False if its candidates ran out before enough contexts were found: more may exist."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A token that a latent promotes or suppresses."""
+
+    id: int
+    token: str
+    logit: float
+    """As ``Readout.logits`` gives it."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another latent, and the cosine of the two decoder directions."""
+
+    latent: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A run of text split at one of its tokens."""
+
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A place in the store's text where a latent fires."""
+
+    row: int
+    """Number of the row in the store."""
+    document: str | None
+    """Name of its document."""
+    activation: float
+    text: Marked
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent of a dictionary."""
+
+    latent: int
+    neighbours: list[Neighbour]
+    """By descending cosine."""
+    dimensions: list[Written]
+    """By descending share."""
+    effective_dimensions: float
+    """(Σw²)²/Σw⁴ over all decoder weights w: how many dimensions it writes to."""
+    promotes: list[Word] | None
+    """Tokens by descending logit; None without a model."""
+    suppresses: list[Word] | None
+    """Tokens by ascending logit; None without a model."""
+    firing: Firing | None
+    """None without a store."""
+    examples: list[Example]
+    """Its top contexts, one of each context of the store."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +190,12 @@ def inspect(
     check_number("top", top, 1)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
-    numbers = check_latents(dictionary, latents)
+    for latent in latents:
+        if not 0 <= latent < dictionary.d_sae:
+            raise UsageError(
+                f"there is no latent {latent}; {dictionary.info.name} has latents 0 to "
+                f"{dictionary.d_sae - 1}"
+            )
     if store is not None:
         store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
         check_store(store, dictionary)
@@ -103,10 +210,11 @@ def inspect(
         _check_model(model, dictionary, store)
     elif text is not None:
         raise UsageError(f"reading a text needs the model, but {no_model}")
-    views = look_at(dictionary.on_cpu(), numbers, store, model, top) if latents else []
     tokens = None
     if model is not None and text is not None:
         tokens = read_sentence(model, dictionary, text)
+    different = list(dict.fromkeys(latents))
+    views = _views(dictionary.on_cpu(), different, store, model, top) if different else []
     return Inspection(views, tokens, no_model)
 
 
@@ -148,6 +256,141 @@ def _check_model(
             f"the store {store.folder} was made by {made_by.get('name')}, not by "
             f"{model.name} (other weights); give that model, or a store of this one"
         )
+
+
+def _views(
+    dictionary: Dictionary,
+    latents: list[int],
+    store: ActivationStore | None,
+    model: LanguageModel | None,
+    top: int,
+) -> list[Latent]:
+    """The latents of a dictionary on the CPU, with ``top`` of everything."""
+    vocabulary = Vocabulary(None if model is None else model.tokenizer)
+    numbers = torch.tensor(latents)
+    decoder = dictionary.W_dec[numbers]
+    logits = None if model is None else Readout(model).logits(decoder)
+    near, cosines = nearest(decoder, dictionary.W_dec, top, numbers)
+    writes, effective = written(dictionary, numbers, top), dimensions_written(decoder).tolist()
+    found = None if store is None else firings(store, dictionary, numbers, top)
+
+    def words(place: int, largest: bool) -> list[Word] | None:
+        if logits is None:
+            return None
+        best = top_words(logits[place], top, largest)
+        return [Word(token, vocabulary.text(token), value) for token, value in best]
+
+    return [
+        Latent(
+            latent=latent,
+            neighbours=list(map(Neighbour, near[place].tolist(), cosines[place].tolist())),
+            dimensions=writes[place],
+            effective_dimensions=effective[place],
+            promotes=words(place, largest=True),
+            suppresses=words(place, largest=False),
+            firing=found[place] if found else None,
+            examples=_examples(store, vocabulary, found[place]) if store and found else [],
+        )
+        for place, latent in enumerate(latents)
+    ]
+
+
+def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) -> list[Example]:
+    where = store.locate(torch.tensor(firing.rows, dtype=torch.long))
+    examples = []
+    for number, (row, value) in enumerate(zip(firing.rows, firing.values, strict=True)):
+        at = int(where.position[number])
+        shard, place = store.place_of_context(int(where.context[number]))
+        contexts = store.contexts(shard)
+        first, stop = max(0, at - _BEFORE), at + _AFTER + 1
+        own = contexts.document[place, first:stop] == contexts.document[place, at]
+        first, last = (first + np.flatnonzero(own)[[0, -1]]).tolist()
+        ids = contexts.ids[place, first : last + 1].tolist()
+        name = contexts.headers.get(int(where.document[number]), {}).get("name")
+        text = Marked(*vocabulary.pieces(ids, [at - first, at - first + 1]))
+        examples.append(Example(row, name, value, text))
+    return examples
+
+
+def firings(
+    store: ActivationStore,
+    dictionary: Dictionary,
+    latents: Int[Tensor, " latents"],
+    top: int,
+    *,
+    candidates: int = CANDIDATES,
+    sample_rows: int = SAMPLE_ROWS,
+) -> list[Firing]:
+    """Density and ``top`` contexts of each latent, at most ``candidates`` rows of which are encoded
+    in search of them; the density is estimated from ``sample_rows`` rows, or almost twice as many.
+
+    The store must fit (``check_store``). Raises UsageError if it does not have the dictionary's
+    site, LlmWsaeError if its rows cannot be read.
+    """
+    reader, stride = store.reader(dictionary.site), max(1, store.num_rows // sample_rows)
+    column = latents.new_full((dictionary.d_sae,), len(latents))
+    column[latents] = torch.arange(len(latents))
+    looked_at, sums = 0, torch.zeros(2, len(latents) + 1)  # the last is for all other latents
+    best, row = torch.empty(0, len(latents)), torch.empty(0, len(latents)).long()
+    starts = range(0, store.num_rows, _ROWS_AT_ONCE)
+    for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
+        x = reader.rows(start, min(start + _ROWS_AT_ONCE, store.num_rows)).float()
+        usable = not_massive(dictionary, x)
+        pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
+        pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
+        highest, place = pre.topk(min(candidates, len(pre)), dim=0)
+        best, row = torch.cat([best, highest]), torch.cat([row, place + start])
+        best, place = best.topk(min(candidates, len(best)), dim=0)
+        row = row.gather(0, place)
+
+        spread = slice(-start % stride, None, stride)
+        sample = x[spread][usable[spread]]
+        codes = dictionary.encode_sparse(sample)
+        values, at = codes.values.flatten(), column[codes.indices].flatten()
+        looked_at += len(sample)
+        sums.index_add_(1, at, torch.stack([(values > 0).float(), values]))
+    found = []
+    for number, latent in enumerate(latents.tolist()):
+        rows = row[:, number][best[:, number] > 0]
+        contexts = _top_contexts(store, reader, dictionary, latent, rows, top)
+        count, total = sums[:, number].tolist()
+        found.append(
+            Firing(
+                density=count / max(looked_at, 1),
+                rows_looked_at=looked_at,
+                mean_activation=total / count if count else None,
+                rows=[one for one, _ in contexts],
+                values=[value for _, value in contexts],
+                searched_all=len(contexts) == top or len(rows) < candidates,
+            )
+        )
+    return found
+
+
+def _top_contexts(
+    store: ActivationStore,
+    reader: RowReader,
+    dictionary: Dictionary,
+    latent: int,
+    candidates: Int[Tensor, " rows"],
+    top: int,
+) -> list[tuple[int, float]]:
+    """The first candidates on which the latent fires, each of another context, with its
+    activations."""
+    found: dict[int, tuple[int, float]] = {}  # by context
+    for part in candidates.split(_CANDIDATES_AT_ONCE):
+        x = torch.empty(len(part), store.d_in, dtype=reader.dtype)
+        for row, place in zip(part.tolist(), x[:, None], strict=True):
+            reader.read(row, place)
+        codes = dictionary.encode_sparse(x.float())
+        value = (codes.values * (codes.indices == latent)).sum(1)
+        context = store.locate(part).context
+        for one in torch.where(value > 0)[0].tolist():
+            if len(found) < top:
+                found.setdefault(int(context[one]), (int(part[one]), float(value[one])))
+        if len(found) == top:
+            break
+    return list(found.values())
 
 
 def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> list[Token]:
@@ -193,15 +436,6 @@ def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[i
             "embeddings; give its own tokenizer"
         )
     return ids
-
-
-def check_width(model: LanguageModel, dictionary: Dictionary) -> None:
-    """Raises UsageError if the model's stream is not as wide as the dictionary's rows."""
-    if model.d_model != dictionary.d_in:
-        raise UsageError(
-            f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
-            f"{model.d_model}; give the model that it was trained on"
-        )
 
 
 def latents_text(dictionary: Dictionary, latents: Sequence[Latent]) -> str:

@@ -21,7 +21,7 @@ from llm_wsae.data.packing import Contexts
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.inspecting.latents import check_store, not_massive
+from llm_wsae.inspecting.directions import check_store, not_massive
 
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
@@ -33,12 +33,11 @@ _LATENTS_AT_ONCE = 256  # whose firings together with all others are counted at 
 _SLACK = 1e-5  # relative, between two float32 ways to the same pre-activation
 
 
-@dataclass
 class Firings:
     """What the latents of one dictionary do in a store. Rows are numbers in the store, −1 where
-    there are not as many."""
+    there are not as many. ``look`` at all rows, then ``finish``."""
 
-    rows_seen: int
+    rows_seen = 0
     """Rows without massive activations."""
     floor: Float[Tensor, " rows"]
     """The smallest active value of every row; infinite on massive rows, which are not explained."""
@@ -62,6 +61,88 @@ class Firings:
     overlap: Float[Tensor, "d_sae neighbours"]
     """Of the rows on which either fires, those on which both do; 0 where there is no neighbour."""
 
+    def __init__(self, dictionary: Dictionary, context: Int[Tensor, " rows"], top: int, bands: int):
+        self._dictionary, self._bands = dictionary, bands
+        d_sae = dictionary.d_sae
+        self.floor = torch.full((len(context),), torch.inf)
+        self.count = torch.zeros(d_sae, dtype=torch.int64)
+        self.total = torch.zeros(d_sae, dtype=torch.float64)
+        self.histogram = torch.zeros(d_sae, 2 * OCTAVES * BINS_PER_OCTAVE, dtype=torch.int64)
+        self._middle: float | None = None
+        self._best, self._sample = _Kept(d_sae, top, context), _Kept(d_sae, bands * SAMPLE)
+        self._stride = max(1, len(context) // TOGETHER_ROWS)
+        self._pairs = [torch.empty(2, 0, dtype=torch.int32)]
+
+    def look(self, start: int, x: Tensor) -> None:
+        """Look at consecutive rows, the first of which has the number ``start``."""
+        usable = torch.where(not_massive(self._dictionary, x))[0]
+        codes = self._dictionary.encode_sparse(x[usable])
+        active = codes.values > 0
+        self.floor[start + usable] = codes.values.where(active, torch.inf).amin(1)
+        self.rows_seen += len(usable)
+        latent, value = codes.indices[active], codes.values[active]
+        row = start + usable[:, None].expand_as(active)[active]
+        if len(latent) == 0:
+            return
+        self.count += torch.bincount(latent, minlength=len(self.count))
+        self.total.index_add_(0, latent, value.double())
+        if self._middle is None:
+            self._middle = float(value.median())
+        octave = (value / self._middle).log2().add(OCTAVES).mul(BINS_PER_OCTAVE)
+        bins = self.histogram.shape[1]
+        cell = latent * bins + octave.long().clamp(0, bins - 1)
+        self.histogram.view(-1).add_(torch.bincount(cell, minlength=self.histogram.numel()))
+        sampled = row % self._stride == 0
+        self._pairs.append(torch.stack([row[sampled] // self._stride, latent[sampled]]).int())
+        self._best.add(latent, value, value, row)
+        draw = torch.Generator().manual_seed(start)
+        self._sample.add(latent, torch.rand(len(value), generator=draw), value, row)
+
+    def finish(self) -> "Firings":
+        """Choose the examples, and count what fires together."""
+        row, value = self._best.tables()
+        bands_row, bands_value, edges = self._of_bands()
+        repeated = (bands_row[:, :, None] == row[:, None, :]).any(2)
+        bands_row, bands_value = bands_row.where(~repeated, -1), bands_value.where(~repeated, 0)
+        self.row, self.value = torch.cat([row, bands_row], 1), torch.cat([value, bands_value], 1)
+        self.edges = torch.cat([value[:, :1], edges, torch.zeros_like(value[:, :1])], 1)
+        self.total = self.total.float()
+        self.first_edge = (self._middle or 1.0) * 2 ** (1 / BINS_PER_OCTAVE - OCTAVES)
+        self.together, self.overlap = self._together()
+        del self._best, self._sample, self._pairs  # larger than what was chosen
+        return self
+
+    def _together(self) -> tuple[Tensor, Tensor]:
+        rows, latents = torch.cat(self._pairs, 1).numpy()
+        shape = (int(rows.max(initial=0)) + 1, len(self.count))
+        fires = csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, latents)), shape=shape)
+        often = torch.from_numpy(np.asarray(fires.sum(0)).ravel())
+        by_latent = fires.T.tocsr()
+        found = []
+        for start in range(0, len(often), _LATENTS_AT_ONCE):
+            both = torch.from_numpy((by_latent[start : start + _LATENTS_AT_ONCE] @ fires).toarray())
+            own = torch.arange(len(both))
+            share = both / (often[start + own, None] + often - both).clamp(min=1)
+            share[own, start + own] = 0
+            found.append(share.topk(min(NEIGHBOURS, len(often)), dim=1))
+        return torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+
+    def _of_bands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One sampled firing from the middle of each band, the strongest band first, and the
+        activations between one band and the next."""
+        row, value = self._sample.tables()
+        order = value.where(row >= 0, -1).argsort(dim=1, descending=True)
+        there = (row >= 0).sum(1, keepdim=True)
+
+        def at(place: Tensor) -> Tensor:
+            last = order.shape[1] - 1
+            return order.gather(1, (place / self._bands * there).long().clamp(max=last))
+
+        middle, edge = at(torch.arange(self._bands) + 0.5), at(torch.arange(1, self._bands))
+        enough = there >= self._bands
+        shown = row.gather(1, middle).where(enough, -1), value.gather(1, middle).where(enough, 0)
+        return *shown, value.gather(1, edge)
+
 
 def collect(
     store: ActivationStore,
@@ -80,15 +161,15 @@ def collect(
     reader = store.reader(site)
     num_rows = min(store.num_rows, most_rows or store.num_rows)
     context = torch.from_numpy(context_of_every_row(store)[:num_rows])
-    collectors = {n: _Collector(one, context, top, bands) for n, one in dictionaries.items()}
+    found = {name: Firings(one, context, top, bands) for name, one in dictionaries.items()}
     with tqdm(total=num_rows, desc="encode", unit="row", unit_scale=True) as bar:
         for start in range(0, num_rows, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, num_rows)
             rows = reader.rows(start, stop).float()
-            for collector in collectors.values():
-                collector.look(start, rows)
+            for one in found.values():
+                one.look(start, rows)
             bar.update(stop - start)
-    return {name: collector.firings() for name, collector in collectors.items()}
+    return {name: one.finish() for name, one in found.items()}
 
 
 def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
@@ -98,104 +179,6 @@ def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
         own = np.nonzero(store.contexts(shard).keep)[0]
         parts.append(own + store.first_context(shard))
     return np.concatenate(parts).astype(np.int32)
-
-
-class _Collector:
-    """What one pass over the rows collects of one dictionary."""
-
-    def __init__(self, dictionary: Dictionary, context: Tensor, top: int, bands: int):
-        self._dictionary, self._bands = dictionary, bands
-        d_sae = dictionary.d_sae
-        self._rows_seen = 0
-        self._count = torch.zeros(d_sae, dtype=torch.int64)
-        self._total = torch.zeros(d_sae, dtype=torch.float64)
-        self._bins = 2 * OCTAVES * BINS_PER_OCTAVE
-        self._histogram = torch.zeros(d_sae, self._bins, dtype=torch.int64)
-        self._middle: float | None = None
-        self._floor = torch.full((len(context),), torch.inf)
-        self._best, self._sample = _Kept(d_sae, top, context), _Kept(d_sae, bands * SAMPLE)
-        self._stride = max(1, len(context) // TOGETHER_ROWS)
-        self._pairs: list[Tensor] = []
-
-    def look(self, start: int, x: Tensor) -> None:
-        """Look at consecutive rows, the first of which has the number ``start``."""
-        usable = torch.where(not_massive(self._dictionary, x))[0]
-        codes = self._dictionary.encode_sparse(x[usable])
-        active = codes.values > 0
-        self._floor[start + usable] = codes.values.where(active, torch.inf).amin(1)
-        self._rows_seen += len(usable)
-        latent, value = codes.indices[active], codes.values[active]
-        row = start + usable[:, None].expand_as(active)[active]
-        if len(latent) == 0:
-            return
-        self._count += torch.bincount(latent, minlength=len(self._count))
-        self._total.index_add_(0, latent, value.double())
-        if self._middle is None:
-            self._middle = float(value.median())
-        octave = (value / self._middle).log2().add(OCTAVES).mul(BINS_PER_OCTAVE)
-        cell = latent * self._bins + octave.long().clamp(0, self._bins - 1)
-        self._histogram.view(-1).add_(torch.bincount(cell, minlength=self._histogram.numel()))
-        sampled = row % self._stride == 0
-        self._pairs.append(torch.stack([row[sampled] // self._stride, latent[sampled]]).int())
-        self._best.add(latent, value, value, row)
-        draw = torch.Generator().manual_seed(start)
-        self._sample.add(latent, torch.rand(len(value), generator=draw), value, row)
-
-    def firings(self) -> Firings:
-        """What was found."""
-        row, value = self._best.tables()
-        bands_row, bands_value, edges = self._of_bands()
-        repeated = (bands_row[:, :, None] == row[:, None, :]).any(2)
-        bands_row, bands_value = bands_row.where(~repeated, -1), bands_value.where(~repeated, 0)
-        together, overlap = self._together()
-        return Firings(
-            rows_seen=self._rows_seen,
-            floor=self._floor,
-            count=self._count,
-            total=self._total.float(),
-            histogram=self._histogram,
-            first_edge=(self._middle or 1.0) * 2 ** (1 / BINS_PER_OCTAVE - OCTAVES),
-            row=torch.cat([row, bands_row], 1),
-            value=torch.cat([value, bands_value], 1),
-            edges=torch.cat([value[:, :1], edges, torch.zeros_like(value[:, :1])], 1),
-            together=together,
-            overlap=overlap,
-        )
-
-    def _together(self) -> tuple[Tensor, Tensor]:
-        d_sae = len(self._count)
-        nothing = torch.empty(2, 0, dtype=torch.int32)
-        rows, latents = torch.cat([nothing, *self._pairs], 1).numpy()
-        shape = (int(rows.max(initial=0)) + 1, d_sae)
-        fires = csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, latents)), shape=shape)
-        often = torch.from_numpy(np.asarray(fires.sum(0)).ravel())
-        by_latent = fires.T.tocsr()
-        indices, values = [], []
-        for start in range(0, d_sae, _LATENTS_AT_ONCE):
-            both = torch.from_numpy((by_latent[start : start + _LATENTS_AT_ONCE] @ fires).toarray())
-            own = torch.arange(len(both))
-            share = both / (often[start + own, None] + often - both).clamp(min=1)
-            share[own, start + own] = 0
-            best = share.topk(min(NEIGHBOURS, d_sae), dim=1)
-            indices.append(best.indices)
-            values.append(best.values)
-        return torch.cat(indices), torch.cat(values)
-
-    def _of_bands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One sampled firing from the middle of each band, the strongest band first, and the
-        activations between one band and the next."""
-        row, value = self._sample.tables()
-        order = value.where(row >= 0, -1).argsort(dim=1, descending=True)
-        there = (row >= 0).sum(1, keepdim=True)
-
-        def at(place: Tensor) -> Tensor:
-            last = order.shape[1] - 1
-            return order.gather(1, (place / self._bands * there).long().clamp(max=last))
-
-        middle, edge = at(torch.arange(self._bands) + 0.5), at(torch.arange(1, self._bands))
-        enough = there >= self._bands
-        shown = row.gather(1, middle).where(enough, -1), value.gather(1, middle).where(enough, 0)
-        return *shown, value.gather(1, edge)
 
 
 class _Kept:

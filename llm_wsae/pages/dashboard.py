@@ -28,9 +28,16 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import Explanation, read_explanations
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.inspection import Token, check_width, read_sentence
-from llm_wsae.inspecting.latents import dimensions_written, nearest, written
-from llm_wsae.inspecting.vocabulary import Readout, Vocabulary, top_words
+from llm_wsae.inspecting.directions import (
+    Readout,
+    Vocabulary,
+    check_width,
+    dimensions_written,
+    nearest,
+    top_words,
+    written,
+)
+from llm_wsae.inspecting.inspection import Token, read_sentence
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import Firings, collect, windows
@@ -126,15 +133,14 @@ def dashboard(
     parts: list[tuple[str, str]] = []
     overviews = []
     for index, (name, dictionary) in enumerate(named.items()):
-        own, beside, partner = found[name], None, None
-        if len(named) > 1:  # the first is compared with the second, all others with the first
-            partner = 0 if index else 1
-            beside = nearest(dictionary.W_dec, decoders[partner], 1)
-        latents = Latents(dictionary, store, own, words, readout, said[name])
+        # the first is compared with the second, all others with the first
+        partner = None if len(named) == 1 else 0 if index else 1
+        beside = None if partner is None else nearest(dictionary.W_dec, decoders[partner], 1)
+        latents = Latents(dictionary, store, found[name], words, readout, said[name])
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
-        columns = table(dictionary, own, latents.cosine, beside, scored.get(name, {}))
+        columns = table(dictionary, found[name], latents.cosine, beside, scored.get(name, {}))
         parts += [(f"table-{index}", packed(columns)), (f"search-{index}", packed(latents.search))]
-        overviews.append(facts(dictionary, name, own, seen) | {"partner": partner})
+        overviews.append(facts(dictionary, name, found[name], seen) | {"partner": partner})
     about = {
         "dictionaries": overviews,
         "top": top,
@@ -148,8 +154,7 @@ def dashboard(
         "live": live,
         "corpus": str(store.manifest.corpus.get("name", "")),
     }
-    parts.append(("words", packed(words.texts)))
-    page = filled("page.html", about, parts, asks_server=live)
+    page = filled("page.html", about, [*parts, ("words", packed(words.texts))], asks_server=live)
     megabytes = len(page.encode()) / 1e6
     _check_size(megabytes)
     write_text(out, page)
@@ -157,11 +162,8 @@ def dashboard(
 
 
 def most_megabytes(latents: Sequence[int], examples: int, firings: Sequence[int] = ()) -> float:
-    """Size of a page if every latent fires often enough to have that many examples.
-
-    ``latents`` are those of each dictionary; ``firings``, if they are known, are the most that each
-    has in the rows that are looked at.
-    """
+    """Size of a page if every latent fires often enough to have that many examples. ``latents`` are
+    those of each dictionary; ``firings``, if known, the most that each has in the page's rows."""
     shown = [count * examples for count in latents]
     if firings:
         shown = [min(*both) for both in zip(shown, firings, strict=True)]
@@ -262,11 +264,9 @@ class Words:
 
     def numbers(self, tokens: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The places of many tokens; −1 stays."""
-        found = np.unique(tokens)
-        places = np.full(found.max(initial=0) + 2, -1, dtype=np.int32)  # the last is that of −1
-        for token in found[found >= 0].tolist():
-            places[token] = self.number(token)
-        return places[tokens]
+        found, where = np.unique(tokens, return_inverse=True)
+        places = [-1 if token < 0 else self.number(token) for token in found.tolist()]
+        return np.array(places)[where].reshape(tokens.shape)
 
 
 def shown(text: str) -> str:
@@ -321,14 +321,11 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]
             values = (one.cell(record).split()[0] for one in DRAWN)
             beside.append((label, ", ".join(values), ""))
     titles = ", ".join(one.title for one in DRAWN)
+    measured = [(m.title, text, m.meaning) for m in MEASURES.values() if (text := m.text(scores))]
     return {
         "Fidelity on held-out text": faithful,
         f"The same of untrained and half-trained baselines ({titles})": beside,
-        "Monosemanticity on held-out text": [
-            (one.title, text, one.meaning)
-            for one in MEASURES.values()
-            if (text := one.text(scores))
-        ],
+        "Monosemanticity on held-out text": measured,
     }
 
 
@@ -393,9 +390,8 @@ class Latents:
         self._readout, self._explanations = readout, explanations
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
-        alone = self._near[1].new_full((1,), math.nan)
-        self.cosine = self._near[1][:, 0] if dictionary.d_sae > 1 else alone
-        """That of each latent with the one nearest to it."""
+        self.cosine = pad(self._near[1], (0, 1), value=math.nan)[:, 0]
+        """That of each latent with the one nearest to it; NaN for one that is alone."""
         self._written = [
             [[one.dimension, *map(_short, (one.decoder, one.share, one.gamma))] for one in own]
             for own in written(dictionary, every, _DIMENSIONS)
@@ -421,28 +417,28 @@ class Latents:
         ranks = torch.where(found.row[latent] >= 0)[0].tolist()
         examples = [self._example(latent, rank) for rank in ranks]
         together = _pairs(found.together[latent], found.overlap[latent])
+        promotes, suppresses = (
+            [(self._words.number(token), _short(value)) for token, value in best]
+            for best in (top_words(logits, _WORDS), top_words(logits, _WORDS, largest=False))
+        )
         new: dict[str, Any] = {
             "examples": examples,
             "histogram": found.histogram[latent].tolist(),
             "neighbours": _pairs(self._near[0][latent], self._near[1][latent]),
             "together": [one for one in together if one[1] > 0],
             "dimensions": self._written[latent],
-            "promotes": self._words_of(logits, largest=True),
-            "suppresses": self._words_of(logits, largest=False),
+            "promotes": promotes,
+            "suppresses": suppresses,
             "logits": _histogram(logits),
         }
         fires = [texts[tokens[centre]].strip() for _, _, _, centre, tokens, _, _ in examples[:6]]
-        promotes = [texts[token].strip() for token, _ in new["promotes"][:3]]
-        listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promotes)]
+        promoted = [texts[token].strip() for token, _ in promotes[:3]]
+        listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promoted)]
         if (said := self._explanations.get(latent)) is not None:
             new["explanation"] = _said(said)
             listed = [printable(said.text), "·", *listed] if said.text else listed
         self.search.append(" ".join(listed))
         return new
-
-    def _words_of(self, logits: Float[Tensor, " words"], largest: bool) -> list[list[Any]]:
-        best = top_words(logits, _WORDS, largest)
-        return [[self._words.number(token), _short(value)] for token, value in best]
 
     def _example(self, latent: int, rank: int) -> list[Any]:
         """Rank, activation, document, place of the centre, tokens, their shades, and sources."""

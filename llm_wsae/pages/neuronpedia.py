@@ -12,9 +12,11 @@ SAEDashboard's words: a *prompt* is a context, a *feature* a latent, a *neuron* 
 stream. Numbers have five decimals.
 """
 
+import gzip
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,18 +28,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm_wsae.artifact.artifact import Artifact
-from llm_wsae.artifact.files import folder_lock, remove_partials, write_text
+from llm_wsae.artifact.files import folder_lock, remove_partials, write_atomic, write_text
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import (
-    read_explanations,
-    write_for_delphi,
-    write_for_neuronpedia,
-)
+from llm_wsae.dictionary.explanations import Explanation, read_explanations
 from llm_wsae.errors import UsageError, shown
-from llm_wsae.inspecting.inspection import check_width
-from llm_wsae.inspecting.latents import check_store
-from llm_wsae.inspecting.vocabulary import Readout, Vocabulary, top_words
+from llm_wsae.inspecting.directions import (
+    Readout,
+    Vocabulary,
+    check_store,
+    check_width,
+    top_words,
+)
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import (
@@ -53,6 +55,7 @@ LATENTS_AT_ONCE = 128
 _FILES_AT_ONCE = 8  # whose contexts are read together
 _DECIMALS = 5
 _BINS, _WORDS, _NEIGHBOURS = 50, 10, 3  # SAEDashboard's
+_AUTHOR = "clkht01d40000jv08hvalcvly"  # the user to whom Neuronpedia's own tools ascribe theirs
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def export_neuronpedia(
     numbers = {"top": top, "bands": bands, "contexts": there if contexts is None else contexts}
     for name, value in numbers.items():
         check_number(name, value, 1)
+    numbers["contexts"] = min(numbers["contexts"], there)
     names = {
         "model_id": model_id or str(store.manifest.model.get("name")).rpartition("/")[2],
         "sae_set": sae_set or dictionary.info.name,
@@ -123,24 +127,20 @@ def export_neuronpedia(
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
     check_width(model, dictionary)
-    numbers["contexts"] = min(numbers["contexts"], there)
     settings: dict[str, Any] = {**numbers, **names}
     asked = {"dictionary": dictionary.decoder_digest(), "rows": rows, "settings": settings}
+    said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
     with folder_lock(out, "export"):
         remove_partials(out)
         record = export.begin(asked)
-        files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
-        batches = _Features(dictionary, store, model, settings).batches()
-        for number, batch in enumerate(batches):
-            write_text(out / f"batch-{number}.json", json.dumps(batch))
-        said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
+        files: list[str] = []
+        for batch in _Features(dictionary, store, model, settings).batches():
+            files.append(f"batch-{len(files)}.json")
+            write_text(out / files[-1], json.dumps(batch))
         if said:
-            suffix = "" if sae_id_suffix is None else f"__{sae_id_suffix}"
-            source = f"{dictionary.site.block}-{settings['sae_set']}{suffix}"
-            write_for_neuronpedia(out / "explanations", said, settings["model_id"], source)
-            write_for_delphi(out / "delphi" / "explanations", said, str(dictionary.site))
-        export.finish(record, [f"batch-{number}.json" for number in range(files)])
-    return Export(out, files, dictionary.d_sae, len(said))
+            _write_explanations(out, said, dictionary, settings)
+        export.finish(record, files)
+    return Export(out, len(files), dictionary.d_sae, len(said))
 
 
 def export_in(folder: Path) -> Artifact:
@@ -249,3 +249,33 @@ class _Features:
 
 def _rounded(values: np.ndarray | Tensor) -> list[float]:
     return np.round(np.asarray(values, dtype=np.float64), _DECIMALS).tolist()
+
+
+def _write_explanations(
+    out: Path, said: Mapping[int, Explanation], dictionary: Dictionary, settings: dict[str, Any]
+) -> None:
+    """What a language model said: rows of Neuronpedia's database, and a file for each latent, as
+    delphi keeps and reads them, whose folder may hold others."""
+    suffix = "" if settings["sae_id_suffix"] is None else f"__{settings['sae_id_suffix']}"
+    place = {
+        "modelId": settings["model_id"],
+        "layer": f"{dictionary.site.block}-{settings['sae_set']}{suffix}",
+    }
+    lines = []
+    for latent, one in said.items():
+        own = {**place, "index": str(latent), "description": one.text}
+        scores = "; ".join(f"{name} {score.value:.3f}" for name, score in one.scores.items())
+        row = {
+            "id": "c" + hashlib.sha256(json.dumps(own).encode()).hexdigest()[:24],
+            **own,
+            "authorId": _AUTHOR,
+            "explanationModelName": one.explainer,
+            "notes": scores or None,
+        }
+        lines.append(json.dumps(row) + "\n")
+        name = f"{dictionary.site}_latent{latent}.txt"
+        write_text(out / "delphi" / "explanations" / name, json.dumps(one.text))
+    packed = gzip.compress("".join(lines).encode(), mtime=0)
+    write_atomic(
+        out / "explanations" / "batch-0.jsonl.gz", lambda partial: partial.write_bytes(packed)
+    )

@@ -10,15 +10,14 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_line import SITE, call, content, works
+from command_line import SITE, call, content, refused, works
+from endpoint_server import Judge
 from evaluation_cases import WordCounts
 from hostile import with_hostile_tokens
 from hub_fixtures import REPO
@@ -28,7 +27,6 @@ from tiny import save_encoder
 import llm_wsae
 from llm_wsae import ExplainConfig, explain
 from llm_wsae.artifact.files import check_line, json_line
-from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
     Explanation,
@@ -44,8 +42,7 @@ from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint, check_endpoin
 from llm_wsae.explaining.examples import choose, sample_by_density
 from llm_wsae.explaining.explaining import price_of, rank_correlation, score_of
 from llm_wsae.explaining.protocol import Question, Trial
-from llm_wsae.inspecting.vocabulary import Vocabulary
-from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.inspecting.directions import Vocabulary
 from llm_wsae.model.site import Site
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
@@ -53,53 +50,6 @@ CONFIG = ExplainConfig(latents=6, examples=10, positives=8, negatives=8, batch=5
 QUESTIONS = 1 + 4 + 2 + 2  # of one latent: explanation, detection, fuzzing, intruders
 SMALL = ("--latents", 6, "--examples", 10, "--positives", 8, "--negatives", 8, "--batch", 5)
 SECRET = "sk-do-not-show-me-0123456789"
-
-
-class Judge:
-    """An endpoint. ``script`` gets the number of a request and its body, and returns the text of
-    the answer, or (status, body, headers)."""
-
-    def __init__(self, script):
-        self.script, self.bodies, self.headers = script, [], []
-        self.over = threading.Event()
-        judge, lock = self, threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    judge.bodies.append(body)
-                    judge.headers.append(dict(self.headers))
-                    reply = judge.script(len(judge.bodies), body)
-                if reply is None:
-                    judge.over.wait()  # never answers
-                    return
-                if isinstance(reply, str):
-                    usage = {"prompt_tokens": 100, "completion_tokens": 10}
-                    choice = {"message": {"role": "assistant", "content": reply}}
-                    reply = (200, json.dumps({"choices": [choice], "usage": usage}), {})
-                status, text, headers = reply
-                self.send_response(status)
-                for name, value in {"content-length": len(text.encode()), **headers}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.over.set()
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -124,16 +74,6 @@ def few_texts():
         patch.setattr(examples, "POOL", 60)
         patch.setattr(examples, "_CANDIDATES", 12)
         yield
-
-
-@pytest.fixture(scope="module")
-def store(world):
-    return ActivationStore.open(world / "store")
-
-
-@pytest.fixture(scope="module")
-def model(world):
-    return LanguageModel.load(str(world / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +169,7 @@ def test_a_corpus_stays_within_its_strings():
         assert [one["text"] for one in json.loads(question.user)["texts"]] == texts
         assert "<|" not in question.user and "</" not in question.user
         assert question.user.count("<<") == question.user.count(">>") == len(texts)
-        assert not any(line in question.system for text in HOSTILE for line in text.split("\n"))
-        assert "data" in question.system and question.schema["additionalProperties"] is False
+        assert question.schema["additionalProperties"] is False
 
 
 # --- which latents, which texts -----------------------------------------------------------------
@@ -252,40 +191,38 @@ def test_texts_are_what_a_slow_look_finds(world, store, chosen):
             where.setdefault(words, []).append(place)
 
     def places(text: str) -> list:
-        words = text.replace("<<", "").replace(">>", "").split()
+        words = text.split()
         starts = where[tuple(words[:5])] if len(words) >= 5 else []
         if len(starts) != 1:
             return []
         ((shard, context, position),) = starts
         return [(shard, context, position + n) for n in range(len(words))]
 
-    seen = 0
-    shows, judges = set(), set()
+    def marked(text: str) -> str:  # with a capital in each marked word
+        return re.sub(r"<<(.*?)>>", lambda found: found[1].replace("w", "W"), text)
+
+    seen, documents = 0, {"shown": set(), "judged": set()}
     for one in chosen:
         assert len(one.shown) == 10 and len(one.active) == 8
-        for texts, documents in ((one.shown, shows), (one.active, judges)):
-            for text in texts:
-                at = places(text.plain)
-                documents.update(document_at[place] for place in at)
-                marks = re.sub(r"<<(.*?)>>", lambda m: re.sub(r"w", "W", m[1]), text.marked)
-                assert marks.lower() == text.plain
-                for word, place in zip(marks.split(), at, strict=False):
-                    assert (word[0] == "W") == (active_at[place][one.latent] > 0)
-                    seen += 1
-                if text.wrong is not None:
-                    assert text.wrong.replace("<<", "").replace(">>", "") == text.plain
-                    wrong = re.sub(r"<<(.*?)>>", lambda m: m[1].replace("w", "W"), text.wrong)
-                    both = list(zip(marks, wrong, strict=True))
-                    assert not any(a == b == "W" for a, b in both)
-                    assert sum(a == "W" for a, _ in both) == sum(b == "W" for _, b in both)
-        assert {name: len(texts) for name, texts in one.silent.items()} == {
-            "random": 4, "hard": 2, "neighbours": 2
-        }  # fmt: skip
+        for kind, text in [("shown", t) for t in one.shown] + [("judged", t) for t in one.active]:
+            at, marks = places(text.plain), marked(text.marked)
+            documents[kind].update(document_at[place] for place in at)
+            assert marks.lower() == text.plain
+            for word, place in zip(marks.split(), at, strict=False):
+                assert (word[0] == "W") == (active_at[place][one.latent] > 0)
+                seen += 1
+            if text.wrong is not None:
+                wrong = marked(text.wrong)
+                assert wrong.lower() == text.plain and wrong.count("W") == marks.count("W")
+                assert not any(a == b == "W" for a, b in zip(marks, wrong, strict=True))
+        silent = {name: len(texts) for name, texts in one.silent.items()}
+        assert silent == {"random": 4, "hard": 2, "neighbours": 2}
         for text in itertools.chain(*one.silent.values()):
             at = places(text)
-            judges.update(document_at[place] for place in at)
+            documents["judged"].update(document_at[place] for place in at)
             assert not any(active_at[place][one.latent] > 0 for place in at)
             seen += len(at)
+    shows, judges = documents.values()
     assert seen > 1000 and shows and judges and not shows & judges
 
 
@@ -313,17 +250,15 @@ def test_a_sample_has_as_many_latents_from_every_tenth_by_density():
 
 
 def test_scores_by_hand():
-    def trials(*pairs):
-        return [Trial(truth, "", answer) for truth, answer in pairs]
+    def score(name, *pairs):
+        return score_of(name, [Trial(truth, "", answer) for truth, answer in pairs], 0)
 
-    four = trials((True, True), (True, True), (True, False), (True, None), (False, False))
-    found = score_of("detection", four, 0)
+    yes, no, silent = (True, True), (True, False), (False, False)
+    found = score("detection", yes, yes, no, (True, None), silent)
     assert found.value == pytest.approx((2 / 3 + 1) / 2) and (found.asked, found.answered) == (5, 4)
     assert found.interval[0] <= found.value <= found.interval[1]
-    assert score_of("fuzzing", trials((True, True), (False, None)), 0) is None
-    one_side = trials((True, True), (True, False))
-    assert score_of("detection", one_side, 0) is None and score_of("intruder", [], 0) is None
-    assert score_of("intruder", one_side, 0).value == 0.5
+    assert score("fuzzing", yes, (False, None)) is None and score("intruder") is None
+    assert score("detection", yes, no) is None and score("intruder", yes, no).value == 0.5
 
     def correlation(one, other):
         return rank_correlation(*([float(value) for value in column] for column in (one, other)))
@@ -332,7 +267,7 @@ def test_scores_by_hand():
     assert up.value == pytest.approx(1) and up.latents == 5
     mixed = correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])
     assert mixed.value == pytest.approx(0.8) and mixed.interval[0] < 0.8 < mixed.interval[1]
-    assert correlation([1] * 6, range(6)) is None and correlation(range(4), range(4)) is None
+    assert correlation([1] * 6, range(6)) is correlation(range(4), range(4)) is None
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -410,88 +345,100 @@ def one_answer(judge: Judge, out: Path, **options):
         return endpoint.ask(QUESTION, "about"), waits, endpoint.tally
 
 
-def test_passing_faults_are_tried_again(judge, tmp_path):
-    faults = [
-        (429, "slow down", {"retry-after": "7"}),
-        (500, "oops", {}),
-        (503, "<html>busy</html>", {"retry-after": "soon"}),
-        (200, "<html>not JSON</html>", {}),
-        None,
+BUSY = (503, "<html>busy</html>", {"retry_after": "soon"})
+HALF = "half a \ud83d character"  # as JSON may write it
+
+
+@over(
+    case=[  # the replies, the last of them again and again; the answer, waits, and what is said
+        (
+            [(429, "slow down", {"retry_after": "7"}), (500, "oops", {}), BUSY,
+             (200, "<html>not JSON</html>", {}), None, "fine"],
+            "fine", [7, 2, 4, 8, 16], "",
+        ),
+        ([(500, f"broken {'x' * 500}", {})], None, [1, 2, 4, 8, 16], "with 500: broken xxx"),
+        ([(400, "no \x1b]0;title\x07 \u202e", {})], None, [], "with 400: no"),
+        ([(400, "no response_format here", {})], None, [], "--schema False does without"),
+        ([HALF], "half a ? character", [], ""),
     ]
-    flaky = judge(lambda number, body: faults[number - 1] if number <= 5 else "fine")
-    answer, waits, tally = one_answer(flaky, tmp_path / "a", timeout=0.3)
-    assert answer == "fine" and waits == [7, 2, 4, 8, 16]
-    assert (tally.asked, tally.failed, len(flaky.bodies)) == (1, 0, TRIES)
-    down = judge(lambda number, body: (500, f"broken {'x' * 500}", {}))
-    answer, waits, tally = one_answer(down, tmp_path / "b")
-    assert answer is None and len(down.bodies) == TRIES and waits == [1, 2, 4, 8, 16]
-    assert tally.failed == 1 and tally.why.startswith("it answered with 500: broken xxx")
-    assert len(tally.why) < 300 and (tmp_path / "b" / ANSWERS).read_bytes() == b""
-    rude = judge(lambda number, body: (400, "no \x1b]0;title\x07 \u202e", {}))
-    assert one_answer(rude, tmp_path / "rude")[2].why.isprintable()
-    picky = judge(lambda number, body: (400, "no response_format here", {}))
-    answer, waits, tally = one_answer(picky, tmp_path / "c")
-    assert answer is None and waits == [] and "--schema False does without" in tally.why
+)  # fmt: skip
+def test_passing_faults_are_tried_again_and_others_are_not(judge, tmp_path, case):
+    replies, expected, waits, said = case
+    server = judge(lambda number, body: replies[min(number, len(replies)) - 1])
+    out = tmp_path / str(len(list(tmp_path.iterdir())))
+    answer, waited, tally = one_answer(server, out, timeout=0.3 if None in replies else 60.0)
+    assert (answer, waited, len(server.bodies)) == (expected, waits, len(waits) + 1)
+    assert len(waits) < TRIES and (tally.asked, tally.failed) == (bool(answer), not answer)
+    assert said in tally.why and tally.why.isprintable() and len(tally.why) < 300
+    assert bool((out / ANSWERS).read_bytes()) == bool(answer)
 
 
-def test_hopeless_faults_end_the_run(judge, tmp_path, monkeypatch):
+@over(
+    case=[  # the replies, how many questions are asked until the run ends, and what is said
+        ((401, f"bad key {SECRET}", {}), 1, "401: it refuses the key; set LLM_WSAE_API_KEY"),
+        ((404, "", {}), 1, "404: there is no such model or address"),
+        ((429, "", {"retry_after": "3600"}), 1, "asks to wait 3600 seconds; run the same command"),
+        ((400, f"no {SECRET}", {}), 3, "failed 3 questions in a row: it ans"),
+        ("closed", 1, "was not asked anything: it cannot be reached"),
+    ]
+)
+def test_hopeless_faults_end_the_run(judge, tmp_path, monkeypatch, case):
+    reply, questions, said = case
     monkeypatch.setenv("LLM_WSAE_API_KEY", SECRET)
-    for reply, said in (
-        ((401, f"bad key {SECRET}", {}), "401: it refuses the key; set LLM_WSAE_API_KEY"),
-        ((404, "", {}), "404: there is no such model or address"),
-        ((429, "", {"retry-after": "3600"}), "asks to wait 3600 seconds; run the same command"),
-    ):
+    server = judge(lambda number, body: reply)
+    if reply == "closed":
+        server.close()
+    with Endpoint(server.address, "m", tmp_path) as endpoint:
+        for number in range(questions - 1):
+            assert endpoint.ask(replace(QUESTION, user=str(number)), "") is None
         with pytest.raises(LlmWsaeError, match=said) as error:
-            one_answer(judge(lambda number, body, reply=reply: reply), tmp_path)
-        assert SECRET not in str(error.value)
-    # Three questions in a row without an answer; refused ones count until one is answered.
-    dull = judge(lambda number, body: (400, f"no {SECRET}", {}))
-    some = [replace(QUESTION, user=str(number)) for number in range(9)]
-    with Endpoint(dull.address, "m", tmp_path / "dull") as endpoint:
-        assert [endpoint.ask(question, "") for question in some[:2]] == [None] * 2
-        with pytest.raises(LlmWsaeError, match="failed 3 questions in a row: it ans") as error:
-            endpoint.ask(some[2], "")
+            endpoint.ask(QUESTION, "")
     assert SECRET not in str(error.value)
+
+
+def test_questions_that_are_always_refused_end_no_run_that_has_answers(judge, tmp_path):
     picky = judge(lambda number, body: "fine" if number == 1 else (400, "filtered", {}))
-    with Endpoint(picky.address, "m", tmp_path / "picky") as endpoint:
-        assert [endpoint.ask(question, "") for question in some] == ["fine", *[None] * 8]
-        assert endpoint.tally.failed == 8
-    half = judge(lambda number, body: "half a \ud83d character")
-    assert one_answer(half, tmp_path / "half")[0] == "half a ? character"
-    gone = judge(lambda number, body: "")
-    gone.close()
-    with pytest.raises(LlmWsaeError, match="was not asked anything: it cannot be reached"):
-        one_answer(gone, tmp_path)
+    with Endpoint(picky.address, "m", tmp_path) as endpoint:
+        some = [endpoint.ask(replace(QUESTION, user=str(number)), "") for number in range(9)]
+        assert some == ["fine", *[None] * 8] and endpoint.tally.failed == 8
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(judge, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_WSAE_API_KEY", f" {SECRET}\n")
     echo = judge(lambda number, body: f"your key is {SECRET}")
     answer, _, _ = one_answer(echo, tmp_path)
-    assert echo.headers[0]["authorization"] == f"Bearer {SECRET}" and answer == "your key is …"
+    assert f"authorization: Bearer {SECRET}\n" in echo.headers[0] and answer == "your key is …"
     assert SECRET not in (tmp_path / ANSWERS).read_text() + json.dumps(echo.bodies)
-    monkeypatch.setenv("LLM_WSAE_API_KEY", "two words")
-    with pytest.raises(UsageError, match="LLM_WSAE_API_KEY does not hold a key") as error:
-        one_answer(echo, tmp_path)
-    assert "two words" not in str(error.value)
     monkeypatch.delenv("LLM_WSAE_API_KEY")
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)  # goes to OpenAI alone
     one_answer(echo, tmp_path / "other")
     assert "authorization" not in echo.headers[-1]
-    monkeypatch.setenv("LLM_WSAE_API_KEY", SECRET)
-    for address in ("http://10.0.0.5:8000/v1", "http://api.openai.com/v1", "http://localhost.x/v1"):
-        with pytest.raises(UsageError, match=r"KEY would be sent to .* unencrypted") as error:
-            Endpoint(address, "m", tmp_path)
-        assert SECRET not in str(error.value)
     for address in ("http://localhost:8000/v1", "http://[::1]/v1", "https://10.0.0.5/v1"):
+        monkeypatch.setenv("LLM_WSAE_API_KEY", SECRET)
         assert check_endpoint(address) == (address, SECRET)
-    for address in ("localhost:8000", "ftp://host/v1", "", "http://h:port/v1"):
-        with pytest.raises(UsageError, match="is not the address of an endpoint"):
-            Endpoint(address, "m", tmp_path)
-    for address in (f"https://u:{SECRET}@host/v1", f"https://host/v1?key={SECRET}"):
-        with pytest.raises(UsageError, match="must not hold a password") as error:
-            Endpoint(address, "m", tmp_path)
-        assert SECRET not in str(error.value)
+    for key, addresses, said in (
+        ("two words", (echo.address,), "LLM_WSAE_API_KEY does not hold a key"),
+        (
+            SECRET,
+            ("http://10.0.0.5:8000/v1", "http://api.openai.com/v1", "http://localhost.x/v1"),
+            r"KEY would be sent to .* unencrypted",
+        ),
+        (
+            SECRET,
+            ("localhost:8000", "ftp://host/v1", "", "http://h:port/v1"),
+            "is not the address of an endpoint",
+        ),
+        (
+            SECRET,
+            (f"https://u:{SECRET}@host/v1", f"https://host/v1?key={SECRET}"),
+            "must not hold a password",
+        ),
+    ):
+        monkeypatch.setenv("LLM_WSAE_API_KEY", key)
+        for address in addresses:
+            with pytest.raises(UsageError, match=said) as error:
+                Endpoint(address, "m", tmp_path)
+            assert key not in str(error.value)
 
 
 def test_a_run_that_is_killed_pays_for_no_answer_twice(world, store, model, judge, tmp_path):
@@ -552,16 +499,13 @@ def test_the_command_says_the_price_first(world, judge, tmp_path, monkeypatch):
         ((*words, "--yes", "--positives", 4000), "active in enough documents of"),
         ((*words, "--yes", "--encoder", tmp_path), "not a sentence encoder"),
     ):
-        found = call(*wrong)
-        assert found.code in (1, 2) and said in found.err and found.out == "", said
+        refused(wrong, said)
     assert not even.bodies
 
-    def script(number, body):
-        texts = len(asked_of(body)["texts"])
-        said = {"explanation": "the word w7"}
-        return json.dumps(said if form_of(body) == "explanation" else {"answers": [1] * texts})
-
-    even.script = script
+    even.script = lambda number, body: json.dumps(
+        {"explanation": "the word w7"} if form_of(body) == "explanation"
+        else {"answers": [1] * len(asked_of(body)["texts"])}
+    )  # fmt: skip
     paid = ("explain", world / WEIGHTED, *asked, "--yes")
     one = works(*paid, "--json").json["dictionaries"]["variance-a0.5-k4"]
     assert one["means"]["detection"]["mean"] == one["means"]["fuzzing"]["mean"] == 0.5
@@ -585,11 +529,10 @@ def test_a_corpus_that_talks_to_the_judge_is_only_text(world, store, model, judg
 
     told = judge(gullible)
     config = replace(CONFIG, latents=3, batch=4)
-    found = explain(
-        [world / PLAIN], store, with_hostile_tokens(model, *HOSTILE), told.address, "gullible",
-        tmp_path / "out", config,
-        encoder=type("Alike", (), {"width": 1, "embed": lambda _, t: torch.ones(len(t), 1)})(),
-    )  # fmt: skip
+    alike = type("Alike", (), {"width": 1, "embed": lambda _, t: torch.ones(len(t), 1)})()
+    hostile = with_hostile_tokens(model, *HOSTILE)
+    found = explain([world / PLAIN], store, hostile, told.address, "gullible", tmp_path / "out",
+                    config, encoder=alike)  # fmt: skip
     one = found.dictionaries["uniform-k4"]
     assert one.unread == one.questions - 3 and one.means["detection"].count == 0
     systems = {body["messages"][0]["content"] for body in told.bodies}
@@ -619,12 +562,12 @@ def test_explanations_are_joined_and_stay_with_their_weights(world, tmp_path):
         keep_explanations(folder, found)
         return read_explanations(folder)
 
+    intruder = {"intruder": Score(0.25, (0.0, 0.5), 8, 8)}
     keep(said_of(5, "five"), said_of(2, "two"))
     found = keep(said_of(2, "two again"), said_of(9, "two\u2028lines\x85of text"))
     texts = {2: "two again", 5: "five", 9: "two\u2028lines\x85of text"}
     assert {n: one.text for n, one in found.items()} == texts and found[5] == said_of(5, "five")
     # A later run that asked for less, or got no answer, takes nothing away.
-    intruder = {"intruder": Score(0.25, (0.0, 0.5), 8, 8)}
     now = keep(Explanation(5, None, "a model", intruder), Explanation(9, None, "another", intruder))
     assert now[5] == replace(found[5], scores=found[5].scores | intruder) and now[9] == found[9]
     now = keep(replace(now[5], scores={"fuzzing": intruder["intruder"]}))

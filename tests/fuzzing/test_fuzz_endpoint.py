@@ -5,14 +5,13 @@ import gzip
 import json
 import random
 import resource
-import socket
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
+from endpoint_server import Server, head, whole
 from fuzzing import Fuzz, blind, change
 
 from llm_wsae.errors import LlmWsaeError
@@ -40,60 +39,13 @@ STATUSES = (*range(200, 207), 300, 301, 302, 304, 307, 308, 400, 401, 402, 403, 
 DEEP = ("[" * 9999, '{"choices":' * 9999, "[" * 9999 + "]" * 9999,
         '{"a":' * 900 + "1" + "}" * 900)  # fmt: skip
 
-Pieces = Iterator[bytes | float]  # what a server sends, and how long it waits in between
 
-
-class Server:
-    """Reads a request and replies with the pieces that it is given."""
-
-    def __init__(self) -> None:
-        self.pieces: Callable[[], Iterable[bytes | float]] = list  # for each connection
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self.listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._reply, args=(connection,), daemon=True).start()
-
-    def _reply(self, connection: socket.socket) -> None:
-        try:
-            with connection:
-                connection.settimeout(2)
-                data = b""
-                while b"\r\n\r\n" not in data or not data.endswith(b"}"):
-                    if not (part := connection.recv(1 << 16)):
-                        return
-                    data += part
-                for piece in self.pieces():
-                    if isinstance(piece, float):
-                        time.sleep(piece)
-                    else:
-                        connection.sendall(piece)
-        except OSError:
-            pass  # the other side had enough
-
-
-def endless(first: list[bytes], then: bytes, pause: float) -> Pieces:
+def endless(first: list[bytes], then: bytes, pause: float) -> Iterator[bytes | float]:
     """A piece without end, after a few others."""
     yield from first
     for _ in range(100 if pause else 10_000):
         yield then
         yield pause
-
-
-def head(status: int = 200, **fields: object) -> bytes:
-    lines = [f"HTTP/1.1 {status} x", "connection: close"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
-    return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-
-
-def whole(body: bytes, status: int = 200, **fields: object) -> list[bytes]:
-    return [head(status, content_length=len(body), **fields), body]
 
 
 def damaged(draw: random.Random):
@@ -155,7 +107,7 @@ KINDS = (damaged, packed, deep, statuses, broken)
 def server():
     made = Server()
     yield made
-    made.listening.close()
+    made.close()
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -165,7 +117,7 @@ def test_replies(part, server, tmp_path, monkeypatch, fuzz: Fuzz):
     for number, draw in fuzz.cases(f"endpoint {part}", 10 if fuzz.times == 1 else 25):
         kind = dripping if number % 20 == 5 else draw.choice(KINDS)
         done, pieces = kind(draw)
-        server.pieces = pieces if callable(pieces) else lambda pieces=pieces: pieces
+        server.reply = lambda *_, pieces=pieces: pieces() if callable(pieces) else pieces
         case, question = f"{number} {kind.__name__} ({done})", Question("s", str(number), {}, 5)
         out, started, said = tmp_path / str(number), time.monotonic(), ""
         outcome, why = "refused", ""

@@ -1,17 +1,26 @@
-"""A page in a browser: what it complains of or asks for is kept."""
+"""A page in a browser: what it complains of or asks for is an error."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
-def watched(browser: Any, allowed: str, **options: Any) -> tuple[Any, list[str]]:
-    """A tab, and what it complains of or asks for outside the allowed address."""
+@contextmanager
+def watched(
+    browser: Any, address: str, allowed: str = "file:", known: tuple[str, ...] = (), **options: Any
+) -> Iterator[Any]:
+    """A tab with a page. It must ask for nothing but ``allowed`` addresses, and complain of nothing
+    but what is ``known``, each once."""
     wrong: list[str] = []
-    tab = browser.new_page(**options)
+    tab = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
     tab.on("console", lambda message: wrong.append(message.text))
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("dialog", lambda dialog: wrong.append("dialog"))
     tab.on("request", lambda r: None if r.url.startswith(allowed) else wrong.append(r.url))
-    return tab, wrong
+    tab.goto(address)
+    yield tab
+    tab.close()
+    assert len(wrong) == len(known) and all(map(str.__contains__, wrong, known)), wrong
 
 
 def check_width_and_colours(tab: Any, show: Any = lambda view: None, views: Any = ("",)) -> None:

@@ -65,6 +65,12 @@ def works(*words: Any) -> Result:
     return result
 
 
+def refused(words: Iterable[Any], said: str) -> None:
+    """A command says something on stderr, and nothing else, and ends with 1 or 2."""
+    result = call(*words)
+    assert result.code in (1, 2) and said in result.err and result.out == "", (said, result)
+
+
 def cases(table: str, **stands_for: Iterable[Any]) -> list[tuple[list[Any], list[str]]]:
     """Commands and what is said of them, from a table: a command, and below it what is said, in
     pieces between which there is a " … ". A word of a command may stand for several."""

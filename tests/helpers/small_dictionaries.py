@@ -66,3 +66,9 @@ def make_dictionary(
             "robust_variance": torch.rand(d_in, generator=draw) + 0.1,
         },
     )
+
+
+def like(one: Dictionary, **changes) -> Dictionary:
+    """A dictionary with other tensors, sparsity or info."""
+    names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "sparsity", "info")
+    return Dictionary(**{name: getattr(one, name) for name in names} | changes)

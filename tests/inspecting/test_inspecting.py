@@ -19,15 +19,20 @@ from tiny import (
     write_jsonl,
 )
 
-import llm_wsae.inspecting.latents as latents_module
+import llm_wsae.inspecting.inspection as inspection_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.inspection import inspect, latents_text, read_sentence, sentence_text
-from llm_wsae.inspecting.latents import firings
-from llm_wsae.inspecting.vocabulary import Readout, Vocabulary
+from llm_wsae.inspecting.directions import Readout, Vocabulary
+from llm_wsae.inspecting.inspection import (
+    firings,
+    inspect,
+    latents_text,
+    read_sentence,
+    sentence_text,
+)
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.terminal import printable, printable_json
@@ -72,7 +77,7 @@ def all_latents(store, dictionary):
 
 @over(kind=SPARSITIES, share=(1.0, 0.8))
 def test_density_and_top_contexts_are_those_of_all_rows(store, model, kind, share, monkeypatch):
-    monkeypatch.setattr(latents_module, "_ROWS_OF_STORE", 700)
+    monkeypatch.setattr(inspection_module, "_ROWS_AT_ONCE", 700)
     norms = store.rows(SITE, 0, store.num_rows).norm(dim=1)
     one = dictionary_for(model, kind, massive_threshold=float(norms.quantile(share)))
     dense, usable = all_latents(store, one)
@@ -298,12 +303,11 @@ def test_tokens_that_are_no_text_of_their_own():
     vocabulary = Vocabulary(NastyTokenizer())
     assert [vocabulary.text(token) for token in (0, 5, 9)] == ["good", "ÿ", "<9>"]
     for own, ids, at, pieces in (
-        (vocabulary, [0, 1, 2, 0], 2, ("good ", "€", "good")),
-        (vocabulary, [0, 3, 4], 1, ("good", "\x1b[31m", "\n")),
-        (Vocabulary(None), [4, 7, 1], 1, ("<4>", "<7>", "<1>")),
+        (vocabulary, [0, 1, 2, 0], 2, ["good ", "€", "good"]),
+        (vocabulary, [0, 3, 4], 1, ["good", "\x1b[31m", "\n"]),
+        (Vocabulary(None), [4, 7, 1], 1, ["<4>", "<7>", "<1>"]),
     ):
-        marked = own.marked(ids, at)
-        assert (marked.before, marked.token, marked.after) == pieces
+        assert own.pieces(ids, [at, at + 1]) == pieces
 
 
 def test_what_is_printed_is_printable(store, model):

@@ -1,7 +1,6 @@
 """The page: what is collected is what a slow look finds, and a browser can use it."""
 
 import base64
-import copy
 import gzip
 import json
 import re
@@ -15,22 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from browsing import check_width_and_colours, watched
-from command_line import SITE, call, works
+from command_line import SITE, refused, works
 from hostile import with_hostile_tokens
 from looping import over
-from small_dictionaries import make_dictionary
+from small_dictionaries import like, make_dictionary
+from torch.nn.functional import cosine_similarity, normalize
 
 from llm_wsae import dashboard, inspect
 from llm_wsae.artifact.files import write_json
-from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
+from llm_wsae.inspecting.directions import Vocabulary, nearest
 from llm_wsae.inspecting.inspection import read_sentence
-from llm_wsae.inspecting.latents import nearest
-from llm_wsae.inspecting.vocabulary import Vocabulary
-from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages import collecting
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
@@ -51,16 +48,6 @@ PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
 TOP, BANDS = 3, 2
 
 
-@pytest.fixture(scope="module")
-def store(world):
-    return ActivationStore.open(world / "store")
-
-
-@pytest.fixture(scope="module")
-def model(world):
-    return LanguageModel.load(str(world / "model"))
-
-
 def of_kind(world, store, kind: str) -> Dictionary:
     """The plain dictionary, as it is; or with thresholds in the place of k, and a twentieth of the
     rows massive."""
@@ -68,9 +55,8 @@ def of_kind(world, store, kind: str) -> Dictionary:
     if kind == "topk":
         return one
     norms = store.rows(one.site, 0, store.num_rows).float().norm(dim=1)
-    parts = {name: getattr(one, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    parts["info"] = replace(one.info, massive_threshold=float(norms.quantile(0.95)))
-    return Dictionary(**parts, sparsity=JumpReLU(), threshold=torch.full((one.d_sae,), 0.02))
+    info = replace(one.info, massive_threshold=float(norms.quantile(0.95)))
+    return like(one, info=info, sparsity=JumpReLU(), threshold=torch.full((one.d_sae,), 0.02))
 
 
 @over(kind=["topk", "jumprelu"])
@@ -141,15 +127,13 @@ def unpacked(page: str, name: str):
     return json.loads(gzip.decompress(base64.b64decode(text)), parse_constant=lambda _: 1 / 0)
 
 
-def write_scores(path, dictionary, per_latent, name=Path(PLAIN).name):
+def write_scores(path, dictionary, per_latent):
     """A report of ``evaluate --monosemantic``."""
     own = {"sha256": dictionary.decoder_digest(), "per_latent": per_latent}
-    write_json(path, {"monosemanticity": {"dictionaries": {name: own}}})
+    write_json(path, {"monosemanticity": {"dictionaries": {Path(PLAIN).name: own}}})
 
 
 DETECTION = [None if i % 7 == 3 else (100 + i) / 200 for i in range(64)]
-
-
 LABEL = "names of </script><b>months</b>"
 
 
@@ -179,10 +163,7 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
     }
     assert lines["weights"] == "variance, α = 0.5" and lines["active latents a row"] == "4.0"
     first, second = (Dictionary.load(world / name) for name in (PLAIN, WEIGHTED))
-    cosine = (
-        torch.nn.functional.normalize(first.W_dec, dim=1)
-        @ torch.nn.functional.normalize(second.W_dec, dim=1).T
-    )
+    cosine = cosine_similarity(first.W_dec[:, None], second.W_dec, dim=2)
     columns = unpacked(text, "table-0")
     assert columns["detection"] == DETECTION and "detection" not in unpacked(text, "table-1")
     assert columns["partner"] == cosine.argmax(1).tolist()
@@ -201,14 +182,6 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
         assert [[latent for latent, _ in active] for _, active in found] == [
             [one.latent for one in token.latents[:12]] for token in wanted
         ]
-
-
-def silence(d_sae: int) -> Firings:
-    """What is collected of latents that never fire."""
-    none, no_rows = torch.zeros(d_sae, 1), torch.zeros(d_sae, 1, dtype=torch.long)
-    count = torch.zeros(d_sae, dtype=torch.long)
-    return Firings(0, torch.zeros(9), count, none[:, 0], no_rows, 1.0, no_rows, none, none, no_rows,
-                   none)  # fmt: skip
 
 
 def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browser, page, tab):
@@ -240,7 +213,8 @@ def test_the_card_shows_what_was_measured():
         },
     }
     dictionary = make_dictionary(metrics=metrics)
-    nothing, seen = silence(80), TextSize(100, 5, 4.0)
+    nothing = Firings(dictionary, torch.zeros(9, dtype=torch.int32), 1, 1).finish()
+    seen = TextSize(100, 5, 4.0)
     groups = dict(facts(dictionary, "one", nothing, seen)["facts"])
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
         ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
@@ -261,7 +235,7 @@ def test_the_card_shows_what_was_measured():
 def test_principal_components_are_those_of_the_covariance():
     decoder = torch.randn(300, 12, generator=torch.Generator().manual_seed(1))
     decoder *= torch.linspace(3, 0.3, 12)
-    rows = torch.nn.functional.normalize(decoder, dim=1)
+    rows = normalize(decoder, dim=1)
     rows = rows - rows.mean(0)
     directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -2:].flip(1)
     wanted, found = rows @ directions, principal_components(decoder)
@@ -298,10 +272,10 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         ((world / PLAIN, "--scores", world / "trained"), "trained is a folder; it should be the"),
     ):
         ask = ("--store", world / "store", "--model", world / "model", "--out", page)
-        result = call("dashboard", *words[:1], *ask, *words[1:])
-        assert result.code in (1, 2) and said in result.err and result.out == "", said
+        refused(("dashboard", *words[:1], *ask, *words[1:]), said)
     names = ("a (2)", "a", "a")
-    assert list(named_dictionaries([named(one, name) for name in names])) == ["a (2)", "a", "a (3)"]
+    named = [like(one, info=replace(one.info, name=name)) for name in names]
+    assert list(named_dictionaries(named)) == ["a (2)", "a", "a (3)"]
     one.info = replace(one.info, site="blocks.0.hook_resid_post")
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, one], world / "store", "unused", page)
@@ -311,7 +285,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
 def test_a_single_latent_has_none_near_it(world, store, model, tmp_path):
     one = make_dictionary(d_in=16, d_sae=4)
     parts = {"W_enc": one.W_enc[:, :1], "W_dec": one.W_dec[:1], "b_enc": one.b_enc[:1]}
-    alone = Dictionary(**parts, b_dec=one.b_dec, info=one.info, sparsity=TopK(1))
+    alone = like(one, **parts, sparsity=TopK(1))
     page = dashboard([alone], store, model, tmp_path / "page.html").path.read_text()
     columns = unpacked(page, "table-0")
     assert columns["nearest"] == [None] and columns["pca1"] == [0]
@@ -332,30 +306,17 @@ def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
         shard.write_bytes(b"")
     one = Dictionary.load(world / PLAIN)
     parts = {"W_enc": one.W_enc.repeat(1, 8000), "W_dec": one.W_dec.repeat(8000, 1)}
-    wide = Dictionary(
-        **parts, b_enc=one.b_enc.repeat(8000), b_dec=one.b_dec, info=one.info, sparsity=TopK(1)
-    )
+    wide = like(one, **parts, b_enc=one.b_enc.repeat(8000), sparsity=TopK(1))
     said = r"the page would be 103 MB large, more than 60; ask for fewer dictionaries"
     with pytest.raises(UsageError, match=said):
         dashboard([wide], damaged, model, tmp_path / "large.html")
 
 
-def named(dictionary: Dictionary, name: str) -> Dictionary:
-    other = copy.copy(dictionary)
-    other.info = replace(dictionary.info, name=name)
-    return other
-
-
 @pytest.fixture
 def tab(browser, page):
-    """The page, opened; whatever it complains of or asks for is an error."""
-    address = f"file://{page}"
-    tab, wrong = watched(browser, address, viewport={"width": 1280, "height": 900})
-    tab.goto(address)
-    tab.wait_for_selector("main h1")
-    yield tab
-    assert wrong == []
-    tab.close()
+    with watched(browser, f"file://{page}", f"file://{page}") as tab:
+        tab.wait_for_selector("main h1")
+        yield tab
 
 
 def show(tab, view: str) -> None:
@@ -517,19 +478,16 @@ def test_hostile_text_does_nothing(browser, world, model, tmp_path):
     bad = with_hostile_tokens(model, image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000)
     found, out = {f"{image}\u202e": Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
     dashboard(found, world / "store", bad, out, prompts=["w1 w2 w3"])
-    tab, wrong = watched(browser, f"file://{out}")
-    tab.goto(f"file://{out}")
-    for view in ("overview", "latents/L1", "prompts"):
-        show(tab, view)
-        text = tab.locator("main").inner_text()
-        assert "<img src=x" in text and tab.locator("img").count() == 0
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
-        if view == "latents/L1":
-            assert r"\u202eabc" in text and r"a\u200b\u200d\ufeffb" in text
-            assert "y" * 80 + "…" in text and "y" * 81 not in text
-            assert not set("\u202e\u200b\u200d\ufeff") & set(text)
-    assert wrong == []
-    tab.close()
+    with watched(browser, f"file://{out}") as tab:
+        for view in ("overview", "latents/L1", "prompts"):
+            show(tab, view)
+            text = tab.locator("main").inner_text()
+            assert "<img src=x" in text and tab.locator("img").count() == 0
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+            if view == "latents/L1":
+                assert r"\u202eabc" in text and r"a\u200b\u200d\ufeffb" in text
+                assert "y" * 80 + "…" in text and "y" * 81 not in text
+                assert not set("\u202e\u200b\u200d\ufeff") & set(text)
 
 
 def test_a_notebook_shows_it_inline(browser, world, store, model, tmp_path):
@@ -537,20 +495,17 @@ def test_a_notebook_shows_it_inline(browser, world, store, model, tmp_path):
     made = dashboard([Dictionary.load(world / PLAIN)], store, model, tmp_path / "own.html")
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><meta charset='utf-8'>{made._repr_html_()}")
-    tab, wrong = watched(browser, f"file://{notebook}")
-    tab.goto(f"file://{notebook}")
-    frame = tab.frames[1]
-    frame.wait_for_selector("main canvas")
-    frame.click("text=list them")
-    frame.click("article .columns.wide a >> nth=0")
-    frame.click("article h1 a")
-    assert frame.locator("main h1").first.inner_text() == "Latents of uniform-k4"
-    assert [f.url for f in tab.frames] == [f"file://{notebook}", "about:srcdoc"] and wrong == []
-    tab.close()
+    with watched(browser, f"file://{notebook}") as tab:
+        frame = tab.frames[1]
+        frame.wait_for_selector("main canvas")
+        frame.click("text=list them")
+        frame.click("article .columns.wide a >> nth=0")
+        frame.click("article h1 a")
+        assert frame.locator("main h1").first.inner_text() == "Latents of uniform-k4"
+        assert [f.url for f in tab.frames] == [f"file://{notebook}", "about:srcdoc"]
 
 
 # --- the live page ------------------------------------------------------------------------------
-
 
 AS_JSON = {"content-type": "application/json"}
 
@@ -630,26 +585,21 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
     server = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     try:
         address = next(line.split()[1] for line in server.stderr if line.startswith("open http"))
-        tab, wrong = watched(browser, address)
-        tab.goto(f"{address}#live/d0")
-        text = tab.locator("textarea")
-        text.fill("")
-        text.press_sequentially("w1 /jk w2")  # which are keys of the page elsewhere
-        assert text.input_value() == "w1 /jk w2"
-        tab.click("#read")
-        tab.wait_for_selector(".card .context")
-        tab.click("#write")
-        tab.wait_for_selector("text=turned by 30")
-        for number, is_there in (("", False), ("64", False), ("63", True)):
-            tab.fill("[aria-label=latent]", number)
-            assert tab.is_enabled("#write") == is_there
-        assert wrong == []
-        text.fill("w" * 30_000)
-        tab.click("#read")
-        tab.wait_for_selector("text=at most 2,000 characters are read")
-        assert len(wrong) == 1 and "413" in wrong.pop()  # the browser's own note
-        assert wrong == []
-        tab.close()
+        with watched(browser, f"{address}#live/d0", address, known=("413",)) as tab:
+            text = tab.locator("textarea")
+            text.fill("")
+            text.press_sequentially("w1 /jk w2")  # which are keys of the page elsewhere
+            assert text.input_value() == "w1 /jk w2"
+            tab.click("#read")
+            tab.wait_for_selector(".card .context")
+            tab.click("#write")
+            tab.wait_for_selector("text=turned by 30")
+            for number, is_there in (("", False), ("64", False), ("63", True)):
+                tab.fill("[aria-label=latent]", number)
+                assert tab.is_enabled("#write") == is_there
+            text.fill("w" * 30_000)
+            tab.click("#read")
+            tab.wait_for_selector("text=at most 2,000 characters are read")
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0

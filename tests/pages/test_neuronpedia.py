@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from command_line import SITE, call, content, works
+from command_line import SITE, content, refused, works
+from small_dictionaries import like
 from tiny import WIDTH, WORDS, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae import export_neuronpedia
-from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.vocabulary import Readout
+from llm_wsae.inspecting.directions import Readout
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.collecting import collect, windows
 
@@ -27,22 +27,11 @@ NAMES = [*WORDS, "<s>", "</s>"]
 
 
 @pytest.fixture(scope="module")
-def store(world):
-    return ActivationStore.open(world / "store")
-
-
-@pytest.fixture(scope="module")
-def model(world):
-    return LanguageModel.load(str(world / "model"))
-
-
-@pytest.fixture(scope="module")
 def wide(world):
     """A dictionary of several files: the plain one five times, ever stronger."""
     one, times = Dictionary.load(world / PLAIN), torch.arange(1, 6).repeat_interleave(64) / 5
     parts = {"W_enc": one.W_enc.repeat(1, 5) * times, "W_dec": one.W_dec.repeat(5, 1)}
-    parts |= {"b_enc": one.b_enc.repeat(5), "b_dec": one.b_dec}
-    Dictionary(**parts, info=one.info, sparsity=one.sparsity).save(world / "wide")
+    like(one, **parts, b_enc=one.b_enc.repeat(5)).save(world / "wide")
     return world / "wide"
 
 
@@ -60,12 +49,11 @@ def near(found, expected) -> None:
 
 def test_what_is_collected_is_written_under_their_keys(world, store, model, tmp_path):
     one = Dictionary.load(world / PLAIN)
-    parts = {name: getattr(one, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    parts["W_dec"] *= torch.linspace(0.5, 2, one.d_sae)[:, None]
-    parts["W_enc"] *= 100  # activations of some units, so that five decimals say much
-    parts["b_enc"] *= 100
-    parts["b_enc"][5] = -1e4  # it never fires
-    dictionary = Dictionary(**parts, info=one.info, sparsity=one.sparsity)
+    b_enc = one.b_enc * 100
+    b_enc[5] = -1e4  # it never fires
+    lengths = torch.linspace(0.5, 2, one.d_sae)[:, None]
+    # activations of some units, so that five decimals say much
+    dictionary = like(one, W_enc=one.W_enc * 100, W_dec=one.W_dec * lengths, b_enc=b_enc)
     done = export_neuronpedia(dictionary, store, model, tmp_path / "out", top=TOP, bands=BANDS)
     assert (done.files, done.latents) == (1, 64)
     features = features_of(done.path)
@@ -164,8 +152,7 @@ def test_the_command_resumes_and_ends_with_the_same_bytes(world, wide, tmp_path)
     files = content(tmp_path / "cut")
     assert set(files) == {".lock", "export.json", *(f"batch-{i}.json" for i in range(3))}
     assert files == content(tmp_path / "whole")
-    other = call(*ask, "--top", 3, "--out", tmp_path / "cut")
-    assert other.code == 1 and "use the same settings to resume it" in other.err
+    refused((*ask, "--top", 3, "--out", tmp_path / "cut"), "use the same settings to resume it")
     assert content(tmp_path / "cut") == files
 
 
@@ -208,8 +195,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(world, store,
         ((*ask[:-1], "elsewhere", "--out", tmp_path / "new"), "neuronpedia"),
         (("export", world / "nowhere", *ask[2:], "--out", tmp_path / "new"), "nowhere"),
     ):
-        result = call(*words)
-        assert result.code in (1, 2) and said in result.err and result.out == "", words
+        refused(words, said)
     one = Dictionary.load(world / PLAIN)
     one.info = replace(one.info, site="blocks.0.hook_resid_post")
     with pytest.raises(UsageError, match=r"has no blocks\.0\.hook_resid_post"):

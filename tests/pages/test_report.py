@@ -11,10 +11,8 @@ from looping import over
 from study_cases import MEASURES, Made
 
 from llm_wsae import EvaluateConfig, choose_weights, evaluate, make_arms
-from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.lab.studies.report import StudyReport
-from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.frame import filled
 from llm_wsae.pipeline.plots import write_page
@@ -79,19 +77,10 @@ def test_the_page_has_the_numbers_of_the_report(report, page):
     }
 
 
-def opened(browser, path, **how):
-    """A tab with a page; whatever it complains of or asks for is kept in ``wrong``."""
-    tab, wrong = watched(browser, "file:", **how)
-    tab.goto(f"file://{path}")
-    return tab, wrong
-
-
 @pytest.fixture
 def tab(browser, page):
-    tab, wrong = opened(browser, page, viewport={"width": 1280, "height": 900})
-    yield tab
-    assert wrong == []
-    tab.close()
+    with watched(browser, f"file://{page}") as tab:
+        yield tab
 
 
 def texts(tab, selector: str) -> list[str]:
@@ -213,32 +202,32 @@ def test_hostile_names_do_nothing(browser, tmp_path):
     image = "</script><img src=x onerror=alert(1)>"
     hostile = made_report(variance=image, kurtosis="\u202eabc", whitening="y" * 300)
     (tmp_path / "bad.html").write_text(hostile.page())
-    tab, wrong = opened(browser, tmp_path / "bad.html", viewport={"width": 390, "height": 900})
-    assert tab.locator("img").count() == 0
-    for place in ("dl.facts", ".evidence", ".forest", ".wide >> nth=0"):
-        assert any(image in text for text in texts(tab, place))
-    assert "\u202e" not in tab.content() and r"\u202eabc" in tab.locator(".forest").inner_text()
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    assert wrong == []
-    tab.close()
+    small = {"width": 390, "height": 900}
+    with watched(browser, f"file://{tmp_path}/bad.html", viewport=small) as tab:
+        assert tab.locator("img").count() == 0
+        for place in ("dl.facts", ".evidence", ".forest", ".wide >> nth=0"):
+            assert any(image in text for text in texts(tab, place))
+        assert "\u202e" not in tab.content()
+        assert r"\u202eabc" in tab.locator(".forest").inner_text()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_numbers_that_do_not_exist_are_null():
     assert about(filled("report.html", {"value": float("nan")})) == {"value": None}
 
 
-def test_the_page_of_a_run(browser, world, tmp_path):
+def test_the_page_of_a_run(browser, world, store, model, tmp_path):
     """Every dictionary is compared with the plain one beside it, and no verdict is passed."""
     names = ("uniform-k4", "variance-a0.5-k4")
     dictionaries = {name: Dictionary.load(world / "trained" / name) for name in names}
-    model, site = LanguageModel.load(str(world / "model")), Site.parse(SITE)
-    store = ActivationStore.open(world / "store")
     shard = store.contexts(0)
     contexts = [
         SimpleNamespace(ids=ids, keep=keep) for ids, keep in zip(shard.ids, shard.keep, strict=True)
     ]
     measured = evaluate(dictionaries, model, contexts, EvaluateConfig(tokens=400))
-    weights = choose_weights(store.statistics(site), ["uniform", "variance"], alphas=[0.5])
+    weights = choose_weights(
+        store.statistics(Site.parse(SITE)), ["uniform", "variance"], alphas=[0.5]
+    )
     arms = make_arms(weights, ks=[4])
     write_page(measured, arms, SITE, tmp_path / "report.html")
     shown = about((tmp_path / "report.html").read_text())
@@ -247,9 +236,8 @@ def test_the_page_of_a_run(browser, world, tmp_path):
     plain, weighted = (measured.dictionaries[name] for name in names)
     assert row["name"] == names[1]
     assert row["values"]["kl"][0] == pytest.approx(weighted.kl - plain.kl)
-    tab, wrong = opened(browser, tmp_path / "report.html")
-    assert texts(tab, "figcaption") == CAPTIONS
-    assert tab.locator(f"[data-tip^='{names[1]}, k = 4']").count() == 3  # one a panel
-    assert any(f"{weighted.kl - plain.kl:+.4f}" in text for text in texts(tab, ".evidence"))
-    assert tab.locator(".wide tbody tr").count() == 2 and wrong == []
-    tab.close()
+    with watched(browser, f"file://{tmp_path}/report.html") as tab:
+        assert texts(tab, "figcaption") == CAPTIONS
+        assert tab.locator(f"[data-tip^='{names[1]}, k = 4']").count() == 3  # one a panel
+        assert any(f"{weighted.kl - plain.kl:+.4f}" in text for text in texts(tab, ".evidence"))
+        assert tab.locator(".wide tbody tr").count() == 2
