@@ -34,7 +34,7 @@ checkpoints)
     --rule uniform whitening --alpha 0.5 --tokens "${TOKENS:-2400000}" \
     --train.tokens "${ROWS:-4001792}" --eval-tokens 5000 --out runs/checkpoints
   .venv/bin/python scripts/make_checkpoints.py copy
-  .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ runs/checkpoints/*/*-frozen-*/ \
+  .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ \
     --model "$model" --corpus "$corpus" --tokens 50000 --monosemantic --baselines --keep \
     --out runs/checkpoints/report.json
   .venv/bin/python scripts/make_checkpoints.py pages
