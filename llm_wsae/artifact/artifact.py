@@ -28,7 +28,8 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import mapping
 
 _FORMAT = 1
-_SAME_WEIGHTS = 1e-5  # relative: the sum of a matrix is recorded with six digits
+_SAME = {"rel_tol": 1e-5}  # of weights: the sum of a matrix is recorded with six digits
+_LONGEST = 40  # characters of a value in a sentence
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class FileRecord:
     """Size and checksum that a file must have."""
 
     bytes: int
-    """Size in bytes."""
-    sha256: str
-    """SHA-256 in hex."""
+    sha256: str  # in hex
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
@@ -73,13 +72,10 @@ class FileRecord:
 class Record:
     """What the record of a folder says."""
 
-    request: dict[str, Any]
-    """Everything that decides what is made."""
+    request: dict[str, Any]  # everything that decides what is made
     complete: bool = False
-    files: dict[str, FileRecord] = field(default_factory=dict)
-    """By path within the folder."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What this kind of folder adds; JSON."""
+    files: dict[str, FileRecord] = field(default_factory=dict)  # by path within the folder
+    facts: dict[str, Any] = field(default_factory=dict)  # what this kind of folder adds; JSON
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,8 @@ class Artifact:
     """A folder of one kind."""
 
     folder: Path
-    name: str
-    """Name of its record."""
-    kind: str
-    """As a sentence names it: ``activation store``."""
+    name: str  # of its record
+    kind: str  # as a sentence names it: ``activation store``
 
     @property
     def path(self) -> Path:
@@ -114,11 +108,8 @@ class Artifact:
         check_folder(self.folder)
         if self.is_begun() or not self.folder.is_dir():
             return
-        found = sorted(path.name for path in self.folder.iterdir())
-        taken = [name for name in found if not name.startswith(".")]
-        if names:
-            taken = [name for name in taken if name in names]
-        if taken:
+        found = sorted(path.name for path in self.folder.glob("[!.]*"))
+        if taken := [name for name in found if not names or name in names]:
             raise LlmWsaeError(
                 f"{self.folder} holds other files ({', '.join(taken[:3])}); choose another folder "
                 f"for the {self.kind}, or move them"
@@ -127,15 +118,14 @@ class Artifact:
     def begin(self, request: Mapping[str, Any], *names: str) -> Record:
         """The folder's record, or a new one for this ``request``. Call this under the folder's
         lock. Raises as ``check_place`` and ``check_request`` do."""
-        wanted = plain(request)
-        if not self.is_begun():
+        if self.is_begun():
+            record = self.read()
+            self.check_request(record.request, request)
+        else:
             self.check_place(*names)
-            record = Record(wanted)
+            record = Record(plain(request))
             self.write(record)
-            return record
-        found = self.read()
-        self.check_request(found.request, wanted)
-        return found
+        return record
 
     def check_request(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Raise LlmWsaeError, naming each difference, unless both requests are the same."""
@@ -154,9 +144,9 @@ class Artifact:
     def write(self, record: Record) -> None:
         """Replace the record."""
         head = {"kind": self.kind, "format": _FORMAT, "versions": versions()}
-        value = {**head, **asdict(record)}
+        value = asdict(record)
         facts = value.pop("facts")
-        write_json(self.path, {**value, **facts})
+        write_json(self.path, head | value | facts)
 
     def read(self) -> Record:
         """The folder's record. Raises LlmWsaeError if there is none, or it is damaged or of another
@@ -170,9 +160,10 @@ class Artifact:
                 f"this version cannot read {self.path} as the record of the {self.kind}; update "
                 f"llm-wsae, or make the {self.kind} again, in another folder"
             )
-        facts = {k: v for k, v in value.items() if k not in ("kind", "format", "versions")}
-        request, complete = facts.pop("request"), facts.pop("complete")
-        return Record(request, complete, files_of(facts.pop("files")), facts)
+        for name in ("kind", "format", "versions"):
+            value.pop(name, None)
+        request, complete, files = (value.pop(name) for name in ("request", "complete", "files"))
+        return Record(request, complete, files_of(files), facts=value)
 
 
 def files_of(value: Mapping[str, Any]) -> dict[str, FileRecord]:
@@ -189,27 +180,31 @@ def differences(
 
 
 def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str], under: str = ""
+    found: Mapping[Any, Any], wanted: Mapping[Any, Any], owners: tuple[str, str], under: str = ""
 ) -> Iterator[str]:
+    first, second = owners
     for name in sorted(found.keys() | wanted.keys()):
-        there, asked, (first, second) = found.get(name), wanted.get(name), owners
+        there, asked = found.get(name), wanted.get(name)
+        if there == asked:
+            continue
         if isinstance(there, dict) and isinstance(asked, dict):
             yield from _differences(there, asked, owners, f"{under}{name} ")
         elif isinstance(there, dict) or isinstance(asked, dict):
             has, lacks = (first, second) if isinstance(there, dict) else (second, first)
             yield f"{has} has {under}{name}; {lacks} does not"
-        elif there != asked and not (name == "gamma_sum" and _alike(there, asked)):
+        elif isinstance(there, list) and isinstance(asked, list) and _is_long(there, asked):
+            items = dict(enumerate(there)), dict(enumerate(asked))
+            yield from _differences(*items, owners, f"{under}{name} ")
+        elif not (name == "gamma_sum" and there and asked and math.isclose(there, asked, **_SAME)):
             yield f"{under}{name}: {_short(there)} in {first}, {_short(asked)} in {second}"
 
 
-def _alike(there: Any, asked: Any) -> bool:
-    both = isinstance(there, float) and isinstance(asked, float)
-    return both and math.isclose(there, asked, rel_tol=_SAME_WEIGHTS)
+def _is_long(*values: Any) -> bool:
+    return any(len(json.dumps(value)) > _LONGEST for value in values)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+    return f"{json.dumps(value)[: _LONGEST - 3]}…" if _is_long(value) else json.dumps(value)
 
 
 # --- Where results will go, looked at before the work begins

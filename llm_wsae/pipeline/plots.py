@@ -1,9 +1,9 @@
-"""The figures of a run: the profile of a site, the fidelity of its dictionaries, and their page."""
+"""What a run draws of a site: the profile of its dimensions, and the page of its dictionaries."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -72,35 +72,7 @@ def plot_profile(
         tidy(axis)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     figure.suptitle(f"{site}: {statistics.d_in} dimensions")
-    _save(figure, path)
-
-
-def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) -> None:
-    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side, half-random
-    ones in grey. ``arms`` maps an arm's name to its numbers; what is None is not drawn."""
-    names = list(arms)
-    figure = Figure(figsize=(12, 1.6 + 0.5 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(DRAWN), sharey=True)
-    for axis, measure in zip(axes, DRAWN, strict=True):
-        for row, name in enumerate(names):
-            value = arms[name][measure.key]
-            if value is None:
-                continue
-            ends = arms[name].get(f"{measure.key}_interval", (value, value))
-            low, high = (value if end is None else end for end in ends)
-            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            colour = INK if name.startswith("uniform") else BLUE
-            colour = GREY if "-frozen-" in name else colour
-            axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=4)
-            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            axis.annotate(f"{value:.3f}", (value, row), fontsize=9, color=GREY, **above)
-        better = "lower" if measure.lower_is_better else "higher"
-        axis.set(xlabel=f"{measure.title} ({better} is better)", ylim=(len(names) - 0.4, -0.7))
-        axis.margins(x=0.25)
-        tidy(axis, grid="x")
-    axes[0].set_yticks(range(len(names)), names)
-    figure.suptitle(f"{site}: what each dictionary keeps of the model, on held-out text")
-    _save(figure, path)
+    write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=130))
 
 
 def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path) -> None:
@@ -173,12 +145,8 @@ def _series_of(arm: ArmConfig) -> str:
     return f"{arm.weights.name}{kind}"
 
 
-def tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+def tidy(axis: Axes) -> None:
     """A light grid behind the data, and no frame at the top and on the right."""
-    axis.grid(axis=grid, color=LIGHT, alpha=0.5, lw=0.6)
+    axis.grid(color=LIGHT, alpha=0.5, lw=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llm_wsae.artifact.artifact import differences
-from llm_wsae.artifact.files import read_own_json, write_json
+from llm_wsae.artifact.artifact import Artifact, Record
+from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest
@@ -28,7 +28,7 @@ from llm_wsae.data.site_rows import SiteRows
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -37,7 +37,7 @@ from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.planning import plan
-from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
+from llm_wsae.pipeline.plots import plot_profile, write_page
 from llm_wsae.pipeline.request import RUN_RECORD, Run, write_request
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
@@ -51,7 +51,6 @@ from llm_wsae.weights.weighing import measure_inputs
 
 STORE = "store"
 PAGE = "report.html"
-CHOICE = "alpha.json"
 _TRIALS = ".alpha"
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
 TRIAL_ROWS = 300_000
@@ -79,7 +78,7 @@ class SiteResult:
 
     def text(self) -> str:
         """The table for people, and where the rest is."""
-        rest = "dictionaries, figures, numbers and log beside it"
+        rest = "dictionaries, profile, numbers and log beside it"
         return f"{self.report.table()}\n\npage  {self.folder / PAGE}; {rest}"
 
 
@@ -87,12 +86,12 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
     """Train a plain and weighted dictionaries on a model's activations, and measure them.
 
     The folder receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
-    folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
-    training part of the corpus is harvested, its held-out part evaluated on, once for all sites. If
-    one of several sites cannot be evaluated, the others' reports are written before its error is
-    raised. With ``request.stream`` there is no store: all sites are trained in step, and weights
-    come from the first tokens of the text. First, a table on stderr says what the run takes
-    (``plan``). ``model`` is one that is loaded already.
+    folder per arm, ``report.json``, and ``report.html``, which shows it. The training part of the
+    corpus is harvested, its held-out part evaluated on, once for all sites. If one of several sites
+    cannot be evaluated, the others' reports are written before its error is raised. With
+    ``request.stream`` there is no store: all sites are trained in step, and weights come from the
+    first tokens of the text. First, a table on stderr says what the run takes (``plan``). ``model``
+    is one that is loaded already.
 
     Under ``torchrun`` all processes make the same call. They harvest and train together, as
     ``harvest`` and ``train`` say; rank 0 alone plans (for one process), judges the trials of an
@@ -107,7 +106,7 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
         # before hours of work are built on too little text
         heldout, trial = _texts(request, model)
         if not is_begun:
-            processes.lead(lambda: _announce(request, model))
+            _write(processes.lead(lambda: _needs(request, model)))
     rows = _rows(request, model)
     sites = {site: _weigh(request, model, rows, site, trial) for site in request.sites}
     trained = _train(request, rows, {site: one.arms for site, one in sites.items()})
@@ -139,7 +138,7 @@ def _check(request: Run, model: LanguageModel) -> bool:
     begun = [
         site
         for site, folder in folders.items()
-        if training_in(folder).is_begun() or (folder / CHOICE).exists()
+        if training_in(folder).is_begun() or _choice_in(folder).is_begun()
     ]
     if not begun:
         parts = join().size if training.shard == "latents" else 1
@@ -171,20 +170,21 @@ def _texts(request: Run, model: LanguageModel) -> tuple[list[Context], list[Cont
     return own, take_contexts(contexts, TRIAL_TOKENS) if request.grid.is_automatic else []
 
 
-def _announce(request: Run, model: LanguageModel) -> None:
-    """Say what the run takes."""
+def _needs(request: Run, model: LanguageModel) -> str:
+    """What the run takes, in words."""
     takes = plan(request, model)
     shortage = takes.shortage()
-    _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
+    return takes.table() + (f"\nwarning: {shortage}" if shortage else "")
 
 
 def _rows(request: Run, model: LanguageModel) -> SiteRows:
     """Harvest, or prepare the stream."""
     text, corpus, out = request.corpus.open("train"), request.corpus.corpus, request.folder
     if request.streaming is None:
-        _say(1, "harvest", f"{request.harvest.tokens:,} tokens of {corpus} through {model.name}")
+        tokens = f"{request.harvest.tokens:,} tokens"
+        _write(f"[1/4] harvest: {tokens} of {corpus} through {model.name}")
         return harvest(model, text, request.sites, out / STORE, request.harvest)
-    _say(1, "harvest", f"none: {corpus} goes through {model.name} while it is trained on")
+    _write(f"[1/4] harvest: none: {corpus} goes through {model.name} while it is trained on")
     streams = ActivationStreams(model, text, request.sites, request.streaming, out)
     for site in request.sites:
         check_same_rows(out / str(site), streams.identity(site))
@@ -204,8 +204,8 @@ def _weigh(
     request: Run, model: LanguageModel, rows: SiteRows, site: Site, trial: Sequence[Context]
 ) -> _Weighed:
     """Measure a site, choose its weights, and show its profile."""
-    _say(2, "weigh", f"profile of {site}")
-    grid, config = request.grid, request.weigh
+    _write(f"[2/4] weigh: profile of {site}")
+    grid = request.grid
     inputs, chosen = measure_inputs(grid.rules, rows, site, model=model), None
     if trial:
         judge = FidelityEvaluator(model, trial, replace(request.evaluate, tokens=TRIAL_TOKENS))
@@ -214,10 +214,15 @@ def _weigh(
         found = ", ".join(f"{alpha}: {kl:.3f}" for alpha, kl in choice["kl"].items())
         said = "none is worth it" if chosen is None else f"chosen: {chosen:g}"
         _write(f"whitening, KL of short trainings by α ({found}); {said}")
-    weights = grid.weights(inputs, config, chosen)
+    weights = grid.weights(inputs, request.weigh, chosen)
     facts = profile(inputs.statistics, weights)
     _write(profile_text(facts))
     return _Weighed(inputs.statistics, facts, weights, grid.arms(weights))
+
+
+def _choice_in(folder: Path) -> Artifact:
+    """The record of an exponent that trials chose for a site."""
+    return Artifact(folder, "alpha.json", "choice of an exponent")
 
 
 def _choose_alpha(
@@ -232,27 +237,34 @@ def _choose_alpha(
     the choice of other trials.
     """
     rule, processes, training, k = Rule.parse("whitening"), join(), request.training, _k(request)
-    folder = request.folder / str(source.site)
+    choices = _choice_in(request.folder / str(source.site))
+    trials = choices.folder / _TRIALS
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
     tokens = max(tokens, training.batch_size)  # a few rows may be read several times
     short = replace(training, tokens=tokens, tracker="none")
+    asked = {
+        "source": source.identity(),
+        "k": k,
+        "candidates": CANDIDATES,
+        "weights": rule.settings(request.weigh),
+        "training": {n: v for n, v in vars(short).items() if n not in PROCEDURAL},
+    }
+
+    def kept() -> dict[str, Any] | None:
+        if not choices.is_begun():
+            return None
+        record = choices.read()
+        choices.check_request(record.request, asked)
+        shutil.rmtree(trials, ignore_errors=True)  # of a run killed before it did that
+        return record.facts
+
     with processes.together():
-        asked = plain(
-            {
-                "source": source.identity(),
-                "k": k,
-                "candidates": CANDIDATES,
-                "weights": rule.settings(request.weigh),
-                "training": {n: v for n, v in vars(short).items() if n not in PROCEDURAL},
-            }
-        )
-        kept = processes.lead(lambda: _kept_choice(folder, asked))
-    if kept is not None:
-        return kept
+        if found := processes.lead(kept):
+            return found
     arms = {"0": ArmConfig(weights_from_rule("uniform", 1.0, inputs), k)}
     for alpha in CANDIDATES:
         arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, request.weigh), k)
-    trained = train(source, list(arms.values()), short, folder / _TRIALS)
+    trained = train(source, list(arms.values()), short, trials)
 
     def choose() -> dict[str, Any]:
         found = judge.evaluate(trained).dictionaries
@@ -260,30 +272,12 @@ def _choose_alpha(
         best = min(kl, key=lambda alpha: kl[alpha])
         worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
         choice = {"k": k, "rows": tokens, "kl": kl, "alpha": float(best) if worth_it else None}
-        write_json(folder / CHOICE, {"asked": asked, "choice": choice})
-        shutil.rmtree(folder / _TRIALS)
+        choices.finish(Record(plain(asked), facts=choice))
+        shutil.rmtree(trials)
         return choice
 
     with processes.together():
         return processes.lead(choose)
-
-
-def _kept_choice(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The choice that a site's folder holds, if it does."""
-    path = folder / CHOICE
-    if not path.exists():
-        return None
-    found: dict[str, Any] = read_own_json(
-        path, "choice of an exponent", "delete it to choose again"
-    )
-    if clauses := differences(found["asked"], asked, ("that choice", "this command")):
-        raise LlmWsaeError(
-            f"{path} was chosen for other rows or settings ({clauses}); choose another folder, or "
-            "delete it"
-        )
-    shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # of a run killed before it did that
-    choice: dict[str, Any] = found["choice"]
-    return choice
 
 
 def _k(request: Run) -> int:
@@ -299,7 +293,7 @@ def _train(
     for group in [arms] if rows.in_step else [{site: arms[site]} for site in arms]:
         number = sum(map(len, group.values()))
         where = f"{len(group)} sites" if len(group) > 1 else next(iter(group))
-        _say(3, "train", f"{number} dictionaries of {where} in one pass")
+        _write(f"[3/4] train: {number} dictionaries of {where} in one pass")
         trained |= train_sites(rows, group, request.training, request.folder)
     return trained
 
@@ -316,8 +310,8 @@ def _finish(
     for site, one in sites.items():
         write_json(folders[site] / "profile.json", one.profile)
         plot_profile(one.statistics, one.weights, str(site), folders[site] / "profile.png")
-    places = ", ".join(map(str, sites))
-    _say(4, "evaluate", f"{places} on {request.evaluate.tokens:,} held-out tokens")
+    places, tokens = ", ".join(map(str, sites)), f"{request.evaluate.tokens:,}"
+    _write(f"[4/4] evaluate: {places} on {tokens} held-out tokens")
     results: dict[Site, SiteResult] = {}
     measured = {
         site: with_raw_dimensions(own, sites[site].statistics, float(_k(request)))
@@ -327,9 +321,6 @@ def _finish(
         folder, dictionaries = folders[site], trained[site]
         _keep_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
-        summaries = report.summaries()
-        of_trained = {name: summaries[name] for name in dictionaries}
-        plot_fidelity(of_trained, str(site), folder / "fidelity.png")
         write_page(report, sites[site].arms, str(site), folder / PAGE)
         results[site] = SiteResult(sites[site].profile, dictionaries, report, folder)
     return results
@@ -346,10 +337,6 @@ def _keep_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: 
         keep_measurements(folder / name, found)
         metrics = {**dictionary.info.metrics, **found}
         dictionary.info = replace(dictionary.info, metrics=metrics)
-
-
-def _say(number: int, stage: str, what: str) -> None:
-    _write(f"[{number}/4] {stage}: {what}")
 
 
 def _write(text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzzing import blind, frozen, in_a_fork
+from fuzzing import begun, blind, frozen
 from small_dictionaries import make_dictionary
 
 from llm_wsae.errors import LlmWsaeError
@@ -225,7 +225,7 @@ def goods(tmp_path_factory) -> list[Path]:
 
 def as_said_in_a_fork(path: Path) -> bool:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return in_a_fork(lambda: as_said(path), pages * resource.getpagesize() + MEMORY)
+    return begun(lambda: as_said(path), pages * resource.getpagesize() + MEMORY)()
 
 
 def test_damaged_gguf_files(goods, tmp_path, fuzz):

@@ -1,6 +1,7 @@
 """Kills at every rename, sync and deletion: what was there is still there, and the same command
 finishes with the bytes of a run that nobody disturbed."""
 
+import functools
 import json
 import os
 import random
@@ -65,15 +66,6 @@ def trained() -> dict[str, bytes]:
     return found | {"log": repr([(line["step"], line["arms"]) for line in lines]).encode()}
 
 
-def dictionary(folder: Path) -> Any:
-    """One that is there, or that a kill between two renames left aside."""
-    return frozen(Dictionary.load(folder))
-
-
-def done(*words: Any) -> Callable[[], Any]:
-    return lambda: works(*words)
-
-
 def save() -> None:
     """A dictionary over another one, then what is added to it later."""
     Dictionary.load(Path("..", OTHER)).save("d")
@@ -82,46 +74,47 @@ def save() -> None:
 
 
 def scenarios(hub: HubServer) -> dict[str, Scenario]:
-    home, place = Path(constants.HF_HUB_CACHE), Path("out", SITE, "uniform-k4")
+    place = Path("out", SITE, "uniform-k4")
+
+    def nothing() -> None: ...
+
+    def done(*words: Any) -> Callable[[], Any]:
+        return lambda: works(*words)
 
     def pushed() -> dict[str, bytes]:
-        repository = hub.repositories[REPO]
-        return {name: hub.content(REPO, name) for name in repository.files()}
+        return {name: hub.content(REPO, name) for name in hub.repositories[REPO].files()}
 
-    def begin_repository(first: Path) -> None:
-        shutil.rmtree(home, ignore_errors=True)  # the client's cache
+    def begin_repository(first: str) -> None:
         hub.repositories.pop(REPO, None)
-        works("push", first, REPO)
+        forget()
+        works("push", f"../{first}", REPO)
+        forget()
 
-    def begin_pull() -> None:
-        begin_repository(Path("..", PLAIN))
-        shutil.rmtree(home, ignore_errors=True)
+    def forget() -> None:
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
 
+    few, more = (done(*HARVEST, "--tokens", tokens) for tokens in (256, 600))
+    first_shard = Path("store", SITE, "00000.safetensors")
     return {
-        "harvest": Scenario(lambda: None, done(*HARVEST, "--tokens", 600), lambda: None, files),
-        "harvest of more": Scenario(
-            done(*HARVEST, "--tokens", 256),
-            done(*HARVEST, "--tokens", 600),
-            Path("store", SITE, "00000.safetensors").read_bytes,
-            files,
-        ),
-        "train": Scenario(lambda: None, done(*TRAIN), lambda: None, trained),
+        "harvest": Scenario(nothing, more, nothing, files),
+        "harvest of more": Scenario(few, more, first_shard.read_bytes, files),
+        "train": Scenario(nothing, done(*TRAIN), nothing, trained),
         "save": Scenario(
             lambda: shutil.copytree(Path("..", PLAIN), "d"),
             save,
-            lambda: dictionary(Path("d")),
+            lambda: frozen(Dictionary.load("d")),  # also one that was left aside between renames
             files,
         ),
         "push": Scenario(
-            lambda: begin_repository(Path("..", OTHER)),
+            lambda: begin_repository(OTHER),
             done("push", f"../{PLAIN}", REPO),
             lambda: {name: data for name, data in pushed().items() if "/variance" in name},
             pushed,
         ),
         "pull": Scenario(
-            begin_pull,
+            lambda: begin_repository(PLAIN),
             done("pull", REPO, "--out", "out"),
-            lambda: dictionary(place) if place.exists() else None,
+            lambda: frozen(Dictionary.load(place)) if place.exists() else None,
             files,
         ),
     }
@@ -160,8 +153,13 @@ def judged(scenario: Scenario, there: tuple[Any, Any], wanted: Any) -> tuple[str
 
     if why := quietly(check):
         return "lost", why
-    why = quietly(scenario.work) or unlike(scenario.outcome(), wanted)
-    return "different" if why else "harmless", why
+    if why := quietly(scenario.work):
+        return "different", why
+    found = scenario.outcome()
+    names = sorted(found.keys() | wanted.keys())
+    if why := ", ".join(name for name in names if found.get(name) != wanted.get(name)):
+        return "different", why
+    return "harmless", None
 
 
 def begin(here: Path, scenario: Scenario, monkeypatch) -> None:
@@ -169,12 +167,6 @@ def begin(here: Path, scenario: Scenario, monkeypatch) -> None:
     here.mkdir()
     monkeypatch.chdir(here)
     scenario.prepare()
-
-
-def unlike(found: dict[str, bytes], wanted: dict[str, bytes]) -> str | None:
-    """Which files differ; None if none do."""
-    names = sorted(found.keys() | wanted.keys())
-    return ", ".join(n for n in names if found.get(n) != wanted.get(n)) or None
 
 
 def quietly(work: Callable[[], object]) -> str | None:
@@ -194,28 +186,23 @@ def run(work: Callable[[], object], count: Path, last: int | None) -> int | None
     if child == 0:
         reached = [0]
 
+        def watched(function: Callable, *given: Any, **named: Any) -> Any:
+            """The function with a moment before it, and one after it."""
+            moment()
+            found = function(*given, **named)
+            moment()
+            return found
+
         def moment() -> None:
             if reached[0] == last:
                 os._exit(KILLED)
             reached[0] += 1
 
         for name in ("replace", "rename", "fsync", "unlink"):
-            setattr(os, name, watched(getattr(os, name), moment))
+            setattr(os, name, functools.partial(watched, getattr(os, name)))
         failed = quietly(work)
         count.write_text(failed or str(reached[0]))
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, KILLED), code
     return None if code else int(count.read_text())
-
-
-def watched(function: Callable, moment: Callable[[], None]) -> Callable:
-    """The function with a moment before it, and one after it."""
-
-    def call_it(*given: Any, **named: Any) -> Any:
-        moment()
-        found = function(*given, **named)
-        moment()
-        return found
-
-    return call_it

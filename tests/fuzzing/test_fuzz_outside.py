@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, nobody
-from fuzzing import Fuzz, blind, change, frozen, in_a_fork
+from fuzzing import Fuzz, begun, blind, change, frozen
 from safetensors.torch import load_file
 
 from llm_wsae.model.language_model import LanguageModel
@@ -82,17 +82,17 @@ def places(world) -> Path:
     return world
 
 
-def output(name: str) -> list[str]:
-    """The words that say where a command writes."""
+def working(name: str) -> list[str]:
+    """A command that works; what it writes is ``new``."""
     suffix = {"weigh": ".safetensors", "dashboard": ".html", "evaluate": ".json"}.get(name, "")
-    return ["--out", f"new{suffix}"] if name in WRITES else []
+    output = ["--out", f"new{suffix}"] if name in WRITES else []
+    return [name, *map(str, WORKING[name]), *output]
 
 
 def command_line(draw: random.Random) -> list[str]:
     """A command that works, one or two words of which are other ones."""
     name = draw.choice(list(WORKING))
-    words = [name, *map(str, WORKING[name])]
-    words += output(name)
+    words = working(name)
     for _ in range(draw.choice((1, 1, 2))):
         how = draw.choice(("value", "value", "value", "option", "option", "word"))
         if how == "option":
@@ -116,7 +116,7 @@ def _damage_words(words: list[str], draw: random.Random) -> None:
 def judge(fuzz: Fuzz, kind: str, case: object, words: list[str]) -> int:
     """One sentence and an exit code, or a result. The exit code."""
     try:
-        result = in_a_fork(lambda: call(*words), MEMORY)
+        result = begun(lambda: call(*words), MEMORY)()
         code, err = result.code, result.err
     except Exception as error:
         code, err = 99, f"Traceback {type(error).__name__}: {error}"
@@ -132,11 +132,17 @@ NAMES = {"model", "store", "more", "more.jsonl", "trained", "text.jsonl", "loop"
          "empty", "nothing", "binary", "closed"}  # fmt: skip
 
 
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
 def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: object) -> None:
     """Remove what is new; what was there before and differs is lost."""
     for new in set(os.listdir(world)) - NAMES:
-        path = world / new
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(world / new)
     after = content(world)
     for name in after.keys() - before.keys():  # in a folder that was named
         (world / name).unlink()
@@ -164,21 +170,13 @@ def spoilt(path: Path, how: str) -> Iterator[None]:
             yield
         return
     path.rename(aside)
+    make = {"folder": path.mkdir, "empty": path.touch, "fifo": lambda: os.mkfifo(path),
+            "loop": lambda: path.symlink_to(path.name), "gone": lambda: None}[how]  # fmt: skip
     try:
-        if how == "folder":
-            path.mkdir()
-        elif how == "empty":
-            path.touch()
-        elif how == "loop":
-            path.symlink_to(path.name)
-        elif how == "fifo":
-            os.mkfifo(path)
+        make()
         yield
     finally:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif os.path.lexists(path):
-            path.unlink()
+        remove(path)
         aside.rename(path)
 
 
@@ -187,6 +185,7 @@ READS = ("text.jsonl", "model", "model/config.json", "model/model.safetensors",
          f"store/{SITE}/statistics.safetensors", "store/tokens/00000.safetensors", "trained",
          "trained/uniform-k4", "trained/uniform-k4/cfg.json",
          "trained/uniform-k4/wsae.safetensors")  # fmt: skip
+READ, WRITTEN = "place that is read", "place that is written"
 WAYS = ("gone", "folder", "empty", "loop", "fifo", "forbidden")
 OUTS = ("empty/x", "nothing", "store", "model", "trained", "trained/uniform-k4", "text.jsonl",
         "model/config.json", "/proc/x", "/dev/null", "/dev/full", "loop", "loop/x", "link", "fifo",
@@ -201,25 +200,18 @@ def test_places(places, monkeypatch, fuzz):
     importlib.import_module("matplotlib.font_manager")  # as the figures do, later
     before, closed = content(places), places / "closed"
     closed.mkdir()
-    cases = [(name, "read", path, how) for name in WORKING for path in READS for how in WAYS]
-    cases += [(name, "write", path, "") for name in WRITES for path in OUTS]
-    wanted = 40 * fuzz.times
-    if wanted < len(cases):
-        cases = random.Random(0).sample(cases, wanted)
-    for name, way, path, how in cases:
-        words = [name, *map(str, WORKING[name])]
-        if way == "read":
-            used = any(path.split("/")[0] == word.split("/")[0] for word in words)
-            if not used:
-                continue
-            with spoilt(places / path, how):
-                words += output(name)
-                judge(fuzz, "place that is read", f"{path} {how}", words)
-        else:
-            with nobody(closed):
-                words += ["--out", path]
-                judge(fuzz, "place that is written", path, words)
-        tidy(places, before, fuzz, f"place that is {'read' if how else 'written'}", (path, how))
+    cases = [(name, READ, path, how) for name in WORKING for path in READS for how in WAYS]
+    cases += [(name, WRITTEN, path, "") for name in WRITES for path in OUTS]
+    cases = random.Random(0).sample(cases, min(len(cases), 40 * fuzz.times))
+    for name, kind, path, how in cases:
+        words = working(name)
+        if kind == READ and not any(path.split("/")[0] == word.split("/")[0] for word in words):
+            continue
+        with spoilt(places / path, how) if kind == READ else nobody(closed):
+            if kind == WRITTEN:
+                words[-1] = path
+            judge(fuzz, kind, f"{path} {how}", words)
+        tidy(places, before, fuzz, kind, (path, how))
     closed.rmdir()
 
 

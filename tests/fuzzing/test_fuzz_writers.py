@@ -3,7 +3,6 @@
 A case decides what each does and in which order; the machine, how they meet.
 """
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,6 @@ from llm_wsae.errors import LlmWsaeError
 
 REPLACED = "was replaced by another one"
 MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
-
-
-def both(works: list[Callable[[], Any]]) -> list[Any]:
-    """What each of the works gives, done at once in a process each."""
-    return [wait() for wait in [begun(work, MEMORY) for work in works]]
 
 
 def process(
@@ -71,20 +65,15 @@ def test_two_writers(part, tmp_path, fuzz: Fuzz):
         mine.save(folder)
         (folder / "explanations.jsonl").unlink(missing_ok=True)
         weights = Dictionary.load(folder).weights_sha256
-        steps = [plan(draw), plan(draw)]
+        steps = [draw.choices(("measure", "explain", "read"), k=draw.randint(2, 5)) for _ in "ab"]
         saves = draw.choice((None, None, "save", "other"))
         if saves:
             steps[0].insert(draw.randrange(len(steps[0])), saves)
-        found = both(
-            [process(folder, who, own, weights, mine, other) for who, own in enumerate(steps)]
-        )
+        works = [process(folder, who, own, weights, mine, other) for who, own in enumerate(steps)]
+        found = [wait() for wait in [begun(work, MEMORY) for work in works]]  # at once
         outcome, why = judge(folder, found, saves)
         fuzz.count(kind, outcome, f"{number}: {steps}", why)
     assert [path.name for path in tmp_path.iterdir()] == ["dictionary"]
-
-
-def plan(draw: random.Random) -> list[str]:
-    return [draw.choice(("measure", "explain", "read")) for _ in range(draw.randint(2, 5))]
 
 
 def judge(folder: Path, found: list[Any], saves: str | None) -> tuple[str, object]:

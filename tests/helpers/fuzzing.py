@@ -5,6 +5,7 @@ gives), or a failure, which names the kind and the number of the case: the same 
 same damage again.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mutations import OTHER_VALUES, REMOVED
+from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.cli import _explained
@@ -119,16 +120,11 @@ def begun(work: Callable[[], Any], memory: int) -> Callable[[], Any]:
     return end
 
 
-def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
-    """What the work gives or raises, as ``begun``."""
-    return begun(work, memory)()
-
-
 def frozen(value: Any) -> Any:
     """A value that is equal to another one only if everything in both is, NaN and types too."""
     if isinstance(value, torch.nn.Module):
         return frozen(dict(value.state_dict()))
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         whole = value.detach().cpu().contiguous().reshape(-1)
         return str(value.dtype), tuple(value.shape), whole.view(torch.uint8).numpy().tobytes()
     if isinstance(value, np.ndarray):
@@ -210,6 +206,22 @@ _BLIND: dict[str, Callable[[bytes, random.Random, bytes], bytes]] = {
 
 # --- Damage to values of JSON
 
+OTHER_VALUES: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 2**31, 2**70, 10**400, 1.5, float("nan"), float("inf"), "", "x",
+    "two\nlines", "../../etc", [], [1], {}, {"a": 1},
+)  # fmt: skip
+REMOVED = "removed"
+OTHER_JSON = {
+    "a list": b"[]",
+    "a text": b'"x"',
+    "two objects": b"{}{}",
+    "nothing in it": b"{}",
+    "brackets without end": b"[" * 100_000,
+    "a number of 5000 digits": b'{"d_in": ' + b"9" * 5000 + b"}",
+    "no UTF-8": b'{"a": "\xff"}',
+    "a byte-order mark": b"\xef\xbb\xbf{}",
+}
+
 
 def change(value: Any, draw: random.Random) -> str:
     """Change one value somewhere in JSON, in place; what was done."""
@@ -265,3 +277,57 @@ def _near(old: Any, draw: random.Random) -> Any:
     if isinstance(old, dict):
         return draw.choice((list(old), {**old, "x": 1}, {}))
     return draw.choice((0, "", "null"))
+
+
+def config_changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(key, value, the configuration): each value, two deep, exchanged or ``"removed"``."""
+    paths = [(key,) for key in config]
+    paths += [
+        (key, own) for key, value in config.items() if isinstance(value, dict) for own in value
+    ]
+    for *above, key in paths:
+        for value in (REMOVED, *OTHER_VALUES):
+            changed = copy.deepcopy(config)
+            inner = changed[above[0]] if above else changed
+            if value is REMOVED:
+                del inner[key]
+            else:
+                inner[key] = value
+            yield ".".join([*above, key]), value, changed
+
+
+# --- Damage to what a file of tensors says
+
+
+def tensor_changes(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(what was done, the tensors): each one missing, renamed, of another shape or content."""
+    yield "nothing in it", {}
+    yield "one more", tensors | {"scale": torch.ones(3)}
+    for name, tensor in tensors.items():
+        others = {other: kept for other, kept in tensors.items() if other != name}
+        yield f"{name} missing", others
+        yield f"{name} renamed", others | {f"{name}2": tensor}
+        for what, changed in _changed(tensor).items():
+            yield f"{name} {what}", others | {name: changed}
+
+
+def _changed(tensor: Tensor) -> dict[str, Tensor]:
+    flat = tensor.reshape(-1)
+    changed = {
+        "as whole numbers": tensor.to(torch.int32),
+        "as truth values": tensor > 0,
+        "in a box": tensor[None],
+        "twice as long": torch.cat([flat, flat]),
+        "without anything": tensor.new_zeros(0),
+    }
+    if tensor.is_floating_point():
+        for what, value in (("not a number", "nan"), ("infinite", "-inf")):
+            changed[what] = tensor.clone()
+            changed[what].view(-1)[-1] = float(value)
+    if tensor.ndim:
+        changed["one short"] = tensor[1:].clone()
+        changed["one long"] = torch.cat([tensor, tensor[:1]])
+    if tensor.ndim == 2:
+        changed["turned"] = tensor.T.contiguous()
+        changed["flat"] = flat
+    return changed

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_folders import WRITERS, learning, place
-from fuzzing import blind, frozen
+from fuzzing import OTHER_JSON, blind, config_changes, frozen, tensor_changes
 from looping import over
-from mutations import OTHER_JSON, config_changes, tensor_changes, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,7 +90,7 @@ def test_values_of_the_configuration(tmp_path, layout):
     for path in sorted(folder.glob("*.json")):
         data = path.read_bytes()
         for key, value, changed in config_changes(json.loads(data)):
-            write(path, changed)
+            path.write_text(json.dumps(changed))
             found = outcome(folder)
             tried, failed = tried + 1, failed + (found is None)
             if found is not None and not same(found, whole):
