@@ -17,11 +17,15 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks import IMAGES, README, ROOT, embedded_model, write_section
+from matplotlib.figure import Figure
 
 from llm_wsae import Dictionary
 from llm_wsae.cli import COMMANDS, main
+from llm_wsae.pipeline.plots import BLUE, GREY, INK, tidy
+from llm_wsae.statistics.measures import DRAWN
 
 PAGES = ROOT / "docs/commands"
 QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
@@ -155,8 +159,31 @@ def update_quickstart() -> None:
         f"tokens of {first['documents']} documents. Intervals are over documents, not seeds.",
     ]
     write_section("quickstart table", "\n".join(lines), README)
-    for name in ("profile.png", "fidelity.png"):
-        shutil.copy(QUICKSTART / name, IMAGES / name)
+    shutil.copy(QUICKSTART / "profile.png", IMAGES)
+    draw_fidelity(report["dictionaries"])
+
+
+def draw_fidelity(dictionaries: dict[str, dict[str, Any]]) -> None:
+    """FVU, CE recovered and KL, with their intervals, side by side; half-random ones in grey."""
+    names = [name for name, numbers in dictionaries.items() if numbers["fvu"] is not None]
+    figure = Figure(figsize=(12, 1.6 + 0.5 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(DRAWN), sharey=True)
+    for axis, measure in zip(axes, DRAWN, strict=True):
+        for row, name in enumerate(names):
+            value = dictionaries[name][measure.key]
+            low, high = dictionaries[name].get(f"{measure.key}_interval", (value, value))
+            colour = INK if name.startswith("uniform") else BLUE
+            colour = GREY if "-frozen-" in name else colour
+            error = [[value - low], [high - value]]
+            axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=4)
+            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(f"{value:.3f}", (value, row), fontsize=9, color=GREY, **above)
+        better = "lower" if measure.lower_is_better else "higher"
+        axis.set(xlabel=f"{measure.title} ({better} is better)", ylim=(len(names) - 0.4, -0.7))
+        axis.margins(x=0.25)
+        tidy(axis)
+    axes[0].set_yticks(range(len(names)), names)
+    figure.savefig(IMAGES / "fidelity.png", dpi=130)
 
 
 def update_pictures() -> None:

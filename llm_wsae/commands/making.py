@@ -205,11 +205,12 @@ class Train:
     def rows(self) -> "SiteRows":
         """The stores as one, or the stream."""
         from llm_wsae.data.store import open_stores
-        from llm_wsae.data.streaming import ActivationStreams
         from llm_wsae.training.checkpoint import recorded
 
         if self.stores:
             return open_stores(self.stores)
+        from llm_wsae.data.streaming import ActivationStreams  # with the language model: seconds
+
         text = self.stream.open("train")
         trainings = filter(None, map(recorded, self.folders.values()))
         begun = next((one["rows"].get("model") for one in trainings), None)

@@ -12,7 +12,7 @@ from the position to the end of its text.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ from llm_wsae.data.site_rows import SiteRows
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join, progress
-from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import Rule, RuleInputs, check_rows_of_covariance
+
+if TYPE_CHECKING:  # it takes seconds to import, and most rules need none
+    from llm_wsae.model.language_model import LanguageModel
 
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
@@ -47,7 +49,7 @@ def measure_inputs(
     rows: SiteRows,
     site: Site,
     *,
-    model: LanguageModel | None = None,
+    model: "LanguageModel | None" = None,
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     planted: Moments | None = None,
@@ -82,7 +84,7 @@ def measure_inputs(
 
 
 def _kept_fisher(
-    rows: SiteRows, site: Site, model: LanguageModel | None, config: RuleInputConfig
+    rows: SiteRows, site: Site, model: "LanguageModel | None", config: RuleInputConfig
 ) -> Tensor | None:
     """The measurement that is kept, or made with the model and then kept; else None."""
     kept = rows.evidence(site, "fisher", **asdict(config))
@@ -129,7 +131,7 @@ def used_decoder(
 
 
 def fisher_information(
-    model: LanguageModel,
+    model: "LanguageModel",
     contexts: Iterable[
         tuple[Integer[Tensor, "contexts positions"], Bool[Tensor, "contexts positions"]]
     ],
@@ -162,7 +164,7 @@ def fisher_information(
     return total / count
 
 
-def _not_finite(what: str, model: LanguageModel, site: Site) -> LlmWsaeError:
+def _not_finite(what: str, model: "LanguageModel", site: Site) -> LlmWsaeError:
     return LlmWsaeError(
         f"the {what} of {model.name} at {site} are not finite; load the model in float32 "
         "(--model-dtype float32)"
@@ -170,7 +172,7 @@ def _not_finite(what: str, model: LanguageModel, site: Site) -> LlmWsaeError:
 
 
 def _gradients(
-    model: LanguageModel, ids: Tensor, keep: Tensor, site: Site, generator: torch.Generator
+    model: "LanguageModel", ids: Tensor, keep: Tensor, site: Site, generator: torch.Generator
 ) -> Float[Tensor, "contexts positions d_model"]:
     """∂ Σ_t log p(y_t) / ∂h at every position, y drawn from the model's predictions; t runs to the
     last position that is kept, so that nothing is predicted from padding."""

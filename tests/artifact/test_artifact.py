@@ -76,7 +76,7 @@ def test_a_record_of_another_version_or_kind_is_one_sentence(artifact):
         artifact.read()
     for value in ({"kind": "other thing"}, {"kind": "made thing", "format": 9}):
         write_json(artifact.path, value)
-        with pytest.raises(LlmWsaeError, match="cannot read .* as the record of the made thing"):
+        with pytest.raises(LlmWsaeError, match=r"cannot read .* as the record of the made thing"):
             artifact.begin(REQUEST)
     for text, sentence in (("{", "is not a readable rec"), (json.dumps(REQUEST), "is damaged: ")):
         artifact.path.write_text(text)

@@ -42,8 +42,15 @@ def world(world):
     shutil.copytree(folder / "trained/uniform-k4", folder / "half")
     (folder / "half/cfg.json").unlink()
     make_dictionary().save(folder / "narrow")
-    (folder / "foreign").mkdir()
-    (folder / "foreign/cfg.json").write_text('{"architecture": "gated"}')
+    for name, text in (
+        ("foreign/cfg.json", '{"architecture": "gated"}'),
+        ("mine/log.jsonl", "my log\n"),
+        ("mine/report.html", "my report"),
+        ("notes.json", '{"command": "mine"}'),
+        ("page.html", "<p>mine"),
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
     return folder
 
 
@@ -71,18 +78,14 @@ HARVESTING = ("harvest", "--model", "model", "--corpus", "text.jsonl", *HARVEST)
 TRAINING = ("train", "store", *TRAIN)
 EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
 MEASURING = ("evaluate", "trained/uniform-k4", *EVALUATING)
-RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE,
-           "--harvest.context-size", 16)  # fmt: skip
 STUDYING = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
 WEIGHING = ("weigh", "store", "--site", SITE)
 
 # what stands for several words, or for what cannot be typed here
-NAMES = ("HARVEST", "TRAIN", "HARVESTING", "TRAINING", "EVALUATING", "MEASURING", "RUNNING",
-         "STUDYING", "WEIGHING")  # fmt: skip
-WORDS = {name: globals()[name] for name in NAMES}
+WORDS = {name: own for name, own in globals().items() if name.isupper() and isinstance(own, tuple)}
 WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"], "TEXT": ["w1 " * 99],
           "INSPECTING": ["inspect", "trained/uniform-k4"]}  # fmt: skip
-# exit code and command, without --out; below it, what the sentence holds
+# Exit code and command, those of mistakes without --out; below it, what the sentence holds.
 MISTAKES = """\
 2 harvst
     no command 'harvst' … did you mean 'harvest'?
@@ -122,8 +125,6 @@ MISTAKES = """\
     model, which reads at most 64
 2 TRAINING --device tpu
     no device 'tpu' on this machine; it has
-2 TRAINING --k 4 --l1 -1
-    l1 is -1.0, but must be at least 0
 2 TRAINING --batch-size 9999
     rows are fewer than one batch of 9999
 2 WEIGHING --rule varianc
@@ -148,14 +149,10 @@ MISTAKES = """\
     notes.safetensors is not a readable weights file
 1 train nowhere --site SITE
     there is no activation store in nowhere
-2 weigh --site SITE
-    name at least one activation store
 1 weigh store ./store --site SITE
     hold the same text
 2 WEIGHING --model model --revision main --sensitivity-tokens 9
     omit --model and --revision and --sensitivity-tokens, which the rule 'variance' does not use
-2 WEIGHING --rule sensitivity --dictionary trained/uniform-k4
-    omit --dictionary, which the rule 'sensitivity' does not use
 2 STUDYING --planted.per-cell 4 --planted.seed 3
     --planted.seed and --planted.per-cell: only with --plant; add that
 2 STUDYING --plant --planted.strengths 0.2 3
@@ -169,47 +166,30 @@ MISTAKES = """\
 2 MEASURING --model wide
     has 16 dimensions, but wide has 32 … the model it was trained on
 """
-# those have exit code 2, whatever --out is
 PARSED = """\
-INSPECTING --latent three
+2 INSPECTING --latent three
     --latent
-verify store --depth 3
-    no option --depth … '--site'
-TRAINING --out x --expantion 3
+2 TRAINING --out x --expantion 3
     expantion … --expansion
-harvest
+2 harvest
     missing … --model … --corpus … --site … --out
-harvest --sight SITE
+2 harvest --sight SITE
     no option --sight … '--site'
-verify store store
+2 verify store store
     'store' is one argument too many
-TRAINING --out x --batch-size
+2 TRAINING --out x --batch-size
     --batch-size needs a value
-weigh --site SITE --out x.safetensors
+2 weigh --site SITE --out x.safetensors
     name at least one activation store
-TRAINING --out x --k many
+2 TRAINING --out x --k many
     --k … 'many'
-evaluate EVALUATING --out x
+2 evaluate EVALUATING --out x
     dictionary folder
-TRAINING --out x --architecture batchtopk
+2 TRAINING --out x --architecture batchtopk
     --architecture cannot be 'batchtopk' … did you mean 'batch-topk'?
-HARVESTING --out x --dtype int8
+2 HARVESTING --out x --dtype int8
     --dtype … bfloat16
 """
-
-
-def test_mistakes(refused, tmp_path, subtests):
-    for (code, *command), said in cases(MISTAKES, **WORDS):
-        with subtests.test(ascii(command)):
-            out = tmp_path / "out.safetensors"
-            refused(int(code), *command, "--out", out, said=said)
-            assert not out.exists()
-
-
-def test_what_the_parser_refuses(refused, subtests):
-    for words, said in cases(PARSED, **WORDS):
-        with subtests.test(ascii(words)):
-            refused(2, *words, "--json", said=said)
 
 
 LOOKING = """\
@@ -221,12 +201,8 @@ LOOKING = """\
     name latents (--latent) or give a --text
 2 INSPECTING --latent 64
     no latent 64; uniform-k4 has latents 0 to 63
-2 INSPECTING --latent -1
-    no latent -1
 2 INSPECTING --latent 1 --top 0
     top is 0, but must be at least 1
-1 inspect nowhere --latent 1
-    nowhere is not a folder
 1 INSPECTING --latent 1 --store model
     no activation store in model
 2 INSPECTING --text w1
@@ -239,37 +215,20 @@ LOOKING = """\
     reads 12 dimensions, but model
 1 inspect narrow --latent 1 --store store
     rows of 16 dimensions
+1 verify torn
+    in torn, sae_weights.safetensors changed since it was
+1 verify half
+    half is not a complete dictionary folder of this package: it lacks cfg.json
+1 verify foreign
+    foreign holds cfg.json and no dictionary
+1 verify nothing
+    there is nothing in nothing that verify knows
+1 verify nowhere
+    there is no file or folder nowhere
 """
 
 
-def test_inspect_says_what_is_wrong(refused, subtests):
-    for (code, *command), said in cases(LOOKING, **WORDS):
-        with subtests.test(ascii(command)):
-            refused(int(code), *command, said=said)
-
-
-TWICE = """\
-harvest --site a --site b
-    --site is given twice; give it once, several values together: --site A B
-study --rule a --rule=b
-    --rule is given twice
-run --tokens 5 --harvest.tokens 6
-    --tokens or --harvest.tokens is given twice
-train --batch_size 5 --batch-size 6
-    --batch_size or --batch-size is given twice
-push d user/name --private --private
-    --private is given twice
-"""
-
-
-def test_an_option_is_given_once(capsys):
-    for words, (said,) in cases(TWICE):
-        assert main(words) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and said in err.splitlines()[-1]
-
-
-# exit code and command: the result cannot go there, or that is of another command or settings
+# The result cannot go there, or what is there is of another command or settings.
 PLACES = """\
 2 WEIGHING --out weights.json
     a .safetensors file … weights.json
@@ -302,15 +261,36 @@ PLACES = """\
 """
 
 
-def test_nothing_of_other_people_or_settings_is_replaced(refused, world, subtests):
-    (world / "notes.json").write_text('{"command": "mine"}')
-    (world / "page.html").write_text("<p>mine")
-    (world / "mine").mkdir()
-    (world / "mine/log.jsonl").write_text("my log\n")
-    (world / "mine/report.html").write_text("my report")
-    for (code, *command), said in cases(PLACES, **WORDS):
+@pytest.mark.parametrize(
+    ("table", "more"),
+    [(MISTAKES, ("--out", "out.safetensors")), (PARSED, ("--json",)), (LOOKING, ()), (PLACES, ())],
+    ids=("mistakes", "parser", "looking", "places"),
+)
+def test_mistakes(refused, subtests, table, more):
+    for (code, *command), said in cases(table, **WORDS):
         with subtests.test(ascii(command)):
-            assert len(refused(int(code), *command, said=said)) < 700
+            assert len(refused(int(code), *command, *more, said=said)) < 700
+
+
+TWICE = """\
+harvest --site a --site b
+    --site is given twice; give it once, several values together: --site A B
+study --rule a --rule=b
+    --rule is given twice
+run --tokens 5 --harvest.tokens 6
+    --tokens or --harvest.tokens is given twice
+train --batch_size 5 --batch-size 6
+    --batch_size or --batch-size is given twice
+push d user/name --private --private
+    --private is given twice
+"""
+
+
+def test_an_option_is_given_once(capsys):
+    for words, (said,) in cases(TWICE):
+        assert main(words) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and said in err.splitlines()[-1]
 
 
 def test_what_one_may_not_read_or_write(world, tmp_path):
@@ -399,14 +379,6 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
     assert sentence.count(";") == 3 and sentence.endswith(
         "run the same harvest again, which rewrites those missing"
     )
-    for place, said in {
-        "torn": "in torn, sae_weights.safetensors changed since it was",
-        "half": "half is not a complete dictionary folder of this package: it lacks cfg.json",
-        "foreign": "foreign holds cfg.json and no dictionary",
-        "nothing": "there is nothing in nothing that verify knows",
-        "nowhere": "there is no file or folder nowhere",
-    }.items():
-        refused(1, "verify", place, said=[said])
 
 
 def test_debug_shows_where_it_happened(world, monkeypatch):

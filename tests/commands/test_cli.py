@@ -216,10 +216,9 @@ def test_run_leaves_everything_in_one_folder(ran):
     out, result = ran
     here = out / SITE
     arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-k4", *HALF_RANDOM_OF_RUN]
-    names = {"profile.json", "profile.png", "report.json", "report.html", "fidelity.png"}
-    names |= {"log.jsonl"}
+    names = {"profile.json", "profile.png", "report.json", "report.html", "log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
-    assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
+    assert is_figure(here / "profile.png")
     assert f"page  {here / 'report.html'}; " in result.out
     report = json.loads((here / "report.json").read_text())
     assert list(report["dictionaries"]) == [*arms, "raw dimensions"]  # baselines come last
@@ -259,11 +258,6 @@ def request_of(model: str, **options) -> Run:
     )
 
 
-def test_run_has_a_folder_for_every_model():
-    for model, name in (("owner/name", "name"), ("./x/y.gguf", "y")):
-        assert request_of(model).folder == Path("runs") / name
-
-
 def test_run_proposes_commands_that_work(ran, tmp_path):
     _, result = ran
     lines = [line.strip() for line in result.out.splitlines()]
@@ -273,6 +267,8 @@ def test_run_proposes_commands_that_work(ran, tmp_path):
 
 
 def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
+    for model, name in (("owner/name", "name"), ("./x/y.gguf", "y")):
+        assert request_of(model).folder == Path("runs") / name
     names = ("uniform-k32", "variance-a0.5-k32", "whitening-k32")
     request = request_of("a/model", out=tmp_path)
     for d_sae, count, options in ((4608, 3, []), (16_384, 3, ["4", "4"]), (32_768, 2, ["3", "3"])):
@@ -283,50 +279,41 @@ def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
         assert given == options
 
 
-@pytest.fixture
-def auto(model_and_corpus, tmp_path, monkeypatch):
-    """A run with short trials: what it printed, and what stands in its folder."""
-    monkeypatch.setattr(pipeline, "TRIAL_TOKENS", 300)
-    here = tmp_path / "out" / SITE
-
-    def run(*words, gain: float, rows: int):
+def test_run_chooses_how_far_to_whiten(model_and_corpus, tmp_path, monkeypatch):
+    def auto(name: str, *words, gain: float = -9.0, rows: int = 4096):
+        for setting, value in (("TOKENS", 300), ("ROWS", rows)):
+            monkeypatch.setattr(pipeline, f"TRIAL_{setting}", value)
         monkeypatch.setattr(pipeline, "LEAST_GAIN", gain)
-        monkeypatch.setattr(pipeline, "TRIAL_ROWS", rows)
-        given = ("--architecture", "topk", "--out", tmp_path / "out", "--alpha", "auto")
-        result = call("run", *model_and_corpus, *RUN, *given, *words)
-        return result, here, {path.parent.name for path in here.glob("*/wsae.json")}
+        given = ("--architecture", "topk", "--out", tmp_path / name, "--alpha", "auto")
+        return call("run", *model_and_corpus, *RUN, *given, *words)
 
-    return run
+    def arms(name: str) -> set[str]:
+        return {path.parent.name for path in (tmp_path / name / SITE).glob("*/wsae.json")}
 
-
-def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(auto):
-    result, _, arms = auto("--rule", "whitening", gain=0.99, rows=9)  # a batch, at least
-    assert "none is worth it" in result.err and arms == {"uniform-k4"}
-
-
-def test_run_chooses_how_far_to_whiten(auto):
-    asked = ("--alpha", "auto", 0.5)
-    result, here, arms = auto(*asked, gain=-9.0, rows=4096)
-    choice = json.loads((here / "alpha.json").read_text())["choice"]
+    result = auto("plain", "--rule", "whitening", gain=0.99, rows=9)  # a batch, at least
+    assert "none is worth it" in result.err and arms("plain") == {"uniform-k4"}
+    here, asked = tmp_path / "out" / SITE, ("out", "--alpha", "auto", 0.5)
+    result = auto(*asked)
+    choice = json.loads((here / "alpha.json").read_text())
     assert list(choice["kl"]) == ["0", "0.25", "0.5", "0.75", "1"] and choice["rows"] == 4096
     best = min(choice["kl"], key=choice["kl"].get)
     whitened = set() if best == "0" else {f"whitening-a{best}-k4"}
     assert choice["alpha"] == (None if best == "0" else float(best))
     assert f"chosen: {best}" in result.err or best == "0"
-    assert arms == {"uniform-k4", "variance-a0.5-k4"} | whitened
+    assert arms("out") == {"uniform-k4", "variance-a0.5-k4"} | whitened
     assert not (here / ".alpha").exists() and "train 5 arms" in result.err
     before = content(here)
     for other, said in (
-        (("--train.learning-rate", 0.01), "was chosen for other rows or settings"),
-        (("--place", "space"), 'weights place: "loss" in that choice'),
+        (("--train.learning-rate", 0.01), "choice of an exponent in"),
+        (("--place", "space"), 'has other settings (weights place: "loss" in the saved choice'),
     ):
-        refused, *_ = auto(*asked, *other, gain=-9.0, rows=4096)
+        refused = auto(*asked, *other)
         assert refused.code == 1 and said in refused.err
-    again, *_ = auto(*asked, gain=-9.0, rows=4096)
+    again = auto(*asked)
     assert again.code == 0 and "train 5 arms" not in again.err and content(here) == before
     (here / "alpha.json").write_text("{}")
-    again, *_ = auto(*asked, gain=-9.0, rows=4096)
-    assert again.code == 1 and "checksum does not match; delete it to choose again" in again.err
+    again = auto(*asked)
+    assert again.code == 1 and "alpha.json is damaged: its checksum does not" in again.err
 
 
 REFUSED = """

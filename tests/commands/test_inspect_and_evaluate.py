@@ -108,8 +108,6 @@ def test_a_model_that_is_another_or_not_there(inside, monkeypatch):
 
 
 NAMES = ("uniform-k4", "variance-a0.5-k4")
-
-
 HALF = {"frozen decoder": "uniform-frozen-decoder-k4",
         "frozen encoder": "uniform-frozen-encoder-k4"}  # fmt: skip
 UNTRAINED = ("raw dimensions", "frozen random")
@@ -118,9 +116,9 @@ UNTRAINED = ("raw dimensions", "frozen random")
 @pytest.fixture(scope="module")
 def world(world):
     save_encoder(world / "encoder")
-    half = ("--architecture", "frozen-decoder", "frozen-encoder", "--out", world / "half")
-    works("train", world / "store", "--site", SITE, "--k", 4, "--tokens", 4096, "--expansion", 2,
-          *half)  # fmt: skip
+    frozen = ("--architecture", "frozen-decoder", "frozen-encoder", "--k", 4, "--expansion", 2)
+    works("train", world / "store", "--site", SITE, "--tokens", 4096, *frozen, "--out",
+          world / "half")  # fmt: skip
     return world
 
 
@@ -209,7 +207,7 @@ def test_another_measurement_replaces_its_own_group_only(kept):
 def test_a_table_of_text_that_was_not_held_out(world, tmp_path):
     words = asked_of(world, tmp_path, "--score.tokens", 3000, "--part", "all")
     before = content(tmp_path)
-    text = works(*words[:3], *words[5:]).out
+    text = works(*words[:3], *words[5:]).out  # without those that are half random
     rows = [line for line in text.splitlines() if line.startswith(NAMES[0])]
     assert len(rows) == 2  # fidelity, monosemanticity
     report = json.loads((tmp_path / "report.json").read_text())["monosemanticity"]
@@ -236,12 +234,8 @@ def test_what_cannot_be_done_is_said_before_the_work(world, tmp_path):
     fails("is not a sentence encoder", "--score.encoder", world / "model")
     labels = ("--score.tokens", 900, "--score.labels", "nmber")
     fails("no document has a label 'nmber'; did you mean 'number'", *labels)
-    fails(
-        "but 1,000,000 tokens in at least 2 contexts are needed",
-        "--score.tokens",
-        1_000_000,
-        code=1,
-    )
+    many = ("--score.tokens", 1_000_000)
+    fails("but 1,000,000 tokens in at least 2 contexts are needed", *many, code=1)
     fails("--score: tokens is 0, but must be at least 1", "--score.tokens", 0)
     fails("--score.labels: only with --monosemantic; add that", "--score.labels", "number",
           asked=plain(words))  # fmt: skip
