@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from llm_wsae import Dictionary
 from llm_wsae.cli import COMMANDS, main
+from llm_wsae.evaluation.baselines import RAW
 from llm_wsae.pipeline.plots import BLUE, GREY, INK, tidy
 from llm_wsae.statistics.measures import DRAWN
 
@@ -165,7 +166,7 @@ def update_quickstart() -> None:
 
 def draw_fidelity(dictionaries: dict[str, dict[str, Any]]) -> None:
     """FVU, CE recovered and KL, with their intervals, side by side; half-random ones in grey."""
-    names = [name for name, numbers in dictionaries.items() if numbers["fvu"] is not None]
+    names = [name for name in dictionaries if name != RAW]
     figure = Figure(figsize=(12, 1.6 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(DRAWN), sharey=True)
     for axis, measure in zip(axes, DRAWN, strict=True):
