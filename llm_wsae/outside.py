@@ -1,9 +1,8 @@
 """The gate for what comes from outside: JSON, paths, numbers of options, the environment.
 
-Whoever wrote it, it has the expected type and a size that can be worked with, or it is refused with
-a sentence. Typed readers (``number``, ``text``, …) give None for a value of another type: others'
-files are shown and believed as far as they make sense. ``parsing`` turns whatever a library raises
-about a file into a sentence.
+It has the expected type and a size that can be worked with, or it is refused with a sentence. Typed
+readers (``number``, ``text``, …) give None for a value of another type: others' files are believed
+as far as they make sense.
 """
 
 import dataclasses
@@ -54,12 +53,9 @@ def hub_is_unreachable(error: BaseException) -> bool:
 
 @contextmanager
 def parsing(what: str) -> Iterator[None]:
-    """Turn everything that a library raises about somebody's file into one sentence.
-
-    ``what`` begins the sentence ("model.gguf cannot be read"). Libraries raise whatever comes of a
-    damaged file, also errors of no class that could be named, so nothing is let through but
-    this package's own errors and the end of the program. Keep the block to the library's call.
-    """
+    """Turn everything that a library raises about somebody's file, whatever its class, into one
+    sentence, which begins with ``what`` ("model.gguf cannot be read"). Only this package's own
+    errors and the end of the program are let through. Keep the block to the library's call."""
     try:
         yield
     except BaseException as error:
@@ -94,12 +90,10 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 def lines(file: IO[str], what: str) -> Iterator[str]:
     """The lines of a text file. Raises LlmWsaeError, with its number, for one without an end."""
-    number = 1
-    while line := file.readline(_LONGEST_LINE):
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
         if len(line) == _LONGEST_LINE and not line.endswith("\n"):
             raise LlmWsaeError(f"{what}, line {number}: longer than {_LONGEST_LINE:,} characters")
         yield line
-        number += 1
 
 
 def number(value: Any) -> float | None:
@@ -167,11 +161,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def check_numbers(settings: Any, **limits: int | tuple[int, int]) -> None:
-    """Check every number among the fields of a configuration, also within tuples.
-
-    The limits of a field are what it must at least be, or that and what it must at most be; others
-    follow from its kind. Raises as ``check_number`` does.
-    """
+    """Check every number among the fields of a configuration, also within tuples. The limits of a
+    field are what it must at least be, or that and what it must at most be; others follow from its
+    kind. Raises as ``check_number`` does."""
     for field in dataclasses.fields(settings):
         given = limits.get(field.name)
         least_and_most = given if isinstance(given, tuple) else (given,)
@@ -192,10 +184,8 @@ def check_choices(settings: Any, **allowed: Sequence[str]) -> None:
 def check_number(
     name: str, value: int | float, least: int | None = None, most: int = LARGEST_NUMBER
 ) -> None:
-    """Raises UsageError, naming the number and the limit, unless least ≤ value ≤ most.
-
-    A whole number is a count or a seed, so at least 0, and NaN is no number.
-    """
+    """Raises UsageError, naming the number and the limit, unless least ≤ value ≤ most. A whole
+    number is a count or a seed, so at least 0, and NaN is no number."""
     if not isinstance(value, Real):
         raise UsageError(f"{name} is {value!r}, but must be a number")
     if least is None:
@@ -229,8 +219,8 @@ def check_revision(name: str | None) -> None:
 
 def local_path(name: str, what: str) -> Path:
     """The path of that name, ``~`` expanded. Raises UsageError, in which ``what`` names it
-    ("corpus"), for an empty name, which would be the current folder, for the home of a user that
-    does not exist, and for a name that no file can have."""
+    ("corpus"), for an empty name, for the home of a user that does not exist, and for a name that
+    no file can have."""
     if not name.strip():
         raise UsageError(f"the name of the {what} is empty; this folder is called .")
     if "\0" in name:

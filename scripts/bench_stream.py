@@ -60,8 +60,8 @@ def ways(
         trainings.append(Training(streams.source(site), arms, how, out, model.device))
     contexts = list(streams._first_contexts(tokens))
     batches = tokens // how.batch_size
-    stream = streams.batches(how.batch_size, 0)
-    kept = cycle(list(islice(streams.batches(how.batch_size, 1), 4)))
+    stream = streams.batches(sites, how.batch_size, 0)
+    kept = cycle(list(islice(streams.batches(sites, how.batch_size, 1), 4)))
 
     def forward() -> None:
         for block in contexts:

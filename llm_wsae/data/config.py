@@ -25,8 +25,7 @@ class PackConfig:
     """Special tokens (such as the separator between documents) give no row."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, context_size=2)
-        check_numbers(self, drop_positions=(0, self.context_size - 1))
+        check_numbers(self, context_size=2, drop_positions=(0, self.context_size - 1))
 
     @classmethod
     def remembered(cls, packing: Any) -> "PackConfig":

@@ -4,11 +4,10 @@ A hash of a document's *name* decides whether it is held out. So a document that
 ``a+b`` is held out of ``a`` as well, and a corpus that grows moves no document from one side to
 the other.
 
-Documents can be long. The first contexts of a text in its own order would come from a few of them,
-and what is trained or measured on these would hold for these alone. So documents are read a window
-at a time (``_WINDOW_DOCUMENTS``, fewer if they are long), shuffled with a fixed seed, and give
-their text in rounds: each document of a window gives a section before any gives its second one.
-Every reading gives the same sections, so that a stopped run can resume.
+Documents can be long, and the first contexts of a text in its own order would come from a few of
+them. So documents are read a window at a time, shuffled with a fixed seed, and give their text in
+rounds: each document of a window gives a section before any gives its second one. Every reading
+gives the same sections, so that a stopped run can resume.
 """
 
 import hashlib
@@ -65,11 +64,9 @@ class Corpus:
             raise UsageError(
                 f"the held-out fraction is {heldout_fraction}; it must lie between 0 and 1"
             )
-        self.sources = sources
+        self.sources, self.part = sources, part
         self.name = "+".join(source.name for source in sources)
-        self.part = part
-        self.heldout_fraction = heldout_fraction
-        self.text_column = text_column
+        self.heldout_fraction, self.text_column = heldout_fraction, text_column
         share = {"train": 1 - heldout_fraction, "heldout": heldout_fraction, "all": 1.0}[part]
         sizes = [source.num_bytes for source in sources if source.num_bytes is not None]
         is_known = len(sizes) == len(sources)
@@ -83,13 +80,11 @@ class Corpus:
         heldout_fraction: float = HELDOUT,
         text_column: str | None = None,
     ) -> "Corpus":
-        """Find a corpus by name.
-
-        ``spec`` is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of such files, an
-        installed text package (see ``TEXT_PACKAGES``), or a Hub dataset (``name``, ``owner/name``
-        or ``owner/name:config``, at its newest revision or with ``@revision``). Several of these
-        joined by ``+`` take turns so that, until one ends, each gives about as much text as the
-        others. ``part`` is ``train``, ``heldout`` or ``all``. ``text_column`` names the column that
+        """Find a corpus by name: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of such
+        files, an installed text package (see ``TEXT_PACKAGES``), or a Hub dataset (``name``,
+        ``owner/name`` or ``owner/name:config``, at its newest revision or with ``@revision``).
+        Several of these joined by ``+`` take turns so that, until one ends, each gives about as
+        much text as the others. ``part`` is ``train``, ``heldout`` or ``all``. ``text_column``
         holds the text; by default that is ``text``, or the only column of strings.
 
         Raises UsageError if there is no such corpus, LlmWsaeError if it cannot be read or is empty.
@@ -135,10 +130,8 @@ class Corpus:
     def _documents(self, source: TextSource) -> Iterator[Document]:
         """The documents of this part that hold text."""
         for one in source.documents():
-            wanted = self.part == "all" or (self.part == "heldout") == is_heldout(
-                one.name, self.heldout_fraction
-            )
-            if wanted and one.text.strip():
+            side = "heldout" if is_heldout(one.name, self.heldout_fraction) else "train"
+            if self.part in ("all", side) and one.text.strip():
                 yield Document(one.name, _encodable(one.text), _short(one.labels))
 
 
@@ -150,18 +143,14 @@ def is_heldout(name: str, fraction: float) -> bool:
 
 def _short(labels: dict[str, Any]) -> dict[str, Any]:
     """The labels that a store keeps: short strings, finite numbers and booleans."""
-    return {
-        _encodable(str(key)): _encodable(value) if isinstance(value, str) else value
-        for key, value in labels.items()
-        if _is_short(value)
-    }
-
-
-def _is_short(value: Any) -> bool:
-    if isinstance(value, str):
-        return 0 < len(value) <= _LONGEST_LABEL
-    is_finite = isinstance(value, float) and math.isfinite(value)
-    return is_finite or isinstance(value, bool) or integer(value) is not None
+    short = {}
+    for key, value in labels.items():
+        is_finite = isinstance(value, float) and math.isfinite(value)
+        if isinstance(value, str) and 0 < len(value) <= _LONGEST_LABEL:
+            short[_encodable(str(key))] = _encodable(value)
+        elif is_finite or isinstance(value, bool) or integer(value) is not None:
+            short[_encodable(str(key))] = value
+    return short
 
 
 def _encodable(text: str) -> str:
@@ -203,8 +192,8 @@ def _windows(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _end(text: str, begin: int, characters: int | None) -> int:
-    """Where the section that begins there ends: after a paragraph, a line or a sentence, if one
-    ends in its last third, else after a word."""
+    """Where a section ends: after a paragraph, a line or a sentence, if one ends in its last third,
+    else after a word."""
     if characters is None or len(text) - begin <= characters:
         return len(text)
     end = begin + characters

@@ -5,9 +5,9 @@ tokenises the next contexts ahead, another computes statistics and checksums and
 
 A shard is a fixed number of contexts and a function of its index alone, so a process can make it
 without knowing the others. Only where it begins in the text has to be found: by packing the text
-before it, or from the record of an earlier shard. A shard's files are written, synced and hashed
-first, its record last. So a process killed at any instant leaves complete shards and perhaps some
-files that nothing refers to, which the next run overwrites or removes.
+before it, or from the record of an earlier shard. A shard's files are written first, its record
+last. So a process killed at any instant leaves complete shards and perhaps some files that nothing
+refers to, which the next run overwrites or removes.
 """
 
 import bisect
@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,9 @@ def harvest(
     their statistics and covariance sums.
 
     The same call resumes a harvest that was stopped or killed, and ends with the same bytes as an
-    uninterrupted one. A call with more tokens extends a store; a complete one is left unchanged.
-
-    Under ``torchrun`` each of W processes makes every W-th missing shard, in one folder that all
-    can reach. The bytes are those of a single process (as far as a forward pass gives the same bits
-    there), so the number of processes may change when a harvest is resumed.
+    uninterrupted one. A call with more tokens extends a store. Under ``torchrun`` each of W
+    processes makes every W-th missing shard, in one folder that all can reach; W may change when a
+    harvest is resumed.
 
     Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
     folder holds something else or is being written, the corpus is too small (the same call with
@@ -93,12 +92,11 @@ def harvest(
         processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))
         with processes.folder_lock(out, "activation store"):
             following = processes.lead(lambda: _begin(out, manifest))
-            if following is None:
-                if processes.leads:
-                    tqdm.write(f"{out} is already complete", file=sys.stderr)
-            else:
+            if following is not None:
                 _write_shards(model, packer, corpus, out, manifest, following, processes)
                 processes.lead(lambda: finish_store(out, manifest))
+            elif processes.leads:
+                tqdm.write(f"{out} is already complete", file=sys.stderr)
         store = ActivationStore.open(out)
         for site in store.sites:
             store.second_moment(site)
@@ -148,10 +146,8 @@ def _check_size(
     out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
 ) -> None:
     """Raises LlmWsaeError for too little text, UsageError for more than memory or disk could hold,
-    before the first forward pass and before a complete store is reopened for more.
-
-    A large corpus, or one of unknown size, is not read twice: its end is noticed when it comes.
-    """
+    before the first forward pass and before a complete store is reopened for more. (The end of a
+    large corpus, or one of unknown size, is noticed when it comes.)"""
     store_in(out).check_place()
     if store_in(out).is_begun():
         found = Manifest.load(out)
@@ -164,22 +160,19 @@ def _check_size(
         kept = config.context_size - config.drop_positions
         check_room(out, wanted.num_contexts * kept * row, "ask for fewer tokens")
     if corpus.num_bytes is not None and corpus.num_bytes <= config.tokens * _BYTES_PER_TOKEN:
-        blocks = packer.blocks(corpus, 256, limit=wanted.num_contexts)
-        there = sum(len(block.ids) for block in blocks)
+        there = sum(1 for _ in islice(packer.contexts(corpus), wanted.num_contexts))
         if there < wanted.num_contexts:
             raise too_small(corpus, there, wanted.num_contexts, config.context_size)
 
 
 def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
-    """Where the text continues after each complete shard; None if the store is complete.
-
-    More tokens than before may be requested, since a shard depends on its index alone; a last shard
-    that was shorter is then rebuilt, and so is one of which a file is missing or has another size,
-    or whose tokens changed. Call this under the folder's lock.
+    """Where the text continues after each complete shard; None if the store is complete. A last
+    shard that was shorter than is requested now is to be rebuilt, and so is one of which a file is
+    missing or has another size, or whose tokens changed. Call this under the folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
-    store_in(out).check_place()
+    store_in(out).check_place()  # again: another run may have begun meanwhile
     whole: dict[int, ShardRecord] = {}
     if store_in(out).is_begun():
         found = Manifest.load(out)
@@ -214,11 +207,9 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
     """Whether the files exist and have their sizes, and tokens, which no later step reads, also
     their checksums."""
-    return all(
-        record.problem(folder / path) is None
-        if path.startswith(f"{TOKENS}/")
-        else record.has_size(folder / path)
-        for path, record in files.items()
+    tokens = [path for path in files if path.startswith(f"{TOKENS}/")]
+    return all(record.has_size(folder / path) for path, record in files.items()) and not any(
+        files[path].problem(folder / path) for path in tokens
     )
 
 
@@ -269,11 +260,8 @@ def _shard_batches(
     shards: Sequence[int],
 ) -> Iterator[tuple[int, Contexts]]:
     """The contexts of the given shards (ascending), one forward pass at a time: (shard, contexts).
-
-    ``following`` says, for shards that were already complete, where the text continues after them;
-    what lies between the given shards is packed and skipped. Raises LlmWsaeError if the corpus ends
-    before the last of them.
-    """
+    What lies between these and complete shards, after which the text continues at ``following``,
+    is packed and skipped. Raises LlmWsaeError if the corpus ends before the last of them."""
     per_shard = manifest.contexts_per_shard
     beginnings = {0: BEGINNING} | {i + 1: cursor for i, cursor in following.items()}
     known = sorted(beginnings)
@@ -299,9 +287,7 @@ class StoreWriter:
     """Adds batches of contexts and their rows to a store; use it as a context manager."""
 
     def __init__(self, folder: Path, manifest: Manifest):
-        """Write shards of the store that the manifest describes."""
-        self._folder = folder
-        self._manifest = manifest
+        self._folder, self._manifest = folder, manifest
         # One core for the writer (a setting of its thread): if its operations were spread over all
         # cores, they would wait for the forward pass, and the forward pass for them.
         self._pool = ThreadPoolExecutor(1, "store-writer", lambda: torch.set_num_threads(1))
@@ -314,8 +300,7 @@ class StoreWriter:
         self._rows = {
             site: torch.empty((tokens, manifest.d_in), dtype=dtype) for site in manifest.sites
         }
-        # as many rows for all of its tokens, so that a few large shards are sampled as well as many
-        # small ones, which together hold a larger sample
+        # so that a few large shards are sampled as well as many small ones together
         self._sampled = min(SAMPLE_ROWS, _SAMPLED * max(1, tokens // _OF_TOKENS))
         self._begin_shard()
 
@@ -328,12 +313,11 @@ class StoreWriter:
     def add(
         self, shard: int, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]
     ) -> None:
-        """Add the next batch of a shard: its contexts and, by site, the rows of kept positions.
+        """Add the next batch of a shard: its contexts and, by site, the rows of kept positions. A
+        shard is complete with its last batch; the next one must not begin before.
 
-        A shard is complete with its last batch; the next shard must not begin before. The work is
-        done in the background, at most a few batches behind; its errors are raised by a later call.
-        Raises LlmWsaeError if a row is not finite or the disk is full; nothing of that shard is
-        written then.
+        The work is done in the background, at most a few batches behind; a later call raises
+        LlmWsaeError if a row is not finite or the disk is full. That shard is not written then.
         """
         self.wait(_BATCHES_AHEAD - 1)
         self._running.append(self._pool.submit(self._add, shard, contexts, rows))
@@ -397,9 +381,7 @@ class StoreWriter:
 
 def finish_store(folder: Path, manifest: Manifest) -> None:
     """Finish a store that has all its shards: write the statistics of all rows and the manifest.
-
-    Raises LlmWsaeError if there is no row.
-    """
+    Raises LlmWsaeError if there is no row."""
     shards = complete_shards(folder, manifest)
     assert list(shards) == list(range(manifest.num_shards))
     if not any(shard.rows for shard in shards.values()):

@@ -2,15 +2,14 @@
 
 During a harvest the manifest says what is being made, and each complete shard has a small record
 file of its own, so that several processes can finish shards in any order; a shard without a record
-does not exist. At the end the records are moved into the manifest. It holds nothing that differs
-between two runs over the same data (no times, no machine's paths), so that a run that was killed
-and resumed ends with the same bytes as an uninterrupted one.
+does not exist. At the end the records are moved into the manifest. It holds no times and no paths
+of a machine, so that a run that was killed and resumed ends with the same bytes.
 """
 
 import base64
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +112,7 @@ class Manifest:
 
     def request(self) -> dict[str, Any]:
         """What cannot change while a store grows: a harvest that resumes it asks for the same."""
-        names = [one.name for one in fields(self) if one.name not in _GROWING]
-        return {name: getattr(self, name) for name in names}
+        return {key: value for key, value in vars(self).items() if key not in _GROWING}
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, the store's record."""
@@ -143,7 +141,7 @@ def store_in(folder: Path) -> Artifact:
 
 
 def save_record(folder: Path, index: int, record: ShardRecord) -> None:
-    """Record that a shard of a store is complete, with a checksum over the record itself."""
+    """Record that a shard of a store is complete."""
     write_json(folder / RECORDS / f"{index:05d}.json", asdict(record))
 
 
@@ -154,8 +152,8 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
         return dict(enumerate(manifest.shards))
     found = {}
     paths = {int(p.stem): p for p in (folder / RECORDS).glob("*.json") if p.stem.isdecimal()}
-    for index in sorted(paths):  # names get longer after 99999
-        value = read_own_json(paths[index], "record of a shard", "delete it to rebuild the shard")
+    for index, path in sorted(paths.items()):  # names get longer after 99999
+        value = read_own_json(path, "record of a shard", "delete it to rebuild the shard")
         found[index] = _shard_from(value, files_of(value["files"]))
     return found
 

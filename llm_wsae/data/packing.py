@@ -25,10 +25,8 @@ from llm_wsae.outside import parsing
 
 NO_DOCUMENT = -1
 _SECTION, _DOCUMENT, _OFFSET = 1, 2, 3
-"""Rows of a stream of tokens, between their ids and whether they are separators."""
-# Texts are tokenised in batches, which is fast; the first ones are small, so that work can begin.
-_SECTIONS_AT_ONCE = 64
-_CHARACTERS_AT_FIRST, _CHARACTERS_AT_ONCE = 1 << 14, 1 << 19
+"""Rows of a stream of tokens."""
+_SECTIONS_AT_ONCE, _CHARACTERS_AT_ONCE = 64, 1 << 19  # which are tokenised together
 _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 32, 1000  # whose length in tokens is measured
 
 
@@ -45,7 +43,7 @@ BEGINNING = Cursor(0, 0)
 
 
 class Context(NamedTuple):
-    """One context of T positions."""
+    """One context."""
 
     ids: Int32[np.ndarray, " positions"]
     keep: Bool[np.ndarray, " positions"]
@@ -105,18 +103,19 @@ class Packer:
         embedding = model.hf_model.get_input_embeddings()
         return cls(model.tokenizer, model.bos_token_id, embedding.weight.shape[0], config)
 
-    def contexts(self, corpus: Corpus, start: Cursor = BEGINNING) -> Iterator[Context]:
-        """The contexts of a corpus one by one, from a cursor on."""
-        for block in self.blocks(corpus, 64, start):
+    def contexts(self, corpus: Corpus) -> Iterator[Context]:
+        """The contexts of a corpus one by one."""
+        for block in self.blocks(corpus, 64):
             yield from block.each()
 
     def blocks(
         self, corpus: Corpus, block_size: int, start: Cursor = BEGINNING, limit: int | None = None
     ) -> Iterator[Contexts]:
         """The contexts of a corpus from a cursor on, ``block_size`` at a time, at most ``limit``.
+        Tokens at the end of the corpus that fill no context are dropped.
 
-        Tokens at the end of the corpus that fill no context are dropped. Raises LlmWsaeError if the
-        tokenizer returns an id that the model does not have, or the corpus cannot be read.
+        Raises LlmWsaeError if the tokenizer returns an id that the model does not have, or the
+        corpus cannot be read.
         """
         left = sys.maxsize if limit is None else limit
         parts: list[np.ndarray] = []
@@ -148,14 +147,13 @@ class Packer:
         self, corpus: Corpus, start: Cursor
     ) -> Iterator[tuple[list[Section], list[np.ndarray]]]:
         sections: list[Section] = []
-        length, enough = 0, _CHARACTERS_AT_FIRST
-        size = None if self._one_each else self._two_contexts
+        length, size = 0, None if self._one_each else self._two_contexts
         for section in corpus.sections(size, start.section):
             sections.append(section)
             length += len(section.text)
-            if len(sections) >= _SECTIONS_AT_ONCE or length >= enough:
+            if len(sections) >= _SECTIONS_AT_ONCE or length >= _CHARACTERS_AT_ONCE:
                 yield sections, self._arrays(sections)
-                sections, length, enough = [], 0, min(2 * enough, _CHARACTERS_AT_ONCE)
+                sections, length = [], 0
         if sections:
             yield sections, self._arrays(sections)
 
@@ -179,8 +177,8 @@ class Packer:
             )["input_ids"]
 
     def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> np.ndarray:
-        """A section's part of the stream, [5, tokens], from the cursor on if that is within the
-        section. A separator is the token after the section's last."""
+        """A section's part of the stream, from the cursor on if that is within the section: ids,
+        section, document, offset and whether they are separators, [5, tokens]."""
         length = len(ids)
         if self._separator is not None and not self._one_each:
             ids = np.append(ids, np.int32(self._separator))

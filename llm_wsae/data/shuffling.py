@@ -4,8 +4,7 @@ A sequence of rows may be far larger than memory. It is divided into chunks of 1
 rows. In each epoch the chunks are put in a random order, as many as fit into ``window_bytes`` are
 read together, and the rows of such a window are shuffled. The windows of all epochs form one
 sequence of rows, and batch number b is rows b·B to (b+1)·B − 1 of it. All randomness is drawn from
-(seed, epoch, window), so resuming at a batch means reading the window that it begins in. At most
-three windows are in memory.
+(seed, epoch, window), so resuming at a batch means reading the window that it begins in.
 
 Processes that share the rows of each batch each read a run of every chunk. Together they have the
 batch of a single process.
@@ -100,10 +99,10 @@ class MemorySource:
 
 
 class Share:
-    """Some rows of a run, in its order; length and slices are those of the complete run."""
+    """The rows of a run that this process has: those at some ascending ``places``, or all. Length
+    and slices are those of the complete run."""
 
     def __init__(self, size: int, places: np.ndarray, rows: Tensor):
-        """``places``: where in the run the rows are, ascending."""
         self._size, self._places, self._rows = size, places, rows
 
     def __len__(self) -> int:
@@ -131,12 +130,9 @@ def shuffled_batches(
     window_bytes: int = WINDOW_BYTES,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """Endless shuffled batches of all rows of a reader, from batch number ``start`` on.
-
-    Of ``part`` (its number, of how many) the batches hold only its rows; those of all parts,
-    together, are the batches of the one part (0, 1). Reading errors come with the batch that they
-    would have been in.
-    """
+    """Endless shuffled batches of all rows of a reader, from batch number ``start`` on; of each,
+    only the rows of ``part`` (its number, of how many). Reading errors come with their batch. At
+    most three windows are in memory."""
     assert batch_size > 0 and start >= 0 and reader.num_rows > 0
     per_window = max(1, window_bytes // (CHUNK_ROWS * reader.row_bytes))
     epoch, skip = divmod(start * batch_size, reader.num_rows)
@@ -150,12 +146,10 @@ def shuffled_batches(
 
 
 def cut(
-    blocks: Iterable[Tensor | Share], batch_size: int, skip: int = 0
+    blocks: Iterable[Share], batch_size: int, skip: int
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """The rows of all blocks, one after the other, in batches of exactly ``batch_size``.
-
-    The first ``skip`` rows, fewer than the first block has, are skipped.
-    """
+    """The rows of all blocks, one after the other, in batches of ``batch_size`` of the run's rows,
+    without the first ``skip``, fewer than the first block has."""
     parts: list[Tensor] = []
     lack, at = batch_size, skip
     for block in blocks:
@@ -172,12 +166,6 @@ def cut(
         del block  # so that it is freed while the next one is loaded
 
 
-def shuffle(rows: Tensor, *seed: int) -> Tensor:
-    """The rows in an order that the numbers determine (a copy)."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return rows[torch.from_numpy(order)]
-
-
 def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[_Window]:
     """The windows of an epoch and of all later ones."""
     num_chunks = -(-num_rows // CHUNK_ROWS)
@@ -190,8 +178,8 @@ def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[
         epoch += 1
 
 
-def _load(reader: Rows, window: _Window, seed: int, part: tuple[int, int]) -> Tensor | Share:
-    """The rows of a window, or a part of them, read in the order of the file and shuffled."""
+def _load(reader: Rows, window: _Window, seed: int, part: tuple[int, int]) -> Share:
+    """A part of a window's rows, read in the order of the file and shuffled."""
     number, parts = part
     rows = torch.empty(window.size, reader.row_bytes // reader.dtype.itemsize, dtype=reader.dtype)
     places = np.empty(window.size, dtype=np.int64)  # of the rows that are read, in the window
@@ -204,15 +192,14 @@ def _load(reader: Rows, window: _Window, seed: int, part: tuple[int, int]) -> Te
         places[read:end] = np.arange(before + first, before + stop)
         read, before = end, before + count
     seeds = (seed, window.epoch, window.number)
-    if parts == 1:
-        return shuffle(rows, *seeds)
-    return shuffled_share(rows[:read], places[:read], window.size, seeds)
+    return shuffled(rows[:read], places[:read], window.size, seeds)
 
 
-def shuffled_share(rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, ...]) -> Share:
-    """Those rows, which are in some places of ``size`` rows, when all of them are shuffled."""
+def shuffled(rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, ...]) -> Share:
+    """A run of ``size`` rows in an order that the seeds determine, of which only these ``rows``,
+    from some ``places``, are held (as a copy)."""
     held = np.full(size, -1)
     held[places] = np.arange(len(rows))
-    held = held[np.random.default_rng(seeds).permutation(size)]  # as ``shuffle`` does
+    held = held[np.random.default_rng(seeds).permutation(size)]
     mine = np.flatnonzero(held >= 0)
     return Share(size, mine, rows[torch.from_numpy(held[mine])])

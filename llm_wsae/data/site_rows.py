@@ -3,7 +3,7 @@ stored and those that are streamed."""
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +31,16 @@ class StoredMeasurement:
 
     path: Path | None
     """Its file; None if it is not kept."""
-    rows: dict[str, Any]
-    """What identifies the rows; JSON."""
-    settings: dict[str, Any]
+    facts: dict[str, Any]
+    """What identifies the rows, and the settings; JSON."""
 
     def read(self) -> dict[str, Tensor] | None:
         """The tensors by name; None if they are not there, damaged, or of something else: then they
         are measured anew."""
         if self.path is not None and self.path.exists():
             with suppress(LlmWsaeError):  # which would say to delete the file
-                tensors, header = load_own_tensors(self.path, "measurement")
-                if header == {**plain(self.rows), **self.settings}:
+                tensors, facts = load_own_tensors(self.path, "measurement")
+                if facts == plain(self.facts):
                     return tensors
         return None
 
@@ -50,7 +49,7 @@ class StoredMeasurement:
         if self.path is None or not leads():
             return
         try:
-            save_own_tensors(self.path, tensors, {**plain(self.rows), **self.settings})
+            save_own_tensors(self.path, tensors, plain(self.facts))
         except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
 
@@ -73,20 +72,18 @@ class SiteRows(ABC):
         """One site as a trainer reads it (an ActivationSource)."""
         return SiteSource(self, site)
 
-    def batches(
-        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
-        """The batches of all sites: the same rows of the text in each."""
-        each = [self.batches_of(site, batch_size, seed, start, part) for site in self.sites]
-        return zip(*each, strict=True)
-
     @abstractmethod
-    def batches_of(
-        self, site: Site, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches of a site from number ``start`` on; of each, only the rows of
-        ``part`` (its number, of how many). Which rows are in a batch depends only on the text, the
-        settings, the batch size and the seed."""
+    def batches(
+        self,
+        sites: Sequence[Site],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
+        """Endless shuffled batches from number ``start`` on, of each site the same rows of the
+        text; of a batch, only the rows of ``part`` (its number, of how many). Which rows are in a
+        batch depends only on the text, the settings, the batch size and the seed."""
 
     @abstractmethod
     def statistics(self, site: Site) -> Statistics:
@@ -126,8 +123,8 @@ class SiteSource:
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches; see ``SiteRows.batches_of``."""
-        return self.rows.batches_of(self.site, batch_size, seed, start, part)
+        """Endless shuffled batches; see ``SiteRows.batches``."""
+        return (own for (own,) in self.rows.batches([self.site], batch_size, seed, start, part))
 
     def statistics(self) -> Statistics:
         """The statistics of these rows."""

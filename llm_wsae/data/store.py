@@ -18,7 +18,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,17 +58,16 @@ _PARTS = 16  # of the rows; as many processes at most share the work of the cova
 _ROWS_AT_ONCE = 16_384
 
 
-class RowFile:
+class _RowFile:
     """A shard's rows of one site, one block in its file: a run of them is one read into the
     caller's memory. (The pages of a mapped file would count as the process's memory, and a damaged
     one would end the process with a signal.)
 
-    They are compared with their checksums when a reader first reads them, so that a training never
-    waits for a store to be checked and reads nothing twice.
+    They are compared with their checksums when they are first read, so that a training never waits
+    for a store to be checked and reads nothing twice.
     """
 
     def __init__(self, folder: Path, name: str, record: ShardRecord):
-        """``name``: path within the store in ``folder``."""
         self.num_rows = record.rows
         self._path, self._bytes = folder / name, record.files[name].bytes
         self._checks = record.crc32s(name)
@@ -108,7 +107,7 @@ class RowFile:
 class RowReader:
     """The rows of one site, as one sequence over the shards of a store, or of several."""
 
-    def __init__(self, files: Sequence[RowFile], d_in: int, dtype: torch.dtype):
+    def __init__(self, files: Sequence[_RowFile], d_in: int, dtype: torch.dtype):
         self._files, self._d_in, self.dtype = files, d_in, dtype
         self._ends = list(accumulate(file.num_rows for file in files))
         self.num_rows = self._ends[-1] if self._ends else 0
@@ -141,7 +140,6 @@ class Located(NamedTuple):
     context: Int[Tensor, " rows"]
     """Number of the context in the store."""
     position: Int[Tensor, " rows"]
-    """In the context."""
     document: Int[Tensor, " rows"]
     """Number of the document in the corpus; -1 for a token that belongs to none."""
     offset: Int[Tensor, " rows"]
@@ -150,21 +148,12 @@ class Located(NamedTuple):
     """All token ids of the context."""
 
 
-class _Shard(NamedTuple):
+@dataclass(frozen=True)
+class _Shard:
     folder: Path
     number: int  # in its own store
     record: ShardRecord
     documents_before: int  # in the stores before its own
-
-    @classmethod
-    def of(cls, stores: Sequence[tuple[Path, Manifest]]) -> "Iterator[_Shard]":
-        """All shards of some stores."""
-        before = 0
-        for folder, manifest in stores:
-            for number, record in enumerate(manifest.shards):
-                yield cls(folder, number, record, before)
-            # a section is at most of one document, and the next one counts once it has begun
-            before += manifest.shards[-1].next[0] + 1
 
 
 class ActivationStore(SiteRows):
@@ -184,10 +173,14 @@ class ActivationStore(SiteRows):
         self.num_rows: int = self.manifest.num_rows
         self.context_size = manifest.context_size
         self.prepends_bos = manifest.bos_token_id is not None
-        self._shards = list(_Shard.of(self._alone))
+        self._shards, before = [], 0
+        for place, own in self._alone:
+            self._shards += [_Shard(place, n, one, before) for n, one in enumerate(own.shards)]
+            # a section is at most of one document, and the next one counts once it has begun
+            before += own.shards[-1].next[0] + 1
         self._row_ends = list(accumulate(shard.record.rows for shard in self._shards))
         self._context_ends = list(accumulate(shard.record.contexts for shard in self._shards))
-        self._tokens_of = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_tokens)
+        self._contexts = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_contexts)
 
     @classmethod
     def open(cls, folder: Path | str) -> "ActivationStore":
@@ -217,10 +210,19 @@ class ActivationStore(SiteRows):
 
     # --- Rows
 
-    def batches_of(
-        self, site: Site, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        return shuffled_batches(self.reader(site), batch_size, seed, start, WINDOW_BYTES, part)
+    def batches(
+        self,
+        sites: Sequence[Site],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
+        readers = [self.reader(site) for site in sites]
+        each = [
+            shuffled_batches(one, batch_size, seed, start, WINDOW_BYTES, part) for one in readers
+        ]
+        return zip(*each, strict=True)
 
     def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""
@@ -233,7 +235,7 @@ class ActivationStore(SiteRows):
         Raises UsageError if the store lacks the site."""
         name = self._name(site)
         files = [
-            RowFile(shard.folder, shard_paths(shard.number, name)[0], shard.record)
+            _RowFile(shard.folder, shard_paths(shard.number, name)[0], shard.record)
             for shard in self._shards
         ]
         return RowReader(files, self.d_in, getattr(torch, self.manifest.dtype))
@@ -255,15 +257,11 @@ class ActivationStore(SiteRows):
 
     def _digest(self, site: Site) -> str:
         """Of the digests of the site's files, or of those of several stores."""
-        found = [
-            {
-                path: record.sha256
-                for path, record in manifest.all_files().items()
-                if path.startswith(f"{site}/")
-            }
-            for _, manifest in self._alone
-        ]
-        digests = [_sha256_of(files) for files in found]
+        digests = []
+        for _, manifest in self._alone:
+            files = manifest.all_files().items()
+            own = {path: one.sha256 for path, one in files if path.startswith(f"{site}/")}
+            digests.append(_sha256_of(own))
         return digests[0] if len(digests) == 1 else _sha256_of(digests)
 
     def _name(self, site: Site) -> str:
@@ -289,12 +287,9 @@ class ActivationStore(SiteRows):
     def second_moment(self, site: Site) -> SecondMoment:
         """The covariance sums of the rows that are not massive: those kept in the store, or else
         measured in one more pass, and kept. Which rows are massive depends on the median norm of
-        all of them.
-
-        The processes of this run divide the rows. What they sum is merged in the order of the rows,
-        so that it does not depend on their number.
-        """
+        all of them."""
         kept, processes = self.evidence(site, "second_moment"), join()
+        # parts are merged in the order of the rows, whichever process sums them
         tensors = processes.lead(lambda: kept.read() or self._added_up(site))
         if tensors is not None:
             return SecondMoment.from_tensors(tensors)
@@ -313,7 +308,7 @@ class ActivationStore(SiteRows):
         digest = self._digest(site)
         own = f".{digest[:16]}" if len(self._alone) > 1 else ""
         path = self.folder / MEASUREMENTS / f"{site}.{need}{own}.safetensors"
-        return StoredMeasurement(path, {"rows": digest}, settings)
+        return StoredMeasurement(path, {"rows": digest, **settings})
 
     def _added_up(self, site: Site) -> dict[str, Tensor] | None:
         """The sums that each of several stores keeps, together; None unless they are of the same
@@ -346,7 +341,7 @@ class ActivationStore(SiteRows):
 
     def contexts(self, shard: int) -> Contexts:
         """The contexts of one shard, with the names and labels of their documents."""
-        return self._tokens_of(shard)
+        return self._contexts(shard)
 
     def first_context(self, shard: int) -> int:
         """Number of the first context of a shard in the store."""
@@ -404,12 +399,11 @@ class ActivationStore(SiteRows):
             for batch in here.split(_CONTEXTS_AT_ONCE) if len(here) else ():
                 yield ids[batch].long(), keep[batch]
 
-    def _load_tokens(self, shard: int) -> Contexts:
-        folder, number, record, before = self._shards[shard]
-        name = tokens_path(number)
-        record.files[name].check(folder / name, REPAIR)
-        contexts = load_contexts(folder / name, record.first, record.next)
-        own = contexts.document
+    def _load_contexts(self, number: int) -> Contexts:
+        shard, name = self._shards[number], tokens_path(self._shards[number].number)
+        shard.record.files[name].check(shard.folder / name, REPAIR)
+        contexts = load_contexts(shard.folder / name, shard.record.first, shard.record.next)
+        own, before = contexts.document, shard.documents_before
         return contexts._replace(
             document=np.where(own >= 0, own + np.int32(before), np.int32(NO_DOCUMENT)),
             headers={document + before: header for document, header in contexts.headers.items()},
@@ -420,8 +414,8 @@ def open_stores(folders: Sequence[Path | str]) -> ActivationStore:
     """Open a store, or several of one model, with the same sites and settings, as one.
 
     Rows, and so batches, are byte for byte those of one store with the rows of all, in the order of
-    the folders. The statistics are merged in float64: numbers of rows, extremes and massive rows
-    are those of one harvest, moments differ by rounding, and the sample is another one, as uniform.
+    the folders. Statistics are merged: numbers of rows, extremes and massive rows are those of one
+    harvest, moments differ by rounding, and the sample is another one, as uniform.
 
     Raises LlmWsaeError if a store is unfinished, does not fit the first, or is of another part of
     its corpus or of the same corpus.

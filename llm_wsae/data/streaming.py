@@ -7,7 +7,6 @@ without forward passes. Processes that share the rows of each batch each run the
 forward pass of a buffer.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -25,7 +24,7 @@ from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import NO_ROWS, kept_rows, too_small
 from llm_wsae.data.packing import Contexts, Packer
-from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
+from llm_wsae.data.shuffling import Share, cut, shuffled
 from llm_wsae.data.site_rows import SiteRows, SiteSource, StoredMeasurement
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads, progress
@@ -39,7 +38,8 @@ _PACKED_AHEAD = 4
 
 
 class ActivationStreams(SiteRows):
-    """The rows of several sites, from the same forward passes."""
+    """The rows of several sites, from the same forward passes. While a buffer is trained on, a GPU
+    computes the next one in the background: do not use the model for anything else meanwhile."""
 
     in_step = True
     num_rows = None
@@ -62,18 +62,21 @@ class ActivationStreams(SiteRows):
         self.prepends_bos = config.prepend_bos and model.bos_token_id is not None
         self.model: LanguageModel = model
         self.corpus, self.config = corpus, config
-        self.computes_ahead = model.device.type != "cpu"
-        """A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
-        do: there the two would only take turns, at a cost."""
+        # a CPU's cores have enough to do: the two would only take turns, at a cost
+        self._computes_ahead = model.device.type != "cpu"
         self._packer = Packer.for_model(model, config)
         self._folder = folder
         self._known: dict[str, dict[Site, Any]] = {}
 
     def batches(
-        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+        self,
+        sites: Sequence[Site],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> Generator[tuple[Float[Tensor, "rows d_in"], ...], None, None]:
-        """Endless shuffled batches from number ``start`` on, one for each site, in the model's
-        dtype; of ``part`` (its number, of how many) only its rows.
+        """As ``SiteRows.batches``, in the model's dtype; forward passes stop behind the last site.
 
         Raises LlmWsaeError, with the batch concerned, if the corpus fills no context or cannot be
         read, or an activation is not finite.
@@ -87,23 +90,15 @@ class ActivationStreams(SiteRows):
             first = next(buffers)
             while skip >= (rows := sum(int(contexts.keep.sum()) for contexts in first[1])):
                 skip, first = skip - rows, next(buffers)
-            shuffled: Iterator[Tensor | Share] = (
-                self._shuffled(buffer, (seed, number), part)
+            shares: Iterator[Share] = (
+                self._shuffled(sites, buffer, (seed, number), part)
                 for number, buffer in chain([first], buffers)
             )
-            if self.computes_ahead:
+            if self._computes_ahead:
                 # closed before the blocks that it reads
-                shuffled = threads.enter_context(closing(prefetch(shuffled, depth=1)))
-            for batch in cut(shuffled, batch_size, skip):
-                yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
-
-    def batches_of(
-        self, site: Site, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The batches of one site, from forward passes that stop behind it."""
-        alone = copy.copy(self)
-        alone.sites = [site]
-        return (batch for (batch,) in alone.batches(batch_size, seed, start, part))
+                shares = threads.enter_context(closing(prefetch(shares, depth=1)))
+            for batch in cut(shares, batch_size, skip):
+                yield tuple(own.contiguous() for own in batch.split(self.d_in, dim=1))
 
     def statistics(self, site: Site) -> Statistics:
         """Statistics of the rows of the first ``statistics_tokens`` tokens. Raises LlmWsaeError if
@@ -118,13 +113,11 @@ class ActivationStreams(SiteRows):
         """They are always those of their own model."""
 
     def evidence(self, site: Site, need: str, **settings: Any) -> StoredMeasurement:
-        """A measurement of these rows, which is kept if there is a folder."""
         path = None if self._folder is None else self._folder / f"{site}.{need}.safetensors"
-        return StoredMeasurement(path, self.identity(site), settings)
+        return StoredMeasurement(path, {**self.identity(site), **settings})
 
     def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids of about the first ``tokens`` tokens, and which of them give a row, a forward pass at
-        a time."""
+        """As ``SiteRows.some_text``, of the first ``tokens`` tokens."""
         for contexts in self._first_contexts(tokens):
             yield torch.from_numpy(contexts.ids).long(), torch.from_numpy(contexts.keep)
 
@@ -141,22 +134,24 @@ class ActivationStreams(SiteRows):
         }
 
     def _shuffled(
-        self, buffer: Sequence[Contexts], seeds: tuple[int, int], part: tuple[int, int]
-    ) -> Tensor | Share:
-        """A buffer's rows, the sites side by side, or a part of them, in random order."""
+        self,
+        sites: Sequence[Site],
+        buffer: Sequence[Contexts],
+        seeds: tuple[int, int],
+        part: tuple[int, int],
+    ) -> Share:
+        """A part of a buffer's rows, the sites side by side, in random order."""
         number, parts = part
-        rows = [self._rows(contexts) for contexts in buffer[number::parts]]
+        rows = [self._rows(contexts, sites) for contexts in buffer[number::parts]]
         beside = torch.cat([torch.cat([*of_sites.values()], dim=1) for of_sites in rows] or [
-            torch.empty(0, len(self.sites) * self.d_in, dtype=self.model.dtype)
+            torch.empty(0, len(sites) * self.d_in, dtype=self.model.dtype)
         ])  # fmt: skip
-        if parts == 1:
-            return shuffle(beside, *seeds)
         sizes = [int(contexts.keep.sum()) for contexts in buffer]
         owner = np.repeat(np.arange(len(buffer)) % parts, sizes)
-        return shuffled_share(beside, np.flatnonzero(owner == number), len(owner), seeds)
+        return shuffled(beside, np.flatnonzero(owner == number), len(owner), seeds)
 
     def _endless_blocks(self) -> Iterator[Contexts]:
-        passes = 0
+        is_first = True
         while True:
             rows = seen = 0
             for contexts in self._packer.blocks(self.corpus, self.config.contexts_per_batch):
@@ -165,10 +160,10 @@ class ActivationStreams(SiteRows):
                 yield contexts
             if rows == 0:
                 raise self._without_rows(seen)
-            passes += 1
-            if passes == 1 and leads():
+            if is_first and leads():
                 again = f"{self.corpus.name} ends after {rows:,} rows; it is read again"
                 tqdm.write(again, file=sys.stderr)
+            is_first = False
 
     def _without_rows(self, contexts: int) -> LlmWsaeError:
         """The error for a text without rows: it is too short if it fills no context."""
@@ -184,11 +179,11 @@ class ActivationStreams(SiteRows):
         """The first ``statistics_tokens`` tokens, with their rows."""
         with progress(what, self.config.statistics_tokens, "tok") as bar:
             for contexts in self._first_contexts(self.config.statistics_tokens):
-                yield contexts, self._rows(contexts)
+                yield contexts, self._rows(contexts, self.sites)
                 bar.update(contexts.ids.size)
 
-    def _rows(self, contexts: Contexts) -> dict[Site, Tensor]:
-        rows = kept_rows(self.model, contexts, self.sites)
+    def _rows(self, contexts: Contexts, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        rows = kept_rows(self.model, contexts, sites)
         for site, own in rows.items():
             if not bool(torch.isfinite(own.sum(dtype=torch.float64))):
                 bad = int((~torch.isfinite(own)).any(1).sum())
@@ -234,8 +229,7 @@ class ActivationStreams(SiteRows):
 
 
 class ActivationStream(SiteSource):
-    """A stream of one site, as an ActivationSource. While a buffer is trained on, a GPU computes
-    the next one in the background: do not use the model for anything else meanwhile."""
+    """A stream of one site, as an ActivationSource."""
 
     def __init__(
         self,

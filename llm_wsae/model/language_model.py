@@ -2,8 +2,7 @@
 the activation at a site replaced, embeddings, identity. Names and meanings are TransformerLens'.
 
 The forward passes are the model's own. They give the numbers of ``hidden_states``: exactly, or up
-to rounding if ``load`` put faster norms, gates and attention into the model. A live model belongs
-to the caller, so a copy of its modules over the same parameter memory is used.
+to rounding if ``load`` put faster norms, gates and attention into the model.
 """
 
 import copy
@@ -21,7 +20,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.machine.hardware import DTYPES, choose_device, fast_dtype
+from llm_wsae.machine.hardware import DTYPES, choose_device, fast_dtype, name_of
 from llm_wsae.model.cpu_modules import fuse_norms_and_gates, use_short_attention
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import check_causal, load_model
@@ -52,10 +51,8 @@ _SETTINGS = (
 
 
 class LanguageModel:
-    """A causal language model of transformers, frozen and in eval mode.
-
-    Threads that call its methods at once wait for each other: a forward pass puts hooks on the
-    modules. (Visits, while they are open, see the passes of all threads.)
+    """A causal language model of transformers, frozen and in eval mode. Threads that call its
+    methods at once wait for each other; visits, while they are open, see the passes of all threads.
 
     Attributes: ``hf_model`` and ``tokenizer`` of transformers; ``name`` (Hub id, or the bare name
     of a file or folder), ``revision`` (commit hash or None), ``device``, ``dtype``; ``num_blocks``,
@@ -102,9 +99,9 @@ class LanguageModel:
         Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
         if the model cannot be fetched or read.
         """
-        name = str(dtype).removeprefix("torch.")
-        if name not in ("auto", *DTYPES):
-            raise UsageError(f"there is no dtype {name!r}; {nearest(name, ['auto', *DTYPES])}")
+        name, known = str(dtype).removeprefix("torch."), ("auto", *DTYPES)
+        if name not in known:
+            raise UsageError(f"there is no dtype {name!r}; {nearest(name, known)}")
         place = choose_device("auto" if device == SPREAD else device)
         wanted = fast_dtype(place) if name == "auto" else DTYPES[name]
         loaded = load_model(model, revision, wanted, download, spread=device == SPREAD)
@@ -121,10 +118,8 @@ class LanguageModel:
     @classmethod
     def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
         """Take a live transformers model and its tokenizer (None if only token ids will be used).
-
-        This works on a copy of its structure that shares the weights, so the model is not changed.
-        One that accelerate has spread over devices (``device_map``) is used as it is, and must be
-        in eval mode.
+        It is not changed: a copy of its structure shares the weights. One that accelerate has
+        spread over devices (``device_map``) is used as it is, and must be in eval mode.
 
         Raises UsageError if it is not a causal language model of transformers, or such a one in
         training mode.
@@ -137,13 +132,11 @@ class LanguageModel:
                 "(one with a head over the vocabulary)"
             )
         check_causal(type(hf_model).__name__, hf_model)
-        if is_spread(hf_model):
-            if hf_model.training:
-                raise UsageError("the model is in training mode; call its eval() first")
-            shared = hf_model  # accelerate's hooks hold on to the modules, so they can't be copied
-        else:
-            shared = share_weights(hf_model)
-        return cls(shared, tokenizer, name or type(hf_model).__name__)
+        if not is_spread(hf_model):  # accelerate's hooks hold on to the modules
+            hf_model = share_weights(hf_model)
+        elif hf_model.training:
+            raise UsageError("the model is in training mode; call its eval() first")
+        return cls(hf_model, tokenizer, name or type(hf_model).__name__)
 
     def check_site(self, site: Site) -> None:
         """Raises UsageError if the model has no such site."""
@@ -157,10 +150,10 @@ class LanguageModel:
     @torch.no_grad()
     def activations(self, ids: Ids, sites: Sequence[Site]) -> dict[Site, Stream]:
         """The residual stream at each site, in the model's dtype; nothing after the last site is
-        computed. Raises UsageError for a site that the model lacks or contexts that it cannot read.
+        computed. On a CPU the contexts are divided among the cores: a caller's own hooks on
+        ``hf_model`` see a few at a time, in several threads; those of ``visiting`` see all at once.
 
-        On a CPU the contexts are divided among the cores: a caller's own hooks on ``hf_model`` see
-        a few contexts at a time, in several threads; those of ``visiting`` see all at once.
+        Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
         if not sites:
             raise UsageError("there is no site to record at; name at least one")
@@ -177,11 +170,10 @@ class LanguageModel:
             return self._blocks.run(ids).logits
 
     def resume(self, ids: Ids, site: Site, hidden: Stream) -> Logits:
-        """Logits with ``hidden`` as the stream at ``site``; only the blocks after it are computed.
-
-        ``ids`` still gives positions and mask. At ``mid`` the block's output becomes
-        hidden + mlp(norm(hidden)); a TransformerLens hook there replaces only the norm's input.
-        Differentiable in ``hidden``; wrap the call in ``torch.no_grad`` if that is not needed.
+        """Logits with ``hidden`` as the stream at ``site``, in which they are differentiable. Only
+        the blocks after it are computed; ``ids`` still gives positions and mask. At ``mid`` the
+        block's output becomes hidden + mlp(norm(hidden)); a TransformerLens hook there replaces
+        only the norm's input.
 
         Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture does not
         allow an activation between attention and MLP.
@@ -194,10 +186,9 @@ class LanguageModel:
     @torch.no_grad()
     def resume_to_end(self, ids: Ids, site: Site, hidden: Stream) -> Stream:
         """As ``resume``, up to the last block's output, whose rows ``unembedding`` takes."""
-        ids = self._checked(ids, (site,))
+        ids, end = self._checked(ids, (site,)), Site(self.num_blocks - 1, "post")
         hidden = hidden.to(self.device, self.dtype)
         with self._one_pass:
-            end = Site(self.num_blocks - 1, "post")
             return self._blocks.record(ids, (end,), site, hidden)[end].to(ids.device)
 
     @contextmanager
@@ -226,11 +217,8 @@ class LanguageModel:
 
     def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:
         """While open, every forward pass gives each visit the stream at its site [contexts,
-        positions, d_model] and continues with what it returns, or unchanged if that is None.
-
-        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture does not
-        allow a replacement between attention and MLP.
-        """
+        positions, d_model] and continues with what it returns, or unchanged if that is None. Raises
+        as ``resume`` does."""
         for site in visits:
             self.check_site(site)
         return self._blocks.visiting(visits)
@@ -251,7 +239,7 @@ class LanguageModel:
             "name": self.name,
             "revision": self.revision,
             "architecture": type(self.hf_model).__name__,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": name_of(self.dtype),
             "num_blocks": self.num_blocks,
             "d_model": self.d_model,
             "weights_sha256": self._fingerprint,
@@ -260,11 +248,8 @@ class LanguageModel:
     @functools.cached_property
     def _fingerprint(self) -> str:
         """SHA-256 over the name, the shape and a spread sample of every parameter, and the settings
-        that change what they compute.
-
-        It tells the model from similar ones (another size, fine-tune or revision) without hashing
-        gigabytes, and does not depend on where its file is, on the device or on the float format.
-        """
+        that change what they compute: of the same model the same on any device and in any format,
+        of another size, fine-tune or revision another."""
         config = text_config(self.hf_model)
         settings = {key: getattr(config, key, None) for key in _SETTINGS}
         found = [(name, list(p.shape), _sample(p)) for name, p in parameters(self.hf_model)]
@@ -314,8 +299,8 @@ def _sample(parameter: Tensor) -> Tensor:
 def share_weights(hf_model: nn.Module) -> Any:
     """A copy of the modules, configurations and buffers over the same parameter memory, frozen."""
     memo: dict[int, Any] = {}
-    for parameter in hf_model.parameters():
-        memo[id(parameter)] = parameter  # quantised ones carry more than memory
-        if parameter.requires_grad:
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for one in hf_model.parameters():
+        # a frozen one as it is: if quantised, it carries more than memory
+        frozen = nn.Parameter(one.detach(), requires_grad=False) if one.requires_grad else one
+        memo[id(one)] = frozen
     return copy.deepcopy(hf_model, memo).eval()

@@ -1,8 +1,7 @@
 """Finding and loading a causal language model: Hub id, local folder or ``.gguf`` file.
 
 transformers does the loading. This module decides what a name means, suppresses the noise, and
-turns every failure into one sentence. Local files are loaded with ``local_files_only``, so that no
-one waits for a network that is not needed. Nothing is built of a size that the weights do not have.
+turns every failure into one sentence. Nothing is built of a size that the weights do not have.
 """
 
 import atexit
@@ -15,7 +14,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -46,7 +45,6 @@ _KERNELS = ("_attn_implementation", "_experts_implementation")
 _NUMBERS_PER_BYTE = 8
 _MOST_PARTS = 5_000_000  # of a header; a vocabulary of 262,144 words with its merges has 3,400,000
 _LIST = 9  # the type of a value
-_ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
 
 
 class Loaded(NamedTuple):
@@ -67,9 +65,8 @@ def load_model(
     download: bool = True,
     spread: bool = False,
 ) -> Loaded:
-    """Load model and tokenizer; a model of the Hub, without ``download``, from the local cache.
-    With ``spread``, accelerate puts its parts on all accelerators, then in memory, then on the
-    disk.
+    """Load model and tokenizer; arguments as those of ``LanguageModel.load``. With ``spread``,
+    accelerate puts its parts on all accelerators, then in memory, then on the disk.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
@@ -98,8 +95,7 @@ def load_model(
                 if path.suffix == ".gguf":
                     _check_gguf(path, config, dtype)
                     if hasattr(transformers, "GgufConfig"):  # packed weights are slower
-                        packed = transformers.GgufConfig(dequantize=True)
-                        weights["quantization_config"] = packed
+                        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
                 elif is_local:
                     check_weights(config, path, AutoModelForCausalLM)
                 hf_model = _checked_model(model, source, options | weights)
@@ -216,10 +212,8 @@ def _local_source(model: str, path: Path, revision: str | None) -> _Source:
 
 def hub_source(model: str, revision: str | None, download: bool = True) -> _Source:
     """A Hub id with its commit; without a network, the commit in the local cache (None if none is).
-
     One request decides: transformers would try for every file before it used the cache. Raises
-    LlmWsaeError as ``load_model`` does.
-    """
+    LlmWsaeError as ``load_model`` does."""
     check_revision(revision)
     check_token()
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
@@ -239,23 +233,17 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
 
 @contextlib.contextmanager
 def quiet(progress_bars: bool) -> Iterator[None]:
-    """Silence transformers' warnings and, except for downloads, its progress bars."""
+    """Silence transformers' warnings and, except for downloads, its progress bars: all of stderr,
+    since it draws one (GGUF) regardless of its own switch."""
     verbosity = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if not progress_bars:
-        transformers_logging.disable_progress_bar()
+    nowhere = contextlib.redirect_stderr(io.StringIO())
     try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as silence:
+        with warnings.catch_warnings(), contextlib.nullcontext() if progress_bars else nowhere:
             warnings.simplefilter("ignore")
-            if not progress_bars:
-                # transformers draws one bar (GGUF) regardless of its own switch.
-                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeError:
@@ -301,11 +289,11 @@ def _caused_by(error: BaseException | None, *kinds: type[BaseException]) -> bool
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """While open, transformers reads .gguf files in half the time, and less memory.
+    """While open, transformers reads .gguf files in half the time, and with limits.
 
     It would parse a file three times and list its tensors' names for every module. gguf would cut
     every word of the vocabulary out of a mapped file, whose parts take three times as long to make
-    as those of an array; and dequantise a tensor in three copies at once.
+    as those of an array.
     """
     if importlib.util.find_spec("gguf") is None:
         yield
@@ -313,21 +301,16 @@ def _gguf_read_once() -> Iterator[None]:
     import gguf
     from gguf import gguf_reader
 
-    dequantize = functools.partial(_dequantize_in_pieces, gguf.dequantize)
     replaced: list[tuple[Any, str, Any]] = [
         (gguf, "GGUFReader", functools.cache(_checked(gguf.GGUFReader))),
         (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        (gguf, "dequantize", dequantize),
         (gguf_reader, "np", _Numpy()),
     ]
-    before = [getattr(owner, name) for owner, name, _ in replaced]
-    try:
+    with contextlib.ExitStack() as restored:
         for owner, name, value in replaced:
+            restored.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
-    finally:
-        for (owner, name, _), value in zip(replaced, before, strict=True):
-            setattr(owner, name, value)
 
 
 def _checked(reader: type) -> type:
@@ -365,21 +348,6 @@ def _gguf_sizes(path: Path) -> tuple[int, int]:
     if sum(int(tensor.n_bytes) for tensor in tensors) > path.stat().st_size:
         raise ValueError("its tensors do not fit into it; download it again")
     return len(tensors), sum(math.prod(tensor.shape.tolist()) for tensor in tensors)
-
-
-def _dequantize_in_pieces(
-    dequantize: Callable[[np.ndarray, Any], np.ndarray], data: np.ndarray, quantization: Any
-) -> np.ndarray:
-    """The values of a tensor of a .gguf file, with no more memory than they take."""
-    if data.ndim != 2 or len(data) <= _ROWS_AT_ONCE:
-        return dequantize(data, quantization)
-    first = dequantize(data[:_ROWS_AT_ONCE], quantization)
-    values = np.empty((len(data), first.shape[1]), dtype=first.dtype)
-    values[:_ROWS_AT_ONCE] = first
-    for start in range(_ROWS_AT_ONCE, len(data), _ROWS_AT_ONCE):
-        piece = slice(start, start + _ROWS_AT_ONCE)
-        values[piece] = dequantize(data[piece], quantization)
-    return values
 
 
 class _Numpy:

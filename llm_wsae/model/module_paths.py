@@ -20,22 +20,18 @@ class ModulePaths:
     blocks: str
     """The ModuleList of transformer blocks."""
     mid: str | None = None
-    """Inside a block: the module whose input is ``hook_resid_mid``; None if there is no such
-    point."""
+    """Inside a block: the module whose input is ``hook_resid_mid``, if there is such a point."""
     attention: str | None = None
-    """Inside a block: the module that turns ``pre`` into ``mid``; None if ``mid`` is None."""
+    """Inside a block: the module that turns ``pre`` into ``mid``, if there is one."""
     ln_final: str | None = None
-    """The norm between the last block and the unembedding; None if unknown."""
+    """The norm between the last block and the unembedding, if known."""
     why_no_mid: str = ""
     """Why ``mid`` is None, as the end of a sentence."""
 
 
 def find_paths(hf_model: nn.Module) -> ModulePaths:
-    """The module paths of a Hugging Face causal language model.
-
-    Raises LlmWsaeError if TransformerLens does not know the architecture and no single list of
-    modules has the length that the configuration gives as the model's depth.
-    """
+    """The module paths of a model. Raises LlmWsaeError if TransformerLens does not know the
+    architecture and no single list of modules is as long as the model's depth."""
     return _transformer_lens_paths(hf_model) or _guessed_paths(hf_model)
 
 
@@ -62,20 +58,14 @@ def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
     aliases = blocks.hook_aliases
     if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
         return None
-    mid = attention = None
-    why = "its blocks run attention and MLP in parallel, so there is no stream between them"
+    ln_final = getattr(modules.get("ln_final"), "name", None)
     # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
     part, _, end = str(aliases.get("hook_resid_mid", "")).rpartition(".")
-    if part in blocks.submodules and end == "hook_in" and "attn" in blocks.submodules:
-        mid, attention = blocks.submodules[part].name, blocks.submodules["attn"].name
-        why = ""
-    return ModulePaths(
-        blocks=blocks.name,
-        mid=mid,
-        attention=attention,
-        ln_final=getattr(modules.get("ln_final"), "name", None),
-        why_no_mid=why,
-    )
+    own = blocks.submodules
+    if part in own and end == "hook_in" and "attn" in own:
+        return ModulePaths(blocks.name, own[part].name, own["attn"].name, ln_final)
+    why = "its blocks run attention and MLP in parallel, so there is no stream between them"
+    return ModulePaths(blocks.name, ln_final=ln_final, why_no_mid=why)
 
 
 def _adapter(hf_model: Any) -> Any | None:
@@ -90,12 +80,10 @@ def _adapter(hf_model: Any) -> Any | None:
             build_bridge_config_from_hf,
         )
 
-        architecture = type(hf_model).__name__
-        if architecture not in SUPPORTED_ARCHITECTURES:
+        name = type(hf_model).__name__
+        if name not in SUPPORTED_ARCHITECTURES:
             return None
-        config = build_bridge_config_from_hf(
-            hf_model.config, architecture, architecture, hf_model.dtype
-        )
+        config = build_bridge_config_from_hf(hf_model.config, name, name, hf_model.dtype)
         return ArchitectureAdapterFactory.select_architecture_adapter(config)
 
 
@@ -108,13 +96,10 @@ def _guessed_paths(hf_model: Any) -> ModulePaths:
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if len(lists) != 1:
-        found = ", ".join(lists) if lists else "none"
         raise LlmWsaeError(
             f"cannot find the transformer blocks of {type(hf_model).__name__}: "
             "TransformerLens does not know this architecture, and the module lists of length "
-            f"{depth} are: {found}; use a model that TransformerLens supports"
+            f"{depth} are: {', '.join(lists) or 'none'}; use a model that TransformerLens supports"
         )
-    return ModulePaths(
-        blocks=lists[0],
-        why_no_mid="TransformerLens does not know this architecture; use hook_resid_pre or _post",
-    )
+    why = "TransformerLens does not know this architecture; use hook_resid_pre or _post"
+    return ModulePaths(lists[0], why_no_mid=why)

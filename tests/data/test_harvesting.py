@@ -55,15 +55,11 @@ def files(folder):
     }
 
 
-class Stopped(Exception):
-    pass
-
-
 def stop():
-    raise Stopped
+    raise InterruptedError
 
 
-def after(forwards, happens):
+def after(forwards, happens=stop):
     """The same model; something happens at each forward behind so many."""
     new = tiny_model()
     activations, count = new.activations, iter(range(forwards))
@@ -75,10 +71,6 @@ def after(forwards, happens):
 
     new.activations = watched
     return new
-
-
-def stop_after(forwards):
-    return after(forwards, stop)
 
 
 def ends(renames, work):
@@ -116,7 +108,7 @@ def test_sigkill_at_any_instant_ends_with_the_same_bytes(model, corpus, unbroken
     for path in (out / "evidence").iterdir():
         path.unlink()
     assert not ends(0, work) and not ends(1, work)  # all shards are there, covariances are not
-    harvest(stop_after(0), corpus, SITES, out, CONFIG)
+    harvest(after(0), corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
     assert verify(out).problems == []
 
@@ -124,12 +116,12 @@ def test_sigkill_at_any_instant_ends_with_the_same_bytes(model, corpus, unbroken
 def test_what_a_stopped_or_killed_writer_left_is_removed(model, corpus, unbroken, tmp_path):
     out = tmp_path / "s"
     for forwards in (20, 9):
-        with pytest.raises(Stopped):
-            harvest(stop_after(forwards), corpus, SITES, out, CONFIG)
-    (out / "tokens" / ".00003.safetensors.77.partial").write_bytes(b"half")
-    (out / "tokens" / ".write.x8k2.77.partial").mkdir()
-    (out / "tokens" / ".write.x8k2.77.partial" / ".tmpAb12Cd").write_bytes(b"half")  # safetensors'
-    (out / "tokens" / "00099.safetensors").write_bytes(b"never listed")
+        with pytest.raises(InterruptedError):
+            harvest(after(forwards), corpus, SITES, out, CONFIG)
+    (out / "tokens/.00003.safetensors.77.partial").write_bytes(b"half")
+    (out / "tokens/.write.x8k2.77.partial").mkdir()
+    (out / "tokens/.write.x8k2.77.partial/.tmpAb12Cd").write_bytes(b"half")  # safetensors'
+    (out / "tokens/00099.safetensors").write_bytes(b"never listed")
     harvest(model, corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
     theirs = [out / "theirs" / ".notes.5.partial", out / str(SITES[0]) / ".tmpABC123"]
@@ -144,7 +136,7 @@ def test_a_complete_store_is_left_alone_mended_or_grown(model, corpus, unbroken,
     out = tmp_path / "s"
     harvest(model, corpus, SITES, out, replace(CONFIG, tokens=1000))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    harvest(stop_after(0), corpus, SITES, out, replace(CONFIG, tokens=999))
+    harvest(after(0), corpus, SITES, out, replace(CONFIG, tokens=999))
     assert "is already complete" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     with pytest.raises(LlmWsaeError, match="already holds 1,008 tokens, more than the 504 reque"):
@@ -158,7 +150,7 @@ def test_a_complete_store_is_left_alone_mended_or_grown(model, corpus, unbroken,
     assert files(out) == files(unbroken.folder)
     (out / str(SITES[1]) / "statistics.safetensors").unlink()
     assert "run the same harvest again" in "; ".join(verify(out).problems)
-    harvest(stop_after(0), corpus, SITES, out, CONFIG)
+    harvest(after(0), corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
 
 

@@ -1,5 +1,7 @@
 """Contexts by hand, from any cursor on, and what cannot be packed."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,23 +35,15 @@ def packer(bos=True, eos=True, **config):
 
 
 def joined(blocks, name):
-    arrays = [getattr(block, name) for block in blocks]
-    return np.concatenate(arrays) if arrays else np.empty((0, 0))
+    return np.concatenate([getattr(block, name) for block in blocks])
 
 
 def test_packing_by_hand():
     (block,) = packer(context_size=5).blocks(listed(6, 1, 4), 8)
     a, b, c = ids_of(0, 6), ids_of(1, 1), ids_of(2, 4)
-    assert block.ids.tolist() == [
-        [BOS, *a[:4]],
-        [BOS, *a[4:], EOS, *b],
-        [BOS, EOS, *c[:3]],
-    ]  # the last token and separator fill no context
-    assert block.keep.tolist() == [
-        [False, True, True, True, True],
-        [False, True, True, False, True],
-        [False, False, True, True, True],
-    ]
+    # the last token and separator fill no context
+    assert block.ids.tolist() == [[BOS, *a[:4]], [BOS, *a[4:], EOS, *b], [BOS, EOS, *c[:3]]]
+    assert block.keep.astype(int).tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 1, 1, 1]]
     assert block.document.tolist() == [[-1, 0, 0, 0, 0], [-1, 0, 0, -1, 1], [-1, -1, 2, 2, 2]]
     assert block.offset.tolist() == [[-1, 0, 1, 2, 3], [-1, 4, 5, -1, 0], [-1, -1, 0, 1, 2]]
     assert (block.first, block.next) == (Cursor(0, 0), Cursor(2, 3))
@@ -60,7 +54,7 @@ def test_packing_by_hand():
 def test_one_document_per_context_by_hand():
     (block,) = packer(context_size=5, one_document_per_context=True).blocks(listed(6, 0, 2), 8)
     assert block.ids.tolist() == [[BOS, *ids_of(0, 6)[:4]], [BOS, *ids_of(2, 2), EOS, EOS]]
-    assert block.keep.tolist() == [[False, *[True] * 4], [False, True, True, False, False]]
+    assert block.keep.astype(int).tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
     assert block.document.tolist() == [[-1, 0, 0, 0, 0], [-1, 1, 1, -1, -1]]
     assert block.offset.tolist() == [[-1, 0, 1, 2, 3], [-1, 0, 1, -1, -1]]
     assert block.next == Cursor(2, 0)
@@ -124,21 +118,13 @@ def test_tokenizers_that_do_not_fit():
     class PanicException(BaseException):
         """As a library written in Rust raises it."""
 
-    class Panicking:
-        eos_token_id, all_special_ids = None, ()
-
-        def __call__(self, *args, **kwargs):
-            raise PanicException("stack overflow in regex")
-
+    panicking = Mock(side_effect=PanicException("stack overflow in regex"))
+    panicking.eos_token_id, panicking.all_special_ids = None, ()
     config = PackConfig(context_size=5)
     for tokenizer, bos, said in (
-        (
-            tiny_tokenizer(bos=False, eos=False),
-            None,
-            r"the id \d+, but the model has 30 em",
-        ),
+        (tiny_tokenizer(bos=False, eos=False), None, r"the id \d+, but the model has 30 em"),
         (tiny_tokenizer(), BOS, "returns the id 5[01], but the model has 30 embeddings"),
-        (Panicking(), None, "tokenizer cannot read the text: stack overflow"),
+        (panicking, None, "tokenizer cannot read the text: stack overflow"),
         (None, None, "without a tokenizer"),
     ):
         with pytest.raises(LlmWsaeError, match=said):

@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from itertools import islice
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import over
 from places import ROOT
 from safetensors.torch import save_file
 
@@ -84,26 +86,18 @@ def test_each_row_once_per_epoch_from_any_start_and_in_any_parts(
             assert sorted(numbers(own).tolist()) == sorted(numbers([whole]).tolist())
 
 
-@pytest.mark.parametrize("parts", [2, 3])
+@over(parts=[2, 3])
 def test_a_part_reads_its_share_and_gets_about_as_many_rows_as_the_others(tmp_path, parts):
-    store = store_of(tmp_path, [9_000, 7_000])
-    lengths, seen, read = [], [], [0] * parts
-    for number in range(parts):
+    store, lengths = store_of(tmp_path, [9_000, 7_000]), []
+    for part in range(parts):
         reader = store.reader(SITE)
-
-        def counted(start, out, number=number, read_rows=reader.read):
-            read[number] += len(out)
-            read_rows(start, out)
-
-        reader.read = counted
-        own = list(islice(shuffled_batches(reader, 1600, 3, part=(number, parts)), 10))
+        with patch.object(reader, "read", wraps=reader.read) as read:
+            own = list(islice(shuffled_batches(reader, 1600, 3, part=(part, parts)), 10))
         lengths.append([len(batch) for batch in own])
-        seen.append(numbers(own))
-    assert sorted(torch.cat(seen).tolist()) == list(range(16_000))
+        rows = sum(len(call.args[1]) for call in read.call_args_list)
+        assert rows <= 3 * (16_000 // parts + 16)  # two windows, an epoch each here, are ahead
     assert all(sum(batch) == 1600 for batch in zip(*lengths, strict=True))
     assert max(map(max, lengths)) < 1600 / parts * 1.12
-    ahead = 2  # windows, an epoch each here
-    assert all(rows <= (1 + ahead) * (16_000 // parts + 16) for rows in read)
 
 
 def test_the_order_is_a_function_of_the_seed_and_well_mixed(tmp_path):
@@ -116,8 +110,7 @@ def test_the_order_is_a_function_of_the_seed_and_well_mixed(tmp_path):
     order = both[:70_000]
     assert torch.equal(order, first(70, 0)) and not torch.equal(order, first(70, 1))
     assert not torch.equal(both[70_000:], order)  # the second epoch has an order of its own
-    neighbours = (order.diff().abs() == 1).double().mean()
-    assert neighbours < 0.001
+    assert (order.diff().abs() == 1).double().mean() < 0.001  # rows that were neighbours
     # a batch holds rows from all over the store: chunks of a window are far apart
     assert all(len((b // 1024).unique()) > 15 for b in order.split(1000))
 
@@ -148,23 +141,18 @@ def test_memory_is_bounded_by_the_window(tmp_path):
 
 
 def test_the_thread_ends_with_its_iterator(tmp_path):
-    reader = reader_of(tmp_path, [50_000])
-
-    def threads():
-        return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
-    before = len(threads())
+    reader, before = reader_of(tmp_path, [50_000]), set(threading.enumerate())
     closed, dropped = shuffled_batches(reader, 10, 0), shuffled_batches(reader, 10, 0)
     next(closed)
     next(dropped)
-    assert len(threads()) >= before + 2
+    threads = set(threading.enumerate()) - before
+    assert len(threads) >= 2
     closed.close()
     del dropped
     gc.collect()
-    deadline = time.monotonic() + 120
-    while len(threads()) > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(threads()) == before
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_prefetch_works_ahead_and_raises_in_place():
@@ -179,8 +167,7 @@ def test_prefetch_works_ahead_and_raises_in_place():
 
     ahead = prefetch(items(), depth=2)
     time.sleep(0.05)
-    assert made == []
-    assert next(ahead) == 0
+    assert made == [] and next(ahead) == 0
     time.sleep(0.2)
     assert made == [0, 1, 2]
     assert [next(ahead) for _ in range(3)] == [1, 2, 3]

@@ -1,6 +1,5 @@
 """What a store holds and where it came from; several stores are read as one."""
 
-import json
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +14,7 @@ from llm_wsae.commands.verifying import verify
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import StoreWriter, harvest
-from llm_wsae.data.manifest import MANIFEST, Manifest, save_record
+from llm_wsae.data.manifest import Manifest, save_record
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.data.store import ActivationStore, open_stores
@@ -36,9 +35,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    lengths = [7 * i % 50 + 1 for i in range(80)]
-    path = write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", lengths)
-    return Corpus.open(str(path), "train")
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    return Corpus.open(str(write_jsonl(path, [7 * i % 50 + 1 for i in range(80)])), "train")
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +51,13 @@ def store(made, tmp_path):
 
 
 def expected_rows(model, corpus, site):
-    """The rows as the definition has them: one context at a time, position by position."""
+    """The rows as the definition has them: one context at a time."""
     rows = []
     contexts = Packer.for_model(model, CONFIG).contexts(corpus)
     for context in islice(contexts, CONFIG.num_contexts):
         hidden = model.activations(torch.from_numpy(context.ids)[None], [site])[site][0]
-        rows += [hidden[i] for i in range(12) if context.keep[i]]
-    return torch.stack(rows)
+        rows.append(hidden[torch.from_numpy(context.keep)])
+    return torch.cat(rows)
 
 
 def test_any_user_that_may_read_new_files_may_read_a_tensor_file(tmp_path):
@@ -95,15 +93,13 @@ def test_rows_and_statistics_are_those_of_the_model(made, model, corpus, tmp_pat
 
 
 def test_manifest_says_what_the_rows_are(made, model, corpus):
-    value = json.loads((made.folder / MANIFEST).read_text())
-    request = value["request"]
-    assert request["model"] == model.identity() and request["corpus"] == corpus.identity()
-    assert request["packing"] == CONFIG.packing()
-    assert value["complete"] and value["num_contexts"] == 84
-    assert [s["contexts"] for s in value["shards"]] == [28, 28, 28]
+    found = Manifest.load(made.folder)
+    assert found.model == model.identity() and found.corpus == corpus.identity()
+    assert found.packing == CONFIG.packing() and found.complete and found.num_contexts == 84
+    assert [shard.contexts for shard in found.shards] == [28, 28, 28]
     on_disk = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*.safetensors")}
     covariances = {f"evidence/{site}.second_moment.safetensors" for site in SITES}
-    assert on_disk == set(made.manifest.all_files()) | covariances
+    assert on_disk == set(found.all_files()) | covariances
     assert verify(made.folder).problems == []
 
 
@@ -118,8 +114,8 @@ def test_every_row_leads_back_to_its_text(made, corpus):
         if row % 50 == 0:
             assert made.document(row) == {"name": document.name, "labels": document.labels}
     by_row = made.locate(torch.arange(made.num_rows))
-    place = by_row.context * 12 + by_row.position
-    assert bool((place.diff() > 0).all()) and bool((by_row.position > 0).all())
+    assert bool(((by_row.context * 12 + by_row.position).diff() > 0).all())
+    assert bool((by_row.position > 0).all())
     for shard in range(3):
         own, headers = made.contexts(shard).document, made.contexts(shard).headers
         assert list(headers) == np.unique(own[own >= 0]).tolist()
@@ -204,17 +200,23 @@ def every_row(stores):
 
 
 def test_rows_and_batches_are_those_of_one_store_after_the_other(stores, joined, every_row):
-    assert joined.num_rows == len(every_row) == sum(store.num_rows for store in stores)
+    assert joined.num_rows == len(every_row)
     assert torch.equal(joined.rows(SITE, 0, len(every_row)), every_row)
     first = stores[0].num_rows
-    middle = slice(first - 5, first + 5)
-    assert torch.equal(joined.rows(SITE, middle.start, middle.stop), every_row[middle])
+    assert torch.equal(joined.rows(SITE, first - 5, first + 5), every_row[first - 5 : first + 5])
     expected = MemorySource(every_row, SITE).batches(100, 3)
     for one, other in islice(zip(joined.source(SITE).batches(100, 3), expected, strict=True), 60):
         assert torch.equal(one, other)
-    corpus = joined.identity(SITE)["corpus"]
-    assert corpus["name"] == "text0.jsonl+text1.jsonl+text2.jsonl" and corpus["part"] == "train"
-    assert open_stores([stores[0].folder]).identity(SITE) == stores[0].identity(SITE)
+    found, before = joined.locate(torch.arange(joined.num_rows)), 0
+    for store in stores:
+        own = store.locate(torch.arange(store.num_rows))
+        here = slice(before, before + store.num_rows)
+        for name in ("position", "offset", "ids"):
+            assert torch.equal(getattr(found, name)[here], getattr(own, name))
+        assert joined.document(before + 7) == store.document(7)
+        before += store.num_rows
+    sizes = [store.text_size().documents for store in stores]
+    assert joined.text_size().documents == sum(sizes)
 
 
 def test_statistics_and_covariance_are_those_of_all_rows(stores, joined, every_row):
@@ -242,25 +244,15 @@ def test_a_covariance_that_cannot_be_added_up_is_measured_and_kept(folders, join
     assert len(list((copies[0] / "evidence").iterdir())) == 2  # beside that of the first alone
 
 
-def test_rows_know_their_documents(stores, joined):
-    found, before = joined.locate(torch.arange(joined.num_rows)), 0
-    for store in stores:
-        own = store.locate(torch.arange(store.num_rows))
-        here = slice(before, before + store.num_rows)
-        for name in ("position", "offset", "ids"):
-            assert torch.equal(getattr(found, name)[here], getattr(own, name))
-        assert joined.document(before + 7) == store.document(7)
-        before += store.num_rows
-    sizes = [store.text_size().documents for store in stores]
-    assert joined.text_size().documents == sum(sizes)
-
-
 def test_identity_follows_the_stores_and_their_order_but_not_their_place(folders, tmp_path):
     copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in folders]
     identity = open_stores(folders).identity(SITE)
+    assert identity["corpus"]["name"] == "text0.jsonl+text1.jsonl+text2.jsonl"
     assert open_stores(copies).identity(SITE) == identity
     for other in (folders[::-1], folders[:2], folders[:1]):
         assert open_stores(other).identity(SITE)["sha256"] != identity["sha256"]
+    alone = ActivationStore.open(folders[0])
+    assert open_stores(folders[:1]).identity(SITE) == alone.identity(SITE)
 
 
 def test_what_cannot_be_read_together_is_refused(model, folders, tmp_path):

@@ -109,11 +109,11 @@ def test_stream_errors(model, corpus, tmp_path):
 
 
 def test_several_sites_have_the_rows_of_one_from_any_batch_on(streams, model, corpus):
-    together = list(islice(streams.batches(64, seed=3), 30))
+    together = list(islice(streams.batches(SITES, 64, seed=3), 30))
     for start in (1, 7, 29):
-        for own, whole in zip(next(streams.batches(64, 3, start)), together[start], strict=True):
-            assert torch.equal(own, whole)
-    assert not torch.equal(next(streams.batches(64, seed=4))[0], together[0][0])
+        own = next(streams.batches(SITES, 64, 3, start))
+        assert all(map(torch.equal, own, together[start]))
+    assert not torch.equal(next(streams.batches(SITES, 64, seed=4))[0], together[0][0])
     for number, site in enumerate(SITES):
         alone = ActivationStream(model, corpus, site, STREAM)
         for source in (alone, streams.source(site)):
@@ -125,8 +125,8 @@ def test_several_sites_have_the_rows_of_one_from_any_batch_on(streams, model, co
 @pytest.mark.parametrize("parts", [2, 3, 50])
 def test_the_parts_of_a_batch_are_the_batch(streams, model, corpus, parts):
     """Each process has its own rows, and needs no forward pass of the others'."""
-    whole = islice(streams.batches(64, seed=3, start=5), 20)
-    shares = [streams.batches(64, 3, 5, (number, parts)) for number in range(parts)]
+    whole = islice(streams.batches(SITES, 64, seed=3, start=5), 20)
+    shares = [streams.batches(SITES, 64, 3, 5, (number, parts)) for number in range(parts)]
     sizes = []
     for batch in whole:
         pieces = [next(share) for share in shares]
@@ -142,14 +142,13 @@ def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams):
     blocks, waits, goes_on = streams._endless_blocks(), threading.Event(), threading.Event()
 
     def slow():
-        for number, block in enumerate(blocks):
-            if number == 20:
-                waits.set()
-                goes_on.wait(5)
-            yield block
+        yield from islice(blocks, 20)
+        waits.set()
+        goes_on.wait(5)
+        yield from blocks
 
-    streams._endless_blocks, streams.computes_ahead = slow, True
-    batches = streams.batches(8, seed=0)
+    streams._endless_blocks, streams._computes_ahead = slow, True
+    batches = streams.batches(SITES, 8, seed=0)
     next(batches)
     assert waits.wait(5)
     threading.Timer(0.2, goes_on.set).start()
@@ -190,11 +189,10 @@ class Broken(ActivationStreams):
         vars(self).update(vars(streams))
         self._at = at
 
-    def batches(self, batch_size, seed, start=0, part=(0, 1)):
-        for number, rows in enumerate(super().batches(batch_size, seed, start, part), start):
-            if number == self._at:
-                raise LlmWsaeError("the connection to the text broke")
-            yield rows
+    def batches(self, sites, batch_size, seed, start=0, part=(0, 1)):
+        whole = super().batches(sites, batch_size, seed, start, part)
+        yield from islice(whole, self._at - start)
+        raise LlmWsaeError("the connection to the text broke")
 
 
 def test_what_was_trained_is_kept_when_the_text_fails(whole, streams, tmp_path):
@@ -204,9 +202,8 @@ def test_what_was_trained_is_kept_when_the_text_fails(whole, streams, tmp_path):
             train_sites(Broken(streams, 17), arms, TRAIN, tmp_path / "t")
         said = str(raised.value)
         assert "(stopped after step 17 of 40, 1,088 of 2,560 rows; the dictionaries so far" in said
-        for folder in [
-            tmp_path / "t" / str(site) / arm.name for site in SITES for arm in arms[site]
-        ]:
+        names = [f"{site}/{arm.name}" for site in SITES for arm in arms[site]]
+        for folder in (tmp_path / "t" / name for name in names):
             early = Dictionary.load(folder)
             assert early.info.training["step"] == 17
             assert torch.isfinite(early.W_dec).all()
@@ -252,9 +249,8 @@ def test_what_was_measured_is_kept_and_read_back(model, corpus, tmp_path):
         for streams, config in ((first, few), (again, few), (first, replace(few, seed=1)))
     )
     assert torch.equal(kept, fisher) and not torch.allclose(other, fisher)
-    longer = ActivationStreams(
-        model, corpus, SITES, replace(STREAM, statistics_tokens=1400), tmp_path
-    )
+    more = replace(STREAM, statistics_tokens=1400)
+    longer = ActivationStreams(model, corpus, SITES, more, tmp_path)
     assert longer.statistics(SITES[0]).count > statistics.count
     path = tmp_path / f"{SITES[0]}.statistics.safetensors"
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
@@ -267,8 +263,7 @@ def test_a_dictionary_says_whether_its_contexts_began_with_a_bos(corpus, tmp_pat
     few = replace(TRAIN, tokens=64)
     for bos, asked, expected in ((True, True, True), (True, False, False), (False, True, False)):
         model, folder = tiny_model(bos=bos), tmp_path / f"{bos} {asked}"
-        packing = {"context_size": 12, "batch_tokens": 48, "prepend_bos": asked}
-        config = HarvestConfig(**packing, tokens=500, shard_tokens=300)
+        config = HarvestConfig(context_size=12, tokens=500, prepend_bos=asked)
         store = harvest(model, corpus, SITES[1:], folder / "store", config)
         stream = ActivationStream(model, corpus, SITES[1], replace(STREAM, prepend_bos=asked))
         for kind, source in (("stored", store.source(SITES[1])), ("streamed", stream)):
