@@ -107,9 +107,9 @@ def kept_rows(
     model: LanguageModel, contexts: Contexts, sites: Sequence[Site]
 ) -> dict[Site, Float[Tensor, "rows d_in"]]:
     """The rows of the kept positions at each site, on the CPU, in the model's dtype."""
-    activations = model.activations(torch.from_numpy(contexts.ids), sites)
+    found = model.activations(torch.from_numpy(contexts.ids), sites)
     keep = torch.from_numpy(contexts.keep)
-    return {site: activations[site][keep.to(activations[site].device)].cpu() for site in sites}
+    return {site: found[site][keep.to(found[site].device)].cpu() for site in sites}
 
 
 def manifest_of(
@@ -207,10 +207,9 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
     """Whether the files exist and have their sizes, and tokens, which no later step reads, also
     their checksums."""
-    tokens = [path for path in files if path.startswith(f"{TOKENS}/")]
-    return all(record.has_size(folder / path) for path, record in files.items()) and not any(
-        files[path].problem(folder / path) for path in tokens
-    )
+    tokens = [name for name in files if name.startswith(f"{TOKENS}/")]
+    there = all(record.has_size(folder / name) for name, record in files.items())
+    return there and not any(files[name].problem(folder / name) for name in tokens)
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:
@@ -240,8 +239,9 @@ def _write_shards(
     missing = [i for i in range(manifest.num_shards) if i not in whole]
     own = missing[processes.rank :: processes.size]
     batches = _shard_batches(packer, corpus, manifest, whole, own)
-    lacking = sum(map(manifest.shard_contexts, own)) * manifest.context_size
-    there = sum(map(manifest.shard_contexts, whole)) * manifest.context_size
+    lacking, there = (
+        sum(map(manifest.shard_contexts, shards)) * manifest.context_size for shards in (own, whole)
+    )
     bar = progress("harvest", there + lacking, "tok", there)
     with bar, StoreWriter(out, manifest) as writer:
         for shard, contexts in prefetch(batches, _PACKED_AHEAD):

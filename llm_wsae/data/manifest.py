@@ -48,10 +48,6 @@ class ShardRecord:
     row_checks: dict[str, str]
     """Of a file of activations, by its path; see the function ``row_checks``."""
 
-    def crc32s(self, path: str) -> np.ndarray:
-        """The CRC-32s of a file of activations."""
-        return np.frombuffer(base64.b64decode(self.row_checks[path]), dtype=_CRC)
-
 
 @dataclass
 class Manifest:
@@ -169,6 +165,11 @@ def row_checks(rows: Tensor) -> str:
     data, size = bytes_of(rows), ROWS_PER_CHECK * rows.shape[1] * rows.itemsize
     found = [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]
     return base64.b64encode(np.array(found, dtype=_CRC).tobytes()).decode()
+
+
+def read_row_checks(text: str) -> np.ndarray:
+    """The CRC-32s in what ``row_checks`` gave."""
+    return np.frombuffer(base64.b64decode(text), dtype=_CRC)
 
 
 def bytes_of(rows: Tensor) -> memoryview:

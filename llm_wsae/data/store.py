@@ -37,6 +37,7 @@ from llm_wsae.data.manifest import (
     ShardRecord,
     bytes_of,
     complete_shards,
+    read_row_checks,
     read_statistics,
     shard_paths,
     tokens_path,
@@ -70,7 +71,7 @@ class _RowFile:
     def __init__(self, folder: Path, name: str, record: ShardRecord):
         self.num_rows = record.rows
         self._path, self._bytes = folder / name, record.files[name].bytes
-        self._checks = record.crc32s(name)
+        self._checks = read_row_checks(record.row_checks[name])
         self._proved = np.zeros(len(self._checks), dtype=bool)
 
     def read(self, first: int, out: Tensor) -> None:
@@ -198,9 +199,8 @@ class ActivationStore(SiteRows):
     def check_model(self, identity: dict[str, Any]) -> None:
         """Raises LlmWsaeError if a model of that ``identity()`` did not make this store."""
         mine = self.manifest.model
-        for key in ("weights_sha256", "dtype"):
+        for key, what in (("weights_sha256", "weights"), ("dtype", "dtype")):
             if mine.get(key) != identity.get(key):
-                what = "dtype" if key == "dtype" else "weights"
                 way_out = f"; load it with --model-dtype {mine[key]}" if key == "dtype" else ""
                 raise LlmWsaeError(
                     f"the store {self.folder} was made by {mine.get('name')} in {mine['dtype']}, "

@@ -125,7 +125,7 @@ def _text_files(path: Path, text_column: str | None) -> TextSource:
     """A file, or every text file below a folder, sorted by path."""
     files, root = [path], path.parent
     if path.is_dir():
-        files, root = sorted(_files_below(path)), path
+        files, root = sorted(_files_below(path, set())), path
         if not files:
             raise UsageError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file")
     elif path.suffix not in _SUFFIXES:
@@ -142,21 +142,16 @@ def _text_files(path: Path, text_column: str | None) -> TextSource:
     )
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def _files_below(folder: Path, seen: set[str]) -> Iterator[Path]:
     """Also those behind links to folders; each folder once, so that a link may lead back."""
-
-    def fail(error: OSError) -> None:
-        raise error  # otherwise the texts of a folder that cannot be listed would be missing
-
-    seen: set[str] = set()
-    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
-        below.sort()
-        if (place := os.path.realpath(folder)) in seen:
-            below.clear()
-            continue
-        seen.add(place)
-        paths = (Path(folder, name) for name in names)
-        yield from (path for path in paths if path.suffix in _SUFFIXES and path.is_file())
+    if (place := os.path.realpath(folder)) in seen:
+        return
+    seen.add(place)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path, seen)
+        elif path.suffix in _SUFFIXES and path.is_file():
+            yield path
 
 
 def _utf8(name: str) -> str:
@@ -300,10 +295,22 @@ def _hub_dataset(
     check_revision(asked)
     check_token()
     name = f"{dataset}:{config}" if config else dataset
-    revision, rows = _open_dataset(dataset, config, asked)
+    revision, dataset_rows = _open_dataset(dataset, config, asked)
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        number = 0
+        try:
+            for number, row in enumerate(dataset_rows):
+                yield number, row
+        except Exception as error:  # of the connection, or of rows that have different forms
+            raise LlmWsaeError(
+                f"the Hub dataset {name} broke off near document {number} ({_said(error)}); run "
+                "the same command again to resume, or save the rows that can be read as a "
+                ".parquet file"
+            ) from error
 
     def documents() -> Iterator[Document]:
-        return _row_documents(_hub_rows(rows, name), text_column, f"{name}, document ", "")
+        return _row_documents(rows(), text_column, f"{name}, document ", "")
 
     return TextSource(name, None, lambda: revision, documents)
 
@@ -333,18 +340,6 @@ def _open_dataset(dataset: str, config: str | None, asked: str | None) -> tuple[
         )
     rows = splits["train"] if "train" in splits else next(iter(splits.values()))
     return revision or "unknown revision", rows
-
-
-def _hub_rows(rows: Any, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        for number, row in enumerate(rows):
-            yield number, row
-    except Exception as error:  # of the connection, or of rows that do not all have the same form
-        raise LlmWsaeError(
-            f"the Hub dataset {name} broke off near document {number} ({_said(error)}); run the "
-            "same command again to resume, or save the rows that can be read as a .parquet file"
-        ) from error
 
 
 def _said(error: BaseException) -> str:

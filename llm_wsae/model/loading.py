@@ -90,10 +90,13 @@ def load_model(
         try:
             with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
                 if path.suffix == ".gguf":
-                    _gguf_sizes(path)  # first: what transformers says of a damaged file misleads
+                    # first: what transformers says of a damaged file misleads
+                    tensors, numbers = _gguf_sizes(path)
                 weights["config"] = config = checked_config(source, options)
                 if path.suffix == ".gguf":
-                    _check_gguf(path, config, dtype)
+                    _check_numbers(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
+                    needed, cpu = numbers * dtype.itemsize, torch.device("cpu")
+                    check_memory(needed, cpu, "the model", "take a smaller one")
                     if hasattr(transformers, "GgufConfig"):  # packed weights are slower
                         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
                 elif is_local:
@@ -149,14 +152,6 @@ def check_weights(config: Any, folder: Path, kind: Any) -> None:
     stored = sum(path.stat().st_size for path in files)
     if stored:  # otherwise transformers says what is missing
         _check_numbers(config, kind, stored, _NUMBERS_PER_BYTE * stored, "weights")
-
-
-def _check_gguf(path: Path, config: Any, dtype: torch.dtype) -> None:
-    """The same of a .gguf file; UsageError if its numbers do not fit into memory."""
-    tensors, numbers = _gguf_sizes(path)
-    _check_numbers(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
-    needed = numbers * dtype.itemsize
-    check_memory(needed, torch.device("cpu"), "the model", "take a smaller one")
 
 
 def _check_numbers(config: Any, kind: Any, blocks: int, most: int, what: str) -> None:
@@ -249,19 +244,26 @@ def quiet(progress_bars: bool) -> Iterator[None]:
 def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeError:
     """One sentence for what transformers reports in a paragraph."""
     text = " ".join(str(error).split())
-    if _caused_by(error, hub_errors.GatedRepoError):
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+
+    def is_of(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_of(hub_errors.GatedRepoError):
         return LlmWsaeError(
             f"{model} is gated: accept its licence on the Hub and log in with `hf auth login`"
         )
-    if _caused_by(error, hub_errors.RevisionNotFoundError):
+    if is_of(hub_errors.RevisionNotFoundError):
         return UsageError(f"{model} has no revision {revision!r} on the Hub")
-    if _caused_by(error, hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+    if is_of(hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
         return UsageError(
             f"there is no model {model!r}: not a local folder or .gguf file, and the Hub has no "
             "such model (private ones need `hf auth login`)"
         )
-    offline = "couldn't connect" in text or "offline mode" in text
-    if offline or _caused_by(error, hub_errors.LocalEntryNotFoundError):
+    is_offline = "couldn't connect" in text or "offline mode" in text
+    if is_offline or is_of(hub_errors.LocalEntryNotFoundError):
         return LlmWsaeError(
             f"{model!r} is neither a local folder or .gguf file nor in the Hub's local cache, and "
             "the Hub cannot be reached; check the name and the network"
@@ -278,13 +280,6 @@ def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeErr
     if isinstance(error, ImportError):
         return LlmWsaeError(f"loading {model} needs a package that is not installed: {text}")
     return LlmWsaeError(f"{model} cannot be loaded as a causal language model: {reason(error)}")
-
-
-def _caused_by(error: BaseException | None, *kinds: type[BaseException]) -> bool:
-    """Whether the error or one of its causes is of these kinds."""
-    if error is None or isinstance(error, kinds):
-        return error is not None
-    return _caused_by(error.__cause__ or error.__context__, *kinds)
 
 
 @contextlib.contextmanager

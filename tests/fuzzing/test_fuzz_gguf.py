@@ -129,13 +129,23 @@ class File:
     def __init__(self, path: Path):
         reader = gguf.GGUFReader(path)
         found = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
-        self.keys = [[one.name, (*map(int, one.types), one.contents())] for one in found]
+        self.keys = {one.name: (*map(int, one.types), one.contents()) for one in found}
         begin = reader.data_offset
         self.tensors = [
             (one.name, one.shape.tolist(), int(one.tensor_type), one.data_offset - begin)
             for one in reader.tensors
         ]
-        self.body = path.read_bytes()[reader.data_offset :]
+        self.body = path.read_bytes()[begin:]
+
+    def change(self, name: str, *value: Any) -> None:
+        self.keys.pop(name, None)
+        self.keys[name] = value
+
+    def rename(self, architecture: str, all_keys: bool = True) -> None:
+        self.keys["general.architecture"] = (TEXT, architecture)
+        if all_keys:
+            own = f"{architecture}."
+            self.keys = {name.replace("llama.", own): one for name, one in self.keys.items()}
 
     def encoded(self, lie: tuple[str, int, int] | None = None) -> bytes:
         """The file. A lie is another number in one place: what kind, which of them, and the other.
@@ -163,7 +173,7 @@ class File:
 
         data = b"GGUF" + number("version", 3, "I")
         data += number("tensors", len(self.tensors)) + number("keys", len(self.keys))
-        for name, (kind, *value) in self.keys:
+        for name, (kind, *value) in self.keys.items():
             data += text(name) + number("type", kind, "I") + encode(kind, *value)
         for name, shape, kind, offset in self.tensors:
             data += text(name) + number("dimensions", len(shape), "I")
@@ -191,24 +201,16 @@ def _value(file: File, draw: random.Random) -> str:
     how = draw.choice(("size", "any", "architecture"))
     if how == "architecture":
         new, all_keys = draw.choice(OTHERS), draw.random() < 0.7
-        rename(file, new, all_keys)
+        file.rename(new, all_keys)
         return f"architecture {new!r}, {all_keys}"
     if how == "size":
-        entry = draw.choice([entry for entry in file.keys if entry[1][0] == UINT32])
+        name = draw.choice([name for name, (kind, *_) in file.keys.items() if kind == UINT32])
         new = (UINT32, draw.choice(SIZES))
     else:
-        unusual = [["general.alignment", None], ["llama.expert_count", None]]
-        entry, new = draw.choice([*file.keys, *unusual]), draw.choice(VALUES)
-    file.keys = [one for one in file.keys if one is not entry] + [[entry[0], new]]
-    return f"{entry[0]} became {new!r:.60}"
-
-
-def rename(file: File, architecture: str, all_keys: bool = True) -> None:
-    for entry in file.keys:
-        if entry[0] == "general.architecture":
-            entry[1] = (TEXT, architecture)
-        elif all_keys:
-            entry[0] = entry[0].replace("llama.", f"{architecture}.")
+        name = draw.choice([*file.keys, "general.alignment", "llama.expert_count"])
+        new = draw.choice(VALUES)
+    file.change(name, *new)
+    return f"{name} became {new!r:.60}"
 
 
 @pytest.fixture(scope="module")
@@ -254,21 +256,17 @@ def test_sizes_are_looked_at_before_anything_of_them_is_built(goods, tmp_path):
         with pytest.raises(LlmWsaeError, match=why):
             as_said_in_a_fork(bad)
 
-    def with_key(name: str, *value: Any) -> File:
-        file = File(goods[0])
-        file.keys = [entry for entry in file.keys if entry[0] != name] + [[name, value]]
-        return file
-
     file = File(goods[0])
     refused(file.encoded(("length of a list", 1, 2**25)), "its header has too many entries")
     for lie in (("tensors", 0, 2**25), ("length of a text", 9, 2**40), ("offset", 3, 2**40)):
         refused(file.encoded(lie), "it ends before what its header announces")
-    file = with_key("llama.block_count", UINT32, 9_999)
+    file.change("llama.block_count", UINT32, 9_999)
     refused(file.encoded(), "its tensors are too few for 9,999 blocks")
-    file = with_key("llama.expert_count", UINT32, 9_000)
-    rename(file, "qwen3moe")
-    refused(file.encoded(), "needs 1,327,687,168 numbers, but its tensors hold at most 38,848")
-    tokens = next(value for name, value in file.keys if name == "tokenizer.ggml.tokens")[-1]
-    shifted = [*(f"x{number}" for number in range(50)), *tokens]
-    file = with_key("tokenizer.ggml.tokens", ARRAY, TEXT, shifted)
+    file = File(goods[0])
+    *kinds, tokens = file.keys["tokenizer.ggml.tokens"]
+    file.change("tokenizer.ggml.tokens", *kinds, [*map("x{}".format, range(50)), *tokens])
     refused(file.encoded(), "returns id 65, but bad.gguf has 26 embeddings")
+    file = File(goods[0])
+    file.change("llama.expert_count", UINT32, 9_000)
+    file.rename("qwen3moe")
+    refused(file.encoded(), "needs 1,327,687,168 numbers, but its tensors hold at most 38,848")

@@ -1,6 +1,7 @@
 """Loading by name: what a model's or a site's name means, and one sentence for each way in which it
 leads nowhere."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from looping import over
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary
 from tiny import VOCAB, bridge_of, tiny_encoder, tiny_hf_model, tiny_tokenizer
@@ -61,9 +63,7 @@ def test_names_that_lead_nowhere():
         ("two words!", {}, "there is no model 'two words!'"),
         ("two words!", {"download": False}, "there is no model 'two words!'"),
         ("gpt2", {"dtype": "float23"}, "did you mean 'float32'"),
-        ("gpt2", {"device": "abacus"}, "there is no device 'abacus'"),
-        ("gpt2", {"device": "cpu:x"}, "there is no device 'cpu:x'"),
-        ("gpt2", {"device": "cuda:99"}, "there is no device 'cuda:99'"),
+        *(("gpt2", {"device": name}, f"no device '{name}'") for name in ("abacus", "cpu:x")),
     ):
         refused(sentence, spec, kind=UsageError, **options)
     for options in ({}, {"download": False}):
@@ -84,9 +84,7 @@ def test_the_best_device_is_chosen_and_each_process_has_its_own(monkeypatch):
 
 
 def test_folders_that_hold_no_causal_model(tmp_path):
-    def wrong(sentence, **options):
-        refused(sentence, tmp_path, kind=UsageError, **options)
-
+    wrong = functools.partial(refused, model=tmp_path, kind=UsageError)
     wrong("is a local model, which has no revision", revision="main")
     wrong("holds no config.json, so it is not a model; give one with")
     (tmp_path / "tiny.gguf").touch()
@@ -187,22 +185,19 @@ def test_answers_of_the_hub_become_sentences(hub, folder):
     refused("org/tiny has no revision 'v9'", "org/tiny", kind=UsageError, revision="v9")
     hub.fail("GET", "/api/models/", 403, code="GatedRepo")
     refused("org/tiny is gated: accept its licence", "org/tiny")
-    model = LanguageModel.load("org/tiny")
-    assert (model.name, model.revision) == (
-        "org/tiny",
-        hub.repositories["org/tiny"].branches["main"],
-    )
+    model, newest = LanguageModel.load("org/tiny"), hub.repositories["org/tiny"].branches["main"]
+    assert (model.name, model.revision) == ("org/tiny", newest)
     hub.fail("GET", "/api/models/", 503, times=99)
     for revision in (None, model.revision):
         assert LanguageModel.load("org/tiny", revision=revision).identity() == model.identity()
     refused("the Hub cannot be reached", "org/tiny", revision="v2")
 
 
-@pytest.mark.parametrize("asked", ["model", "corpus"])
-def test_a_token_that_cannot_be_sent_is_not_shown(asked, monkeypatch):
+@over(ask=[LanguageModel.load, Corpus.open])
+def test_a_token_that_cannot_be_sent_is_not_shown(ask, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "\u201chf_secret\u201d")  # pasted with quotation marks
     with pytest.raises(LlmWsaeError, match="characters that no token has") as error:
-        LanguageModel.load("org/tiny") if asked == "model" else Corpus.open("owner/name")
+        ask("owner/name")
     assert "secret" not in str(error.value)
 
 
@@ -233,16 +228,15 @@ def test_names_of_sites():
     assert [str(site) for site in parsed] == names
     assert sorted(reversed(parsed)) == parsed and max(parsed) == Site(10, "post")
     for name, offered in (
-        ("blocks.9.hook_resid_pots", "'blocks.9.hook_resid_post'"),
-        ("block.12.hook_resid_mid", "'blocks.12.hook_resid_mid'"),
-        ("blocks.9.resid_pre", "'blocks.9.hook_resid_pre'"),
-        ("blocks.-1.hook_resid_post", "'blocks.1.hook_resid_post'"),
-        ("nonsense", "'blocks.0.hook_resid_pre'"),
-        ("", "'blocks.0.hook_resid_pre'"),
+        ("blocks.9.hook_resid_pots", "9.hook_resid_post"),
+        ("block.12.hook_resid_mid", "12.hook_resid_mid"),
+        ("blocks.9.resid_pre", "9.hook_resid_pre"),
+        ("blocks.-1.hook_resid_post", "1.hook_resid_post"),
+        ("nonsense", "0.hook_resid_pre"),
+        ("", "0.hook_resid_pre"),
     ):
-        with pytest.raises(UsageError, match="is not a site") as caught:
+        with pytest.raises(UsageError, match=rf"is not a site .*'blocks\.{offered}'"):
             Site.parse(name)
-        assert offered in str(caught.value)
     Site(11, "post").check(12)
     with pytest.raises(UsageError, match=r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11"):
         Site(12, "pre").check(12)

@@ -1,5 +1,6 @@
 """Sentence encoders: what an embedding is, and where one is found."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -47,9 +48,8 @@ def test_an_embedding_is_the_mean_of_the_tokens_whatever_stands_beside_it(parts,
 
 def test_long_texts_are_cut(parts):
     words = [f"w{i % 50}" for i in range(400)]
-    config = type(parts[0].config).from_dict(
-        parts[0].config.to_dict() | {"max_position_embeddings": 40}
-    )
+    config = copy.deepcopy(parts[0].config)
+    config.max_position_embeddings = 40
     for model, longest in ((parts[0], 256), (BertModel(config).eval(), 40)):
         encoder = SentenceEncoder(model, parts[1], "tiny")
         whole, cut = encoder.embed([" ".join(words), " ".join(words[:longest])])
@@ -74,23 +74,23 @@ def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch
 
 
 CODE = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
-DAMAGES = (
-    ("config.json", {"model_type": "theirs", "auto_map": CODE}),
-    ("config.json", {"num_hidden_layers": 10**9}),
-    ("config.json", {"layer_norm_eps": "x"}),
-    ("tokenizer_config.json", {"tokenizer_class": 3}),
+
+
+@over(
+    damage=[
+        ("config.json", {"model_type": "theirs", "auto_map": CODE}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"layer_norm_eps": "x"}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ]
 )
-
-
-@over(damage=DAMAGES)
 def test_damaged_encoders_and_their_code(tmp_path, damage):
     """Each is refused in a sentence; no code is run, and nobody is asked whether it may be."""
-    path, changes = save_encoder(tmp_path) / damage[0], damage[1]
+    name, changes = damage
+    path = save_encoder(tmp_path) / name
     (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
-    before = path.read_text()
-    path.write_text(json.dumps(json.loads(before) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     refused(tmp_path, "is not a sentence encoder")
-    path.write_text(before)
 
 
 def test_the_default_comes_from_the_hub_or_offline_from_the_package(hub, monkeypatch, tmp_path):

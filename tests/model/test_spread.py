@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import tiny_hf_model, tiny_tokenizer
+from tiny import BLOCKS, tiny_hf_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from llm_wsae.errors import UsageError
@@ -14,39 +14,34 @@ SITES = [Site(block, point) for block in range(3) for point in POINTS]
 IDS = torch.arange(40).view(4, -1)
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+PARTS = {  # on the disk or in memory
+    "llama": {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              "model.layers.0": "cpu", **{f"model.layers.{n}": "disk" for n in range(1, BLOCKS)},
+              "lm_head": "cpu"},
+    "gpt2": {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.drop": "cpu",
+             "transformer.ln_f": "cpu", "transformer.h.0": "cpu",
+             **{f"transformer.h.{n}": "disk" for n in range(1, BLOCKS)}, "lm_head": "cpu"},
+}  # fmt: skip
+
+
+@pytest.fixture(params=PARTS)
 def folder(request, tmp_path):
-    tiny_hf_model(request.param).eval().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def parts_of(hf_model):
-    """A device map: all blocks but the first on the disk, the others in memory."""
-    blocks = [name for name, module in hf_model.named_modules() if name.split(".")[-1].isdigit()]
-    trunk = blocks[0].rpartition(".")[0].rpartition(".")[0]
-    others = [f"{trunk}.{name}" for name, _ in hf_model.get_submodule(trunk).named_children()]
-    others = [name for name in others if not blocks[0].startswith(f"{name}.")]
-    return {
-        **dict.fromkeys([*others, *blocks, "lm_head"], "cpu"),
-        **dict.fromkeys(blocks[1:], "disk"),
-    }
+    tiny_hf_model(request.param).eval().save_pretrained(tmp_path / request.param)
+    tiny_tokenizer().save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
 
 
 @pytest.fixture(params=["disk", "memory"])
 def spread(request, folder, tmp_path):
-    hf_model = AutoModelForCausalLM.from_pretrained(folder)
-    if request.param == "memory":
-        cpu_offload(hf_model, torch.device("cpu"))
-        return hf_model.eval()
-    return AutoModelForCausalLM.from_pretrained(
-        folder, device_map=parts_of(hf_model), offload_folder=tmp_path / "offloaded"
-    )
+    where = {"device_map": PARTS[folder.name], "offload_folder": tmp_path / "offloaded"}
+    is_disk = request.param == "disk"
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, **where if is_disk else {})
+    return hf_model.eval() if is_disk else cpu_offload(hf_model, torch.device("cpu")).eval()
 
 
 def test_rows_logits_and_identity_are_those_of_one_device(folder, spread):
     model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
-    apart = LanguageModel.from_live(spread, model.tokenizer, "model")
+    apart = LanguageModel.from_live(spread, model.tokenizer, folder.name)
     assert any(p.is_meta for p in spread.parameters())
     assert apart.identity() == model.identity()
     assert apart.device == torch.device("cpu")

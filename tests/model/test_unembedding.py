@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
@@ -89,7 +90,7 @@ def test_products_are_those_of_the_weights(model):
 
 
 @needs_layout
-@pytest.mark.parametrize("whole_first", [True, False])
+@over(whole_first=[True, False])
 def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
     ids, _ = drawn(model)
     expected = model.logits(ids)
@@ -130,9 +131,7 @@ def test_it_is_closed_behind_the_passes_of_other_threads(model):
             unembeds.set()
             time.sleep(0.2)  # the first one waits for its turn
 
-    threads = [threading.Thread(target=one) for one in (first, second)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(20)
-    assert not any(one.is_alive() for one in threads) and are_as_they_were(model)
+    with ThreadPoolExecutor(2) as pool:
+        for done in (pool.submit(first), pool.submit(second)):
+            done.result(20)
+    assert are_as_they_were(model)
