@@ -244,7 +244,7 @@ def quiet(progress_bars: bool) -> Iterator[None]:
 def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeError:
     """One sentence for what transformers reports in a paragraph."""
     text = " ".join(str(error).split())
-    causes = [error]
+    causes: list[BaseException] = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
 
