@@ -1,8 +1,8 @@
 """Dictionaries laid into files as other tools do, with what those tools would compute from them.
 
-Written from the published layouts; that the tools really do so is what tests/interop is for. The
-expected latents and reconstructions are computed here in float64, step by step as each tool
-describes itself, never by folding anything.
+Written from the published layouts; that the tools really do so is what scripts/interop.py is for.
+Latents and reconstructions are computed here in float64, step by step as each tool describes
+itself, never by folding anything.
 """
 
 import json
@@ -16,9 +16,6 @@ from torch import Tensor
 
 D_IN, D_SAE, K = 12, 48, 5
 SITE = "blocks.3.hook_resid_post"
-ROWS = 50
-
-
 Active = Callable[[Tensor], Tensor]
 
 
@@ -35,24 +32,19 @@ def draw(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def rows() -> Tensor:
-    """Rows with a mean far from 0, as the residual stream has."""
-    return draw(99, ROWS, D_IN) + draw(98, D_IN, scale=3)
-
-
-def base(seed: int = 0) -> dict[str, Tensor]:
+def base() -> dict[str, Tensor]:
     """Tensors under SAELens' names; decoder rows of any norm."""
     return {
-        "W_enc": draw(seed + 1, D_IN, D_SAE, scale=0.4),
-        "W_dec": draw(seed + 2, D_SAE, D_IN, scale=0.5),
-        "b_enc": draw(seed + 3, D_SAE, scale=0.3),
-        "b_dec": draw(seed + 4, D_IN, scale=2),
+        "W_enc": draw(1, D_IN, D_SAE, scale=0.4),
+        "W_dec": draw(2, D_SAE, D_IN, scale=0.5),
+        "b_enc": draw(3, D_SAE, scale=0.3),
+        "b_dec": draw(4, D_IN, scale=2),
     }
 
 
-def topk(pre: Tensor, k: int = K) -> Tensor:
-    """The k largest positive entries of each row, the rest 0."""
-    best = pre.topk(k, dim=1)
+def topk(pre: Tensor) -> Tensor:
+    """The K largest positive entries of each row, the rest 0."""
+    best = pre.topk(K, dim=1)
     return torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
 
 
@@ -63,11 +55,7 @@ def write_json(path: Path, value: Any) -> None:
 
 # Which latents are active; gated encoders have biases of their own.
 THRESHOLD, SHARED, SCALE = draw(7, D_SAE), torch.tensor(0.7, dtype=torch.float64), 0.25
-GATES = {
-    "b_gate": draw(8, D_SAE),
-    "b_mag": draw(9, D_SAE),
-    "r_mag": draw(10, D_SAE, scale=0.5),
-}
+GATES = {"b_gate": draw(8, D_SAE), "b_mag": draw(9, D_SAE), "r_mag": draw(10, D_SAE, scale=0.5)}
 
 
 def gated(pre: Tensor) -> Tensor:
@@ -91,7 +79,8 @@ def computed(
     factor: Tensor | float = 1.0,
 ) -> Expected:
     """Scale, subtract b_dec, encode, ``active``, decode, scale back, with ``base``."""
-    x, w = rows(), {name: tensor.double() for name, tensor in base().items()}
+    x = draw(99, 50, D_IN) + draw(98, D_IN, scale=3)  # a mean far from 0, as the stream has
+    w = {name: tensor.double() for name, tensor in base().items()}
     pre = (x.double() * scale - subtracts * w["b_dec"]) @ w["W_enc"]
     if active is not gated:
         pre = pre + w["b_enc"]
@@ -130,13 +119,10 @@ def saelens(
     cfg = {
         "d_in": D_IN,
         "d_sae": D_SAE,
-        "dtype": "float32",
         "apply_b_dec_to_input": subtracts,
         "rescale_acts_by_decoder_norm": by_norm,
         "normalize_activations": how,
-        "reshape_activations": "none",
         "metadata": {
-            "sae_lens_version": "6.54.12",
             "model_name": "tiny",
             "hook_name": SITE,
             "context_size": 64,
@@ -152,10 +138,6 @@ def saelens(
     return computed(active, subtracts, scale, by_norm)
 
 
-def saelens_checkpoint(folder: Path) -> Expected:
-    return saelens(folder, "batchtopk", by_norm=True)
-
-
 def saelens_old(
     folder: Path, factor: Tensor | None = None, active: Active = torch.relu, **changes: Any
 ) -> Expected:
@@ -167,7 +149,6 @@ def saelens_old(
         "d_in": D_IN,
         "d_sae": D_SAE,
         "context_size": 64,
-        "dtype": "torch.float32",
         **changes,
     }
     write_json(folder / "cfg.json", cfg)
@@ -177,23 +158,15 @@ def saelens_old(
     return computed(active, subtracts, factor=1.0 if factor is None else factor.double())
 
 
-def saelens_old_topk(folder: Path) -> Expected:
-    return saelens_old(
-        folder,
-        torch.ones(D_SAE),
-        topk,
-        architecture="standard",
-        activation_fn_str="topk",
-        activation_fn_kwargs={"k": K},
-        apply_b_dec_to_input=False,
-        normalize_activations=False,
-        finetuning_scaling_factor=False,
-    )
-
-
-def saelens_old_finetuned(folder: Path) -> Expected:
-    factor = draw(11, D_SAE).abs() + 0.5
-    return saelens_old(folder, factor, architecture="standard", finetuning_scaling_factor=True)
+OLD_TOPK = {
+    "architecture": "standard",
+    "activation_fn_str": "topk",
+    "activation_fn_kwargs": {"k": K},
+    "apply_b_dec_to_input": False,
+    "normalize_activations": False,
+    "finetuning_scaling_factor": False,
+}
+FINETUNED = {"architecture": "standard", "finetuning_scaling_factor": True}
 
 
 # sparsify
@@ -205,7 +178,6 @@ def sparsify(folder: Path, **changes: Any) -> Expected:
     cfg = {
         "activation": "topk",
         "expansion_factor": 32,
-        "normalize_decoder": True,
         "num_latents": D_SAE,
         "k": K,
         "skip_connection": False,
@@ -278,10 +250,10 @@ WRITERS: dict[str, Callable[[Path], Expected]] = {
     "saelens-jumprelu-uncentred": lambda f: saelens(f, "jumprelu", subtracts=False),
     "saelens-gated": lambda f: saelens(f, "gated"),
     "saelens-gated-uncentred": lambda f: saelens(f, "gated", subtracts=False),
-    "saelens-checkpoint": saelens_checkpoint,
+    "saelens-checkpoint": lambda f: saelens(f, "batchtopk", by_norm=True),
     "saelens-old": saelens_old,
-    "saelens-old-topk": saelens_old_topk,
-    "saelens-old-finetuned": saelens_old_finetuned,
+    "saelens-old-topk": lambda f: saelens_old(f, torch.ones(D_SAE), topk, **OLD_TOPK),
+    "saelens-old-finetuned": lambda f: saelens_old(f, draw(11, D_SAE).abs() + 0.5, **FINETUNED),
     "sparsify": sparsify,
     "sparsify-by-expansion": lambda f: sparsify(f, num_latents=0, expansion_factor=D_SAE // D_IN),
     **{f"learning-{name}": lambda f, name=name: learning(f, name) for name in CLASSES},

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from command_line import call, content, works
-from foreign_folders import saelens_checkpoint
+from foreign_folders import WRITERS
 from hub_fixtures import REPO, head, sentence
 from small_dictionaries import SITE, make_dictionary
 
@@ -219,7 +219,7 @@ def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, t
 
 def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     theirs = tmp_path / "theirs"
-    saelens_checkpoint(theirs)
+    WRITERS["saelens-checkpoint"](theirs)
     place(hub, "one", theirs)
     (folder,) = pull(REPO, tmp_path / "out").values()
     assert torch.equal(Dictionary.load(folder).W_enc, Dictionary.load(theirs).W_enc)
