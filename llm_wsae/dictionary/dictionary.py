@@ -40,9 +40,7 @@ class Dictionary(nn.Module):
     ``requires_grad_()`` is called; gradients with respect to the input always flow. ``threshold``
     belongs to JumpReLU: a latent is active where its pre-activation exceeds it.
 
-    Raises UsageError if the tensors' shapes do not fit each other or the sparsity, if there is a
-    threshold without JumpReLU or JumpReLU without a threshold, or if ``info.site`` is not the name
-    of a site.
+    Raises UsageError if the tensors, the sparsity and the site do not fit each other.
     """
 
     threshold: nn.Parameter | None
@@ -114,10 +112,8 @@ class Dictionary(nn.Module):
         return copy.deepcopy(self).cpu()
 
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
-        """The active latents of every row: indices and values ``[*rows, k]``.
-
-        Raises UsageError for rows of another width, LlmWsaeError for NaN or infinite rows.
-        """
+        """The active latents of every row: indices and values ``[*rows, k]``. Raises UsageError for
+        rows of another width, LlmWsaeError for NaN or infinite rows."""
         codes = self._codes(x)
         shape = (*x.shape[:-1], codes.indices.shape[1])
         return Codes(codes.indices.view(shape), codes.values.view(shape))
@@ -128,10 +124,8 @@ class Dictionary(nn.Module):
         return dense.view(*x.shape[:-1], self.d_sae)
 
     def decode(self, latents: Float[Tensor, "*rows d_sae"] | Codes) -> Float[Tensor, "*rows d_in"]:
-        """The reconstruction from dense latents or from codes.
-
-        Raises UsageError when dense latents have another width.
-        """
+        """The reconstruction from dense latents or from codes. Raises UsageError when dense latents
+        have another width."""
         if isinstance(latents, Codes):
             *rows, width = latents.indices.shape
             flat = Codes(latents.indices.reshape(-1, width), latents.values.reshape(-1, width))
@@ -160,12 +154,11 @@ class Dictionary(nn.Module):
     def load(
         cls, folder: Path | str, *, site: str | None = None, device: torch.device | str = "cpu"
     ) -> "Dictionary":
-        """Read a dictionary folder, of this package or of another tool (SAELens, sparsify,
-        dictionary_learning).
+        """Read a dictionary folder, of this package, SAELens, sparsify or dictionary_learning.
 
         ``site`` is for a foreign folder that does not say which site its dictionary belongs to.
-        Raises as ``formats.reading.read`` does, and LlmWsaeError if its tensors do not fit together
-        or it does not belong to the residual stream.
+        Raises UsageError if it names another one, LlmWsaeError if it cannot be read or does not
+        belong to the residual stream.
         """
         found = reading.read(Path(folder), site)
         try:
@@ -255,12 +248,9 @@ def load_pretrained(
     """Open a pretrained dictionary: ``smollm2-135m/blocks.9.hook_resid_post/uniform-k32``.
 
     ``name`` is ``<model>/<site>/<dictionary>``. With ``repo_id``, it is read from a repository on
-    the Hub that holds the dictionaries of this model. Without, it is one of the project's own,
-    which are too large for an installed package: they are in ``checkpoints/`` of its repository,
-    and the package must run from a clone.
-
-    Raises UsageError for an unknown name, LlmWsaeError if there is no clone, and as
-    ``Dictionary.load`` and ``Dictionary.from_pretrained`` do.
+    the Hub that holds the dictionaries of this model. Without, it is one of the project's own, in
+    ``checkpoints/`` of a clone. Raises UsageError for an unknown name, LlmWsaeError if there is no
+    clone, and as ``Dictionary.load`` and ``Dictionary.from_pretrained`` do.
     """
     if repo_id is not None:
         sae_id = name.partition("/")[2] or name

@@ -22,11 +22,10 @@ from llm_wsae.dictionary.folder import (
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import mapping, pair, parsing, typed
 
-FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
+_FORMAT, _FORMAT_VERSION = "llm-wsae explanations", 1
 _LINES = "lines_sha256"
 _WAY_OUT = "delete it to continue without explanations"
-LONGEST = 400
-"""Characters of an explanation."""
+_LONGEST = 400  # characters of an explanation
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,8 @@ class Explanation:
 
 
 def read_explanations(folder: Path) -> dict[int, Explanation]:
-    """The explanations in a dictionary's folder, by latent; empty if it has none.
-
-    Raises LlmWsaeError if the file is damaged or belongs to another dictionary.
-    """
+    """The explanations in a dictionary's folder, by latent; empty if it has none. Raises
+    LlmWsaeError if the file is damaged or belongs to another dictionary."""
     path = Path(folder) / EXPLANATIONS
     if not path.is_file():
         return {}
@@ -68,7 +65,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
         head = mapping(check_line(first))
         version = head.get("format_version")
-        if head.get("format") != FORMAT or type(version) is not int or version > FORMAT_VERSION:
+        if head.get("format") != _FORMAT or type(version) is not int or version > _FORMAT_VERSION:
             raise LlmWsaeError(
                 f"{path} does not hold explanations as this version writes them; update llm-wsae, "
                 f"or {_WAY_OUT}"
@@ -92,19 +89,15 @@ def _explanation(line: dict[str, Any]) -> Explanation:
     one = typed(Explanation(**{**line, "scores": scores}))
     if one.latent < 0:
         raise ValueError(f"there is no latent {one.latent}")
-    return replace(one, text=one.text[:LONGEST] if one.text else None)
+    return replace(one, text=one.text[:_LONGEST] if one.text else None)
 
 
 def keep_explanations(
     folder: Path, found: Iterable[Explanation], weights: str | None = None
 ) -> None:
     """Store explanations in a dictionary's folder; older ones of other latents stay, as does what
-    newer ones lack (``_joined``).
-
-    ``weights`` is ``Dictionary.weights_sha256`` of what was explained. Raises as
-    ``check_keeps_measurements`` and ``read_explanations`` do, and LlmWsaeError if the file cannot
-    be written; it is then unchanged.
-    """
+    newer ones lack. ``weights`` is ``Dictionary.weights_sha256`` of what was explained. Raises as
+    ``check_keeps_measurements`` and ``read_explanations`` do, and if the file cannot be written."""
     with writing(folder):
         check_keeps_measurements(folder, weights)
         known = read_explanations(folder)
@@ -112,7 +105,7 @@ def keep_explanations(
             known[one.latent] = _joined(known.get(one.latent), one)
         rows = [asdict(known[latent]) for latent in sorted(known)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        head = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
         head |= {"weights_sha256": weights_checksum(folder), _LINES: _sha256(lines)}
         write_text(Path(folder) / EXPLANATIONS, json_line(head) + lines)
 

@@ -84,27 +84,27 @@ def test_gradient_reaches_the_input_and_not_the_weights(sparsity):
     assert dictionary.W_enc.grad is None
 
 
-def test_nan_rows_are_an_error():
-    for bad in (float("nan"), float("inf")):
-        x = rows(3, 4)
-        x[1, 2, 0] = bad
-        for run in (make(TopK(5)).encode, make(TopK(5)).encode_sparse, make(ReLU())):
-            with pytest.raises(LlmWsaeError, match="1 of 12 rows to encode hold NaN or infinity"):
-                run(x)
+@over(bad=[float("nan"), float("inf")])
+def test_nan_rows_are_an_error(bad):
+    x = rows(3, 4)
+    x[1, 2, 0] = bad
+    for run in (make(TopK(5)).encode, make(TopK(5)).encode_sparse, make(ReLU())):
+        with pytest.raises(LlmWsaeError, match="1 of 12 rows to encode hold NaN or infinity"):
+            run(x)
 
 
 def test_what_does_not_fit_is_a_sentence():
-    dictionary = make(TopK(5))
-    with pytest.raises(UsageError, match=r"13 wide, but this dictionary reads 12 dimensions"):
-        dictionary.encode(torch.zeros(3, 13))
-    with pytest.raises(UsageError, match=r"79 wide, but this dictionary has 80"):
-        dictionary.decode(torch.zeros(3, 79))
-    with pytest.raises(UsageError, match="k = 81 active latents is more"):
-        make(TopK(81))
-    with pytest.raises(UsageError, match="at least 1"):
-        TopK(0)
-    good, zeros, site = make(JumpReLU()), torch.zeros, "blocks.1.hook_resid"
+    dictionary, good, zeros = make(TopK(5)), make(JumpReLU()), torch.zeros
+    for work, sentence in (
+        (lambda: dictionary.encode(zeros(3, 13)), "13 wide, but this dictionary reads 12 dimens"),
+        (lambda: dictionary.decode(zeros(3, 79)), "79 wide, but this dictionary has 80"),
+        (lambda: make(TopK(81)), "k = 81 active latents is more"),
+        (lambda: TopK(0), "at least 1"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            work()
     plain = {**dict(dictionary.named_parameters()), "threshold": good.threshold, "info": good.info}
+    nowhere = DictionaryInfo(site="blocks.1.hook_resid")
     for sparsity, changes, sentence in (
         (JumpReLU(), {"W_dec": zeros(D_IN, D_SAE)}, "W_dec has the shape"),
         (JumpReLU(), {"b_enc": zeros(D_IN)}, "b_enc has the shape"),
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_a_sentence():
         (JumpReLU(), {"extras": {"gamma": zeros(D_SAE)}}, "gamma has the shape"),
         (JumpReLU(), {"threshold": None}, "the jumprelu architecture needs a thre"),
         (TopK(5), {}, "architecture has no threshold"),
-        (ReLU(), {"threshold": None, "info": DictionaryInfo(site=site)}, "not a site"),
+        (ReLU(), {"threshold": None, "info": nowhere}, "not a site"),
     ):
         with pytest.raises(UsageError, match=sentence):
             Dictionary(**{**plain, **changes}, sparsity=sparsity)
@@ -155,22 +155,18 @@ def test_pretrained_ones_are_in_the_clone_or_on_the_hub(monkeypatch, tmp_path, h
 
 def test_ours_open_offline():
     """Beside the package of an editable installation."""
-    found = module.PRETRAINED.glob("*/*/*/wsae.json")
-    names = [path.parent.relative_to(module.PRETRAINED).as_posix() for path in found]
-    sites = {name.split("/")[1] for name in names}
-    assert {"blocks.9.hook_resid_post", "blocks.20.hook_resid_post"} <= sites
-    index = (module.PRETRAINED / "README.md").read_text(encoding="utf-8")
-    rules = set()
-    for name in names:
-        found: Dictionary = load_pretrained(name)
+    paths = [path.parent for path in module.PRETRAINED.glob("*/*/*/wsae.json")]
+    index, rules = (module.PRETRAINED / "README.md").read_text(encoding="utf-8"), set()
+    for name in (path.relative_to(module.PRETRAINED).as_posix() for path in paths):
+        found = load_pretrained(name)
         rules.add((name.split("/")[1], found.info.rule))
         assert (found.d_in, found.d_sae) == (576, 4608) and found.info.site in name
         assert found.info.metrics["fidelity"]["ce_recovered"] > 0.9 and name in index
         assert found.info.training["command"].startswith("llm-wsae run --model ")
         assert "wiki" in found.info.corpus["name"] and "sotu" in found.info.corpus["name"]
+    sites = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post")
     assert rules >= {(site, rule) for site in sites for rule in ("uniform", "whitening")}
-    files = module.PRETRAINED.rglob("*")
-    assert sum(path.stat().st_size for path in files) <= 60e6
+    assert sum(path.stat().st_size for path in module.PRETRAINED.rglob("*")) <= 60e6
 
 
 def test_tensors_are_its_own_and_may_be_given_twice(tmp_path):

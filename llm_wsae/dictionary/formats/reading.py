@@ -49,9 +49,6 @@ class Layout:
         """Its files, small ones first."""
         return self.config, self.weights
 
-    def __str__(self) -> str:
-        return f"{self.name} ({' and '.join(self.files)})"
-
 
 LAYOUTS = (
     Layout("SAELens", CFG, WEIGHTS, saelens.announce, saelens.read, (saelens.SCALER,)),
@@ -79,19 +76,17 @@ def layout_of(names: Collection[str]) -> Layout | None:
 
 
 def read(folder: Path, site: str | None = None) -> Content:
-    """The dictionary in a folder, whichever tool wrote it.
-
-    ``site`` gives its site if neither its files nor the folder's name do. Raises UsageError if they
-    name another site, LlmWsaeError if the folder has no known layout or its reader refuses it.
-    """
+    """The dictionary in a folder, whichever tool wrote it; ``site`` is for one that does not name
+    its own. Raises UsageError if it names another site, LlmWsaeError if it cannot be read."""
     try:
         names = files_in(folder)
         layout = layout_of(names)
         if layout is None and not is_own(names):
+            known = ", ".join(f"{one.name} ({' and '.join(one.files)})" for one in LAYOUTS)
             raise LlmWsaeError(
                 f"{folder} holds {', '.join(sorted(names)[:4]) or 'nothing'} and no dictionary "
-                "that can be read: known layouts are llm-wsae (cfg.json, sae_weights.safetensors, "
-                f"wsae.json and wsae.safetensors), {', '.join(map(str, LAYOUTS))}"
+                f"that can be read: known layouts are llm-wsae ({CFG}, {WEIGHTS}, {INFO} and "
+                f"{EXTRAS}), {known}"
             )
         content = read_folder(folder) if layout is None else _read_foreign(folder, layout, site)
     except OSError as error:

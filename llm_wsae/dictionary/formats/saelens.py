@@ -92,8 +92,7 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
 
 
 def _centred_stream(cfg: Mapping[str, Any]) -> bool:
-    """Whether the stream was centred because the model's writing weights were. (TransformerLens'
-    other processing of weights leaves the stream unchanged.)
+    """Whether the stream was centred because the model's writing weights were.
 
     Configurations with ``hook_point`` do not say so, but SAELens then processed every model that
     allows it: GPT-2, and not those with RMSNorm. (For its own GPT-2 dictionaries it adds this to

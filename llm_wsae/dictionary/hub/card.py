@@ -109,11 +109,8 @@ def card(
     license: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """The complete README.md.
-
-    ``old`` is the existing card, ``revision`` the branch. Raises LlmWsaeError if the metadata of
-    ``old`` cannot be read.
-    """
+    """The complete README.md; ``old`` is the existing card, ``revision`` the branch. Raises
+    LlmWsaeError if the metadata of ``old`` cannot be read."""
     if not old.lstrip().startswith("---"):
         old = f"---\n\n---\n{old}"  # the client warns of a card without metadata
     with parsing(
@@ -230,17 +227,16 @@ def making(d: Facts) -> list[str]:
         if isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
         if name not in ("d_in", "d_sae")
     ]
-    parts = [markdown([["", ""], *rows], left=2)]
-    if command:
-        command = portable(command).replace("`", "'").replace("\n", " ").replace("<!--", "<! --")
-        parts = [f"```bash\n{command}\n```", *parts]
-    return parts
+    table = markdown([["", ""], *rows], left=2)
+    if not command:
+        return [table]
+    command = portable(command).replace("`", "'").replace("\n", " ").replace("<!--", "<! --")
+    return [f"```bash\n{command}\n```", table]
 
 
 def escape(value: str) -> str:
     """The text escaped: one line, no Markdown, no HTML, of limited length."""
-    line = " ".join(value.split())
-    line = "".join(c for c in line if c.isprintable())
+    line = "".join(c for c in " ".join(value.split()) if c.isprintable())
     line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKUP.sub(r"\\\1", line)
@@ -276,16 +272,14 @@ def _measured(group: str, measure: Measure, d: Facts) -> str:
 
 
 def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
-    """For each site the dimensions of the activations, a random dictionary and two half-random
-    ones, as they were measured beside a dictionary there."""
+    """The baselines of each site, as they were measured beside a dictionary there."""
     found: dict[str, Facts] = {}
     for d in dictionaries:
         for name in _BASELINES:
             if metrics := mapping(d.measured("baselines").get(name)):
                 info = replace(d.info, rule=_BASELINE, metrics=dict(metrics))
                 sae_id = f"{name}, {d.info.site}"
-                one = replace(d, sae_id=sae_id, info=info, d_sae=None, architecture="topk", k=None)
-                found.setdefault(sae_id, one)
+                found.setdefault(sae_id, Facts(sae_id, "topk", d.d_in, None, None, info))
     return list(found.values())
 
 

@@ -1,9 +1,9 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
 Neither a repository nor its server is trusted. Paths, commits and digests in the list of files are
-checked before anything is fetched, only files of a dictionary (in this package's layout or a known
-foreign one) are downloaded, and what arrives is compared with its digest in the list. So files are
-not fetched by the client's own functions, which name files of the cache after headers of answers.
+checked before anything is fetched, only files of a dictionary are downloaded, and what arrives is
+compared with its digest in the list. So files are not fetched by the client's own functions, which
+name files of the cache after headers of answers.
 
 Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and
 links in ``snapshots/<commit>``. Only those are written.
@@ -71,11 +71,10 @@ _NAMES = (errors.HFValidationError, errors.RevisionNotFoundError, errors.Reposit
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its size in bytes, and the SHA-256 of a large one, or git's id of a
-    small one; None if only the cache was asked."""
+    """A file of a repository."""
 
-    size: int
-    digest: str | None
+    size: int  # bytes
+    digest: str | None  # SHA-256 if it is large, else git's id; None if only the cache was asked
 
     def is_same_as(self, path: Path) -> bool:
         """Whether a local file has this content."""
@@ -90,13 +89,10 @@ class Repository:
     """The files of one commit."""
 
     repo_id: str
-    revision: str | None
-    """The branch, tag or commit asked for; None for the default branch."""
+    revision: str | None  # the branch, tag or commit asked for; None for the default branch
     commit: str
-    files: Mapping[str, RemoteFile]
-    """By path in the repository."""
-    is_cached: bool = False
-    """Whether the Hub could not be asked, so that these are the files in the cache."""
+    files: Mapping[str, RemoteFile]  # by path
+    is_cached: bool = False  # the Hub could not be asked, so these are the files in the cache
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "Repository":
@@ -156,9 +152,7 @@ class Repository:
 
     def dictionary_folder(self, sae_id: str) -> Path:
         """The folder in the cache with the files of a dictionary; ``reading.read`` judges them.
-
-        Raises LlmWsaeError if a file is missing, and as ``fetch`` does.
-        """
+        Raises LlmWsaeError if a file is missing, and as ``fetch`` does."""
         layout = self.layouts[sae_id]
         names = FILES if layout is None else layout.files
         optional = (EXPLANATIONS,) if layout is None else layout.optional
@@ -175,10 +169,8 @@ class Repository:
         return [self.fetch(path) for path in paths if path in self.files][-1].parent
 
     def fetch(self, path: str) -> Path:
-        """A file in the local cache, downloaded if necessary and compared with its checksum.
-
-        Raises LlmWsaeError if it is too large for its kind, cannot be fetched or arrives damaged.
-        """
+        """A file in the local cache, downloaded if necessary and compared with its checksum. Raises
+        LlmWsaeError if it is too large for its kind, cannot be fetched or arrives damaged."""
         remote, limit = self.files[path], _LARGEST.get(PurePosixPath(path).suffix)
         if limit is not None and remote.size > limit:
             raise LlmWsaeError(
@@ -297,12 +289,9 @@ def _cached(repo_id: str, revision: str | None) -> Repository | None:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure inside the block into one sentence. Keep it to requests, and to what reads
-    answers: a server that answers oddly makes the client raise anything.
-
-    Raises UsageError when a name is wrong (repository, revision), LlmWsaeError for everything else:
-    no access, no network, a failing server, a full disk.
-    """
+    """Turn every failure of a request, and of reading its answer, into one sentence: a server that
+    answers oddly makes the client raise anything. UsageError if the repository's or revision's name
+    is wrong, else LlmWsaeError."""
     check_token()
     try:
         yield

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import over
 from small_dictionaries import FIDELITY, SITE, make_info
 
 from llm_wsae.dictionary.hub.card import BEGIN, END, card, escape
@@ -38,7 +39,6 @@ def cells(body: str, first: str) -> list[str]:
 
 
 def test_metadata_is_what_the_hub_indexes():
-    old = "---\nmine: 1\ntags: [mine]\nlicense: other\nmodel-index: [{name: another}]\n---\n"
     metadata, _ = parts(card(REPO, [some("uniform-k4", rule="uniform"), some()], license="mit"))
     assert metadata["library_name"] == "llm-wsae" and metadata["license"] == "mit"
     assert metadata["base_model"] == ["owner/tiny-lm"]
@@ -56,9 +56,14 @@ def test_metadata_is_what_the_hub_indexes():
     elsewhere = some(metrics={"fidelity": {**FIDELITY, "corpus": "other.jsonl"}})
     (result,) = parts(card(REPO, [elsewhere]))[0]["model-index"][0]["results"]
     assert result["dataset"] == {"type": "text", "name": "held-out text of other.jsonl"}
+
+
+def test_metadata_of_a_user_stay():
+    old = "---\nmine: 1\ntags: [mine]\nlicense: other\nmodel-index: [{name: another}]\n---\n"
     metadata, _ = parts(card(REPO, [some()], old=old))
     assert [one["name"] for one in metadata["model-index"]] == ["saes", "another"]
     assert metadata["mine"] == 1 and metadata["license"] == "other" and "mine" in metadata["tags"]
+    assert parts(card(REPO, [some()], old=old, license="mit"))[0]["license"] == "mit"
 
 
 def test_what_is_not_known_is_not_claimed():
@@ -167,8 +172,8 @@ def test_how_to_load_it():
     assert f'"{SITE}/plain-k4", revision="v2")' in branch and "sae_lens" not in branch
 
 
-def test_a_card_written_again_keeps_what_is_around_it():
-    old = "---\nlicense: mit\n---\n# Mine\n\ntext\n"
+@over(old=["---\nlicense: mit\n---\n# Mine\n\ntext\n", "# Mine\n", "---\n---\n# Mine"])
+def test_a_card_written_again_keeps_what_is_around_it(old):
     first = card(REPO, [some()], old=old)
     assert card(REPO, [some()], old=first) == first and first.count("# Mine") == 1
     wrapped = first.replace(BEGIN, f"before\n\n{BEGIN}").replace(END, f"{END}\n\nafter")

@@ -68,14 +68,6 @@ def test_only_what_changed_is_written_and_the_card_knows_all(hub, plain, weighte
     assert [d.sae_id for d in list_dictionaries(REPO)] == [HERE, f"{SITE}/weighted-k4"]
 
 
-def test_what_a_user_wrote_in_the_card_stays(hub, plain):
-    hub.put(REPO, "README.md", b"---\nlicense: mit\n---\n\n# My own words\n")
-    push([plain], REPO, license="apache-2.0")
-    card = hub.content(REPO, "README.md").decode()
-    assert "license: apache-2.0" in card and "license: mit" not in card
-    assert card.count("# My own words") == card.count("## Dictionaries") == 1
-
-
 def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
     push([plain], REPO)
     before = head(hub)
