@@ -109,24 +109,14 @@ class Facts:
         site: str | None,
         architecture: str | None,
         sizes: tuple[Any, Any, Any],
-        *,
-        model: str | None = None,
-        corpus: str | None = None,
-        centred: bool = False,
-        **more: Any,
+        **info: Any,
     ) -> "Facts":
         """Of another tool's dictionary in the folder ``place``. ``sizes`` are d_in, d_sae and k, as
-        far as they are numbers; ``more`` are fields of its ``info``."""
-        info = DictionaryInfo(
-            site=site or "",
-            name=place.name or "dictionary",
-            model={**({"name": model} if model else {}), **({CENTRED: True} if centred else {})},
-            corpus={"name": corpus} if corpus else {},
-            training={"trained with": tool},
-            **more,
-        )
+        far as they are numbers; ``info`` are more fields of its ``DictionaryInfo``."""
         d_in, d_sae, k = map(integer, sizes)
-        return cls(place.name, architecture, d_in, d_sae, k, info)
+        name, by = place.name or "dictionary", {"trained with": tool}
+        made = DictionaryInfo(site=site or "", name=name, training=by, **info)
+        return cls(place.name, architecture, d_in, d_sae, k, made)
 
     @property
     def sparsity(self) -> str:

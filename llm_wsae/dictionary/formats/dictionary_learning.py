@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.dictionary.folder import check_finite
-from llm_wsae.dictionary.formats.folding import fold, named
+from llm_wsae.dictionary.formats.folding import fold, named, named_only
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, parsing, text
@@ -32,16 +32,18 @@ from llm_wsae.terminal import printable
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _LARGEST_PICKLE = 1 << 20  # bytes of everything except tensors: names and shapes
 _POINT = re.compile(r"resid_(pre|mid|post)")
-_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
-_ROWS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-_GATES = ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias")
+# Names of tensors, and SAELens' for them.
+_MATRICES = {"encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T"}
+_LINEAR = {**_MATRICES, "encoder.bias": "b_enc"}
+_GATES = {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"}
+_ROWS = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
 # Each class: SAELens' name for its kind, whether it subtracts its bias from the input, its tensors.
-_CLASSES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
-    "AutoEncoder": ("standard", True, (*_LINEAR, "bias")),
-    "AutoEncoderNew": ("standard", False, (*_LINEAR, "decoder.bias")),
-    "GatedAutoEncoder": ("gated", True, _GATES),
-    "AutoEncoderTopK": ("topk", True, (*_LINEAR, "b_dec")),
-    "BatchTopKSAE": ("jumprelu", True, (*_LINEAR, "b_dec", "threshold")),
+_CLASSES: dict[str, tuple[str, bool, dict[str, str]]] = {
+    "AutoEncoder": ("standard", True, {**_LINEAR, "bias": "b_dec"}),
+    "AutoEncoderNew": ("standard", False, {**_LINEAR, "decoder.bias": "b_dec"}),
+    "GatedAutoEncoder": ("gated", True, {**_MATRICES, **_GATES}),
+    "AutoEncoderTopK": ("topk", True, {**_LINEAR, "b_dec": "b_dec"}),
+    "BatchTopKSAE": ("jumprelu", True, {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"}),
     "MatryoshkaBatchTopKSAE": ("jumprelu", True, _ROWS),
     "JumpReluAutoEncoder": ("jumprelu", False, _ROWS),
 }
@@ -59,7 +61,7 @@ def announce(config: Mapping[str, Any], place: PurePath) -> Facts:
         _site(trainer),
         kind,
         (trainer.get("activation_dim"), trainer.get("dict_size"), k),
-        model=text(trainer.get("lm_name")),
+        model=named_only(text(trainer.get("lm_name"))),
         context_size=integer(buffer.get("ctx_len")),
     )
 

@@ -6,7 +6,7 @@ A reader is one module with two functions. ``announce`` turns the tool's configu
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,15 +17,6 @@ from llm_wsae.errors import LlmWsaeError
 
 _COLUMNS = 4096  # of an encoder, converted to float64 at once
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|layer|h|blocks)\.(\d+)", re.ASCII)
-_TURNED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-_BIASES = ("b_dec", "bias", "decoder.bias", "decoder_bias")  # added by the decoder
-_NAMES = {
-    **_TURNED,
-    **dict.fromkeys(_BIASES, "b_dec"),
-    "encoder.bias": "b_enc",
-    "gate_bias": "b_gate",
-    "mag_bias": "b_mag",
-}
 
 
 def site_of(name: str | None) -> str | None:
@@ -35,33 +26,38 @@ def site_of(name: str | None) -> str | None:
     return f"blocks.{match[1]}.hook_resid_post" if match else name
 
 
+def named_only(name: str | None) -> dict[str, str]:
+    """The identity of a model or text of which nothing but the name is said."""
+    return {"name": name} if name else {}
+
+
 def named(
-    path: Path, tensors: Mapping[str, Tensor], wanted: Iterable[str], said: Facts
+    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], said: Facts
 ) -> dict[str, Tensor]:
-    """The tensors of the file at ``path`` in float32, named and turned as in SAELens. Raises
-    LlmWsaeError unless they are those ``wanted``, of the shapes that its configuration gives."""
+    """The tensors of the file at ``path`` in float32, under SAELens' names. ``names`` leads to them
+    from the file's, with ".T" for a matrix that is transposed there. Raises LlmWsaeError unless the
+    tensors are these, of the shapes that the configuration gives."""
     d_in, d_sae = said.d_in or 0, said.d_sae or 0
-    known: dict[str, tuple[int, ...]] = {
+    shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_sae),
+        "W_enc.T": (d_sae, d_in),
         "W_dec": (d_sae, d_in),
-        "encoder.weight": (d_sae, d_in),
-        "decoder.weight": (d_in, d_sae),
+        "W_dec.T": (d_in, d_sae),
+        "b_dec": (d_in,),
         "topk_threshold": (),
-        **dict.fromkeys(_BIASES, (d_in,)),
     }
-    shapes = {name: known.get(name, (d_sae,)) for name in wanted}
-    if tensors.keys() != shapes.keys():
-        raise LlmWsaeError(f"{path} holds {sorted(tensors)} instead of {sorted(shapes)}")
-    for name, shape in shapes.items():
-        if (found := tuple(tensors[name].shape)) != shape:
+    if tensors.keys() != names.keys():
+        raise LlmWsaeError(f"{path} holds {sorted(tensors)} instead of {sorted(names)}")
+    made = {}
+    for name, ours in names.items():
+        tensor, shape = tensors[name], shapes.get(ours, (d_sae,))
+        if tuple(tensor.shape) != shape:
             raise LlmWsaeError(
-                f"{path}: {name} has the shape {list(found)}, but the configuration beside it asks "
-                f"for {list(shape)}"
+                f"{path}: {name} has the shape {list(tensor.shape)}, but the configuration beside "
+                f"it asks for {list(shape)}"
             )
-    return {
-        _NAMES.get(name, name): (tensor.T if name in _TURNED else tensor).float()
-        for name, tensor in tensors.items()
-    }
+        made[ours.removesuffix(".T")] = (tensor.T if ours.endswith(".T") else tensor).float()
+    return made
 
 
 def fold(

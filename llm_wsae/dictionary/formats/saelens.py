@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
-from llm_wsae.dictionary.formats.folding import fold, named, site_of
+from llm_wsae.dictionary.formats.folding import fold, named, named_only, site_of
 from llm_wsae.dictionary.info import CENTRED, Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, number, text
@@ -54,9 +54,8 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
         site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
         _architecture(cfg),
         (cfg.get("d_in"), cfg.get("d_sae"), k),
-        model=text(about.get("model_name")),
-        corpus=text(about.get("dataset_path")),
-        centred=_centred_stream(cfg),
+        model=named_only(text(about.get("model_name"))) | _centred_stream(cfg),
+        corpus=named_only(text(about.get("dataset_path"))),
         context_size=integer(about.get("context_size")),
         prepend_bos=bos if isinstance(bos, bool) else None,
         rule=text(ours.get("rule")) or "uniform",
@@ -78,7 +77,7 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
     scale = _scale(folder, cfg)
     tensors = read_tensors(weights)
     factors = [name for name in _FACTORS if name in tensors]
-    w = named(weights, tensors, (*_KINDS[kind], *factors), said)
+    w = named(weights, tensors, {name: name for name in (*_KINDS[kind], *factors)}, said)
     if (one := w.pop("topk_threshold", None)) is not None:  # in inference, of every latent
         w["threshold"] = one.expand(said.d_sae or 0) / (scale if by_norm else 1)
     return fold(
@@ -91,7 +90,7 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
     )
 
 
-def _centred_stream(cfg: Mapping[str, Any]) -> bool:
+def _centred_stream(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the stream was centred because the model's writing weights were.
 
     Configurations with ``hook_point`` do not say so, but SAELens then processed every model that
@@ -100,9 +99,10 @@ def _centred_stream(cfg: Mapping[str, Any]) -> bool:
     """
     about = mapping(cfg.get("metadata")) or cfg
     loaded = about.get("model_from_pretrained_kwargs")
+    centred = mapping(loaded).get(CENTRED) is True
     if loaded is None and "hook_point" in cfg:
-        return (text(cfg.get("model_name")) or "").startswith("gpt2")
-    return mapping(loaded).get(CENTRED) is True
+        centred = (text(cfg.get("model_name")) or "").startswith("gpt2")
+    return {CENTRED: True} if centred else {}
 
 
 def _architecture(cfg: Mapping[str, Any]) -> str | None:

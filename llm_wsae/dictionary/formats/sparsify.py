@@ -20,7 +20,7 @@ from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.outside import integer
 
 WEIGHTS = "sae.safetensors"
-_TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+_NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _MODULE = re.compile(r"[\w.]+\.\d+(\.\w+)*", re.ASCII)
 
 
@@ -44,5 +44,5 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
             f"{folder / CFG} has {key} = {shown(value)}, so this package cannot represent it as a "
             "sparse autoencoder"
         )
-    w = named(folder / WEIGHTS, read_tensors(folder / WEIGHTS), _TENSORS, said)
+    w = named(folder / WEIGHTS, read_tensors(folder / WEIGHTS), _NAMES, said)
     return fold(w, subtracts_bias=True)
