@@ -36,27 +36,20 @@ class Layout:
     """How another tool stores a dictionary in files."""
 
     name: str  # the tool's
-    config: str  # its JSON file
-    weights: str  # its file of tensors
+    files: tuple[str, str]  # its JSON file, its file of tensors
     announce: Callable[[Mapping[str, Any], PurePath], Facts]
     """What the JSON file and the folder's path say."""
     read: Callable[[Path, Mapping[str, Any], Facts], dict[str, Tensor]]
     """The tensors of a folder, folded. Raises LlmWsaeError for whatever is wrong."""
     optional: tuple[str, ...] = ()  # small files that are read too where they exist
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Its files, small ones first."""
-        return self.config, self.weights
-
 
 LAYOUTS = (
-    Layout("SAELens", CFG, WEIGHTS, saelens.announce, saelens.read, (saelens.SCALER,)),
-    Layout("sparsify", CFG, sparsify.WEIGHTS, sparsify.announce, sparsify.read),
+    Layout("SAELens", (CFG, WEIGHTS), saelens.announce, saelens.read, (saelens.SCALER,)),
+    Layout("sparsify", (CFG, sparsify.WEIGHTS), sparsify.announce, sparsify.read),
     Layout(
         "dictionary_learning",
-        dictionary_learning.CONFIG,
-        dictionary_learning.WEIGHTS,
+        (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
         dictionary_learning.announce,
         dictionary_learning.read,
     ),
@@ -100,7 +93,7 @@ def read(folder: Path, site: str | None = None) -> Content:
 
 def read_config(folder: Path, layout: Layout) -> dict[str, Any]:
     """The tool's configuration. Raises LlmWsaeError if it is not a JSON object."""
-    path = folder / layout.config
+    path = folder / layout.files[0]
     config = read_json(path, f"{layout.name} configuration")
     if not isinstance(config, dict):
         raise LlmWsaeError(f"{path} should be a JSON object")
@@ -108,7 +101,7 @@ def read_config(folder: Path, layout: Layout) -> dict[str, Any]:
 
 
 def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
-    path, config = folder / layout.config, read_config(folder, layout)
+    path, config = folder / layout.files[0], read_config(folder, layout)
     said = layout.announce(config, PurePath(folder.absolute()))
     info = dataclasses.replace(said.info, site=said.info.site or site or "")
     if not info.site:

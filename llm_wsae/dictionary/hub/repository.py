@@ -146,7 +146,7 @@ class Repository:
         layout = self.layouts[sae_id]
         if layout is None:
             return read_facts(self._fetched(sae_id, CFG, INFO), sae_id)
-        config = read_config(self._fetched(sae_id, layout.config), layout)
+        config = read_config(self._fetched(sae_id, layout.files[0]), layout)
         found = layout.announce(config, PurePosixPath(self.repo_id, sae_id))
         return dataclasses.replace(found, sae_id=sae_id)
 

@@ -175,6 +175,7 @@ def test_an_unknown_layout_is_one_sentence_with_the_known_ones(tmp_path):
 FOLDERS = {
     "a/topk": "saelens-topk-rescaled",
     "b/trainer_0": "learning-BatchTopKSAE",
+    "c": "saelens-checkpoint",  # with its scale in a file of its own
     "layers.3": "sparsify",
 }
 
@@ -194,7 +195,8 @@ def test_on_the_hub_they_are_listed_and_become_ours(hub, plain, tmp_path):
     found = list_dictionaries(mixed)
     assert [d.sae_id for d in found] == sorted(FOLDERS) and found[0].model == "tiny"
     assert {(d.info.site, d.d_in, d.d_sae) for d in found} == {(SITE, 12, 48)}
-    assert [d.sparsity for d in found] == ["TopK, k = 5", "JumpReLU", "TopK, k = 5"]
+    kinds = ["TopK, k = 5", "JumpReLU", "BatchTopK", "TopK, k = 5"]
+    assert [d.sparsity for d in found] == kinds
     assert hub.count("GET", "/storage/") == 0  # no tensor was asked for
     folders = {(repo, name): at for repo in (mixed, top) for name, at in pull(repo, out).items()}
     assert folders[top, "."] == out / "one" and folders.keys() == written.keys()
@@ -203,10 +205,11 @@ def test_on_the_hub_they_are_listed_and_become_ours(hub, plain, tmp_path):
         for dictionary in (Dictionary.from_pretrained(*key), Dictionary.load(folders[key])):
             made = dictionary(expected.x).double()
             torch.testing.assert_close(made, expected.reconstruction, atol=1e-5, rtol=1e-5)
+    assert pull(mixed, out).items() <= {name: at for (_, name), at in folders.items()}.items()
     assert not any("ae_100" in path for _, path in hub.requests)
 
     push([plain], mixed)  # the card speaks only of our own
     card = hub.content(mixed, "README.md").decode()
     assert "plain-k4" in card and "# theirs" in card
     assert "trainer_0" not in card and "layers.3" not in card
-    assert len(list_dictionaries(mixed)) == 4
+    assert len(list_dictionaries(mixed)) == 5

@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 from command_line import call, content, works
-from foreign_folders import WRITERS
 from hub_fixtures import REPO, head, sentence
 from small_dictionaries import SITE, make_dictionary
 
@@ -207,17 +206,6 @@ def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, t
     hub.put(REPO, f"{HERE}/explanations.jsonl", b"torn")
     push([mine], REPO)
     assert set(read_explanations(*pull(REPO, tmp_path / "new").values())) == {2, 3}
-
-
-def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
-    theirs = tmp_path / "theirs"
-    WRITERS["saelens-checkpoint"](theirs)
-    place(hub, "one", theirs)
-    (folder,) = pull(REPO, tmp_path / "out").values()
-    assert torch.equal(Dictionary.load(folder).W_enc, Dictionary.load(theirs).W_enc)
-    keep_measurements(folder, {"fidelity": {"kl": 0.25}})
-    pull(REPO, tmp_path / "out")  # converted again, to the same
-    assert read_folder(folder).info.metrics["fidelity"] == {"kl": 0.25}
 
 
 def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
