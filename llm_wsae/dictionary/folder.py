@@ -337,7 +337,7 @@ def read_info(folder: Path) -> tuple[dict[str, Any], DictionaryInfo]:
 def read_facts(folder: Path, sae_id: str) -> Facts:
     """What the small files of a dictionary of this package say; nothing is proved. Raises
     LlmWsaeError if they cannot be read."""
-    cfg = read_json(folder / CFG, "configuration") if (folder / CFG).exists() else {}
+    cfg = read_json(folder / CFG, "configuration") if (folder / CFG).is_file() else {}
     info = read_json(folder / INFO, _INFO)
     with naming(folder / INFO):
         return Facts.own(sae_id, cfg, info)
