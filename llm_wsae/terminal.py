@@ -83,10 +83,3 @@ class Table:
     def of_page(self) -> dict[str, Any]:
         """For ``pages/report.html``, which shows the meanings of all its measures by itself."""
         return {"title": self.title, "words": " ".join(self.words), "rows": self.rows}
-
-    def markdown(self) -> str:
-        """For a Markdown file, under its title."""
-        parts = [f"## {self.title}"] if self.title else []
-        parts += [*self.words, markdown(self.rows, self.left)]
-        parts += ["\n".join(f"- {name}: {meaning}" for name, meaning in self.meanings.items())]
-        return "\n\n".join(part for part in parts if part)

@@ -108,8 +108,8 @@ class Artifact:
         check_folder(self.folder)
         if self.is_begun() or not self.folder.is_dir():
             return
-        found = sorted(path.name for path in self.folder.glob("[!.]*"))
-        if taken := [name for name in found if not names or name in names]:
+        found = sorted(path.name for path in self.folder.iterdir())
+        if taken := [one for one in found if (one in names if names else one[0] != ".")]:
             raise LlmWsaeError(
                 f"{self.folder} holds other files ({', '.join(taken[:3])}); choose another folder "
                 f"for the {self.kind}, or move them"

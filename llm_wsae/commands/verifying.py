@@ -53,10 +53,8 @@ class Found:
     """What a check found."""
 
     checks: int = 0
-    problems: list[str] = field(default_factory=list)
-    """A sentence for each fault, which also says what to do."""
+    problems: list[str] = field(default_factory=list)  # sentences, which also say what to do
     without_digest: list[Path] = field(default_factory=list)
-    """Files that have none."""
 
     def check(self, work: Callable[[], T]) -> T | None:
         """What the work gives; None if it fails, which is one more problem."""
@@ -83,10 +81,9 @@ def verify(path: Path | str, site: str | None = None) -> Found:
 
     Raises LlmWsaeError if there is nothing that this package knows.
     """
-    path = Path(path)
+    path, found = Path(path), Found()
     if not path.exists():
         raise LlmWsaeError(f"there is no file or folder {path}")
-    found = Found()
     if path.is_dir():
         _check_folder(found, path, site)
     else:
@@ -101,7 +98,6 @@ def verify(path: Path | str, site: str | None = None) -> Found:
 
 
 def _check_file(found: Found, path: Path) -> None:
-    """A file alone."""
     stores = [one for one in path.parents[:2] if (one / MANIFEST).is_file()]
     if path.name in _OF_FOLDERS or (stores and path.suffix == ".safetensors"):
         folder = stores[0] if stores else path.parent
@@ -118,7 +114,7 @@ def _check_folder(
     found: Found, folder: Path, site: str | None = None, listed: frozenset[Path] = frozenset()
 ) -> None:
     """The files in a folder and in the folders below, but those that were ``listed``."""
-    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
     names = {path.name for path in entries}
     layout = layout_of(names)
     if is_own(names) and site is None:
@@ -147,16 +143,15 @@ def _check_folder(
 
 def _check_json(found: Found, path: Path) -> set[Path]:
     """Check a JSON file, and the files that it lists if it is the record of a folder."""
-    if path.name == INFO:
-        what = "dictionary's information"
-        found.check(lambda: read_own_json(path, what, WAY_OUT))
-    elif path.name in _ARTIFACTS:
-        record = found.check(_ARTIFACTS[path.name](path.parent).read)
-        if record is not None and path.name == MANIFEST:
-            return _check_store(found, path.parent)
-        if record is not None:
+    folder, name = path.parent, path.name
+    if name in _ARTIFACTS:
+        if record := found.check(_ARTIFACTS[name](folder).read):
+            if name == MANIFEST:
+                return _check_store(found, folder)
             way_out = f"restore it from a copy, or delete {path} and run the same command again"
-            return found.compare(path.parent, record.files, way_out)
+            return found.compare(folder, record.files, way_out)
+    elif name == INFO:
+        found.check(lambda: read_own_json(path, "dictionary's information", WAY_OUT))
     elif has_digest(path):
         found.check(lambda: read_own_json(path, "record"))
     elif found.check(lambda: read_json(path, "record")) is not None:
@@ -166,15 +161,15 @@ def _check_json(found: Found, path: Path) -> set[Path]:
 
 def _check_store(found: Found, folder: Path) -> set[Path]:
     manifest = Manifest.load(folder)
-    shards = found.check(lambda: complete_shards(folder, manifest)) or {}
+    shards = (found.check(lambda: complete_shards(folder, manifest)) or {}).values()
     if not manifest.complete:
-        there = sum(shard.contexts for shard in shards.values())
+        there = sum(shard.contexts for shard in shards)
         found.problems.append(
             f"the harvest is not complete: {there} of {manifest.num_contexts} contexts are there; "
             "run the same harvest again to resume it"
         )
     files = dict(manifest.statistics)
-    for shard in shards.values():
+    for shard in shards:
         files |= shard.files
     return found.compare(folder, files, _MEND)
 

@@ -62,16 +62,16 @@ class Plan:
     def shortage(self) -> str | None:
         """A sentence that says what does not fit and what to do; None if everything fits."""
         if self.disk_bytes > self.disk_free:
+            needed, there = _in_bytes(self.disk_bytes), _in_bytes(self.disk_free)
             return (
-                f"the run would need {_in_bytes(self.disk_bytes)} of disk, but "
-                f"{_in_bytes(self.disk_free)} are free; ask for fewer tokens or dictionaries, "
-                "choose a folder on a larger disk, or keep no rows (--stream)"
+                f"the run would need {needed} of disk, but {there} are free; ask for fewer tokens "
+                "or dictionaries, choose a folder on a larger disk, or keep no rows (--stream)"
             )
         if self.memory_bytes > self.memory_there:
+            needed, there = _in_bytes(self.memory_bytes), _in_bytes(self.memory_there)
             return (
-                f"the run would need {_in_bytes(self.memory_bytes)} of memory, but {self.device} "
-                f"has {_in_bytes(self.memory_there)} in all; lower the expansion, or train fewer "
-                "dictionaries at once"
+                f"the run would need {needed} of memory, but {self.device} has {there} in all; "
+                "lower the expansion, or train fewer dictionaries at once"
             )
         return None
 

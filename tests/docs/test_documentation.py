@@ -18,12 +18,15 @@ import torch
 import yaml
 from command_line import works
 from foreign_folders import sparsify
-from places import DOCS, PAGES, README, ROOT, SCRIPTS, Block, blocks, prose_words
+from places import DOCS, PAGES, README, ROOT, SCRIPTS, blocks, prose_words
 from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
 
 import llm_wsae
 from llm_wsae.cli import COMMANDS, parse
 
+SITE = "blocks.1.hook_resid_post"
+HARVEST = ("harvest", "--model", "model", "--corpus", "text.jsonl", "--tokens", 8000,
+           "--context-size", 16, "--site", SITE)  # fmt: skip
 COMMAND = re.compile(r"^(?:torchrun .*?-m llm_wsae|llm-wsae) (.+?)(?:\s+#.*)?$", re.MULTILINE)
 SMALLER = {
     '"gpt2"': '"model"',
@@ -46,12 +49,6 @@ def commands() -> list[tuple[str, list[str]]]:
     ]
 
 
-def block(page: str, words: str) -> Block:
-    """The one block of Python on a page that holds these words."""
-    (found,) = (b for b in blocks("python") if b.page == page and words in b.code)
-    return found
-
-
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A folder with ``model``, a tiny GPT-2, and ``text.jsonl``; the current one."""
@@ -62,13 +59,14 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(found: Block, **changes: str) -> dict:
-    """The names that a block of Python leaves, with everything in it smaller."""
-    code = found.code
-    for old, new in {**SMALLER, **changes}.items():
+def run(page: str, words: str, changes: dict[str, str] = SMALLER) -> dict:
+    """The names that a page's one block of Python with these words leaves, with everything in it
+    smaller."""
+    (code,) = (one.code for one in blocks("python") if one.page == page and words in one.code)
+    for old, new in (SMALLER | changes).items():
         code = code.replace(old, new)
     names = {}
-    exec(compile(code, found.page, "exec"), names)
+    exec(compile(code, page, "exec"), names)
     return names
 
 
@@ -111,7 +109,7 @@ def test_the_pages_of_the_commands_run(world, hub):
 
 
 def test_gpt2_from_end_to_end(world, hub):
-    names = run(block("docs/getting-started.md", "Steer("))
+    names = run("docs/getting-started.md", "Steer(")
     assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-k32"]
     assert names["codes"].values.shape == (10, 32)
     assert float(names["codes"].values.max()) > 0
@@ -125,9 +123,9 @@ def test_gpt2_from_end_to_end(world, hub):
 
 
 def test_the_readmes_ten_lines(world, capsys):
-    found = block("README.md", "encode_sparse")
-    assert len([line for line in found.code.splitlines() if line]) <= 11
-    names = run(found)
+    names = run("README.md", "encode_sparse")
+    (code,) = (one.code for one in blocks("python") if one.page == "README.md")
+    assert len([line for line in code.splitlines() if line]) <= 11
     assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-k32"]
     assert "tensor(" in capsys.readouterr().out
 
@@ -135,18 +133,15 @@ def test_the_readmes_ten_lines(world, capsys):
 def test_a_training_without_a_store(world):
     small = "context_size=16, batch_tokens=512, buffer_tokens=2048, statistics_tokens=2048"
     new = f'"model"), corpus, site, __import__("llm_wsae").StreamConfig({small}))'
-    run(block("docs/getting-started.md", "ActivationStream"), **{'"model"), corpus, site)': new})
+    run("docs/getting-started.md", "ActivationStream", {'"model"), corpus, site)': new})
     assert (world / "runs/streamed/uniform-k32/wsae.json").is_file()
 
 
 def test_planted_features_in_python(world, capsys):
-    text = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 8000, "--context-size", 16)
-    works("harvest", *text, "--site", "blocks.1.hook_resid_post", "--out", "runs/store")
+    works(*HARVEST, "--out", "runs/store")
     few = 'PlantedSource(store, site, __import__("llm_wsae").PlantConfig(per_cell=2))'
-    names = run(
-        block("docs/concepts.md", "measure_recovery"),
-        **{"PlantedSource(store, site)": few, "TrainConfig()": "TrainConfig(batch_size=256)"},
-    )
+    changes = {"PlantedSource(store, site)": few, "TrainConfig()": "TrainConfig(batch_size=256)"}
+    names = run("docs/concepts.md", "measure_recovery", changes)
     assert list(names["dictionaries"]) == ["uniform-k32", "variance-a-0.5-k32"]
     assert capsys.readouterr().out.count("'recovered': ") == 2
 
@@ -156,20 +151,17 @@ def test_the_pretrained_dictionary_opens(monkeypatch):
     for page in ("docs/getting-started.md", "checkpoints/README.md"):
         code = (ROOT / page).read_text(encoding="utf-8")
         assert 'load_pretrained("smollm2-135m/blocks.9.hook_resid_post/uniform-k32")' in code
-    dictionary = run(block("docs/getting-started.md", "dictionary = load_pretrained"))["dictionary"]
+    dictionary = run("docs/getting-started.md", "dictionary = load_pretrained")["dictionary"]
     assert dictionary.d_in == 576 and dictionary.d_sae == 4608
     assert dictionary.info.metrics["fidelity"]["ce_recovered"] > 0.9
 
 
 def test_latents_in_a_running_model(world):
-    site = "blocks.1.hook_resid_post"
-    text = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 5000, "--context-size", 16)
-    works("harvest", *text, "--site", site, "--out", "store")
-    works("train", "store", "--site", site, "--batch-size", 256, "--out", "d")
-    found = block("docs/running-model.md", "Clamp(")
+    works(*HARVEST, "--out", "store")
+    works("train", "store", "--site", SITE, "--batch-size", 256, "--out", "d")
     old = 'load_pretrained("smollm2-135m/blocks.9.hook_resid_post/uniform-k32")'
     new = '__import__("llm_wsae").Dictionary.load("d/uniform-k32")'
-    names = run(found, **{old: new})
+    names = run("docs/running-model.md", "Clamp(", {old: new})
     codes = names["codes"]
     clamped = (codes.values * (codes.indices == 123)).sum(2)
     assert clamped[:, 1:].eq(8.0).all() and clamped[:, 0].eq(0.0).all()
@@ -179,7 +171,7 @@ def test_latents_in_a_running_model(world):
 
 def test_a_dictionary_of_another_tool(world):
     sparsify(world / "sae-llama-3-8b-32x/layers.12")
-    names = run(block("docs/formats.md", "theirs = "))
+    names = run("docs/formats.md", "theirs = ")
     assert torch.equal(names["Dictionary"].load("mine").W_dec, names["theirs"].W_dec)
 
 
@@ -188,7 +180,7 @@ NOT_RUN = ("SAE.load_from_disk", "LanguageModelSAETrainingRunner")
 
 
 def test_every_other_python_block_is_run_by_a_test():
-    tested = re.findall(r'block\("(.+?)", "(.+?)"', Path(__file__).read_text(encoding="utf-8"))
+    tested = re.findall(r'run\("(.+?)", "(.+?)"', Path(__file__).read_text(encoding="utf-8"))
     for one in blocks("python"):
         compile(one.code, one.page, "exec")
         run_here = [words for page, words in tested if page == one.page and words in one.code]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from command_line import SITE, call, works
-from fuzzing import blind, frozen
+from fuzzing import blind, flipped, frozen
 from safetensors.torch import save_file
 from training_cases import CONFIG, Planted, arms_for
 
@@ -56,11 +56,6 @@ class Kind(NamedTuple):
     path: Path
     other: Path
     read: Callable[[], Any]
-
-
-def flipped(data: bytes, at: int, bit: int) -> bytes:
-    at %= len(data)
-    return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
 
 
 @pytest.fixture

@@ -159,11 +159,13 @@ def _piece(data: bytes, draw: random.Random, longest: int = 200) -> tuple[int, i
     return begin, min(len(data), begin + draw.choice((1, 2, 8, draw.randint(1, longest))))
 
 
-def _flip(data: bytes, draw: random.Random, _: bytes) -> bytes:
-    if not data:
-        return data
-    at, bit = divmod(draw.randrange(8 * len(data)), 8)
+def flipped(data: bytes, at: int, bit: int) -> bytes:
+    at %= len(data)
     return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
+
+
+def _flip(data: bytes, draw: random.Random, _: bytes) -> bytes:
+    return flipped(data, *divmod(draw.randrange(8 * len(data)), 8)) if data else data
 
 
 def _put(data: bytes, draw: random.Random, new: bytes) -> bytes:
