@@ -40,7 +40,7 @@ from llm_wsae.machine.hardware import choose_device
 from llm_wsae.model import cpu_modules
 from llm_wsae.model.language_model import LanguageModel, share_weights
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment
 
 WAYS = (
     "bare: the Hugging Face model, with its own attention, norms and gates, cut off behind the "

@@ -27,10 +27,9 @@ from llm_wsae.evaluation.fidelity.evaluator import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import BETAS, EPSILON
 from llm_wsae.training.architecture import Parameters
-from llm_wsae.training.arm import make_arms
+from llm_wsae.training.arm import initial_parameters, make_arms
 from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
 from llm_wsae.training.normaliser import Normaliser, folded
-from llm_wsae.training.optimiser import initial_parameters
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.loss_weights import weights_from_rule
 

@@ -21,11 +21,10 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import shrunk
+from llm_wsae.statistics.moments import Statistics, shrunk
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
-from llm_wsae.weights.weighing import fisher_information, measure_inputs, used_decoder
+from llm_wsae.weights.weighing import fisher_information, measure_inputs
 
 SITE = Site(1, "post")
 HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
@@ -56,9 +55,9 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
         config = RuleInputConfig(sensitivity_tokens=tokens)
         return measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher
 
-    shards = [store.contexts(i) for i in range(len(store.manifest.shards))]
-    ids = torch.cat([torch.from_numpy(shard.ids) for shard in shards]).long()
-    keep = torch.cat([torch.from_numpy(shard.keep) for shard in shards])
+    contexts = list(store.some_text(10**6))
+    ids, keep = (torch.cat(parts) for parts in zip(*contexts, strict=True))
+    assert int(keep.sum()) == store.num_rows
     everything = fisher(10**6)
     expected = fisher_information(model, zip(ids.split(8), keep.split(8), strict=True), SITE)
     torch.testing.assert_close(everything, expected, rtol=1e-4, atol=1e-9)
@@ -83,23 +82,20 @@ def dictionary_for(store, site=SITE):
     )
 
 
-def test_the_decoder_of_what_fires(store):
-    first, statistics = dictionary_for(store), store.statistics(SITE)
-    decoder, energy = used_decoder(first, SITE, statistics)
-    codes = first.encode(statistics.usual_sample).double()
-    fires = (codes > 0).any(0)
-    assert 2 < int(fires.sum()) <= 38
-    assert torch.equal(decoder, first.W_dec[fires])
-    torch.testing.assert_close(energy, codes.square().mean(0)[fires], rtol=1e-6, atol=0)
-    with pytest.raises(UsageError, match=r"'first' explains blocks\.0.*, not blocks\.1"):
-        used_decoder(dictionary_for(store, Site(0, "post")), SITE, statistics)
-
-
 def test_nothing_more_is_measured_than_is_needed(model, store):
-    given = {"model": model, "dictionary": dictionary_for(store)}
+    """Of a dictionary, the decoder of what fires."""
+    first = dictionary_for(store)
+    given = {"model": model, "dictionary": first}
     found = measure_inputs(["variance", "participation"], store, SITE, **given)
     assert found.fisher is None
-    assert RULES["participation"].apply(found).shape == (store.d_in,)
+    codes = first.encode(found.statistics.usual_sample).double()
+    fires = (codes > 0).any(0)
+    assert 2 < int(fires.sum()) <= 38
+    assert torch.equal(found.decoder, first.W_dec[fires])
+    torch.testing.assert_close(found.energy, codes.square().mean(0)[fires], rtol=1e-6, atol=0)
+    other = dictionary_for(store, Site(0, "post"))
+    with pytest.raises(UsageError, match=r"'first' explains blocks\.0.*, not blocks\.1"):
+        measure_inputs(["participation"], store, SITE, dictionary=other)
     found = measure_inputs(["rotated:sensitivity"], store, SITE, **given)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
     other = RuleInputConfig(seed=3)  # of which nothing is kept
@@ -140,8 +136,10 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy):
 
 
 def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(copy):
-    few = Statistics(16, 12).update(torch.randn(16, 16), torch.zeros(16, dtype=torch.long))
-    still = Statistics(16, 12).update(torch.ones(99, 16), torch.zeros(99, dtype=torch.long))
+    few, still = (
+        Statistics(16, 12).update(rows, torch.zeros(len(rows), dtype=torch.long))
+        for rows in (torch.randn(16, 16), torch.ones(99, 16))
+    )
     for own, rule, sentence in (
         (few, "whitening", "16 rows are too few for the covariance of 16 dimensions; harvest at"),
         (still, "whitening", "the rows do not vary in any dimension; take other text"),
@@ -189,12 +187,11 @@ def full(*given):
     raise LlmWsaeError("the disk is full")
 
 
-def random_contexts(model, number: int, positions: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, len(model.W_E), (number, positions), generator=generator)
-    keep = torch.ones(ids.shape, dtype=torch.bool)
-    keep[:, 0] = False
-    return ids, keep
+def random_contexts(model, number: int):
+    """Of four positions, of which the first does not count."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, len(model.W_E), (number, 4), generator=generator)
+    return ids, (torch.arange(4) > 0).expand(number, 4)
 
 
 def exact_fisher(model, ids, keep, site):
@@ -213,7 +210,7 @@ def exact_fisher(model, ids, keep, site):
 def test_fisher_equals_the_sum_over_all_labels(model, name):
     """Labels are drawn, so the estimate is compared on many draws; its error falls as 1/√draws."""
     site = Site.parse(name)
-    ids, keep = random_contexts(model, 1, 4)
+    ids, keep = random_contexts(model, 1)
     want = exact_fisher(model, ids, keep, site)
     draws = [(ids.repeat(3000, 1), keep.repeat(3000, 1))]
     found = fisher_information(model, draws, site, seed=1)
@@ -222,7 +219,7 @@ def test_fisher_equals_the_sum_over_all_labels(model, name):
 
 
 def test_fisher_does_not_depend_on_padding(model):
-    ids, keep = (pad(part, (0, 6)) for part in random_contexts(model, 8, 4))
+    ids, keep = (pad(part, (0, 6)) for part in random_contexts(model, 8))
     others = ids.clone()
     others[:, 4:] = 7
     first, second = (fisher_information(model, [(one, keep)], SITE) for one in (ids, others))
@@ -230,7 +227,7 @@ def test_fisher_does_not_depend_on_padding(model):
 
 
 def test_fisher_refuses_bad_requests(model):
-    ids, keep = random_contexts(model, 1, 4)
+    ids, keep = random_contexts(model, 1)
     with pytest.raises(UsageError, match=r"blocks\.7"):
         fisher_information(model, [(ids, keep)], Site.parse("blocks.7.hook_resid_post"))
     with pytest.raises(LlmWsaeError, match="no text"):

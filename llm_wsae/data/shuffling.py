@@ -22,8 +22,7 @@ from torch import Tensor
 
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 CHUNK_ROWS = 1024
 WINDOW_BYTES = 256 << 20

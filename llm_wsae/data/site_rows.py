@@ -18,8 +18,7 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 if TYPE_CHECKING:  # it takes seconds to import, and a store needs none
     from llm_wsae.model.language_model import LanguageModel

@@ -48,9 +48,8 @@ from llm_wsae.data.site_rows import SiteRows, StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.documents import TextSize
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
+from llm_wsae.statistics.uncertainty import TextSize
 
 MEASUREMENTS = "evidence"
 _SHARDS_OF_TOKENS_KEPT = 8

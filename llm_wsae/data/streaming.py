@@ -31,8 +31,7 @@ from llm_wsae.machine.processes import leads, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 _PACKED_AHEAD = 4
 

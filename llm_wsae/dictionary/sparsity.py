@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
-from llm_wsae.sparse.codes import Codes, padded
+from llm_wsae.sparse.codes import Codes, Product, padded
 from llm_wsae.sparse.operations import encode_above, encode_topk
 
 
@@ -37,7 +37,7 @@ class Sparsity:
         ``threshold`` is given if and only if ``has_threshold``.
         """
         least = torch.zeros_like(bias) if threshold is None else threshold.clamp(min=0)
-        return padded(encode_above(rows, encoder, bias, least))
+        return padded(encode_above(Product(rows, encoder, bias), least))
 
     def check(self, d_sae: int) -> None:
         """Raises UsageError if a dictionary of ``d_sae`` latents cannot have this sparsity."""
@@ -62,7 +62,7 @@ class TopK(Sparsity):
     def encode(
         self, rows: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | None = None
     ) -> Codes:
-        return encode_topk(rows, encoder, bias, self.k)
+        return encode_topk(Product(rows, encoder, bias), self.k)
 
 
 @dataclass(frozen=True)

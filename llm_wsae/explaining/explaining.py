@@ -47,8 +47,7 @@ from llm_wsae.inspecting.directions import Vocabulary, check_width
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.outside import mapping
-from llm_wsae.statistics.documents import TextSize
-from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
+from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval, TextSize
 from llm_wsae.terminal import Table
 
 REPORT = "report.json"

@@ -34,8 +34,7 @@ from llm_wsae.data.store import ActivationStore, RowReader
 from llm_wsae.errors import UsageError
 from llm_wsae.lab.config import PlantConfig
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 ON_TOKEN = 0.5
 """How often a feature that is tied to a token fires on it. A latent of the token, which knows

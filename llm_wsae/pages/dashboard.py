@@ -42,8 +42,8 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import Firings, collect, windows
 from llm_wsae.pages.frame import filled, is_page
-from llm_wsae.statistics.documents import FEWEST, TextSize
 from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
+from llm_wsae.statistics.uncertainty import FEWEST, TextSize
 from llm_wsae.terminal import printable
 
 MOST_MEGABYTES = 60

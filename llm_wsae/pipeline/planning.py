@@ -23,9 +23,8 @@ from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_byte
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pipeline.request import Run
 from llm_wsae.terminal import aligned
-from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.arm import PAIR_BYTES, ArmConfig
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.trainer import Training
 
 SECONDS = 0.5

@@ -20,17 +20,14 @@ T = TypeVar("T")
 _FEWEST = 64
 _SPARE = 1.25  # of what the longest row needed: the next batch's may need more
 
-BETAS = (0.9, 0.999)
-"""Of Adam, as in torch.optim.Adam."""
+BETAS = (0.9, 0.999)  # of Adam, as in torch.optim.Adam
 EPSILON = 1e-15
 """Of Adam. torch's 1e-8 is no small number beside the gradients of a loss that is a mean over
 dimensions, where its weights are steep: dimensions that count little would hardly move."""
-SMALLEST_NORM = 1e-8
-"""A decoder row is divided by its norm, or by this if it is smaller."""
+SMALLEST_NORM = 1e-8  # a decoder row is divided by its norm, or by this if it is smaller
 
 Rows = Float[Tensor, "batch d_in"]
-Weights = Float[Tensor, "d_sae d_in"]
-"""Of the encoder or the decoder: a row for each latent."""
+Weights = Float[Tensor, "d_sae d_in"]  # of the encoder or the decoder: a row for each latent
 PerLatent = Float[Tensor, " d_sae"]
 PerDimension = Float[Tensor, " d_in"]
 PerSlot = Float[Tensor, " active"]
@@ -50,12 +47,9 @@ class Codes(NamedTuple):
 class RaggedCodes(NamedTuple):
     """The active latents of all rows end to end; a value of 0 is an unused slot."""
 
-    indices: Int[Tensor, " active"]
-    """Latent numbers, int64, in no particular order within a row."""
-    values: PerSlot
-    """Latent activations, ≥ 0."""
-    offsets: Int[Tensor, " batch_and_one"]
-    """Row i owns the slots from offsets[i] up to offsets[i + 1], int64."""
+    indices: Int[Tensor, " active"]  # latent numbers, int64, in no order within a row
+    values: PerSlot  # latent activations, ≥ 0
+    offsets: Int[Tensor, " batch_and_one"]  # row i owns offsets[i] up to offsets[i + 1], int64
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +64,7 @@ class RaggedCodes(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The encoder's product, all in one dtype."""
+    """What the encoder multiplies: rows, encoder and bias in one dtype, that of the product."""
 
     x: Rows
     encoder: Weights
@@ -88,8 +82,7 @@ class Product(NamedTuple):
 class SubsetGradients(NamedTuple):
     """Gradients by the weights of some latents only."""
 
-    latents: Int[Tensor, " some"]
-    """Each at most once."""
+    latents: Int[Tensor, " some"]  # each at most once
     encoder: Float[Tensor, "some d_in"]
     decoder: Float[Tensor, "some d_in"]
     bias: Float[Tensor, " some"]
@@ -110,15 +103,12 @@ class SparseGradients(NamedTuple):
     """What the gradients by the latents' weights are sums of: a term for every active latent."""
 
     codes: RaggedCodes
-    x: Rows
-    """Float32, or rounded to bfloat16; the sums are float32 all the same."""
+    x: Rows  # float32, or rounded to bfloat16; the sums are float32 all the same
     output_gradient: Float[Tensor, "batches d_in"]
     """By the reconstructions, in the dtype of ``x``. There may be several of each row, all of one
     kind before all of the next, as there are rows of the codes: row i belongs to x[i mod batch]."""
-    by_value: PerSlot
-    """By each active pre-activation, as of ``value_gradients``."""
-    more: SubsetGradients | None = None
-    """What else some latents get."""
+    by_value: PerSlot  # by each active pre-activation, as of ``value_gradients``
+    more: SubsetGradients | None = None  # what else some latents get
 
 
 class Latents(NamedTuple):
@@ -130,31 +120,24 @@ class Latents(NamedTuple):
     decoder_mean: Weights
     encoder_square: Weights
     decoder_square: Weights
-    encoder_fast: Weights | None = None
-    """What the new encoder is copied to, in its dtype, for the next step's product."""
+    encoder_fast: Weights | None = None  # gets the new encoder, in its own dtype
 
 
 class RawRows(NamedTuple):
     """What leads to the raw rows v and e of latents whose rows are v/L and L·e, where L is the norm
-    of v (see ``training.optimiser``)."""
+    of v (see ``training.arm.Optimiser``)."""
 
-    lengths: PerLatent
-    """L, updated in place."""
-    bias: PerLatent
-    """The encoder's bias, L times a raw one; it is only read."""
+    lengths: PerLatent  # L, updated in place
+    bias: PerLatent  # the encoder's, L times a raw one; it is only read
 
 
 class Reconstruction(NamedTuple):
     """What a step needs to know about its reconstruction."""
 
-    residual: Rows
-    """(reconstruction − x), each row times its weight."""
-    output_gradient: Rows
-    """The residual, each column times its weight, in the dtype asked for."""
-    by_value: PerSlot
-    """Gradient by each active pre-activation, as of ``value_gradients``."""
-    row_errors: Float[Tensor, " batch"]
-    """Σ over columns of residual · output_gradient."""
+    residual: Rows  # reconstruction − x, each row times its weight
+    output_gradient: Rows  # the residual, each column times its weight, in the dtype asked for
+    by_value: PerSlot  # gradient by each active pre-activation, as of ``value_gradients``
+    row_errors: Float[Tensor, " batch"]  # Σ over columns of residual · output_gradient
 
 
 def ragged(codes: Codes) -> RaggedCodes:
@@ -167,15 +150,11 @@ def ragged(codes: Codes) -> RaggedCodes:
 
 def padded(codes: RaggedCodes) -> Codes:
     """The same codes with as many slots in every row as the fullest needs, at least 1."""
-    counts = codes.offsets.diff()
-    width = max(1, int(counts.max())) if len(counts) else 1
-    rows = codes.rows()
+    counts, rows = codes.offsets.diff(), codes.rows()
     slots = torch.arange(len(rows), device=rows.device) - codes.offsets[rows]
-    shape = (len(counts), width)
-    return Codes(
-        codes.indices.new_zeros(shape).index_put((rows, slots), codes.indices),
-        codes.values.new_zeros(shape).index_put((rows, slots), codes.values),
-    )
+    shape = (len(counts), int(F.pad(counts, (0, 1), value=1).max()))
+    indices, values = (part.new_zeros(shape).index_put((rows, slots), part) for part in codes[:2])
+    return Codes(indices, values)
 
 
 def joined(parts: Sequence[RaggedCodes]) -> RaggedCodes:
@@ -206,9 +185,9 @@ def exact_dtype(x: Tensor) -> torch.dtype:
 
 
 class SlotCapacity:
-    """How many slots a row gets on a GPU: as many as the last rows suggest, since waiting for the
-    number of entries above a threshold would leave it idle. Whether they were enough is read while
-    it has other work; if not, the step is repeated with more."""
+    """How many slots a row gets on a GPU, which waiting for their number would leave idle: as many
+    as the last rows suggest. Whether they were enough is read while it has other work; if not, the
+    step is repeated with more."""
 
     def __init__(self) -> None:
         self.slots = _FEWEST

@@ -5,9 +5,8 @@ Only a few of d_sae latents are active in a row, so everything after the encoder
 costs that share of its dense form. A sum of few rows is an embedding bag: decoding sums decoder
 rows over a row's latents, a weight gradient sums rows over a latent's occurrences.
 
-``backends`` has faster versions of the same names: ``cpu`` in C++ and ``triton`` for CUDA. They are
-looked up at every call, by device, dtype and whether autograd is on; ``using`` overrides that. Ties
-may be broken differently, and sums added in another order.
+``backends`` has faster versions of the same names: ``cpu`` in C++ and ``triton`` for CUDA. They may
+break ties differently, and add in another order.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,14 +55,13 @@ _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae
 _TILE_LATENTS = 2048
 _GROUP = 8  # members of a group in the two-stage selection
 
-_threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
 _forced: ContextVar[tuple[ModuleType | None, ...]] = ContextVar("backend", default=())
 
 
 @contextmanager
 def using(backend: ModuleType | None) -> Iterator[None]:
-    """Within the block every operation is that of a backend, where it has it, or of plain torch for
-    None; for tests."""
+    """For tests: within the block every operation is that of a backend, where it has it, or of
+    plain torch for None."""
     before = _forced.set((backend,))
     try:
         yield
@@ -71,13 +69,9 @@ def using(backend: ModuleType | None) -> Iterator[None]:
         _forced.reset(before)
 
 
-def encode_topk(x: Rows, encoder: Weights, bias: PerLatent, k: int) -> Codes:
-    """The k largest pre-activations x·encoderᵀ + bias of every row, negative ones set to 0.
-
-    ``x``, ``encoder`` and ``bias`` share one dtype, that of the matrix product; values come back in
-    float32, or float64 for float64 inputs.
-    """
-    product = Product(x, encoder, bias)
+def encode_topk(product: Product, k: int) -> Codes:
+    """The k largest pre-activations of every row, negative ones set to 0. Values are float32
+    whatever the product's dtype, or float64 of float64."""
     if faster := _faster("encode_topk", product, _FOR_PRODUCTS):
         return faster(product, k)
     return topk_of_tiles(product, k)
@@ -91,28 +85,29 @@ def topk_of_tiles(product: Product, k: int, rows: int | None = None) -> Codes:
 
 
 def encode_above(
-    x: Rows,
-    encoder: Weights,
-    bias: PerLatent,
-    threshold: PerLatent,
-    capacity: SlotCapacity | None = None,
+    product: Product, threshold: PerLatent, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
     """Every pre-activation above its latent's threshold (≥ 0); meant for few of them.
 
-    Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. With
-    ``capacity`` nothing waits for a GPU, and the codes are complete only if ``capacity.enough()``
-    then says so; if not, call again.
+    The threshold has the dtype of the values (``encode_topk``). With ``capacity`` nothing waits for
+    a GPU, and the codes are complete only if ``capacity.enough()`` then says so; if not, call
+    again.
     """
-    product = Product(x, encoder, bias)
     if faster := _faster("encode_above", product, _FOR_PRODUCTS):
         return faster(product, threshold, capacity)
     return joined([_above(tile, threshold) for tile in product.tiles(_TILE_ROWS)])
 
 
+def _above(product: Product, bound: float | Tensor) -> RaggedCodes:
+    pre = product.pre()
+    active = pre > bound
+    rows, indices = active.nonzero(as_tuple=True)
+    values = pre[rows, indices].to(exact_dtype(pre))
+    return RaggedCodes(indices, values, offsets_of(active.sum(1)))
+
+
 def encode_batch_topk(
-    x: Rows,
-    encoder: Weights,
-    bias: PerLatent,
+    product: Product,
     k: int,
     guess: float | Float[Tensor, ""],
     kept: Bool[Tensor, " batch"] | None = None,
@@ -123,7 +118,6 @@ def encode_batch_topk(
     ``guess``, the smallest value of the previous step, makes it fast when it is just below the
     smallest value of this step; it never changes the result. Dtypes as in ``encode_topk``.
     """
-    product = Product(x, encoder, bias)
     if faster := _faster("encode_batch_topk", product, _FOR_PRODUCTS):
         return faster(product, k, guess, kept)
     return largest_of_batch(_above, _TILE_ROWS, product, k, float(guess), kept)
@@ -139,9 +133,8 @@ def largest_of_batch(
 ) -> RaggedCodes:
     """``encode_batch_topk``, where ``above`` finds the entries of a tile.
 
-    Once as many as are wanted are held, the smallest of them bounds what later tiles may add, so
-    the candidates stay few. The bound starts below the guess; if that was too high still, lower,
-    and then at 0.
+    Once enough are held, the smallest of them bounds what later tiles may add, so that candidates
+    stay few. The bound starts below the guess; if that was too high still, lower, and then at 0.
     """
     if kept is not None and not bool(kept.all()):
         of_kept = product._replace(x=product.x[kept])
@@ -160,6 +153,17 @@ def largest_of_batch(
         if held >= wanted:
             break
     return _largest(joined(parts), wanted)
+
+
+def _largest(codes: RaggedCodes, count: int) -> RaggedCodes:
+    """The ``count`` largest values of the codes, the first ones where they tie; all if fewer."""
+    if len(codes.values) <= count:
+        return codes
+    smallest = codes.values.topk(count, sorted=False).values.min()
+    keep = codes.values > smallest
+    ties = (codes.values == smallest).nonzero().flatten()
+    keep[ties[: count - int(keep.sum())]] = True
+    return keep_slots(codes, keep)
 
 
 def exact_values(codes: RaggedCodes, x: Rows, encoder: Weights, bias: PerLatent) -> RaggedCodes:
@@ -191,21 +195,16 @@ def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
 
 
 def encode_dead(
-    x: Rows,
-    encoder: Float[Tensor, "some d_in"],
-    bias: Float[Tensor, " some"],
-    dead: Bool[Tensor, " some"] | None,
-    k: int,
+    product: Product, dead: Bool[Tensor, " some"] | None, k: int
 ) -> Float[Tensor, "batch some"]:
     """The k largest positive pre-activations of every row, or more where they tie; others are 0, as
-    are latents that are not ``dead`` (None: all are). In the inputs' dtype."""
-    product = Product(x, encoder, bias)
+    are latents that are not ``dead`` (None: all are). In the product's dtype."""
     if faster := _faster("encode_dead", product, _FOR_PRODUCTS):
         return faster(product, dead, k)
     active = product.pre().relu_()
     if dead is not None:
         active *= dead
-    if k < len(encoder):
+    if k < len(product.encoder):
         active *= active >= select_topk(active, k).values.amin(1, keepdim=True)
     return active
 
@@ -217,17 +216,14 @@ def dead_gradients(
     output_gradient: Rows,
     sums: SubsetGradients,
 ) -> None:
-    """Add to ``sums`` the gradients by the weights of latents with the values ``active``:
-    by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows, where by_latent is
-    output_gradient · decoderᵀ where a latent is active, else 0.
-
-    Inputs have the dtype of the products; the sums are float32, or float64 for float64 inputs.
-    """
+    """Add to ``sums``, which are not rounded, the gradients by the weights of latents with the
+    values ``active``: by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows,
+    where by_latent is output_gradient · decoderᵀ where a latent is active, else 0."""
     given = (active, x, decoder, output_gradient)
     if faster := _faster("dead_gradients", given, _FOR_PRODUCTS):
         faster(*given, sums)
         return
-    by_latent = _threshold_backward(output_gradient @ decoder.T, active, 0)
+    by_latent = torch.ops.aten.threshold_backward(output_gradient @ decoder.T, active, 0)
     sums.bias.add_(by_latent.sum(0, dtype=sums.bias.dtype))
     add_products(by_latent, x, sums.encoder)
     add_products(active, output_gradient, sums.decoder)
@@ -255,13 +251,9 @@ def value_gradients(codes: RaggedCodes, decoder: Weights, output_gradient: Rows)
     exact = () if decoder.dtype == torch.bfloat16 else (decoder,)
     if faster := _faster("value_gradients", (codes.values, output_gradient, *exact)):
         return faster(codes, decoder, output_gradient)
+    decoder, starts = decoder.to(output_gradient.dtype), codes.offsets[:-1]
     gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        output_gradient,
-        decoder.to(output_gradient.dtype),
-        codes.indices,
-        codes.offsets[:-1],
-        codes.rows(),
-        0,
+        output_gradient, decoder, codes.indices, starts, codes.rows(), 0
     )
     return gradient.mul_(codes.values > 0)
 
@@ -281,8 +273,9 @@ def reconstruct(
     have any dtype. A backend may do it all in one pass over the rows.
     """
     row_weights, column_weights = row_weights.to(x.dtype), column_weights.to(x.dtype)
-    if faster := _faster("reconstruct", (codes.values, decoder, bias, x)):
-        return faster(codes, (decoder, bias, x, row_weights, column_weights), fast)
+    target = (decoder, bias, x, row_weights, column_weights)
+    if faster := _faster("reconstruct", (codes.values, *target[:3])):
+        return faster(codes, target, fast)
     residual = decode(codes, decoder, bias).sub_(x).mul_(row_weights[:, None])
     gradient = residual * column_weights
     by_value = value_gradients(codes, decoder, gradient)
@@ -328,12 +321,11 @@ def adam(
     learning_rate: float,
     raw: RawRows | None = None,
 ) -> PerLatent:
-    """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1;
-    biases do not move: the gradient by the encoder's is returned.
+    """One step of torch.optim.Adam over encoder and decoder, in place, after which decoder rows
+    have norm 1; biases do not move: the gradient by the encoder's is returned.
 
-    ``step`` counts from 1; the result is that of torch.optim.Adam with ``codes.BETAS`` and
-    ``codes.EPSILON``. With ``raw``, the raw rows v and e move, and with them L, the norm of v, and
-    the rows v/L and L·e that are seen. A backend may never hold all gradients.
+    ``step`` counts from 1. With ``raw``, the raw rows v and e move, and with them L, the norm of v,
+    and the rows v/L and L·e that are seen. A backend may never hold all gradients.
     """
     weights, now = latents[:6], (step, learning_rate)
     if isinstance(gradients, SparseGradients):
@@ -342,8 +334,7 @@ def adam(
             return faster(latents, gradients, *now, raw)
         gradients = weight_gradients(gradients, len(latents.encoder))
     elif raw is None and (faster := _faster("adam", (*weights, *gradients[:2]))):
-        faster(latents, gradients, *now)
-        return gradients[2]
+        return faster(latents, gradients, *now)
     (encoder, decoder), (by_encoder, by_decoder, by_bias) = latents[:2], gradients
     if raw is not None:
         length = raw.lengths[:, None]
@@ -387,25 +378,6 @@ def _backend(device: str) -> ModuleType | None:
     return None
 
 
-def _above(product: Product, bound: float | Tensor) -> RaggedCodes:
-    pre = product.pre()
-    active = pre > bound
-    rows, indices = active.nonzero(as_tuple=True)
-    values = pre[rows, indices].to(exact_dtype(pre))
-    return RaggedCodes(indices, values, offsets_of(active.sum(1)))
-
-
-def _largest(codes: RaggedCodes, count: int) -> RaggedCodes:
-    """The ``count`` largest values of the codes, the first ones where they tie; all if fewer."""
-    if len(codes.values) <= count:
-        return codes
-    smallest = codes.values.topk(count, sorted=False).values.min()
-    keep = codes.values > smallest
-    ties = (codes.values == smallest).nonzero().flatten()
-    keep[ties[: count - int(keep.sum())]] = True
-    return keep_slots(codes, keep)
-
-
 def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """For each bag, the weighted sum of the rows it names; 0 for an empty one."""
     return F.embedding_bag(
@@ -413,24 +385,29 @@ def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Te
     )
 
 
+def adam_vector(
+    parameter: Float[Tensor, " size"],
+    gradient: Float[Tensor, " size"],
+    mean: Float[Tensor, " size"],
+    square: Float[Tensor, " size"],
+    step: int,
+    learning_rate: float,
+) -> None:
+    """One step of Adam over a vector with its moments, in place; ``step`` counts from 1."""
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+    parameter.addcdiv_(mean, root, value=-learning_rate / (1 - BETAS[0] ** step))
+
+
 def _move(
     latents: Latents, gradients: tuple[Tensor, Tensor], step: int, learning_rate: float
 ) -> None:
     """One step of Adam over encoder and decoder, in place; ``step`` counts from 1."""
-    rows = list(latents[:2])
-    torch_adam.adam(
-        rows,
-        list(gradients),
-        list(latents[2:4]),
-        list(latents[4:6]),
-        [],
-        [torch.full((), step - 1.0, device=one.device) for one in rows],
-        fused=rows[0].device.type in ("cpu", "cuda"),
-        amsgrad=False,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
-        lr=learning_rate,
-        weight_decay=0.0,
-        eps=EPSILON,
-        maximize=False,
-    )
+    device = latents.encoder.device
+    rows, means, squares = list(latents[:2]), list(latents[2:4]), list(latents[4:6])
+    steps = [torch.full((), step - 1.0, device=device) for _ in rows]
+    named: dict[str, Any] = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+    named |= {"lr": learning_rate, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON}
+    named["fused"] = device.type in ("cpu", "cuda")
+    torch_adam.adam(rows, list(gradients), means, squares, [], steps, **named)

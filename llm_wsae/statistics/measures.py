@@ -18,18 +18,17 @@ class Measure:
     """One measure, and where and how it is shown."""
 
     key: str  # its name in JSON
-    title: str
+    title: str  # one that ends in % is shown in per cent; JSON holds the share
     meaning: str
-    source: Literal["fidelity", "dictionary", "latents", "concepts", "plants"]
+    source: Literal["fidelity", "dictionary", "latents", "concepts", "plants"] = "fidelity"
     """Whether it says how faithful a dictionary is, or something else of all of it; or is a mean
     over latents, concepts or planted features."""
     of: str = ""  # its name in the scores of latents, concepts or plants, if that is another
     lower_is_better: bool = False
     digits: int = 3
-    percent: bool = False  # shown in per cent, with one digit; JSON holds the share
     interval: bool = False  # a table in a terminal, where there is little room, shows it
     tables: bool = True  # tables of ``evaluate`` show it
-    card: bool = True  # model cards show it
+    card: bool = True  # model cards show it, if it is of fidelity
     scale: Literal["log", "lost"] | None = None
     """Of fidelity: reports as pages draw it, with this axis (``lost``: logarithm of 1 minus it)."""
     study: bool = False
@@ -48,7 +47,7 @@ class Measure:
 
     def figure(self, value: float) -> str:
         """A number alone."""
-        return f"{100 * value:.1f}" if self.percent else f"{value:.{self.digits}f}"
+        return f"{100 * value:.1f}" if self.title.endswith("%") else f"{value:.{self.digits}f}"
 
     def text(self, record: Mapping[str, Any], short: bool = False) -> str:
         """Its number in a record, with all that is known beside it; empty if there is none.
@@ -85,7 +84,6 @@ _ALL = (
         "fvu",
         "FVU",
         "fraction of the activations' variance that the reconstruction misses (0: perfect)",
-        "fidelity",
         lower_is_better=True,
         scale="log",
     ),
@@ -94,7 +92,6 @@ _ALL = (
         "CE recovered",
         "share of the model's next-token prediction that survives when the reconstruction replaces "
         "the activations (1: all; 0: no better than zeros), with its 95 % interval",
-        "fidelity",
         interval=True,
         scale="lost",
     ),
@@ -103,60 +100,47 @@ _ALL = (
         "KL",
         "mean divergence between the model's predictions with and without that replacement, in "
         "nats (0: none)",
-        "fidelity",
         lower_is_better=True,
         scale="log",
         study=True,
     ),
-    Measure(
-        "l0", "L0", "mean number of active latents per token", "fidelity", digits=1, scale="log"
-    ),
+    Measure("l0", "L0", "mean number of active latents per token", digits=1, scale="log"),
     Measure(
         "dead_share",
         "dead %",
         "latents that never fire on this text",
-        "fidelity",
         lower_is_better=True,
-        percent=True,
     ),
     Measure(
         "dense_share",
         "dense %",
         "latents that fire on more than 10 % of the tokens",
-        "fidelity",
         lower_is_better=True,
-        percent=True,
     ),
     Measure(
         "cosine",
         "cosine",
         "mean cosine between activation and reconstruction (1: perfect)",
-        "fidelity",
         card=False,
     ),
     Measure(
         "vanished",
         "vanished %",
         "firings that are gone when the reconstruction is encoded again",
-        "fidelity",
         lower_is_better=True,
-        percent=True,
         card=False,
     ),
     Measure(
         "shrunk",
         "shrunk %",
         "strength that the other firings lose on that way (below 0: they grow)",
-        "fidelity",
         lower_is_better=True,
-        percent=True,
         card=False,
     ),
     Measure(
         "false_latents",
         "false",
         "latents per token that appear on that way",
-        "fidelity",
         lower_is_better=True,
         digits=2,
         card=False,
@@ -167,7 +151,6 @@ _ALL = (
         "latents that fire in enough contexts to be scored; the other scores of latents are means "
         "over them",
         "dictionary",
-        percent=True,
     ),
     Measure(
         "detection",
@@ -187,7 +170,6 @@ _ALL = (
         "latents",
         of="detection",
         tables=False,
-        card=False,
         study=True,
         unscored=0.5,
     ),

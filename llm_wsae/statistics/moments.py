@@ -29,8 +29,12 @@ _MIN_OCTAVE, _MAX_OCTAVE = -24, 40
 _NUM_BINS = (_MAX_OCTAVE - _MIN_OCTAVE) * _BINS_PER_OCTAVE
 _SINGLE_POSITIONS = 16  # positions kept apart; later ones share a bucket per octave
 _CHUNK_ROWS = 512  # the copies made during an update stay in cache
-_SUMS = ("_m2", "_m3", "_m4", "_norms")
-_SAVED = (*_SUMS, "_sample", "mean", "minimum", "maximum", "_sample_priority")
+_PRODUCT_ROWS, _CACHED_ROWS = 4096, 256  # of a second moment
+_FEW = 4  # rows for each dimension
+_SAVED = (
+    *("_m2", "_m3", "_m4", "_norms", "_sample", "mean", "minimum", "maximum"),
+    "_sample_priority",
+)
 
 
 class Statistics:
@@ -41,10 +45,8 @@ class Statistics:
         self.context_size = context_size
         self.sample_rows = sample_rows
         self.count = 0
-        self.mean = torch.zeros(d_in, dtype=torch.float64)
-        self._m2 = torch.zeros(d_in, dtype=torch.float64)
-        self._m3 = torch.zeros(d_in, dtype=torch.float64)
-        self._m4 = torch.zeros(d_in, dtype=torch.float64)
+        zeros = (torch.zeros(d_in, dtype=torch.float64) for _ in range(4))
+        self.mean, self._m2, self._m3, self._m4 = zeros
         self.minimum = torch.full((d_in,), math.inf, dtype=torch.float64)
         self.maximum = torch.full((d_in,), -math.inf, dtype=torch.float64)
         buckets = int(_bucket_of(torch.tensor([max(context_size - 1, 0)]))) + 1
@@ -57,10 +59,8 @@ class Statistics:
     def update(
         self, rows: Float[Tensor, "rows d_in"], positions: Int[Tensor, " rows"]
     ) -> "Statistics":
-        """Add rows, with the position of each in its context. Returns self.
-
-        Raises LlmWsaeError when the rows have another width or hold NaN or infinity.
-        """
+        """Add rows, with the position of each in its context. Returns self. Raises LlmWsaeError
+        when the rows have another width or hold NaN or infinity."""
         if rows.shape[1] != self.d_in:
             raise LlmWsaeError(f"rows have {rows.shape[1]} dimensions, expected {self.d_in}")
         if len(rows) == 0:
@@ -103,12 +103,11 @@ class Statistics:
         return self
 
     def _merge_moments(self, n_b: int, mean_b: Tensor, m2_b: Tensor, m3_b: Tensor, m4_b: Tensor):
-        n_a, n = self.count, self.count + n_b
         if n_b == 0:
             return
+        n_a, n, m2_a, m3_a = self.count, self.count + n_b, self._m2, self._m3
         delta = mean_b - self.mean
         d_n = delta / n
-        m2_a, m3_a = self._m2, self._m3
         # Products of counts outgrow the integers that torch accepts.
         product, squares = float(n_a * n_b), (float(n_a * n_a), float(n_b * n_b))
         last = float(n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b))
@@ -122,9 +121,8 @@ class Statistics:
         self.count = n
 
     def _add_to_sample(self, rows: Tensor) -> None:
-        # Seeded by the data: the same rows give the same sample, whatever happened to the process
-        # in between, and two parts that are merged later draw different priorities. All rows count,
-        # since the documents of many texts begin alike.
+        # Seeded by the data, so that the same rows give the same sample, and two parts that are
+        # merged later draw different priorities; by all rows, since many texts begin alike.
         every = zlib.crc32(rows.float().numpy().tobytes())
         generator = torch.Generator().manual_seed(((self.count << 32) + every) % 2**63)
         priority = torch.rand(len(rows), generator=generator, dtype=torch.float64)
@@ -157,8 +155,7 @@ class Statistics:
 
     @property
     def variance(self) -> Float[Tensor, " d_in"]:
-        """Variance of every dimension over all rows, massive ones included; 0 for a constant
-        dimension (float64)."""
+        """Variance of every dimension over all rows, massive ones too; 0 of constants; float64."""
         # The mean of equal numbers is rounded, so their sums of squares are not quite 0.
         return torch.where(self.maximum > self.minimum, self._m2 / max(self.count, 1), 0.0)
 
@@ -169,21 +166,16 @@ class Statistics:
 
     @property
     def robust_variance(self) -> Float[Tensor, " d_in"]:
-        """Variance without massive rows, every dimension clipped at its 0.5 % and 99.5 % quantiles.
-
-        Winsorised over the row sample, so its relative standard error is about 2 % (float64).
-        """
+        """Variance without massive rows, every dimension clipped at its 0.5 % and 99.5 % quantiles:
+        winsorised over the row sample, with a relative standard error of about 2 % (float64)."""
         if "variance" not in self._of_sample:
             self._of_sample["variance"] = self._winsorised().square().mean(0)
         return self._of_sample["variance"]
 
     @property
     def robust_covariance(self) -> Float[Tensor, "d_in d_in"]:
-        """The covariance of the same winsorised sample; its diagonal is ``robust_variance``.
-
-        The relative error of its eigenvalues is about √(d_in / sample), 26 % for 576 dimensions and
-        8192 rows; the smallest are underestimated (float64).
-        """
+        """The covariance of the same sample, with ``robust_variance`` on its diagonal (float64).
+        The relative error of its eigenvalues is about √(d_in / sample), 26 % for 576 dimensions."""
         if "covariance" not in self._of_sample:
             centred = self._winsorised()
             self._of_sample["covariance"] = centred.T @ centred / len(centred)
@@ -234,17 +226,9 @@ class Statistics:
         """Number of rows above ``massive_threshold``."""
         return int(self._norms[:, self._massive_bin() :].sum())
 
-    @property
-    def massive_share(self) -> float:
-        """Share of rows above ``massive_threshold``."""
-        return self.massive_count / max(self.count, 1)
-
     def same_are_massive(self, threshold_of: "Statistics") -> bool:
-        """Whether the threshold of other statistics leaves out the same ones of these rows.
-
-        It does if it is equal, or if no row's norm is between the two. A bin more at each end is
-        looked at, since a norm at an edge may be rounded across it.
-        """
+        """Whether the threshold of other statistics leaves out the same ones of these rows: no
+        row's norm is between the two. A norm at the edge of a bin may be rounded across it."""
         low, high = sorted((self._massive_bin(), threshold_of._massive_bin()))
         return low == high or not bool(self._norms[:, max(low - 1, 0) : high + 1].any())
 
@@ -313,3 +297,97 @@ def _norms(rows: Tensor) -> Tensor:
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The ratio, 0 where the denominator is 0."""
     return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-300), 0.0)
+
+
+class SecondMoment:
+    """Count, mean and Σ (x − mean)(x − mean)ᵀ of rows, float64: the covariance of all usual rows,
+    for rules that whiten. Sums about a mean merge exactly (Chan, Golub & LeVeque 1983).
+
+    The sample of ``Statistics`` is too small for this: the smallest eigenvalues of a covariance of
+    8192 rows are far too small, and whitening amplifies just those.
+    """
+
+    def __init__(self, d_in: int):
+        self.count = 0
+        self.mean = torch.zeros(d_in, dtype=torch.float64)
+        self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    def update(self, rows: Float[Tensor, "rows d_in"]) -> "SecondMoment":
+        """Add rows. Returns self. Raises LlmWsaeError as ``Statistics.update`` does."""
+        if not len(rows):  # which split would turn into one empty chunk
+            return self
+        if rows.shape[-1] != len(self.mean):
+            raise LlmWsaeError(f"rows have {rows.shape[-1]} dimensions, not {len(self.mean)}")
+        for chunk in rows.split(_PRODUCT_ROWS):
+            # Products of a chunk in float32, about its own mean, err by 1e-7 of the product of two
+            # standard deviations, and chunks err independently; sums over chunks are exact.
+            mean, scatter = _sums(chunk.float())
+            if not bool(scatter.diagonal().isfinite().all()):  # or the square of a number is not
+                mean, scatter = _sums(chunk.double())
+                if not bool(scatter.diagonal().isfinite().all()):
+                    raise LlmWsaeError("rows hold NaN or infinite activations")
+            self._add(len(chunk), mean, scatter)
+        return self
+
+    def merge(self, other: "SecondMoment") -> "SecondMoment":
+        """Add the sums of other rows of the same site. Returns self."""
+        if other.count:
+            self._add(other.count, other.mean, other._scatter)
+        return self
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total, delta = self.count + count, mean - self.mean
+        self._scatter += scatter
+        self._scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def covariance(self) -> Float[Tensor, "d_in d_in"]:
+        """The covariance of these rows, not shrunk."""
+        return self._scatter / max(self.count, 1)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, for a safetensors file."""
+        return {"count": torch.tensor([self.count]), "mean": self.mean, "scatter": self._scatter}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "SecondMoment":
+        """The inverse of ``to_tensors``."""
+        new = cls(0)
+        new.count, new.mean = int(tensors["count"]), tensors["mean"]
+        new._scatter = tensors["scatter"]
+        return new
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sums about it, float64. Those of a constant dimension are exactly 0."""
+    mean = _mean(x).to(x.dtype)
+    x = x - mean
+    off = _mean(x)  # what rounding the mean left
+    scatter = (x.T @ x).double()
+    return mean.double() + off, scatter.addr_(off, off, alpha=-len(x))
+
+
+def _mean(x: Tensor) -> Tensor:
+    # Converted in cache, it takes a seventh of the time.
+    sums = [part.double().sum(0) for part in x.split(_CACHED_ROWS)]
+    return torch.stack(sums).sum(0) / len(x)
+
+
+def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "d_in d_in"]:
+    """(1 − ρ)Σ + ρ·tr(Σ)/d·I for a covariance Σ that was measured on ``rows`` rows.
+
+    ρ is the oracle approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010), which
+    takes the rows themselves. It is inversely proportional to the number of rows plus one; of
+    nearly equal eigenvalues it is that of few rows in this proportion, not 1.
+    """
+    d_in = len(covariance)
+    few = max(d_in, min(rows, _FEW * d_in))
+    mean, square = covariance.trace() / d_in, covariance.square().mean()
+    spread = square - mean**2 / d_in
+    rho = 1.0
+    if spread > 0:
+        rho = min(1.0, float((square + mean**2) / (few + 1) / spread)) * (few + 1) / (rows + 1)
+    new = (1 - rho) * covariance
+    new.diagonal().add_(rho * mean)
+    return new

@@ -1,7 +1,4 @@
-"""What a step of training takes and returns, and what an architecture decides about it.
-
-Latents are rows, so ``encoder`` is W_encᵀ. The files in ``architectures/`` are the architectures.
-"""
+"""What a step of training takes and returns, and what an architecture decides about it."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -14,6 +11,8 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import (
     Gradients,
+    PerLatent,
+    Product,
     RaggedCodes,
     Reconstruction,
     SlotCapacity,
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Parameters(NamedTuple):
-    """Master weights of one arm, or their gradients, in float32."""
+    """Master weights of one arm, or their gradients, in float32; latents are rows."""
 
     encoder: Float[Tensor, "d_sae d_in"]
     decoder: Float[Tensor, "d_sae d_in"]
@@ -37,25 +36,20 @@ class Parameters(NamedTuple):
 class Batch(NamedTuple):
     """Rows, centred and divided by one global scale; shared by all arms."""
 
-    x: Float[Tensor, "batch d_in"]
-    """Float32 rows; masked ones are 0."""
-    x_fast: Float[Tensor, "batch d_in"]
-    """The same in the number format of the matrix products."""
-    mask: Float[Tensor, " batch"]
-    """1, or 0 for a massive row: it has no part in any loss."""
-    num_elsewhere: float | Float[Tensor, ""] = 0.0
-    """Unmasked rows of the same batch in other processes."""
+    x: Float[Tensor, "batch d_in"]  # float32 rows; masked ones are 0
+    x_fast: Float[Tensor, "batch d_in"]  # the same in the number format of the matrix products
+    mask: Float[Tensor, " batch"]  # 1, or 0 for a massive row: it has no part in any loss
+    num_elsewhere: float | Float[Tensor, ""] = 0.0  # unmasked rows in other processes
 
     @property
     def num_rows(self) -> Float[Tensor, ""]:
         """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
         return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
 
-    def product(self, parameters: Parameters) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [batch, d_in], encoder [d_sae, d_in] and bias [d_sae] as the encoding operations
-        take them: all in one number format."""
+    def product(self, parameters: Parameters) -> Product:
+        """Rows, encoder and bias as the encoding operations take them."""
         fast = self.x_fast.dtype
-        return self.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+        return Product(self.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast))
 
     def exact(self, codes: RaggedCodes, parameters: Parameters) -> RaggedCodes:
         """The codes with values summed in float32, not rounded by the product that picked them: a
@@ -66,14 +60,11 @@ class Batch(NamedTuple):
         return operations.exact_values(codes, self.x, parameters.encoder, parameters.encoder_bias)
 
     def above(
-        self,
-        threshold: Float[Tensor, " latents"],
-        parameters: Parameters,
-        capacity: SlotCapacity,
+        self, threshold: PerLatent, parameters: Parameters, capacity: SlotCapacity
     ) -> RaggedCodes:
         """The pre-activations above their thresholds (≥ 0), none in masked rows; complete if
         ``capacity`` was enough."""
-        codes = operations.encode_above(*self.product(parameters), threshold, capacity)
+        codes = operations.encode_above(self.product(parameters), threshold, capacity)
         unmasked = codes._replace(values=codes.values * self.mask[codes.rows()])
         return self.exact(unmasked, parameters)
 
@@ -82,16 +73,13 @@ class Step(NamedTuple):
     """One evaluation of an arm's loss on a batch. Scalars stay on the device: no host sync."""
 
     by_weights: SparseGradients | Gradients
-    """Gradients by encoder, decoder and encoder bias, or the terms of their sums: those are summed
-    where they are used, since all gradients together are as large as the weights."""
+    """By encoder, decoder and encoder bias, or the terms of their sums: those are summed where they
+    are used, since all gradients together are as large as the weights."""
     by_decoder_bias: Float[Tensor, " d_in"]
-    residual: Float[Tensor, "batch d_in"]
-    """Reconstruction minus input, masked rows 0."""
-    firings: Float[Tensor, " d_sae"]
-    """How many rows each latent fired in, masked rows not counted."""
+    residual: Float[Tensor, "batch d_in"]  # reconstruction minus input, masked rows 0
+    firings: Float[Tensor, " d_sae"]  # how many rows each latent fired in, masked ones not counted
     loss: Float[Tensor, ""]
-    observed: Float[Tensor, "*d_sae"] | None = None
-    """What the architecture remembers of this step, if anything (``Architecture.follow``)."""
+    observed: Float[Tensor, "*d_sae"] | None = None  # for ``Architecture.follow``
 
     def summed(self) -> Gradients:
         """Gradients by encoder, decoder and encoder bias, summed if they have not been."""
@@ -103,17 +91,16 @@ class Step(NamedTuple):
 class Architecture(ABC):
     """The architecture of one arm: it computes the step, and remembers what the next one needs."""
 
-    name: ClassVar[str]
-    """As on the command line: the name of its file, with hyphens."""
-    setting: ClassVar[Literal["k", "l1"]] = "k"
-    """The field of ArmConfig that sets its sparsity."""
+    name: ClassVar[str]  # as on the command line: the name of its file, with hyphens
+    setting: ClassVar[Literal["k", "l1"]] = "k"  # the field of ArmConfig that sets its sparsity
     revives_dead: ClassVar[bool] = True
     """Whether dead latents get the AuxK loss. They need it where other latents crowd them out."""
     has_free_lengths: ClassVar[bool] = False
     """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
     choose the largest of them, not those above a threshold."""
-    is_baseline: ClassVar[bool] = False
-    """Whether it is only trained beside others, to say what they should exceed."""
+    is_baseline: ClassVar[bool] = (
+        False  # only trained beside others, to say what they should exceed
+    )
     memory: ClassVar[dict[str, str]] = {}
     """The attributes that a checkpoint keeps, by their names in it: tensors with one entry for each
     latent that is here, or single numbers."""
@@ -167,8 +154,8 @@ class Architecture(ABC):
         return step
 
     def tie(self, parameters: Parameters) -> bool:
-        """Set those parameters that are not learnt, in place; whether there are any. Called before
-        the first step and after each."""
+        """Set those parameters that are not learnt, in place; whether there are any. Called at the
+        start and after each step."""
         return False
 
     def state(self) -> dict[str, Tensor]:
@@ -193,10 +180,8 @@ def sparse_step(
     strategy: Strategy,
     penalty_gradient: float | Float[Tensor, ""] = 0.0,
 ) -> Step:
-    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients.
-
-    ``penalty_gradient`` is that of a penalty, which the loss lacks, by every active latent.
-    """
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients, with
+    ``penalty_gradient`` by every active latent, of a penalty that the loss lacks."""
     _, decoder, encoder_bias, decoder_bias = parameters
     weights, fast = error_weights(batch.num_rows, metric), batch.x_fast.dtype
     if weights.ndim == 1 and not strategy.shares_latents:
@@ -243,9 +228,6 @@ def weighted_error(
     num_rows: Float[Tensor, ""],
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual:
-    the loss of Cui et al. 2026, eq. (WSAE).
-
-    ``num_rows`` is the number of unmasked rows in the batch, of which these may be a part.
-    """
+    the loss of Cui et al. 2026, eq. (WSAE). These may be a part of the batch's ``num_rows``."""
     gradient = times(residual, error_weights(num_rows, metric)) * mask[:, None]
     return (gradient * residual).sum() / 2, gradient

@@ -14,16 +14,25 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.outside import check_numbers
-from llm_wsae.sparse.codes import SparseGradients, SubsetGradients
-from llm_wsae.sparse.operations import dead_gradients, encode_dead
+from llm_wsae.sparse.codes import (
+    Gradients,
+    Latents,
+    Product,
+    RawRows,
+    SparseGradients,
+    SubsetGradients,
+)
+from llm_wsae.sparse.operations import adam, adam_vector, dead_gradients, encode_dead
 from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, squared, times
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.config import SPACE_RATE, ArchitectureName, Lengths
 from llm_wsae.training.normaliser import Space
-from llm_wsae.training.optimiser import Optimiser, initial_parameters
 from llm_wsae.training.strategy import SINGLE, Strategy
 from llm_wsae.weights.loss_weights import Gamma, LossWeights
 
+PAIR_BYTES = 2 * 3 * 4
+"""Of a weight of the encoder and one of the decoder: each in float32, with its two moments."""
+INITIAL_LENGTH = 0.1  # of free v and e; SAELens' value
 _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the true error
 _TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
 _FEWEST_ROWS, _MOST_ROWS = 256, 1024
@@ -33,10 +42,8 @@ _SEARCHES_PER_DEATH = 16  # on a GPU: searches in the time after which a latent 
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """What distinguishes one arm of a training from the others.
-
-    Raises UsageError for an unknown architecture, or one whose ``k`` or ``l1`` is not as it should.
-    """
+    """What distinguishes one arm of a training from the others. Raises UsageError for an unknown
+    architecture, or one whose ``k`` or ``l1`` is not as it should be."""
 
     weights: LossWeights
     """Loss weights γ, normalised for the site."""
@@ -71,10 +78,6 @@ class ArmConfig:
         """Folder name of the arm: weights, sparsity, and the seed unless it is 0."""
         seed = f"-s{self.init_seed}" if self.init_seed else ""
         return f"{self.weights.name}-{self.kind.label(self.level)}{seed}"
-
-    def settings(self) -> dict[str, Any]:
-        """The architecture and its k or L1 coefficient, for the dictionary's record."""
-        return {"architecture": self.architecture, self.kind.setting: self.level}
 
     def lengths(self, asked: Lengths) -> Literal["free", "unit"]:
         """Those of the decoder rows in training. Raises UsageError if they cannot be free."""
@@ -114,18 +117,14 @@ class ArmConfig:
 class DeadLatents(NamedTuple):
     """Latents that have not fired for long, as indices among this process's latents."""
 
-    indices: Int[Tensor, " some"]
-    """The dead ones, and possibly some that are not dead."""
-    dead: Bool[Tensor, " some"] | None = None
-    """Which of them are dead; None if all."""
+    indices: Int[Tensor, " some"]  # the dead ones, and possibly some that are not dead
+    dead: Bool[Tensor, " some"] | None = None  # which of them are dead; None if all
 
 
 class DeadFinder:
-    """Finds the dead latents of one arm.
-
-    A GPU is asked for their number only now and then, since that means waiting. The search then
-    includes latents that may die before the next one, and a mask says which are dead in a step.
-    """
+    """Finds the dead latents of one arm. A GPU is asked for their number only now and then, since
+    that means waiting. The search then includes latents that may die before the next one, and a
+    mask says which are dead in a step."""
 
     def __init__(self, device: torch.device):
         self._waits = device.type != "cpu"
@@ -185,7 +184,8 @@ def auxk_gradients(
     sums = SubsetGradients(indices, *zeros)
     for rows in tiles:
         x, mask = batch.x_fast[rows], batch.mask[rows, None]
-        active = strategy.keep_largest(encode_dead(x, encoder, bias, dead, k_aux), k_aux)
+        found = encode_dead(Product(x, encoder, bias), dead, k_aux)
+        active = strategy.keep_largest(found, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = strategy.sum_over_latents((active @ decoder).to(exact))
         error = decoded.add_(residual[rows]).mul_(mask)
@@ -196,6 +196,99 @@ def auxk_gradients(
 def _filled(part: Tensor, spare: int) -> Tensor:
     """The tensor with ``spare`` rows of zeros appended."""
     return torch.cat([part, part.new_zeros(spare, *part.shape[1:])]) if spare else part
+
+
+def initial_parameters(
+    d_in: int, d_sae: int, seed: int, device: torch.device, own: range | None = None
+) -> Parameters:
+    """Random unit decoder rows, the encoder equal to them, biases 0; only of the latents ``own``,
+    which are the same whatever others there are."""
+    generator, own = torch.Generator().manual_seed(seed), own or range(d_sae)
+    decoder = torch.randn(d_sae, d_in, generator=generator)[own.start : own.stop]
+    decoder /= decoder.norm(dim=1, keepdim=True)
+    return Parameters(
+        decoder.clone().to(device),
+        decoder.to(device),
+        torch.zeros(len(own), device=device),
+        torch.zeros(d_in, device=device),
+    )
+
+
+class Optimiser:
+    """Adam for one arm, float32.
+
+    Decoder rows have norm 1, or lengths of their own while they train, as SAELens' do. Then Adam
+    moves raw rows v and e, and a raw bias b. With L the length of v, the latent has the decoder row
+    v/L, the encoder row L·e and the bias L·b; only these are seen elsewhere.
+    """
+
+    def __init__(self, parameters: Parameters, free_lengths: bool = False):
+        """With free lengths it weakens the encoder, in place."""
+        self._parameters = parameters
+        self._means = Parameters(*map(torch.zeros_like, parameters))
+        self._squares = Parameters(*map(torch.zeros_like, parameters))
+        self._steps = 0
+        self._encoder_fast: Tensor | None = None
+        self._lengths: Tensor | None = None
+        if free_lengths:
+            self._lengths = torch.full_like(parameters.encoder_bias, INITIAL_LENGTH)
+            parameters.encoder.mul_(INITIAL_LENGTH**2)
+
+    def encoder(self, dtype: torch.dtype) -> Float[Tensor, "d_sae d_in"]:
+        """The encoder in the dtype of the products; float32 is the master itself."""
+        encoder = self._parameters.encoder
+        if dtype == encoder.dtype:
+            return encoder
+        if self._encoder_fast is None or self._encoder_fast.dtype != dtype:
+            self._encoder_fast = encoder.to(dtype)
+        return self._encoder_fast
+
+    def round_encoder(self) -> None:
+        """Take in that the encoder was changed by other means than a step."""
+        if self._encoder_fast is not None:
+            self._encoder_fast.copy_(self._parameters.encoder)
+
+    def step(
+        self,
+        by_weights: SparseGradients | Gradients,
+        by_decoder_bias: Float[Tensor, " d_in"],
+        learning_rate: float,
+    ) -> None:
+        """Update the parameters in place; decoder rows have norm 1 again afterwards."""
+        self._steps += 1
+        bias, now = self._parameters.encoder_bias, (self._steps, learning_rate)
+        weights = (*self._parameters[:2], *self._means[:2], *self._squares[:2])
+        latents = Latents(*weights, self._encoder_fast)
+        raw = before = None
+        if self._lengths is not None:
+            raw, before = RawRows(self._lengths, bias), self._lengths.clone()
+        by_bias = adam(latents, by_weights, *now, raw)
+        if before is not None:
+            bias.div_(before)
+            by_bias = by_bias * before
+        for index, gradient in ((2, by_bias), (3, by_decoder_bias)):
+            moments = self._means[index], self._squares[index]
+            adam_vector(self._parameters[index], gradient, *moments, *now)
+        if self._lengths is not None:
+            bias.mul_(self._lengths)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments and the number of steps, named as in torch.optim.Adam, and the lengths L."""
+        steps = torch.tensor(float(self._steps))
+        return self._held() | {f"{name}.step": steps.clone() for name in Parameters._fields}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``, after the parameters themselves have been restored."""
+        for name, held in self._held().items():
+            held.copy_(tensors[name])
+        self._steps = int(tensors["encoder.step"])
+        self._encoder_fast = None
+
+    def _held(self) -> dict[str, Tensor]:
+        held: dict[str, Tensor] = {} if self._lengths is None else {"decoder.length": self._lengths}
+        for name, mean, square in zip(Parameters._fields, self._means, self._squares, strict=True):
+            held |= {f"{name}.exp_avg": mean, f"{name}.exp_avg_sq": square}
+        return held
 
 
 class Arm:
@@ -211,8 +304,7 @@ class Arm:
         strategy: Strategy = SINGLE,
         lengths: Lengths = "auto",
     ):
-        """``space`` may be shared with other arms. Raises UsageError if the architecture has no
-        free lengths."""
+        """``space`` may be shared with other arms of the same weights."""
         config.check(d_sae)
         weights = config.weights
         if weights.config.in_space and space is None:
@@ -241,11 +333,7 @@ class Arm:
     ) -> None:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch; ``aux``
         is the coefficient of AuxK's loss, 0 for none, and ``dead_after`` how many rows without
-        firing make a latent dead.
-
-        A number from a GPU is read only when it already has more work queued, except where dead
-        latents are looked for.
-        """
+        firing make a latent dead."""
         strategy, architecture = self._strategy, self.architecture
         with torch.no_grad():
             step = self.evaluate(batch)
@@ -270,10 +358,7 @@ class Arm:
             self._record(step, batch)
 
     def anneal(self, done: float) -> None:
-        """Move γ linearly towards 1, if it is annealed; ``done`` is the share of steps taken.
-
-        Σγ²·var falls a little below Σvar on the way and returns to it at the end.
-        """
+        """Move γ linearly towards 1, if it is annealed; ``done`` is the share of steps taken."""
         if share := self.config.weights.config.anneal:
             one = torch.ones_like(self._full_gamma)
             if one.ndim == 2:
@@ -305,8 +390,7 @@ class Arm:
         self._sums["rows"] += rows
 
     def _no_sums(self) -> dict[str, Tensor]:
-        """Sums over the steps since they were last read: tensors, so that reading is the only
-        wait for the device."""
+        """Sums over the steps since they were last read, on the device."""
         exact, names = exact_dtype(self.gamma.device), ("loss", "squared_error", "firings", "rows")
         return {name: self.gamma.new_zeros((), dtype=exact) for name in names}
 
@@ -346,12 +430,9 @@ def make_arms(
     init_seeds: Sequence[int] = (0,),
     architectures: Sequence[ArchitectureName] = ("topk",),
 ) -> list[ArmConfig]:
-    """Every combination of weights, architectures, their sparsities and seeds.
-
-    Baselines come last, and are plain where there are plain weights. ``relu`` need not be listed
-    when there are ``l1s``. Raises UsageError for ``relu`` without L1 coefficients, or a negative
-    one.
-    """
+    """Every combination of weights, architectures, their sparsities and seeds; baselines come last,
+    and are plain where there are plain weights. ``relu`` need not be listed when there are ``l1s``.
+    Raises UsageError for ``relu`` without L1 coefficients, or a negative one."""
     with_l1 = [name for name in architectures if find_architecture(name).setting == "l1"]
     if l1s and not with_l1:
         architectures = (*architectures, "relu")

@@ -58,21 +58,18 @@ def check_same_rows(folder: Path, rows: dict[str, Any]) -> None:
 class Reached(NamedTuple):
     """How far a training has come."""
 
-    step: int
-    """Steps done."""
-    numbers: dict[str, dict[str, float]]
-    """The numbers last logged for each arm."""
-    log: FileRecord | None = None
-    """What the log held; None in processes that write none."""
+    step: int  # steps done
+    numbers: dict[str, _Numbers]  # those last logged for each arm
+    log: FileRecord | None = None  # what the log held; None in processes that write none
 
 
 def save_checkpoint(
     folder: Path, arms: Sequence[Arm], reached: Reached, strategy: Strategy
 ) -> None:
-    """Replace the folder's checkpoint. Raises LlmWsaeError when it cannot be written.
+    """Replace the folder's checkpoint; rank 0 does it. Raises LlmWsaeError when that is impossible.
 
-    Rank 0 writes it. It is the same however the training is distributed, so any number of processes
-    can resume from it; where they share the latents, rank 0 holds the state of all in its memory.
+    It is the same however the training is distributed, so any number of processes can resume from
+    it; where they share the latents, rank 0 holds the state of all in its memory.
     """
     tensors = {}
     for arm in arms:
@@ -88,10 +85,8 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, arms: Sequence[Arm], processes: Processes) -> Reached:
     """Restore the arms, or the latents that they hold, from the folder's checkpoint, if it has one.
-
-    All processes call this together; rank 0 checks the bytes for all. Raises LlmWsaeError when the
-    checkpoint is damaged.
-    """
+    All processes call this together; rank 0 checks the bytes for all. Raises LlmWsaeError when they
+    are damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
         return Reached(0, {})
@@ -137,11 +132,8 @@ def check_beginning(path: Path, written: FileRecord) -> bytes:
 
 class TrainingLog:
     """Appends to the folder's ``log.jsonl``, after removing the lines that a lost run wrote beyond
-    ``step``.
-
-    ``written`` is what the log held at that step; None at the beginning. Raises LlmWsaeError if
-    that changed since, or when the tracker is not installed or does not start.
-    """
+    ``step``, where the log was ``written`` (None at the beginning). Raises LlmWsaeError if that
+    changed since, or when the tracker is not installed or does not start."""
 
     def __init__(
         self, folder: Path, step: int, tracker: str = "none", written: FileRecord | None = None
@@ -153,8 +145,7 @@ class TrainingLog:
         self._send, self.close = _tracker(tracker, folder, step + 1)
 
     def synced(self) -> FileRecord:
-        """What this log holds, and that is on the disk, as a checkpoint that goes with it will
-        be."""
+        """What this log holds, once it is on the disk."""
         with open(self._path, "rb") as file:
             os.fsync(file.fileno())
         return FileRecord.of(self._path)
@@ -170,8 +161,7 @@ class TrainingLog:
 def _tracker(
     name: str, folder: Path, first: int
 ) -> tuple[Callable[[int, _Numbers], Any], Callable[[], Any]]:
-    """A function that sends a step's numbers, the first at step ``first`` or later, and one that
-    ends the sending."""
+    """Functions that send a step's numbers, from step ``first`` on, and that end the sending."""
     if name == "none":
         return (lambda step, numbers: None), (lambda: None)
     try:
@@ -189,14 +179,13 @@ def _tracker(
 
         # One folder is one run, also when it is resumed, and beside those of other sites.
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        run = wandb.init(
-            project="llm-wsae",
-            name=folder.name,
-            dir=str(folder),
-            id=number,
-            resume="allow",
-            reinit="create_new",
-        )
+        named: dict[str, Any] = {
+            "project": "llm-wsae",
+            "name": folder.name,
+            "dir": str(folder),
+            "id": number,
+        }
+        run = wandb.init(**named, resume="allow", reinit="create_new")
         return (lambda step, numbers: run.log(numbers, step=step)), run.finish
     except ImportError:
         raise LlmWsaeError(

@@ -15,7 +15,7 @@ class Normaliser:
     """Centre at the mean, divide by one scale so that the mean variance of a dimension is 1.
 
     A few rows must not decide the units of all: massive rows do not count in the mean and are
-    masked, and the variance is the winsorised one.
+    masked, and the variance is the winsorised one. ``fast`` is the products' number format.
     """
 
     def __init__(
@@ -34,8 +34,7 @@ class Normaliser:
         self._fast, self._strategy = fast, strategy
 
     def batch(self, rows: Float[Tensor, "batch d_in"]) -> Batch:
-        """Normalise this process's rows of a batch, of any floating type; the result is on the
-        training's device."""
+        """Normalise this process's rows of a batch, of any floating type, on the device."""
         if self.mean.is_cuda and not rows.is_cuda:
             rows = rows.pin_memory()  # or the copy would wait for the step before
         rows = rows.to(self.mean.device, non_blocking=True).float()

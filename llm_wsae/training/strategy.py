@@ -1,12 +1,11 @@
 """How a training is distributed over processes: not at all, by rows, or by latents.
 
-An architecture's step is written once: it names what each sum and each selection of the largest
-latents goes over, and the strategy knows which of them must cross processes.
-
-By rows, every process has all latents and about an equal part of the rows of each batch. It divides
-its sums by the number of unmasked rows of the whole batch, so the gradients only need to be added
-up. By latents, for dictionaries that do not fit one device, every process holds a run of latents,
-all of equal length, with their optimiser state, and works on all rows.
+An architecture's step names what each sum and each selection of the largest latents goes over, and
+the strategy knows which of them must cross processes. By rows, every process has all latents and
+about an equal part of the rows of each batch. It divides its sums by the number of unmasked rows of
+the whole batch, so the gradients only need to be added up. By latents, for dictionaries that do not
+fit one device, every process holds a run of latents, all of equal length, with their optimiser
+state, and works on all rows.
 """
 
 import math
@@ -41,8 +40,8 @@ class Strategy:
     """Which rows and latents this process has, and what it exchanges with the others.
 
     All processes must call the same methods in the same order, and get results that are equal to
-    the last bit. Where values tie for the last place of a selection, the first in the order of the
-    processes is taken.
+    the last bit. Where values tie for the last place of a selection, that of the first process is
+    taken.
     """
 
     def __init__(
@@ -72,8 +71,7 @@ class Strategy:
         return self._all.size if self.shares_latents else 1
 
     def own_latents(self, d_sae: int) -> range:
-        """The latents that this process holds. Raises UsageError if they cannot be divided
-        evenly."""
+        """The latents that are here. Raises UsageError if they cannot be divided evenly."""
         parts = self.latent_parts
         if d_sae % parts:
             raise UsageError(
@@ -131,12 +129,10 @@ class Strategy:
         """The k largest of every row among this process's latents, given its own k largest."""
         if not self.shares_latents:
             return ragged(codes)
-        own, rank = codes.values.shape[1], self._all.rank
         everyone = torch.cat(self._all.gather(codes.values), dim=1)
-        chosen = torch.zeros_like(everyone, dtype=torch.bool)
         order = everyone.sort(dim=1, descending=True, stable=True).indices
-        chosen.scatter_(1, order[:, :k], True)
-        mine = chosen[:, own * rank : own * (rank + 1)] & (codes.values > 0)
+        chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, order[:, :k], True)
+        mine = chosen.split(codes.values.shape[1], dim=1)[self._all.rank] & (codes.values > 0)
         return keep_slots(ragged(codes), mine.flatten())
 
     def batch_topk(

@@ -40,7 +40,7 @@ from llm_wsae.machine.processes import Processes, join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import CPU, Batch
-from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.arm import PAIR_BYTES, Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     LOG,
@@ -61,7 +61,6 @@ from llm_wsae.training.config import (
     learning_rate_factor,
 )
 from llm_wsae.training.normaliser import Normaliser, Space, folded
-from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 
 _MAX_DEAD_AFTER = 10_000_000
@@ -82,16 +81,16 @@ class Interrupted(LlmWsaeError):
 def train(
     source: ActivationSource, arms: Sequence[ArmConfig], config: TrainConfig, out: Path
 ) -> dict[str, Dictionary]:
-    """Train every arm on the source's rows and save one dictionary folder each under ``out``.
+    """Train every arm on the source's rows and save one dictionary folder each under ``out``;
+    returns the dictionaries by arm name.
 
     The same call resumes a run that was stopped or killed from its last checkpoint, and on the CPU
     ends with the same bits as an uninterrupted run. A finished run is only loaded. Under
-    ``torchrun`` all processes make the same call and train together, up to the order in which
-    numbers are added; they need a folder that all can reach.
+    ``torchrun`` all processes make the same call, with a folder that all can reach.
 
-    Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
-    when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM. When the source fails, a checkpoint and the dictionaries as they are then are saved.
+    Raises UsageError for impossible settings, LlmWsaeError when ``out`` belongs to another training
+    or is being written, and Interrupted after Ctrl-C or SIGTERM. When the source fails, a
+    checkpoint and the dictionaries as they are then are saved.
     """
     return _train([(source, arms, Path(out))], source.batches, config)[0]
 
@@ -131,12 +130,9 @@ def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> No
     """Raises UsageError if arms for rows of these widths, one for each, need more memory together
     than the device has; ``parts`` devices share the latents."""
     needed = sum(config.expansion * d_in**2 for d_in in widths) * PAIR_BYTES // parts
-    check_memory(
-        needed,
-        choose_device(config.device),
-        f"training {sum(config.expansion * d_in for d_in in widths):,} latents",
-        "lower the expansion, or train fewer dictionaries at once",
-    )
+    what = f"training {config.expansion * sum(widths):,} latents"
+    way_out = "lower the expansion, or train fewer dictionaries at once"
+    check_memory(needed, choose_device(config.device), what, way_out)
 
 
 def check_out(out: Path) -> None:
@@ -147,12 +143,12 @@ def check_out(out: Path) -> None:
 def origin_of(source: ActivationSource, statistics: Statistics) -> dict[str, Any]:
     """What the info of a dictionary says of the rows it was made from."""
     provenance = source.identity()
-    packing = provenance.get("packing", {})
+    asked = provenance.get("packing", {}).get("prepend_bos")
     return {
         "site": str(source.site),
         "context_size": statistics.context_size,
         # Packing asks for a BOS, which not every tokenizer has; sources of others say no more.
-        "prepend_bos": getattr(source, "prepends_bos", packing.get("prepend_bos")),
+        "prepend_bos": getattr(source, "prepends_bos", asked),
         "massive_threshold": statistics.massive_threshold,
         "model": provenance.get("model", {}),
         "corpus": provenance.get("corpus", {}),
@@ -191,8 +187,9 @@ class Training:
         self.rates = {
             arm.name: config.learning_rate or usual * arm.rate(config.lengths) for arm in arms
         }
-        named = (*PROCEDURAL, *_BY_OTHER_NAMES)
-        self._settings = {key: value for key, value in asdict(config).items() if key not in named}
+        self._settings = asdict(config)
+        for name in (*PROCEDURAL, *_BY_OTHER_NAMES):
+            del self._settings[name]
         self._settings |= {
             "num_steps": self.num_steps,
             "d_in": d_in,
@@ -207,16 +204,14 @@ class Training:
             if rate != usual:
                 of_arms[name][RATE] = rate
         self.identity = {"rows": source.identity(), "arms": of_arms, **self._settings}
-        self.arms: list[Arm] = []
-        """None of a training that is finished: its dictionaries are read."""
+        self.arms: list[Arm] = []  # none of a training that is finished: its dictionaries are read
         spaces: dict[int, Space | None] = {}  # arms of the same weights share their rows there
         for arm in [] if is_finished(out) else arms:
             space = spaces.get(id(arm.weights))
             made = Arm(arm, d_in, d_sae, device, space, strategy, config.lengths)
             spaces[id(arm.weights)] = made.space
             self.arms.append(made)
-        self.reached = 0
-        """Steps that are done."""
+        self.reached = 0  # steps that are done
         self._numbers: dict[str, dict[str, float]] = {}
         self._log: TrainingLog | None = None
 
@@ -229,8 +224,8 @@ class Training:
             (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
         return complete
 
-    def begin(self) -> None:
-        """Take up the checkpoint, if there is one, and open the log."""
+    def begin(self, opened: ExitStack) -> None:
+        """Take up the checkpoint, if there is one, and open the log, which ``opened`` closes."""
         if self.processes.leads:
             for arm in self.arms:  # rather than when all is trained
                 check_replaceable(self.out / arm.config.name)
@@ -238,6 +233,7 @@ class Training:
         self.processes.check_agreed({"step": self.reached}, "checkpoints")
         if self.processes.leads:
             self._log = TrainingLog(self.out, self.reached, self.config.tracker, written)
+            opened.callback(self._log.close)
 
     def step(self, rows: Tensor) -> None:
         """The next step of every arm, on a batch of rows."""
@@ -280,8 +276,7 @@ class Training:
         first = next(iter(numbers.values()))
         bar.set_postfix_str(
             f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
-            f"dead {first['dead']:.1%}"
-            + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
+            f"dead {first['dead']:.1%}" + f" (first of {len(numbers)})" * (len(numbers) > 1)
         )
 
     def save(self) -> None:
@@ -308,49 +303,43 @@ class Training:
                 raise _not_finite(f"{arm.config.name} has weights that are not finite")
             dictionary.save(self.out / arm.config.name)
 
-    def close(self) -> None:
-        """Close the log."""
-        if self._log is not None:
-            self._log.close()
-
     def _dictionary(self, arm: Arm) -> Dictionary:
         """In the model's own units, with its provenance."""
         if self.strategy.shares_latents:  # those of all processes are in the checkpoint
             arm = Arm(arm.config, self.source.d_in, arm.d_sae, CPU, lengths=self.config.lengths)
             load_checkpoint(self.out, [arm], Processes())
-        weights, statistics, name = arm.config.weights, self.statistics, arm.config.name
-        step = {"step": self.reached} if self.reached < self.num_steps else {}
-        rates = {SHARED_RATE: self._settings[RATE], RATE: self.rates[name]}
+        config, weights, statistics = arm.config, arm.config.weights, self.statistics
+        training = {
+            **self._settings,
+            SHARED_RATE: self._settings[RATE],
+            RATE: self.rates[config.name],
+            "architecture": config.architecture,
+            config.kind.setting: config.level,
+            "lengths": arm.lengths,
+            "command": command_line(),
+            "versions": versions(),
+        }
+        if self.reached < self.num_steps:
+            training["step"] = self.reached
         info = DictionaryInfo(
-            name=name,
+            name=config.name,
             rule=weights.rule.name,
             alpha=weights.alpha,
             weights=asdict(weights.config),
-            seed=arm.config.init_seed,
+            seed=config.init_seed,
             **origin_of(self.source, statistics),
-            metrics={"training": self._numbers.get(name, {})},
-            training={
-                **self._settings,
-                **rates,
-                **step,
-                **arm.config.settings(),
-                "lengths": arm.lengths,
-                "command": command_line(),
-                "versions": versions(),
-            },
+            metrics={"training": self._numbers.get(config.name, {})},
+            training=training,
         )
         mean, scale, architecture = self.normaliser.mean, self.normaliser.scale, arm.architecture
         space = weights.gamma if weights.config.in_space else None
+        measured = ("mean", "variance", "robust_variance")
         return Dictionary(
             **folded(arm.parameters, mean, scale, architecture.thresholds(), space),
             sparsity=architecture.sparsity,
             info=info,
-            extras={
-                "gamma": weights.gamma,
-                "mean": statistics.mean.float(),
-                "variance": statistics.variance.float(),
-                "robust_variance": statistics.robust_variance.float(),
-            },
+            extras={"gamma": weights.gamma}
+            | {name: getattr(statistics, name).float() for name in measured},
         )
 
     def _dtype(self, device: torch.device) -> str:
@@ -419,8 +408,7 @@ class _Steps:
         config, strategy, size = self._config, self._strategy, self._config.batch_size
         with ExitStack() as opened:
             for training in self._trainings:
-                opened.callback(training.close)
-                training.begin()
+                training.begin(opened)
             self._began = self._done = min(training.reached for training in self._trainings)
             rows = batches(size, config.shuffle_seed, self._done, strategy.row_part)
             if (close := getattr(rows, "close", None)) is not None:

@@ -43,12 +43,9 @@ class LossWeights:
 
     gamma: Tensor
     """Weights γ [d_in] or matrix Γ [d_in, d_in], float32; normalised, unless only just loaded."""
-    rule: Rule = OWN
-    """The rule that made them."""
-    alpha: float = 1.0
-    """Exponent α of γ = s^α; 1 for custom weights."""
-    config: WeightConfig = IN_LOSS
-    """Where they act, and how they were made from the scores."""
+    rule: Rule = OWN  # that made them
+    alpha: float = 1.0  # exponent of γ = s^α; 1 for custom weights
+    config: WeightConfig = IN_LOSS  # where they act, and how they were made from the scores
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.rule.settings(self.config))  # no place is auto
@@ -108,8 +105,8 @@ class LossWeights:
             )
 
     def save(self, path: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header, and a digest.
-        Raises LlmWsaeError when the file cannot be written."""
+        """Write a safetensors file with γ or Γ, and ``facts`` (JSON) in its header. Raises
+        LlmWsaeError when it cannot be written."""
         header = {"rule": self.rule.name, "alpha": self.alpha, **dataclasses.asdict(self.config)}
         save_own_tensors(path, {"gamma": self.gamma}, header | (facts or {}))
 
@@ -178,8 +175,8 @@ def choose_weights(
     own: LossWeights | None = None,
     config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
 ) -> list[LossWeights]:
-    """Normalised weights of every rule and α, without repetitions, and weights from a file last.
-    Raises as ``weights_from_rule`` and ``own_weights`` do."""
+    """Normalised weights of every rule and α, each once, and weights from a file last. Raises as
+    ``weights_from_rule`` and ``own_weights`` do."""
     chosen: dict[str, LossWeights] = {}
     for rule in map(Rule.parse, rules):
         for alpha in (1.0,) if rule.is_plain else alphas:

@@ -1,7 +1,5 @@
-"""What the dimensions of a site look like, and where the loss lies under each choice of weights.
-
-One dict for ``--json`` and one text for people, from the same numbers.
-"""
+"""What the dimensions of a site look like, and where the loss lies under each choice of weights:
+one dict for ``--json``, and one text for people from it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +31,8 @@ def loss_share(weights: LossWeights, statistics: Statistics) -> Float[Tensor, " 
 
 
 def effective_dimensions(weights: LossWeights, statistics: Statistics) -> float:
-    """Participation ratio (Σw)²/Σw² of the shares w: how many dimensions the loss depends on.
-
-    For a matrix, how many directions: fewer for correlated dimensions, even when Γ = 1.
-    """
+    """Participation ratio (Σw)²/Σw² of the shares w: how many dimensions the loss depends on. For a
+    matrix, how many directions: fewer for correlated dimensions, even when Γ = 1."""
     return float(1 / (loss_share(weights, statistics) ** 2).sum())
 
 
@@ -46,22 +42,21 @@ def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None
     if effective >= _COLLAPSE_SHARE * d_in:
         return None
     share, dimension = loss_share(weights, statistics).max(0)
-    what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
-    consequence = (
-        "as it is in the activations themselves, without weights"
-        if weights.rule.is_plain
-        else "so a dictionary trained with it explains those and neglects the rest"
-    )
+    kind, what = "dimensions", f"dimension {int(dimension)}"
+    if weights.is_matrix:
+        kind, what = "directions", "one direction"
+    consequence = "so a dictionary trained with it explains those and neglects the rest"
+    if weights.rule.is_plain:
+        consequence = "as it is in the activations themselves, without weights"
     return (
-        f"{weights.name}: the loss is dominated by {effective:.1f} of {d_in} "
-        f"{'directions' if weights.is_matrix else 'dimensions'} "
+        f"{weights.name}: the loss is dominated by {effective:.1f} of {d_in} {kind} "
         f"({effective / d_in:.1%}; {what} alone carries {float(share):.0%}), {consequence}"
     )
 
 
 def profile(statistics: Statistics, weights: Sequence[LossWeights]) -> dict[str, Any]:
     """Counts, spread, massive rows and, for each choice of weights, where its loss lies."""
-    variance, robust = statistics.variance, statistics.robust_variance
+    variance = statistics.variance
     return {
         "rows": statistics.count,
         "dimensions": statistics.d_in,
@@ -70,11 +65,11 @@ def profile(statistics: Statistics, weights: Sequence[LossWeights]) -> dict[str,
         "massive": {
             "threshold": statistics.massive_threshold,
             "rows": statistics.massive_count,
-            "share": statistics.massive_share,
+            "share": statistics.massive_count / max(statistics.count, 1),
             "positions": statistics.massive_positions(),
         },
         "variance_max_over_median": _max_over_median(variance),
-        "robust_variance_max_over_median": _max_over_median(robust),
+        "robust_variance_max_over_median": _max_over_median(statistics.robust_variance),
         "excess_kurtosis_median": float(statistics.excess_kurtosis.median()),
         "weights": [_weights_profile(w, statistics) for w in weights],
     }
@@ -104,15 +99,11 @@ def _weights_profile(weights: LossWeights, statistics: Statistics) -> dict[str, 
     }
 
 
-_NO_FORECAST = (
-    "no number here predicts what whitening gains (measured at five sites of two models); "
-    "`llm-wsae run --alpha auto` tries it"
-)
-
-
 def profile_text(facts: dict[str, Any]) -> str:
     """The profile for people: a few lines, a table of the weights, and any warnings."""
     massive = facts["massive"]
+    most = sorted(massive["positions"], key=lambda p: -p["massive"])[:3]
+    where = ": " * bool(most) + ", ".join(map(_where, most))
     width = max([24, *(len(weights["name"]) + 2 for weights in facts["weights"])])
     lines = [
         f"{facts['rows']:,} rows of {facts['dimensions']} dimensions, "
@@ -121,7 +112,7 @@ def profile_text(facts: dict[str, Any]) -> str:
         f"(winsorised: {facts['robust_variance_max_over_median']:.0f}); "
         f"median excess kurtosis {facts['excess_kurtosis_median']:.1f}",
         f"massive activations (norm > {massive['threshold']:.0f}, ~{MASSIVE_RATIO:g} medians): "
-        f"{massive['rows']} rows, {massive['share']:.3%}{_where(massive['positions'])}",
+        f"{massive['rows']} rows, {massive['share']:.3%}{where}",
         "",
         f"{'weights':<{width}}{'effective dims':>15}{'γ from':>10}{'to':>9}   largest loss shares",
     ]
@@ -140,17 +131,16 @@ def profile_text(facts: dict[str, Any]) -> str:
             f"to explain there; whitening takes {their} variance as a small number above 0"
         )
     lines += [f"warning: {w['warning']}" for w in facts["weights"] if w["warning"]]
-    lines.append(_NO_FORECAST)
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "no number here predicts what whitening gains (measured at five sites of two models); "
+            "`llm-wsae run --alpha auto` tries it",
+        ]
+    )
 
 
-def _where(positions: list[dict[str, int]]) -> str:
-    if not positions:
-        return ""
-    most = sorted(positions, key=lambda p: -p["massive"])[:3]
-    spans = [
-        f"{p['massive']} at position{'s' * (p['first'] != p['last'])} "
-        + (f"{p['first']}–{p['last']}" if p["first"] != p["last"] else f"{p['first']}")
-        for p in most
-    ]
-    return ": " + ", ".join(spans)
+def _where(position: dict[str, int]) -> str:
+    first, last = position["first"], position["last"]
+    where = f"position {first}" if first == last else f"positions {first}–{last}"
+    return f"{position['massive']} at {where}"

@@ -1,9 +1,7 @@
-"""Weight rules: the text ``permuted:variance`` is parsed once, into an object that does the rest.
-
-A rule estimates how monosemantic each dimension is, from what was measured of a site; its scores s
-become loss weights γ = s^α. Some rules give a symmetric positive matrix S, and Γ = S^α: a diagonal
-Γ can only stretch the axes that the model happens to have, a matrix any direction. A new rule is a
-function here and a line in ``RULES``.
+"""Weight rules. A rule estimates how monosemantic each dimension is, from what was measured of a
+site; its scores s become loss weights γ = s^α. Some rules give a symmetric positive matrix S, and
+Γ = S^α: a diagonal Γ can only stretch the axes that the model happens to have, a matrix any
+direction. A new rule is a function here and a line in ``RULES``.
 
 Prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions, and
 ``rotated:RULE`` gives its matrix random eigenvectors.
@@ -18,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.statistics.moments import Statistics, ratio
-from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.statistics.moments import SecondMoment, Statistics, ratio, shrunk
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 
 Control = Literal["permuted", "rotated"]
@@ -40,7 +37,7 @@ class RuleInputs:
     decoder: Float[Tensor, "latents d_in"] | None = None
     """Decoder rows of a first dictionary, only of the latents that fire."""
     energy: Float[Tensor, " latents"] | None = None
-    """How much each of those latents is used: E z², its frequency times its mean square."""
+    """E z² of each of those latents: its frequency times its mean square."""
     fisher: Float[Tensor, "d_in d_in"] | None = None
     """Fisher information of the model's next-token distribution at the site."""
     second_moment: SecondMoment | None = None
@@ -73,25 +70,19 @@ def check_rows_of_covariance(rows: int, d_in: int) -> None:
 class Rule:
     """A named way to score dimensions, as it is or as a control."""
 
-    base: str
-    """Its name without a control's prefix."""
+    base: str  # its name without a control's prefix
     score_fn: Callable[[RuleInputs], Tensor] | None = field(default=None, repr=False)
     """RuleInputs → one score per dimension, [d_in] float64, ≥ 0."""
     matrix_fn: Callable[[RuleInputs], Tensor] | None = field(default=None, repr=False)
     """RuleInputs → a symmetric positive matrix, [d_in, d_in] float64."""
-    need: Need | None = None
-    """What must be measured in addition to the statistics."""
-    control: Control | None = None
-    """What the rule controls for, if it is a control."""
+    need: Need | None = None  # what must be measured in addition to the statistics
+    control: Control | None = None  # if it is a control
 
     @classmethod
     def parse(cls, text: "Rule | str") -> "Rule":
-        """The rule that a text names: ``variance``, ``permuted:variance``, ``rotated:whitening``;
-        a rule is returned as it is.
-
+        """The rule that a text names, such as ``permuted:variance``; a rule is returned as it is.
         Raises UsageError, with the nearest names, for an unknown rule or a control that the rule
-        cannot have.
-        """
+        cannot have."""
         if isinstance(text, Rule):
             return text
         controls = [replace(rule, control=c) for c in get_args(Control) for rule in RULES.values()]
@@ -138,10 +129,8 @@ class Rule:
         return replace(config, place="loss") if config.place == "auto" else config
 
     def form(self, config: WeightConfig) -> Literal["diagonal", "matrix"]:
-        """What the weights are under these settings: one per dimension, or a matrix.
-
-        Raises UsageError if the rule does not have the form.
-        """
+        """What the weights are under these settings: one per dimension, or a matrix. Raises
+        UsageError if the rule does not have the form."""
         form, has_matrix = config.form, self.matrix_fn is not None
         if self.is_plain:
             return "diagonal"
@@ -168,8 +157,8 @@ class Rule:
     def apply(
         self, inputs: RuleInputs, config: WeightConfig = IN_LOSS
     ) -> Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]:
-        """The score of every dimension (≥ 0) or the symmetric positive matrix, as the settings say;
-        float64. Raises UsageError for a form that the rule lacks or what was not measured."""
+        """The score of every dimension or the matrix, as the settings say. Raises UsageError for a
+        form that the rule lacks or what was not measured."""
         measure = self.matrix_fn if self.form(config) == "matrix" else self.score_fn
         measured = "decoder" if self.need == "dictionary" else self.need
         if measured and getattr(inputs, measured) is None:
@@ -186,15 +175,14 @@ class Rule:
         return found[order] if found.ndim == 1 else found[order][:, order]
 
     def missing_input(self) -> UsageError:
-        """The error for a rule whose ``need`` was not measured: what it is, and what brings it."""
+        """The error for a rule whose ``need`` was not measured."""
         if self.need == "second_moment":  # all commands measure it
             return UsageError(
                 f"the rule {self.name!r} needs the covariance of all rows, not their statistics "
                 f"alone: give it what llm_wsae.measure_inputs([{self.name!r}], store, site) returns"
             )
-        what, option = "the model", "--model M"
-        if self.need == "dictionary":
-            what, option = "a first dictionary", "--dictionary DICT"
+        what = "a first dictionary" if self.need == "dictionary" else "the model"
+        option = "--dictionary DICT" if self.need == "dictionary" else "--model M"
         return UsageError(
             f"the rule {self.name!r} needs {what}: make its weights with llm-wsae weigh {option}, "
             "and train on that file with --weights"
@@ -242,13 +230,11 @@ def sensitivity_matrix(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
 
 
 def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
-    """S = Σ^{−½}, Σ the covariance of the usual rows: ZCA whitening (Bell & Sejnowski 1997).
-
-    Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ halfway. At α = 1 it is, up to
-    its scale, the Γ that minimises ‖WᵀΓ²W − I‖ for independent features x, x_p = Wx, of equal
-    variance: the optimum of theorem 5 (Cui et al. 2026) over all Γ
-    (``llm_wsae.least_gap_weights``). The floor applies to the eigenvalues of Σ.
-    """
+    """S = Σ^{−½}, Σ the covariance of the usual rows, eigenvalues from the floor: ZCA whitening
+    (Bell & Sejnowski 1997). Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ halfway.
+    At 1 it is, up to its scale, the Γ that minimises ‖WᵀΓ²W − I‖ for independent features x,
+    x_p = Wx, of equal variance: the optimum of theorem 5 (Cui et al. 2026) over all Γ
+    (``llm_wsae.least_gap_weights``)."""
     values, vectors = spectrum(inputs.covariance)
     return (vectors * values.rsqrt()) @ vectors.T
 
@@ -263,9 +249,7 @@ def _rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_
 
 def spectrum(matrix: Tensor) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
     """Eigenvalues in rising order, none below the floor, and eigenvectors as columns (float64).
-
-    Raises LlmWsaeError if the matrix is not finite or has no positive eigenvalue.
-    """
+    Raises LlmWsaeError if the matrix is not finite or has no positive eigenvalue."""
     if not bool(torch.isfinite(matrix).all()):
         raise LlmWsaeError("a matrix of weights holds NaN or infinite numbers; measure again")
     values, vectors = torch.linalg.eigh(matrix.double())

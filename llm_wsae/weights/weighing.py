@@ -1,7 +1,5 @@
 """Measures what weight rules need beyond the statistics: covariance, Fisher information, a decoder.
-
-Everything is measured on the text of the rows. What took minutes is kept in the store's folder
-``evidence``, or in that of the training that a stream goes into, and read from there the next time.
+What took minutes is kept with the rows, and read from there the next time.
 
 The Fisher information is F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from the model itself.
 A small change δ of the activation h moves the predictions by ½ δᵀFδ (KL divergence, second order).
@@ -12,7 +10,7 @@ from the position to the end of its text.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import Rule, RuleInputs, check_rows_of_covariance
 
@@ -33,15 +30,6 @@ if TYPE_CHECKING:  # it takes seconds to import, and most rules need none
     from llm_wsae.model.language_model import LanguageModel
 
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
-
-
-@runtime_checkable
-class Moments(Protocol):
-    """What knows the moments of its rows, such as a source that plants features into them."""
-
-    def statistics(self) -> Statistics: ...
-
-    def second_moment(self) -> SecondMoment: ...
 
 
 def measure_inputs(
@@ -52,15 +40,16 @@ def measure_inputs(
     model: "LanguageModel | None" = None,
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-    planted: Moments | None = None,
+    planted: Any = None,
 ) -> RuleInputs:
     """The statistics of a site, and what the rules need in addition.
 
-    ``rows``: a store, or the streams of a model. Statistics and covariance are those of
-    ``planted``, if features are planted into the rows. What cannot be measured without a ``model``
-    (a stream has its own) or a ``dictionary``, and is not kept, is omitted: the rule will name it.
-    Under ``torchrun`` all processes make the same call. Raises UsageError for a dictionary of
-    another site; LlmWsaeError for a model that did not make the store.
+    ``rows``: a store, or the streams of a model. ``planted``, a source of the same rows with
+    features planted into them, says their statistics and second moment instead. What cannot be
+    measured without a ``model`` (a stream has its own) or a ``dictionary``, and is not kept, is
+    omitted: the rule will name it. Under ``torchrun`` all processes make the same call. Raises
+    UsageError for a dictionary of another site; LlmWsaeError for a model that did not make the
+    store.
     """
     needs = {Rule.parse(rule).need for rule in rules}
     processes = join()
@@ -110,10 +99,8 @@ def _kept_fisher(
 def used_decoder(
     dictionary: Dictionary, site: Site, statistics: Statistics
 ) -> tuple[Float[Tensor, "latents d_in"], Float[Tensor, " latents"]]:
-    """Decoder rows of the latents that fire on the site's usual sample, and E z² of each.
-
-    Raises UsageError for a dictionary of another site or width.
-    """
+    """Decoder rows of the latents that fire on the site's usual sample, and E z² of each. Raises
+    UsageError for a dictionary of another site."""
     if dictionary.site != site:
         raise UsageError(
             f"the dictionary {dictionary.info.name!r} explains {dictionary.site}, not {site}; "
@@ -141,10 +128,8 @@ def fisher_information(
     """Mean of g gᵀ over the kept positions of the contexts, float64 on the CPU.
 
     ``contexts`` yields token ids with a mask of the positions that count, some contexts at a time;
-    about 40 k tokens are enough for a model of 576 dimensions. ``seed`` determines the labels.
-
-    Raises UsageError for a site that the model lacks, LlmWsaeError if no position is kept or a
-    prediction or gradient is not finite.
+    ``seed`` determines the labels. Raises UsageError for a site that the model lacks, LlmWsaeError
+    if no position is kept or a prediction or gradient is not finite.
     """
     model.check_site(site)
     total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64)

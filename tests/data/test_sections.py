@@ -15,7 +15,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.documents import TextSize, owners
+from llm_wsae.statistics.uncertainty import TextSize, owners
 
 CONTEXT = 16
 PAGE = 3 * CONTEXT

@@ -20,8 +20,7 @@ from llm_wsae.data.shuffling import MemorySource
 from llm_wsae.data.store import ActivationStore, open_stores
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 SITES = [Site(1, "post"), Site(0, "pre")]
 SITE = SITES[0]

@@ -19,6 +19,7 @@ from llm_wsae.sparse import codes, operations
 from llm_wsae.sparse.backends import cpu
 from llm_wsae.sparse.codes import (
     Latents,
+    Product,
     RaggedCodes,
     RawRows,
     SlotCapacity,
@@ -75,14 +76,6 @@ def of_all(some: SubsetGradients | None, parameters: Parameters) -> Parameters:
     return gradients
 
 
-class Encoding(NamedTuple):
-    """Input of the encoding operations, float64, exact in bfloat16 unless it is ``random``."""
-
-    x: Tensor
-    encoder: Tensor
-    bias: Tensor
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -92,15 +85,16 @@ def integers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(-2, 3, shape, generator=generator).double()
 
 
-def whole(batch: int, d_sae: int, shift: float = 0) -> Encoding:
+def whole(batch: int, d_sae: int, shift: float = 0) -> Product:
     bias = integers(d_sae, seed=2) + shift
-    return Encoding(integers(batch, D_IN), integers(d_sae, D_IN, seed=1), bias)
+    return Product(integers(batch, D_IN), integers(d_sae, D_IN, seed=1), bias)
 
 
-def _encodings(many: int, some: int, d_sae: int) -> dict[str, Encoding]:
+def _encodings(many: int, some: int, d_sae: int) -> dict[str, Product]:
+    """Float64, exact in bfloat16 unless they are ``random``."""
     x, encoder, bias = whole(some, d_sae)
     one_row, one_latent = x[:1].expand(some, -1).clone(), encoder[:1].expand(d_sae, -1).clone()
-    with_zeros = Encoding(x.clone(), encoder.clone(), bias)
+    with_zeros = whole(some, d_sae)
     with_zeros.x[::3] = 0
     with_zeros.encoder[::5] = 0
     return {
@@ -111,8 +105,8 @@ def _encodings(many: int, some: int, d_sae: int) -> dict[str, Encoding]:
         "all negative": whole(some, d_sae, shift=-1000.0),
         "all positive": whole(many, d_sae, shift=100.0),
         "zero rows": with_zeros,
-        "all equal": Encoding(one_row, one_latent, bias * 0 + 9),
-        "random": Encoding(
+        "all equal": Product(one_row, one_latent, bias * 0 + 9),
+        "random": Product(
             random(many, D_IN), random(d_sae, D_IN, seed=1), random(d_sae, seed=2) - 4
         ),
     }
@@ -134,13 +128,7 @@ class Sums(NamedTuple):
     output_gradient: Tensor
 
 
-def _sums(
-    lengths: list[int] | Tensor,
-    d_sae: int,
-    d_in: int = D_IN,
-    unused: float = 0.2,
-    hot: bool = False,
-) -> Sums:
+def _sums(lengths, d_sae: int, d_in: int = D_IN, unused: float = 0.2, hot: bool = False) -> Sums:
     """Rows of the given lengths; a share of the slots is unused, and ``hot`` latents come often."""
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     generator = torch.Generator().manual_seed(len(lengths) + d_sae)
@@ -150,20 +138,14 @@ def _sums(
     indices = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
     values = torch.rand(len(indices), generator=generator, dtype=torch.float64)
     values[torch.rand(len(indices), generator=generator) < unused] = 0
-    batch = len(lengths)
-    return Sums(
-        RaggedCodes(indices, values, offsets_of(lengths)),
-        random(batch, d_in, seed=3),
-        random(d_sae, d_in, seed=4),
-        random(d_in, seed=5),
-        random(batch, d_in, seed=6),
-    )
+    sizes = ((len(lengths), d_in), (d_sae, d_in), (d_in,), (len(lengths), d_in))
+    rows = (random(*size, seed=seed) for seed, size in enumerate(sizes, start=3))
+    return Sums(RaggedCodes(indices, values, offsets_of(lengths)), *rows)
 
 
 def _lengths(batch: int, highest: int) -> Tensor:
-    lengths = torch.randint(
-        0, highest + 1, (batch,), generator=torch.Generator().manual_seed(batch)
-    )
+    generator = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(0, highest + 1, (batch,), generator=generator)
     lengths[: batch // 5] = 0  # rows without any slot, the first one too
     return lengths
 
@@ -203,15 +185,15 @@ def cast(case: NamedTuple, dtype: torch.dtype, device: str | torch.device = "cpu
     return type(case)(*map(one, case))
 
 
-def everything(encoding: Encoding, case: Sums, fast: torch.dtype = BF16) -> list[Tensor]:
+def everything(product: Product, case: Sums, fast: torch.dtype = BF16) -> list[Tensor]:
     """What all operations make of a problem, float32 but for the encoding; some terms are rounded
     to the dtype ``fast``."""
     codes, x, decoder, bias, gradient = case
     columns = torch.ones_like(x[0])
-    parts = [*operations.encode_topk(*encoding, 9)]
-    parts += operations.encode_above(*encoding, encoding[2].float() * 0, SlotCapacity())
-    parts += operations.encode_batch_topk(*encoding, 5, 0.0)
-    parts.append(operations.encode_dead(*encoding, encoding[2] > 0, 3))
+    parts = [*operations.encode_topk(product, 9)]
+    parts += operations.encode_above(product, product.bias.float() * 0, SlotCapacity())
+    parts += operations.encode_batch_topk(product, 5, 0.0)
+    parts.append(operations.encode_dead(product, product.bias > 0, 3))
     parts += operations.reconstruct(codes, decoder, bias, x, x[:, 0], columns, fast)
     by_value = operations.value_gradients(codes, decoder, gradient)
     parts += [by_value, operations.decode(codes, decoder, bias)]

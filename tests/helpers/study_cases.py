@@ -4,8 +4,8 @@ import numpy as np
 
 from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.results import PLAIN, Result
-from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import STUDIED
+from llm_wsae.statistics.uncertainty import TextSize
 
 KS = (16, 32)
 SEEDS = (0, 1, 2)

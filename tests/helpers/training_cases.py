@@ -17,10 +17,9 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, squared
 from llm_wsae.training.architectures import find_architecture
-from llm_wsae.training.arm import ArmConfig, make_arms
+from llm_wsae.training.arm import ArmConfig, initial_parameters, make_arms
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.normaliser import Normaliser
-from llm_wsae.training.optimiser import initial_parameters
 from llm_wsae.training.strategy import SINGLE, Strategy
 from llm_wsae.weights.loss_weights import choose_weights
 

@@ -42,7 +42,7 @@ from llm_wsae.pages.dashboard import (
     what_fits,
 )
 from llm_wsae.pages.live import Session, application
-from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.uncertainty import TextSize
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
 TOP, BANDS = 3, 2

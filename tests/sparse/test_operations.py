@@ -1,9 +1,6 @@
-"""Every implementation of every operation against dense products in float64.
-
-Each implementation runs as it is, and "cut": with tiles so small that small inputs have several.
-Triton runs on a card, and on the CPU in its interpreter, to which ``backends/test_triton.py`` gives
-this file.
-"""
+"""Every implementation of every operation against dense products in float64: as it is, and "cut",
+with tiles so small that small inputs have several. Triton runs on a card, and on the CPU in its
+interpreter, to which ``backends/test_triton.py`` gives this file."""
 
 from typing import NamedTuple
 
@@ -101,14 +98,14 @@ summing = every_way(F64, F32)  # of the operations on codes
 
 def encoding_of(name, way):
     """The case and its exact pre-activations; equal in all dtypes, but for the random one."""
-    x, encoder, bias = ENCODINGS[name]
     tolerance = TOLERANCE[way.dtype] * 20 if name == "random" else 0
-    return way.cast(ENCODINGS[name]), x @ encoder.T + bias, tolerance
+    return way.cast(ENCODINGS[name]), ENCODINGS[name].pre(), tolerance
 
 
-def assert_found(codes: RaggedCodes, pre, tolerance):
+def assert_found(codes: RaggedCodes, way, pre, tolerance):
     """Slots of a row are different latents, and each has the value of its pre-activation."""
     assert codes.indices.dtype == codes.offsets.dtype == torch.int64
+    assert codes.values.dtype == way.exact
     assert codes.num_rows == len(pre) and codes.offsets[0] == 0
     assert codes.offsets[-1] == len(codes.indices)
     codes = RaggedCodes(*(part.cpu() for part in codes))
@@ -122,29 +119,24 @@ def assert_found(codes: RaggedCodes, pre, tolerance):
 
 @over(k=[7, 160] if INTERPRETED else [7, 1, 19, 20, 159, 160], name=ENCODINGS)
 def test_encode_topk(name, k, way):
-    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
-    k = min(k, len(encoder))
-    codes = operations.encode_topk(x, encoder, bias, k)
-    assert codes.indices.shape == codes.values.shape == (len(x), k)
-    assert codes.values.dtype == way.exact
-    assert_found(ragged(codes), pre, tolerance)
+    product, pre, tolerance = encoding_of(name, way)
+    k = min(k, pre.shape[1])
+    codes = operations.encode_topk(product, k)
+    assert codes.indices.shape == codes.values.shape == (len(pre), k)
+    assert_found(ragged(codes), way, pre, tolerance)
     found = codes.values.cpu().double().sort(descending=True).values
     assert torch.allclose(found, pre.topk(k).values.relu(), rtol=0, atol=tolerance)
 
 
 @over(threshold=["whole", "zero", "high"], name=ENCODINGS)
 def test_encode_above(name, threshold, way):
-    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
-    level = {
-        "zero": torch.zeros(len(bias)),
-        "whole": integers(len(bias), seed=9).abs() * 4,
-        "high": torch.full((len(bias),), 1e6),
-    }[threshold]
-    codes = operations.encode_above(x, encoder, bias, level.to(way.device, way.exact))
-    assert codes.values.dtype == way.exact
-    assert_found(codes, pre, tolerance)
+    product, pre, tolerance = encoding_of(name, way)
+    whole = integers(pre.shape[1], seed=9).abs() * 4
+    level = {"zero": whole * 0, "whole": whole, "high": whole + 1e6}[threshold]
+    codes = operations.encode_above(product, level.to(way.device, way.exact))
+    assert_found(codes, way, pre, tolerance)
     expected = torch.where(pre > level, pre, 0)
-    found = dense(codes, codes.values.double(), len(bias)).cpu()
+    found = dense(codes, codes.values.double(), len(level)).cpu()
     if name == "random":  # rounding may decide about an entry at the threshold
         away = (pre - level).abs() > tolerance
         expected, found = expected[away], found[away]
@@ -157,13 +149,12 @@ BATCHES = [(7, 0.0, 1.0), (7, 1e6, 1.0), (160, 19.0, 1.0), (7, 0.5, 0.8), (7, 0.
 @over(batch=BATCHES, name=ENCODINGS)
 def test_encode_batch_topk(name, batch, way):
     """Rows that are not kept count nowhere, though their pre-activations may be the largest."""
-    (x, encoder, bias), pre, tolerance = encoding_of(name, way)
+    product, pre, tolerance = encoding_of(name, way)
     k, guess, share = batch
-    kept = torch.rand(len(x), generator=torch.Generator().manual_seed(3)) < share
-    k, given = min(k, len(encoder)), None if share == 1 else kept.to(x.device)
-    codes = operations.encode_batch_topk(x, encoder, bias, k, guess, given)
-    assert codes.values.dtype == way.exact
-    assert_found(codes, pre, tolerance)
+    kept = torch.rand(len(pre), generator=torch.Generator().manual_seed(3)) < share
+    k, given = min(k, pre.shape[1]), None if share == 1 else kept.to(way.device)
+    codes = operations.encode_batch_topk(product, k, guess, given)
+    assert_found(codes, way, pre, tolerance)
     assert kept[codes.rows().cpu()][codes.values.cpu() > 0].all()
     expected = pre[kept].flatten().topk(k * int(kept.sum())).values.relu()
     positive = codes.values[codes.values > 0].cpu().double().sort(descending=True).values
@@ -181,17 +172,15 @@ DEAD = ENCODINGS | {
 @over(share=[0.6, None, 0.0], k=[7, 1, 160, 80], name=DEAD)
 def test_encode_dead(name, k, share, way):
     """Those that tie with the k-th largest are all there, and nothing else is."""
-    x, encoder, bias = way.cast(DEAD[name])
-    pre = DEAD[name].x @ DEAD[name].encoder.T + DEAD[name].bias
-    dead = None
+    pre, dead = DEAD[name].pre(), None
     if share is not None:
-        dead = torch.rand(len(bias), generator=torch.Generator().manual_seed(k)) < share
+        dead = torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(k)) < share
         pre = pre * dead
-        dead = dead.to(x.device)
-    found = operations.encode_dead(x, encoder, bias, dead, k)
+        dead = dead.to(way.device)
+    found = operations.encode_dead(way.cast(DEAD[name]), dead, k)
     assert found.dtype == way.dtype and found.shape == pre.shape
     found, wanted = found.cpu().double(), pre.relu()
-    smallest = wanted.topk(min(k, len(bias))).values[:, -1:]
+    smallest = wanted.topk(min(k, pre.shape[1])).values[:, -1:]
     if name == "random":
         tolerance = TOLERANCE[way.dtype] * 20
         assert torch.allclose(found[found > 0], pre[found > 0], rtol=0, atol=tolerance)
@@ -206,7 +195,7 @@ def test_dead_gradients(name, way):
     """Of small whole numbers, so that what is added up is exact but for the last rounding."""
     x, encoder, bias = DEAD[name]
     some = len(bias)
-    active, by_output = (x @ encoder.T + bias).relu(), integers(*x.shape, seed=7)
+    active, by_output = DEAD[name].pre().relu(), integers(*x.shape, seed=7)
     start = SubsetGradients(
         torch.arange(some), random(some, D_IN), random(some, D_IN, seed=1), random(some, seed=2)
     )
@@ -266,11 +255,8 @@ def test_operations_on_codes(name, fast, summing):
     rows, columns = random(len(x), seed=7).relu(), random(x.shape[1], seed=8).relu()
     residual = (decoded - wide.x) * rows[:, None]
     gradient = residual * columns
-    expected = (
-        residual,
-        by_values(wide.codes, wide.decoder, gradient),
-        (residual * gradient).sum(1),
-    )
+    by_value = by_values(wide.codes, wide.decoder, gradient)
+    expected = (residual, by_value, (residual * gradient).sum(1))
     found = operations.reconstruct(codes, decoder, bias, x, rows.to(x), columns.to(x), fast)
     assert_all_close((found.residual, found.by_value, found.row_errors), expected, summing.exact)
     assert found.output_gradient.dtype == fast
@@ -280,13 +266,13 @@ def test_operations_on_codes(name, fast, summing):
 def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
     """The gradients of a problem, with ``kinds`` rows of codes to every row of x; float64."""
     codes, x, decoder, _, output_gradient = case
-    by_value = by_values(codes, decoder, output_gradient)
     some = None
     if more:
         latents = torch.randperm(len(decoder), generator=torch.Generator().manual_seed(0))
         latents = latents[: 1 + len(decoder) // 3]
         rows = (random(len(latents), x.shape[1], seed=seed) for seed in (11, 12))
         some = SubsetGradients(latents, *rows, random(len(latents), seed=13))
+    by_value = by_values(codes, decoder, output_gradient)
     return SparseGradients(codes, x[: len(x) // kinds], output_gradient, by_value, some)
 
 
@@ -336,8 +322,7 @@ def test_adam(name, summing, more, fast, raw):
     for terms in [given] if more else [given, dense_terms]:
         found, found_raw = summing.cast(start), summing.cast(raw_rows) if raw else None
         if fast is not None:
-            rounded = torch.zeros_like(found.encoder, dtype=fast)
-            found = found._replace(encoder_fast=rounded)
+            found = found._replace(encoder_fast=torch.zeros_like(found.encoder, dtype=fast))
         by_bias = operations.adam(found, terms, 3, 0.01, found_raw)
         assert_close(by_bias, sums[2], summing.exact)
         assert_all_close(found[:6], expected[:6], summing.exact)
@@ -373,15 +358,15 @@ def test_rows_get_slots_by_what_the_last_ones_needed():
     """And a step is repeated until all processes have enough."""
     capacity = SlotCapacity()
     assert capacity.enough()
-    for counts, fit, least, most in (
-        ([3, 64, 5], True, 80, 128),
-        ([3, 500, 0], False, 625, 1250),
-        ([700], True, 875, 1750),
-        ([], True, 64, 64),  # all rows of a process may be masked
-        ([65], False, 82, 164),
+    for counts, fit, slots in (
+        ([3, 64, 5], True, 128),
+        ([3, 500, 0], False, 1024),
+        ([700], True, 1024),
+        ([], True, 64),  # all rows of a process may be masked
+        ([65], False, 128),
     ):
         capacity.report(torch.tensor(counts, dtype=torch.int64))
-        assert capacity.enough() == fit and least <= capacity.slots <= most, counts
+        assert (capacity.enough(), capacity.slots) == (fit, slots), counts
     capacity, made, answers = SlotCapacity(), [], iter([False, True])
 
     def compute():

@@ -4,6 +4,7 @@ import functools
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +16,7 @@ from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.monosemanticity.latents import coherence, coherence_of_strangers
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.statistics.moments import SecondMoment, Statistics, shrunk
 from llm_wsae.statistics.uncertainty import holm
 
 
@@ -162,12 +162,11 @@ def test_coherence_is_the_mean_cosine_of_all_pairs():
     draw = torch.Generator().manual_seed(0)
     x = normalize(torch.randn(3, 5, 7, generator=draw), dim=-1)
     for found, vectors in zip(coherence(x), x, strict=True):
-        pairs = [float(a @ b) for a, b in combinations(vectors, 2)]
-        assert float(found) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+        expected = np.mean([float(a @ b) for a, b in combinations(vectors, 2)])
+        assert float(found) == pytest.approx(expected, abs=1e-6)
     x, context = x.flatten(0, 1)[:6], torch.tensor([4, 4, 2, 7, 7, 7])
     pairs = [float(x[i] @ x[j]) for i, j in combinations(range(6), 2) if context[i] != context[j]]
-    found = coherence_of_strangers(x, context)
-    assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert coherence_of_strangers(x, context) == pytest.approx(np.mean(pairs), abs=1e-6)
     assert math.isnan(coherence_of_strangers(x[:2], context[:2]))
 
 
@@ -175,6 +174,10 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+
+
+def moment_of(rows):
+    return SecondMoment(rows.shape[1]).update(rows)
 
 
 def merged(parts):
@@ -190,10 +193,7 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
     rows = (rows + 300 * mixing[3]).float()
     exact = torch.cov(rows.double().T, correction=0)
     whole = SecondMoment(40).update(rows)
-    for found in (
-        whole,
-        merged([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
-    ):
+    for found in (whole, merged(map(moment_of, rows.split([7, 11_000, 18_993])))):
         assert found.count == 30_000
         torch.testing.assert_close(found.mean, rows.double().mean(0), rtol=1e-6, atol=1e-5)
         error = (found.covariance() - exact).abs() / (exact.diag()[:, None] * exact.diag()).sqrt()
@@ -201,13 +201,12 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
     kept = SecondMoment.from_tensors(whole.to_tensors())
     for name, tensor in merged([SecondMoment(40), kept, SecondMoment(40)]).to_tensors().items():
         assert torch.equal(tensor, whole.to_tensors()[name])  # processes without rows
-    chunks = merged([SecondMoment(40).update(part) for part in rows.split(4096)])
-    for name, tensor in chunks.to_tensors().items():  # of the same products in float32
-        torch.testing.assert_close(tensor, whole.to_tensors()[name], rtol=1e-13, atol=0)
+    chunks = merged(map(moment_of, rows.split(4096))).to_tensors()  # the same float32 products
+    torch.testing.assert_close(chunks, whole.to_tensors(), rtol=1e-13, atol=0)
     rows[:, 7] = 0.1  # a constant dimension, whose mean is rounded
-    still = SecondMoment(40).update(rows).covariance()
+    still = moment_of(rows).covariance()
     assert not still[7].any() and not still[:, 7].any()
-    huge = SecondMoment(40).update(1e30 * rows).covariance()  # their squares outgrow float32
+    huge = moment_of(1e30 * rows).covariance()  # their squares outgrow float32
     torch.testing.assert_close(huge / 1e60, still, rtol=1e-4, atol=1e-6)
 
 

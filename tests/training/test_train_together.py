@@ -32,7 +32,7 @@ float32. Sums are added up in another order, and Adam makes more of it."""
 
 
 def arms():
-    """Of every kind of step (test_steps_together.py has all), one trained in a space, and one with
+    """Of every kind of step (test_steps.py has all), one trained in a space, and one with
     a matrix in the loss."""
     matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4 + torch.eye(16)
     weights = [

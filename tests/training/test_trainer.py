@@ -1,4 +1,5 @@
-"""Training on planted data: it learns, it resumes bit for bit, it refuses what cannot be."""
+"""Training on planted data: it learns, resumes bit for bit, refuses what cannot be; in weights that
+act as a space, folded back at the end; and with weights that are annealed."""
 
 import itertools
 import shutil
@@ -8,19 +9,23 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
+from looping import over
 from training_cases import CONFIG as LONG
-from training_cases import CPU, Planted, arms_for, check_same, fvu, log_of
+from training_cases import CPU, Planted, arms_for, check_same, error, fvu, log_of
 
 from llm_wsae.artifact.files import folder_lock, load_own_tensors, save_own_tensors
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.checks import plain_beside
-from llm_wsae.training.arm import make_arms
+from llm_wsae.training.architecture import squared
+from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, TrainingLog, is_finished, training_in
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
+from llm_wsae.training.normaliser import folded
 from llm_wsae.training.trainer import Interrupted, Training, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
+from llm_wsae.weights.rules import RuleInputs
 
 CONFIG = replace(LONG, tokens=256 * 60, log_every=20, dtype="auto")
 PAIR = ("uniform", "variance")
@@ -68,6 +73,8 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
         for one in ("loss", "space")
     )
     arms = [*loss, *space, *two_arms(source, ("uniform",))]
+    # in a short training a tenth of the rows is less than a batch, but what fired there isn't dead
+    assert Training(source, arms, usual, tmp_path, CPU).dead_after == 256
     for settings, rates in (
         ({"lengths": "unit"}, [4e-3] * 3),
         ({"learning_rate": 8e-3}, [8e-3] * 3),
@@ -84,7 +91,7 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
 def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained, tmp_path):
     """And a lost dictionary can be trained again as the error says."""
     source, out, dictionaries = trained
-    arms, record = four_arms(source), training_in(out).path
+    arms = four_arms(source)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     (out / CHECKPOINT).write_bytes(b"of a run killed at the very end")
     (out / ".tmp").mkdir()  # somebody's own
@@ -104,12 +111,6 @@ def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained
     (lost / "log.jsonl").unlink()
     train(source, arms, CONFIG, lost)
     check_same(lost, out, [arm.name for arm in arms])
-
-
-def test_a_latent_that_fired_a_step_ago_is_not_dead(tmp_path):
-    """In a short training a tenth of the rows may be less than a batch."""
-    config, source = replace(CONFIG, tokens=None, batch_size=100), Planted(600)
-    assert Training(source, two_arms(source), config, tmp_path, CPU).dead_after == 100
 
 
 def test_numbers_that_are_not_finite_stop_the_training(tmp_path):
@@ -173,7 +174,8 @@ def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path):
 
 def test_massive_rows_have_no_part():
     source = Planted(20_000, massive=True)
-    batch = source.normaliser().batch(source.rows)
+    normaliser = source.normaliser()
+    batch = normaliser.batch(source.rows)
     assert int((batch.mask == 0).sum()) == source.statistics().massive_count == 40
     assert not batch.x[batch.mask == 0].any()
     usual = batch.x[batch.mask > 0]
@@ -181,15 +183,14 @@ def test_massive_rows_have_no_part():
     assert float(usual.mean(0).abs().max()) < 0.1
     rows = source.rows[1:5].clone()
     rows[1, 2], rows[2, 0] = float("inf"), float("nan")
-    broken = source.normaliser().batch(rows)
+    broken = normaliser.batch(rows)
     assert broken.mask.tolist() == [1, 0, 0, 1] and not broken.x[1:3].any()
     assert torch.equal(broken.x[3], batch.x[4])
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    factors = [learning_rate_factor(step, 100, 0.1, 0.5) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[50] == 1
-    assert factors[75] == pytest.approx(0.5) and factors[99] == pytest.approx(0.02)
+    factors = [learning_rate_factor(step, 100, 0.1, 0.5) for step in (0, 9, 50, 75, 99)]
+    assert factors == pytest.approx([0.1, 1, 1, 0.5, 0.02])
 
 
 # --- The log and its trackers
@@ -218,23 +219,19 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch, tracker):
         log.write(8, 700, NUMBERS)
         log.close()
     numbers = {"uniform-k4/loss": 0.5, "uniform-k4/fvu": 0.4}
-    sent = [call.log(numbers, step=8), call.finish()]
-    if tracker == "tensorboard":
-        sent = [*(call.add_scalar(*one, 8) for one in numbers.items()), call.close()]
-    assert [run.method_calls for run in runs] == [sent] * 3
     settings = [one.kwargs for one in begin.call_args_list]
     if tracker == "tensorboard":
+        sent = [*(call.add_scalar(*one, 8) for one in numbers.items()), call.close()]
         assert settings == [{"purge_step": 8}] * 3
     else:
+        sent = [call.log(numbers, step=8), call.finish()]
         assert settings[0]["id"] == settings[2]["id"] != settings[1]["id"]
         assert {(one["resume"], one["reinit"]) for one in settings} == {("allow", "create_new")}
+    assert [run.method_calls for run in runs] == [sent] * 3
 
 
 def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
-    class UsageError(Exception):
-        """Wandb's, which is no error of Python's own."""
-
-    error = UsageError("No API key configured.\nUse `wandb login` to log in.")
+    error = Exception("No API key configured.\nUse `wandb login` to log in.")
     monkeypatch.setitem(sys.modules, "wandb", Mock(init=Mock(side_effect=error)))
     with pytest.raises(LlmWsaeError, match=r"cannot be started \(No API key .*WANDB_API_KEY") as it:
         TrainingLog(tmp_path, 0, "wandb")
@@ -243,3 +240,116 @@ def test_trackers_that_cannot_be_started(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(LlmWsaeError, match=rf"pip install 'llm-wsae\[{tracker}\]'"):
             TrainingLog(tmp_path, 0, tracker)
+
+
+# --- In a space, and with annealed weights
+
+WIDTH = 16
+SPACE = WeightConfig(place="space")
+SHORT = replace(CONFIG, learning_rate=None, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def massive():
+    return Planted(6000, massive=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(massive):
+    half = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
+    return RuleInputs(massive.statistics(), fisher=(half @ half.T).double())
+
+
+@over(seed=range(5), diagonal=(True, False), threshold=(True, False))
+def test_folding_back_changes_nothing(massive, seed, diagonal, threshold):
+    """For any parameters and any Γ that stretches by 0.03 to 30: the same codes (in units of x),
+    and Γ(x̂ − μ)/scale is the reconstruction in the space."""
+    generator = torch.Generator().manual_seed(seed)
+    gamma = 10 ** (3 * torch.rand(WIDTH, generator=generator) - 1.5)
+    if not diagonal:
+        turn, other = torch.linalg.qr(torch.randn(2, WIDTH, WIDTH, generator=generator)).Q
+        gamma = turn @ gamma.diag() @ other
+    arm = Arm(ArmConfig(LossWeights(gamma, config=SPACE), k=4, init_seed=1), WIDTH, 32, CPU)
+    for parameter in arm.parameters:
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    limit = torch.rand(32, generator=generator) if threshold else None
+    normaliser = massive.normaliser()
+    scale, mean = normaliser.scale, normaliser.mean
+    tensors = folded(arm.parameters, mean, scale, limit, gamma)
+
+    rows = massive.rows[1:200]
+    batch = arm.space.enter(normaliser.batch(rows))
+    there = batch.x @ arm.parameters.encoder.T + arm.parameters.encoder_bias
+    here = rows @ tensors["W_enc"] + tensors["b_enc"]
+    torch.testing.assert_close(here, scale * there, rtol=1e-3, atol=1e-3 * float(there.abs().max()))
+    if threshold:
+        torch.testing.assert_close(tensors["threshold"], scale * limit)
+    in_space = there.relu() @ arm.parameters.decoder + arm.parameters.decoder_bias
+    back = (scale * there.relu()) @ tensors["W_dec"] + tensors["b_dec"]
+    assert error(arm.space.leave(in_space) * scale + mean, back) < 1e-4
+    assert error(arm.space.leave(batch.x), normaliser.batch(rows).x) < 1e-4
+
+
+def test_arms_that_share_a_space_share_the_product(massive, inputs, tmp_path):
+    weights = [weights_from_rule("sensitivity", alpha, inputs, SPACE) for alpha in (0.25, 0.5)]
+    training = Training(massive, make_arms(weights, [2, 4]), SHORT, tmp_path, CPU)
+    spaces = [arm.space for arm in training.arms]
+    assert spaces[0] is spaces[1] is not spaces[2] is spaces[3]
+    batch = massive.normaliser(torch.bfloat16).batch(massive.rows[:600])
+    entered = spaces[2].enter(batch)
+    torch.testing.assert_close(entered.x, batch.x @ weights[1].gamma.T)
+    assert entered.x_fast.dtype == torch.bfloat16
+    assert int((batch.mask == 0).sum()) == 2 and not entered.x[batch.mask == 0].any()
+
+
+def test_every_architecture_trains_in_a_space(massive, inputs, tmp_path):
+    """The saved dictionary has the FVU that was logged, which is that of x and not of Γx. It
+    remembers its weights."""
+    settings = WeightConfig(place="space", clip=8.0, draw=1)
+    weights = [
+        weights_from_rule("rotated:sensitivity", 0.25, inputs, settings),
+        weights_from_rule("variance", -0.5, inputs, SPACE),
+    ]
+    names = ("topk", "batch-topk", "matryoshka", "jumprelu")
+    arms = make_arms(weights, [4], [0.02], architectures=names)
+    rows = massive.rows[massive.rows.norm(dim=1) < 500]
+    for name, dictionary in train(massive, arms, SHORT, tmp_path / "out").items():
+        found = fvu(dictionary, rows)
+        assert found == pytest.approx(dictionary.info.metrics["training"]["fvu"], rel=0.25), name
+        assert found < 0.6, name
+        norms = dictionary.W_dec.norm(dim=1)
+        assert float(norms.max() / norms.min()) > 1.05  # of norm 1 in the space only
+    name = "rotated-sensitivity-a0.25-c8-space-d1-jumprelu-k4"
+    dictionary = Dictionary.load(tmp_path / "out" / name)
+    assert torch.equal(dictionary.extras["gamma"], weights[0].gamma)
+    assert dictionary.info.rule == "rotated:sensitivity" and dictionary.info.alpha == 0.25
+    assert WeightConfig(**dictionary.info.weights) == settings
+
+
+@over(form=("diagonal", "matrix"))
+def test_annealing_ends_at_one(massive, inputs, form):
+    weights = weights_from_rule("sensitivity", 0.5, inputs, WeightConfig(anneal=0.5, form=form))
+    arm = Arm(ArmConfig(weights, k=4), WIDTH, 32, CPU)
+    one = torch.ones(WIDTH) if form == "diagonal" else torch.eye(WIDTH)
+    variance = massive.statistics().robust_covariance
+    for done, left in ((0.0, 1.0), (0.125, 0.75), (0.3, 0.4), (0.5, 0.0), (1.0, 0.0)):
+        arm.anneal(done)
+        torch.testing.assert_close(arm.gamma, left * weights.gamma + (1 - left) * one)
+        assert torch.equal(arm.metric, squared(arm.gamma))
+        gamma = arm.gamma.double()
+        gamma = gamma.diag() if form == "diagonal" else gamma
+        share = float((gamma @ variance @ gamma.T).trace() / variance.trace())
+        assert 0.5 < share < 1.01  # no more than the plain loss has, and not much less
+    assert torch.equal(arm.gamma, one)
+
+
+def test_an_annealed_training_is_neither_of_its_ends(massive, inputs, tmp_path):
+    weights = [
+        weights_from_rule("variance", 0.5, inputs),
+        weights_from_rule("variance", 0.5, inputs, WeightConfig(anneal=0.5)),
+        weights_from_rule("uniform", 1.0, inputs),
+    ]
+    always, annealed, plain = train(massive, make_arms(weights, [4]), SHORT, tmp_path).values()
+    assert annealed.info.name == "variance-a0.5-n0.5-k4"
+    for other in (always, plain):
+        assert not torch.allclose(annealed.W_dec, other.W_dec, atol=1e-3)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.weights.rules import RuleInputs
 
 

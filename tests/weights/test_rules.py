@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import weights_from_rule
 from llm_wsae.weights.rules import EIGENVALUE_FLOOR, OWN, RULES, Rule, RuleInputs, spectrum

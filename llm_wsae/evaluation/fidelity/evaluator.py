@@ -59,8 +59,7 @@ from llm_wsae.evaluation.heldout import (
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
-from llm_wsae.statistics.documents import TextSize, owners
-from llm_wsae.statistics.uncertainty import Bootstrap
+from llm_wsae.statistics.uncertainty import Bootstrap, TextSize, owners
 
 _ROWS_AT_ONCE = 256  # made dense to compare their codes
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache

@@ -6,9 +6,8 @@ from typing import Any
 
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import FIDELITY
-from llm_wsae.statistics.uncertainty import Interval
+from llm_wsae.statistics.uncertainty import Interval, TextSize
 from llm_wsae.terminal import Table
 
 

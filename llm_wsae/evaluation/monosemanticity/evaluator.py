@@ -44,7 +44,7 @@ from llm_wsae.evaluation.monosemanticity.report import (
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.uncertainty import TextSize
 
 
 class MonosemanticityEvaluator:

@@ -17,9 +17,8 @@ from scipy import special
 from torch import Tensor
 
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.measures import LETTER, MONOSEMANTICITY
-from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
+from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval, TextSize
 from llm_wsae.terminal import Table
 
 

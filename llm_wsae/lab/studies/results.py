@@ -16,7 +16,7 @@ from pathlib import Path
 from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.artifact.files import read_own_json
 from llm_wsae.lab.studies.differences import Value
-from llm_wsae.statistics.documents import TextSize
+from llm_wsae.statistics.uncertainty import TextSize
 from llm_wsae.training.config import ArchitectureName
 
 BASIS, COMMAND = "study.json", "command.json"

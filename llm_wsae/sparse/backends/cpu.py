@@ -4,11 +4,10 @@ The encoder's product is torch's, which uses the hardware's matrix units. It is 
 a block of latents by a tile of rows, and searched while it is in cache. Everything else is one pass
 over the rows or latents concerned. What each operation does is said in ``operations``.
 
-The package installs and runs without a compiler: the kernels are built when they are first needed,
-and kept in the user's cache under a name made of everything that decides their content. Where they
-cannot be built, one sentence on stderr says why and the plain operations take over; so they do, in
-silence, with LLM_WSAE_NO_COMPILER=1. A library is code, so it is loaded only from a folder to which
-nobody else can write.
+The kernels are built when they are first needed, and kept in the user's cache under a name made of
+everything that decides their content. Where they cannot be built, one sentence on stderr says why
+and the plain operations take over; so they do, in silence, with LLM_WSAE_NO_COMPILER=1. A library
+is code, so it is loaded only from a folder to which nobody else can write.
 """
 
 import ctypes
@@ -81,22 +80,16 @@ def encode_topk(product: Product, k: int) -> Codes:
     if k * _LARGEST_SHARE > len(product.encoder):
         return topk_of_tiles(product, k)
     x, encoder, bias = (part.contiguous() for part in product)
-    indices = torch.empty(len(x), k, dtype=torch.int64)
-    values = _floats(len(x), k)
+    indices, values = torch.empty(len(x), k, dtype=torch.int64), _floats(len(x), k)
     lists, bounds = _Lists(3 * k + 32), _floats(_TILE_ROWS)
-    for begin in range(0, len(x), _TILE_ROWS):
-        tile = x[begin : begin + _TILE_ROWS]
+    for tile, *found in zip(
+        *(part.split(_TILE_ROWS) for part in (x, indices, values)), strict=True
+    ):
         for first, block in _blocks(tile, encoder):
-            _call(
-                f"topk_{_NAMES[x.dtype]}",
-                block, bias[first:], *block.shape, first, k, *lists.all(), bounds,
-            )  # fmt: skip
-            del block
-        end = begin + len(tile)
-        _call(
-            "finish_topk",
-            len(tile), k, *lists.all(), bounds, indices[begin:end], values[begin:end],
-        )  # fmt: skip
+            given = (block, bias[first:], *block.shape, first, k, *lists.all(), bounds)
+            _call(f"topk_{_NAMES[x.dtype]}", *given)
+            del block, given
+        _call("finish_topk", len(tile), k, *lists.all(), bounds, *found)
     return Codes(indices, values)
 
 
@@ -143,10 +136,9 @@ def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
 
 
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
-    out = torch.empty_like(codes.values)
-    slots, gradient = _checked(codes, len(decoder)), output_gradient.contiguous()
-    name = f"value_gradients_{_NAMES[decoder.dtype]}"
-    _call(name, *slots, decoder.contiguous(), gradient, out, *gradient.shape)
+    out, slots = torch.empty_like(codes.values), _checked(codes, len(decoder))
+    given = (decoder.contiguous(), output_gradient.contiguous())
+    _call(f"value_gradients_{_NAMES[decoder.dtype]}", *slots, *given, out, *given[1].shape)
     return out
 
 
@@ -181,15 +173,13 @@ def sparse_adam(
     much to write and to read again as Adam's moments."""
     d_sae = len(latents.encoder)
     by_bias = _floats(d_sae)
-    place = torch.full((d_sae,), -1, dtype=torch.int32)
-    more: tuple[Tensor | None, ...] = (None, None, None)
-    if gradients.more is not None:
-        place = gradients.more.places(d_sae, torch.int32)
-        more = tuple(part.contiguous() for part in gradients.more[1:])
+    empty = torch.empty(0, dtype=torch.int64)
+    more = gradients.more or SubsetGradients(empty, *(_floats(0) for _ in range(3)))
     _call(
         f"sparse_adam_{_NAMES[gradients.x.dtype]}",
-        *_by_latent(gradients, d_sae), place, *more, by_bias, *latents,
-        *(raw or (None, None)), *_rates(step, learning_rate),
+        *_by_latent(gradients, d_sae),
+        more.places(d_sae, torch.int32), *(part.contiguous() for part in more[1:]),
+        by_bias, *latents, *(raw or (None, None)), *_rates(step, learning_rate),
     )  # fmt: skip
     return by_bias
 
@@ -208,9 +198,10 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Tensor | int, ..
     return bounds, slots, rows, x, output_gradient, by_value, values, batch, d_sae, width
 
 
-def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> None:
+def adam(latents: Latents, gradients: Gradients, step: int, learning_rate: float) -> Tensor:
     shape, rates = latents.encoder.shape, _rates(step, learning_rate)
     _call("adam_rows", *gradients[:2], *shape, *latents, *rates)
+    return gradients[2]
 
 
 def _rates(step: int, learning_rate: float) -> tuple[float, ...]:
@@ -227,10 +218,8 @@ def softmax_sums(
     Σ exp(clean − c)·(clean − logit) where clean is not −∞ (float64; otherwise uninitialised)."""
     maxima, sums = _floats(len(logits)), torch.empty(2, len(logits), dtype=torch.float64)
     other, other_maxima = (one.contiguous() for one in clean) if clean else (None, None)
-    _call(
-        f"softmax_sums_{_NAMES[logits.dtype]}",
-        logits.contiguous(), other, other_maxima, *logits.shape, maxima, *sums,
-    )  # fmt: skip
+    given = (logits.contiguous(), other, other_maxima, *logits.shape)
+    _call(f"softmax_sums_{_NAMES[logits.dtype]}", *given, maxima, *sums)
     return maxima, sums[0], sums[1]
 
 
@@ -274,11 +263,9 @@ class _Lists:
         threshold = threshold.float().contiguous()
         while True:
             for first, block in _blocks(tile, encoder):
-                _call(
-                    f"above_{_NAMES[tile.dtype]}",
-                    block, bias[first:], threshold[first:], *block.shape, first, *self.all(),
-                )  # fmt: skip
-                del block
+                given = (block, bias[first:], threshold[first:], *block.shape, first, *self.all())
+                _call(f"above_{_NAMES[tile.dtype]}", *given)
+                del block, given
             counts = self.counts[: len(tile)]
             longest = int(counts.max()) if len(tile) else 0
             if longest < self.capacity:
@@ -287,8 +274,7 @@ class _Lists:
         offsets = offsets_of(counts)
         indices = torch.empty(int(offsets[-1]), dtype=torch.int64)
         values = _floats(len(indices))
-        lists = (self.capacity, self.latents, self.values)
-        _call("finish_above", len(tile), *lists, offsets, indices, values)
+        _call("finish_above", len(tile), *self.all()[:3], offsets, indices, values)
         return RaggedCodes(indices, values, offsets)
 
 

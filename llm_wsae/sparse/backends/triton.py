@@ -1,21 +1,19 @@
 """The sparse operations on CUDA: cuBLAS for the encoder's product, Triton kernels for the rest.
 
-What each operation does is said in ``llm_wsae.sparse.operations``. Nothing here waits for the
-device, except ``encode_above`` without a capacity. In Triton's interpreter (``TRITON_INTERPRET=1``
-before the first import) all of it runs on the CPU.
-
-Nothing is tuned at run time, ties have a rule, and one program owns what it writes, so that results
-are the same every time. Offsets that are products are int64. Rows are read in tiles of
-slots × columns, so that many loads are under way at once.
+What each operation does is said in ``operations``. Nothing here waits for the device, except
+``encode_above`` without a capacity. In Triton's interpreter (``TRITON_INTERPRET=1`` before the
+first import) all of it runs on the CPU. Nothing is tuned at run time, ties have a rule, and one
+program owns what it writes, so that results are the same every time. Offsets that are products are
+int64. Rows are read in tiles of slots × columns, so that many loads are under way at once.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton import cdiv, next_power_of_2
 
 from llm_wsae.sparse import codes as constants
@@ -92,8 +90,7 @@ def _select(values: Tensor, k: int, parts: int) -> Codes:
     part = cdiv(width, parts)
     block = max(16, next_power_of_2(part))
     arguments = (values, best.values, best.indices, width, part, k)
-    warps = max(1, block // 512)
-    _run(_select_kernel, (rows, parts), *arguments, BLOCK=block, num_warps=warps)
+    _run(_select_kernel, (rows, parts), *arguments, BLOCK=block, num_warps=max(1, block // 512))
     return best
 
 
@@ -136,9 +133,8 @@ def encode_batch_topk(
         best.values.masked_fill_(ranks >= k * kept.sum(), 0)
     ordered, order = torch.cat(places)[best.indices].sort()
     starts = torch.arange(batch + 1, device=x.device) * d_sae
-    return RaggedCodes(
-        ordered % d_sae, best.values[order].to(exact_dtype(x)), torch.searchsorted(ordered, starts)
-    )
+    found = best.values[order].to(exact_dtype(x))
+    return RaggedCodes(ordered % d_sae, found, torch.searchsorted(ordered, starts))
 
 
 @triton.jit
@@ -334,9 +330,8 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[_Occurrences, Su
     further = offsets_of(((bounds.diff() - 1) // span).clamp_(min=0))
     numbers = torch.arange(num_slots // span, device=device)
     owners = torch.searchsorted(further[1:], numbers, right=True)
-    rows = (x.contiguous(), output_gradient.contiguous())
-    sources = (order, codes.rows(), by_value.contiguous(), codes.values.contiguous(), *rows)
-    grouped = _Occurrences(bounds, further, *sources, batch, d_in, span)
+    sources = (part.contiguous() for part in (by_value, codes.values, x, output_gradient))
+    grouped = _Occurrences(bounds, further, order, codes.rows(), *sources, batch, d_in, span)
     pieces = SubsetGradients(owners, *_empty_sums(len(owners), codes.values, d_in))
     _run_by_columns(_further_sums_kernel, len(owners), grouped, pieces, d_sae, d_in)
     return grouped, pieces
@@ -502,16 +497,8 @@ def _tile_of(d_in: int) -> dict[str, int]:
 
 def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Launch on the device of the tensors, which need not be the current one."""
-    tensors = list(_tensors(arguments))
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     assert all(tensor.is_contiguous() for tensor in tensors)
     with torch.cuda.device_of(tensors[0]):
         # named because Triton's default is about to change
         kernel[grid](*arguments, **constants, enable_fp_fusion=True)
-
-
-def _tensors(arguments: tuple) -> Iterator[Tensor]:
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from _tensors(argument)
-        elif isinstance(argument, Tensor):
-            yield argument

@@ -46,13 +46,13 @@ class BatchTopK(Architecture):
 
     def codes(self, parameters: Parameters, batch: Batch) -> RaggedCodes:
         """The largest positive pre-activations of the batch, k per row that is not masked."""
-        given, kept = batch.product(parameters), batch.mask.bool()
+        product, kept = batch.product(parameters), batch.mask.bool()
         # Makes the selection fast and never changes it. It stays on the device: an implementation
         # that needs the number waits for it.
         guess = _BELOW * self.running_threshold
 
         def largest(per_row: int) -> RaggedCodes:
-            return encode_batch_topk(*given, min(per_row, self.num_latents), guess, kept)
+            return encode_batch_topk(product, min(per_row, self.num_latents), guess, kept)
 
         return self.strategy.batch_topk(largest, self.k, kept)
 

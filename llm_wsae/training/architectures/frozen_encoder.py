@@ -13,7 +13,7 @@ from llm_wsae.training.architectures.topk import LargestOfRow
 
 
 class Frozen(LargestOfRow):
-    """The biases and the other half learn. At most k active latents in every row."""
+    """The biases and the other half learn."""
 
     half: ClassVar[Literal["encoder", "decoder"]]
     is_baseline = True

@@ -23,16 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.sparse.operations import adam_vector
 from llm_wsae.training.architecture import Batch, Parameters, Step
 from llm_wsae.training.architectures.relu import DenseStart
-from llm_wsae.training.optimiser import adam_vector
 
-GROUPS, SPAN = 10, 100.0
-"""The number of groups, and the highest target frequency over the lowest."""
-RATE = 0.01
-"""ρ, the paper's γ₊ and γ₋."""
-SILENT = 1e-6
-"""ε: the frequency below which a latent never fired."""
+GROUPS, SPAN = 10, 100.0  # of groups the number, and the highest target frequency over the lowest
+RATE = 0.01  # ρ, the paper's γ₊ and γ₋
+SILENT = 1e-6  # ε: the frequency below which a latent never fired
 AMPLITUDE = 0.01
 """a at the start, and its least. From 1, half of all latents reconstruct several times the row, and
 directions that learn to shrink that stay mixtures."""
@@ -69,9 +66,6 @@ class GBA(DenseStart):
 
     def thresholds(self) -> Float[Tensor, " latents"]:
         return self.threshold * self.amplitude
-
-    def bounds(self, parameters: Parameters) -> Float[Tensor, " latents"]:
-        return self.thresholds()
 
     def observed(self, step: Step, largest: Float[Tensor, " latents"], batch: Batch) -> Tensor:
         """The share of rows in which each latent fired, and its r."""

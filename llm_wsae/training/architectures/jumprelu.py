@@ -21,18 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.sparse.codes import SlotCapacity, SparseGradients
-from llm_wsae.sparse.operations import firing_counts, value_gradients
+from llm_wsae.sparse.operations import adam_vector, firing_counts, value_gradients
 from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, weighted_error
-from llm_wsae.training.optimiser import adam_vector
 from llm_wsae.weights.loss_weights import Gamma
 
 BANDWIDTH = 0.5
 """ε, in units in which a dimension has variance 1. With 0.2 more latents stay dead."""
-COEFFICIENT = 1.0
-"""λ; the loss is a share of the variance."""
-THRESHOLD_RATE_MULTIPLIER = 10.0
-"""How much faster thresholds learn than weights."""
-
+COEFFICIENT = 1.0  # λ; the loss is a share of the variance
+THRESHOLD_RATE_MULTIPLIER = 10.0  # how much faster thresholds learn than weights
 _ROUNDING = 1 / 64  # relative and absolute: a value rounded to bfloat16 may seem too small by less
 
 

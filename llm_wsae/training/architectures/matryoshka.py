@@ -61,11 +61,12 @@ class Matryoshka(BatchTopK):
     def _own_groups(self) -> list[tuple[int, int]]:
         """This process's part of every group, counted from its first latent."""
         own = self.strategy.own_latents(self.d_sae)
-        inside = [
-            [min(max(bound, own.start), own.stop) - own.start for bound in group]
-            for group in group_bounds(self.d_sae, self.prefixes)
-        ]
-        return [(first, stop) for first, stop in inside]
+
+        def here(bound: int) -> int:
+            return min(max(bound, own.start), own.stop) - own.start
+
+        groups = group_bounds(self.d_sae, self.prefixes)
+        return [(here(first), here(stop)) for first, stop in groups]
 
 
 def group_bounds(d_sae: int, prefixes: Sequence[float] = PREFIXES) -> list[tuple[int, int]]:

@@ -44,10 +44,6 @@ class DenseStart(Architecture):
         """Its gradient by an active latent."""
         return batch.x.new_zeros(())
 
-    def bounds(self, parameters: Parameters) -> Float[Tensor, " latents"]:
-        """What pre-activations must exceed, ≥ 0."""
-        return torch.zeros_like(parameters.encoder_bias)
-
     def observed(self, step: Step, largest: Float[Tensor, " latents"], batch: Batch) -> Tensor:
         """What ``follow`` takes in: here, which share of all latents is active in the whole batch.
         ``largest`` is every latent's largest value in the rows that are here, 0 if it has none."""
@@ -63,7 +59,7 @@ class DenseStart(Architecture):
 
     def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step along the active latents only, correct if there were slots enough."""
-        codes = batch.above(self.bounds(parameters), parameters, self._capacity)
+        codes = batch.above(self._bounds(parameters), parameters, self._capacity)
         by_active = self.penalty(batch)
         step = sparse_step(codes, parameters, batch, metric, self.strategy, by_active)
         penalty = by_active * self.strategy.sum_over_latents(codes.values.sum())
@@ -76,7 +72,7 @@ class DenseStart(Architecture):
         """The step over all latents, a tile of rows at a time."""
         _, decoder, encoder_bias, decoder_bias = parameters
         strategy, fast, by_active = self.strategy, batch.x_fast.dtype, self.penalty(batch)
-        threshold, decoder_fast = self.bounds(parameters), decoder.to(fast)
+        threshold, decoder_fast = self._bounds(parameters), decoder.to(fast)
         _, encoder_fast, bias_fast = batch.product(parameters)
         by_encoder, by_decoder = torch.zeros_like(decoder), torch.zeros_like(decoder)
         by_bias, by_decoder_bias = torch.zeros_like(encoder_bias), torch.zeros_like(decoder_bias)
@@ -106,6 +102,11 @@ class DenseStart(Architecture):
         gradients = (by_encoder, by_decoder, by_bias)
         step = Step(gradients, by_decoder_bias, residual, firings, loss)
         return step._replace(observed=self.observed(step, largest, batch))
+
+    def _bounds(self, parameters: Parameters) -> Float[Tensor, " latents"]:
+        """What pre-activations must exceed, ≥ 0."""
+        found = self.thresholds()
+        return torch.zeros_like(parameters.encoder_bias) if found is None else found
 
     def follow(self, observed: Float[Tensor, ""], learning_rate: float) -> None:
         """Take in the share of one more step."""

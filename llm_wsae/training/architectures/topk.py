@@ -14,7 +14,7 @@ class LargestOfRow(Architecture):
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
-        codes = encode_topk(*batch.product(parameters), min(self.k, self.num_latents))
+        codes = encode_topk(batch.product(parameters), min(self.k, self.num_latents))
         unmasked = codes._replace(values=codes.values * batch.mask[:, None])
         active = batch.exact(self.strategy.topk(unmasked, self.k), parameters)
         return sparse_step(active, parameters, batch, metric, self.strategy)

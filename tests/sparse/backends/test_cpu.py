@@ -1,7 +1,5 @@
-"""What is particular to the C++ kernels: overflowing lists, threads, memory, and their build.
-
-What the operations compute is tested in ``../test_operations.py``.
-"""
+"""What is particular to the C++ kernels: overflowing lists, threads, memory, and their build. What
+the operations compute is tested in ``../test_operations.py``."""
 
 import os
 import stat
@@ -11,31 +9,12 @@ import sys
 import pytest
 import torch
 from looping import over
-from sparse_cases import ENCODINGS, SUMS, cast, everything, needs_compiler, random
+from sparse_cases import ENCODINGS, SUMS, cast, everything, needs_compiler
 
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.backends import cpu
-from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
-
-
-@needs_compiler
-@over(k=[1, 32, 500])
-def test_selection_from_many_latents(k):
-    """Long rows: candidate lists are cut back many times, also where nearly all entries tie."""
-    encoder = random(5000, 8, seed=1).float()
-    for x in (random(100, 8).float(), torch.eye(8)[:1].expand(100, 8).contiguous()):
-        for step in (1.0, 0.25):
-            rounded = (encoder / step).round() * step
-            found = operations.encode_topk(x, rounded, torch.zeros(5000), k)
-            pre = x @ rounded.T
-            expected = pre.topk(k).values.relu()
-            torch.testing.assert_close(found.values.sort(descending=True).values, expected)
-            used = found.values > 0
-            chosen = pre.gather(1, found.indices)[used]
-            torch.testing.assert_close(chosen, found.values[used])
-            for row, kept in zip(found.indices, used, strict=True):
-                assert len(set(row[kept].tolist())) == int(kept.sum())
+from llm_wsae.sparse.codes import Codes, Product, ragged
 
 
 @needs_compiler
@@ -44,55 +23,49 @@ def test_infinite_entries_do_not_hide():
     check of the finished weights finds it.)"""
     x = torch.tensor([[1e30, 1.0]])
     encoder = torch.tensor([[1e30, 0.0]] + [[0.0, 1.0]] * 31)
-    codes = operations.encode_topk(x, encoder, torch.zeros(32), 2)
+    codes = operations.encode_topk(Product(x, encoder, torch.zeros(32)), 2)
     assert codes.values.max() == torch.inf and codes.indices[0, codes.values[0].argmax()] == 0
 
 
-@pytest.fixture
-def case():
-    return cast(SUMS["few latents hot"], torch.float32)
-
-
-@pytest.fixture
-def encoding():
-    return cast(ENCODINGS["random"], torch.float32)
+CASE = cast(SUMS["few latents hot"], torch.float32)
+ENCODING = cast(ENCODINGS["random"], torch.float32)
 
 
 @needs_compiler
 @over(default=[torch.bfloat16, torch.float64])
-def test_neither_threads_nor_the_default_dtype_change_a_bit(encoding, case, default):
+def test_neither_threads_nor_the_default_dtype_change_a_bit(default):
     """The kernels write float32, so their memory must not follow it."""
-    expected, threads = everything(encoding, case), torch.get_num_threads()
+    expected, threads = everything(ENCODING, CASE), torch.get_num_threads()
     before = torch.get_default_dtype()
     try:
         torch.set_num_threads(3)
         torch.set_default_dtype(default)
-        assert all(map(torch.equal, everything(encoding, case), expected))
+        assert all(map(torch.equal, everything(ENCODING, CASE), expected))
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(before)
 
 
 @needs_compiler
-def test_rows_and_latents_need_not_be_contiguous(encoding, case):
+def test_rows_and_latents_need_not_be_contiguous():
     """And short integers are taken as they are."""
 
     def spread(part):
-        if isinstance(part, RaggedCodes):
-            short = RaggedCodes(part.indices.int(), part.values, part.offsets.int())
-            return RaggedCodes(*map(spread, short))
+        if isinstance(part, tuple):
+            return type(part)(*map(spread, part))
+        part = part if part.is_floating_point() else part.int()
         return torch.stack([part, part], -1)[..., 0]
 
-    apart = type(case)(*map(spread, case))
+    apart = spread(CASE)
     assert not apart.x.is_contiguous() and not apart.codes.values.is_contiguous()
-    found = everything(list(map(spread, encoding)), apart)
-    assert all(map(torch.equal, found, everything(encoding, case)))
+    found = everything(spread(ENCODING), apart)
+    assert all(map(torch.equal, found, everything(ENCODING, CASE)))
 
 
 @needs_compiler
-def test_weights_of_another_dtype_are_not_read_as_float32(case):
+def test_weights_of_another_dtype_are_not_read_as_float32():
     """A user's γ may be float64."""
-    codes, x, decoder, bias, _ = case
+    codes, x, decoder, bias, _ = CASE
     row_weights, columns = torch.ones(len(x)), torch.rand(x.shape[1], dtype=torch.float64)
     found, expected = (
         operations.reconstruct(codes, decoder, bias, x, row_weights, weights, torch.float32)

@@ -1,9 +1,8 @@
-"""What is particular to Triton: ties, room for codes, waiting for the device, compilation.
+"""What is particular to Triton: ties, room for codes, waiting for the device, compilation. What the
+operations compute is tested in ``../test_operations.py``, on a card where there is one.
 
-What the operations compute is tested in ``../test_operations.py``, on a card where there is one.
 Triton reads ``TRITON_INTERPRET`` when it is imported, so its interpreter on the CPU gets a process
-of its own: one test here runs both files in it. That the kernels are not only right but also
-compile for a card is tested without one.
+of its own: one test here runs both files in it. That the kernels compile is tested without a card.
 """
 
 import os
@@ -21,7 +20,6 @@ from sparse_cases import (
     F32,
     INTERPRETED,
     SUMS,
-    Encoding,
     Sums,
     cast,
     cut_tiles,
@@ -34,10 +32,11 @@ from sparse_cases import (
     whole,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.codes import RaggedCodes, SlotCapacity
+from llm_wsae.sparse.codes import Product, RaggedCodes, SlotCapacity
 from llm_wsae.training.architecture import Batch
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -61,9 +60,9 @@ def triton(request, monkeypatch):
 
 
 def layer(batch=BATCH, d_in=D_IN, shift=0):
-    """x, encoder and bias, float32, whose products are exact."""
+    """A product in float32 that is exact."""
     x, encoder, bias = whole(batch, D_SAE, shift)
-    return [part.to(DEVICE, torch.float32) for part in (x[:, :d_in], encoder[:, :d_in], bias)]
+    return cast(Product(x[:, :d_in], encoder[:, :d_in], bias), F32, DEVICE)
 
 
 @over(k=[7, 1, 40], tied=[True, False])
@@ -86,25 +85,17 @@ def test_numbers_that_are_not_finite_are_selected_so_that_they_are_seen(triton):
 
 
 def test_rows_without_room_are_told_and_have_it_the_next_time(triton):
-    x, encoder, bias = layer(shift=200)  # all latents are active
-    given = (x, encoder, bias, torch.zeros(D_SAE, device=DEVICE))
+    product = layer(shift=200)  # all latents are active
+    given = (product, torch.zeros(D_SAE, device=DEVICE))
     little = SlotCapacity()
     little.slots = 5
     codes = operations.encode_above(*given, little)
     assert not little.enough() and little.enough()  # a report is read once
     assert codes.offsets.tolist() == [5 * i for i in range(BATCH + 1)]
-    pre = torch.addmm(bias, x, encoder.T)
+    pre = product.pre()
     assert torch.equal(pre.gather(1, codes.indices.view(BATCH, 5)), codes.values.view(BATCH, 5))
     codes = operations.encode_above(*given, little)
     assert little.enough() and torch.equal(dense(codes, codes.values, D_SAE), pre)
-
-
-def test_a_batch_has_as_many_slots_whatever_the_guess(triton):
-    given = layer()
-    first, *others = (operations.encode_batch_topk(*given, 5, g) for g in (0.0, 7.0, 1e9))
-    assert len(first.values) == 5 * BATCH
-    for other in others:
-        assert all(map(torch.equal, first, other))
 
 
 class Watched(TorchDispatchMode):
@@ -126,34 +117,31 @@ class Watched(TorchDispatchMode):
 
         def watched_read(number):
             self._reading = True
-            try:
-                return read(number)
-            finally:
-                self._reading = False
+            found = read(number)
+            self._reading = False
+            return found
 
         monkeypatch.setattr(torch.Tensor, "tolist", watched_tolist)
         monkeypatch.setattr(DeferredScalar, "read", watched_read)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function._schema.name
-        by_mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        sizeless = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
-        waits = by_mask or sizeless or any(word in name for word in self.waits)
+        kwargs, name = kwargs or {}, function._schema.name
+        waits = any(word in name for word in self.waits)
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name == "aten::repeat_interleave":
+            waits = kwargs.get("output_size") is None
         if waits and not self._reading:
             self.waited.append(name)
         made = function(*args, **kwargs)
-        for one in made if isinstance(made, tuple | list) else (made,):
+        for one in tree_leaves(made):
             if isinstance(one, torch.Tensor) and one.dtype != torch.uint8:  # the interpreter's
                 self.largest = max(self.largest, one.numel())
         return made
 
 
 def test_no_operation_waits_for_the_device(triton, monkeypatch):
-    encoding = Encoding(*layer(batch=10))
-    given = encoding, cast(SUMS["nothing used"], F32, DEVICE)
+    given = layer(batch=10), cast(SUMS["nothing used"], F32, DEVICE)
     with Watched(monkeypatch) as watched:
         everything(*given)
     assert watched.waited == []
@@ -166,13 +154,13 @@ def test_no_operation_waits_for_the_device(triton, monkeypatch):
 
 
 def test_no_encoding_holds_all_pre_activations(triton, monkeypatch):
-    x, encoder, bias = layer(batch=10, d_in=4)
-    threshold = torch.full((D_SAE,), 9.0, device=DEVICE)
+    product, threshold = layer(batch=10, d_in=4), torch.full((D_SAE,), 9.0, device=DEVICE)
+    some = Product(product.x, product.encoder[:9], product.bias[:9])
     with Watched(monkeypatch) as watched:
-        operations.encode_topk(x, encoder, bias, 3)
-        operations.encode_batch_topk(x, encoder, bias, 1, 0.0)
-        operations.encode_above(x, encoder, bias, threshold, SlotCapacity())
-        operations.encode_dead(x, encoder[:9], bias[:9], threshold[:9] > 0, 3)
+        operations.encode_topk(product, 3)
+        operations.encode_batch_topk(product, 1, 0.0)
+        operations.encode_above(product, threshold, SlotCapacity())
+        operations.encode_dead(some, threshold[:9] > 0, 3)
     assert 0 < watched.largest < 10 * D_SAE
 
 
@@ -188,7 +176,7 @@ def test_no_whole_step_waits_for_the_device(triton, architecture, monkeypatch):
     if relu:
         arm.parameters.encoder_bias.fill_(-2.4 if architecture == "sparse relu" else -0.3)
     arm.last_fired.fill_(-10_000)
-    x = layer(batch=6, d_in=8)[0].contiguous()
+    x = layer(batch=6, d_in=8).x.contiguous()
     mask = (torch.arange(6, device=DEVICE) != 3).float()
     x *= mask[:, None] / x.std()
     batch = Batch(x, x, mask)
@@ -271,7 +259,7 @@ if not INTERPRETED:
         case = Sums(codes, rows, encoder, rows[0], rows)
         with using("triton"):
             for dtype in (F32, BF16):  # of products
-                everything(cast(Encoding(rows, encoder, vector), dtype), case, dtype)
+                everything(cast(Product(rows, encoder, vector), dtype), case, dtype)
         kernels = {name for name in vars(triton) if name.endswith("_kernel")}
         assert compiled.keys() == kernels
         assert all(code["cubin"] for codes in compiled.values() for code in codes)
