@@ -330,8 +330,9 @@ def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[_Occurrences, Su
     further = offsets_of(((bounds.diff() - 1) // span).clamp_(min=0))
     numbers = torch.arange(num_slots // span, device=device)
     owners = torch.searchsorted(further[1:], numbers, right=True)
-    sources = (part.contiguous() for part in (by_value, codes.values, x, output_gradient))
-    grouped = _Occurrences(bounds, further, order, codes.rows(), *sources, batch, d_in, span)
+    terms = (order, codes.rows(), by_value.contiguous(), codes.values.contiguous())
+    rows = (x.contiguous(), output_gradient.contiguous())
+    grouped = _Occurrences(bounds, further, *terms, *rows, batch, d_in, span)
     pieces = SubsetGradients(owners, *_empty_sums(len(owners), codes.values, d_in))
     _run_by_columns(_further_sums_kernel, len(owners), grouped, pieces, d_sae, d_in)
     return grouped, pieces
