@@ -12,11 +12,8 @@ computes exactly the numbers of the model alone.
 
 Rows that the dictionary's training excluded keep the model's stream, as in ``evaluate``, and have
 no latents: massive activations, padding, and the first positions of a context, or with ``keep`` the
-positions that it excludes.
-
-Edits map activations of latents to new ones, token by token. Their ``positions`` are those of the
-token ids, generated ones included: ``slice(ids.shape[1], None)`` is what is generated after
-``ids``. None: all.
+positions that it excludes. The ``positions`` of an edit are those of the token ids, generated ones
+included: ``slice(ids.shape[1], None)`` is what is generated after ``ids``. None: all.
 """
 
 import copy
@@ -52,6 +49,9 @@ class Ablate:
     latent: Latents
     positions: slice | None = None
 
+    def of(self, values: Tensor) -> Tensor:
+        return values * 0
+
 
 @dataclass(frozen=True)
 class Clamp:
@@ -62,6 +62,9 @@ class Clamp:
     """Their activation."""
     positions: slice | None = None
 
+    def of(self, values: Tensor) -> Tensor:
+        return values * 0 + self.value
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -70,6 +73,9 @@ class Scale:
     latent: Latents
     factor: float
     positions: slice | None = None
+
+    def of(self, values: Tensor) -> Tensor:
+        return values * self.factor
 
 
 @dataclass(frozen=True)
@@ -82,20 +88,11 @@ class Steer:
     values move the other way."""
     positions: slice | None = None
 
+    def of(self, values: Tensor) -> Tensor:
+        return values + self.strength
+
 
 Edit = Ablate | Clamp | Scale | Steer
-
-
-def _edited(edit: Edit, values: Tensor) -> Tensor:
-    match edit:
-        case Ablate():
-            return values * 0
-        case Clamp():
-            return values * 0 + edit.value
-        case Scale():
-            return values * edit.factor
-        case Steer():
-            return values + edit.strength
 
 
 class _Splice:
@@ -109,23 +106,6 @@ class _Splice:
         stream was not changed."""
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
-    def check(self, edit: Edit | Function) -> None:
-        if not isinstance(edit, Edit):
-            return
-        where = edit.positions or slice(None)
-        # negative positions would move while generating
-        if min(where.start or 0, where.stop or 0, where.step or 1) < 0 or where.step == 0:
-            raise UsageError(
-                f"positions are counted from the first token, so {where.start}:{where.stop} with a "
-                f"step of {where.step} is impossible; give numbers from 0 on"
-            )
-        for latent in _latents(edit):
-            if not 0 <= latent < self.dictionary.d_sae:
-                raise UsageError(
-                    f"there is no latent {latent}; the dictionary for {self.dictionary.site} has "
-                    f"latents 0 to {self.dictionary.d_sae - 1}"
-                )
-
     def visit(self, hidden: Tensor, attached: "Attached") -> Tensor | None:
         """The stream to continue with [contexts, positions, d_in]; None leaves it unchanged."""
         if self.dictionary.W_enc.device != hidden.device:  # blocks may be on several devices
@@ -136,7 +116,7 @@ class _Splice:
         base = x if attached.error else self.dictionary.decode(codes)
         change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
         for edit in self.edits:
-            codes, moved = self._apply(edit, codes, rows, attached.cached)
+            codes, moved = self._apply(edit, codes, rows, attached._cached)
             change = change + moved
         self.codes = Codes(_placed(codes.indices, rows), _placed(codes.values, rows))
         if attached.error and not self.edits:
@@ -153,7 +133,7 @@ class _Splice:
                 "supported"
             )
         contexts, length = hidden.shape[:2]
-        stop, keep, padding = attached.cached + length, attached.keep, attached.padding
+        stop, keep, padding = attached._cached + length, attached.keep, attached._padding
         mask = torch.ones(contexts, stop, dtype=torch.bool, device=hidden.device)
         if padding is not None and padding.shape == mask.shape:
             mask = padding.to(hidden.device).bool()
@@ -166,7 +146,7 @@ class _Splice:
         else:
             known = keep[:, :stop].to(hidden.device).bool()
             rows = nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
-        rows = rows[:, attached.cached :]
+        rows = rows[:, attached._cached :]
         threshold = self.dictionary.info.massive_threshold
         return rows if threshold is None else rows & ~(hidden.float().norm(dim=2) > threshold)
 
@@ -187,13 +167,23 @@ class _Splice:
             where = torch.zeros(cached + rows.shape[1], dtype=torch.bool, device=device)
             where[edit.positions or slice(None)] = True
             here = where[cached:].expand(rows.shape)[rows]
-            after = torch.where(here[:, None], _edited(edit, before), before)
+            after = torch.where(here[:, None], edit.of(before), before)
         else:
-            after = _returned(edit, _placed(before, rows))[rows]
-        others = codes.values.where(slot == len(latents), 0.0)
+            dense = _placed(before, rows)
+            returned = edit(dense)
+            after = dense if returned is None else returned  # perhaps changed in place
+            if after.shape != dense.shape:
+                raise UsageError(
+                    f"a function of latents {list(dense.shape)} returned {list(after.shape)}"
+                )
+            after = after[rows]
+        values = torch.cat([codes.values.where(slot == len(latents), 0.0), after], 1)
         indices = torch.cat([codes.indices, latents.expand(len(before), -1)], 1)
-        new = Codes(indices, torch.cat([others, after], 1))
-        return _without_empty(new), (after - before) @ self.dictionary.W_dec[latents]
+        # in as few slots as hold what is not 0
+        width = max(1, int((values != 0).sum(1).max())) if len(values) else 1
+        slots = values.detach().abs().topk(width, dim=1).indices
+        new = Codes(indices.gather(1, slots), values.gather(1, slots))
+        return new, (after - before) @ self.dictionary.W_dec[latents]
 
 
 def _latents(edit: Edit) -> list[int]:
@@ -205,28 +195,26 @@ def _latents(edit: Edit) -> list[int]:
         return list(dict.fromkeys(map(operator.index, latent)))
 
 
-def _returned(function: Function, latents: Tensor) -> Tensor:
-    """What a function makes of all latents, perhaps in place."""
-    returned = function(latents)
-    found = latents if returned is None else returned
-    if found.shape != latents.shape:
+def _check(edit: Edit, dictionary: Dictionary) -> None:
+    where = edit.positions or slice(None)
+    # negative positions would move while generating
+    if min(where.start or 0, where.stop or 0, where.step or 1) < 0 or where.step == 0:
         raise UsageError(
-            f"a function of latents {list(latents.shape)} returned {list(found.shape)}"
+            f"positions are counted from the first token, so {where.start}:{where.stop} with a "
+            f"step of {where.step} is impossible; give numbers from 0 on"
         )
-    return found
+    for latent in _latents(edit):
+        if not 0 <= latent < dictionary.d_sae:
+            raise UsageError(
+                f"there is no latent {latent}; the dictionary for {dictionary.site} has latents 0 "
+                f"to {dictionary.d_sae - 1}"
+            )
 
 
 def _placed(values: Tensor, rows: Tensor) -> Tensor:
     """Values of ``rows`` [rows, n] as [contexts, positions, n], 0 elsewhere."""
     placed = values.new_zeros(*rows.shape, values.shape[1])
     return placed.masked_scatter(rows[..., None], values)
-
-
-def _without_empty(codes: Codes) -> Codes:
-    """The codes [rows, slots] in as few slots as hold what is not 0."""
-    width = max(1, int((codes.values != 0).sum(1).max())) if len(codes.values) else 1
-    slots = codes.values.detach().abs().topk(width, dim=1).indices
-    return Codes(codes.indices.gather(1, slots), codes.values.gather(1, slots))
 
 
 class Attached:
@@ -237,9 +225,9 @@ class Attached:
     always may). Both can be set between forward passes.
     """
 
-    cached = 0
+    _cached = 0
     """Positions that earlier forward passes have read, when the current one began."""
-    padding: Tensor | None = None
+    _padding: Tensor | None = None
     """Which tokens are text [contexts, positions], those included; None without padding."""
 
     def __init__(self, splices: dict[Site, _Splice], error: bool, keep: Tensor | None):
@@ -262,7 +250,8 @@ class Attached:
         """
         splice = self._splice(site)
         for edit in edits:
-            splice.check(edit)
+            if isinstance(edit, Edit):
+                _check(edit, splice.dictionary)
         splice.edits += edits
 
     def clear(self, site: Site | str | None = None) -> None:
@@ -370,8 +359,8 @@ def _look(attached: Attached, _: nn.Module, args: tuple, kwargs: dict[str, Any])
 
     # By type: the parameter's name changed between versions of transformers.
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-    attached.cached = int(caches[0].get_seq_length()) if caches else 0
-    attached.padding = _padding(kwargs.get("attention_mask"), attached.cached)
+    attached._cached = int(caches[0].get_seq_length()) if caches else 0
+    attached._padding = _padding(kwargs.get("attention_mask"), attached._cached)
 
 
 def _padding(mask: Any, cached: int) -> Tensor | None:

@@ -143,11 +143,13 @@ class Endpoint:
                 return self._known[digest]
         answer, why, status = self._answer(body)
         with self._lock:
-            if answer is None:
+            if answer is not None:
+                return self._keep(
+                    {"question": digest, "about": about, **answer, "messages": messages}
+                )
+            if not self._stopped.is_set():
                 self._failed(why, status)
-                return None
-            self._in_a_row = 0
-            return self._keep({"question": digest, "about": about, **answer, "messages": messages})
+            return None
 
     def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str, int]:
         """The endpoint's reply, or None and why there is none; and the last status, or 0."""
@@ -230,8 +232,6 @@ class Endpoint:
         return text.replace(self._key, "…") if self._key else text
 
     def _failed(self, why: str, status: int) -> None:
-        if self._stopped.is_set():
-            return
         self.tally.failed += 1
         self.tally.why = why
         if status in _OF_THE_QUESTION and self.tally.asked + self.tally.known:
@@ -251,6 +251,7 @@ class Endpoint:
             self._file.flush()
             os.fsync(self._file.fileno())
         self._known[line["question"]] = answer
+        self._in_a_row = 0
         self.tally.asked += 1
         self.tally.tokens_in += line["tokens_in"]
         self.tally.tokens_out += line["tokens_out"]

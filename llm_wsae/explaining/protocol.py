@@ -15,7 +15,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from llm_wsae.errors import UsageError
@@ -127,9 +127,9 @@ class Examined:
     """What was asked about one latent, and answered."""
 
     texts: LatentTexts
-    explanation: str | None = None
-    trials: dict[str, list[Trial]] = field(default_factory=dict)
+    trials: dict[str, list[Trial]]
     """By score."""
+    explanation: str | None = None
     questions: int = 0
     unread: int = 0
     """Questions whose answers have another form than was asked for."""
@@ -195,17 +195,15 @@ _INTRUDE = (
 
 def examine(texts: LatentTexts, ask: Ask, config: ExplainConfig, about: str) -> Examined:
     """Have one latent explained, and judged by the explanation on other texts."""
-    done = Examined(texts, trials={name: [] for name in config.scores})
+    done = Examined(texts, {name: [] for name in config.scores})
     draw = random.Random(f"{config.seed} {texts.latent}")
 
     def put(question: Question, what: str) -> Any:
         done.questions += 1
         answer = ask(question, f"{about}, latent {texts.latent}: {what}")
-        if answer is None:
-            done.failed += 1
-            return None
-        value = question.read(answer)
-        done.unread += value is None
+        value = None if answer is None else question.read(answer)
+        done.failed += answer is None
+        done.unread += answer is not None and value is None
         return value
 
     def judge(name: ScoreName, items: list[tuple[str, bool, str]]) -> None:
@@ -214,8 +212,7 @@ def examine(texts: LatentTexts, ask: Ask, config: ExplainConfig, about: str) -> 
             part = items[start : start + config.batch]
             own = [text for text, _, _ in part]
             answers = put(judging_question(name, done.explanation or "", own), name)
-            answers = [None] * len(part) if answers is None else answers
-            for (_, truth, kind), said in zip(part, answers, strict=True):
+            for (_, truth, kind), said in zip(part, answers or [None] * len(part), strict=True):
                 done.trials[name].append(Trial(truth, kind, said))
 
     if {"detection", "fuzzing"} & set(config.scores):
@@ -294,12 +291,8 @@ def _question(
     **told: str,
 ) -> Question:
     numbered = [{"number": number, "text": text} for number, text in enumerate(texts, 1)]
-    schema = {
-        "type": "object",
-        "properties": {key: form},
-        "required": [key],
-        "additionalProperties": False,
-    }
+    schema: dict[str, Any] = {"type": "object", "properties": {key: form}}
+    schema |= {"required": [key], "additionalProperties": False}
     user = json.dumps({**told, "texts": numbered}, ensure_ascii=False)
     return Question(system, user, schema, answer_tokens, lambda answer: read(_value(answer, key)))
 
@@ -313,7 +306,7 @@ def _value(answer: str, key: str) -> Any:
         pairs = json.loads(bare, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(pairs, list) or len(pairs) != 1 or not isinstance(pairs[0], tuple):
-        return None
-    name, value = pairs[0]
-    return value if name == key else None
+    match pairs:
+        case [tuple((name, value))] if name == key:  # a tuple is an entry of an object
+            return value
+    return None

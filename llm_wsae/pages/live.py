@@ -73,9 +73,7 @@ class Session:
         finally:
             self._busy.release()
 
-    def _steered(
-        self, dictionary: Dictionary, text: str, asked: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _steered(self, dictionary: Dictionary, text: str, asked: Mapping[str, Any]) -> Any:
         """What the model writes after a text without and with a latent turned up, whether either
         was cut for want of time, and by how much the edit changed the logits of the text's last
         token."""

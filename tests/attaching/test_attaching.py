@@ -200,22 +200,24 @@ def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
 @over(error=[True, False])
 def test_a_function_sees_and_changes_all_latents(model, ids, error):
     one, seen = dictionary(), []
+
+    def fill(latents):
+        return latents + (latents == 0) * 0.25
+
     with attach(model, one, error=error) as attached:
         untouched = model.logits(ids)
         attached.edit(SITE, seen.append)  # returns None: it only looks
         assert torch.equal(model.logits(ids), untouched)
-        torch.testing.assert_close(seen[-1], attached.latents(SITE), atol=0, rtol=0)
-        assert seen[-1].shape == (*ids.shape, 80) and not seen[-1][:, 0].any()
-        attached.edit(SITE, lambda latents: latents.mul_(2))  # in place
-        attached.edit(SITE, lambda latents: latents + (latents == 0) * 0.25)
+        (own,) = seen
+        torch.testing.assert_close(own, attached.latents(SITE), atol=0, rtol=0)
+        assert own.shape == (*ids.shape, 80) and not own[:, 0].any()
+        attached.edit(SITE, lambda latents: latents.mul_(2), fill)  # the first in place
         mapped, after = model.logits(ids), attached.latents(SITE)
-        assert torch.equal(seen[0], seen[-1])  # edits act in the order in which they were added
-        torch.testing.assert_close(after[:, 1:], (seen[-1] * 2 + (seen[-1] == 0) * 0.25)[:, 1:])
-        assert not after[:, 0].any()
+        torch.testing.assert_close(after[:, 1:], fill(own * 2)[:, 1:])  # in the order given
+        assert torch.equal(own, seen[-1]) and not after[:, 0].any()
         attached.clear()
-        firing = [int(j) for j in (seen[0] > 0).any(1).any(0).nonzero()[:, 0]]
-        attached.edit(SITE, Scale(firing, 2.0))  # another way to say the same
-        attached.edit(SITE, lambda latents: latents + (latents == 0) * 0.25)
+        firing = own.any(1).any(0).nonzero()[:, 0]
+        attached.edit(SITE, Scale(firing, 2.0), fill)  # another way to say the same
         torch.testing.assert_close(model.logits(ids), mapped, atol=1e-3, rtol=1e-3)
 
 
@@ -324,16 +326,18 @@ def test_bad_requests_are_sentences(model, ids):
     if not model.paths.mid:
         refused("no blocks.1.hook_resid_mid", dictionary("blocks.1.hook_resid_mid"))
     with attach(model, dictionary()) as attached:
-        for ask, said in (
-            (lambda: attached.codes(SITE), "no forward pass has reached blocks.1"),
-            (lambda: attached.latents(EARLIER), "did you mean 'blocks.1.hook_resid_post'"),
-            (lambda: attached.edit(SITE, Ablate([3, 80])), "no latent 80; .* has latents 0 to 79"),
-            (lambda: attached.edit(SITE, Steer(7, 6.0, slice(-1, None))), "from the first token"),
-            (lambda: attached.edit(SITE, Steer(7, 6.0, slice(None, -1))), "from the first token"),
-            (lambda: attached.edit(SITE, Steer(7, 6.0, slice(0, 9, -1))), "a step of -1"),
+        for edit, said in (
+            (Ablate([3, 80]), "no latent 80; .* has latents 0 to 79"),
+            (Steer(7, 6.0, slice(-1, None)), "from the first token"),
+            (Steer(7, 6.0, slice(None, -1)), "from the first token"),
+            (Steer(7, 6.0, slice(0, 9, -1)), "a step of -1"),
         ):
             with pytest.raises(UsageError, match=said):
-                ask()
+                attached.edit(SITE, edit)
+        with pytest.raises(UsageError, match=r"no forward pass has reached blocks\.1"):
+            attached.codes(SITE)
+        with pytest.raises(UsageError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
+            attached.latents(EARLIER)
         attached.edit(SITE, lambda latents: latents[:, 1:])
         with pytest.raises(UsageError, match=r"returned \[3, 10, 80\]"):
             model.logits(ids)

@@ -26,18 +26,15 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
-from llm_wsae.inspecting.directions import Vocabulary, nearest
+from llm_wsae.inspecting.directions import nearest
 from llm_wsae.inspecting.inspection import read_sentence
-from llm_wsae.model.site import Site
 from llm_wsae.pages import collecting
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
 from llm_wsae.pages.dashboard import (
-    Words,
     facts,
     most_megabytes,
     named_dictionaries,
     principal_components,
-    shown,
     table,
     what_fits,
 )
@@ -63,62 +60,63 @@ def of_kind(world, store, kind: str) -> Dictionary:
 def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeypatch):
     monkeypatch.setattr(collecting, "ROWS_AT_ONCE", 700)  # pieces that end within contexts
     dictionary = of_kind(world, store, kind)
-    rows = store.rows(Site.parse(SITE), 0, store.num_rows).float()
+    rows = store.rows(dictionary.site, 0, store.num_rows).float()
     usable = rows.norm(dim=1) <= (dictionary.info.massive_threshold or torch.inf)
     assert usable.float().mean() == pytest.approx(1 if kind == "topk" else 0.95, abs=1e-3)
     dense = dictionary.encode(rows) * usable[:, None]
-    context = torch.from_numpy(context_of_every_row(store)).long()
-    one = collect(store, {"one": dictionary}, TOP, BANDS)["one"]
-    assert one.rows_seen == int(usable.sum()) and int((dense > 0).sum()) > len(rows)
-    contexts = context.tolist()
-    assert torch.equal(one.count, (dense > 0).sum(0))
-    torch.testing.assert_close(one.total, dense.sum(0))
-    assert torch.equal(one.histogram.sum(1), one.count)
     fires = (dense > 0).float()
+    contexts = context_of_every_row(store).tolist()
+    one = collect(store, {"one": dictionary}, TOP, BANDS)["one"]
+    assert one.rows_seen == int(usable.sum()) and int(fires.sum()) > len(rows)
+    assert torch.equal(one.count, fires.sum(0).long())
+    assert torch.equal(one.histogram.sum(1), one.count)
     both = fires.T @ fires
     either = fires.sum(0)[:, None] + fires.sum(0) - both
     overlap = (both / either.clamp(min=1)).fill_diagonal_(0)
-    torch.testing.assert_close(one.overlap, overlap.topk(5, dim=1).values)
-    torch.testing.assert_close(overlap.gather(1, one.together), one.overlap)
-    smallest = dense.where(dense > 0, torch.inf).amin(1)
-    torch.testing.assert_close(one.floor, smallest)
-    for latent in range(dictionary.d_sae):
+    for found, expected in (
+        (one.total, dense.sum(0)),
+        (one.overlap, overlap.topk(5, dim=1).values),
+        (one.overlap, overlap.gather(1, one.together)),
+        (one.floor, dense.where(dense > 0, torch.inf).amin(1)),
+    ):
+        torch.testing.assert_close(found, expected)
+    for latent, own in enumerate(dense.T):
         best = {}
-        for row in dense[:, latent].argsort(descending=True)[: one.count[latent]].tolist():
+        for row in own.argsort(descending=True)[: one.count[latent]].tolist():
             best.setdefault(contexts[row], row)
         wanted = list(best.values())[:TOP]
-        values = one.value[latent, : len(wanted)]
-        torch.testing.assert_close(values, dense[wanted, latent])
+        torch.testing.assert_close(one.value[latent, : len(wanted)], own[wanted])
         assert (one.row[latent, len(wanted) : TOP] == -1).all()
-        bands = one.row[latent, TOP:]
+        bands, of_bands, edges = one.row[latent, TOP:], one.value[latent, TOP:], one.edges[latent]
         new = bands >= 0
         assert not new.any() or one.count[latent] >= BANDS
-        torch.testing.assert_close(one.value[latent, TOP:][new], dense[bands[new], latent])
-        assert one.value[latent, TOP] >= one.value[latent, TOP + 1] or not new.all()
+        torch.testing.assert_close(of_bands[new], own[bands[new]])
+        assert of_bands[0] >= of_bands[1] or not new.all()
         assert not set(bands[new].tolist()) & set(wanted)
-        edges, of_bands = one.edges[latent], one.value[latent, TOP:]
         assert edges[0] == one.value[latent, 0] and edges[-1] == 0
         assert ((edges[1:] <= of_bands) & (of_bands <= edges[:-1]))[new].all()
         if one.count[latent] > TOP + BANDS * SAMPLE and len(best) > TOP:
             assert new.any()  # else every band would have drawn one of the strongest
-    mean = store.statistics(dictionary.site).mean.float()
-    every = torch.arange(dictionary.d_sae)
-    shown_texts = windows(store, dictionary, every, one.row, one.floor, before=2, after=1)
+    check_windows(store, dictionary, one, rows, dense, contexts)
+
+
+def check_windows(store, dictionary, one, rows, dense, contexts):
+    """Tokens, activations and sources around every example."""
+    every, mean = torch.arange(dictionary.d_sae), store.statistics(dictionary.site).mean.float()
+    found = windows(store, dictionary, every, one.row, one.floor, before=2, after=1)
     where = store.locate(one.row.flatten().clamp(min=0))
     for example, row in enumerate(one.row.flatten().tolist()):
-        ids, activations = shown_texts.ids[example], shown_texts.activation[example]
+        ids, activations = found.ids[example], found.activation[example]
         if row < 0:
             assert (ids == -1).all() and not activations.any()
             continue
         latent, at = example // one.row.shape[1], int(where.position[example])
         assert ids[2] == where.ids[example, at]
         assert activations[2] == pytest.approx(float(dense[row, latent]), rel=1e-4)
-        given = (rows[row] - mean) * dictionary.W_enc[:, latent]
-        assert shown_texts.part[example] == pytest.approx(given.topk(3).values.numpy(), abs=1e-4)
-        assert given[shown_texts.source[example]].numpy() == pytest.approx(
-            shown_texts.part[example], abs=1e-4
-        )
-        if row + 1 < len(rows) and context[row + 1] == context[row] and ids[3] >= 0:
+        given, parts = (rows[row] - mean) * dictionary.W_enc[:, latent], found.part[example]
+        assert parts == pytest.approx(given.topk(3).values.numpy(), abs=1e-4)
+        assert given[found.source[example]].numpy() == pytest.approx(parts, abs=1e-4)
+        if ids[3] >= 0 and contexts[row : row + 2] == [contexts[row]] * 2:
             assert activations[3] == pytest.approx(float(dense[row + 1, latent]), abs=1e-4)
 
 
@@ -212,24 +210,22 @@ def test_the_card_shows_what_was_measured():
             "frozen decoder": {"fidelity": {"fvu": 0.6, "ce_recovered": "much"}},
         },
     }
-    dictionary = make_dictionary(metrics=metrics)
+    dictionary, seen = make_dictionary(metrics=metrics), TextSize(100, 5, 4.0)
     nothing = Firings(dictionary, torch.zeros(9, dtype=torch.int32), 1, 1).finish()
-    seen = TextSize(100, 5, 4.0)
     groups = dict(facts(dictionary, "one", nothing, seen)["facts"])
-    assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
-        ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
-    ]  # fmt: skip
+    fidelity = [("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]")]
+    assert [line[:2] for line in groups["Fidelity on held-out text"]] == fidelity
     beside = groups["The same of untrained and half-trained baselines (FVU, CE recovered, KL)"]
     assert beside == [("raw dimensions", "0.600, 0.500, 2.500", "")]
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning
-    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
-    partner = nearest(dictionary.W_dec, dictionary.W_dec[order] + 0.0, 1)
-    columns = table(dictionary, nothing, torch.zeros(80), (partner[0] + 12_345, partner[1]), {})
-    assert columns["partner"] == (order.argsort() + 12_345).tolist()  # numbers are exact
     unmeasured = facts(make_dictionary(metrics={}), "one", nothing, seen)["facts"]
     assert [title for title, _ in unmeasured] == ["What it is", "On the rows of this page"]
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
+    partner, likeness = nearest(dictionary.W_dec, dictionary.W_dec[order], 1)
+    columns = table(dictionary, nothing, torch.zeros(80), (partner + 12_345, likeness), {})
+    assert columns["partner"] == (order.argsort() + 12_345).tolist()  # numbers are exact
 
 
 def test_principal_components_are_those_of_the_covariance():
@@ -243,13 +239,6 @@ def test_principal_components_are_those_of_the_covariance():
     state = torch.random.get_rng_state()
     assert torch.equal(principal_components(decoder), found)
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_text_of_a_corpus_is_harmless():
-    assert shown("a\u202eb\u200bc\x00") == r"a\u202eb\u200bc\x00"
-    assert shown("\n\t") == "↵→" and len(shown("x" * 10_000)) == 81
-    words = Words(Vocabulary(None))
-    assert words.number(7) == words.number(7) == 0 and words.texts == ["<7>"]
 
 
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path):
@@ -460,22 +449,21 @@ def test_a_prompt_shows_its_latents_and_the_view_asked_for_last_stays(tab):
         assert (shown, heading[:4]) == (("Overview", "What") if order else ("Prompts", "Sent"))
 
 
-def test_paper_is_white(tab):
+def test_nothing_is_wider_than_the_window_in_light_or_dark_and_paper_is_white(tab):
+    views = ("overview", "latents", "compare", "prompts")
+    check_width_and_colours(tab, lambda view: show(tab, view), views)
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not tab.locator("header").is_visible() and tab.locator("main h1").is_visible()
-
-
-def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
-    views = ("overview", "latents", "compare", "prompts")
-    check_width_and_colours(tab, lambda view: show(tab, view), views)
 
 
 def test_hostile_text_does_nothing(browser, world, model, tmp_path):
     """Tokens that would end the script, reverse the line, hide, or fill the window; and a name that
     would do the first two."""
     image = "</script><img src=x onerror=alert(1)>"
-    bad = with_hostile_tokens(model, image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000)
+    bad = with_hostile_tokens(
+        model, image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000, "c\n\td"
+    )
     found, out = {f"{image}\u202e": Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
     dashboard(found, world / "store", bad, out, prompts=["w1 w2 w3"])
     with watched(browser, f"file://{out}") as tab:
@@ -486,7 +474,7 @@ def test_hostile_text_does_nothing(browser, world, model, tmp_path):
             assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
             if view == "latents/L1":
                 assert r"\u202eabc" in text and r"a\u200b\u200d\ufeffb" in text
-                assert "y" * 80 + "…" in text and "y" * 81 not in text
+                assert "y" * 80 + "…" in text and "y" * 81 not in text and "c↵→d" in text
                 assert not set("\u202e\u200b\u200d\ufeff") & set(text)
 
 
