@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,12 @@ def dashboard(
     # Refused before its rows are read, if it is sure to be too large.
     _check_size(most_megabytes([one.d_sae for one in named.values()], top + bands, firings), _RARE)
     scored = {} if scores is None else read_scores(Path(scores), named)
-    words, said = Words(Vocabulary(model.tokenizer)), {}
+    vocabulary, said = Vocabulary(model.tokenizer), {}
     for name, dictionary in named.items():
         said[name] = read_explanations(dictionary.folder) if dictionary.folder else {}
     sentences = [[read_sentence(model, one, text) for one in named.values()] for text in prompts]
+    tokens = {token.id for each in sentences for own in each for token in own}
+    word = cache(lambda token: shown(vocabulary.text(token)))
     found, seen = collect(store, named, top, bands, rows), store.text_size(rows)
     readout, decoders = Readout(model), [one.W_dec for one in named.values()]
     parts: list[tuple[str, str]] = []
@@ -136,10 +139,11 @@ def dashboard(
         # the first is compared with the second, all others with the first
         partner = None if len(named) == 1 else 0 if index else 1
         beside = None if partner is None else nearest(dictionary.W_dec, decoders[partner], 1)
-        latents = Latents(dictionary, store, found[name], words, readout, said[name])
+        latents = Latents(dictionary, store, found[name], word, readout, said[name])
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
         columns = table(dictionary, found[name], latents.cosine, beside, scored.get(name, {}))
         parts += [(f"table-{index}", packed(columns)), (f"search-{index}", packed(latents.search))]
+        tokens |= latents.tokens
         overviews.append(facts(dictionary, name, found[name], seen) | {"partner": partner})
     about = {
         "dictionaries": overviews,
@@ -148,13 +152,13 @@ def dashboard(
         "dense": DENSE_DENSITY,
         "scores": SCORES,
         "prompts": [
-            [active_latents(own, lambda token: words.number(token.id)) for own in one]
-            for one in sentences
+            [[(token.id, strongest(token)) for token in own] for own in each] for each in sentences
         ],
         "live": live,
         "corpus": str(store.manifest.corpus.get("name", "")),
     }
-    page = filled("page.html", about, [*parts, ("words", packed(words.texts))], asks_server=live)
+    parts.append(("words", packed({token: word(token) for token in sorted(tokens)})))
+    page = filled("page.html", about, parts, asks_server=live)
     megabytes = len(page.encode()) / 1e6
     _check_size(megabytes)
     write_text(out, page)
@@ -245,28 +249,6 @@ def read_scores(
             "`llm-wsae evaluate --monosemantic` writes them"
         )
     return found
-
-
-class Words:
-    """The tokens that a page shows, each once."""
-
-    def __init__(self, vocabulary: Vocabulary):
-        self._vocabulary = vocabulary
-        self._numbers: dict[int, int] = {}
-        self.texts: list[str] = []
-
-    def number(self, token: int) -> int:
-        """The place of a token in the page's list."""
-        if token not in self._numbers:
-            self._numbers[token] = len(self.texts)
-            self.texts.append(shown(self._vocabulary.text(token)))
-        return self._numbers[token]
-
-    def numbers(self, tokens: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
-        """The places of many tokens; −1 stays."""
-        found, where = np.unique(tokens, return_inverse=True)
-        places = [-1 if token < 0 else self.number(token) for token in found.tolist()]
-        return np.array(places)[where].reshape(tokens.shape)
 
 
 def shown(text: str) -> str:
@@ -382,11 +364,11 @@ class Latents:
         dictionary: Dictionary,
         store: ActivationStore,
         found: Firings,
-        words: Words,
+        word: Callable[[int], str],
         readout: Readout,
         explanations: Mapping[int, Explanation],
     ):
-        self._decoder, self._found, self._words = dictionary.W_dec, found, words
+        self._decoder, self._found, self._word = dictionary.W_dec, found, word
         self._readout, self._explanations = readout, explanations
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
@@ -397,7 +379,8 @@ class Latents:
             for own in written(dictionary, every, _DIMENSIONS)
         ]
         self._windows = windows(store, dictionary, every, found.row, found.floor, BEFORE, AFTER)
-        self._tokens = words.numbers(self._windows.ids)
+        self.tokens = {*np.unique(self._windows.ids).tolist()} - {-1}
+        """Ids of the tokens that are shown; those of ``chunks`` come with them."""
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
         shades = np.ceil(self._windows.activation / largest[:, None] * _SHADES)
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
@@ -413,14 +396,15 @@ class Latents:
             yield from (packed(made[at : at + CHUNK]) for at in range(0, len(made), CHUNK))
 
     def _latent(self, latent: int, logits: Float[Tensor, " words"]) -> dict[str, Any]:
-        found, texts = self._found, self._words.texts
+        found = self._found
         ranks = torch.where(found.row[latent] >= 0)[0].tolist()
         examples = [self._example(latent, rank) for rank in ranks]
         together = _pairs(found.together[latent], found.overlap[latent])
         promotes, suppresses = (
-            [(self._words.number(token), _short(value)) for token, value in best]
-            for best in (top_words(logits, _WORDS), top_words(logits, _WORDS, largest=False))
+            [(token, _short(value)) for token, value in top_words(logits, _WORDS, largest)]
+            for largest in (True, False)
         )
+        self.tokens.update(token for token, _ in [*promotes, *suppresses])
         new: dict[str, Any] = {
             "examples": examples,
             "histogram": found.histogram[latent].tolist(),
@@ -431,8 +415,8 @@ class Latents:
             "suppresses": suppresses,
             "logits": _histogram(logits),
         }
-        fires = [texts[tokens[centre]].strip() for _, _, _, centre, tokens, _, _ in examples[:6]]
-        promoted = [texts[token].strip() for token, _ in promotes[:3]]
+        fires = [self._word(ids[centre]).strip() for _, _, _, centre, ids, _, _ in examples[:6]]
+        promoted = [self._word(token).strip() for token, _ in promotes[:3]]
         listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promoted)]
         if (said := self._explanations.get(latent)) is not None:
             new["explanation"] = _said(said)
@@ -450,7 +434,7 @@ class Latents:
             _short(float(self._found.value[latent, rank])),
             shown(self._windows.document[place]),
             BEFORE - here.start,
-            self._tokens[place, here].tolist(),
+            self._windows.ids[place, here].tolist(),
             self._shades[place, here].tolist(),
             [[int(dimension), _short(float(part), 3)] for dimension, part in sources],
         ]
@@ -500,9 +484,6 @@ def packed(value: Any) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
-def active_latents(tokens: Sequence[Token], name: Callable[[Token], Any]) -> list[Any]:
-    """The names of a sentence's tokens, each with the latents that fire most on it."""
-    return [
-        (name(token), [(one.latent, _short(one.activation)) for one in token.latents[:_SHOWN]])
-        for token in tokens
-    ]
+def strongest(token: Token) -> list[tuple[int, float | None]]:
+    """The latents that fire most on a token of a sentence, and their activations."""
+    return [(one.latent, _short(one.activation)) for one in token.latents[:_SHOWN]]

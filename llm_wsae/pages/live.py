@@ -30,7 +30,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.inspection import read_sentence, token_ids
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import mapping, parse_json
-from llm_wsae.pages.dashboard import active_latents, shown
+from llm_wsae.pages.dashboard import shown, strongest
 
 LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
 SECONDS = 20.0  # for one text that the model writes, and to wait for the model
@@ -68,7 +68,7 @@ class Session:
             with torch.no_grad():
                 if asked.get("latent") is None:
                     tokens = read_sentence(self._model, dictionary, text)
-                    return {"tokens": active_latents(tokens, lambda token: shown(token.token))}
+                    return {"tokens": [(shown(one.token), strongest(one)) for one in tokens]}
                 return self._steered(dictionary, text, asked)
         finally:
             self._busy.release()

@@ -173,7 +173,7 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
     number, value, _, centre, tokens, shades, _ = latents[
         int(torch.tensor(columns["density"]).argmax())
     ]["examples"][0]
-    assert number == 0 and value > 0 and shades[centre] == 99 and len(words[tokens[centre]])
+    assert number == 0 and value > 0 and shades[centre] == 99 and len(words[str(tokens[centre])])
     (prompt,) = about["prompts"]
     for found, dictionary in zip(prompt, (first, second), strict=True):
         wanted = read_sentence(model, dictionary, "one two three")
