@@ -64,8 +64,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
     with parsing(f"{path} is damaged and cannot be used ({_WAY_OUT})"):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
         head = mapping(check_line(first))
-        version = head.get("format_version")
-        if head.get("format") != _FORMAT or type(version) is not int or version > _FORMAT_VERSION:
+        if (head.get("format"), head.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
             raise LlmWsaeError(
                 f"{path} does not hold explanations as this version writes them; update llm-wsae, "
                 f"or {_WAY_OUT}"

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from command_line import content
 from fuzzing import Fuzz, blind, change, frozen, places
-from hub_fixtures import REPO
+from hub_fixtures import HERE, REPO
 from hub_server import WRITER, Said
-from small_dictionaries import SITE, make_dictionary
+from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
@@ -39,9 +39,9 @@ WHERE = ("/api/models/user/saes$", "/tree/", "/resolve/", "/storage/", "/api/", 
 
 def names(victims: Path) -> list[str]:
     """Where a server would like to write: a file that is there, and one that is not."""
-    places = [victims / "thesis.tex", victims / "new.py", victims]
+    own = [victims / "thesis.tex", victims / "new.py", victims]
     ups = [f"{'../' * n}victims/{name}" for n in range(1, 9) for name in ("thesis.tex", "new.py")]
-    return [*map(str, places), *ups, "..", ".", "/", "~/.bashrc", "a\\..\\b", "x" * 300]
+    return [*map(str, own), *ups, "..", ".", "/", "~/.bashrc", "a\\..\\b", "x" * 300]
 
 
 class Twist:
@@ -119,22 +119,13 @@ class Twist:
         self.done += f" {answer.status}"
 
 
-@pytest.fixture
-def there(hub, tmp_path):
-    """A Hub with a dictionary."""
-    hub.server.handle_error = lambda *_: None  # of a client that has had enough
-    make_dictionary("plain-k4").save(tmp_path / "plain")
-    for name, data in content(tmp_path / "plain").items():
-        hub.put(REPO, f"{SITE}/plain-k4/{name}", data)
-    return hub
-
-
 CASES = {"list": 25, "pull": 30, "from_pretrained": 30, "push": 15}
 """Of a long run; a quarter in a short one."""
 
 
 @pytest.mark.parametrize("action", CASES)
 def test_answers_of_a_hub(there, tmp_path, monkeypatch, fuzz: Fuzz, action):
+    there.server.handle_error = lambda *_: None  # of a client that has had enough
     make_dictionary("other-k4").save(tmp_path / "mine")
     whole = frozen(Dictionary.load(tmp_path / "plain"))
     files = sorted(content(tmp_path / "plain").values())
@@ -193,9 +184,9 @@ def test_damaged_repositories(there, tmp_path, fuzz: Fuzz):
     for number, draw in fuzz.cases("repository", 20):
         name = draw.choice(sorted(files))
         done, data = blind(files[name], draw, draw.choice(sorted(files.values())))
-        there.put(REPO, f"{SITE}/plain-k4/{name}", data)
+        there.put(REPO, f"{HERE}/{name}", data)
         fuzz.reads("repository", f"{number} ({name}: {done})", read, frozen(True))
-        there.put(REPO, f"{SITE}/plain-k4/{name}", files[name])
+        there.put(REPO, f"{HERE}/{name}", files[name])
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 

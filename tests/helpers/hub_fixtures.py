@@ -4,10 +4,13 @@ tests ask again and again: where a branch is, whether an error is a sentence."""
 from pathlib import Path
 
 import pytest
+from command_line import content
 from hub_server import WRITER, HubServer
-from small_dictionaries import make_dictionary
+from small_dictionaries import SITE, make_dictionary
 
 REPO = "user/saes"
+HERE = f"{SITE}/plain-k4"
+"""Where a push puts ``plain``."""
 
 
 def head(hub: HubServer, branch: str = "main") -> str:
@@ -22,6 +25,12 @@ def sentence(error: pytest.ExceptionInfo) -> str:
         one = one.__cause__ or one.__context__
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def place(hub: HubServer, sae_id: str, folder: Path) -> None:
+    """Put a folder's files into the repository, as any other tool could."""
+    for name, data in content(folder).items():
+        hub.put(REPO, f"{sae_id}/{name}".lstrip("/"), data)
 
 
 @pytest.fixture
@@ -48,3 +57,10 @@ def plain(tmp_path) -> Path:
 def weighted(tmp_path) -> Path:
     make_dictionary("weighted-k4", seed=1).save(tmp_path / "weighted")
     return tmp_path / "weighted"
+
+
+@pytest.fixture
+def there(hub, plain) -> HubServer:
+    """A Hub with one good dictionary, ready to be spoilt."""
+    place(hub, HERE, plain)
+    return hub

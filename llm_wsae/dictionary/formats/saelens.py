@@ -160,7 +160,4 @@ def _factor(path: Path, cfg: Mapping[str, Any], factor: Tensor | None) -> Tensor
         return None
     if factor is not None and (wanted or torch.equal(factor, torch.ones_like(factor))):
         return factor
-    raise LlmWsaeError(
-        f"{path} {'lacks the' if wanted else 'holds a'} scaling factor of the latents that {CFG} "
-        f"{'mentions' if wanted else 'does not mention'}"
-    )
+    raise LlmWsaeError(f"{path} and {CFG} beside it disagree about a scaling factor of the latents")

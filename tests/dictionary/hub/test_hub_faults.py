@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 from command_line import call, content
-from hub_fixtures import REPO, head, sentence
-from hub_server import WRITER, HubServer, Said
+from hub_fixtures import HERE, REPO, head, sentence
+from hub_server import WRITER, Said
 from huggingface_hub import constants
 from looping import over
 from small_dictionaries import SITE, make_dictionary
@@ -18,16 +18,6 @@ from small_dictionaries import SITE, make_dictionary
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
-
-HERE = f"{SITE}/plain-k4"
-
-
-@pytest.fixture
-def there(hub, plain) -> HubServer:
-    """A Hub with one good dictionary, ready to be spoilt."""
-    for name, data in content(plain).items():
-        hub.put(REPO, f"{HERE}/{name}", data)
-    return hub
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from command_line import call, content, works
-from hub_fixtures import REPO, head, sentence
+from hub_fixtures import HERE, REPO, head, place, sentence
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -22,14 +22,6 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.dictionary.folder import WEIGHTS, keep_measurements, read_folder
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
-
-HERE = f"{SITE}/plain-k4"
-
-
-def place(hub, sae_id: str, folder) -> None:
-    """Put a folder's files into the repository, as any other tool could."""
-    for name, data in content(folder).items():
-        hub.put(REPO, f"{sae_id}/{name}".lstrip("/"), data)
 
 
 def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
@@ -156,35 +148,35 @@ def test_only_the_files_of_a_dictionary_are_fetched(hub, plain, tmp_path):
 
 def test_a_pull_replaces_nothing_and_adds_what_is_new(hub, plain, tmp_path):
     """Explanations may have been paid for."""
-    out, place = tmp_path / "out", tmp_path / "out" / HERE
+    out, mine = tmp_path / "out", tmp_path / "out" / HERE
 
     def pulled() -> dict[int, str | None]:
         push([plain], REPO)
         pull(REPO, out)
-        return {latent: one.text for latent, one in read_explanations(place).items()}
+        return {latent: one.text for latent, one in read_explanations(mine).items()}
 
-    assert pulled() == {} and content(place) == content(plain)
-    (place / WEIGHTS).write_bytes(b"damaged since")
-    assert pulled() == {} and content(place) == content(plain)
-    keep_measurements(place, {"fidelity": {"kl": 0.25}})
-    keep_explanations(place, [Explanation(3, "mine", "m", {})])
+    assert pulled() == {} and content(mine) == content(plain)
+    (mine / WEIGHTS).write_bytes(b"damaged since")
+    assert pulled() == {} and content(mine) == content(plain)
+    keep_measurements(mine, {"fidelity": {"kl": 0.25}})
+    keep_explanations(mine, [Explanation(3, "mine", "m", {})])
     keep_explanations(plain, [Explanation(latent, "theirs", "m", {}) for latent in (3, 4)])
     keep_measurements(plain, {"fidelity": {"kl": 0.5}, "monosemanticity": {"l0": 4.0}})
     assert pulled() == {3: "mine", 4: "theirs"}
-    metrics = read_folder(place).info.metrics
+    metrics = read_folder(mine).info.metrics
     assert metrics["fidelity"] == {"kl": 0.25} and metrics["monosemanticity"] == {"l0": 4.0}
     assert works("verify", out).out
     make_dictionary("plain-k4", seed=9).save(plain)
-    before = content(place)
+    before = content(mine)
     with pytest.raises(LlmWsaeError, match="holds another dictionary, or another version"):
         pulled()
-    assert content(place) == before
-    shutil.rmtree(place)
-    place.mkdir()
-    (place / "notes.txt").write_text("mine")
+    assert content(mine) == before
+    shutil.rmtree(mine)
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
     with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
         pulled()
-    assert content(place) == {"notes.txt": b"mine"}
+    assert content(mine) == {"notes.txt": b"mine"}
 
 
 def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, tmp_path):
