@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from huggingface_hub import RepoCard
+from huggingface_hub.utils import yaml_dump
 
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.dictionary.folder import EXPLANATIONS
@@ -117,22 +118,21 @@ def card(
         f"the README.md of {repo_id} begins with metadata that cannot be read, so it is left "
         "alone; correct it on the Hub and push again"
     ):
-        whole = RepoCard(old)
-    for key, value in _metadata(repo_id, dictionaries, license, whole.data.to_dict()).items():
-        whole.data[key] = value
-    before, rest = whole.text, ""
+        theirs = RepoCard(old)
+    metadata = yaml_dump(_metadata(repo_id, dictionaries, license, vars(theirs.data)))
+    before, rest = theirs.text, ""
     if END in before.partition(BEGIN)[2]:
         before, after = before.split(BEGIN, 1)
         rest = after.rpartition(END)[2]
     parts = [before.strip("\n"), _body(repo_id, dictionaries, revision), rest.strip("\n")]
-    whole.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
-    return _TOKEN.sub("…", str(whole))
+    whole = "\n\n".join(part for part in parts if part)
+    return _TOKEN.sub("…", f"---\n{metadata}---\n\n{whole}\n")
 
 
 def _metadata(
     repo_id: str, dictionaries: Sequence[Facts], license: str | None, old: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the Hub indexes; ``old`` tags and entries of the model index stay."""
+    """What the Hub indexes: the old metadata, updated; tags and model index are united."""
     name = repo_id.split("/")[-1]
     tags, index = (
         found if isinstance(found := old.get(key), list) else [] for key in ("tags", "model-index")
@@ -153,7 +153,7 @@ def _metadata(
             *(entry for entry in index if mapping(entry).get("name") != name),
         ],
     }
-    return {key: value for key, value in ours.items() if value}
+    return {**old, **{key: value for key, value in ours.items() if value}}
 
 
 def _hub_datasets(d: Facts) -> list[str]:

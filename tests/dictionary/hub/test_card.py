@@ -82,9 +82,9 @@ def test_metadata_that_cannot_be_read_is_left_alone():
         with pytest.raises(LlmWsaeError, match="metadata that cannot be read, so it is left") as it:
             card(REPO, [some()], old=f"---\n{odd}\n---\nmine\n")
         assert "\n" not in str(it.value)
-    kept = "b: &b [*b]\nreleased: 2026-01-02\nmodel-index: x\ntags:\n  a: b"
+    kept = "b: &b [*b]\nto_dict: 1\nto_yaml: 2\nreleased: 2026-01-02\nmodel-index: x\ntags:\n  a: b"
     metadata, body = parts(card(REPO, [some()], old=f"---\n{kept}\n---\nmine\n"))
-    assert metadata["released"].year == 2026
+    assert metadata["released"].year == 2026 and metadata["to_yaml"] == 2
     assert "sparse-autoencoder" in metadata["tags"] and "mine" in body
     _, body = parts(card(REPO, [some()], old="mine\n\n---\n\nalso mine: [\n\n---\n"))
     assert "also mine: [" in body  # rules between paragraphs are no metadata
