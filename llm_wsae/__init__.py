@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from llm_wsae.lab.config import Study as Study
     from llm_wsae.lab.config import StudyGrid as StudyGrid
     from llm_wsae.lab.planting import PlantedSource as PlantedSource
-    from llm_wsae.lab.recovery import measure_recovery as measure_recovery
+    from llm_wsae.lab.planting import measure_recovery as measure_recovery
     from llm_wsae.lab.studies.runner import study as study
     from llm_wsae.lab.theory import gap_norms as gap_norms
     from llm_wsae.lab.theory import least_gap_weights as least_gap_weights

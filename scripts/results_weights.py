@@ -52,8 +52,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.lab.config import PlantConfig
-from llm_wsae.lab.planting import PlantedSource
-from llm_wsae.lab.recovery import measure_recovery
+from llm_wsae.lab.planting import PlantedSource, measure_recovery
 from llm_wsae.lab.studies.differences import Value, compared
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig

@@ -78,8 +78,10 @@ def evaluate(request: Evaluate) -> Result:
     from llm_wsae.evaluation.checks import common_packing, notes_on_text
     from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
     from llm_wsae.evaluation.heldout import take_contexts
-    from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-    from llm_wsae.evaluation.monosemanticity.report import card_numbers
+    from llm_wsae.evaluation.monosemanticity.evaluator import (
+        MonosemanticityEvaluator,
+        card_numbers,
+    )
 
     out, part, keep, fidelity = request.out, request.part, request.keep, request.fidelity
     folders = names_of(request.dictionaries)

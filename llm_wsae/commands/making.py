@@ -357,7 +357,7 @@ def theory(
     Args:
         out: Folder that receives the report and one training for each sparsity and seed.
     """
-    from llm_wsae.lab.toy import REPORT, run_toy
+    from llm_wsae.lab.theory import REPORT, run_toy
 
     report = run_toy(toy, out)
     lines = [report.table(), "", f"report   {out / REPORT}", _cost()]

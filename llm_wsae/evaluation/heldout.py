@@ -42,11 +42,9 @@ class Context(Protocol):
 
 
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
-    """The first contexts, at least two, that hold ``tokens`` rows.
-
-    Raises LlmWsaeError if there are too few, UsageError if they have different lengths or none has
-    a second row, whose prediction could be scored (``next_token.scored_positions``).
-    """
+    """The first contexts, at least two, that hold ``tokens`` rows. Raises LlmWsaeError if there are
+    too few, UsageError if they have different lengths or none has a second row, whose prediction
+    could be scored."""
     taken: list[Context] = []
     rows: list[int] = []
     for context in contexts:
@@ -108,8 +106,8 @@ class ActivationCache:
         batch_tokens: int,
         room: int = _CACHE_BYTES,
     ):
-        """``keep`` marks the positions that give rows. ``batch_tokens`` tokens go through the model
-        at once, at least one context; ``room`` is the size of what stays in memory."""
+        """``keep`` marks the positions that give rows; ``batch_tokens`` go through the model at
+        once, at least one context; ``room`` is the size of what stays in memory."""
         size = max(1, batch_tokens // ids.shape[1])
         self.batches = list(zip(ids.split(size), keep.split(size), strict=True))
         """Token ids and which positions are kept, both [contexts, positions]."""
@@ -274,8 +272,7 @@ class WindowEmbeddings:
     """The meaning of the text around rows, as unit vectors; each window is embedded once.
 
     Neighbouring rows share a window, centred on the middle one of them: five rows where 5 tokens
-    follow the centre. Every row lies in its window, at most half of the shorter side from the
-    centre. Vectors are kept in half precision, which changes a cosine by less than 0.001.
+    follow the centre. Vectors have half precision, which changes a cosine by less than 0.001.
     """
 
     def __init__(
@@ -304,11 +301,10 @@ class WindowEmbeddings:
         """Embed the windows of these rows that are not known yet, many at a time."""
         wanted = self._centre[rows].unique()
         fresh = wanted[self._place[wanted] < 0]
-        parts = [self._vectors]
-        for part in fresh.split(_AT_ONCE):
-            parts.append(self._encoder.embed(self.texts(part)).to(self._vectors))
+        texts = map(self.texts, fresh.split(_AT_ONCE))
+        made = [self._encoder.embed(some).to(self._vectors) for some in texts]
         self._place[fresh] = torch.arange(len(fresh)) + len(self._vectors)
-        self._vectors = torch.cat(parts)
+        self._vectors = torch.cat([self._vectors, *made])
 
     def of(self, rows: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows width"]:
         """The vectors of the rows' windows, float32."""

@@ -29,7 +29,7 @@ from llm_wsae.dictionary.explanations import (
 )
 from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
 from llm_wsae.evaluation.heldout import Encoder
-from llm_wsae.evaluation.monosemanticity.report import Mean, mean_of
+from llm_wsae.evaluation.monosemanticity.evaluator import Mean, mean_of
 from llm_wsae.explaining.endpoint import ANSWERS, Endpoint, Tally
 from llm_wsae.explaining.examples import choose
 from llm_wsae.explaining.protocol import (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from evaluation_cases import SITE, WordMeanings, one_latent_a_word, planted_model, planted_text
+from evaluation_cases import WordMeanings, one_latent_a_word, planted_model, planted_text
 from looping import over
 from tiny import tiny_model, words
 
@@ -64,19 +64,6 @@ def test_a_few_tokens_are_taken_from_two_contexts_and_too_few_are_an_error(model
         take(model, tmp_path, [(5, {})], 1)
 
 
-def test_rows_are_the_kept_positions(model, tmp_path):
-    text = take(model, tmp_path, [(40, {})] * 12, 300)
-    at = text.keep.nonzero()
-    assert torch.equal(text.context, at[:, 0]) and torch.equal(
-        text.cell, at @ torch.tensor([SIZE, 1])
-    )
-    assert torch.equal(text.token, text.ids[text.keep])
-    assert torch.equal(text.document_of, text.document[text.keep])
-    assert torch.equal(text.row_at[text.cell], torch.arange(text.num_rows))
-    assert int((text.row_at >= 0).sum()) == text.num_rows == len(at)
-    assert not text.keep[:, 0].any()  # first positions give no row
-
-
 @over(room=(0, 1 << 12, 1 << 30))
 def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, room):
     text = take(model, tmp_path, [(40, {})] * 12, 300)
@@ -98,38 +85,30 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, room):
     assert [batch.rows.start for batch in batches] == [0, *starts]
 
 
-AT = Site.parse(SITE)
-
-
 def recording(threshold: float | None):
     dictionary = one_latent_a_word()
     dictionary.info = dataclasses.replace(dictionary.info, massive_threshold=threshold)
     return dictionary
 
 
-def test_the_smallest_recorded_threshold_counts_and_the_text_is_measured_without_any():
-    model = planted_model()
-    ids = torch.randint(5, 20, (6, 8), generator=torch.Generator().manual_seed(0))
-    cache = ActivationCache(model, ids, ids >= 0, batch_tokens=32)
-    known = [recording(one) for one in (7.0, None, 5.0)]
-    assert cache.massive_threshold(AT, known) == 5.0
-    norms = model.activations(ids, [AT])[AT].norm(dim=2)
-    found = cache.massive_threshold(AT, [recording(None)])
-    assert found == pytest.approx(10 * float(norms.median()), rel=1e-6)
-
-
 def test_fidelity_and_monosemanticity_leave_out_the_same_rows(tmp_path):
-    """Rows have norm 1, and one word in forty has norm 100."""
+    """Rows have norm 1, and one word in forty has norm 100. The smallest recorded threshold counts;
+    without any, ten median norms do."""
     model = planted_model(massive=3)
     corpus = Corpus.open(str(planted_text(tmp_path / "text.jsonl")), "all")
     packing = PackConfig(context_size=16)
     config = MonosemanticConfig(tokens=600, bootstraps=10, top=2, sample=3, silent=20)
     evaluator = MonosemanticityEvaluator(model, corpus, packing, config, WordMeanings())
-    for threshold, share in ((None, 1 / 40), (50.0, 1 / 40), (200.0, 0.0)):
-        named = {"words": recording(threshold)}
+    for thresholds, share in (
+        ((None,), 1 / 40), ((50.0, None, 200.0), 1 / 40), ((200.0,), 0.0)
+    ):  # fmt: skip
+        named = {f"words {n}": recording(own) for n, own in enumerate(thresholds)}
         contexts = Packer.for_model(model, packing).contexts(corpus)
         report = evaluate(named, model, contexts, EvaluateConfig(tokens=600, bootstraps=10))
-        for found in (report.dictionaries["words"], evaluator.score(named).dictionaries["words"]):
+        found = report.dictionaries["words 0"]
+        assert found.massive_threshold == pytest.approx(thresholds[0] or 10, rel=0.05)
+        for one in (report, evaluator.score(named)):
+            found = one.dictionaries[f"words {len(thresholds) - 1}"]
             rows = found.rows + found.massive_rows
             assert found.massive_rows / rows == pytest.approx(share, abs=0.02), found
             assert (found.massive_rows == 0) == (share == 0)

@@ -18,8 +18,14 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import ReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.lab.config import PlantConfig
-from llm_wsae.lab.planting import ON_TOKEN, SPREAD, PlantedSource, make_plants
-from llm_wsae.lab.recovery import measure_recovery
+from llm_wsae.lab.planting import (
+    ON_TOKEN,
+    SPREAD,
+    PlantedSource,
+    Plants,
+    make_plants,
+    measure_recovery,
+)
 from llm_wsae.model.site import Site
 from llm_wsae.weights.rules import RuleInputs
 
@@ -110,25 +116,25 @@ def test_strata_are_what_they_say(store, source):
     plants = source.plants
     variance = store.statistics(SITE).robust_variance
     order = variance.argsort()
-    of = {name: torch.tensor([s == name for s in plants.stratum]) for name in set(plants.stratum)}
-    assert {name: int(rows.sum()) for name, rows in of.items()} == dict.fromkeys(of, 8)
+    of = {name: plants.directions[[s == name for s in plants.stratum]] for name in plants.stratum}
+    assert len(of) == 7 and {len(own) for own in of.values()} == {8}
     torch.testing.assert_close(plants.directions.norm(dim=1), torch.ones(NUM_PLANTS))
-    axes = {
-        name: plants.directions[rows].abs().argmax(1).sort().values for name, rows in of.items()
-    }
-    assert torch.equal(axes["quiet dimension"], order[:8].sort().values)
-    assert torch.equal(axes["loud dimension"], order[-8:].sort().values)
+    for name, dimensions in (("quiet dimension", order[:8]), ("loud dimension", order[-8:])):
+        assert torch.equal(of[name].abs().argmax(1).sort().values, dimensions.sort().values)
     covariance = store.statistics(SITE).robust_covariance
-    spread = (plants.directions.double() @ covariance * plants.directions.double()).sum(1)
-    assert spread[of["quiet component"]].max() < spread[of["loud component"]].min()
-    pairs = plants.directions[of["antipodal"]].view(4, 2, D_IN)
+    quiet, loud = (
+        (own @ covariance * own).sum(1)
+        for own in (of["quiet component"].double(), of["loud component"].double())
+    )
+    assert quiet.max() < loud.min()
+    pairs = of["antipodal"].view(4, 2, D_IN)
     torch.testing.assert_close(pairs[:, 0], -pairs[:, 1])
-    corner = plants.directions[of["triangle"]][:3]
+    corner = of["triangle"][:3]
     torch.testing.assert_close(corner @ corner.T, 1.5 * torch.eye(3) - 0.5, atol=1e-6, rtol=0)
     usual = store.statistics(SITE).usual_sample.double()
     norm = (usual - usual.mean(0)).norm(dim=1).median()
-    for strength, relative in zip(plants.strength, plants.relative_strength, strict=True):
-        assert float(strength) == pytest.approx(relative * float(norm))
+    wanted = torch.tensor(plants.relative_strength, dtype=torch.float64) * norm
+    torch.testing.assert_close(plants.strength, wanted)
 
 
 def test_resumed_or_shared_or_opened_again_batches_have_the_same_plants(store, source):
@@ -185,15 +191,10 @@ def few(store):
     """Few plants, so that a linear reading separates them: two each of axes and components."""
     source = PlantedSource(store, SITE, replace(CONFIG, per_cell=1, strengths=(1.0,), seed=2))
     plants, keep = source.plants, [0, 4]  # a quiet axis and a random direction
-    source.plants = replace(
-        plants,
-        directions=plants.directions[keep],
-        strength=plants.strength[keep],
-        relative_strength=(1.0, 1.0),
-        probability=torch.tensor([0.05, 0.03], dtype=torch.float64),
-        token=torch.tensor([-1, -1]),
-        stratum=tuple(plants.stratum[i] for i in keep),
-    )
+    often, untied = torch.tensor([0.05, 0.03], dtype=torch.float64), torch.tensor([-1, -1])
+    known = plants.directions[keep], plants.strength[keep], (1.0, 1.0)
+    strata = tuple(plants.stratum[i] for i in keep)
+    source.plants = Plants(*known, often, untied, strata, plants.seed)
     return source
 
 
@@ -221,13 +222,12 @@ def test_the_measures_are_their_definitions(few):
     found, pieces = measure_recovery(dictionary, few), list(few.heldout())
     tables = []
     for half in (pieces[::2], pieces[1::2]):
-        truth = torch.zeros(sum(len(rows) for rows, _ in half), 2, dtype=torch.float64)
-        first = 0
-        for rows, firings in half:
+        truths = [torch.zeros(len(rows), 2, dtype=torch.float64) for rows, _ in half]
+        for truth, (_, firings) in zip(truths, half, strict=True):
             strength = torch.from_numpy(firings.strength).float().double()
-            truth[first + firings.row, firings.plant] = strength
-            first += len(rows)
-        tables.append((truth, dictionary.encode(torch.cat([rows for rows, _ in half])).double()))
+            truth[firings.row, firings.plant] = strength
+        codes = dictionary.encode(torch.cat([rows for rows, _ in half])).double()
+        tables.append((torch.cat(truths), codes))
     decoder, power, product, total = dictionary.W_dec.double(), 0.0, 0.0, 0.0
     for plant in range(2):
         x, z = tables[0][0][:, plant], tables[0][1]

@@ -8,8 +8,7 @@ import torch
 from command_line import call, content, works
 
 from llm_wsae.data.shuffling import ActivationSource, MemorySource
-from llm_wsae.lab.theory import Superposition
-from llm_wsae.lab.toy import features_per_latent, matched_loss, measure
+from llm_wsae.lab.theory import Superposition, features_per_latent, matched_loss, measure
 from llm_wsae.model.site import Site
 
 SITE = Site.parse("blocks.0.hook_resid_post")

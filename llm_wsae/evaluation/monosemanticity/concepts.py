@@ -9,7 +9,7 @@ trained on one half is tested on the other, so no document is on both sides.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,17 +80,14 @@ def concepts_of(
     halves = halves_of_documents(text, config.seed)
 
     def half(units: Units) -> Tensor:
-        halved = [halves[number] for number in units.document.tolist()]
-        return torch.tensor(halved, dtype=torch.bool)
+        return torch.tensor([halves[n] for n in units.document.tolist()], dtype=torch.bool)
 
     tokens = units_of_tokens(text, config.probe_tokens, config.seed)
-    rows = (tokens.of_row != NO_UNIT).nonzero()[:, 0]
     contexts = units_of_documents(text, config.seed)
-    labels = text.headers, contexts.document, half(contexts), config.labels
-    found = [
-        (tokens, token_concepts(text, tokenizer, rows, half(tokens))),
-        (contexts, document_concepts(*labels)),
-    ]
+    rows = (tokens.of_row != NO_UNIT).nonzero()[:, 0]
+    of_tokens = token_concepts(text, tokenizer, rows, half(tokens))
+    labelled = text.headers, contexts.document, half(contexts), config.labels
+    found = (tokens, of_tokens), (contexts, document_concepts(*labelled))
     return [(units, concepts) for units, concepts in found if concepts.names]
 
 
@@ -101,11 +98,9 @@ def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
     numbers, rows = text.document_of.unique(return_counts=True)
     sizes = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
     labels = {n: text.headers[n]["labels"] if n in text.headers else {} for n in sizes}
-    values: dict[str, set[str]] = defaultdict(set)
-    for own in labels.values():
-        for key, value in own.items():
-            values[key].add(str(value))
-    columns = sorted(values, key=lambda key: (len(values[key]), key))  # the coarsest label first
+    pairs = {(key, str(value)) for own in labels.values() for key, value in own.items()}
+    values = Counter(key for key, _ in pairs)
+    columns = sorted(values, key=lambda key: (values[key], key))  # the coarsest label first
 
     def order(number: int) -> tuple[bool, list[str], int, int]:
         own = labels[number]

@@ -363,9 +363,7 @@ def wins(
 
 
 def strange_pairs(
-    top: Int[Tensor, "latents top"],
-    sample: Int[Tensor, "latents sample"],
-    random: Int[Tensor, " windows"],
+    top: Int[Tensor, "latents top"], sample: Int[Tensor, "latents sample"], random: Tensor
 ) -> Bool[Tensor, "latents sample windows"]:
     """Pairs of a sampled and a random window whose numbers are none of the top windows'."""
     return ~_among(sample, top)[:, :, None] & ~_among(random, top)[:, None, :]

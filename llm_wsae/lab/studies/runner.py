@@ -44,11 +44,9 @@ from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.heldout import Encoder
-from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
+from llm_wsae.evaluation.monosemanticity.evaluator import DictionaryScores, MonosemanticityEvaluator
 from llm_wsae.lab.config import Study, StudyGrid
-from llm_wsae.lab.planting import PlantedSource
-from llm_wsae.lab.recovery import measure_recovery
+from llm_wsae.lab.planting import PlantedSource, measure_recovery
 from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.report import PAGE, REPORT, StudyReport
 from llm_wsae.lab.studies.results import (

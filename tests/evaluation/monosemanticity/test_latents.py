@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity.evaluator import latent_means
 from llm_wsae.evaluation.monosemanticity.latents import (
     LatentScorer,
     _resampled,
@@ -30,7 +31,6 @@ from llm_wsae.evaluation.monosemanticity.latents import (
     wins,
 )
 from llm_wsae.evaluation.monosemanticity.probing import Split, auroc
-from llm_wsae.evaluation.monosemanticity.report import latent_means
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,10 @@ def test_silence_is_of_whole_windows(text):
     found = collected(text, every, 7, text.windows(centres, 2, 1))
     latents = torch.tensor([3, 0, 5])
     silent = found.silent_windows(latents)
+    place = torch.stack([text.context, text.document_of], 1)
     for number, centre in enumerate(centres.tolist()):
-        near = [
-            row
-            for row in range(max(0, centre - 2), min(centre + 2, text.num_rows))
-            if text.context[row] == text.context[centre]
-            and text.document_of[row] == text.document_of[centre]
-        ]
+        near = torch.arange(max(0, centre - 2), min(centre + 2, text.num_rows))
+        near = near[(place[near] == place[centre]).all(1)]
         fired = (every[near] > 0).any(0)
         assert torch.equal(found.fired[number], fired)
         at_the_top = (text.context[found.top.rows] == text.context[centre]).any(1)
@@ -145,9 +142,9 @@ def scores_of(text, codes, config, encoder=None):
 
 
 def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
-    """By hand: every pair of a sampled window and a silent one, without documents, with them, with
-    resamplings of them, and without the tokens of top contexts. All samples of the second latent
-    are of one such token."""
+    """By hand: every pair of a sampled window and a silent one; of these by document, and by
+    resamplings of them; and those without the tokens of top contexts, of which all samples of the
+    second latent are."""
     draw = torch.Generator().manual_seed(0)
     shapes = ((2, 4), (2, 9), (300,))
     top, sample, random = (
@@ -162,7 +159,7 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
     genre, drawn = torch.arange(20) % 2, torch.randint(3, (7, 20), generator=draw).float()
     drawn[0] = 1  # the text as it is
     won, every = wins(top, sample, random), silent[:, None]
-    alone, without = share_won(won, every), share_won(won, every & strange_pairs(*tokens))
+    without = share_won(won, every & strange_pairs(*tokens))
     fair = fair_pairs(silent, places, genre)
     found, resampled = share_won(won, fair), _resampled(won, fair, places, drawn)
     for latent in range(2):
@@ -179,8 +176,6 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
         left = [[s for s, t, _ in side if t not in known] for side in (positive, negative)]
         wanted = by_pairs(*left) if len(left[0]) >= 3 else math.nan
         assert float(without[latent]) == pytest.approx(wanted, nan_ok=True)
-        wanted = by_pairs(*([s for s, *_ in side] for side in (positive, negative)))
-        assert float(alone[latent]) == pytest.approx(wanted)
         wanted, pairs, out = torch.zeros(7), torch.zeros(7), {0, 1, 2, 15}
         for x, _, one in positive:
             for y, _, other in negative:
@@ -236,19 +231,13 @@ def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
     assert float(scores["detection_without_tokens"][0]) > 0.7
 
 
-def test_windows_are_embedded_once_and_end_with_context_and_document():
-    text, encoder = make_text(contexts=20, positions=6, documents=14), WordCounts()
-    embeddings = WindowEmbeddings(text, Spelling(), encoder, 3, 1)
-    embeddings.prepare(torch.tensor([3, 50, 3]))
-    rows = torch.tensor([[7, 3], [50, 3]])
-    expected = WordCounts().embed(embeddings.texts(rows.flatten())).view(2, 2, -1)
-    assert torch.allclose(embeddings.of(rows), expected, atol=1e-3)
-    assert encoder.embedded == 3
+def test_windows_end_with_context_and_document():
+    text = make_text(contexts=20, positions=6, documents=14)
+    embeddings = WindowEmbeddings(text, Spelling(), WordCounts(), 3, 1)
     words = [f"w{i}" for i in text.token.tolist()]
     # Row 5 begins the second context; row 8 begins the second document; row 7 is before it.
     ends = {0: words[0:2], 4: words[1:5], 5: words[5:7], 7: words[5:8], 8: words[8:10]}
-    for row, window in ends.items():
-        assert embeddings.texts(torch.tensor([row]))[0].split() == window
+    assert [one.split() for one in embeddings.texts(torch.tensor([*ends]))] == [*ends.values()]
 
 
 def test_neighbours_share_a_window_in_which_all_of_them_stand():
@@ -266,5 +255,6 @@ def test_neighbours_share_a_window_in_which_all_of_them_stand():
     assert centre[15:] == [2] * 4 + [7] * 5 + [12] * 5 + [15]
     assert centre[:15] == [2] * 4 + [7] * 5 + [10, 11] + [12] * 3 + [15]
     assert torch.equal(embeddings.of(rows[5:9]), embeddings.of(rows[4:5]).expand(4, -1))
-    embeddings.prepare(rows)
-    assert encoder.embedded == len(cells.unique(dim=0)) == 10
+    expected = WordCounts().embed(embeddings.texts(rows))
+    assert torch.allclose(embeddings.of(rows), expected, atol=1e-3)
+    assert encoder.embedded == len(cells.unique(dim=0)) == 10  # each once

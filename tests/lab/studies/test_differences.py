@@ -1,5 +1,7 @@
 """The statistics of a study, on differences whose truth is known."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -68,23 +70,19 @@ def test_one_document_or_seed_gives_no_estimate():
 
 def test_families_and_documents_that_all_seeds_share_do_not_average_out():
     """With their part left out, their choice would pass for an effect."""
-    draw = np.random.default_rng(0)
-    alarms = {"families": 0, "without": 0, "documents": 0, "not known": 0}
+    draw, alarms = np.random.default_rng(0), Counter()
     for _ in range(200):
-        by_seed = over_families(draw, noise=0.5)
-        bare = {seed: Value(value.mean) for seed, value in by_seed.items()}
-        document, seeds = draw.normal(0, 2.0), draw.normal(0, 1.0, 3)
-        drawn = draw.normal(0, 2.0, 100)
-        made = {"families": by_seed, "without": bare}
-        for name, known in (("documents", True), ("not known", False)):
-            made[name] = {
-                seed: Value(document + v, resampled=tuple(drawn + v) if known else None)
-                for seed, v in enumerate(seeds)
-            }
-        for name, own in made.items():
+        document, drawn = draw.normal(0, 2.0), draw.normal(0, 2.0, 100)
+        by_document = {
+            seed: Value(document + v, resampled=tuple(drawn + v))
+            for seed, v in enumerate(draw.normal(0, 1.0, 3))
+        }
+        for name, own in (("families", over_families(draw, noise=0.5)), ("documents", by_document)):
+            bare = {seed: Value(value.mean) for seed, value in own.items()}
             alarms[name] += against_zero(own).p < 0.05
-    assert alarms["families"] < 16 and alarms["without"] > 25
-    assert alarms["documents"] < 16 and alarms["not known"] > 30
+            alarms[f"without {name}"] += against_zero(bare).p < 0.05
+    assert alarms["families"] < 16 and alarms["without families"] > 25
+    assert alarms["documents"] < 16 and alarms["without documents"] > 30
 
 
 def test_resamplings_without_any_scored_document_are_left_out_for_all_seeds():

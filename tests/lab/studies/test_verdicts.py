@@ -74,23 +74,17 @@ def test_an_effect_is_measured_with_its_interval():
 
 @over(
     case=[
-        (40, ("variance", "kurtosis", "whitening"), {}, 5),
+        (40, 3, {}, (BETTER, WORSE), 5),
         # as good as their controls: hardly ever is one of ten called better than it
-        (
-            12,
-            [f"rule{number}" for number in range(10)],
-            {"effect": 0.03, "control_effect": 0.03},
-            2,
-        ),
+        (12, 10, {"effect": 0.03, "control_effect": 0.03}, (BETTER,), 2),
     ]
 )
 def test_under_the_null_nothing_is_shown_in_95_of_100_studies(case):
-    studies, rules, options, most = case
+    studies, rules, options, shown, most = case
     called = 0
     for seed in range(studies):
         made = Made(seed)
-        results = made.plain() + [r for rule in rules for r in made.rule(rule, **options)]
-        shown = (BETTER,) if options else (BETTER, WORSE)
+        results = made.plain() + [r for n in range(rules) for r in made.rule(f"rule{n}", **options)]
         called += any(word in shown for one in compare(results) for word in one.verdicts.values())
     assert called <= most
 
@@ -114,7 +108,6 @@ def test_order_and_names_of_seeds_change_nothing_but_differences_are_taken_withi
         other = expected[one.label]
         assert one.verdicts == other.verdicts and one.seeds == (7, 8, 9)
         for measure, effect in one.effects.items():
-            assert effect.difference == pytest.approx(other.effects[measure].difference)
             assert effect.interval == pytest.approx(other.effects[measure].interval)
     turned = [
         replace(r, seed=(r.seed + 1) % 3) if r.label == "variance-a0.5" else r for r in results
@@ -147,8 +140,8 @@ def test_baselines_move_nothing():
     assert report.results[-len(beside) :] == sorted(beside, key=lambda r: (r.label, r.k, r.seed))
     assert report.compared == without.compared and report.sentences() == without.sentences()
     assert report.figures() == without.figures()
-    assert "12 baselines" in report.page() and "12 baselines" not in without.page()
-    assert report.page().count("on seeds 0, 1, 2,") == 1
+    assert "on seeds 0, 1, 2, and 12 baselines" in report.page()
+    assert "12 baselines" not in without.page()
 
 
 def test_report(tmp_path):
@@ -162,10 +155,9 @@ def test_report(tmp_path):
     assert nothing.startswith("kurtosis-a0.5, k 32: KL not shown")
     report.write(tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["verdicts"]["variance-a0.5, k 32"] == {
-        "kl": BETTER, "detection": BETTER, "spill": NOT_SHOWN
-    }  # fmt: skip
-    assert set(found["verdicts"]["kurtosis-a0.5, k 32"].values()) == {NOT_SHOWN}
+    words = dict.fromkeys(("kl", "detection"), BETTER) | {"spill": NOT_SHOWN}
+    nothing = dict.fromkeys(words, NOT_SHOWN)
+    assert found["verdicts"] == {"kurtosis-a0.5, k 32": nothing, "variance-a0.5, k 32": words}
     assert found["compared"]["variance-a0.5, k 32"]["effects"]["detection"]["p"] < 0.01
     assert len(found["dictionaries"]) == len(results)
     page = (tmp_path / "report.html").read_text()
