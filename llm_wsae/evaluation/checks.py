@@ -78,10 +78,9 @@ def common_packing(
 def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, Any]) -> list[str]:
     """A sentence for every dictionary that may have been trained on text that is held out now.
 
-    ``corpus`` is the identity of the evaluated corpus. Documents are held out by their names in the
-    corpus, so only a training on the same corpus, with at least as much held out, is sure not to
-    have seen them. Another part than the held-out one is named once; of a corpus with another name
-    nothing is said.
+    ``corpus`` is the identity of the evaluated corpus. Documents are held out by their names in it,
+    so only a training on the same corpus, with at least as much held out, is sure not to have seen
+    them. Of a corpus with another name nothing is said.
     """
     trained_on = {n: one.info.corpus for n, one in dictionaries.items()}
     same = {n: own for n, own in trained_on.items() if own.get("name") == corpus["name"]}

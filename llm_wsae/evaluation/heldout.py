@@ -4,7 +4,6 @@ A row is massive when its norm exceeds ten median norms. A few such rows would d
 and every list of top contexts, so training omits them and records the threshold
 (``Statistics.massive_threshold``). Measurements omit what training omitted. For dictionaries
 without a record (made by other tools) the median norm of the evaluated text takes its place.
-(``inspecting`` and ``attaching`` see a few rows at a time: without a record, no row is massive.)
 """
 
 import copy

@@ -1,24 +1,18 @@
 """Where every latent of a dictionary fires, and the scores that follow from it.
 
-Only one firing per context counts, because neighbouring firings share their text: ten windows of
-one paragraph would agree with each other whatever the latent stands for. Massive rows are left out:
-latents that fire on them would list nothing else among their top contexts.
-
-A latent is eligible when it fires in enough contexts for all of its top contexts and, in addition,
-all of its sampled ones.
+Only one firing per context counts, because neighbouring firings share their text. Massive rows are
+left out: latents that fire on them would list nothing else among their top contexts. A latent is
+eligible when it fires in enough contexts for all of its top contexts and all of its sampled ones.
 
 *Detection* asks, without a judge, whether a latent's contexts can be distinguished from others by
 their meaning. The centroid of its top contexts, as sentence embeddings, serves as its
-"explanation". It is tested on other contexts: those sampled over all quantiles of the latent's
-activation, against random windows where the latent is silent. The score is the area under the ROC
-curve of the similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
-Subjects and genres could pass for meaning, so documents that hold a top context are left out on
-both sides, and a context is compared only with those of its own genre.
-
-Which documents a text holds is chance. Detection is therefore also computed on resamplings of them
-(bootstrap, Efron 1979), the same for all latents and dictionaries; a context counts as often as its
-document was drawn. A latent for one word is detected by that word: what remains without windows
-whose centre is a token of the top contexts is measured separately.
+"explanation". It is tested on contexts sampled over all quantiles of the latent's activation,
+against random windows where the latent is silent: the score is the area under the ROC curve of the
+similarity to the centroid, 0.5 for a latent whose contexts have nothing in common. Subjects and
+genres could pass for meaning, so documents that hold a top context are left out on both sides, and
+a context is compared only with those of its own genre. It is also measured without windows whose
+centre is a token of the top contexts, by which a latent for one word is detected; and on
+resamplings of the documents (bootstrap, Efron 1979), the same for all latents and dictionaries.
 
 *Coherence* is the mean cosine of all pairs of a latent's contexts, less that of random windows of
 different contexts, as the paper measures its vision features (section 5 of arXiv 2506.15963).

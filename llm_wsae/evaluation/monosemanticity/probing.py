@@ -1,32 +1,30 @@
 """How well a dictionary's latents stand for concepts: probing, selectivity, absorption.
 
-Concepts of tokens and concepts of documents are tested on different units, but scored in the same
-way and reported together. A table holds a number for each column (latent or dimension) and unit:
-[columns, units], sparse or dense.
+Concepts of tokens and of documents are tested on different units, but scored in the same way and
+reported together. A table holds a number for each column (latent or dimension) and unit: [columns,
+units], sparse or dense.
 
 **Probes** are linear, in closed form, for all concepts at once. A direction is Fisher's
 discriminant: the inverse of the (slightly regularised) covariance of the training units, times the
 difference of the class means. It is tested on the documents of the other half, by the area under
-the ROC curve, which needs neither threshold nor intercept. Each half serves once for training and
-once for testing. Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) gives the probe only the
-best k columns: those with the largest correlation with the concept.
+the ROC curve. Each half serves once for training and once for testing. Sparse probing (Gurnee et
+al. 2023, arXiv 2305.01610) gives the probe only the best k columns: those with the largest
+correlation with the concept.
 
 **Removal.** The contributions of a concept's latents (activation × decoder row) are subtracted from
 the activations. A monosemantic dictionary then loses that concept and no other: selectivity is the
 drop in accuracy of the concept's own dense probe, minus the mean drop of all other concepts'
-probes, of both kinds. The probes are those of the unchanged activations: their scores fall by
-activation × (decoder row · probe direction). Accuracy is the mean over both classes at the probe's
-own threshold; the area under the ROC curve would hardly change where a probe is nearly perfect.
-*Spill* looks at the other side alone: what the five other concepts that are hit hardest lose, at
-the same own drop for every dictionary and concept.
+probes, of both kinds. Scores of the unchanged probes fall by activation × (decoder row · probe
+direction). Accuracy is the mean over both classes at the probe's own threshold. *Spill* looks at
+the other side alone: what the five other concepts that are hit hardest lose, at the same own drop
+for every dictionary and concept.
 
 **Absorption.** A latent for "begins with s" may stay silent on *short* because a latent for *short*
 contains the letter (Chanin et al. 2024, arXiv 2409.14507). This is our own version, on our own
-probes of the words in a text; its numbers are not those of SAEBench. A letter's main latents are
-those that a sparse probe of it needs (``main_latents``). On tokens of the letter that the dense
-probe recognises, the letter is *missed* if no main latent is active, and *absorbed* if, in
-addition, one other latent contributes to the probe's score at least half of what separates the
-letter's mean score from that of all other words.
+probes; its numbers are not those of SAEBench. On tokens of a letter that the dense probe
+recognises, the letter is *missed* if none of its main latents, those that a sparse probe of it
+needs, is active. It is *absorbed* if, in addition, one other latent contributes to the probe's
+score at least half of what separates the letter's mean score from that of all other words.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,19 +1,15 @@
 """Is a difference more than chance? Intervals over seeds, documents, and concepts or plants.
 
 A difference is measured once per seed, and seeds are few: a percentile bootstrap over three of them
-gives intervals that cover the truth in about 80 % of cases, not 95 %. Instead the squared errors of
-the mean are added up, each with its degrees of freedom (Satterthwaite 1946), and a t-test is made
-of their sum:
+covers the truth in about 80 % of cases, not 95 %. Instead the squared errors of the mean are added
+up, each with its degrees of freedom (Satterthwaite 1946), and a t-test is made of their sum:
 
-* Over seeds: the variance of the seeds' differences. It contains the choice of latents, since each
-  seed's dictionary has its own.
-* Over families of concepts, letters or planted features: all dictionaries are measured on the same
-  ones, so their choice does not average out over seeds. The variance of their differences, means
-  over seeds, is added (seeds and families as crossed random effects, Clark 1973). Concepts of one
+* Over seeds: the variance of the seeds' differences. It contains the choice of latents.
+* Over families of concepts, letters or planted features, which all dictionaries share: the variance
+  of their differences, means over seeds (crossed random effects, Clark 1973). Concepts of one
   family depend on each other, so families count; plants are drawn independently, and count alone.
-* Over documents: all dictionaries are measured on the same text. The variance over resamplings of
-  the documents (bootstrap, Efron 1979) is added. KL is known for each document, so its error is
-  that of a ratio of sums.
+* Over documents, which all dictionaries share: the variance over resamplings of them (bootstrap,
+  Efron 1979). KL is known for each document, so its error is that of a ratio of sums.
 
 What differs from seed to seed in one family or document counts twice, since it is in the spread
 over seeds as well. So intervals err on the wide side.

@@ -432,31 +432,30 @@ def test_blocks_that_pass_on_more_than_the_stream_are_refused(contexts):
 def test_what_depends_on_the_text_alone_is_measured_once(contexts):
     """Dictionaries one after the other get the numbers of all at once, also when a pass between
     them was broken off, and zeros and the mean are put in once for each threshold."""
-    made, passes, broken = fresh_model(), [], []
+    made, passes, last = fresh_model(), [], [-1]
 
     def count(*_):
         passes.append(1)
-        if broken and len(passes) == broken[0]:
+        if len(passes) == last[0]:
             raise KeyboardInterrupt
 
     made.hf_model.model.layers[2].mlp.register_forward_hook(count)
     known = {f"k{k}": identity(sparsity=TopK(k)) for k in (2, 4)}
     together = evaluate(known, made, contexts, CONFIG).dictionaries
     evaluator = FidelityEvaluator(made, contexts, CONFIG)
-    broken[:], passes[:] = [6], []
+    passes.clear()
+    last[0] = 6
     with pytest.raises(KeyboardInterrupt):
         evaluator.evaluate(known)
-    broken.clear()
-    counts = []
+    last[0], counts = -1, []
     for name, one in (*known.items(), ("other", identity(massive_threshold=1e6))):
         passes.clear()
         found = evaluator.evaluate({name: one}).dictionaries[name]
         assert found == together.get(name, found)
         counts.append(len(passes))
-    batches = 3  # of ten contexts
-    # At first two passes say that the model can be resumed. Of the first batch its own predictions
-    # are known; then zeros, the mean, the dictionary.
-    assert counts == [2 + 4 * batches - 1, batches, 2 + 3 * batches]
+    # Of three batches. At first two passes say that the model can be resumed. Of the first batch
+    # its own predictions are known; then zeros, the mean, the dictionary.
+    assert counts == [2 + 4 * 3 - 1, 3, 2 + 3 * 3]
 
 
 def test_sites_and_batches_do_not_change_a_number(model, contexts):
