@@ -38,25 +38,18 @@ _SAMPLED = 1 / 32  # of the rows, which the statistics of a shard keep once more
 class Plan:
     """What a run takes, roughly. Sizes are in bytes, times in seconds."""
 
-    rows: int
-    """At each site, at most: special tokens and padding give none."""
-    trained_rows: int
-    """Rows of the training at each site: more than ``rows`` in several passes."""
-    arms: int
-    """Dictionaries at each site."""
+    rows: int  # at each site, at most: special tokens and padding give none
+    trained_rows: int  # at each site: more than ``rows`` in several passes
+    arms: int  # dictionaries at each site
     store_bytes: int
-    checkpoint_bytes: int
-    """Of one checkpoint of all arms of a site; while it is replaced, there are two."""
-    dictionary_bytes: int
-    """Of all dictionaries of all sites."""
-    disk_bytes: int
-    """The most that is on the disk at a time; then the most in the memory of the device."""
+    checkpoint_bytes: int  # of all arms of a site; while it is replaced, there are two
+    dictionary_bytes: int  # of all sites
+    disk_bytes: int  # the most that is on the disk at a time
     disk_free: int
-    memory_bytes: int
+    memory_bytes: int  # the most in the memory of the device
     memory_there: int
     device: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By stage; empty if something does not fit."""
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage; empty if it does not fit
 
     def shortage(self) -> str | None:
         """A sentence that says what does not fit and what to do; None if everything fits."""
@@ -106,7 +99,7 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
     for site in request.sites:
         model.check_site(site)
     arms = request.grid.likely_arms(request.weigh, model.d_model)
-    size, harvest = request.train.batch_size, request.harvest
+    size = request.train.batch_size
     rows = max(1, (request.training.tokens or request.rows) // size) * size
     found = _sizes(request, model, arms, rows)
     if found.shortage():
@@ -116,7 +109,7 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
         source = ActivationStore.open(name).source(min(request.sites))
         training = replace(request.training, tokens=rows)
         of_row = _first_steps(source, arms, training, Path(name) / "training")
-    tokens = harvest.num_contexts * harvest.context_size
+    tokens = request.harvest.num_contexts * request.harvest.context_size
     if request.stream:
         tokens = tokens * rows // request.rows + request.statistics_tokens
     # behind each site the model's own rows, zeros, the mean, its dimensions and every dictionary

@@ -53,12 +53,9 @@ STORE = "store"
 PAGE = "report.html"
 _TRIALS = ".alpha"
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
-TRIAL_ROWS = 300_000
-"""Rows of each trial training: about 40 seconds for all five on two cores."""
-TRIAL_TOKENS = 10_000
-"""Held-out tokens on which the trials are judged, of about 40 documents or more."""
-LEAST_GAIN = 0.02
-"""Share by which KL must fall below that of the plain trial; less may be chance."""
+TRIAL_ROWS = 300_000  # of each trial training: about 40 seconds for all five on two cores
+TRIAL_TOKENS = 10_000  # held out, on which trials are judged, of about 40 documents or more
+LEAST_GAIN = 0.02  # share by which KL must fall below the plain trial's; less may be chance
 _TRIAL_K = 32  # of the trials and of the raw dimensions, if no k is asked for
 
 
@@ -205,8 +202,8 @@ def _weigh(
 ) -> _Weighed:
     """Measure a site, choose its weights, and show its profile."""
     _write(f"[2/4] weigh: profile of {site}")
-    grid = request.grid
-    inputs, chosen = measure_inputs(grid.rules, rows, site, model=model), None
+    grid, chosen = request.grid, None
+    inputs = measure_inputs(grid.rules, rows, site, model=model)
     if trial:
         judge = FidelityEvaluator(model, trial, replace(request.evaluate, tokens=TRIAL_TOKENS))
         choice = _choose_alpha(request, inputs, rows.source(site), judge)

@@ -259,9 +259,9 @@ def test_run_proposes_a_page_that_works(ran, tmp_path):
     asked = Run(model=ModelConfig(model="x"), corpus=TextConfig(corpus="sotu"), site=(SITE,))
     for model, name in (("owner/name", "name"), ("./x/y.gguf", "y")):
         assert replace(asked, model=ModelConfig(model=model)).folder == Path("runs") / name
-    names, request = ("uniform-k32", "variance-a0.5-k32", "whitening-k32"), asked
+    names = ("uniform-k32", "variance-a0.5-k32", "whitening-k32")
     for d_sae, count, options in ((4608, 3, []), (16_384, 3, ["4", "4"]), (32_768, 2, ["3", "3"])):
-        words = shlex.split(page_command(tmp_path, dict.fromkeys(names, d_sae), request))
+        words = shlex.split(page_command(tmp_path, dict.fromkeys(names, d_sae), asked))
         assert words[2 : 2 + count] == [str(tmp_path / name) for name in names[:count]]
         assert words[2 + count] == "--store"
         given = [words[i + 1] for i, word in enumerate(words) if word in ("--top", "--bands")]
@@ -318,16 +318,10 @@ RUN --alpha auto 1 --rule variance
     whitening, which is not among the rules
 RUN --alpha
     the rule 'variance' needs an alpha that is a number
-RUN --rule
-    there is nothing to train
 RUN --k
-    there is nothing to train
-RUN --init-seeds
     there is nothing to train
 RUN --harvest.context-size 2
     no prediction can be scored
-RUN --tokens 2000
-    2,000 tokens are less than one batch of 2,048
 """
 
 

@@ -225,10 +225,6 @@ def test_what_cannot_be_done_is_said_before_the_work(world, tmp_path):
         assert "evaluate:" not in result.err and not (tmp_path / "report.json").exists()
 
     fails("is not a sentence encoder", "--score.encoder", world / "model")
-    labels = ("--score.tokens", 900, "--score.labels", "nmber")
-    fails("no document has a label 'nmber'; did you mean 'number'", *labels)
-    many = ("--score.tokens", 1_000_000)
-    fails("but 1,000,000 tokens in at least 2 contexts are needed", *many, code=1)
     fails("--score: tokens is 0, but must be at least 1", "--score.tokens", 0)
     fails("--score.labels: only with --monosemantic; add that", "--score.labels", "number",
           asked=plain(words))  # fmt: skip
