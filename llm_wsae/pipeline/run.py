@@ -235,7 +235,6 @@ def _choose_alpha(
     """
     rule, processes, training, k = Rule.parse("whitening"), join(), request.training, _k(request)
     choices = _choice_in(request.folder / str(source.site))
-    trials = choices.folder / _TRIALS
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
     tokens = max(tokens, training.batch_size)  # a few rows may be read several times
     short = replace(training, tokens=tokens, tracker="none")
@@ -246,22 +245,13 @@ def _choose_alpha(
         "weights": rule.settings(request.weigh),
         "training": {n: v for n, v in vars(short).items() if n not in PROCEDURAL},
     }
-
-    def kept() -> dict[str, Any] | None:
-        if not choices.is_begun():
-            return None
-        record = choices.read()
-        choices.check_request(record.request, asked)
-        shutil.rmtree(trials, ignore_errors=True)  # of a run killed before it did that
-        return record.facts
-
     with processes.together():
-        if found := processes.lead(kept):
-            return found
+        if kept := processes.lead(lambda: _kept_choice(choices, asked)):
+            return kept
     arms = {"0": ArmConfig(weights_from_rule("uniform", 1.0, inputs), k)}
     for alpha in CANDIDATES:
         arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, request.weigh), k)
-    trained = train(source, list(arms.values()), short, trials)
+    trained = train(source, list(arms.values()), short, choices.folder / _TRIALS)
 
     def choose() -> dict[str, Any]:
         found = judge.evaluate(trained).dictionaries
@@ -270,11 +260,21 @@ def _choose_alpha(
         worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
         choice = {"k": k, "rows": tokens, "kl": kl, "alpha": float(best) if worth_it else None}
         choices.finish(Record(plain(asked), facts=choice))
-        shutil.rmtree(trials)
+        shutil.rmtree(choices.folder / _TRIALS)
         return choice
 
     with processes.together():
         return processes.lead(choose)
+
+
+def _kept_choice(choices: Artifact, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The choice that a site's folder holds, if it does."""
+    if not choices.is_begun():
+        return None
+    record = choices.read()
+    choices.check_request(record.request, asked)
+    shutil.rmtree(choices.folder / _TRIALS, ignore_errors=True)  # of a run killed before it did
+    return record.facts
 
 
 def _k(request: Run) -> int:

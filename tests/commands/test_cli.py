@@ -130,7 +130,7 @@ def test_several_stores_are_trained_on_as_one(made_world, model_and_corpus, tmp_
     works("train", *stores, *TRAIN, "--k", 4, "--out", tmp_path / "trained")
     info = Dictionary.load(tmp_path / "trained/uniform-k4").info
     assert info.corpus["name"] == "text.jsonl+more.jsonl"
-    heldout, weights = tmp_path / "heldout", tmp_path / "weights.safetensors"
+    weights = tmp_path / "weights.safetensors"
     weigh = ("weigh", *stores, "--site", SITE, *model_and_corpus[:2], "--rule", "sensitivity",
              "--sensitivity-tokens", 200, "--out", weights)  # fmt: skip
     dtype = ActivationStore.open(more).manifest.model["dtype"]  # which is the default
@@ -139,12 +139,6 @@ def test_several_stores_are_trained_on_as_one(made_world, model_and_corpus, tmp_
     assert wrong.code == 1 and f"load it with --model-dtype {dtype}" in wrong.err
     works(*weigh)
     check_record(weights.with_suffix(".json"), "weigh", stores=list(map(str, stores)))
-    works("harvest", *model_and_corpus, *HARVEST, "--dtype", "float32", "--tokens", 1000,
-          "--part", "heldout", "--out", heldout)  # fmt: skip
-    refused = call("train", more, heldout, *TRAIN, "--k", 4, "--out", tmp_path / "both")
-    assert refused.code == 1 and not (tmp_path / "both").exists()
-    assert f"{heldout} does not fit {more} (" in refused.err
-    assert 'part: "train" in the first store, "heldout" in this one' in refused.err
 
 
 def test_weigh(made_world, tmp_path):

@@ -148,8 +148,6 @@ train SITE MODEL_AND_CORPUS
     a stream has no end: set --tokens
 train SITE blocks.7.hook_resid_post MODEL_AND_CORPUS STREAM
     the model has 3 blocks
-train SITE MODEL_AND_CORPUS STREAM --rule participation
-    needs a first dictionary
 train SITE MODEL_AND_CORPUS STREAM --rule uniform --lengths free --architecture jumprelu
     jumprelu has no free lengths
 train SITE MODEL_AND_CORPUS STREAM --corpus TINY

@@ -9,9 +9,8 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from command_line import SITE, content, harvest_more, works
@@ -36,17 +35,13 @@ TRAIN = ("train", "../store", "--site", SITE, "--expansion", 2, "--batch-size", 
          "--rule", "uniform", "--out", "out")  # fmt: skip
 
 
-@dataclass
-class Scenario:
+class Scenario(NamedTuple):
     """A command, what lies there before it, and what of that must survive."""
 
-    prepare: Callable[[], object]
-    """Make what was there before, in the current folder."""
+    prepare: Callable[[], object]  # make what was there before, in the current folder
     work: Callable[[], object]
-    there: Callable[[], Any]
-    """What was there before, read: the old or, where it is replaced, the new."""
-    outcome: Callable[[], Any]
-    """What the command leaves."""
+    there: Callable[[], Any]  # what was there before, read: the old or what replaces it
+    outcome: Callable[[], Any]  # what the command leaves
 
 
 def files() -> dict[str, bytes]:
