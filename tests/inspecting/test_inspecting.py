@@ -139,13 +139,13 @@ def test_neighbours_and_dimensions(model):
     only = second.dimensions[0]
     assert second.effective_dimensions == pytest.approx(1)
     assert (only.dimension, only.decoder, only.share) == (3, -2, pytest.approx(1))
-    gamma, matrix = one.extras["gamma"], torch.randn(model.d_model, model.d_model)
-    for extras, expected in (
-        ({"gamma": gamma}, float(gamma[3])),
+    matrix = torch.randn(model.d_model, model.d_model)
+    for gamma, expected in (
+        ({"gamma": one.extras["gamma"]}, float(one.extras["gamma"][3])),
         ({"gamma": matrix}, float(matrix[:, 3].norm())),
         ({}, None),
     ):
-        one.extras = extras
+        one.extras = gamma
         (view,) = inspect(one, [9], top=1).latents
         assert view.dimensions[0].gamma == pytest.approx(expected)
 
@@ -284,12 +284,9 @@ class NastyTokenizer:
 def test_tokens_that_are_no_text_of_their_own():
     vocabulary = Vocabulary(NastyTokenizer())
     assert [vocabulary.text(token) for token in (0, 5, 9)] == ["good", "ÿ", "<9>"]
-    for own, ids, at, pieces in (
-        (vocabulary, [0, 1, 2, 0], 2, ["good ", "€", "good"]),
-        (vocabulary, [0, 3, 4], 1, ["good", "\x1b[31m", "\n"]),
-        (Vocabulary(None), [4, 7, 1], 1, ["<4>", "<7>", "<1>"]),
-    ):
-        assert own.pieces(ids, [at, at + 1]) == pieces
+    assert vocabulary.pieces([0, 1, 2, 0], [2, 3]) == ["good ", "€", "good"]
+    assert vocabulary.pieces([0, 3, 4], [1, 2]) == ["good", "\x1b[31m", "\n"]
+    assert Vocabulary(None).pieces([4, 7, 1], [1, 2]) == ["<4>", "<7>", "<1>"]
 
 
 def test_what_is_printed_is_printable(store, model):

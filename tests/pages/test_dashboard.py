@@ -272,9 +272,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
 
 
 def test_a_single_latent_has_none_near_it(world, store, model, tmp_path):
-    one = make_dictionary(d_in=16, d_sae=4)
-    parts = {"W_enc": one.W_enc[:, :1], "W_dec": one.W_dec[:1], "b_enc": one.b_enc[:1]}
-    alone = like(one, **parts, sparsity=TopK(1))
+    alone = make_dictionary(d_in=16, d_sae=1, sparsity=TopK(1))
     page = dashboard([alone], store, model, tmp_path / "page.html").path.read_text()
     columns = unpacked(page, "table-0")
     assert columns["nearest"] == [None] and columns["pca1"] == [0]
@@ -293,9 +291,7 @@ def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
     damaged = shutil.copytree(world / "store", tmp_path / "store")
     for shard in (damaged / SITE).glob("0*.safetensors"):
         shard.write_bytes(b"")
-    one = Dictionary.load(world / PLAIN)
-    parts = {"W_enc": one.W_enc.repeat(1, 8000), "W_dec": one.W_dec.repeat(8000, 1)}
-    wide = like(one, **parts, b_enc=one.b_enc.repeat(8000), sparsity=TopK(1))
+    wide = make_dictionary(d_in=16, d_sae=512_000, sparsity=TopK(1))
     said = r"the page would be 103 MB large, more than 60; ask for fewer dictionaries"
     with pytest.raises(UsageError, match=said):
         dashboard([wide], damaged, model, tmp_path / "large.html")

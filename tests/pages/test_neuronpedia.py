@@ -26,15 +26,6 @@ ATOL = 0.6e-5  # half of the fifth decimal
 NAMES = [*WORDS, "<s>", "</s>"]
 
 
-@pytest.fixture(scope="module")
-def wide(world):
-    """A dictionary of several files: the plain one five times, ever stronger."""
-    one, times = Dictionary.load(world / PLAIN), torch.arange(1, 6).repeat_interleave(64) / 5
-    parts = {"W_enc": one.W_enc.repeat(1, 5) * times, "W_dec": one.W_dec.repeat(5, 1)}
-    like(one, **parts, b_enc=one.b_enc.repeat(5)).save(world / "wide")
-    return world / "wide"
-
-
 def features_of(folder) -> list[dict]:
     files = sorted(folder.glob("batch-*.json"), key=lambda path: int(path.stem[6:]))
     return [one for path in files for one in json.loads(path.read_text())["features"]]
@@ -133,7 +124,12 @@ def test_logits_are_those_of_folded_weights(family):
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_resumes_and_ends_with_the_same_bytes(world, wide, tmp_path):
+def test_the_command_resumes_and_ends_with_the_same_bytes(world, tmp_path):
+    """Of a dictionary of several files: the plain one five times, ever stronger."""
+    one, times = Dictionary.load(world / PLAIN), torch.arange(1, 6).repeat_interleave(64) / 5
+    parts = {"W_enc": one.W_enc.repeat(1, 5) * times, "W_dec": one.W_dec.repeat(5, 1)}
+    wide = tmp_path / "wide"
+    like(one, **parts, b_enc=one.b_enc.repeat(5)).save(wide)
     names = ("--model-id", "tiny", "--sae-set", "res-test", "--sae-id-suffix", "k4")
     ask = ("export", wide, "--store", world / "store", "--model", world / "model",
            "--to", "neuronpedia", "--contexts", 100, "--top", 2, *names)  # fmt: skip
