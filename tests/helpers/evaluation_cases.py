@@ -53,12 +53,10 @@ def planted_model(massive: int | None = None) -> LanguageModel:
 
 def planted_text(path: Path, documents: int = 80, words: int = 75) -> Path:
     """A document per line, with its label ``era``."""
-    draw = torch.Generator().manual_seed(0)
-    lines = []
+    draw, lines = torch.Generator().manual_seed(0), []
     for number in range(documents):
-        first = 0 if number % 2 == 0 else NUM_WORDS - 24
+        era, first = ("late", NUM_WORDS - 24) if number % 2 else ("early", 0)
         chosen = first + torch.randint(24, (words,), generator=draw)
-        era = "early" if number % 2 == 0 else "late"
         text = " ".join(WORDS[i] for i in chosen.tolist())
         lines.append(json.dumps({"text": text, "era": era}) + "\n")
     path.write_text("".join(lines))
@@ -121,15 +119,12 @@ def make_text(
     """Random tokens; position 0 is a BOS that gives no row; documents of equal length, in order."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab, (contexts, positions), generator=draw)
-    keep = torch.ones(contexts, positions, dtype=torch.bool)
-    keep[:, 0] = False
-    content = contexts * (positions - 1)
-    place = torch.arange(content)
-    length = -(-content // documents)
-    document = torch.full((contexts, positions), -1)
-    offset = torch.full((contexts, positions), -1)
-    document[:, 1:] = (place // length).view(contexts, -1)
-    offset[:, 1:] = (place % length).view(contexts, -1)
+    place = torch.arange(contexts * (positions - 1)).view(contexts, -1)
+    length = -(-place.numel() // documents)
+    document, offset = (
+        torch.nn.functional.pad(own, (1, 0), value=-1) for own in (place // length, place % length)
+    )
+    keep = document >= 0
     headers = {n: {"name": str(n), "labels": {}} for n in range(documents)}
     return HeldoutText(ids, keep, document, offset, headers)
 

@@ -145,7 +145,7 @@ class Report:
             [[*named, *(one.title for one in FIDELITY)], *rows],
             left=len(named),
             meanings={one.title: one.meaning for one in FIDELITY},
-            words=self._text_measured(found),
+            words=self._words(found),
             title=f"Fidelity on {self.text}",
         )
 
@@ -153,7 +153,7 @@ class Report:
         """A table for people, with the meaning of each column below it."""
         return self.measured.text()
 
-    def _text_measured(self, found: list[Fidelity]) -> list[str]:
+    def _words(self, found: list[Fidelity]) -> list[str]:
         lines = [
             f"{found[0].text.text(self.text)}, in {self.num_contexts:,} contexts; "
             f"{self.num_scored:,} predictions scored. Intervals are over documents."

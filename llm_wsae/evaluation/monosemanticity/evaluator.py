@@ -72,8 +72,7 @@ _NONE = Mean(math.nan, (math.nan, math.nan), 0, 0.0)
 class ConceptSummary:
     """Scores on concepts."""
 
-    means: dict[str, Mean]
-    """Every family counts once."""
+    means: dict[str, Mean]  # in which every family counts once
     families: dict[str, dict[str, float]]
     concepts: dict[str, dict[str, float]]
 

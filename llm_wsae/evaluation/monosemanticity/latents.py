@@ -152,9 +152,8 @@ class Firings:
         """Itself, on the CPU."""
         self.counts, self.fired = self.counts.cpu(), self.fired.cpu()
         for one in (self.top, self.sample):
-            one.rows, one.values, one.contexts = (
-                part.cpu() for part in (one.rows, one.values, one.contexts)
-            )
+            one.rows, one.values = one.rows.cpu(), one.values.cpu()
+            one.contexts = one.contexts.cpu()
         return self
 
     @property

@@ -99,7 +99,8 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     ]
     for (one, measure, _), p in zip(tests, holm([p for *_, p in tests]), strict=True):
         one.adjusted[measure] = p
-        one.verdicts[measure] = _verdict(measure, one.effects[measure], p)
+        word = BETTER if _is_gain(measure, one.effects[measure]) else WORSE
+        one.verdicts[measure] = word if p < 1 - LEVEL else NOT_SHOWN
     return found
 
 
@@ -136,12 +137,6 @@ def _p(measure: str, effect: Estimate, against: Estimate | None) -> float:
 def _is_gain(measure: str, estimate: Estimate) -> bool:
     sign = -1 if STUDIED[measure].lower_is_better else 1
     return sign * estimate.difference > 0
-
-
-def _verdict(measure: str, effect: Estimate, p: float) -> str:
-    if p >= 1 - LEVEL:
-        return NOT_SHOWN
-    return BETTER if _is_gain(measure, effect) else WORSE
 
 
 @dataclass(frozen=True)

@@ -100,17 +100,12 @@ def test_tokens_are_spelt_with_their_space_and_fold_with_space_and_case():
     assert [folded.index(one) for one in folded] == [0, 0, 2, 0, 4, 0, 6, 6]
 
 
-HEADERS = {
-    n: {
-        "labels": {
-            "party": ("left", "right", "none")[n % 3],
-            "spoken": n % 2 == 0,
-            "year": 1800 + n,
-            "name": f"document {n}",
-        }
-    }
+PARTIES = ("left", "right", "none")
+LABELS = [
+    {"party": PARTIES[n % 3], "spoken": n % 2 == 0, "year": 1800 + n, "name": f"document {n}"}
     for n in range(12)
-} | {12: {"labels": {}}}
+]
+HEADERS = dict(enumerate({"labels": own} for own in [*LABELS, {}]))
 
 
 def test_concepts_of_documents_are_their_labels():
