@@ -52,33 +52,31 @@ def test_the_measurement_takes_little_and_leaves_the_threads(kind):
     assert all(0 < one < 1 for one in found.values())
 
 
-def test_what_was_begun_goes_on_in_its_format(made_world, tmp_path, monkeypatch):
+def test_what_was_begun_goes_on_in_its_format(model_and_corpus, tmp_path, monkeypatch):
     """A harvest, a training, and a stream: the second measurement finds the opposite."""
-    text = ("--model", made_world / "model", "--corpus", made_world / "text.jsonl")
     store, out, streamed = (tmp_path / name for name in ("store", "out", "streamed"))
-    harvest = ("harvest", *text, *HARVEST, "--tokens", 2000, "--out", store)
-    trainings = {
-        out: ("train", store, *TRAIN),
-        streamed: ("train", *text, *TRAIN, "--context-size", 16, "--tokens", 2560),
-    }
+    harvest = ("harvest", *model_and_corpus, *HARVEST, "--tokens", 2000, "--out", store)
+    few = (*TRAIN, "--context-size", 16, "--tokens", 2560)
+    trainings = {out: ("train", store, *TRAIN), streamed: ("train", *model_and_corpus, *few)}
+
+    def formats(record):
+        return json.loads(record.read_text())["number_formats"]
+
     measured(monkeypatch, 0.5)
     works(*harvest)
     for folder, words in trainings.items():
         works(*words, "--out", folder)
     before = {folder: content(folder / "uniform-k4") for folder in trainings}
-    made = [json.loads((out / name).read_text()) for name in ("training.json", "train.json")]
-    assert made[0]["request"]["dtype"] == "float32" == Manifest.load(store).model["dtype"]
-    assert made[1]["number_formats"]["encoder"] == "float32: measured to be the faster one here"
+    assert formats(out / "train.json")["encoder"] == "float32: measured to be the faster one here"
     measured(monkeypatch, 2)
     for folder, words in trainings.items():
         works(*words, "--out", folder)  # finished: it would be refused in another format
         assert content(folder / "uniform-k4") == before[folder]
     kept = "float32: as recorded when this was begun"
-    record = json.loads((streamed / "train.json").read_text())
-    assert record["number_formats"] == {"model": kept, "encoder": kept}
+    assert formats(streamed / "train.json") == {"model": kept, "encoder": kept}
     works(*harvest, "--tokens", 3000)
     assert Manifest.load(store).model["dtype"] == Manifest.load(store).dtype == "float32"
-    assert json.loads((store / "harvest.json").read_text())["number_formats"]["model"] == kept
+    assert formats(store / "harvest.json")["model"] == kept
     assert call(*harvest, "--model-dtype", "bfloat16").code == 1
 
 

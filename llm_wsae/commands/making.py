@@ -39,7 +39,7 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 if TYPE_CHECKING:
-    from llm_wsae.data.site_rows import SiteRows
+    from llm_wsae.data.rows import SiteRows
     from llm_wsae.pipeline.run import SiteResult
 
 _STARTED = time.monotonic()

@@ -40,7 +40,7 @@ class Section:
     index: int
     """Its place among all sections of its part of the corpus."""
     document: int
-    """Number of its document, in the order in which documents give their first section."""
+    """Number of its document, in the order of their first sections."""
     name: str
     """Of its document, as ``labels`` are."""
     text: str

@@ -217,9 +217,8 @@ def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, Shard
     remove_partials(folder, TOKENS, RECORDS, MEASUREMENTS, *manifest.sites)
     listed = {folder / path for shard in whole.values() for path in shard.files}
     for name in (TOKENS, *manifest.sites):
-        for path in (folder / name).glob("*.safetensors"):
-            if path not in listed:
-                path.unlink()
+        for path in set((folder / name).glob("*.safetensors")) - listed:
+            path.unlink()
     for path in (folder / RECORDS).glob("*.json"):
         if path.stem.isdecimal() and int(path.stem) not in whole:
             path.unlink()

@@ -31,12 +31,10 @@ _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 32, 1000  # whose length in tokens is 
 
 
 class Cursor(NamedTuple):
-    """A place in the token stream of a corpus: where the next token is, or would be."""
+    """A place in the token stream of a corpus: a token's number in a section."""
 
     section: int
-    """Number of the section."""
     offset: int
-    """Number of the token in the section."""
 
 
 BEGINNING = Cursor(0, 0)
@@ -81,13 +79,11 @@ class Packer:
         """``vocab_size`` is the model's number of embeddings; larger ids are an error."""
         if tokenizer is None:
             raise LlmWsaeError("text cannot be read without a tokenizer; pass one with the model")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._vocab_size, self._config = tokenizer, vocab_size, config
         self._bos = bos_token_id if config.prepend_bos else None
         self._separator = tokenizer.eos_token_id
         self._padding = self._separator if self._separator is not None else 0
         self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
-        self._vocab_size = vocab_size
-        self._config = config
         self._one_each = config.one_document_per_context
         self.content_size = config.context_size - (self._bos is not None)
         """Positions of a context that text can fill."""
@@ -145,27 +141,23 @@ class Packer:
 
     def _tokenised(
         self, corpus: Corpus, start: Cursor
-    ) -> Iterator[tuple[list[Section], list[np.ndarray]]]:
+    ) -> Iterator[tuple[list[Section], list[list[int]]]]:
         sections: list[Section] = []
         length, size = 0, None if self._one_each else self._two_contexts
         for section in corpus.sections(size, start.section):
             sections.append(section)
             length += len(section.text)
             if len(sections) >= _SECTIONS_AT_ONCE or length >= _CHARACTERS_AT_ONCE:
-                yield sections, self._arrays(sections)
+                yield sections, self._encoded([one.text for one in sections])
                 sections, length = [], 0
         if sections:
-            yield sections, self._arrays(sections)
+            yield sections, self._encoded([one.text for one in sections])
 
     def _two_contexts(self, texts: Sequence[str]) -> int:
         """Characters of some documents that fill just less than two contexts, from a sample."""
         sample = [text[:_SAMPLED_CHARACTERS] for text in texts[:_SAMPLED_DOCUMENTS]]
         tokens = sum(map(len, self._encoded(sample)))
         return max(1, 7 * self.content_size * sum(map(len, sample)) // max(1, 4 * tokens))
-
-    def _arrays(self, sections: list[Section]) -> list[np.ndarray]:
-        encoded = self._encoded([section.text for section in sections])
-        return [np.asarray(tokens, dtype=np.int32) for tokens in encoded]
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         with parsing("the tokenizer cannot read the text"):  # e.g. with an endless expression
@@ -176,12 +168,13 @@ class Packer:
                 verbose=False,  # documents may be longer than the model's context
             )["input_ids"]
 
-    def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> np.ndarray:
+    def _stream(self, section: Section, tokens: list[int], start: Cursor) -> np.ndarray:
         """A section's part of the stream, from the cursor on if that is within the section: ids,
         section, document, offset and whether they are separators, [5, tokens]."""
-        length = len(ids)
+        length = len(tokens)
         if self._separator is not None and not self._one_each:
-            ids = np.append(ids, np.int32(self._separator))
+            tokens = [*tokens, self._separator]
+        ids = np.asarray(tokens, dtype=np.int32)
         offset = np.arange(len(ids), dtype=np.int32)
         index, document = (np.full_like(offset, n) for n in (section.index, section.document))
         stream = np.stack([ids, index, document, offset, offset >= length])
@@ -236,19 +229,15 @@ def save_contexts(path: Path, batches: Sequence[Contexts]) -> None:
         name: torch.from_numpy(np.concatenate([getattr(batch, name) for batch in batches]))
         for name in _FIELDS
     }
-    headers: dict[int, dict[str, Any]] = {}
-    for batch in batches:
-        headers |= batch.headers
+    headers = {number: own for batch in batches for number, own in batch.headers.items()}
     # One string: the order in which safetensors writes several differs between runs.
-    text = json.dumps({str(index): headers[index] for index in sorted(headers)})
+    text = json.dumps({str(number): headers[number] for number in sorted(headers)})
     save_tensors(path, tensors, metadata={"documents": text})
 
 
 def load_contexts(path: Path, first: tuple[int, int], following: tuple[int, int]) -> Contexts:
     """Read such a file; the cursors come from the manifest."""
     tensors, metadata = load_tensors(path, "tokens of a shard")
-    headers = json.loads(metadata["documents"])
-    numbered = {int(index): header for index, header in headers.items()}
+    headers = {int(number): own for number, own in json.loads(metadata["documents"]).items()}
     ids, keep, document, offset = (tensors[name].numpy() for name in _FIELDS)
-    cursors = Cursor(*first), Cursor(*following)
-    return Contexts(ids, keep, document, offset, *cursors, numbered)
+    return Contexts(ids, keep, document, offset, Cursor(*first), Cursor(*following), headers)

@@ -43,8 +43,7 @@ from llm_wsae.data.manifest import (
     tokens_path,
 )
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts, load_contexts
-from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
-from llm_wsae.data.site_rows import SiteRows, StoredMeasurement
+from llm_wsae.data.rows import WINDOW_BYTES, SiteRows, StoredMeasurement, shuffled_batches
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
@@ -310,8 +309,8 @@ class ActivationStore(SiteRows):
         return StoredMeasurement(path, {"rows": digest, **settings})
 
     def _added_up(self, site: Site) -> dict[str, Tensor] | None:
-        """The sums that each of several stores keeps, together; None unless they are of the same
-        rows, usual ones by the threshold of all rows."""
+        """The sums that several stores keep, together; None if other rows would count as massive
+        among all."""
         if len(self._alone) == 1:
             return None
         whole, total = self.statistics(site), SecondMoment(self.d_in)
@@ -363,12 +362,10 @@ class ActivationStore(SiteRows):
             here = np.flatnonzero(shards == shard)
             first = self._row_ends[shard - 1] if shard else 0
             contexts = self.contexts(shard)
-            context, position = (a[numbers[here] - first] for a in np.nonzero(contexts.keep))
-            found[0, here] = context + self.first_context(shard)
-            found[1, here] = position
-            found[2, here] = contexts.document[context, position]
-            found[3, here] = contexts.offset[context, position]
-            ids[here] = contexts.ids[context]
+            at = tuple(a[numbers[here] - first] for a in np.nonzero(contexts.keep))
+            found[0, here], found[1, here] = at[0] + self.first_context(shard), at[1]
+            found[2, here], found[3, here] = contexts.document[at], contexts.offset[at]
+            ids[here] = contexts.ids[at[0]]
         return Located._make([*torch.from_numpy(found), torch.from_numpy(ids)])
 
     def document(self, row: int) -> dict[str, Any]:
@@ -440,8 +437,7 @@ def open_stores(folders: Sequence[Path | str]) -> ActivationStore:
 
 
 def _in_common(store: ActivationStore) -> dict[str, Any]:
-    """What stores must have in common. A model may have several names, and how many contexts go
-    through it at a time depends on the machine."""
+    """What stores must have in common. A model may have several names."""
     manifest = store.manifest
     names = ("sites", "dtype", "d_in", "bos_token_id", "packing")
     return {
@@ -452,24 +448,19 @@ def _in_common(store: ActivationStore) -> dict[str, Any]:
 
 
 def _joined(manifests: Sequence[Manifest]) -> Manifest:
-    """The manifest of several stores as one. All texts are named as ``Corpus.open`` names them; a
-    text is held out of all stores if it is held out of the one that holds out least."""
+    """The manifest of several stores as one. A text is held out of all of them if it is held out of
+    the one that holds out least."""
     if len(manifests) == 1:
         return manifests[0]
     corpora = [manifest.corpus for manifest in manifests]
-    corpus = {
-        **corpora[0],
-        "name": "+".join(dict.fromkeys(str(one["name"]) for one in corpora)),
-        "fingerprint": "+".join(dict.fromkeys(str(one["fingerprint"]) for one in corpora)),
-        "heldout_fraction": min(one["heldout_fraction"] for one in corpora),
-    }
-    return replace(
-        manifests[0],
-        corpus=corpus,
-        num_contexts=sum(manifest.num_contexts for manifest in manifests),
-        shards=[shard for manifest in manifests for shard in manifest.shards],
-        statistics={},
-    )
+    corpus = dict(corpora[0])
+    for key in ("name", "fingerprint"):  # as ``Corpus.open`` names several texts
+        corpus[key] = "+".join(dict.fromkeys(str(one[key]) for one in corpora))
+    corpus["heldout_fraction"] = min(one["heldout_fraction"] for one in corpora)
+    contexts = sum(manifest.num_contexts for manifest in manifests)
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    first = manifests[0]
+    return replace(first, corpus=corpus, num_contexts=contexts, shards=shards, statistics={})
 
 
 def _sha256_of(value: Any) -> str:

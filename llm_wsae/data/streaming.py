@@ -24,8 +24,7 @@ from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import NO_ROWS, kept_rows, too_small
 from llm_wsae.data.packing import Contexts, Packer
-from llm_wsae.data.shuffling import Share, cut, shuffled
-from llm_wsae.data.site_rows import SiteRows, SiteSource, StoredMeasurement
+from llm_wsae.data.rows import Share, SiteRows, SiteSource, StoredMeasurement, cut, shuffled
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads, progress
 from llm_wsae.machine.threads import prefetch

@@ -130,16 +130,12 @@ def _text_files(path: Path, text_column: str | None) -> TextSource:
             raise UsageError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file")
     elif path.suffix not in _SUFFIXES:
         raise UsageError(f"cannot read {path} as text: its name must end in {', '.join(_SUFFIXES)}")
-    size = sum(file.stat().st_size for file in files)
-    if size == 0:
+    if (size := sum(file.stat().st_size for file in files)) == 0:
         raise LlmWsaeError(f"the corpus {path} is empty")
     names = {file: _utf8(file.relative_to(root).as_posix()) for file in files}
-    return TextSource(
-        _utf8(path.resolve().name),
-        size,
-        partial(_fingerprint_of_files, names),
-        partial(_file_documents, names, text_column),
-    )
+    documents = partial(_file_documents, names, text_column)
+    fingerprint = partial(_fingerprint_of_files, names)
+    return TextSource(_utf8(path.resolve().name), size, fingerprint, documents)
 
 
 def _files_below(folder: Path, seen: set[str]) -> Iterator[Path]:

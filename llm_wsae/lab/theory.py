@@ -29,7 +29,7 @@ from torch import Tensor
 from llm_wsae.artifact.artifact import check_file, check_folder, is_record_of
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.data.shuffling import MemorySource
+from llm_wsae.data.rows import MemorySource
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import frozen_random
 from llm_wsae.lab.config import TheoryConfig

@@ -81,8 +81,7 @@ class Processes:
         self.gather(None)
 
     def check_agreed(self, mine: dict[str, Any], what: str) -> None:
-        """Raise LlmWsaeError, naming each difference, unless all processes have the same values,
-        JSON, of ``what``."""
+        """Raise LlmWsaeError, naming each difference, unless all processes have the same values."""
         owners = ("process 0", f"process {self.rank}")
         if clauses := differences(self.lead(lambda: plain(mine)), mine, owners):
             raise LlmWsaeError(
@@ -114,14 +113,13 @@ class Processes:
         except RuntimeError as error:  # of torch.distributed
             try:
                 self._store.wait(["error"], timedelta(seconds=_LINGER_SECONDS))
-                sentence, code = json.loads(self._store.get("error"))
+                sentence, is_usage = json.loads(self._store.get("error"))
             except RuntimeError:
                 raise LlmWsaeError(
                     f"another process of this run exited without an error message "
                     f"({reason(error)}); run the same command again to resume"
                 ) from error
-            kind = UsageError if code == UsageError.exit_code else LlmWsaeError
-            raise kind(sentence) from error
+            raise (UsageError if is_usage else LlmWsaeError)(sentence) from error
 
     @functools.cached_property
     def _group(self) -> Any:
@@ -138,11 +136,11 @@ class Processes:
         """Leave this error for the others, if it is the first, and wake those that wait."""
         from torch import distributed
 
-        sentence, code = f"process {self.rank} ended: {error!r}", LlmWsaeError.exit_code
-        if isinstance(error, LlmWsaeError):
-            sentence, code = str(error), error.exit_code
+        is_ours = isinstance(error, LlmWsaeError)
+        sentence = str(error) if is_ours else f"process {self.rank} ended: {error!r}"
         with suppress(RuntimeError):  # the store has closed, and nobody could read this
-            self._store.compare_set("error", "", json.dumps([sentence, code]))
+            left = json.dumps([sentence, isinstance(error, UsageError)])
+            self._store.compare_set("error", "", left)
         if group := self.__dict__.pop("_group", None):
             distributed.destroy_process_group(group)
 

@@ -104,14 +104,16 @@ class LanguageModel:
             raise UsageError(f"there is no dtype {name!r}; {nearest(name, known)}")
         place = choose_device("auto" if device == SPREAD else device)
         wanted = fast_dtype(place) if name == "auto" else DTYPES[name]
-        loaded = load_model(model, revision, wanted, download, spread=device == SPREAD)
-        hf_model = loaded.hf_model if device == SPREAD else loaded.hf_model.to(place)
+        parted = device == SPREAD
+        hf_model, tokenizer, found, commit = load_model(model, revision, wanted, download, parted)
+        if not parted:
+            hf_model = hf_model.to(place)
         hf_model.eval().requires_grad_(False)
         use_short_attention(hf_model)
         fuse_norms_and_gates(hf_model)
         with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
-            made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
-            made.tokenizer(["a text"], add_special_tokens=False, verbose=False)
+            made = cls(hf_model, tokenizer, found, commit)
+            tokenizer(["a text"], add_special_tokens=False, verbose=False)
             made.logits(torch.zeros(1, 2, dtype=torch.long))
         return made
 

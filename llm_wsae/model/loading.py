@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import huggingface_hub as hub
 import numpy as np
@@ -47,26 +47,16 @@ _MOST_PARTS = 5_000_000  # of a header; a vocabulary of 262,144 words with its m
 _LIST = 9  # the type of a value
 
 
-class Loaded(NamedTuple):
-    """A model of transformers, on the CPU unless it is spread, and its name."""
-
-    hf_model: Any
-    tokenizer: Any
-    name: str
-    """Hub id, or the bare name of the file or folder."""
-    revision: str | None
-    """Commit hash on the Hub; None for local files."""
-
-
 def load_model(
     model: str,
     revision: str | None,
     dtype: torch.dtype,
     download: bool = True,
     spread: bool = False,
-) -> Loaded:
-    """Load model and tokenizer; arguments as those of ``LanguageModel.load``. With ``spread``,
-    accelerate puts its parts on all accelerators, then in memory, then on the disk.
+) -> tuple[Any, Any, str, str | None]:
+    """Load model and tokenizer; their name, a Hub id or that of a file or folder; and the commit on
+    the Hub. The model is on the CPU; with ``spread``, accelerate puts its parts on all
+    accelerators, then in memory, then on the disk.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
@@ -105,7 +95,7 @@ def load_model(
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _explained(error, model, revision) from error
-    return Loaded(hf_model, tokenizer, path.resolve().name if is_local else model, commit)
+    return hf_model, tokenizer, path.resolve().name if is_local else model, commit
 
 
 def _checked_model(model: str, source: str, options: dict[str, Any]) -> Any:

@@ -16,8 +16,7 @@ import torch
 from llm_wsae.artifact.artifact import existing, free_space
 from llm_wsae.data.harvesting import StoreWriter, finish_store, kept_rows, manifest_of
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shuffling import WINDOW_BYTES
-from llm_wsae.data.site_rows import SiteSource
+from llm_wsae.data.rows import WINDOW_BYTES, SiteSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
 from llm_wsae.model.language_model import LanguageModel

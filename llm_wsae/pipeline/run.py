@@ -23,8 +23,7 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shuffling import ActivationSource
-from llm_wsae.data.site_rows import SiteRows
+from llm_wsae.data.rows import ActivationSource, SiteRows
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements

@@ -159,7 +159,7 @@ def test_another_harvest_into_the_folder_is_refused(model, corpus, text, unbroke
     for message, options, changes in (
         ("model weights_sha256: .* in the saved activation store", {"model": tiny_model(5)}, {}),
         ('corpus part: "train" in', {"corpus": Corpus.open(str(text), "all")}, {}),
-        (r"sites: \[.blocks.0.hook_resid_pre", {"sites": SITES[:1]}, {}),
+        ("sites 1: .blocks.1.hook_resid_post. in", {"sites": SITES[:1]}, {}),
         ('dtype: "float32" in the saved activation store, "bf', {}, {"dtype": "bfloat16"}),
         ("packing context_size: 12 in .*, 13 in", {}, {"context_size": 13}),
     ):
@@ -190,11 +190,11 @@ def test_a_corpus_that_is_too_small(model, corpus, text, tmp_path):
 
 
 def test_requests_that_cannot_be(model, corpus, tmp_path):
-    for sites, changes, message in (
-        ([Site(3, "pre")], {}, "the model has 3 blocks"),
-        ([], {}, "name at least one"),
-        (SITES, {"context_size": 65}, "reads at most 64"),
-        (SITES, {"shard_tokens": 10**13}, "a shard would need .* GiB of memory"),
+    for message, sites, changes in (
+        ("the model has 3 blocks", [Site(3, "pre")], {}),
+        ("name at least one", [], {}),
+        ("reads at most 64", SITES, {"context_size": 65}),
+        ("a shard would need .* GiB of memory", SITES, {"shard_tokens": 10**13}),
     ):
         with pytest.raises(UsageError, match=message):
             harvest(model, corpus, sites, tmp_path / "s", replace(CONFIG, **changes))

@@ -6,15 +6,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import torch
-from evaluation_cases import SITE, WORDS, planted_model
+from evaluation_cases import WORDS, planted_model
 from tiny import words
 
-from llm_wsae.data.config import HarvestConfig, PackConfig
+from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
-from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import TextSize, owners
 
 CONTEXT = 16
@@ -35,25 +32,27 @@ def corpus(tmp_path_factory):
     return write(tmp_path_factory.mktemp("texts") / "a.jsonl", [long, *short])
 
 
-def taken(corpus, contexts):
-    packer = Packer.for_model(planted_model(), PackConfig(context_size=CONTEXT))
+@pytest.fixture(scope="module")
+def packer():
+    return Packer.for_model(planted_model(), PackConfig(context_size=CONTEXT))
+
+
+def taken(packer, corpus, contexts):
     (block,) = packer.blocks(corpus, contexts, limit=contexts)
-    names = {n: header["name"] for n, header in block.headers.items()}
-    return [names[n] for n in block.document[block.keep].tolist()]
+    return [block.headers[n]["name"] for n in block.document[block.keep].tolist()]
 
 
-def test_a_long_document_gives_two_contexts_before_all_others_have_given(corpus):
-    names = taken(corpus, 300)
+def test_a_long_document_gives_two_contexts_before_all_others_have_given(packer, corpus):
+    names = taken(packer, corpus, 300)
     assert names.count("a.jsonl#1") <= 2 * CONTEXT
     size = TextSize.of(np.unique(names, return_inverse=True)[1])
     assert size.documents > 150 and size.effective > 0.9 * size.documents
     assert not size.warnings()
-    everything = taken(corpus, 1100)  # and then the rest of it
+    everything = taken(packer, corpus, 1100)  # and then the rest of it
     assert everything.count("a.jsonl#1") > 40 * PAGE
 
 
-def test_the_same_sections_every_time_and_from_any_section_on(corpus):
-    packer = Packer.for_model(planted_model(), PackConfig(context_size=CONTEXT))
+def test_the_same_sections_every_time_and_from_any_section_on(packer, corpus):
     everything = list(corpus.sections(packer._two_contexts))
     assert everything == list(corpus.sections(packer._two_contexts))
     assert everything[17:] == list(corpus.sections(packer._two_contexts, 17))
@@ -84,16 +83,6 @@ def test_texts_of_a_mixture_take_turns_by_length(tmp_path):
     sections = list(islice(both.sections(lambda texts: 100), 60))
     long = sum(len(s.text) for s in sections if s.name.startswith("a"))
     assert long == pytest.approx(sum(len(s.text) for s in sections) / 2, rel=0.1)
-
-
-def test_a_short_harvest_is_of_many_documents(corpus, tmp_path):
-    config = HarvestConfig(context_size=CONTEXT, tokens=2000, batch_tokens=64)
-    store = harvest(planted_model(), corpus, [Site.parse(SITE)], tmp_path / "store", config)
-    size = store.text_size()
-    assert size.tokens == store.num_rows and size.documents > 60
-    assert store.text_size(100).tokens == 100
-    located = store.locate(torch.arange(store.num_rows)).document
-    assert size == TextSize.of(located.numpy())
 
 
 def test_the_size_of_a_text():

@@ -16,11 +16,12 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import StoreWriter, harvest
 from llm_wsae.data.manifest import Manifest, save_record
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shuffling import MemorySource
+from llm_wsae.data.rows import MemorySource
 from llm_wsae.data.store import ActivationStore, open_stores
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import SecondMoment, Statistics
+from llm_wsae.statistics.uncertainty import TextSize
 
 SITES = [Site(1, "post"), Site(0, "pre")]
 SITE = SITES[0]
@@ -115,6 +116,8 @@ def test_every_row_leads_back_to_its_text(made, corpus):
     by_row = made.locate(torch.arange(made.num_rows))
     assert bool(((by_row.context * 12 + by_row.position).diff() > 0).all())
     assert bool((by_row.position > 0).all())
+    assert made.text_size() == TextSize.of(by_row.document.numpy())
+    assert made.text_size().documents > 40 and made.text_size(100).tokens == 100
     for shard in range(3):
         own, headers = made.contexts(shard).document, made.contexts(shard).headers
         assert list(headers) == np.unique(own[own >= 0]).tolist()
@@ -150,20 +153,21 @@ def test_an_incomplete_store_is_refused(store):
 
 def test_batches_behind_a_failed_one_never_complete_its_shard(store, tmp_path):
     """They may already wait in the writer when it fails."""
-    manifest = Manifest.load(store.folder)
-    manifest.shards, manifest.complete, manifest.statistics = [], False, {}
-    out = tmp_path / "new"
-    out.mkdir()
     contexts = store.contexts(0)
     half = type(contexts)(*(a[:14] for a in contexts[:4]), *contexts[4:])
-    rows = {s: torch.zeros(int(half.keep.sum()), 16) for s in manifest.sites}
-    bad = {s: torch.full_like(r, torch.inf) for s, r in rows.items()}
+    good, bad = (
+        {s: torch.full((int(half.keep.sum()), 16), value) for s in store.manifest.sites}
+        for value in (0.0, torch.inf)
+    )
     message = r"shard 00000: (\d+) of \1 rows hold NaN or infinite"
-    with pytest.raises(LlmWsaeError, match=message), StoreWriter(out, manifest) as writer:
-        for batch in (bad, rows, rows):
+    with (
+        pytest.raises(LlmWsaeError, match=message),
+        StoreWriter(tmp_path / "new", store.manifest) as writer,
+    ):
+        for batch in (bad, good, good):
             writer.add(0, half, batch)
         writer.wait()
-    assert list(out.rglob("*")) == []
+    assert not (tmp_path / "new").exists()
 
 
 # --- Several stores

@@ -17,7 +17,7 @@ from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest, kept_rows
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shuffling import ActivationSource
+from llm_wsae.data.rows import ActivationSource
 from llm_wsae.data.streaming import ActivationStream, ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import read_folder

@@ -40,15 +40,10 @@ def tiny_tokenizer(bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFas
 def tiny_model(seed: int = 0, width: int = 16, bos: bool = True) -> LanguageModel:
     """A Llama of 3 blocks that reads 64 tokens."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    return LanguageModel.from_live(LlamaForCausalLM(config), tiny_tokenizer(bos), "tiny")
+    sizes = dict(vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width)
+    sizes |= dict(num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
+    hf_model = LlamaForCausalLM(LlamaConfig(**sizes))
+    return LanguageModel.from_live(hf_model, tiny_tokenizer(bos), "tiny")
 
 
 def words(seed: int, count: int) -> str:
@@ -74,14 +69,8 @@ def tiny_hf_model(family: str, seed: int = 0):
     """A random model large enough in its weights that blocks do something to the stream."""
     torch.manual_seed(seed)
     t = transformers
-    neox = dict(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
+    neox = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=BLOCKS)
+    neox |= dict(num_attention_heads=4, intermediate_size=64, max_position_embeddings=32)
     gpt2 = dict(vocab_size=VOCAB, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=32)
     llama = dict(neox, num_key_value_heads=2)
     model_class, config_class, sizes = {
@@ -102,6 +91,12 @@ def tiny_hf_model(family: str, seed: int = 0):
     return hf_model
 
 
+def save_hf_model(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    tiny_hf_model(family).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def bridge_of(model: LanguageModel):
     """TransformerLens' bridge over the same weights, made without a network."""
     with warnings.catch_warnings():
@@ -119,14 +114,8 @@ def bridge_of(model: LanguageModel):
 def tiny_encoder() -> tuple[BertModel, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
     vocab = {f"w{i}": i for i in range(50)} | {"<pad>": 50}
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=300,
-    )
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(vocab_size=len(vocab), max_position_embeddings=300, **sizes)
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")

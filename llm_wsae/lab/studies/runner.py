@@ -35,7 +35,7 @@ from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.site_rows import SiteSource
+from llm_wsae.data.rows import SiteSource
 from llm_wsae.data.store import open_stores
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo

@@ -17,9 +17,9 @@ from places import ROOT
 from safetensors.torch import save_file
 
 from llm_wsae.artifact.artifact import FileRecord
-from llm_wsae.data import shuffling
+from llm_wsae.data import rows as rows_module
 from llm_wsae.data.manifest import Manifest, ShardRecord, row_checks
-from llm_wsae.data.shuffling import ActivationSource, MemorySource, shuffled_batches
+from llm_wsae.data.rows import ActivationSource, MemorySource, shuffled_batches
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
@@ -67,7 +67,7 @@ def test_each_row_once_per_epoch_from_any_start_and_in_any_parts(
     reader = reader_of(tmp_path_factory.mktemp("rows"), shard_rows)
     window = chunk * chunks_per_window * reader.row_bytes
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(shuffling, "CHUNK_ROWS", chunk)
+        patched.setattr(rows_module, "CHUNK_ROWS", chunk)
 
         def batches(start, part=(0, 1)):
             return shuffled_batches(reader, batch_size, 0, start, window, part)
@@ -120,8 +120,8 @@ import sys
 sys.path[:0] = ["tests/data", "tests/helpers"]
 from itertools import islice
 from pathlib import Path
-from test_shuffling import reader_of
-from llm_wsae.data.shuffling import shuffled_batches
+from test_rows import reader_of
+from llm_wsae.data.rows import shuffled_batches
 from llm_wsae.machine.hardware import peak_memory_bytes
 reader = reader_of(Path(sys.argv[1]), [32_768] * 8, d_in=256)
 small = shuffled_batches(reader, 4096, 0, window_bytes=1 << 20)
