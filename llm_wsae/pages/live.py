@@ -7,6 +7,7 @@ makes is refused. The model answers one request at a time, and each within a lim
 Import this only where the extra ``page`` is installed.
 """
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -23,6 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llm_wsae.attaching import Steer, attach
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -33,6 +35,7 @@ from llm_wsae.outside import mapping, parse_json
 from llm_wsae.pages.dashboard import shown, strongest
 
 LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
+_MOST_CONNECTIONS = 64
 SECONDS = 20.0  # for one text that the model writes, and to wait for the model
 
 
@@ -146,6 +149,19 @@ def application(page: str, session: Session, token: str, port: int) -> Any:
     )
 
 
+class _Connection(H11Protocol):
+    """One of a limited number: a new one closes the oldest on which no whole request has come, so
+    that half a request, which needs no token, cannot lock the owner out."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.made = time.monotonic()
+        own = [one for one in self.connections if isinstance(one, _Connection)]
+        silent = [one for one in own if one.cycle is None or one.cycle.response_complete]
+        if len(own) > _MOST_CONNECTIONS and silent:
+            min(silent, key=lambda one: one.made).transport.close()
+
+
 def listen(port: int) -> socket.socket:
     """A port of this machine alone, taken before the page is built; 0 takes a free one.
 
@@ -174,4 +190,7 @@ def serve(
     listening.listen()  # who follows the address at once waits, and is not refused
     announce(f"http://127.0.0.1:{port}/{token}/")
     with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
-        uvicorn.Server(uvicorn.Config(made, ws="none", log_level="error")).run(sockets=[listening])
+        config = uvicorn.Config(
+            made, http=_Connection, ws="none", log_level="error", backlog=_MOST_CONNECTIONS
+        )
+        uvicorn.Server(config).run(sockets=[listening])

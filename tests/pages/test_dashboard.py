@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -569,6 +570,11 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
     server = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     try:
         address = next(line.split()[1] for line in server.stderr if line.startswith("open http"))
+        port = int(address.split(":")[2].split("/")[0])
+        halves = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]
+        for half in halves:
+            half.sendall(b"GET / HTTP/1.1\r\nHo")
+        assert halves[0].recv(1) == b""  # closed, to make room
         with watched(browser, f"{address}#live/d0", address, known=("413",)) as tab:
             text = tab.locator("textarea")
             text.fill("")
