@@ -11,7 +11,7 @@ from tiny import tiny_model, write_jsonl
 from torch.nn.functional import pad
 
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data import site_rows
+from llm_wsae.data import rows as rows_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
@@ -177,8 +177,8 @@ def measured(folder, is_full):
 
     RowReader.rows = counted
     if is_full:
-        site_rows.save_own_tensors = full
-    site_rows.tqdm.write = lambda sentence, file: said.write(sentence)
+        rows_module.save_own_tensors = full
+    rows_module.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return read[0], said.getvalue(), inputs.covariance.tolist()
 
