@@ -63,8 +63,7 @@ class Plants:
     """Features to add to rows: x′ = x + Σ_j a_j v_j over those that fire."""
 
     directions: Float[Tensor, "plants d_in"]  # unit vectors v, float32
-    strength: Float[Tensor, " plants"]
-    """Mean strength of each, in the units of the rows (float64)."""
+    strength: Float[Tensor, " plants"]  # mean strength of each, in the units of the rows (float64)
     relative_strength: tuple[float, ...]
     """The same in median norms of the centred rows, as it was asked for."""
     probability: Float[Tensor, " plants"]
@@ -381,8 +380,7 @@ class PlantRecovery:
     slope: Float[Tensor, " plants"]
     """Answer over strength where both fire: Σ z⟨w, v⟩a / Σ a², without a fitted scale. Below 1 the
     feature is shrunk. NaN if they never fire together."""
-    vanished: Float[Tensor, " plants"]
-    """Share of the plant's firings on which its latent is silent."""
+    vanished: Float[Tensor, " plants"]  # share of the plant's firings on which its latent is silent
     l_gt: float
     """min over one scale c of Σ_j E(x_j − c·z_j)² / Σ_j E x_j²: what is missing of the plants when
     each is read from its latent."""

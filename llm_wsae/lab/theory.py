@@ -69,10 +69,8 @@ class Superposition:
     """Independent true features of equal frequency and strength, and how they are mixed:
     x_p = W_p x (Elhage et al. 2022, "Toy Models of Superposition")."""
 
-    mixing: Float[Tensor, "n_p n"]
-    """W_p: column j is the observed direction of true feature j."""
-    sparsity: float
-    """S, the probability that a feature is 0; otherwise it is uniform on (0, 1]."""
+    mixing: Float[Tensor, "n_p n"]  # W_p: column j is the observed direction of true feature j
+    sparsity: float  # S, the probability that a feature is 0; otherwise it is uniform on (0, 1]
 
     def features(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows n"]:
         """Draw true features x."""
@@ -142,16 +140,12 @@ def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"
 class GapNorms:
     """‖W_pᵀΓ²W_p − I‖_F for one W_p: weights beside the scale alone, the optimum and the bound."""
 
-    none: float
-    """Γ = I."""
-    best_scalar: float
-    """The best multiple of I."""
+    none: float  # Γ = I
+    best_scalar: float  # the best multiple of I
     weights: dict[str, float]
     """By name of the weights: at their best scale, since a loss has its minimum at any."""
-    whitening: float
-    """Γ², the pseudo-inverse of W_p W_pᵀ (``least_gap_weights``)."""
-    bound: float
-    """√(n − rank W_p); no Γ is below."""
+    whitening: float  # Γ², the pseudo-inverse of W_p W_pᵀ (``least_gap_weights``)
+    bound: float  # √(n − rank W_p); no Γ is below
 
 
 def gap_norms(mixing: Float[Tensor, "n_p n"], weights: dict[str, Weights]) -> GapNorms:
@@ -194,8 +188,7 @@ def _spectrum(mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Recovery(NamedTuple):
     """How much of the true features a dictionary finds, where they are known."""
 
-    recovered: float
-    """Share of true features with a decoder row at a cosine above 0.9."""
+    recovered: float  # share of true features with a decoder row at a cosine above 0.9
     mmcs: float
     """Mean over true features of the largest cosine between its direction and a decoder row
     (Sharkey et al. 2022); the sign counts, since latents are not negative."""

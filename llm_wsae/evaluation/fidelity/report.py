@@ -21,33 +21,24 @@ class Fidelity:
 
     name: str
     site: str
-    rows: int
-    """Rows measured: kept positions that are not massive."""
-    documents: int
-    """Documents that these rows and the massive ones are of."""
+    rows: int  # kept positions that are not massive
+    documents: int  # documents that these rows and the massive ones are of
     effective_documents: float  # as in ``TextSize``
-    massive_rows: int
-    """Kept positions whose norm exceeds ``massive_threshold``."""
+    massive_rows: int  # kept positions whose norm exceeds ``massive_threshold``
     massive_threshold: float
-    fvu: float
-    """Σ (x − x̂)² / Σ (x − mean x)², over all rows and dimensions, mean over these rows."""
+    fvu: float  # Σ (x − x̂)² / Σ (x − mean x)², over all rows and dimensions, mean over these rows
     explained_variance: float  # 1 − fvu
     fvu_with_massive: float
-    cosine: float
-    """Mean over rows of cos(x, x̂)."""
-    l2_ratio: float
-    """Mean over rows of ‖x̂‖ / ‖x‖."""
+    cosine: float  # mean over rows of cos(x, x̂)
+    l2_ratio: float  # mean over rows of ‖x̂‖ / ‖x‖
     l0: float
     dead_share: float
-    dense_share: float
-    """Share of latents that fire on more than 10 % of the rows."""
+    dense_share: float  # share of latents that fire on more than 10 % of the rows
     vanished: float
     """Of all firings z, the share that is gone when the reconstruction is encoded again, r = 0
     (``fidelity.evaluator``)."""
-    shrunk: float
-    """Mean of (z − r)/z over the others."""
-    false_latents: float
-    """Latents per row with r > 0 and z = 0."""
+    shrunk: float  # mean of (z − r)/z over the others
+    false_latents: float  # latents per row with r > 0 and z = 0
     ce_clean: float
     """Cross-entropy of the model itself, per scored position (``next_token.scored_positions``)."""
     ce_spliced: float
@@ -57,10 +48,8 @@ class Fidelity:
     ce_recovered: float
     """(ce_zero_ablated − ce_spliced) / (ce_zero_ablated − ce_clean), as in SAELens and SAEBench."""
     ce_recovered_interval: Interval
-    ce_recovered_mean: float
-    """The same relative to ce_mean_ablated, a harder baseline."""
-    kl: float
-    """Mean KL(clean ‖ spliced) over scored positions."""
+    ce_recovered_mean: float  # the same relative to ce_mean_ablated, a harder baseline
+    kl: float  # mean KL(clean ‖ spliced) over scored positions
     kl_interval: Interval
     kl_mean_ablated: float
     kl_zero_ablated: float
@@ -90,13 +79,11 @@ class FromPlain:
     the choice of text, not that of the seed.
     """
 
-    plain: str
-    """Name of the plain dictionary."""
+    plain: str  # name of the plain dictionary
     fvu: float
     ce_recovered: float
     ce_recovered_interval: Interval
-    kl: float
-    """In nats."""
+    kl: float  # in nats
     kl_interval: Interval
 
 
@@ -104,21 +91,17 @@ class FromPlain:
 class Report:
     """One evaluation of several dictionaries on the same text."""
 
-    model: dict[str, Any]
-    """The model's identity."""
-    config: dict[str, Any]
-    """The resolved ``EvaluateConfig``."""
+    model: dict[str, Any]  # the model's identity
+    config: dict[str, Any]  # the resolved ``EvaluateConfig``
     num_contexts: int
-    num_scored: int
-    """Positions whose next-token prediction was scored."""
+    num_scored: int  # positions whose next-token prediction was scored
     scored_per_document: list[float] = field(repr=False)
     dictionaries: dict[str, Fidelity]
     from_plain: dict[str, FromPlain] = field(default_factory=dict)
     """Of each weighted dictionary that has a plain one beside it."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know before relying on the numbers."""
-    text: str = "held-out text"
-    """What was read, in words."""
+    text: str = "held-out text"  # what was read, in words
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""

@@ -58,11 +58,9 @@ class Mean:
     """A mean over the latents, or concepts, that have the score."""
 
     mean: float
-    interval: Interval
-    """Its 95 % interval: by resampling latents, or over families of concepts."""
+    interval: Interval  # its 95 % interval: by resampling latents, or over families of concepts
     count: int
-    share: float
-    """``count`` as a share of all latents, or of all concepts."""
+    share: float  # ``count`` as a share of all latents, or of all concepts
 
 
 _NONE = Mean(math.nan, (math.nan, math.nan), 0, 0.0)
@@ -83,18 +81,15 @@ class DictionaryScores:
 
     name: str
     site: str
-    sha256: str
-    """``decoder_digest`` of the dictionary."""
+    sha256: str  # ``decoder_digest`` of the dictionary
     d_sae: int
     rows: int
-    massive_rows: int
-    """Rows that were left out as massive activations."""
+    massive_rows: int  # rows that were left out as massive activations
     eligible_share: float
     dead_share: float
     dense_share: float
     l0: float
-    latents: dict[str, Mean]
-    """Means of the scores of ``latents`` over the eligible latents."""
+    latents: dict[str, Mean]  # means of the scores of ``latents`` over the eligible latents
     concepts: ConceptSummary
     concepts_not_dense: ConceptSummary
     """Where latents that fire on more than 10 % of the rows are not chosen for concepts."""
@@ -119,17 +114,14 @@ class MonosemanticReport:
     num_contexts: int
     num_rows: int
     num_documents: int
-    effective_documents: float
-    """1/Σ share², where share is a document's part of the rows."""
-    chance: dict[str, float]
-    """``purity`` of as many random contexts as a latent has top contexts."""
+    effective_documents: float  # 1/Σ share², where share is a document's part of the rows
+    chance: dict[str, float]  # ``purity`` of as many random contexts as a latent has top contexts
     sites: dict[str, dict[str, Any]]
     """Per site, how well probes of the activations themselves do (``probing.SiteProbes``):
     ``means``, ``families`` and ``concepts``."""
     dictionaries: dict[str, DictionaryScores]
     notes: list[str] = field(default_factory=list)
-    text: str = "held-out text"
-    """What was read, in words."""
+    text: str = "held-out text"  # what was read, in words
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, the scores of every latent included; a number that does not exist is null."""

@@ -59,10 +59,8 @@ class Estimate:
     """A mean difference."""
 
     difference: float
-    interval: tuple[float, float]
-    """95 %, for this difference alone."""
-    p: float
-    """Of no difference, two-sided, for this difference alone."""
+    interval: tuple[float, float]  # 95 %, for this difference alone
+    p: float  # of no difference, two-sided, for this difference alone
     by_seed: dict[int, float]
 
 

@@ -61,16 +61,12 @@ class Compared:
     label: str
     k: int
     control: str | None
-    seeds: tuple[int, ...]
-    """Those that have a plain dictionary of that k."""
-    effects: dict[str, Estimate]
-    """Differences from the plain dictionaries, by measure."""
-    against_control: dict[str, Estimate]
-    """Differences from the control's dictionaries, by measure."""
+    seeds: tuple[int, ...]  # those that have a plain dictionary of that k
+    effects: dict[str, Estimate]  # differences from the plain dictionaries, by measure
+    against_control: dict[str, Estimate]  # differences from the control's dictionaries, by measure
     adjusted: dict[str, float]
     """p of the deciding measures, corrected for everything that was tried; none for a control."""
-    verdicts: dict[str, str]
-    """By deciding measure; none for a control."""
+    verdicts: dict[str, str]  # by deciding measure; none for a control
 
     @property
     def name(self) -> str:
@@ -144,8 +140,7 @@ class StudyReport:
     """Everything that a study found."""
 
     site: str
-    basis: dict[str, Any]
-    """What all dictionaries share: rows, text, settings."""
+    basis: dict[str, Any]  # what all dictionaries share: rows, text, settings
     results: list[Result]
     compared: list[Compared]
 

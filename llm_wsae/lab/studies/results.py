@@ -44,12 +44,9 @@ class Result:
     """By measure; a measure that does not exist for the dictionary is omitted."""
     ce_recovered: float
     fvu: float
-    shares: dict[str, float]
-    """``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``."""
-    density: float
-    """Latents active per token, dense ones not counted."""
-    text: TextSize
-    """What fidelity was measured on."""
+    shares: dict[str, float]  # ``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``
+    density: float  # latents active per token, dense ones not counted
+    text: TextSize  # what fidelity was measured on
 
     @property
     def is_baseline(self) -> bool:

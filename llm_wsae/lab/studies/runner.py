@@ -166,10 +166,8 @@ class PlannedArm:
     """One dictionary of a study."""
 
     arm: ArmConfig
-    label: str
-    """Name of its weights without the random draw, shared with other k and seeds."""
-    control: str | None = None
-    """Label of its control."""
+    label: str  # name of its weights without the random draw, shared with other k and seeds
+    control: str | None = None  # label of its control
 
     @property
     def name(self) -> str:
