@@ -269,10 +269,8 @@ class Encoder(Protocol):
 
 class WindowEmbeddings:
     """The meaning of the text around rows, as unit vectors; each window is embedded once.
-
     Neighbouring rows share a window, centred on the middle one of them: five rows where 5 tokens
-    follow the centre. Vectors have half precision, which changes a cosine by less than 0.001.
-    """
+    follow the centre. Vectors have half precision, which changes a cosine by less than 0.001."""
 
     def __init__(
         self, text: HeldoutText, tokenizer: Any, encoder: Encoder, before: int, after: int

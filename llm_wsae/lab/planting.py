@@ -407,9 +407,7 @@ class PlantRecovery:
 
 def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantRecovery:
     """Compare a dictionary with a source's plants on its held-out rows, massive ones ignored.
-
-    Raises UsageError if the dictionary is of another site or width.
-    """
+    Raises UsageError if the dictionary is of another site or width."""
     if (dictionary.site, dictionary.d_in) != (source.site, source.d_in):
         raise UsageError(
             f"the dictionary is for {dictionary.d_in} dimensions of {dictionary.site}, but the "

@@ -88,11 +88,9 @@ class Superposition:
 def toy_model(
     n: int, n_p: int, sparsity: float, generator: torch.Generator, steps: int = 1500
 ) -> Float[Tensor, "n_p n"]:
-    """W_p of a toy model of superposition, trained from scratch by Adam whose rate falls to 0.
-
-    W_p = argmin E‖x − ReLU(W_pᵀ W_p x)‖², all features equally important, no bias (the setting of
-    Cui et al. 2026; Elhage et al. 2022 with the bias left out).
-    """
+    """W_p of a toy model of superposition: argmin E‖x − ReLU(W_pᵀ W_p x)‖², trained from scratch by
+    Adam whose rate falls to 0. All features are equally important, and there is no bias (the
+    setting of Cui et al. 2026; Elhage et al. 2022 with the bias left out)."""
     data = Superposition(torch.empty(n_p, n), sparsity)
     mixing = (torch.randn(n_p, n, generator=generator) / n_p**0.5).requires_grad_()
     optimiser = torch.optim.Adam([mixing], lr=_TOY_RATE)
@@ -227,11 +225,8 @@ class ToyReport:
 
 def run_toy(config: TheoryConfig, out: Path) -> ToyReport:
     """Run or finish the toy experiment; ``out`` receives a training for every sparsity and seed,
-    and ``theory.json``.
-
-    Raises UsageError for an unknown rule, or one that needs a first dictionary or a language model,
-    and as ``train`` does.
-    """
+    and ``theory.json``. Raises UsageError for an unknown rule, or one that needs a first dictionary
+    or a language model, and as ``train`` does."""
     for name in config.rule:
         if Rule.parse(name).need not in (None, "second_moment"):
             raise UsageError(

@@ -14,10 +14,8 @@ from llm_wsae.terminal import Table
 @dataclass(frozen=True)
 class Fidelity:
     """How faithfully one dictionary stands in for its site. Cross-entropies and KL are in nats.
-
     Massive rows (``ActivationCache.massive_threshold``) count in ``fvu_with_massive`` alone, and
-    are not replaced.
-    """
+    are not replaced."""
 
     name: str
     site: str
@@ -73,11 +71,9 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class FromPlain:
-    """A weighted dictionary's fidelity less that of the plain one trained beside it.
-
-    Both are measured on the same documents, which are resampled together: the 95 % intervals cover
-    the choice of text, not that of the seed.
-    """
+    """A weighted dictionary's fidelity less that of the plain one trained beside it. Both are
+    measured on the same documents, which are resampled together: the 95 % intervals cover the
+    choice of text, not that of the seed."""
 
     plain: str  # name of the plain dictionary
     fvu: float

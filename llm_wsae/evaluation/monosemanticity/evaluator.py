@@ -167,11 +167,9 @@ class MonosemanticityEvaluator:
         config: MonosemanticConfig,
         encoder: Encoder | None = None,
     ):
-        """Contexts are packed as ``packing`` says; ``encoder`` replaces ``config.encoder``.
-
-        Raises UsageError if the encoder is not available or a label is unknown; LlmWsaeError if the
-        text is too short.
-        """
+        """Contexts are packed as ``packing`` says; ``encoder`` replaces ``config.encoder``. Raises
+        UsageError if the encoder is not available or a label is unknown; LlmWsaeError if the text
+        is too short."""
         if encoder is None:
             encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
         blocks = Packer.for_model(model, packing).blocks(corpus, block_size=64)

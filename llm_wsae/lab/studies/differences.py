@@ -65,11 +65,9 @@ class Estimate:
 
 
 def compared(own: Mapping[int, Value], other: Mapping[int, Value]) -> Estimate | None:
-    """The difference of two kinds of dictionaries, whose values are given by seed.
-
-    None unless two seeds have both. Of a measure that is known for each document the difference is
-    a share: 0.1 where it is a tenth more.
-    """
+    """The difference of two kinds of dictionaries, whose values are given by seed. None unless two
+    seeds have both. Of a measure that is known for each document the difference is a share: 0.1
+    where it is a tenth more."""
     seeds = sorted(own.keys() & other.keys())
     if any(one[seed].documents is not None for one in (own, other) for seed in seeds):
         tables = [[one[seed].documents or () for seed in seeds] for one in (own, other)]

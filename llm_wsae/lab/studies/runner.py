@@ -176,10 +176,8 @@ class PlannedArm:
 
 
 def plan(inputs: RuleInputs, grid: StudyGrid, weigh: WeightConfig) -> list[PlannedArm]:
-    """All dictionaries but the baselines, seed by seed, the plain ones first.
-
-    Controls are drawn again for every seed. Raises as ``weights_from_rule`` does.
-    """
+    """All dictionaries but the baselines, seed by seed, the plain ones first. Controls are drawn
+    again for every seed. Raises as ``weights_from_rule`` does."""
     arms: dict[str, PlannedArm] = {}
     for seed in dict.fromkeys(grid.seeds):
         for weights, control in _weights(inputs, grid, weigh, seed):
