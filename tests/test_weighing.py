@@ -157,12 +157,11 @@ def test_several_processes_sum_the_covariance_together(copy, store, is_full):
     folder = copy.folder
     alone = measure_inputs(["whitening"], store, SITE).covariance.tolist()
     found = run(3, measured, folder, is_full)
-    assert sum(read for read, *_ in found) == store.num_rows
-    assert all(read > 0 for read, *_ in found)
-    assert all(covariance == alone for *_, covariance in found)  # to the last bit
-    said = [said for _, said, _ in found]
+    read, said, covariances = zip(*found, strict=True)
+    assert sum(read) == store.num_rows and all(read)
+    assert covariances == (alone,) * 3  # to the last bit
     assert said[0].count("the measurement is not kept: the disk is full") == is_full
-    assert said[1:] == ["", ""] and (folder / "evidence").exists() == (not is_full)
+    assert said[1:] == ("", "") and (folder / "evidence").exists() == (not is_full)
     again = run(2, measured, folder, False)
     assert sum(read for read, *_ in again) == (store.num_rows if is_full else 0)
 

@@ -7,12 +7,10 @@
     )
     LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=sae, ...)).run()
 
-``llm-wsae weigh`` writes the file. Importing a class registers all of them with SAELens (as
-``wsae_topk`` and so on), so that its runner, trainer, checkpoints and command line know them;
-``register`` does so without importing one. SAELens finally saves a dictionary of one of its
-ordinary architectures, which ``Dictionary.load`` reads together with the rule.
-
-SAELens is imported only then: importing this module does not need it.
+``llm-wsae weigh`` writes the file. Importing a class, or ``register``, imports SAELens and makes
+all of them known to it (as ``wsae_topk`` and so on): to its runner, trainer, checkpoints and
+command line. SAELens finally saves a dictionary of one of its ordinary architectures, which
+``Dictionary.load`` reads together with the rule.
 """
 
 from importlib import import_module
@@ -33,10 +31,8 @@ __all__ += [f"Weighted{kind}TrainingSAEConfig" for kind in KINDS]
 
 
 def register() -> list[str]:
-    """Register the weighted architectures with SAELens, once. Returns their names there.
-
-    Raises LlmWsaeError if SAELens is not installed.
-    """
+    """Register the weighted architectures with SAELens, once. Returns their names there. Raises
+    LlmWsaeError if SAELens is not installed."""
     return _training().ARCHITECTURES
 
 
@@ -57,12 +53,9 @@ def _training() -> Any:
 
 
 def read_weights(path: str, d_in: int) -> LossWeights:
-    """The weights of a file, for rows of ``d_in`` dimensions.
-
-    Raises UsageError for a file that is not named, or whose weights SAELens' training cannot use
-    (a space, annealing); LlmWsaeError for one that cannot be read or is for another number of
-    dimensions.
-    """
+    """The weights of a file, for rows of ``d_in`` dimensions. Raises UsageError for a file that is
+    not named, or whose weights SAELens' training cannot use (a space, annealing); LlmWsaeError for
+    one that cannot be read or is for another number of dimensions."""
     if not path:
         raise UsageError("weights_file is not given; make one with llm-wsae weigh")
     weights = LossWeights.load(Path(path))

@@ -1,10 +1,8 @@
 """SAELens' training classes with a weighted error; importing this registers them.
 
 Each is SAELens' class with the mixin ``_Weighted``, which replaces every squared error that the
-class sums. Penalties (L1, L0) are unchanged. With γ = 1 nothing differs from SAELens.
-
-``llm-wsae train`` excludes massive activations from the loss and SAELens does not; where they are
-first tokens, ``seqpos_slice=(1,)`` has the same effect.
+class sums. Penalties (L1, L0) are unchanged. With γ = 1 nothing differs from SAELens, which does
+not exclude massive activations; where they are first tokens, ``seqpos_slice=(1,)`` does.
 """
 
 from dataclasses import dataclass
@@ -60,11 +58,7 @@ class _WeightedTopK(_Weighted):
     """TopK's auxiliary loss is another squared error."""
 
     def calculate_topk_aux_loss(
-        self,
-        sae_in: Tensor,
-        sae_out: Tensor,
-        hidden_pre: Tensor,
-        dead_neuron_mask: Tensor | None,
+        self, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
         """The dead latents reconstruct the residual (Gao et al. 2024, §A.2), weighted alike."""
         num_dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
@@ -83,8 +77,7 @@ class _WeightedTopK(_Weighted):
         raise UsageError("use_matryoshka_aux_loss has no weighted form; leave it False")
 
 
-ARCHITECTURES: list[str] = []
-"""Names under which SAELens knows them."""
+ARCHITECTURES: list[str] = []  # names under which SAELens knows them
 
 
 def _define(kind: str) -> None:

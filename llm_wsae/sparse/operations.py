@@ -9,9 +9,7 @@ rows over a row's latents, a weight gradient sums rows over a latent's occurrenc
 break ties differently, and add in another order.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -54,19 +52,6 @@ _FOR_PRODUCTS = (torch.float32, torch.bfloat16)
 _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
 _TILE_LATENTS = 2048
 _GROUP = 8  # members of a group in the two-stage selection
-
-_forced: ContextVar[tuple[ModuleType | None, ...]] = ContextVar("backend", default=())
-
-
-@contextmanager
-def using(backend: ModuleType | None) -> Iterator[None]:
-    """For tests: within the block every operation is that of a backend, where it has it, or of
-    plain torch for None."""
-    before = _forced.set((backend,))
-    try:
-        yield
-    finally:
-        _forced.reset(before)
 
 
 def encode_topk(product: Product, k: int) -> Codes:
@@ -359,8 +344,6 @@ def _faster(
     name: str, tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...] = _FOR_SUMS
 ) -> Callable[..., Any] | None:
     """A backend's operation of that name, if there is one for such tensors."""
-    if forced := _forced.get():
-        return getattr(forced[0], name, None)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if differentiated or any(tensor.dtype not in dtypes for tensor in tensors):
         return None

@@ -86,11 +86,9 @@ class Bootstrap:
         quantity: Callable[[Mapping[str, np.ndarray]], np.ndarray],
         sums: Mapping[str, np.ndarray],
     ) -> Interval:
-        """The central 95 % of ``quantity`` over the resamplings.
-
+        """The central 95 % of ``quantity`` over the resamplings; those where it is 0/0 are ignored.
         ``sums`` holds one number per item; ``quantity`` receives their totals under the same names,
-        one per resampling. Resamplings where it is not defined (0/0) are ignored.
-        """
+        one per resampling."""
         found: dict[str, list[np.ndarray]] = {name: [] for name in sums}
         for block in self._times:
             times = block.astype(np.float64)

@@ -98,9 +98,7 @@ class Architecture(ABC):
     has_free_lengths: ClassVar[bool] = False
     """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
     choose the largest of them, not those above a threshold."""
-    is_baseline: ClassVar[bool] = (
-        False  # only trained beside others, to say what they should exceed
-    )
+    is_baseline: ClassVar[bool] = False  # trained beside others, which should exceed it
     memory: ClassVar[dict[str, str]] = {}
     """The attributes that a checkpoint keeps, by their names in it: tensors with one entry for each
     latent that is here, or single numbers."""

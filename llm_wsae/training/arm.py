@@ -83,10 +83,8 @@ class ArmConfig:
         """Those of the decoder rows in training. Raises UsageError if they cannot be free."""
         if asked == "free" and not self.kind.has_free_lengths:
             free = [n for n in architecture_names() if find_architecture(n).has_free_lengths]
-            raise UsageError(
-                f"the architecture {self.architecture} has no free lengths; these have: "
-                f"{', '.join(free)}"
-            )
+            which = f"these have: {', '.join(free)}"
+            raise UsageError(f"the architecture {self.architecture} has no free lengths; {which}")
         return "free" if asked != "unit" and self.kind.has_free_lengths else "unit"
 
     def rate(self, lengths: Lengths) -> float:
@@ -184,8 +182,8 @@ def auxk_gradients(
     sums = SubsetGradients(indices, *zeros)
     for rows in tiles:
         x, mask = batch.x_fast[rows], batch.mask[rows, None]
-        found = encode_dead(Product(x, encoder, bias), dead, k_aux)
-        active = strategy.keep_largest(found, k_aux)
+        largest = encode_dead(Product(x, encoder, bias), dead, k_aux)
+        active = strategy.keep_largest(largest, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = strategy.sum_over_latents((active @ decoder).to(exact))
         error = decoded.add_(residual[rows]).mul_(mask)
@@ -206,21 +204,15 @@ def initial_parameters(
     generator, own = torch.Generator().manual_seed(seed), own or range(d_sae)
     decoder = torch.randn(d_sae, d_in, generator=generator)[own.start : own.stop]
     decoder /= decoder.norm(dim=1, keepdim=True)
-    return Parameters(
-        decoder.clone().to(device),
-        decoder.to(device),
-        torch.zeros(len(own), device=device),
-        torch.zeros(d_in, device=device),
-    )
+    biases = (torch.zeros(size, device=device) for size in (len(own), d_in))
+    return Parameters(decoder.clone().to(device), decoder.to(device), *biases)
 
 
 class Optimiser:
-    """Adam for one arm, float32.
-
-    Decoder rows have norm 1, or lengths of their own while they train, as SAELens' do. Then Adam
-    moves raw rows v and e, and a raw bias b. With L the length of v, the latent has the decoder row
-    v/L, the encoder row L·e and the bias L·b; only these are seen elsewhere.
-    """
+    """Adam for one arm, float32. Decoder rows have norm 1, or lengths of their own while they
+    train, as SAELens' do. Then Adam moves raw rows v and e, and a raw bias b. With L the length of
+    v, the latent has the decoder row v/L, the encoder row L·e and the bias L·b; only these are seen
+    elsewhere."""
 
     def __init__(self, parameters: Parameters, free_lengths: bool = False):
         """With free lengths it weakens the encoder, in place."""

@@ -104,13 +104,10 @@ def _own_state(file: Any, arm: Arm) -> dict[str, Tensor]:
     own, found, prefix = arm.own_latents, {}, f"{arm.config.name}/"
     for key in file.keys():  # noqa: SIM118 - of a safetensors file
         name = key.removeprefix(prefix)
-        if name == key:
-            continue
-        piece = file.get_slice(key)
-        if len(own) < arm.d_sae and _is_per_latent(name, piece.get_shape()):
-            found[name] = piece[own.start : own.stop]
-        else:
-            found[name] = file.get_tensor(key)
+        if name != key:
+            piece = file.get_slice(key)
+            is_part = len(own) < arm.d_sae and _is_per_latent(name, piece.get_shape())
+            found[name] = piece[own.start : own.stop] if is_part else file.get_tensor(key)
     return found
 
 
@@ -179,12 +176,7 @@ def _tracker(
 
         # One folder is one run, also when it is resumed, and beside those of other sites.
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        named: dict[str, Any] = {
-            "project": "llm-wsae",
-            "name": folder.name,
-            "dir": str(folder),
-            "id": number,
-        }
+        named: Any = dict(project="llm-wsae", name=folder.name, dir=str(folder), id=number)
         run = wandb.init(**named, resume="allow", reinit="create_new")
         return (lambda step, numbers: run.log(numbers, step=step)), run.finish
     except ImportError:

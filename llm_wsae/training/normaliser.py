@@ -1,5 +1,5 @@
-"""Rows as the model made them → rows as the training wants them, in the space of each arm; and back
-again, with what was learnt from them."""
+"""Rows of the model → rows of the training, in the space of each arm; and back again, with what was
+learnt from them."""
 
 import torch
 from jaxtyping import Float
@@ -75,8 +75,7 @@ def folded(
     Training sees x' = (x − mean)/scale. With latents in the units of x (scale times larger) only
     the vectors change: b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean,
     threshold ← scale·threshold. In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc
-    first, W_dec ← W_dec Γ⁻ᵀ and b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training, so decoder
-    rows have unit norm in the space.
+    first, W_dec ← W_dec Γ⁻ᵀ and b_dec ← b_dec Γ⁻ᵀ.
     """
     encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
     mean = mean.cpu().double()

@@ -1,9 +1,6 @@
-"""Several dictionaries in one pass over the same batches.
-
-Reading and normalising a batch is shared, so each further arm costs only its own step, and arms
-differ only in their configuration. Several sites of a stream also share the forward pass; each of
-them is a ``Training`` of its own.
-"""
+"""Several dictionaries in one pass over the same batches: each further arm costs only its own step,
+and arms differ only in their configuration. Several sites of a stream also share the forward pass;
+each of them is a ``Training`` of its own."""
 
 import functools
 import math
@@ -293,8 +290,7 @@ class Training:
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def save_dictionaries(self) -> None:
-        """The dictionaries as they are now; of an unfinished training they say after how many
-        steps. Rank 0 does it, after a checkpoint."""
+        """As they are now, of an unfinished training too. Rank 0 does it, after a checkpoint."""
         for arm in self.arms:
             dictionary = self._dictionary(arm)
             if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):

@@ -115,11 +115,9 @@ class LossWeights:
         cls, path: Path, own_config: WeightConfig | None = None, sites: Iterable[Site] = ()
     ) -> "LossWeights":
         """Read what ``save`` wrote, or any safetensors file with one vector or matrix in it.
-
         ``own_config`` are the settings of custom weights; those of a rule are in the file. Raises
         UsageError for others, or if the file names a site that is not one of ``sites``;
-        LlmWsaeError when it is not a weights file, or not what was saved.
-        """
+        LlmWsaeError when it is not a weights file, or not what was saved."""
         tensors, header = load_own_tensors(path, "weights file")
         made_for = header.get("site")
         for site in sites:  # one width fits all sites of a model, so nothing else would show it
@@ -194,8 +192,7 @@ def weights_from_rule(
     inputs: RuleInputs | Statistics,
     config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
 ) -> LossWeights:
-    """γ = s^α or Γ = S^α, clipped and normalised; for ``uniform``, 1 whatever the settings. α = 0
-    gives the weights of ``uniform``.
+    """γ = s^α or Γ = S^α, clipped and normalised; 1 for ``uniform`` and α = 0.
 
     A score of 0 gives the weight 0 for α > 0, and for α < 0 that of the smallest positive score. A
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
@@ -270,8 +267,7 @@ def _clipped(log: Tensor, clip: float) -> Tensor:
 
 def _normalised(weights: LossWeights, statistics: Statistics) -> LossWeights:
     """The weights, float32, under which the winsorised rows have the variance that they have
-    without. Raises LlmWsaeError if they have none, or Γ is a space that Γ⁻¹ cannot lead back
-    from."""
+    without. Raises LlmWsaeError if there is none, or Γ is a space of no way back."""
     gamma, variance = weights.gamma, statistics.robust_variance
     if weights.is_matrix:
         weighted = float(((gamma @ statistics.robust_covariance) * gamma).sum())

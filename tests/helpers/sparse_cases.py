@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import looping
 import pytest
@@ -46,7 +47,8 @@ over = partial(looping.over, one_at_a_time=INTERPRETED)
 def using(name: str):
     """Within the block every operation is that of a backend, or of plain torch ("pytorch"); Triton
     is not installed everywhere."""
-    return operations.using(None if name == "pytorch" else _backend(name))
+    backend = None if name == "pytorch" else _backend(name)
+    return patch.object(operations, "_backend", lambda device: backend)
 
 
 def dense(codes: RaggedCodes, slots: Tensor, d_sae: int) -> Tensor:

@@ -72,22 +72,21 @@ def every_way(*dtypes):
     chosen += [one._replace(name=name) for name in ("cpu", "triton") for one in chosen[2:]]
     if INTERPRETED:
         chosen = [Way("triton", F32, True), Way("triton", dtypes[-1], False)]
+    marks = {"cuda": [pytest.mark.gpu], "cpu": []}
 
     @pytest.fixture(
-        params=[
-            pytest.param(way, id=str(way), marks=[pytest.mark.gpu] * (way.device == "cuda"))
-            for way in chosen
-        ]
+        params=[pytest.param(way, id=str(way), marks=marks[way.device]) for way in chosen]
     )
     def way(request, monkeypatch):
-        if request.param.name == "cpu" and not cpu.available():
+        own = request.param
+        if own.name == "cpu" and not cpu.available():
             pytest.skip("there is no C++ compiler here")
-        if request.param.device == "cuda" and not torch.cuda.is_available():
+        if own.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")
-        with using(request.param.name):
-            if request.param.cut:
-                cut_tiles(request.param.name, monkeypatch)
-            yield request.param
+        with using(own.name):
+            if own.cut:
+                cut_tiles(own.name, monkeypatch)
+            yield own
 
     return way
 
@@ -380,7 +379,7 @@ def test_rows_get_slots_by_what_the_last_ones_needed():
 
 
 def test_the_choice_of_a_backend():
-    """By device, dtype and autograd, at the time of the call; an override ends with its block."""
+    """By device, dtype and autograd, at the time of the call."""
 
     def chosen(tensor, dtypes=(F32,)):
         return operations._faster("decode", (tensor,), dtypes)
@@ -391,8 +390,3 @@ def test_the_choice_of_a_backend():
         assert chosen(other) is None
     with torch.no_grad():
         assert chosen(torch.ones(1, requires_grad=True)) is here
-    with operations.using(None):
-        with operations.using(operations):
-            assert chosen(number) is operations.decode
-        assert chosen(number) is None
-    assert chosen(number) is here

@@ -47,8 +47,7 @@ class BatchTopK(Architecture):
     def codes(self, parameters: Parameters, batch: Batch) -> RaggedCodes:
         """The largest positive pre-activations of the batch, k per row that is not masked."""
         product, kept = batch.product(parameters), batch.mask.bool()
-        # Makes the selection fast and never changes it. It stays on the device: an implementation
-        # that needs the number waits for it.
+        # Makes the selection fast and never changes it.
         guess = _BELOW * self.running_threshold
 
         def largest(per_row: int) -> RaggedCodes:
@@ -57,8 +56,8 @@ class BatchTopK(Architecture):
         return self.strategy.batch_topk(largest, self.k, kept)
 
     def smallest_value(self, codes: RaggedCodes) -> Float[Tensor, ""]:
-        """The smallest of the values that picked the latents; 0 if no latent is active. Recomputed
-        exactly, it would be the one that rounding had raised most, and let in too many."""
+        """The smallest of the values that picked the latents, 0 if none did. Of those recomputed
+        exactly, the smallest would be the one that rounding had raised most: too small."""
         smallest = codes.values.new_full((), torch.inf)
         if len(codes.values):
             smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()

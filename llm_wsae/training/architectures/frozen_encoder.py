@@ -1,8 +1,6 @@
-"""Half-trained baselines: TopK whose encoder or decoder stays random.
-
-Korznikov et al. 2026 (arXiv 2602.14111) find that such dictionaries come close to trained ones in
-measures of interpretability. A weighting should win more than that.
-"""
+"""Half-trained baselines: TopK whose encoder or decoder stays random. Korznikov et al. 2026 (arXiv
+2602.14111) find that they come close to trained ones in measures of interpretability; a weighting
+should win more than that."""
 
 from typing import Any, ClassVar, Literal
 

@@ -1,9 +1,8 @@
 """ReLU with an L1 penalty: the classic sparse autoencoder, and the paper's second one.
 
-It begins with half of all latents active, and their number falls with training, as in ``gba``
-(``DenseStart``). While they are many, products are dense, in tiles of rows that bound the memory;
-once they are few, the sparse operations take over. Both compute the same loss and the same
-gradients, up to rounding.
+It begins with half of all latents active, as ``gba`` does (``DenseStart``). While they are many,
+products are dense, in tiles of rows that bound the memory; once they are few, the sparse operations
+take over. Both compute the same loss and gradients, up to rounding.
 """
 
 from typing import Any
@@ -123,8 +122,7 @@ class DenseStart(Architecture):
 class ReLU(DenseStart):
     """Every positive latent is active, under an L1 penalty.
 
-    The loss is ‖Γ(x − x̂)‖² + l1·Σ_j z_j (means over rows; the first also over dimensions). Decoder
-    rows have unit norm, so the plain sum of the latents is the penalty of the literature. A
+    The loss is ‖Γ(x − x̂)‖² + l1·Σ_j z_j (means over rows; the first also over dimensions): a
     coefficient for a loss that sums over dimensions is d_in times this one.
     """
 

@@ -1,8 +1,4 @@
-"""TopK (Gao et al. 2024): the k largest latents of every row reconstruct it.
-
-Gradients are computed by hand along the sparse codes: after the encoder's matrix product nothing of
-size batch × d_sae exists. γ enters only through the gradient of the residual.
-"""
+"""TopK (Gao et al. 2024): the k largest latents of every row reconstruct it."""
 
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, sparse_step
@@ -10,7 +6,7 @@ from llm_wsae.weights.loss_weights import Gamma
 
 
 class LargestOfRow(Architecture):
-    """Exactly k active latents in every row, or fewer if fewer are positive."""
+    """k active latents in every row, or fewer if fewer are positive."""
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""

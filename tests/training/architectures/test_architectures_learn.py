@@ -50,9 +50,9 @@ def test_the_planted_directions_are_found(trained, name):
     assert logged["fvu"] == pytest.approx(fvu(dictionary, rows), rel=0.15)
 
 
-def stepped(arm, source, steps):
-    """So many steps of an arm alone."""
-    normaliser = source.normaliser()
+def stepped(config, source, steps):
+    """An arm alone after so many steps."""
+    arm, normaliser = Arm(config, 16, 64, CPU), source.normaliser()
     for step, rows in zip(range(steps), source.batches(256, 0), strict=False):
         arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, 1 / 32, 2000)
     return arm
@@ -63,7 +63,7 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     """Also where the selection looked at the batch: with that batch's own threshold."""
     source, _, dictionaries = trained
     (config,) = (arm for arm in arms_for(source) if arm.name == name)
-    normaliser, arm = source.normaliser(), stepped(Arm(config, 16, 64, CPU), source, 100)
+    normaliser, arm = source.normaliser(), stepped(config, source, 100)
     rows = source.rows[source.rows.norm(dim=1) < 100][:300]
     inside = arm.evaluate(normaliser.batch(rows))
     threshold = arm.architecture.thresholds()
@@ -109,11 +109,9 @@ def test_one_half_stays_and_the_other_learns(half):
     """Directions, that is: free lengths, which there are none of, are no part of what is frozen."""
     source = Planted()
     (config,) = arms_for(source, l1s=(), architectures=(f"frozen-{half}",))
-    arm = Arm(config, 16, 64, CPU)
-    before = [part.clone() for part in arm.parameters[:2]]
-    stepped(arm, source, 40)
-    moved = [not torch.equal(*both) for both in zip(arm.parameters[:2], before, strict=True)]
-    assert moved == [half == "decoder", half == "encoder"]
+    before, arm = (stepped(config, source, steps) for steps in (0, 40))
+    moved = [not torch.equal(*both) for both in zip(before.parameters, arm.parameters, strict=True)]
+    assert moved == [half == "decoder", half == "encoder", True, True]
     assert arm.architecture.sparsity == TopK(2) and arm.lengths == "unit"
 
 
