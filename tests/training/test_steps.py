@@ -62,6 +62,25 @@ def test_relu_goes_sparse_when_few_latents_are_active(case):
     assert float(step.observed) == pytest.approx(share)
 
 
+@needs_compiler
+@over(architecture=["topk", "batch-topk", "matryoshka", "jumprelu"])
+def test_a_whole_step_is_that_of_plain_torch(architecture):
+    """What comes to Adam, told by its moments: of all weights, AuxK's part of the dead included."""
+    _, batch, gamma = problem(torch.float32)
+    moments = {}
+    for name in ("cpu", "pytorch"):
+        arm = Arm(ArmConfig(LossWeights(gamma), K, architecture=architecture), D_IN, D_SAE, CPU)
+        arm.parameters.encoder[100:] *= 0.05  # positive often enough, never among the largest
+        arm.last_fired[100:] = -(10**6)
+        with using(name):
+            arm.step(batch, BATCH, 1e-3, aux=1.0, dead_after=10**5)
+        moments[name] = [arm.state()[f"{part}.exp_avg"] for part in Parameters._fields]
+    assert largest_error(*moments.values()) < 1e-5
+    silent = arm.last_fired < 0
+    assert silent.sum() == D_SAE - 100
+    assert moments[name][0][silent].any() == arm.architecture.revives_dead
+
+
 def revived(latents, given, strategy=SINGLE):
     """AuxK's gradients by all parameters, and the residual that is left for it."""
     parameters, batch, gamma = given

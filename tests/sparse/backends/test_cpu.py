@@ -9,12 +9,31 @@ import sys
 import pytest
 import torch
 from looping import over
-from sparse_cases import ENCODINGS, SUMS, cast, everything, needs_compiler
+from sparse_cases import ENCODINGS, SUMS, cast, everything, needs_compiler, random
 
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.backends import cpu
 from llm_wsae.sparse.codes import Codes, Product, ragged
+
+
+@needs_compiler
+@over(k=[1, 32, 500])
+def test_selection_from_many_latents(k):
+    """Long rows: candidate lists are cut back many times, also where nearly all entries tie."""
+    encoder = random(5000, 8, seed=1).float()
+    for x in (random(100, 8).float(), torch.eye(8)[:1].expand(100, 8).contiguous()):
+        for step in (1.0, 0.25):
+            rounded = (encoder / step).round() * step
+            found = operations.encode_topk(Product(x, rounded, torch.zeros(5000)), k)
+            pre = x @ rounded.T
+            expected = pre.topk(k).values.relu()
+            torch.testing.assert_close(found.values.sort(descending=True).values, expected)
+            used = found.values > 0
+            chosen = pre.gather(1, found.indices)[used]
+            torch.testing.assert_close(chosen, found.values[used])
+            for row, kept in zip(found.indices, used, strict=True):
+                assert len(set(row[kept].tolist())) == int(kept.sum())
 
 
 @needs_compiler

@@ -98,6 +98,14 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(triton):
     assert little.enough() and torch.equal(dense(codes, codes.values, D_SAE), pre)
 
 
+def test_a_batch_has_as_many_slots_whatever_the_guess(triton):
+    given = layer()
+    first, *others = (operations.encode_batch_topk(given, 5, guess) for guess in (0.0, 7.0, 1e9))
+    assert len(first.values) == 5 * BATCH
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
 class Watched(TorchDispatchMode):
     """Records what would wait for the device, and the largest tensor made; what was asked for first
     and is read later does not count."""
