@@ -65,12 +65,9 @@ class Table:
     """Rows of cells, the first of which is the head, and what a reader should know of them."""
 
     rows: Sequence[Sequence[str]]
-    left: int = 1
-    """Columns of names, which are left-aligned."""
-    meanings: Mapping[str, str] = field(default_factory=dict)
-    """What the columns mean."""
-    words: Sequence[str] = ()
-    """Sentences below it."""
+    left: int = 1  # columns of names, which are left-aligned
+    meanings: Mapping[str, str] = field(default_factory=dict)  # of the columns
+    words: Sequence[str] = ()  # sentences below it
     title: str = ""
 
     def text(self) -> str:

@@ -290,14 +290,14 @@ def _next_commands(request: Run, first: "SiteResult") -> Iterator[str]:
     """What one may do with the dictionaries of the first site."""
     from llm_wsae.evaluation.baselines import HALF_RANDOM
 
-    dictionaries = first.dictionaries
     yield f"next: look at the dictionaries of {request.sites[0]} in a browser"
     if request.stream:  # a page needs rows, packed as those trained on
         source = words_of(request.model) + words_of(request.corpus)
         store = ["--site", *request.site, "--tokens", 100_000, "--out", request.folder / "store"]
         yield _command("harvest", *source, *store, *words_of(request.harvest, PackConfig))
-    sizes = {name: one.d_sae for name, one in dictionaries.items()}
-    kinds = {name: one.info.training.get("architecture") for name, one in dictionaries.items()}
+    every = first.dictionaries.items()
+    sizes = {name: one.d_sae for name, one in every}
+    kinds = {name: one.info.training.get("architecture") for name, one in every}
     shown = {name: size for name, size in sizes.items() if kinds[name] not in HALF_RANDOM}
     yield page_command(first.folder, shown or sizes, request)
 

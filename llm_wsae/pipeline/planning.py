@@ -26,8 +26,7 @@ from llm_wsae.training.arm import PAIR_BYTES, ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import Training
 
-SECONDS = 0.5
-"""For the forward passes, and again for the steps of the training."""
+SECONDS = 0.5  # for the forward passes, and again for the steps of the training
 _SHARE = 10  # of a short run, a tenth is measured
 _TOKEN = 3 * 4 + 1  # bytes: id, document, offset, and whether it gives a row
 _SAMPLED = 1 / 32  # of the rows, which the statistics of a shard keep once more

@@ -5,7 +5,6 @@
 import json
 import re
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,17 +36,12 @@ def dense(world):
     return Dictionary.load(world / PLAIN).encode(rows)
 
 
-@contextmanager
-def changed(packing=None, **model):
-    """A dictionary that says that it is of another model."""
+def change(packing=None, **model):
+    """Save a dictionary that says that it is of another model."""
     one = Dictionary.load(PLAIN)
     one.info.model.update(model)
     one.info.store["packing"] = packing or one.info.store["packing"]
     one.save("changed")
-    try:
-        yield
-    finally:
-        shutil.rmtree("changed")
 
 
 def test_latents_alone_and_with_a_store_and_a_model(inside, dense):
@@ -88,23 +82,24 @@ def test_a_sentence(inside):
 def test_a_model_that_is_another_or_not_there(inside, monkeypatch):
     """Without it tokens are not shown. A dictionary may come from anybody, and name a model of any
     size, so it makes none be downloaded."""
-    with changed(weights_sha256="0" * 64):
-        result = works("inspect", "changed", "--latent", 0, "--model", "model")
-        assert "trained on a model whose weights differ from those of model" in result.err
-        refused = call("inspect", "changed", "--latent", 0, "--store", "store")
-        assert refused.code == 1 and "(other weights)" in refused.err
+    change(weights_sha256="0" * 64)
+    result = works("inspect", "changed", "--latent", 0, "--model", "model")
+    assert "trained on a model whose weights differ from those of model" in result.err
+    refused = call("inspect", "changed", "--latent", 0, "--store", "store")
+    assert refused.code == 1 and "(other weights)" in refused.err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub = "huggingface_hub.HfApi.model_info"
     monkeypatch.setattr(hub, lambda *_, **__: 1 / 0)
     packing = {"drop_positions": "1", "of the future": 2}
-    with changed(packing, name="nobody/not-there", revision="0" * 40):
-        shown = works("inspect", "changed", "--latent", 0).out
-        assert "writes to" in shown and "--model" in shown
-        assert "tokens are not shown: 'nobody/not-there' is neither" in shown
-        assert works("inspect", "changed", "--text", "w5 w6", "--model", "model").code == 0
-        assert call("inspect", "changed", "--text", "w5").code == 2
-        with pytest.raises(ZeroDivisionError):  # the user says so
-            call("inspect", "changed", "--text", "w5", "--model", "nobody/not-there")
+    change(packing, name="nobody/not-there", revision="0" * 40)
+    shown = works("inspect", "changed", "--latent", 0).out
+    assert "writes to" in shown and "--model" in shown
+    assert "tokens are not shown: 'nobody/not-there' is neither" in shown
+    works("inspect", "changed", "--text", "w5 w6", "--model", "model")
+    assert call("inspect", "changed", "--text", "w5").code == 2
+    with pytest.raises(ZeroDivisionError):  # the user says so
+        call("inspect", "changed", "--text", "w5", "--model", "nobody/not-there")
+    shutil.rmtree("changed")
 
 
 NAMES = ("uniform-k4", "variance-a0.5-k4")
