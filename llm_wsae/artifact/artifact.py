@@ -185,8 +185,7 @@ def _differences(
     first, second = owners
     for name in sorted(found.keys() | wanted.keys()):
         there, asked = found.get(name), wanted.get(name)
-        is_sum = name == "gamma_sum" and there and asked
-        if there == asked or (is_sum and math.isclose(there, asked, rel_tol=_SAME_WEIGHTS)):
+        if there == asked or (name == "gamma_sum" and _alike(there, asked)):
             continue
         if isinstance(there, dict) and isinstance(asked, dict):
             yield from _differences(there, asked, owners, f"{under}{name} ")
@@ -198,6 +197,11 @@ def _differences(
             yield from _differences(*items, owners, f"{under}{name} ")
         else:
             yield f"{under}{name}: {_short(there)} in {first}, {_short(asked)} in {second}"
+
+
+def _alike(there: Any, asked: Any) -> bool:
+    both = isinstance(there, float) and isinstance(asked, float)
+    return both and math.isclose(there, asked, rel_tol=_SAME_WEIGHTS)
 
 
 def _is_long(*values: Any) -> bool:
