@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llm_wsae.artifact.artifact import Artifact
 from llm_wsae.artifact.files import read_own_json
+from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.lab.studies.differences import Value
 from llm_wsae.statistics.uncertainty import TextSize
 from llm_wsae.training.config import ArchitectureName
@@ -60,13 +61,15 @@ def study_in(folder: Path) -> Artifact:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged."""
+    """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged or another's."""
     return [_read(path) for path in sorted((folder / RESULTS).glob("*.json"))]
 
 
 def _read(path: Path) -> Result:
     way_out = "delete it to measure that dictionary again"
     found = read_own_json(path, "result of a study", way_out)["result"]
+    if found["name"] != path.stem:
+        raise LlmWsaeError(f"{path} holds the result of {shown(found['name'])}; {way_out}")
     values = {name: Value(**value) for name, value in found["values"].items()}
     return Result(**{**found, "values": values, "text": TextSize(**found["text"])})
 

@@ -313,13 +313,18 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     assert "plants" not in whole[1].table()
 
 
-def test_a_study_is_verified_file_by_file(out):
+def test_a_study_is_verified_file_by_file(out, study):
     assert not verify(out).problems
     for path in (out / "study.json", out / "results/uniform-k4.json"):
         good = path.read_bytes()
         path.write_bytes(good.replace(b"a", b"b", 1))
         assert path.name in "; ".join(verify(out).problems)
         path.write_bytes(good)
+    shutil.copy(out / "results/uniform-k4.json", out / f"results/{NAMES[1]}.json")
+    said = f"{NAMES[1]}.json holds the result of 'uniform-k4'; delete it"
+    assert said in "; ".join(verify(out).problems)
+    with pytest.raises(LlmWsaeError, match="is the result of other weights with the same"):
+        study(out)
 
 
 def test_another_processor_may_round_differently_but_weights_must_be_the_same(out, study):
