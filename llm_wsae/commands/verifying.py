@@ -106,7 +106,7 @@ def _check_file(found: Found, path: Path) -> None:
         _check_json(found, path)
     elif path.suffix == ".safetensors":
         _check_tensors(found, path)
-        if found.without_digest:
+        if found.without_digest and not found.problems:
             found.check(lambda: LossWeights.load(path))
 
 
@@ -180,8 +180,11 @@ def _check_tensors(found: Found, path: Path) -> dict[str, Any] | None:
     def read() -> dict[str, Any] | None:
         with open_tensors(path, "file of tensors", AGAIN) as file:
             facts = own_facts(file, path, "file of tensors")
+            is_of_weights = "gamma" in file.keys()  # noqa: SIM118 - no mapping
         if facts is None:
             found.without_digest.append(path)
+        if is_of_weights:
+            LossWeights.load(path)
         return facts
 
     return found.check(read)

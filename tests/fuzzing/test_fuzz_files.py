@@ -234,6 +234,15 @@ def test_weights_of_another_tool_have_no_checksum_and_open(tmp_path):
     assert verify(tmp_path / "w.safetensors").without_digest == [tmp_path / "w.safetensors"]
 
 
+def test_weights_that_are_no_numbers_do_not_pass(tmp_path):
+    path, gamma = tmp_path / "w.safetensors", torch.tensor([1.0, torch.nan])
+    for save in (save_file, lambda *what: save_own_tensors(*what[::-1], {"rule": "variance"})):
+        save({"gamma": gamma}, path)
+        for place in (path, tmp_path):
+            (said,) = verify(place).problems
+            assert "w.safetensors is no weights file: the weights must be finite" in said
+
+
 def test_a_reader_never_sees_two_dictionaries_mixed(world, monkeypatch):
     """Another one replaces it before its checksums were compared, or after."""
     folder = world / PLAIN
