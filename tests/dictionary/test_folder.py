@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -158,10 +159,29 @@ def test_nothing_is_kept_in_a_dictionary_that_was_replaced(folder):
     assert Dictionary.load(folder).info.metrics["fidelity"] == {"fvu": 0.5}
 
 
+def test_threads_that_write_to_one_dictionary_wait_for_each_other(tmp_path):
+    made, folder = [make(seed=seed) for seed in (0, 1)], tmp_path / "one"
+
+    def work(number: int) -> None:
+        for turn in range(5):
+            made[number].save(folder)
+            keep_measurements(folder, {f"{number} {turn}": {}})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, (0, 1)))
+    last = Dictionary.load(folder)
+    assert any(torch.equal(last.W_enc, one.W_enc) for one in made)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: keep_measurements(folder, {name: {}}), map(str, range(20))))
+    assert set(map(str, range(20))) <= set(Dictionary.load(folder).info.metrics)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
 NAN, INFINITE, NO_K = float("nan"), float("inf"), "needs a positive integer"
 ODD = {
     "wsae.json": [
         ({"massive_threshold": 0.0}, r"wsae\.json: massive_threshold cannot be 0\.0"),
+        ({"massive_threshold": -1.0}, r"wsae\.json: massive_threshold cannot be -1"),
         ({"massive_threshold": NAN}, r"wsae\.json: its massive_threshold is nan"),
         ({"training": 3}, r"wsae\.json: "),
         ({"site": "blocks.x"}, r"wsae\.json: .*not a site"),

@@ -8,10 +8,11 @@ from tiny import tiny_model, write_jsonl
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.baselines import half_random_beside, signed_dimensions
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.baselines import baselines_of, half_random_beside, signed_dimensions
 from llm_wsae.evaluation.checks import common_packing, notes_on_text
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
@@ -93,6 +94,17 @@ def test_all_dimensions_together_are_the_row_and_the_largest_deviations_are_acti
     assert two.sparsity == TopK(2) and two.info == info
     active, away = two.encode(x) > 0, away.abs()
     assert torch.equal((active[:, :d_in] | active[:, d_in:]), away >= away.topk(2).values[:, 1:])
+
+
+def test_a_threshold_below_every_row_is_named(tmp_path):
+    corpus = Corpus.open(str(write_jsonl(tmp_path / "text.jsonl", [400] * 5)), "all")
+    model, config = tiny_model(), EvaluateConfig(110, bootstraps=10)
+    contexts = [*Packer.for_model(model, PackConfig(context_size=16)).contexts(corpus)][:4]
+    one = make_dictionary(d_in=16, massive_threshold=1e-30)
+    with pytest.raises(LlmWsaeError, match=r"threshold of plain-k4, 1e-30, so nothing can be mea"):
+        baselines_of({"one": one}, model, contexts)
+    with pytest.raises(LlmWsaeError, match="longer than 1e-30, the massive_threshold of its dic"):
+        evaluate({"one": one}, model, corpus, config)
 
 
 def test_a_half_random_dictionary_of_the_same_k_stands_beside():

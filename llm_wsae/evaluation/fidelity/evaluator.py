@@ -230,8 +230,8 @@ class FidelityEvaluator:
         return columns
 
     def _about_mean(self, site: Site, threshold: float) -> "_SiteRows":
-        """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite, or the
-        model cannot be resumed at the site."""
+        """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite, the model
+        cannot be resumed at the site, or no row is short enough."""
         total, count = torch.zeros(()), 0
         batches = tqdm(self._cache.batches, desc="evaluate: means", unit="batch")
         for number, (_, keep) in enumerate(batches):
@@ -247,7 +247,13 @@ class FidelityEvaluator:
             count += int(usual.sum())
         first = self._cache.batches[0][0][:1]
         check_resumable(self._model, first, site, self._cache.at(0, [site])[site][:1])
-        return _SiteRows(threshold, total / max(count, 1))
+        if not count:  # its KL would be 0
+            raise LlmWsaeError(
+                f"every row at {site} is longer than {threshold:g}, the massive_threshold of its "
+                "dictionaries, so nothing can be measured; a wsae.json is wrong, or one is for "
+                "another model"
+            )
+        return _SiteRows(threshold, total / count)
 
     def _fidelity(
         self, name: str, site: Site, rows: "_SiteRows", sums: "ReconstructionSums", losses: _Losses
