@@ -38,7 +38,12 @@ _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
-_BASELINES = ("raw dimensions", "frozen random", "frozen decoder", "frozen encoder")
+_BASELINES = {
+    "raw dimensions": "two latents for each dimension of the activations, untrained",
+    "frozen random": "random directions, untrained",
+    "frozen decoder": "random directions, beside which only the encoder was trained",
+    "frozen encoder": "a random encoder, beside which only the decoder was trained",
+}
 _BASELINE = "none"  # the rule of a baseline
 _SHOWN = [measure for measure in FIDELITY if measure.card]
 _OF_THE_TEXT = {  # titles, metrics and their digits
@@ -289,12 +294,10 @@ def _fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     if not measured:
         return ["Their fidelity was not measured; `llm-wsae evaluate --keep` measures it."]
     notes = [_meanings(_SHOWN)]
-    if any(d.info.rule == _BASELINE for d in measured):
-        notes.append(
-            "Raw dimensions (two latents for each dimension of the activations) and frozen random "
-            "(random directions) are untrained; of frozen decoder and frozen encoder one half is "
-            "random, the other was trained. A number says little unless it is far from theirs."
-        )
+    shown = [name for name in _BASELINES if any(d.sae_id.startswith(name) for d in measured)]
+    if shown:
+        said = "; ".join(f"{name}: {_BASELINES[name]}" for name in shown)
+        notes.append(f"{said}. A number says little unless it is far from theirs.")
     notes.append(
         "Cross-entropies (CE) are in nats. Tokens with massive activations are excluded, and keep "
         "the model's own activation."
