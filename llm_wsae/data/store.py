@@ -71,6 +71,8 @@ class _RowFile:
         self._path, self._bytes = folder / name, record.files[name].bytes
         self._checks = read_row_checks(record.row_checks[name])
         self._proved = np.zeros(len(self._checks), dtype=bool)
+        if self._path.is_fifo():  # which would be waited for
+            raise LlmWsaeError(f"{self._path} is no file; {REPAIR}")
 
     def read(self, first: int, out: Tensor) -> None:
         """Fill ``out`` with rows from ``first``."""

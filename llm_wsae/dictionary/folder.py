@@ -230,9 +230,11 @@ def _replacing(folder: Path) -> Iterator[Path]:
             _clear_up(folder)
 
 
-def clear_up(folder: Path) -> None:
-    """Bring back a folder that a killed writer left renamed, and delete what else it left."""
-    if any(_beside(folder, what).exists() for what in ("new", "old")):
+def clear_up(folder: Path, lock: bool = False) -> None:
+    """Bring back a folder that a killed writer left renamed, and delete what else it left: its
+    lock file only if ``lock``, because a reader waits for no writer."""
+    left = ("new", "old", "writing") if lock else ("new", "old")
+    if any(_beside(folder, what).exists() for what in left):
         with writing(folder):
             _clear_up(folder)
 

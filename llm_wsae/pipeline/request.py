@@ -22,7 +22,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.site import Site
-from llm_wsae.outside import check_numbers
+from llm_wsae.outside import check_numbers, local_path
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
@@ -297,7 +297,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        name = Path(self.model.model).resolve().name.removesuffix(".gguf")
+        name = local_path(self.model.model, "model").resolve().name.removesuffix(".gguf")
         return Path("runs") / name if self.out is None else self.out
 
     @property

@@ -269,7 +269,7 @@ def pull(
 
 def _add(source: Path, folder: Path) -> None:
     """Copy a dictionary to a folder, or what is new in it if the folder has the same weights."""
-    clear_up(folder)
+    clear_up(folder, lock=True)
     if is_dictionary(folder) and weights_checksum(folder) != weights_checksum(source):
         raise LlmWsaeError(
             f"{folder} holds another dictionary, or another version of this one, and a pull "
