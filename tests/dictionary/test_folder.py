@@ -19,7 +19,7 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import is_dictionary, keep_measurements
+from llm_wsae.dictionary.folder import clear_up, is_dictionary, keep_measurements
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 
@@ -253,3 +253,12 @@ def test_configuration_has_the_keys_saelens_reads(folder):
     }  # fmt: skip
     assert metadata["hook_name"] == INFO.site and metadata["model_name"] == "owner/tiny-lm"
     assert metadata["context_size"] == 64 and metadata["sae_lens_version"] == "6.0.0"
+
+
+def test_the_lock_of_a_killed_writer_goes_where_the_folder_is_written(tmp_path):
+    lock = tmp_path / ".d.writing"
+    lock.touch()
+    clear_up(tmp_path / "d")  # a reader, which waits for no writer
+    assert lock.exists()
+    clear_up(tmp_path / "d", lock=True)
+    assert not lock.exists()
