@@ -209,7 +209,8 @@ def _is_long(*values: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    return f"{json.dumps(value)[: _LONGEST - 3]}…" if _is_long(value) else json.dumps(value)
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "…"
 
 
 # --- Where results will go, looked at before the work begins

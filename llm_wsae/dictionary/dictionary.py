@@ -90,10 +90,12 @@ class Dictionary(nn.Module):
 
     @property
     def d_in(self) -> int:
+        """Number of dimensions."""
         return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
+        """Number of latents."""
         return self.W_enc.shape[1]
 
     @property

@@ -157,8 +157,8 @@ class Rule:
     def apply(
         self, inputs: RuleInputs, config: WeightConfig = IN_LOSS
     ) -> Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]:
-        """The score of every dimension or the matrix, as the settings say. Raises UsageError for a
-        form that the rule lacks or what was not measured."""
+        """The score of every dimension (≥ 0) or the symmetric positive matrix, as the settings say;
+        float64. Raises UsageError for a form that the rule lacks or what was not measured."""
         measure = self.matrix_fn if self.form(config) == "matrix" else self.score_fn
         measured = "decoder" if self.need == "dictionary" else self.need
         if measured and getattr(inputs, measured) is None:

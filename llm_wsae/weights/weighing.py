@@ -10,7 +10,7 @@ from the position to the end of its text.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import Rule, RuleInputs, check_rows_of_covariance
 
@@ -30,6 +30,15 @@ if TYPE_CHECKING:  # it takes seconds to import, and most rules need none
     from llm_wsae.model.language_model import LanguageModel
 
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
+
+
+@runtime_checkable
+class Moments(Protocol):
+    """What knows the moments of its rows, such as a source that plants features into them."""
+
+    def statistics(self) -> Statistics: ...
+
+    def second_moment(self) -> SecondMoment: ...
 
 
 def measure_inputs(
@@ -40,7 +49,7 @@ def measure_inputs(
     model: "LanguageModel | None" = None,
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-    planted: Any = None,
+    planted: Moments | None = None,
 ) -> RuleInputs:
     """The statistics of a site, and what the rules need in addition.
 

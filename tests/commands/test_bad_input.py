@@ -10,6 +10,8 @@ import pytest
 import tiny
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, save_model, works
+from safetensors.torch import save_file
+from small_dictionaries import make_dictionary
 
 from llm_wsae.cli import main
 from llm_wsae.data import text_sources
@@ -24,6 +26,11 @@ def world(world):
     """What the other tests have, and more that is wrong with it."""
     folder = world
     save_model(folder / "other", seed=5)
+    save_model(folder / "wide", width=32)
+    works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
+          "--tokens", 16, "--dtype", "float32", "--out", folder / "few")  # fmt: skip
+    save_file({"gamma": torch.ones(16)}, folder / "own.safetensors")
+    make_dictionary().save(folder / "narrow")
     (folder / "nothing").mkdir()
     (folder / "empty.txt").touch()
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff")
@@ -31,10 +38,13 @@ def world(world):
     shutil.copytree(folder / "trained/uniform-k4", folder / "torn")
     torn = folder / "torn/sae_weights.safetensors"
     torn.write_bytes(torn.read_bytes()[:-40])
+    shutil.copytree(folder / "trained/uniform-k4", folder / "half")
+    (folder / "half/cfg.json").unlink()
     for name, text in (
         ("foreign/cfg.json", '{"architecture": "gated"}'),
         ("mine/log.jsonl", "my log\n"),
         ("mine/report.html", "my report"),
+        ("notes.safetensors", "my notes"),
         ("notes.json", '{"command": "mine"}'),
         ("page.html", "<p>mine"),
     ):
@@ -72,7 +82,8 @@ WEIGHING = ("weigh", "store", "--site", SITE)
 
 # what stands for several words, or for what cannot be typed here
 WORDS = {name: own for name, own in globals().items() if name.isupper() and isinstance(own, tuple)}
-WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"],
+WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"], "NUL": ["a\0b"],
+          "TEXT": ["w1 " * 99], "RUNNING": ["run", "--corpus", "text.jsonl", "--site", SITE],
           "INSPECTING": ["inspect", "trained/uniform-k4"]}  # fmt: skip
 # Exit code and command, those of mistakes without --out; below it, what the sentence holds.
 MISTAKES = """\
@@ -102,12 +113,24 @@ MISTAKES = """\
     the store store has no blocks.1.hook_resid_pre … did you mean 'blocks.1.hook_resid_post'?
 1 HARVESTING --corpus image.txt
     image.txt cannot be read as text: 'utf-8' codec
+2 HARVESTING --corpus no.txt
+    no file or folder no.txt
+1 HARVESTING --tokens 90000
+    train part of the corpus text.jsonl … 17,392 tokens … 90,000 requested
+2 HARVESTING --context-size 65
+    model, which reads at most 64
+2 RUNNING --model NUL
+    'a\\x00b' cannot be the name of a model
 2 HARVESTING --corpus no/such
     'no/such' is no file or text package, and cannot be opened as a Hub dataset
 1 MEASURING --tokens 90000
     holds 2,2 … 90,000 tokens
 2 TRAINING --device tpu
     no device 'tpu' on this machine; it has
+2 TRAINING --k 4 --l1 -1
+    l1 is -1.0, but must be at least 0
+2 TRAINING --batch-size 9999
+    rows are fewer than one batch of 9999
 2 WEIGHING --rule varianc
     rule 'varianc'; did you mean 'variance'
 2 WEIGHING --rule permuted:participation
@@ -118,10 +141,26 @@ MISTAKES = """\
     'variance' has no matrix form … sensitivity, whitening
 2 WEIGHING --rule whitening --alpha auto
     --alpha auto is for `run` and `plan` alone; give a number
+1 weigh few --site SITE --rule whitening
+    15 rows are too few for the covariance of 16 dimensions … harvest at least 160 tokens
+2 TRAINING --k 4 4
+    uniform-k4 is listed twice
+2 TRAINING --k 4 --weights own.safetensors --form matrix --rule
+    custom weights have the form that they are given in, diagonal, not matrix
+1 TRAINING --weights notes.safetensors
+    notes.safetensors is not a readable weights file
+1 train nowhere --site SITE
+    there is no activation store in nowhere
+2 weigh --site SITE
+    name at least one activation store
+1 weigh store ./store --site SITE
+    hold the same text
 2 TRAINING --k 4 --weights theirs.safetensors
     holds the weights of 'blocks.1.hook_resid_mid', not of blocks.1.hook_resid_post … llm-wsae weigh
 2 WEIGHING --model model --revision main --sensitivity-tokens 9
     omit --model and --revision and --sensitivity-tokens, which the rule 'variance' does not use
+2 WEIGHING --rule sensitivity --dictionary trained/uniform-k4
+    omit --dictionary, which the rule 'sensitivity' does not use
 2 STUDYING --planted.per-cell 4 --planted.seed 3
     --planted.seed and --planted.per-cell: only with --plant; add that
 2 STUDYING --plant --planted.strengths 0.2 3
@@ -130,10 +169,16 @@ MISTAKES = """\
     in torn, sae_weights.safetensors changed since it was saved … restore the dictionary
 1 evaluate trained/uniform-k4 store EVALUATING
     store holds .lock … and no dictionary that can be read
+1 evaluate nowhere EVALUATING
+    nowhere is not a folder
+2 MEASURING --model wide
+    has 16 dimensions, but wide has 32 … the model it was trained on
 """
 PARSED = """\
 2 INSPECTING --latent three
     --latent
+2 verify store --depth 3
+    no option --depth … '--site'
 2 TRAINING --out x --expantion 3
     expantion … --expansion
 2 harvest
@@ -166,6 +211,26 @@ LOOKING = """\
     name latents (--latent) or give a --text
 2 INSPECTING --latent 64
     no latent 64; uniform-k4 has latents 0 to 63
+2 INSPECTING --latent -1
+    no latent -1
+2 INSPECTING --latent 1 --top 0
+    top is 0, but must be at least 1
+1 inspect nowhere --latent 1
+    nowhere is not a folder
+1 INSPECTING --latent 1 --store model
+    no activation store in model
+2 INSPECTING --text TEXT --model model
+    100 tokens are too long
+2 INSPECTING --latent 1 --model ./no
+    there is no model at ./no
+2 inspect narrow --latent 1 --model model
+    reads 12 dimensions, but model
+1 inspect narrow --latent 1 --store store
+    rows of 16 dimensions
+1 verify torn
+    in torn, sae_weights.safetensors changed since it was
+1 verify half
+    half is not a complete dictionary folder of this package: it lacks cfg.json
 2 INSPECTING --text w1
     reading a text needs the model, but
 1 verify foreign

@@ -193,6 +193,8 @@ def test_train(made_world, tmp_path):
 
 
 def test_verify(made_world, tmp_path):
+    for folder in (made_world / "store", made_world / "trained/uniform-k4"):
+        assert works("verify", folder).out == f"{folder} is intact\n"
     for layout in ("saelens-topk", "sparsify", "learning-BatchTopKSAE"):
         folder = place(tmp_path, layout)
         WRITERS[layout](folder)
@@ -312,6 +314,12 @@ RUN --alpha auto 1 --rule variance
     whitening, which is not among the rules
 RUN --alpha
     the rule 'variance' needs an alpha that is a number
+RUN --rule
+    there is nothing to train
+RUN --init-seeds
+    there is nothing to train
+RUN --tokens 2000
+    2,000 tokens are less than one batch of 2,048
 RUN --k
     there is nothing to train
 RUN --harvest.context-size 2

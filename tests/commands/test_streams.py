@@ -18,7 +18,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.pipeline import planning
 from llm_wsae.pipeline import run as pipeline
-from llm_wsae.training.checkpoint import CHECKPOINT
+from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 
 SITES = ("blocks.0.hook_resid_post", SITE)
 STREAM = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
@@ -96,9 +96,13 @@ def test_a_run_without_a_store(ran, asked, model_and_corpus):
     assert harvest.startswith("llm-wsae harvest") and page.startswith("llm-wsae dashboard")
     assert works("verify", out).out == f"{out} is intact\n"
     before = content(out)
-    refused = call("run", *model_and_corpus, *STORED, "--site", *SITES, "--out", out)
-    assert refused.code == 2 and "harvest:" not in refused.err
-    assert f"training of {SITES[0]} on a stream; add --stream to resume it" in refused.err
+    training = training_in(out / SITES[0])
+    record = training.read()
+    for record.complete in (False, True):  # it is left as it was
+        training.write(record)
+        refused = call("run", *model_and_corpus, *STORED, "--site", *SITES, "--out", out)
+        assert refused.code == 2 and "harvest:" not in refused.err
+        assert f"training of {SITES[0]} on a stream; add --stream to resume it" in refused.err
     assert content(out) == before
     again = works(*asked, "--site", *SITES, "--out", out)
     assert "statistics:" not in again.err and "train 4" not in again.err
@@ -148,6 +152,8 @@ train SITE MODEL_AND_CORPUS
     a stream has no end: set --tokens
 train SITE blocks.7.hook_resid_post MODEL_AND_CORPUS STREAM
     the model has 3 blocks
+train SITE MODEL_AND_CORPUS STREAM --rule participation
+    needs a first dictionary
 train SITE MODEL_AND_CORPUS STREAM --rule uniform --lengths free --architecture jumprelu
     jumprelu has no free lengths
 train SITE MODEL_AND_CORPUS STREAM --corpus TINY

@@ -1,5 +1,6 @@
 """What a store holds and where it came from; several stores are read as one."""
 
+import os
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -140,6 +141,15 @@ def test_what_a_store_does_not_have(made, model, store, tmp_path):
     ):
         with pytest.raises(error, match=message):
             ask()
+
+
+def test_a_fifo_among_the_rows_is_not_waited_for(store, tmp_path):
+    folder, site = shutil.copytree(store.folder, tmp_path / "with fifo"), store.sites[0]
+    path = folder / str(site) / "00000.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(LlmWsaeError, match=r"00000\.safetensors is no file; delete it"):
+        ActivationStore.open(folder).rows(site, 0, 1)
 
 
 def test_an_incomplete_store_is_refused(store):

@@ -111,7 +111,7 @@ def push(
                 HfApi().create_branch(repo_id, branch=str(revision), revision=remote.commit)
             added = [one for one in todo if isinstance(one, CommitOperationAdd)]
             HfApi().preupload_lfs_files(repo_id, added, revision=revision)
-            # The client leaves such files out of the commit without a word.
+            # The client silently leaves such files out of the commit.
             if ignored := [one.path_in_repo for one in added if one._should_ignore]:
                 raise LlmWsaeError(
                     f"{repo_id} has a .gitignore that excludes {', '.join(ignored)}, so nothing "
