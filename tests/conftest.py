@@ -9,6 +9,8 @@ import inspect
 import json
 import os
 import shutil
+import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
 import pytest
+import torch
+from tqdm import tqdm
 
 os.fsync = lambda handle: None  # no file of a test must outlive a loss of power
 pytest_plugins = ("hub_fixtures",)
@@ -27,6 +31,16 @@ HERE = Path(__file__).parent
 CHECKED_CALLS = 5
 KERNELS = "llm_wsae.sparse.backends.triton"
 
+
+def _forked() -> None:
+    """A test's own process. tqdm's lock is shared with the parent, whose monitor may have held it
+    at the fork, and torch's pool has lost its threads. One that hangs all the same is ended."""
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)
+    signal.alarm(300)
+
+
+os.register_at_fork(after_in_child=_forked)
 _calls_left: dict = {}
 _decorate = jaxtyping.jaxtyped
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import fork
 from places import ROOT
 from tiny import tiny_model, write_jsonl
 
@@ -76,7 +75,7 @@ def after(forwards, happens=stop):
 def ends(renames, work):
     """Do the work in a process that is killed when it has renamed that many files; whether it
     ended."""
-    child = fork()
+    child = os.fork()
     if child == 0:
         replace, left = os.replace, [renames]
 

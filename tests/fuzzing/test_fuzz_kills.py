@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from command_line import SITE, content, harvest_more, works
-from fuzzing import fork, frozen
+from fuzzing import frozen
 from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
@@ -177,7 +177,7 @@ def quietly(work: Callable[[], object]) -> str | None:
 def run(work: Callable[[], object], count: Path, last: int | None) -> int | None:
     """Do the work in a process that ends without a word at its moment ``last``; the number of its
     moments if it has none of that number."""
-    child = fork()
+    child = os.fork()
     if child == 0:
         reached = [0]
 

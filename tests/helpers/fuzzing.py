@@ -13,7 +13,6 @@ import pickle
 import random
 import resource
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_wsae.cli import _explained
 
@@ -75,22 +73,12 @@ class Fuzz:
             pytest.fail(f"{len(self.failures)} failures:\n{shown}", pytrace=False)
 
 
-def fork() -> int:
-    """As ``os.fork``. The child's progress bars have a lock of their own: tqdm's is shared between
-    processes, and a child that is killed while it holds it would stop this one for ever."""
-    child = os.fork()
-    if child == 0:
-        tqdm.set_lock(threading.RLock())
-        torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
-    return child
-
-
 def begun(work: Callable[[], Any], memory: int) -> Callable[[], Any]:
     """Begin a piece of work in a process of its own, which may not take long nor have more than
     ``memory`` bytes of addresses. The function waits for it and gives or raises what it did, or
     RuntimeError if the process ended otherwise."""
     reading, writing = os.pipe()
-    child = fork()
+    child = os.fork()
     if child == 0:
         status = 1
         try:
