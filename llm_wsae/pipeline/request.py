@@ -81,7 +81,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     device: Literal["auto", "cuda", "mps", "cpu", "spread"] = "auto"
-    """Device to compute on. spread: all of them, memory and disk."""
+    """Device to compute on. spread divides the model among all devices, memory and disk."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model.
     auto: that of the store or stream, if there is one; otherwise the faster one, which is measured
@@ -160,10 +160,10 @@ class Grid(RuleGrid):
 
     architecture: tuple[ArchitectureName, ...] = ("topk",)
     """Architectures: topk has k active latents on every token, batch-topk, matryoshka and jumprelu
-    k on average; gba: at most k; relu: set by --l1. The frozen ones are topk baselines that
-    leave one half random; where there are plain weights, they have these alone."""
+    k on average; gba: at most k; relu: set by --l1. The frozen ones are topk baselines whose
+    encoder or decoder stays random; they have plain weights alone, if those are among the rules."""
     l1: tuple[float, ...] = ()
-    """L1 coefficients, each of a ReLU dictionary, which ignores k."""
+    """L1 coefficients. Each gives a ReLU dictionary, to which k does not apply."""
     init_seeds: tuple[int, ...] = (0,)
     """Seeds of the initial parameters."""
 
@@ -264,7 +264,7 @@ class Run:
     buffer_tokens: int = StreamConfig.buffer_tokens
     """With --stream: tokens whose rows are shuffled together."""
     statistics_tokens: int = StreamConfig.statistics_tokens
-    """With --stream: first tokens of the text, which weights are measured on."""
+    """With --stream: tokens at the beginning of the text that weights are measured on."""
     model: Flat[ModelConfig]
     corpus: Flat[TextConfig]
     grid: Flat[RunGrid] = RunGrid()

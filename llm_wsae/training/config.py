@@ -57,9 +57,8 @@ class TrainConfig:
     shuffle_seed: int = 0
     """Seed of the order of the rows, which all arms share."""
     device: str = "auto"
-    """Device: cuda, mps, cpu or auto (that of a model).
-    The command train, without a store, also takes spread: for its model, over all devices, memory
-    and disk."""
+    """Device to train on: cuda, mps, cpu, or auto (the model's, if there is one). Without a store,
+    train also takes spread, which divides the model among all devices, memory and disk."""
     shard: Shard = "rows"
     """What is distributed over several processes: the rows of each batch, or the latents.
     Latents are for a dictionary that does not fit one device."""

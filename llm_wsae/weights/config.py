@@ -12,14 +12,15 @@ Form = Literal["auto", "diagonal", "matrix"]
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """Settings of loss weights, for any rule."""
+    """How loss weights are made, whatever the rule."""
 
     place: Place = "auto"
     """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in,
     which is folded back at the end. auto: the loss, unless a weights file was made otherwise."""
     form: Form = "auto"
     """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one.
-    auto: the matrix in the space and for rules with nothing else, otherwise the diagonal."""
+    auto: the matrix with --place space and for rules that have no diagonal form, otherwise the
+    diagonal."""
     clip: float | None = None
     """Keep the weights (of a matrix: its eigenvalues) within this factor of their median."""
     anneal: float = 0.0
