@@ -1,8 +1,8 @@
-"""The gate for what comes from outside: JSON, paths, numbers of options, the environment.
+"""The gate for what comes from outside: JSON, paths, numbers of options, the environment. It has
+the expected type and a size that can be worked with, or it is refused with a sentence.
 
-It has the expected type and a size that can be worked with, or it is refused with a sentence. Typed
-readers (``number``, ``text``, …) give None for a value of another type: others' files are believed
-as far as they make sense.
+Typed readers (``number``, ``text``, …) give None for a value of another type: others' files are
+believed as far as they make sense.
 """
 
 import dataclasses
@@ -23,8 +23,7 @@ T = TypeVar("T")
 
 LARGEST_NUMBER = 10**15
 """No count of tokens, rows, steps or latents is larger; sums and products of it still fit."""
-SHARE = (0, 1)
-"""The limits of a share or a probability."""
+SHARE = (0, 1)  # the limits of a share or a probability
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
 
@@ -53,9 +52,9 @@ def hub_is_unreachable(error: BaseException) -> bool:
 
 @contextmanager
 def parsing(what: str) -> Iterator[None]:
-    """Turn everything that a library raises about somebody's file, whatever its class, into one
-    sentence, which begins with ``what`` ("model.gguf cannot be read"). Only this package's own
-    errors and the end of the program are let through. Keep the block to the library's call."""
+    """Turn everything that a library raises about somebody's file into one sentence, which begins
+    with ``what`` ("model.gguf cannot be read"). Only this package's own errors and the end of the
+    program are let through. Keep the block to the library's call."""
     try:
         yield
     except BaseException as error:
@@ -162,8 +161,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def check_numbers(settings: Any, **limits: int | tuple[int, int]) -> None:
     """Check every number among the fields of a configuration, also within tuples. The limits of a
-    field are what it must at least be, or that and what it must at most be; others follow from its
-    kind. Raises as ``check_number`` does."""
+    field are its least value, or that and its greatest; others follow from its kind. Raises as
+    ``check_number``."""
     for field in dataclasses.fields(settings):
         given = limits.get(field.name)
         least_and_most = given if isinstance(given, tuple) else (given,)
@@ -211,16 +210,15 @@ def from_environment(name: str, least: int, most: int) -> int:
 
 
 def check_revision(name: str | None) -> None:
-    """Raises UsageError for what can be no branch, tag or commit. The Hub's client would take such
-    a name, which may come with a dictionary, for a path from its cache to anywhere."""
+    """Raises UsageError for what can be no branch, tag or commit: the Hub's client would take it
+    for a path from its cache to anywhere."""
     if name is not None and not (_REVISION.fullmatch(name) and ".." not in name):
         raise UsageError(f"{shown(name)} cannot be a branch, tag or commit")
 
 
 def local_path(name: str, what: str) -> Path:
     """The path of that name, ``~`` expanded. Raises UsageError, in which ``what`` names it
-    ("corpus"), for an empty name, for the home of a user that does not exist, and for a name that
-    no file can have."""
+    ("corpus"), for an empty name, an unknown home, and a name that no file can have."""
     if not name.strip():
         raise UsageError(f"the name of the {what} is empty; this folder is called .")
     if "\0" in name:

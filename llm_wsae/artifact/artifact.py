@@ -101,10 +101,8 @@ class Artifact:
 
     def check_place(self, *names: str) -> None:
         """Check that the folder can be written to. Without a record, it must hold none of these
-        ``names``, or nothing at all if there are none (hidden files do not count).
-
-        Raises UsageError if it is no folder, LlmWsaeError if it holds something else.
-        """
+        ``names``, or nothing at all but hidden files if there are none. Raises UsageError if it is
+        no folder, LlmWsaeError if it holds something else."""
         check_folder(self.folder)
         if self.is_begun() or not self.folder.is_dir():
             return
@@ -116,8 +114,8 @@ class Artifact:
             )
 
     def begin(self, request: Mapping[str, Any], *names: str) -> Record:
-        """The folder's record, or a new one for this ``request``. Call this under the folder's
-        lock. Raises as ``check_place`` and ``check_request`` do."""
+        """The folder's record, or a new one for this ``request``, under the folder's lock. Raises
+        as ``check_place`` and ``check_request`` do."""
         if self.is_begun():
             record = self.read()
             self.check_request(record.request, request)

@@ -34,8 +34,7 @@ _OWN_DIGEST = "own_sha256"  # where the other key holds digests of other files
 _HEADER = "llm_wsae"  # key of the JSON object in the metadata of this package's safetensors files
 _ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
-AGAIN = "delete it and run the command that wrote it again"
-"""What to do about most damaged files."""
+AGAIN = "delete it and run the command that wrote it again"  # the way out of most damage
 
 _PARTIAL = ".partial"
 _FULL = "free some space or choose another folder, then run the same command again to resume"
@@ -93,15 +92,10 @@ def check_line(text: str) -> dict[str, Any]:
     return check_json(text.removesuffix("\n") + "\n", indent=None)
 
 
-def tensor_header(facts: Mapping[str, Any], digest: str) -> dict[str, str]:
-    """The metadata of a safetensors file with these facts (JSON) and the digest of all of it."""
-    return {_HEADER: json.dumps({**facts, _DIGEST: digest})}
-
-
 def digest_of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any]]) -> str:
-    """The SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its
-    consecutive 4 MiB: training waits while a checkpoint is written, hence a cheap checksum on all
-    cores. The tensors, by name and on the CPU, are taken one at a time."""
+    """The SHA-256 of the facts and of every tensor's name, type, shape and the CRC-32s of its 4 MiB
+    blocks: training waits for a checkpoint, hence a cheap checksum on all cores. The tensors, by
+    name and on the CPU, are taken one at a time."""
     import torch
 
     whole = hashlib.sha256(json.dumps(json.loads(json.dumps(facts)), sort_keys=True).encode())
@@ -116,14 +110,13 @@ def digest_of_tensors(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Any
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file, sync it and rename it to ``path``.
-
-    The file has a temporary folder beside ``path`` to itself: ``write`` may leave files of its own
-    there when it is killed (safetensors does), and any name that ``path`` can have fits.
+    """Let ``write`` fill a temporary file, sync it and rename it to ``path``. The file has a
+    temporary folder to itself: ``write`` may leave files of its own when it is killed, and any name
+    fits.
 
     Raises LlmWsaeError if the operating system refuses; then the old file is unchanged.
     """
-    path, mine = Path(path), f".{os.getpid()}{_PARTIAL}"
+    mine = f".{os.getpid()}{_PARTIAL}"
     with refusals_to_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(mine, ".write.", path.parent) as place:
@@ -199,7 +192,7 @@ def save_own_tensors(path: Path, tensors: Mapping[str, Any], facts: Mapping[str,
     """Write a safetensors file atomically, with facts (JSON) and a digest in its header."""
     ready = _on_cpu(tensors)
     digest = digest_of_tensors(facts, sorted(ready.items()))
-    save_tensors(path, ready, tensor_header(facts, digest))
+    save_tensors(path, ready, {_HEADER: json.dumps({**facts, _DIGEST: digest})})
 
 
 def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -235,8 +228,8 @@ def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[st
 @contextmanager
 def open_tensors(path: Path, what: str, way_out: str = "") -> Iterator[Any]:
     """A safetensors file as ``safe_open`` opens it, to read parts of it. Raises LlmWsaeError, in
-    which ``what`` names it and ``way_out`` ends the sentence, if it is missing, truncated or not
-    safetensors."""
+    which ``what`` names it and ``way_out`` ends the sentence, if it is missing or cannot be read.
+    """
     if not Path(path).is_file():
         raise LlmWsaeError(f"there is no {path}; it should be the {what}")
     try:
@@ -257,10 +250,8 @@ def sha256(path: Path) -> str:
 @contextmanager
 def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Callable[[], None]]:
     """Lock a folder for one run that writes to it; the kernel releases it when its processes end.
-
-    Once the function that it yields is called, other processes may hold the folder ``shared`` with
-    this one, but none alone. Raises LlmWsaeError if another run holds it.
-    """
+    Once the function that it yields is called, other processes may hold it ``shared`` with this
+    one, but none alone. Raises LlmWsaeError if another run holds it."""
     with refusals_to_write(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         handle = open(Path(folder) / ".lock", "a+")  # noqa: SIM115 - held until the block ends

@@ -69,10 +69,9 @@ def harvest(
     """Write the activations of ``config.tokens`` tokens of a corpus at all sites to a store, with
     their statistics and covariance sums.
 
-    The same call resumes a harvest that was stopped or killed, and ends with the same bytes as an
-    uninterrupted one. A call with more tokens extends a store. Under ``torchrun`` each of W
-    processes makes every W-th missing shard, in one folder that all can reach; W may change when a
-    harvest is resumed.
+    The same call resumes a harvest that was stopped or killed, and ends with the same bytes; a call
+    with more tokens extends a store. Under ``torchrun`` each of W processes makes every W-th
+    missing shard, in one folder that all can reach; W may change when a harvest is resumed.
 
     Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
     folder holds something else or is being written, the corpus is too small (the same call with
@@ -146,8 +145,8 @@ def _check_size(
     out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
 ) -> None:
     """Raises LlmWsaeError for too little text, UsageError for more than memory or disk could hold,
-    before the first forward pass and before a complete store is reopened for more. (The end of a
-    large corpus, or one of unknown size, is noticed when it comes.)"""
+    before any work. (The end of a large corpus, or of one of unknown size, is noticed when it
+    comes.)"""
     store_in(out).check_place()
     if store_in(out).is_begun():
         found = Manifest.load(out)
@@ -166,9 +165,9 @@ def _check_size(
 
 
 def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
-    """Where the text continues after each complete shard; None if the store is complete. A last
-    shard that was shorter than is requested now is to be rebuilt, and so is one of which a file is
-    missing or has another size, or whose tokens changed. Call this under the folder's lock.
+    """Where the text continues after each complete shard; None if the store is complete. Shards
+    that are damaged, or shorter than is requested now, are to be rebuilt. Call this under the
+    folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
@@ -205,8 +204,7 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
 
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
-    """Whether the files exist and have their sizes, and tokens, which no later step reads, also
-    their checksums."""
+    """Whether the files have their sizes, and tokens, which no later step reads, their checksums."""
     tokens = [name for name in files if name.startswith(f"{TOKENS}/")]
     there = all(record.has_size(folder / name) for name, record in files.items())
     return there and not any(files[name].problem(folder / name) for name in tokens)
@@ -259,8 +257,8 @@ def _shard_batches(
     shards: Sequence[int],
 ) -> Iterator[tuple[int, Contexts]]:
     """The contexts of the given shards (ascending), one forward pass at a time: (shard, contexts).
-    What lies between these and complete shards, after which the text continues at ``following``,
-    is packed and skipped. Raises LlmWsaeError if the corpus ends before the last of them."""
+    What lies between them and complete shards is packed and skipped. Raises LlmWsaeError if the
+    corpus ends."""
     per_shard = manifest.contexts_per_shard
     beginnings = {0: BEGINNING} | {i + 1: cursor for i, cursor in following.items()}
     known = sorted(beginnings)
@@ -312,17 +310,14 @@ class StoreWriter:
     def add(
         self, shard: int, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]
     ) -> None:
-        """Add the next batch of a shard: its contexts and, by site, the rows of kept positions. A
-        shard is complete with its last batch; the next one must not begin before.
-
-        The work is done in the background, at most a few batches behind; a later call raises
-        LlmWsaeError if a row is not finite or the disk is full. That shard is not written then.
-        """
+        """Add the next batch of a shard: its contexts and, by site, the rows of kept positions. The
+        work is done in the background; a later call raises LlmWsaeError if a row is not finite or
+        the disk is full, and that shard is not written."""
         self.wait(_BATCHES_AHEAD - 1)
         self._running.append(self._pool.submit(self._add, shard, contexts, rows))
 
     def wait(self, ahead: int = 0) -> None:
-        """Wait until at most ``ahead`` of the batches that were added are still unwritten."""
+        """Wait until at most ``ahead`` of the added batches are unwritten."""
         while len(self._running) > ahead:
             self._running.popleft().result()
 

@@ -8,7 +8,7 @@ of a machine, so that a run that was killed and resumed ends with the same bytes
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,46 +37,29 @@ class ShardRecord:
     """One complete shard."""
 
     contexts: int
-    rows: int
-    """At each site."""
-    first: tuple[int, int]
-    """Section and offset at which its first context begins."""
-    next: tuple[int, int]
-    """Section and offset at which the next shard begins."""
-    files: dict[str, FileRecord]
-    """By path within the store."""
-    row_checks: dict[str, str]
-    """Of a file of activations, by its path; see the function ``row_checks``."""
+    rows: int  # at each site
+    first: Sequence[int]  # section and offset at which its first context begins
+    next: Sequence[int]  # those at which the next shard begins
+    files: dict[str, FileRecord]  # by path within the store
+    row_checks: dict[str, str]  # of a file of activations, by its path, what ``row_checks`` gives
 
 
 @dataclass
 class Manifest:
     """Everything about a store except its rows."""
 
-    model: dict[str, Any]
-    """``LanguageModel.identity()``."""
-    corpus: dict[str, Any]
-    """``Corpus.identity()``."""
-    sites: list[str]
-    """In the order of a forward pass."""
-    dtype: str
-    """Number format of the rows, ``bfloat16`` or ``float32``."""
-    d_in: int
-    """Width of the rows."""
-    packing: dict[str, Any]
-    """``PackConfig.packing()``."""
-    bos_token_id: int | None
-    """Token at the beginning of each context, None if there is none."""
-    contexts_per_batch: int
-    """Contexts per forward pass; it can change the last bits of the rows."""
-    contexts_per_shard: int
-    """Contexts in each shard except the last."""
-    num_contexts: int
-    """Contexts requested."""
-    complete: bool = False
-    """Whether all contexts and the statistics of all rows have been written."""
-    statistics: dict[str, FileRecord] = field(default_factory=dict)
-    """The files with the statistics of all rows of each site, by path within the store."""
+    model: dict[str, Any]  # ``LanguageModel.identity()``
+    corpus: dict[str, Any]  # ``Corpus.identity()``
+    sites: list[str]  # in the order of a forward pass
+    dtype: str  # of the rows, ``bfloat16`` or ``float32``
+    d_in: int  # width of the rows
+    packing: dict[str, Any]  # ``PackConfig.packing()``
+    bos_token_id: int | None  # at the beginning of each context, None if there is none
+    contexts_per_batch: int  # in a forward pass; it can change the last bits of the rows
+    contexts_per_shard: int  # except in the last one
+    num_contexts: int  # that were requested
+    complete: bool = False  # whether all contexts and the statistics of all rows are written
+    statistics: dict[str, FileRecord] = field(default_factory=dict)  # of all rows, by path
     shards: list[ShardRecord] = field(default_factory=list)
     """The shards of a complete store; of another, see ``complete_shards``."""
 
@@ -123,7 +106,7 @@ class Manifest:
         record = store_in(folder).read()
         files = record.files
         shards = [
-            _shard_from(value, {path: files.pop(path) for path in value["files"]})
+            ShardRecord(**value | {"files": {path: files.pop(path) for path in value["files"]}})
             for value in record.facts["shards"]
         ]
         contexts = record.facts["num_contexts"]
@@ -142,21 +125,16 @@ def save_record(folder: Path, index: int, record: ShardRecord) -> None:
 
 
 def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
-    """The complete shards of a store by index: those in its manifest or, while the store is not
-    complete, those that have a record. Raises LlmWsaeError if one is damaged."""
+    """The complete shards of a store by index: those in its manifest or, until it is complete,
+    those with a record. Raises LlmWsaeError if one is damaged."""
     if manifest.complete:
         return dict(enumerate(manifest.shards))
     found = {}
     paths = {int(p.stem): p for p in (folder / RECORDS).glob("*.json") if p.stem.isdecimal()}
     for index, path in sorted(paths.items()):  # names get longer after 99999
         value = read_own_json(path, "record of a shard", "delete it to rebuild the shard")
-        found[index] = _shard_from(value, files_of(value["files"]))
+        found[index] = ShardRecord(**value | {"files": files_of(value["files"])})
     return found
-
-
-def _shard_from(value: Mapping[str, Any], files: dict[str, FileRecord]) -> ShardRecord:
-    first, following = tuple(value["first"]), tuple(value["next"])
-    return ShardRecord(**{**value, "first": first, "next": following, "files": files})
 
 
 def row_checks(rows: Tensor) -> str:

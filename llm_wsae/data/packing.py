@@ -24,8 +24,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import parsing
 
 NO_DOCUMENT = -1
-_SECTION, _DOCUMENT, _OFFSET = 1, 2, 3
-"""Rows of a stream of tokens."""
+_SECTION, _DOCUMENT, _OFFSET = 1, 2, 3  # rows of a stream of tokens
 _SECTIONS_AT_ONCE, _CHARACTERS_AT_ONCE = 64, 1 << 19  # which are tokenised together
 _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 32, 1000  # whose length in tokens is measured
 
@@ -44,12 +43,9 @@ class Context(NamedTuple):
     """One context."""
 
     ids: Int32[np.ndarray, " positions"]
-    keep: Bool[np.ndarray, " positions"]
-    """Whether the position gives a row."""
-    document: Int32[np.ndarray, " positions"]
-    """Number of the document, in the order of their first sections; -1 for tokens of none."""
-    offset: Int32[np.ndarray, " positions"]
-    """Number of the token in its section, -1 for tokens that belong to none."""
+    keep: Bool[np.ndarray, " positions"]  # whether the position gives a row
+    document: Int32[np.ndarray, " positions"]  # by their first sections; -1 for none
+    offset: Int32[np.ndarray, " positions"]  # number of the token in its section; -1 for none
 
 
 class Contexts(NamedTuple):
@@ -62,8 +58,7 @@ class Contexts(NamedTuple):
     offset: Int32[np.ndarray, "contexts positions"]
     first: Cursor
     next: Cursor
-    headers: dict[int, dict[str, Any]]
-    """Name and labels of every document in them."""
+    headers: dict[int, dict[str, Any]]  # name and labels of every document in them
 
     def each(self) -> Iterator[Context]:
         """The contexts one by one."""
@@ -108,11 +103,8 @@ class Packer:
         self, corpus: Corpus, block_size: int, start: Cursor = BEGINNING, limit: int | None = None
     ) -> Iterator[Contexts]:
         """The contexts of a corpus from a cursor on, ``block_size`` at a time, at most ``limit``.
-        Tokens at the end of the corpus that fill no context are dropped.
-
-        Raises LlmWsaeError if the tokenizer returns an id that the model does not have, or the
-        corpus cannot be read.
-        """
+        Tokens at its end that fill no context are dropped. Raises LlmWsaeError if the tokenizer
+        returns an id that the model does not have, or the corpus cannot be read."""
         left = sys.maxsize if limit is None else limit
         parts: list[np.ndarray] = []
         pending = 0
@@ -154,7 +146,7 @@ class Packer:
             yield sections, self._encoded([one.text for one in sections])
 
     def _two_contexts(self, texts: Sequence[str]) -> int:
-        """Characters of some documents that fill just less than two contexts, from a sample."""
+        """Characters that fill just less than two contexts, from a sample."""
         sample = [text[:_SAMPLED_CHARACTERS] for text in texts[:_SAMPLED_DOCUMENTS]]
         tokens = sum(map(len, self._encoded(sample)))
         return max(1, 7 * self.content_size * sum(map(len, sample)) // max(1, 4 * tokens))
@@ -169,8 +161,8 @@ class Packer:
             )["input_ids"]
 
     def _stream(self, section: Section, tokens: list[int], start: Cursor) -> np.ndarray:
-        """A section's part of the stream, from the cursor on if that is within the section: ids,
-        section, document, offset and whether they are separators, [5, tokens]."""
+        """A section's part of the stream, from the cursor on: ids, section, document, offset and
+        whether they are separators, [5, tokens]."""
         length = len(tokens)
         if self._separator is not None and not self._one_each:
             tokens = [*tokens, self._separator]
@@ -235,7 +227,7 @@ def save_contexts(path: Path, batches: Sequence[Contexts]) -> None:
     save_tensors(path, tensors, metadata={"documents": text})
 
 
-def load_contexts(path: Path, first: tuple[int, int], following: tuple[int, int]) -> Contexts:
+def load_contexts(path: Path, first: Sequence[int], following: Sequence[int]) -> Contexts:
     """Read such a file; the cursors come from the manifest."""
     tensors, metadata = load_tensors(path, "tokens of a shard")
     headers = {int(number): own for number, own in json.loads(metadata["documents"]).items()}

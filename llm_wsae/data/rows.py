@@ -82,14 +82,12 @@ class ActivationSource(Protocol):
 class StoredMeasurement:
     """A measurement that is kept on disk, valid only for the same rows and settings."""
 
-    path: Path | None
-    """Its file; None if it is not kept."""
-    facts: dict[str, Any]
-    """What identifies the rows, and the settings; JSON."""
+    path: Path | None  # its file; None if it is not kept
+    facts: dict[str, Any]  # what identifies the rows, and the settings; JSON
 
     def read(self) -> dict[str, Tensor] | None:
-        """The tensors by name; None if they are not there, damaged, or of something else: then they
-        are measured anew."""
+        """The tensors by name; None, so that they are measured anew, if they are not there,
+        damaged, or of something else."""
         if self.path is not None and self.path.exists():
             with suppress(LlmWsaeError):  # which would say to delete the file
                 tensors, facts = load_own_tensors(self.path, "measurement")
@@ -112,14 +110,10 @@ class SiteRows(ABC):
 
     sites: list[Site]
     d_in: int
-    num_rows: int | None
-    """At each site, in one epoch; None if unknown."""
-    prepends_bos: bool
-    """Whether their contexts begin with a beginning-of-sequence token."""
-    in_step: bool
-    """Whether the rows of all sites come from the same forward passes."""
-    model: "LanguageModel | None"
-    """What computes them; None for a store."""
+    num_rows: int | None  # at each site, in one epoch; None if unknown
+    prepends_bos: bool  # whether contexts begin with a beginning-of-sequence token
+    in_step: bool  # whether the rows of all sites come from the same forward passes
+    model: "LanguageModel | None"  # what computes them; None for a store
 
     def source(self, site: Site) -> "SiteSource":
         """One site as a trainer reads it (an ActivationSource)."""
@@ -135,8 +129,8 @@ class SiteRows(ABC):
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
         """Endless shuffled batches from number ``start`` on, of each site the same rows of the
-        text; of a batch, only the rows of ``part`` (its number, of how many). Which rows are in a
-        batch depends only on the text, the settings, the batch size and the seed."""
+        text; of a batch, only the rows of ``part`` (its number, of how many). Text, settings, batch
+        size and seed decide which rows are in a batch."""
 
     @abstractmethod
     def statistics(self, site: Site) -> Statistics:
@@ -144,7 +138,7 @@ class SiteRows(ABC):
 
     @abstractmethod
     def second_moment(self, site: Site) -> SecondMoment:
-        """The covariance sums of the same rows without massive ones: kept, or else measured."""
+        """The covariance sums of the rows that are not massive: kept, or else measured."""
 
     @abstractmethod
     def evidence(self, site: Site, need: str, **settings: Any) -> StoredMeasurement:
@@ -152,8 +146,7 @@ class SiteRows(ABC):
 
     @abstractmethod
     def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids [contexts, positions] of about ``tokens`` tokens, and which of them give a row, a few
-        contexts at a time."""
+        """Ids [contexts, positions] of about ``tokens`` tokens, and which of them give a row."""
 
     @abstractmethod
     def identity(self, site: Site) -> dict[str, Any]:
@@ -212,7 +205,7 @@ class MemorySource:
         return Statistics(self.d_in, context_size=1).update(self._rows, positions)
 
     def second_moment(self) -> SecondMoment:
-        """The covariance sums of all rows that are not massive."""
+        """The covariance sums of the rows that are not massive."""
         usual = self._rows.norm(dim=1) <= self.statistics().massive_threshold
         return SecondMoment(self.d_in).update(self._rows[usual])
 
@@ -224,8 +217,8 @@ class MemorySource:
 
 
 class Share:
-    """The rows of a run that this process has: those at some ascending ``places``, or all. Length
-    and slices are those of the complete run."""
+    """The rows of a run that this process has: those at some ascending ``places``. Length and
+    slices are those of the complete run."""
 
     def __init__(self, size: int, places: np.ndarray, rows: Tensor):
         self._size, self._places, self._rows = size, places, rows
@@ -255,9 +248,9 @@ def shuffled_batches(
     window_bytes: int = WINDOW_BYTES,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """Endless shuffled batches of all rows of a reader, from batch number ``start`` on; of each,
-    only the rows of ``part`` (its number, of how many). Reading errors come with their batch. At
-    most three windows are in memory."""
+    """Endless shuffled batches of all rows of a reader, from number ``start`` on; of each, only the
+    rows of ``part`` (its number, of how many). Reading errors come with their batch. At most three
+    windows are in memory."""
     assert batch_size > 0 and start >= 0 and reader.num_rows > 0
     per_window = max(1, window_bytes // (CHUNK_ROWS * reader.row_bytes))
     epoch, skip = divmod(start * batch_size, reader.num_rows)
@@ -273,8 +266,8 @@ def shuffled_batches(
 def cut(
     blocks: Iterable[Share], batch_size: int, skip: int
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """The rows of all blocks, one after the other, in batches of ``batch_size`` of the run's rows,
-    without the first ``skip``, fewer than the first block has."""
+    """The rows of all blocks in batches of ``batch_size`` of the run's rows, without the first
+    ``skip``, fewer than the first block has."""
     parts: list[Tensor] = []
     lack, at = batch_size, skip
     for block in blocks:

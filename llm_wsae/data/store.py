@@ -58,12 +58,12 @@ _ROWS_AT_ONCE = 16_384
 
 
 class _RowFile:
-    """A shard's rows of one site, one block in its file: a run of them is one read into the
-    caller's memory. (The pages of a mapped file would count as the process's memory, and a damaged
-    one would end the process with a signal.)
+    """A shard's rows of one site, one block in its file, read into the caller's memory. (The pages
+    of a mapped file would count as the process's memory, and a damaged one would end it with a
+    signal.)
 
-    They are compared with their checksums when they are first read, so that a training never waits
-    for a store to be checked and reads nothing twice.
+    They are compared with their checksums when they are first read: a training never waits for a
+    check of the store, and reads nothing twice.
     """
 
     def __init__(self, folder: Path, name: str, record: ShardRecord):
@@ -116,9 +116,7 @@ class RowReader:
 
     def read(self, start: int, out: Tensor) -> None:
         """Fill ``out [rows, d_in]``, contiguous and of the store's dtype, with rows from ``start``.
-
-        Raises LlmWsaeError, naming the file, if it cannot be read or is not what was written.
-        """
+        Raises LlmWsaeError, naming the file, if it cannot be read or is not what was written."""
         assert out.is_contiguous() and out.dtype == self.dtype and out.shape[1] == self._d_in
         assert start >= 0 and start + len(out) <= self.num_rows
         shard, done = bisect.bisect_right(self._ends, start), 0
@@ -138,15 +136,11 @@ class RowReader:
 class Located(NamedTuple):
     """Where rows come from."""
 
-    context: Int[Tensor, " rows"]
-    """Number of the context in the store."""
+    context: Int[Tensor, " rows"]  # its number in the store
     position: Int[Tensor, " rows"]
-    document: Int[Tensor, " rows"]
-    """Number of the document in the corpus; -1 for a token that belongs to none."""
-    offset: Int[Tensor, " rows"]
-    """Number of the token in its section."""
-    ids: Int[Tensor, "rows positions"]
-    """All token ids of the context."""
+    document: Int[Tensor, " rows"]  # its number in the corpus; -1 for a token of none
+    offset: Int[Tensor, " rows"]  # of the token in its section
+    ids: Int[Tensor, "rows positions"]  # of the context
 
 
 @dataclass(frozen=True)
@@ -158,8 +152,8 @@ class _Shard:
 
 
 class ActivationStore(SiteRows):
-    """A complete activation store on disk, or several that are read one after the other; open them
-    with ``open`` or ``open_stores``."""
+    """A complete activation store on disk, or several read one after the other; see ``open`` and
+    ``open_stores``."""
 
     in_step = False
     model = None
@@ -181,7 +175,8 @@ class ActivationStore(SiteRows):
             before += own.shards[-1].next[0] + 1
         self._row_ends = list(accumulate(shard.record.rows for shard in self._shards))
         self._context_ends = list(accumulate(shard.record.contexts for shard in self._shards))
-        self._contexts = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_contexts)
+        self.contexts = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_contexts)
+        """The contexts of a shard, with the names and labels of their documents."""
 
     @classmethod
     def open(cls, folder: Path | str) -> "ActivationStore":
@@ -231,8 +226,8 @@ class ActivationStore(SiteRows):
         return self.reader(site).rows(start, stop)
 
     def reader(self, site: Site) -> RowReader:
-        """A reader of a site's rows, for many calls: it compares each row with its checksum once.
-        Raises UsageError if the store lacks the site."""
+        """A reader of a site's rows; over all its calls each row is compared with its checksum
+        once. Raises UsageError if the store lacks the site."""
         name = self._name(site)
         files = [
             _RowFile(shard.folder, shard_paths(shard.number, name)[0], shard.record)
@@ -285,9 +280,8 @@ class ActivationStore(SiteRows):
         return first
 
     def second_moment(self, site: Site) -> SecondMoment:
-        """The covariance sums of the rows that are not massive: those kept in the store, or else
-        measured in one more pass, and kept. Which rows are massive depends on the median norm of
-        all of them."""
+        """The covariance sums of the rows that are not massive, by the median norm of all: those
+        kept in the store, or else measured in one more pass, and kept."""
         kept, processes = self.evidence(site, "second_moment"), join()
         # parts are merged in the order of the rows, whichever process sums them
         tensors = processes.lead(lambda: kept.read() or self._added_up(site))
@@ -303,16 +297,15 @@ class ActivationStore(SiteRows):
         return found
 
     def evidence(self, site: Site, need: str, **settings: Any) -> StoredMeasurement:
-        """A measurement of these rows, which is kept beside them: that of several stores beside
-        what was measured of the first alone."""
+        """A measurement of these rows, kept beside them; of several stores, in the first one."""
         digest = self._digest(site)
         own = f".{digest[:16]}" if len(self._alone) > 1 else ""
         path = self.folder / MEASUREMENTS / f"{site}.{need}{own}.safetensors"
         return StoredMeasurement(path, {"rows": digest, **settings})
 
     def _added_up(self, site: Site) -> dict[str, Tensor] | None:
-        """The sums that several stores keep, together; None if other rows would count as massive
-        among all."""
+        """The sums that several stores keep, together; None if all rows together would have other
+        massive ones."""
         if len(self._alone) == 1:
             return None
         whole, total = self.statistics(site), SecondMoment(self.d_in)
@@ -338,10 +331,6 @@ class ActivationStore(SiteRows):
                 yield found
 
     # --- The text behind the rows
-
-    def contexts(self, shard: int) -> Contexts:
-        """The contexts of one shard, with the names and labels of their documents."""
-        return self._contexts(shard)
 
     def first_context(self, shard: int) -> int:
         """Number of the first context of a shard in the store."""
@@ -384,8 +373,7 @@ class ActivationStore(SiteRows):
         return TextSize.of(np.concatenate(documents)[:wanted])
 
     def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids, and which of them give a row, of about ``tokens`` rows in complete contexts
-        spread evenly over the store, a few contexts at a time."""
+        """As ``SiteRows.some_text``, of contexts spread evenly over the store, a few at a time."""
         total = self.manifest.num_contexts
         wanted = max(1, min(total, -(-min(tokens, self.num_rows) * total // self.num_rows)))
         chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
@@ -412,8 +400,8 @@ def open_stores(folders: Sequence[Path | str]) -> ActivationStore:
     """Open a store, or several of one model, with the same sites and settings, as one.
 
     Rows, and so batches, are byte for byte those of one store with the rows of all, in the order of
-    the folders. Statistics are merged: numbers of rows, extremes and massive rows are those of one
-    harvest, moments differ by rounding, and the sample is another one, as uniform.
+    the folders. Statistics are merged: moments differ by rounding, and the sample is another one,
+    as uniform.
 
     Raises LlmWsaeError if a store is unfinished, does not fit the first, or is of another part of
     its corpus or of the same corpus.
@@ -450,8 +438,7 @@ def _in_common(store: ActivationStore) -> dict[str, Any]:
 
 
 def _joined(manifests: Sequence[Manifest]) -> Manifest:
-    """The manifest of several stores as one. A text is held out of all of them if it is held out of
-    the one that holds out least."""
+    """The manifest of several stores as one, which holds out as much as the one that does least."""
     if len(manifests) == 1:
         return manifests[0]
     corpora = [manifest.corpus for manifest in manifests]

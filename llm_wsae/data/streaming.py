@@ -50,9 +50,8 @@ class ActivationStreams(SiteRows):
         config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
         folder: Path | None = None,
     ):
-        """``folder``: where what is measured is kept, so that a training that is resumed, also
-        elsewhere, has the same. Raises UsageError for a site or context size that the model does
-        not have."""
+        """``folder``: where measurements are kept, so that a training that is resumed has the same.
+        Raises UsageError for a site or context size that the model does not have."""
         for site in sites:
             model.check_site(site)
         self.sites = list(dict.fromkeys(sites))
@@ -75,10 +74,8 @@ class ActivationStreams(SiteRows):
         part: tuple[int, int] = (0, 1),
     ) -> Generator[tuple[Float[Tensor, "rows d_in"], ...], None, None]:
         """As ``SiteRows.batches``, in the model's dtype; forward passes stop behind the last site.
-
         Raises LlmWsaeError, with the batch concerned, if the corpus fills no context or cannot be
-        read, or an activation is not finite.
-        """
+        read, or an activation is not finite."""
         assert batch_size > 0 and start >= 0
         skip = start * batch_size
         with ExitStack() as threads:
@@ -164,7 +161,7 @@ class ActivationStreams(SiteRows):
             is_first = False
 
     def _without_rows(self, contexts: int) -> LlmWsaeError:
-        """The error for a text without rows: it is too short if it fills no context."""
+        """The error for a text without rows."""
         if contexts:
             return LlmWsaeError(NO_ROWS)
         return too_small(self.corpus, 0, 1, self.config.context_size)
@@ -193,7 +190,7 @@ class ActivationStreams(SiteRows):
         return rows
 
     def _measured(self, need: str, kind: Any, measure: Callable[[], dict[Site, Any]]) -> Any:
-        """A measurement of every site, as it is kept or else from a pass over the first tokens."""
+        """A measurement of every site: the one that is kept, or a new one."""
         if need not in self._known:
             files = {site: self.evidence(site, need) for site in self.sites}
             kept = {site: file.read() for site, file in files.items()}

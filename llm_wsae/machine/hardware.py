@@ -57,10 +57,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def fast_dtype(device: torch.device, kind: Kind = "model", began: Any = None) -> torch.dtype:
-    """The number format in which a device is faster, at a model's layers and unembedding or at the
-    product of a dictionary's encoder; the reason goes to ``provenance.number_formats``. ``began``,
-    the format in the record of what is resumed or read, is kept: another would change the result.
-    """
+    """The number format in which a device is faster, at a model's layers or at the product of a
+    dictionary's encoder; the reason goes to ``provenance.number_formats``. ``began``, the format in
+    the record of what is resumed or read, is kept: another would change the result."""
     if device.type == "cpu":
         chosen, why = _on_cpu(kind)
     else:
@@ -112,8 +111,8 @@ def _measure(kind: Kind) -> dict[torch.dtype, float]:
 
 
 def _product(kind: Kind, dtype: torch.dtype) -> Callable[[], object]:
-    """An encoder's latents times rows; or rows times a layer's weights and times a run of the
-    vocabulary, laid out for it where that is faster."""
+    """An encoder's product; or a layer's and a run of the vocabulary's, laid out where that is
+    faster."""
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(_ROWS, _INPUTS, generator=draw).to(dtype)
     weight = torch.randn(_OUTPUTS, _INPUTS, generator=draw).to(dtype)
@@ -129,9 +128,9 @@ def _product(kind: Kind, dtype: torch.dtype) -> Callable[[], object]:
 
 @cache
 def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies faster on this CPU than what torch chooses: in bfloat16 that is
-    oneDNN, too, but it lays the weights out anew each time; in float32 it is MKL, which leaves out
-    half of a vector's width on AMD's processors."""
+    """Whether oneDNN multiplies faster on this CPU than what torch chooses: in bfloat16 the same,
+    which lays the weights out anew each time; in float32 MKL, which uses half of a vector's width
+    on AMD's processors."""
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     if not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return False
@@ -156,8 +155,8 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 class DeferredScalar:
-    """A number that a device is still computing, requested now and read when it is needed. Reading
-    waits for the work queued before the request, not for work queued since."""
+    """A number that a device is still computing. Reading waits for the work queued before the
+    request, not for work queued since."""
 
     def __init__(self, number: Tensor):
         self._number = number.detach().to("cpu", non_blocking=number.is_cuda)
@@ -193,8 +192,7 @@ def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: 
 
 
 def check_memory(needed: int, device: torch.device, what: str, way_out: str) -> None:
-    """Raises UsageError if something needs more bytes than a device has at all, whoever uses them:
-    then no attempt is made to allocate them."""
+    """Raises UsageError if something needs more bytes than a device has at all, whoever uses them."""
     there = memory_of(device)
     if needed > there:
         raise UsageError(
@@ -211,8 +209,8 @@ def memory_of(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system. glibc keeps that of tensors below 32 MiB: after one
-    stage of a run hundreds of megabytes, in which the large blocks of the next find no place."""
+    """Give freed memory back to the system. glibc keeps that of tensors below 32 MiB, in which the
+    large blocks of a run's next stage find no place."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 

@@ -49,8 +49,8 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A piece of work that all processes start and end together. An error in one process ends
-        it for all: the others raise the same sentence, with its exit code, when they next wait."""
+        """A piece of work that all processes start and end together. An error in one ends it for
+        all: the others raise the same sentence, with its exit code, when they next wait."""
         try:
             self.meet()
             yield
@@ -92,7 +92,7 @@ class Processes:
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
-        """Lock a folder for this run: no other may write there while a process of this one lives.
+        """Lock a folder for this run: no other may write there while one of its processes lives.
         Raises LlmWsaeError if another run has locked it."""
         # rank 0 takes the lock, then all share it
         if not self.leads:
@@ -178,8 +178,8 @@ class Collectives:
 @contextmanager
 def collectives(processes: Processes, device: "torch.device") -> Iterator[Collectives]:
     """Connect all processes for tensors on ``device``, until the block ends or fails. Raises
-    UsageError for one whose tensors cannot be exchanged, or if nothing says which GPU is this
-    process's own."""
+    UsageError if its tensors cannot be exchanged, or nothing says which GPU is this process's own.
+    """
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
     backend = "gloo"

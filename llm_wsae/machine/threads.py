@@ -33,8 +33,8 @@ def parallel_map(work: Callable[[Item], Result], pieces: Sequence[Item]) -> list
 
 def prefetch(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """The same items, up to ``depth`` of them computed ahead in one background thread, once the
-    first is requested. An error of the computation is raised in place of its item. Closing or
-    dropping the iterator ends the thread after its current item and closes the source."""
+    first is requested. An error is raised in place of its item. Closing or dropping the iterator
+    ends the thread after its current item and closes the source."""
     source = iter(items)
     ahead: deque[Future] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")

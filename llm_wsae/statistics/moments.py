@@ -194,8 +194,7 @@ class Statistics:
         return clipped - clipped.mean(0)
 
     def check_varying(self) -> None:
-        """Raise LlmWsaeError unless the usual rows vary in some dimension: else there is nothing to
-        learn from them."""
+        """Raise LlmWsaeError unless the usual rows vary in some dimension."""
         if bool((self.robust_variance > 0).any()):
             return
         if len(self._sample) and not len(self.usual_sample):
@@ -227,8 +226,8 @@ class Statistics:
         return int(self._norms[:, self._massive_bin() :].sum())
 
     def same_are_massive(self, threshold_of: "Statistics") -> bool:
-        """Whether the threshold of other statistics leaves out the same ones of these rows: no
-        row's norm is between the two. A norm at the edge of a bin may be rounded across it."""
+        """Whether the threshold of other statistics leaves out the same ones of these rows. (A norm
+        at the edge of a bin may be rounded across it.)"""
         low, high = sorted((self._massive_bin(), threshold_of._massive_bin()))
         return low == high or not bool(self._norms[:, max(low - 1, 0) : high + 1].any())
 
@@ -375,12 +374,9 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "d_in d_in"]:
-    """(1 − ρ)Σ + ρ·tr(Σ)/d·I for a covariance Σ that was measured on ``rows`` rows.
-
-    ρ is the oracle approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010), which
-    takes the rows themselves. It is inversely proportional to the number of rows plus one; of
-    nearly equal eigenvalues it is that of few rows in this proportion, not 1.
-    """
+    """(1 − ρ)Σ + ρ·tr(Σ)/d·I for a covariance Σ that was measured on ``rows`` rows. ρ is the oracle
+    approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010), which takes the rows
+    themselves, but of nearly equal eigenvalues that of few rows in this proportion, not 1."""
     d_in = len(covariance)
     few = max(d_in, min(rows, _FEW * d_in))
     mean, square = covariance.trace() / d_in, covariance.square().mean()

@@ -1,9 +1,8 @@
 """How sure a result is: of how many documents the text was, 95 % intervals, and p-values corrected
 for several tests at once.
 
-Tokens of one document resemble each other, so what is measured holds for documents as sure as there
-are many of them: every report says how many, and intervals come from resampling documents, latents
-or concepts (percentile bootstrap, Efron 1979), not tokens. All quantities of one resampling use the
+Tokens of one document resemble each other. So intervals come from resampling documents, latents or
+concepts (percentile bootstrap, Efron 1979), not tokens. All quantities of one resampling use the
 same documents: clean, ablated and spliced losses rise and fall together, so the interval of their
 ratio is much narrower than their own.
 """
@@ -87,8 +86,8 @@ class Bootstrap:
         sums: Mapping[str, np.ndarray],
     ) -> Interval:
         """The central 95 % of ``quantity`` over the resamplings; those where it is 0/0 are ignored.
-        ``sums`` holds one number per item; ``quantity`` receives their totals under the same names,
-        one per resampling."""
+        ``sums`` holds one number per item; ``quantity`` receives their totals, one per resampling.
+        """
         found: dict[str, list[np.ndarray]] = {name: [] for name in sums}
         for block in self._times:
             times = block.astype(np.float64)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small_dictionaries import make_dictionary
 
 from llm_wsae.cli import main
-from llm_wsae.data import text_sources
+from llm_wsae.data import corpus as corpus_module
 from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.weights.loss_weights import LossWeights
 
@@ -342,11 +342,11 @@ class Rows:
 def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     harvest = (*HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "store")
     harvest += ("--tokens", 35_000)  # more than the first 512 documents, which are read ahead
-    monkeypatch.setattr(text_sources, "_open_dataset", lambda *_: ("0" * 40, Rows(range(650))))
+    monkeypatch.setattr(corpus_module, "_open_dataset", lambda *_: ("0" * 40, Rows(range(650))))
     refused(1, *harvest, said=["dataset owner/texts broke off near document 649",
                                "Server disconnected", "same command again to resume"])  # fmt: skip
     assert complete_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
-    monkeypatch.setattr(text_sources, "_open_dataset", lambda *_: ("0" * 40, Rows(range(900))))
+    monkeypatch.setattr(corpus_module, "_open_dataset", lambda *_: ("0" * 40, Rows(range(900))))
     works(*harvest)
     whole = tmp_path / "whole"
     works(*harvest, "--out", whole)

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words
 
 from llm_wsae.data.config import HarvestConfig, PackConfig
-from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.corpus import Corpus, Document, TextSource
 from llm_wsae.data.packing import Cursor, Packer
-from llm_wsae.data.text_sources import Document, TextSource
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 
