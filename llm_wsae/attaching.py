@@ -59,7 +59,6 @@ class Clamp:
 
     latent: Latents
     value: float
-    """Their activation."""
     positions: slice | None = None
 
     def of(self, values: Tensor) -> Tensor:
@@ -101,9 +100,8 @@ class _Splice:
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
         self.edits: list[Edit | Function] = []
+        # of the last forward pass, edited [contexts, positions, slots]
         self.codes: Codes | None = None
-        """Those of the last forward pass, edited [contexts, positions, slots]; all 0 where the
-        stream was not changed."""
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def visit(self, hidden: Tensor, attached: "Attached") -> Tensor | None:
@@ -225,10 +223,8 @@ class Attached:
     always may). Both can be set between forward passes.
     """
 
-    _cached = 0
-    """Positions that earlier forward passes have read, when the current one began."""
-    _padding: Tensor | None = None
-    """Which tokens are text [contexts, positions], those included; None without padding."""
+    _cached = 0  # positions that earlier forward passes have read, when the current one began
+    _padding: Tensor | None = None  # which tokens are text, those included; None without padding
 
     def __init__(self, splices: dict[Site, _Splice], error: bool, keep: Tensor | None):
         self._splices = splices
@@ -293,10 +289,9 @@ def attach(
 
     ``model`` is a LanguageModel, a causal language model of transformers, or a TransformerLens
     bridge, whose own hook at a site sees the stream as it was before the dictionary. When the block
-    ends, also by an error, it is as before. Generation works, with or without a cache.
-
-    The model itself is changed within the block, so passes of other threads go through the
-    dictionaries too, edits included; give each thread a model of its own, or let them take turns.
+    ends, also by an error, it is as before. Generation works, with or without a cache. Within the
+    block, passes of other threads go through the dictionaries too, edits included: give each thread
+    a model of its own, or let them take turns.
 
     ``error`` adds back what the dictionaries miss. Without it the model continues with the
     reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` is the mask of
@@ -365,8 +360,8 @@ def _look(attached: Attached, _: nn.Module, args: tuple, kwargs: dict[str, Any])
 
 def _padding(mask: Any, cached: int) -> Tensor | None:
     """Which tokens are text [contexts, positions], from either form of mask that a decoder takes:
-    that, or what each position attends to [contexts, 1, queries, keys] (perhaps one for each kind
-    of attention), of which the last position attends to all text."""
+    that, or what each position attends to [contexts, 1, queries, keys], perhaps one for each kind
+    of attention."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):

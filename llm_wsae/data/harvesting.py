@@ -204,7 +204,7 @@ def _begin(out: Path, wanted: Manifest) -> dict[int, Cursor] | None:
 
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
-    """Whether the files have their sizes, and tokens, which no later step reads, their checksums."""
+    """Whether the files have their sizes, and tokens, which nothing else reads, their checksums."""
     tokens = [name for name in files if name.startswith(f"{TOKENS}/")]
     there = all(record.has_size(folder / name) for name, record in files.items())
     return there and not any(files[name].problem(folder / name) for name in tokens)

@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.forward import get_module
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.module_paths import get_module
 
 _ROWS_AT_ONCE, _WORDS_AT_ONCE = 1024, 1 << 14
 _LOST = "�"  # what decoding returns for part of a character

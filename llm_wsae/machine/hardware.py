@@ -192,7 +192,7 @@ def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: 
 
 
 def check_memory(needed: int, device: torch.device, what: str, way_out: str) -> None:
-    """Raises UsageError if something needs more bytes than a device has at all, whoever uses them."""
+    """Raises UsageError if something needs more bytes than a device has at all."""
     there = memory_of(device)
     if needed > there:
         raise UsageError(

@@ -24,8 +24,7 @@ from llm_wsae.model.spread import device_of, is_spread
 from llm_wsae.sparse.backends import cpu
 
 ATTENTION = "llm_wsae_short"
-LONGEST = 128
-"""Tokens; beyond that it depends on the heads which attention is faster."""
+LONGEST = 128  # tokens; beyond that it depends on the heads which attention is faster
 _TOGETHER = 32  # tokens that attend in one product
 _ROWS = 16  # of the comparison
 # relative; rounding in another place changes 2e-3 in bfloat16
@@ -35,8 +34,8 @@ _EPSILONS = ("variance_epsilon", "eps")
 
 
 def use_short_attention(hf_model: Any) -> None:
-    """Let a model have this attention where it is faster; longer contexts, and whatever is not
-    plainly causal, keep transformers' own."""
+    """Let a model have this attention where it is faster; what is long or not plainly causal keeps
+    transformers' own."""
     on_cpu = device_of(hf_model).type == "cpu" and hf_model.dtype in _SAME
     is_sdpa = hf_model.config._attn_implementation == "sdpa"
     if on_cpu and is_sdpa and not torch.cpu._is_amx_tile_supported():

@@ -1,5 +1,9 @@
 """Forward passes through the model's own modules: record at sites, stop early, resume at a site.
 
+TransformerLens' map of the architecture, read without booting it, says where the modules are, so
+that a site means what it means there. An architecture that it does not know still has a list of
+blocks, but no ``hook_resid_mid``.
+
 The model runs as transformers wrote it; only the ends of its blocks are hooked. Every hook and
 patch is removed when the call ends, also after an error. To stop, the hook at the last wanted site
 raises a private exception. To resume at a site, the blocks before it pass their input through, and
@@ -13,8 +17,10 @@ overwritten in place, so that the block's own code computes new + mlp(ln2(new)).
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +28,6 @@ from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.threads import parallel_map
-from llm_wsae.model.module_paths import ModulePaths, get_module
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread
 
@@ -34,6 +39,17 @@ Visit = Callable[[Tensor], Tensor | None]
 # Whether the forward pass is one of this module's own, which nobody's visits see: those of other
 # ``Blocks`` on the same modules may be open.
 _probing: ContextVar[bool] = ContextVar("probing", default=False)
+
+
+@dataclass(frozen=True)
+class ModulePaths:
+    """Dotted module paths inside a Hugging Face causal language model."""
+
+    blocks: str  # the ModuleList of transformer blocks
+    mid: str | None = None  # in a block, the module whose input is ``hook_resid_mid``, if any is
+    attention: str | None = None  # in a block, the module that turns ``pre`` into ``mid``
+    ln_final: str | None = None  # the norm between the last block and the unembedding, if known
+    why_no_mid: str = ""  # why ``mid`` is None, as the end of a sentence
 
 
 class _StopForward(Exception):
@@ -71,9 +87,9 @@ class Blocks:
         start: Site | None = None,
         hidden: Tensor | None = None,
     ) -> dict[Site, Tensor]:
-        """The activations at ``sites``, perhaps with ``hidden`` as the stream at ``start``. Nothing
-        after the last site is computed, and no block before ``start``. If ``side_by_side``, a few
-        contexts go through the model at a time."""
+        """The activations at ``sites``, perhaps with ``hidden`` as the stream at ``start``. Only
+        blocks from ``start`` to the last site are computed. If ``side_by_side``, a few contexts go
+        through at a time."""
         size = max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])) if self.side_by_side else len(ids)
         entered = ids if hidden is None else hidden
         parts = list(zip(ids.split(size), entered.split(size), strict=True))
@@ -196,8 +212,7 @@ class Blocks:
             _pre_hook(hooks, block if site.point == "pre" else self._norm(site), shown)
 
     def _learn_forms(self) -> None:
-        """Find out once whether blocks return a tensor (0) or a tuple (its length), as a skipped
-        one must."""
+        """Find out once whether blocks return a tensor (0) or a tuple (its length)."""
         if self._forms:
             return
 
@@ -259,3 +274,82 @@ def replace_forward(
             module.forward = before
 
     patches.callback(restore)
+
+
+# --- Where a model's modules are
+
+
+def find_paths(hf_model: nn.Module) -> ModulePaths:
+    """The module paths of a model. Raises LlmWsaeError if TransformerLens does not know the
+    architecture and no single list of modules is as long as the model's depth."""
+    return _transformer_lens_paths(hf_model) or _guessed_paths(hf_model)
+
+
+def text_config(hf_model: Any) -> Any:
+    """The configuration of the language model itself (multimodal models nest it)."""
+    return hf_model.config.get_text_config(decoder=True)
+
+
+def get_module(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, or None."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
+    adapter = _adapter(hf_model)
+    modules = adapter.component_mapping if adapter is not None else {}
+    blocks = modules.get("blocks")
+    # The adapter may describe a class of the same name from other code: check that its paths exist.
+    if blocks is None or not isinstance(get_module(hf_model, blocks.name), nn.ModuleList):
+        return None
+    aliases = blocks.hook_aliases
+    if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
+        return None
+    ln_final = getattr(modules.get("ln_final"), "name", None)
+    # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
+    part, _, end = str(aliases.get("hook_resid_mid", "")).rpartition(".")
+    own = blocks.submodules
+    if part in own and end == "hook_in" and "attn" in own:
+        return ModulePaths(blocks.name, own[part].name, own["attn"].name, ln_final)
+    why = "its blocks run attention and MLP in parallel, so there is no stream between them"
+    return ModulePaths(blocks.name, ln_final=ln_final, why_no_mid=why)
+
+
+def _adapter(hf_model: Any) -> Any | None:
+    """TransformerLens' adapter of this architecture, or None if it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens.factories.architecture_adapter_factory import (
+            SUPPORTED_ARCHITECTURES,
+            ArchitectureAdapterFactory,
+        )
+        from transformer_lens.model_bridge.sources._bridge_builder import (
+            build_bridge_config_from_hf,
+        )
+
+        name = type(hf_model).__name__
+        if name not in SUPPORTED_ARCHITECTURES:
+            return None
+        config = build_bridge_config_from_hf(hf_model.config, name, name, hf_model.dtype)
+        return ArchitectureAdapterFactory.select_architecture_adapter(config)
+
+
+def _guessed_paths(hf_model: Any) -> ModulePaths:
+    """The only list of modules as long as the model's depth."""
+    depth = getattr(text_config(hf_model), "num_hidden_layers", None)
+    lists = [
+        path
+        for path, module in hf_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(lists) != 1:
+        raise LlmWsaeError(
+            f"cannot find the transformer blocks of {type(hf_model).__name__}: "
+            "TransformerLens does not know this architecture, and the module lists of length "
+            f"{depth} are: {', '.join(lists) or 'none'}; use a model that TransformerLens supports"
+        )
+    why = "TransformerLens does not know this architecture; use hook_resid_pre or _post"
+    return ModulePaths(lists[0], why_no_mid=why)

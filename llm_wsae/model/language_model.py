@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.hardware import DTYPES, choose_device, fast_dtype, name_of
 from llm_wsae.model.cpu_modules import fuse_norms_and_gates, use_short_attention
-from llm_wsae.model.forward import Blocks, Visit
+from llm_wsae.model.forward import Blocks, Visit, find_paths, text_config
 from llm_wsae.model.loading import check_causal, load_model
-from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread, parameters, weight_of
 from llm_wsae.model.unembedding import Head, PrepackedWeights, Unembedding
@@ -121,11 +120,9 @@ class LanguageModel:
     def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
         """Take a live transformers model and its tokenizer (None if only token ids will be used).
         It is not changed: a copy of its structure shares the weights. One that accelerate has
-        spread over devices (``device_map``) is used as it is, and must be in eval mode.
-
-        Raises UsageError if it is not a causal language model of transformers, or such a one in
-        training mode.
-        """
+        spread over devices (``device_map``) is used as it is, and must be in eval mode. Raises
+        UsageError if it is not a causal language model of transformers, or such a one in training
+        mode."""
         from transformers import PreTrainedModel
 
         if not isinstance(hf_model, PreTrainedModel) or hf_model.get_output_embeddings() is None:
@@ -196,14 +193,14 @@ class LanguageModel:
     @contextmanager
     def unembedding(self) -> Iterator[Unembedding]:
         """While open, it makes logits of rows of the last block's output, in any thread if
-        ``side_by_side``: all at once when it is called, or a run of the vocabulary at a time."""
+        ``side_by_side``."""
         with self._one_pass, self._head.opened() as unembedding:
             yield unembedding
 
     @contextmanager
     def prepacked(self) -> Iterator[None]:
-        """While open, passes on a CPU are a little faster, for the memory of a copy of the weights
-        that they use; these must not change meanwhile."""
+        """While open, passes on a CPU are faster, for the memory of a copy of the weights, which
+        must not change meanwhile."""
         with self._one_pass:
             self._prepacked.open()
         try:
@@ -249,9 +246,8 @@ class LanguageModel:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        """SHA-256 over the name, the shape and a spread sample of every parameter, and the settings
-        that change what they compute: of the same model the same on any device and in any format,
-        of another size, fine-tune or revision another."""
+        """SHA-256 over the name, shape and a sample of every parameter, and the settings that
+        change what they compute: of one model the same on any device and in any format."""
         config = text_config(self.hf_model)
         settings = {key: getattr(config, key, None) for key in _SETTINGS}
         found = [(name, list(p.shape), _sample(p)) for name, p in parameters(self.hf_model)]

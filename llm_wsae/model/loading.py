@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import huggingface_hub as hub
@@ -55,8 +56,7 @@ def load_model(
     spread: bool = False,
 ) -> tuple[Any, Any, str, str | None]:
     """Load model and tokenizer; their name, a Hub id or that of a file or folder; and the commit on
-    the Hub. The model is on the CPU; with ``spread``, accelerate puts its parts on all
-    accelerators, then in memory, then on the disk.
+    the Hub. The model is on the CPU, or with ``spread`` wherever accelerate puts its parts.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
@@ -99,8 +99,8 @@ def load_model(
 
 
 def _checked_model(model: str, source: str, options: dict[str, Any]) -> Any:
-    """The model. Raises LlmWsaeError for missing weights, which transformers fills with random
-    numbers; UsageError if it is not causal."""
+    """The model. Raises LlmWsaeError for missing weights, which transformers draws at random;
+    UsageError if it is not causal."""
     loaded = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     # its annotations do not know that loading info makes it a pair
     hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
@@ -116,7 +116,7 @@ def _checked_model(model: str, source: str, options: dict[str, Any]) -> Any:
 
 @functools.cache
 def _offload_folder() -> str:
-    """For weights that fit neither into accelerators nor into memory, until the process ends."""
+    """For weights that fit nowhere else, until the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="llm_wsae-offloaded-")
     atexit.register(folder.cleanup)
     return folder.name
@@ -137,7 +137,7 @@ def checked_config(source: str, options: dict[str, Any]) -> Any:
 
 def check_weights(config: Any, folder: Path, kind: Any) -> None:
     """Raises ValueError if a configuration asks ``kind``, a class of transformers, for far more
-    numbers than the weights in its folder hold: it would allocate them before it misses any."""
+    numbers than the weights in its folder hold: it would allocate them first."""
     files = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
     stored = sum(path.stat().st_size for path in files)
     if stored:  # otherwise transformers says what is missing
@@ -197,8 +197,8 @@ def _local_source(model: str, path: Path, revision: str | None) -> _Source:
 
 def hub_source(model: str, revision: str | None, download: bool = True) -> _Source:
     """A Hub id with its commit; without a network, the commit in the local cache (None if none is).
-    One request decides: transformers would try for every file before it used the cache. Raises
-    LlmWsaeError as ``load_model`` does."""
+    One request decides: transformers would try for every file. Raises LlmWsaeError as
+    ``load_model`` does."""
     check_revision(revision)
     check_token()
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
@@ -219,7 +219,7 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
 @contextlib.contextmanager
 def quiet(progress_bars: bool) -> Iterator[None]:
     """Silence transformers' warnings and, except for downloads, its progress bars: all of stderr,
-    since it draws one (GGUF) regardless of its own switch."""
+    since for GGUF it draws one regardless of its own switch."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     nowhere = contextlib.redirect_stderr(io.StringIO())
@@ -277,8 +277,8 @@ def _gguf_read_once() -> Iterator[None]:
     """While open, transformers reads .gguf files in half the time, and with limits.
 
     It would parse a file three times and list its tensors' names for every module. gguf would cut
-    every word of the vocabulary out of a mapped file, whose parts take three times as long to make
-    as those of an array.
+    every word of the vocabulary out of a mapped file, which takes three times as long as out of an
+    array.
     """
     if importlib.util.find_spec("gguf") is None:
         yield
@@ -289,7 +289,7 @@ def _gguf_read_once() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (gguf, "GGUFReader", functools.cache(_checked(gguf.GGUFReader))),
         (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        (gguf_reader, "np", _Numpy()),
+        (gguf_reader, "np", SimpleNamespace(**vars(np) | {"memmap": _as_array})),
     ]
     with contextlib.ExitStack() as restored:
         for owner, name, value in replaced:
@@ -324,24 +324,16 @@ def _checked(reader: type) -> type:
     return Checked
 
 
+def _as_array(*args: Any, **options: Any) -> np.ndarray:
+    return np.memmap(*args, **options).view(np.ndarray)
+
+
 def _gguf_sizes(path: Path) -> tuple[int, int]:
-    """How many tensors a GGUF file has, and how many numbers they hold; to be asked while
-    ``_gguf_read_once`` is open. Raises whatever comes of reading a damaged one."""
+    """How many tensors a GGUF file has, and how many numbers; to be asked within
+    ``_gguf_read_once``."""
     from gguf import GGUFReader
 
     tensors = GGUFReader(str(path)).tensors
     if sum(int(tensor.n_bytes) for tensor in tensors) > path.stat().st_size:
         raise ValueError("its tensors do not fit into it; download it again")
     return len(tensors), sum(math.prod(tensor.shape.tolist()) for tensor in tensors)
-
-
-class _Numpy:
-    """numpy for the reader of .gguf files."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    @staticmethod
-    def memmap(*args: Any, **options: Any) -> np.ndarray:
-        """As an array."""
-        return np.memmap(*args, **options).view(np.ndarray)

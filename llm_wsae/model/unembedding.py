@@ -22,17 +22,16 @@ from llm_wsae.model.forward import Blocks, replace_forward
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread
 
-RUN = 2048
-"""Tokens of the vocabulary in a run."""
+RUN = 2048  # tokens of the vocabulary in a run
 _SAME_LOGITS = 1e-2  # relative; products of other shapes round otherwise
 _MANY = 256  # rows; with fewer, a copy is not worth making
 _SHARE = 8  # copies take at most one part of this many of the memory
 
 
 class PrepackedWeights:
-    """Copies of the weights of a Hugging Face model's linear layers in the layout in which oneDNN
-    multiplies, where a text is read many times. It is opened and closed while no pass is running;
-    the weights must not change in between. Products are the same, to rounding at most."""
+    """Copies of the weights of linear layers in the layout in which oneDNN multiplies, where a text
+    is read many times. It is opened and closed while no pass is running; the weights must not
+    change in between. Products are the same, to rounding at most."""
 
     def __init__(self, hf_model: Any):
         self._hf_model = hf_model
@@ -42,7 +41,7 @@ class PrepackedWeights:
 
     def open(self) -> None:
         """Passes without gradients multiply with copies, made when first needed, where oneDNN is
-        faster with them and all of them do not take too much memory."""
+        faster with them and all of them take little of the memory."""
         self._openers += 1
         device = device_of(self._hf_model)
         if self._openers > 1 or device.type != "cpu" or is_spread(self._hf_model):
@@ -122,11 +121,12 @@ class Head:
     def _divided(
         self, patches: contextlib.ExitStack, enter: Callable[[Tensor], Tensor]
     ) -> Unembedding | None:
-        """Run by run; None if the head is no plain product, or if the model may not compute side by
-        side (as on an accelerator, which one product of all fills).
+        """Run by run; None if the head is no plain product or the model may not compute side by
+        side.
 
         The model's own forward makes a run: its trunk answers with what it made of the rows in the
-        first step, and its head multiplies with a part of its weights."""
+        first step, and its head multiplies with a part of its weights.
+        """
         model: Any = self._hf_model
         head, trunk = model.get_output_embeddings(), model.base_model
         is_plain = type(head) is nn.Linear and trunk is not model
@@ -167,7 +167,7 @@ def _no_ids(rows: Tensor) -> Tensor:
 
 
 def _agree(divided: Unembedding, whole: Unembedding, rows: Tensor) -> bool:
-    """Whether runs make the logits of the whole: not if something behind the head is about certain
+    """Whether runs make the logits of the whole: not if what is behind the head is about certain
     tokens."""
     try:
         found, wanted = divided(rows).float(), whole(rows).float()

@@ -187,7 +187,7 @@ def exact_dtype(x: Tensor) -> torch.dtype:
 class SlotCapacity:
     """How many slots a row gets on a GPU, which waiting for their number would leave idle: as many
     as the last rows suggest. Whether they were enough is read while it has other work; if not, the
-    step is repeated with more."""
+    step is repeated."""
 
     def __init__(self) -> None:
         self.slots = _FEWEST
@@ -208,7 +208,7 @@ class SlotCapacity:
 
     def retry(self, compute: Callable[[], T], all_agree: Callable[[bool], bool]) -> T:
         """What ``compute`` returns once all entries, in all processes, had a slot. On a CPU nothing
-        is ever reported: there every entry gets one at once."""
+        is reported."""
         while True:
             result = compute()
             if self._longest is None or all_agree(self.enough()):

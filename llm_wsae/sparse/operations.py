@@ -72,12 +72,9 @@ def topk_of_tiles(product: Product, k: int, rows: int | None = None) -> Codes:
 def encode_above(
     product: Product, threshold: PerLatent, capacity: SlotCapacity | None = None
 ) -> RaggedCodes:
-    """Every pre-activation above its latent's threshold (≥ 0); meant for few of them.
-
-    The threshold has the dtype of the values (``encode_topk``). With ``capacity`` nothing waits for
-    a GPU, and the codes are complete only if ``capacity.enough()`` then says so; if not, call
-    again.
-    """
+    """Every pre-activation above its latent's threshold (≥ 0; in the dtype of the values); meant
+    for few of them. With ``capacity`` nothing waits for a GPU, and the codes are complete only if
+    ``capacity.enough()`` then says so; if not, call again."""
     if faster := _faster("encode_above", product, _FOR_PRODUCTS):
         return faster(product, threshold, capacity)
     return joined([_above(tile, threshold) for tile in product.tiles(_TILE_ROWS)])
@@ -98,8 +95,8 @@ def encode_batch_topk(
     kept: Bool[Tensor, " batch"] | None = None,
 ) -> RaggedCodes:
     """The largest positive pre-activations of the whole batch, k per row; fewer if fewer are > 0.
+    Rows that are not ``kept`` have no active latent and do not count.
 
-    Rows that are not ``kept`` have no active latent and do not count; by default all are kept.
     ``guess``, the smallest value of the previous step, makes it fast when it is just below the
     smallest value of this step; it never changes the result. Dtypes as in ``encode_topk``.
     """
@@ -152,11 +149,9 @@ def _largest(codes: RaggedCodes, count: int) -> RaggedCodes:
 
 
 def exact_values(codes: RaggedCodes, x: Rows, encoder: Weights, bias: PerLatent) -> RaggedCodes:
-    """The codes with the values x·encoder[index] + bias[index], summed in ``x``'s float32.
-
-    The product that picked the latents rounds them, if it is in bfloat16; ``encoder`` still may be.
-    Unused slots stay unused, and a slot whose value is not positive becomes unused.
-    """
+    """The codes with the values x·encoder[index] + bias[index], summed in ``x``'s float32: the
+    product that picked the latents may be in bfloat16, and so may ``encoder``. A slot whose value
+    is not positive becomes unused."""
     values = value_gradients(codes, encoder, x) + bias[codes.indices]
     return codes._replace(values=values.relu_().mul_(codes.values > 0))
 
@@ -228,10 +223,8 @@ def decode(codes: RaggedCodes, decoder: Weights, bias: PerDimension) -> Rows:
 
 
 def value_gradients(codes: RaggedCodes, decoder: Weights, output_gradient: Rows) -> PerSlot:
-    """Gradient of the loss by each active pre-activation: decoder[index] · output_gradient[row].
-
-    0 where the value is 0: an unused slot was clipped by the ReLU and must not move any weight.
-    Products are summed in float32 even if the decoder is rounded to bfloat16.
+    """Gradient of the loss by each active pre-activation: decoder[index] · output_gradient[row], 0
+    for an unused slot. Products are summed in float32 even if the decoder is rounded to bfloat16.
     """
     exact = () if decoder.dtype == torch.bfloat16 else (decoder,)
     if faster := _faster("value_gradients", (codes.values, output_gradient, *exact)):
@@ -252,11 +245,8 @@ def reconstruct(
     column_weights: PerDimension,
     fast: torch.dtype,
 ) -> Reconstruction:
-    """``decode``, the residual, its weighted gradient and ``value_gradients``.
-
-    The gradient is that of ½ Σ column_weights · residual², in the dtype ``fast``; the weights may
-    have any dtype. A backend may do it all in one pass over the rows.
-    """
+    """``decode``, the residual, its weighted gradient and ``value_gradients``. The gradient is that
+    of ½ Σ column_weights · residual², in the dtype ``fast``; the weights may have any dtype."""
     row_weights, column_weights = row_weights.to(x.dtype), column_weights.to(x.dtype)
     target = (decoder, bias, x, row_weights, column_weights)
     if faster := _faster("reconstruct", (codes.values, *target[:3])):
@@ -268,11 +258,8 @@ def reconstruct(
 
 
 def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
-    """Gradients by encoder, decoder and encoder bias, from one grouping of the slots by latent.
-
-    For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
-    Σ by_value; 0 for one that never occurs. ``gradients.more`` is added.
-    """
+    """Gradients by encoder, decoder and encoder bias: for each latent, over its occurrences, Σ
+    by_value·x[row], Σ values·output_gradient[row] and Σ by_value. ``gradients.more`` is added."""
     codes, x, output_gradient, by_value, more = gradients
     sums: Gradients
     if faster := _faster("weight_gradients", (codes.values, by_value)):
@@ -307,10 +294,11 @@ def adam(
     raw: RawRows | None = None,
 ) -> PerLatent:
     """One step of torch.optim.Adam over encoder and decoder, in place, after which decoder rows
-    have norm 1; biases do not move: the gradient by the encoder's is returned.
+    have norm 1; biases do not move: the gradient by the encoder's is returned. ``step`` counts from
+    1.
 
-    ``step`` counts from 1. With ``raw``, the raw rows v and e move, and with them L, the norm of v,
-    and the rows v/L and L·e that are seen. A backend may never hold all gradients.
+    With ``raw``, the raw rows v and e move, and with them L, the norm of v, and the rows v/L and
+    L·e that are seen. A backend may never hold all gradients.
     """
     weights, now = latents[:6], (step, learning_rate)
     if isinstance(gradients, SparseGradients):

@@ -169,8 +169,7 @@ def sparse_adam(
     learning_rate: float,
     raw: RawRows | None = None,
 ) -> Tensor:
-    """A latent's gradients stay in cache, so that all of them are never held: they are nearly as
-    much to write and to read again as Adam's moments."""
+    """A latent's gradients stay in cache: all of them would be nearly as much as Adam's moments."""
     d_sae = len(latents.encoder)
     by_bias = _floats(d_sae)
     empty = torch.empty(0, dtype=torch.int64)
@@ -234,8 +233,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool) -> Tenso
 
 
 def gate(activation: str, gates: Tensor, values: Tensor) -> Tensor:
-    """activation(gates)·values, written over the gates [..., width]. ``activation`` is silu or
-    gelu_tanh."""
+    """activation(gates)·values, written over the gates [..., width]; silu or gelu_tanh."""
     rows, width = gates.shape[:-1].numel(), gates.shape[-1]
     _call(f"gate_{activation}_{_NAMES[gates.dtype]}", gates, values, rows, width)
     return gates
@@ -280,7 +278,7 @@ class _Lists:
 
 def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The tile's product with the encoder, without bias: (first latent, [latents, rows]). A caller
-    that deletes a block before it asks for the next has one in cache, not two."""
+    that deletes a block before it asks for the next has one in cache."""
     size = max(1, _BLOCK_BYTES // (max(1, len(tile)) * tile.element_size()))
     memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
     for first in range(0, len(encoder), size):

@@ -52,9 +52,9 @@ def _select_kernel(values_ptr, best_ptr, chosen_ptr, width, part_width, k, BLOCK
     where they are, both [rows, parts, k]; the first ones where tied. k is at most the part's width.
 
     Floats are compared as integers of the same order; NaN is the largest, so that it is seen. The
-    k-th largest is found bit by bit from the top. Positions beyond the row count as -inf and come
-    last, so they are chosen only in a part with fewer than k entries, and never from among the
-    candidates of all parts.
+    k-th largest is found bit by bit. Positions beyond the row count as -inf and come last, so they
+    are chosen only in a part with fewer than k entries, and never from among the candidates of all
+    parts.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
@@ -115,8 +115,8 @@ def encode_topk(product: Product, k: int) -> Codes:
 def encode_batch_topk(
     product: Product, k: int, guess: float | Tensor, kept: Tensor | None = None
 ) -> RaggedCodes:
-    """Ignores the guess: acting on it would mean waiting for the device. There are batch·k slots
-    however many rows are kept; excess ones are unused."""
+    """Ignores the guess, which would mean waiting for the device. There are batch·k slots however
+    many rows are kept; excess ones are unused."""
     x, (batch, d_sae) = product.x, (len(product.x), len(product.encoder))
     slots = min(k * batch, batch * d_sae)
     values, places, rows = [], [], _tile_rows(product)
@@ -142,7 +142,7 @@ def _above_kernel(
     pre_ptr, threshold_ptr, indices_ptr, values_ptr, counts_ptr, width, slots, BLOCK: tl.constexpr
 ):
     """Entries of one row [width] above their thresholds into its slots, as many as fit; and how
-    many there are, also where they do not fit."""
+    many there are."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     found = tl.zeros((), tl.int32)
@@ -298,7 +298,7 @@ def _further_sums_kernel(
     occurrences, pieces, d_sae, d_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Some columns of one further piece: up to ``span`` occurrences of a latent that has more. The
-    piece of no latent has the number d_sae for it."""
+    piece of no latent has the number d_sae."""
     piece = tl.program_id(0).to(tl.int64)
     latent = tl.load(pieces.latents + piece)
     if latent < d_sae:
@@ -318,8 +318,8 @@ def _further_sums_kernel(
 
 def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[_Occurrences, SubsetGradients]:
     """The occurrences grouped by latent, and what a dense latent has beyond its first ``span``,
-    summed in pieces of ``span``: at most slots // span of them, known without asking. ``latents``
-    says whose piece each is."""
+    summed in at most slots // span pieces, a number known without asking. ``latents`` says whose
+    piece each is."""
     codes, x, output_gradient, by_value, _ = gradients
     device, (batch, d_in), num_slots = x.device, x.shape, len(codes.indices)
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
@@ -394,8 +394,7 @@ class _Rate(NamedTuple):
 
 @triton.jit
 def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate, scale):
-    """Moments updated in place; the new row, of one that is ``scale`` times what is stored; not
-    stored yet."""
+    """Moments updated in place; the new row, of one that is ``scale`` times what is stored."""
     mean = tl.load(mean_ptr + at, mask=inside, other=0)
     square = tl.load(square_ptr + at, mask=inside, other=0)
     mean += (gradient - mean) * (1 - _KEEP_MEAN)
@@ -438,7 +437,7 @@ def _adam_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside
 def _sparse_adam_kernel(
     sums, more, by_bias_ptr, state, raw, rate, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One latent: its gradients, which go nowhere but into Adam; that by its bias does. ``more``
+    """One latent: its gradients, which go nowhere but into Adam, except that by its bias. ``more``
     are further gradients and which of their rows is each latent's, or -1; ``raw`` may be None."""
     occurrences, pieces = sums
     more, places_ptr = more
