@@ -1,17 +1,21 @@
-"""Contexts by hand, from any cursor on, and what cannot be packed."""
+"""Contexts by hand, from any cursor on, and what cannot be packed; and text that is drawn over
+documents, so that no long one fills what is read first."""
 
+from dataclasses import replace
+from itertools import islice
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words
+from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words, write_jsonl
 
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus, Document, TextSource
 from llm_wsae.data.packing import Cursor, Packer
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.uncertainty import TextSize, owners
 
 
 def listed(*lengths):
@@ -146,3 +150,74 @@ def test_settings():
     shards = config.num_contexts, config.contexts_per_batch, config.contexts_per_shard
     assert shards == (11, 4, 16)  # a shard is of whole batches
     assert HarvestConfig(context_size=8192).contexts_per_batch == 1
+
+
+# --- Sections of documents
+
+CONTEXT = 16
+PAGE = 3 * CONTEXT
+PAGES = packer(eos=False, context_size=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """One document of sixty pages, before 300 of one."""
+    lengths = [60 * PAGE, *[PAGE] * 300]
+    path = write_jsonl(tmp_path_factory.mktemp("texts") / "a.jsonl", lengths)
+    return Corpus.open(str(path), "all")
+
+
+def names_in(corpus, contexts):
+    """The document of each token."""
+    (block,) = PAGES.blocks(corpus, contexts, limit=contexts)
+    return [block.headers[n]["name"] for n in block.document[block.keep].tolist()]
+
+
+def test_a_long_document_gives_two_contexts_before_all_others_have_given(written):
+    names = names_in(written, 300)
+    assert names.count("a.jsonl#1") <= 2 * CONTEXT
+    size = TextSize.of(np.unique(names, return_inverse=True)[1])
+    assert size.documents > 150 and size.effective > 0.9 * size.documents
+    assert not size.warnings()
+    everything = names_in(written, 1100)  # and then the rest of it
+    assert everything.count("a.jsonl#1") > 40 * PAGE
+
+
+def test_the_same_sections_every_time_and_from_any_section_on(written):
+    everything = list(written.sections(PAGES._two_contexts))
+    assert everything == list(written.sections(PAGES._two_contexts))
+    assert everything[17:] == list(written.sections(PAGES._two_contexts, 17))
+    texts = {s.name: s.text for s in written.sections(None)}
+    found = dict.fromkeys(texts, "")
+    for section in everything:
+        found[section.name] += section.text
+    assert found == texts
+    assert [s.index for s in everything] == list(range(len(everything)))
+    numbers = [s.document for s in everything]
+    assert sorted(set(numbers)) == list(dict.fromkeys(numbers)) == list(range(301))
+
+
+def test_windows_bound_what_is_read_ahead(tmp_path):
+    corpus = Corpus.open(str(write_jsonl(tmp_path / "a.jsonl", [40] * 1100)), "all")
+    (file,) = corpus.sources
+    documents = file.documents()
+    next(Corpus([replace(file, documents=lambda: documents)]).sections(lambda texts: 20))
+    assert next(documents).name == "a.jsonl#513"
+    order = [s.name for s in corpus.sections(None)]
+    assert {int(name.split("#")[1]) for name in order[:512]} == set(range(1, 513))
+
+
+def test_texts_of_a_mixture_take_turns_by_length(tmp_path):
+    long = write_jsonl(tmp_path / "a.jsonl", [400] * 3)
+    both = Corpus.open(f"{long}+{write_jsonl(tmp_path / 'b.jsonl', [10] * 120)}", "all")
+    sections = list(islice(both.sections(lambda texts: 100), 60))
+    long = sum(len(s.text) for s in sections if s.name.startswith("a"))
+    assert long == pytest.approx(sum(len(s.text) for s in sections) / 2, rel=0.1)
+
+
+def test_the_size_of_a_text():
+    size = TextSize.of(np.array([0, 0, 0, 7]))
+    assert (size.tokens, size.documents) == (4, 2) and size.effective == pytest.approx(1.6)
+    assert size.text("text") == "4 tokens of text from 2 documents (effectively 2)"
+    assert "effectively of 1.6 documents, fewer than 20" in size.warnings()[0]
+    assert owners([np.array([5, 5, 9]), np.array([9]), np.array([5])]).tolist() == [0, 1, 0]

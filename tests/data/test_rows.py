@@ -178,8 +178,17 @@ def test_prefetch_works_ahead_and_raises_in_place():
 
 def test_a_store_and_rows_in_memory_are_sources(tmp_path):
     store = store_of(tmp_path, [30])
-    for source in (store.source(SITE), MemorySource(store.rows(SITE, 0, 30), SITE)):
+    rows = store.rows(SITE, 0, 30)
+    memory = MemorySource(rows, SITE)
+    for source in (store.source(SITE), memory):
         assert isinstance(source, ActivationSource)
         assert (source.d_in, source.num_rows, source.site) == (3, 30, SITE)
-        assert sorted(numbers([next(source.batches(30, seed=1))]).tolist()) == list(range(30))
+        batches = list(islice(source.batches(10, seed=1), 3))
+        assert sorted(numbers(batches).tolist()) == list(range(30))
+        assert torch.equal(next(source.batches(10, seed=1, start=2)), batches[2])
     assert store.source(SITE).identity()["window_bytes"] == 256 << 20
+    assert memory.statistics().count == 30
+    covariance = memory.second_moment().covariance()
+    torch.testing.assert_close(covariance, rows.double().T.cov(correction=0), rtol=1e-3, atol=1e-4)
+    assert memory.identity() == MemorySource(rows.double(), SITE).identity()
+    assert memory.identity() != MemorySource(rows + 1, SITE).identity()

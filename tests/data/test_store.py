@@ -30,17 +30,6 @@ CONFIG = HarvestConfig(context_size=12, tokens=1000, batch_tokens=48, shard_toke
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    return Corpus.open(str(write_jsonl(path, [7 * i % 50 + 1 for i in range(80)])), "train")
-
-
-@pytest.fixture(scope="module")
 def made(model, corpus, tmp_path_factory):
     return harvest(model, corpus, SITES, tmp_path_factory.mktemp("made") / "store", CONFIG)
 

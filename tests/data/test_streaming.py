@@ -36,17 +36,6 @@ from llm_wsae.weights.weighing import measure_inputs
 SITES = [Site(0, "pre"), Site(1, "post")]
 STREAM = StreamConfig(context_size=12, batch_tokens=48, buffer_tokens=500, statistics_tokens=700)
 TRAIN = TrainConfig(expansion=2, tokens=64 * 40, batch_size=64, log_every=10, device="cpu")
-LENGTHS = [7 * i % 50 + 1 for i in range(200)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return Corpus.open(str(write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", LENGTHS)))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import islice, permutations
+from itertools import permutations
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from looping import over
 
-from llm_wsae.data.rows import ActivationSource, MemorySource
 from llm_wsae.errors import UsageError
 from llm_wsae.lab.theory import (
     Superposition,
@@ -24,7 +23,6 @@ from llm_wsae.lab.theory import (
     recovered,
     toy_model,
 )
-from llm_wsae.model.site import Site
 
 
 def digon_mixing(singles: int, digons: int) -> torch.Tensor:
@@ -183,21 +181,7 @@ def test_weights_that_see_nothing_and_a_mixture_of_nothing():
 
 # The toy experiment.
 
-SITE = Site.parse("blocks.0.hook_resid_post")
 NAMES = ["uniform", "variance-a0.5", "whitening-a0.5", "random directions", "closed form"]
-
-
-def test_rows_in_memory_are_a_source():
-    rows = torch.randn(3000, 5, generator=torch.Generator().manual_seed(0))
-    source = MemorySource(rows, SITE)
-    assert isinstance(source, ActivationSource) and source.statistics().count == 3000
-    every = torch.cat([*islice(source.batches(1000, 7), 3)])
-    assert torch.equal(every.sort(dim=0).values, rows.sort(dim=0).values)
-    assert torch.equal(next(source.batches(1000, 7, start=2)), every[2000:])
-    covariance = source.second_moment().covariance()
-    torch.testing.assert_close(covariance, rows.double().T.cov(correction=0), rtol=1e-3, atol=1e-4)
-    assert source.identity() == MemorySource(rows.double(), SITE).identity()
-    assert source.identity() != MemorySource(rows + 1, SITE).identity()
 
 
 @pytest.mark.slow
