@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from several import run
+from small_dictionaries import make_dictionary
 from tiny import tiny_model, write_jsonl
 from torch.nn.functional import pad
 
@@ -16,8 +17,6 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.store import ActivationStore, RowReader
-from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
@@ -69,22 +68,10 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
     assert float((part - everything).norm()) > 0
 
 
-def dictionary_for(store, site=SITE):
-    generator = torch.Generator().manual_seed(0)
-    decoder = torch.randn(40, store.d_in, generator=generator)
-    return Dictionary(
-        W_enc=decoder.T,
-        W_dec=decoder,
-        b_enc=torch.cat([torch.zeros(38), torch.full((2,), -1e4)]),  # two never fire
-        b_dec=torch.zeros(store.d_in),
-        sparsity=TopK(2),
-        info=DictionaryInfo(site=str(site), name="first"),
-    )
-
-
 def test_nothing_more_is_measured_than_is_needed(model, store):
     """Of a dictionary, the decoder of what fires."""
-    first = dictionary_for(store)
+    first = make_dictionary("first", d_in=16, d_sae=40, sparsity=TopK(2), site=str(SITE))
+    first.b_enc[-2:] = -1e4  # two never fire
     given = {"model": model, "dictionary": first}
     found = measure_inputs(["variance", "participation"], store, SITE, **given)
     assert found.fisher is None
@@ -93,7 +80,7 @@ def test_nothing_more_is_measured_than_is_needed(model, store):
     assert 2 < int(fires.sum()) <= 38
     assert torch.equal(found.decoder, first.W_dec[fires])
     torch.testing.assert_close(found.energy, codes.square().mean(0)[fires], rtol=1e-6, atol=0)
-    other = dictionary_for(store, Site(0, "post"))
+    other = make_dictionary("first", d_in=16, site="blocks.0.hook_resid_post")
     with pytest.raises(UsageError, match=r"'first' explains blocks\.0.*, not blocks\.1"):
         measure_inputs(["participation"], store, SITE, dictionary=other)
     found = measure_inputs(["rotated:sensitivity"], store, SITE, **given)

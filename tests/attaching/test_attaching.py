@@ -4,10 +4,11 @@ import functools
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from looping import looped, over
+from looping import over
 from small_dictionaries import make_dictionary
-from tiny import BLOCKS, KNOWN, VOCAB, WIDTH, bridge_of, tiny_hf_model, tiny_tokenizer
+from tiny import KNOWN, VOCAB, WIDTH, hooks_of, model_of, of_families, sites_of, tiny_hf_model
 
 from llm_wsae.attaching import Ablate, Clamp, Scale, Steer, attach
 from llm_wsae.data.packing import Context
@@ -23,44 +24,22 @@ EARLIER = "blocks.1.hook_resid_pre"
 no_grad = torch.no_grad()
 
 
-def families(*names):
-    return looped("model", names or KNOWN, model_of)
-
-
-@functools.cache
-def model_of(family):
-    return LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
-
-
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(0, 50, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
-def sites_of(model):
-    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
-    return [f"blocks.{b}.hook_resid_{point}" for b in (0, 2, BLOCKS - 1) for point in points]
-
-
 def dictionary(site=SITE, seed=0, **info):
     """80 latents for the tiny models, 4 active; no row is massive unless told."""
     info = {"massive_threshold": None, **info}
-    return make_dictionary(d_in=WIDTH, seed=seed, site=site, **info)
-
-
-def hooks_of(model):
-    """Everything that could be left on a module."""
-    return [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for name, m in model.hf_model.named_modules()
-    ]
+    return make_dictionary(d_in=WIDTH, seed=seed, site=str(site), **info)
 
 
 def stream_at(model, ids, one):
     return model.activations(ids, [one.site])[one.site]
 
 
-@families()
+@of_families(*KNOWN)
 def test_with_the_error_and_no_edit_not_a_bit_changes(model, ids):
     expected, before = model.logits(ids), hooks_of(model)
     dictionaries = [dictionary(site, seed) for seed, site in enumerate(sites_of(model))]
@@ -73,12 +52,12 @@ def test_with_the_error_and_no_edit_not_a_bit_changes(model, ids):
             assert latents.shape == (*ids.shape, 80) and not latents[:, 0].any()
             torch.testing.assert_close(latents[:, 1:], one.encode(hidden[:, 1:]), atol=1e-4, rtol=0)
     assert hooks_of(model) == before
-    assert attached.sites == [Site.parse(site) for site in sites_of(model)]
+    assert attached.sites == sites_of(model)
 
 
-@families("gpt2", "llama", "neox", "gemma2")
+@of_families("gpt2", "llama", "neox", "gemma2")
 def test_a_bridge_computes_what_its_model_does(model, ids):
-    bridge, here = bridge_of(model), [dictionary(site) for site in sites_of(model)]
+    bridge, here = tiny.bridge_of(model), [dictionary(site) for site in sites_of(model)]
     with no_grad:
         clean = bridge(ids)
         for error in (True, False):
@@ -108,7 +87,7 @@ def contexts_of(model):
     return ids, keep
 
 
-@families("gpt2", "llama", "neox")
+@of_families("gpt2", "llama", "neox")
 @over(point=["pre", "mid", "post"])
 def test_cross_entropy_is_what_evaluate_reports(model, point):
     if point == "mid" and not model.paths.mid:
@@ -116,7 +95,7 @@ def test_cross_entropy_is_what_evaluate_reports(model, point):
     ids, keep = contexts = contexts_of(model)
     site = Site(2, point)
     norms = model.activations(ids, [site])[site][keep].norm(dim=1)
-    one = dictionary(str(site), massive_threshold=float(norms.quantile(0.85)))
+    one = dictionary(site, massive_threshold=float(norms.quantile(0.85)))
     none = np.full(10, -1, np.int32)
     given = [
         Context(i.int().numpy(), k.numpy(), none, none) for i, k in zip(*contexts, strict=True)
@@ -153,7 +132,7 @@ EDITS = {  # the edits, and what they do to dense latents [contexts, positions, 
 }
 
 
-@families("gpt2", "llama")
+@of_families("gpt2", "llama")
 @over(name=EDITS, error=[True, False])
 def test_edits(model, ids, name, error):
     one = dictionary()
@@ -184,7 +163,7 @@ def test_edits(model, ids, name, error):
         assert torch.equal(found[:, :3], clean[:, :3])
 
 
-@families("gpt2")
+@of_families("gpt2")
 def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
     one, found = dictionary(), []
     for latent in (7, [7, 7], torch.tensor(7), torch.tensor([7]), []):
@@ -196,7 +175,7 @@ def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
     assert torch.equal(found[-1], model.logits(ids))
 
 
-@families("gpt2", "llama")
+@of_families("gpt2", "llama")
 @over(error=[True, False])
 def test_a_function_sees_and_changes_all_latents(model, ids, error):
     one, seen = dictionary(), []
@@ -221,7 +200,7 @@ def test_a_function_sees_and_changes_all_latents(model, ids, error):
         torch.testing.assert_close(model.logits(ids), mapped, atol=1e-3, rtol=1e-3)
 
 
-@families("gpt2", "llama")
+@of_families("gpt2", "llama")
 def test_several_sites_and_nested_blocks(model, ids):
     early, late = dictionary("blocks.0.hook_resid_mid"), dictionary("blocks.2.hook_resid_pre", 1)
     again = dictionary("blocks.0.hook_resid_mid", 2)
@@ -248,7 +227,7 @@ def test_several_sites_and_nested_blocks(model, ids):
 
 def test_what_is_asked_of_the_model_itself_is_no_pass_of_the_outer_block(ids):
     """A nested block and a resumption first look at how the model is built, on two tokens."""
-    model = LanguageModel.from_live(tiny_hf_model("llama"), tiny_tokenizer())
+    model = LanguageModel.from_live(tiny_hf_model("llama"), None)
     keep, seen = torch.ones(ids.shape, dtype=torch.bool), []
     outer, inner = dictionary("blocks.2.hook_resid_pre"), dictionary("blocks.0.hook_resid_mid", 1)
     with attach(model.hf_model, outer, keep=keep) as attached:
@@ -279,7 +258,7 @@ def test_a_live_model_is_hooked_itself_and_stays_as_it_is(ids):
 
 @over(point=["pre", "mid", "post"])
 def test_gradients_flow_through_the_reconstruction(ids, point):
-    model = LanguageModel.from_live(tiny_hf_model("llama"), None)
+    model = model_of("llama")
     one = dictionary(f"blocks.1.hook_resid_{point}")
     strength = torch.zeros((), requires_grad=True)
 
@@ -302,14 +281,14 @@ def test_mid_is_refused_where_the_block_reads_two_streams(family, ids):
     norm.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
     before = hooks_of(model)
     said = r"blocks\.1\.hook_resid_mid cannot be replaced"
-    with pytest.raises(LlmWsaeError, match=said), attach(model, dictionary(str(site))):
+    with pytest.raises(LlmWsaeError, match=said), attach(model, dictionary(site)):
         pass
     with pytest.raises(LlmWsaeError, match=said):
         model.resume(ids, site, torch.zeros(*ids.shape, WIDTH))
     assert hooks_of(model) == before
 
 
-@families("gpt2", "neox")
+@of_families("gpt2", "neox")
 def test_bad_requests_are_sentences(model, ids):
     before = hooks_of(model)
 
@@ -358,7 +337,7 @@ def written(model, ids, new, mask=None, **options):
     return model.hf_model.generate(ids, attention_mask=mask, **options)
 
 
-@families("gpt2", "llama", "neox")
+@of_families("gpt2", "llama", "neox")
 @over(where=[None, slice(6), slice(6, None)])
 def test_steering_while_generating(model, ids, where):
     """With a cache, without one, and token by token by hand: the same text."""
@@ -382,7 +361,7 @@ def test_steering_while_generating(model, ids, where):
     assert torch.equal(written(model, ids, 8), alone)
 
 
-@families("gpt2", "llama", "neox")
+@of_families("gpt2", "llama", "neox")
 def test_padding_is_left_alone_and_counts_for_nothing(model, ids):
     """A prompt padded on the left gives what it gives unpadded; its first real token is kept.
 
@@ -404,7 +383,7 @@ def test_padding_is_left_alone_and_counts_for_nothing(model, ids):
     assert used.tolist() == [[False] * 5 + [True] * 4, [False] + [True] * 8]
 
 
-@families("gpt2")
+@of_families("gpt2")
 def test_which_rows_are_touched(model, ids):
     norms = model.activations(ids, [Site.parse(SITE)])[Site.parse(SITE)].norm(dim=2)
     threshold = float(norms.median()) + 1e-3

@@ -5,12 +5,14 @@ a sentence encoder.
 """
 
 import copy
+import functools
 import json
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
+from looping import looped
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from llm_wsae.model.language_model import LanguageModel, share_weights
+from llm_wsae.model.site import Site
 
 WORDS = [f"w{i}" for i in range(50)]
 BOS, EOS = 50, 51
@@ -89,6 +92,29 @@ def tiny_hf_model(family: str, seed: int = 0):
             if parameter.ndim == 2:
                 parameter.mul_(5)
     return hf_model
+
+
+@functools.cache
+def model_of(family: str) -> LanguageModel:
+    return LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
+
+
+def of_families(*names: str):
+    """Run a test with the ``model`` of each."""
+    return looped("model", names, model_of)
+
+
+def sites_of(model: LanguageModel, blocks: tuple[int, ...] = (0, 2, BLOCKS - 1)) -> list[Site]:
+    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
+    return [Site(block, point) for block in blocks for point in points]
+
+
+def hooks_of(model: LanguageModel) -> list[tuple]:
+    """Everything that a forward could leave behind on a module."""
+    return [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
+        for name, m in model.hf_model.named_modules()
+    ]
 
 
 def save_hf_model(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:

@@ -1,6 +1,5 @@
 """The model's own forward, cut and spliced, against ``hidden_states`` and TransformerLens."""
 
-import functools
 import json
 import sys
 import threading
@@ -8,21 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
+import tiny
 import torch
-from looping import looped, over
-from tiny import (
-    BLOCKS,
-    BOS,
-    FAMILIES,
-    KNOWN,
-    VOCAB,
-    WIDTH,
-    bridge_of,
-    save_hf_model,
-    tiny_encoder,
-    tiny_hf_model,
-    tiny_tokenizer,
-)
+from looping import over
+from tiny import BLOCKS, FAMILIES, KNOWN, VOCAB, WIDTH, hooks_of, model_of, of_families, sites_of
 from transformers import BertForMaskedLM
 
 from llm_wsae.errors import LlmWsaeError
@@ -31,11 +19,6 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 THREADS = torch.get_num_threads()
-
-
-@functools.cache
-def model_of(family):
-    return LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
 
 
 def drawn(contexts):
@@ -53,25 +36,8 @@ def cores():
     torch.set_num_threads(THREADS)
 
 
-def all_families(*names):
-    return looped("model", names or FAMILIES, model_of)
-
-
 def blocks_of(model):
     return model.hf_model.get_submodule(model.paths.blocks)
-
-
-def hooks_and_patches(model):
-    """Everything that a forward could leave behind on a module."""
-    return [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for name, m in model.hf_model.named_modules()
-    ]
-
-
-def some_sites(model, blocks=(0, 2, BLOCKS - 1)):
-    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
-    return [Site(block, point) for block in blocks for point in points]
 
 
 def test_several_threads_may_ask_at_once(ids):
@@ -93,7 +59,7 @@ def test_several_threads_may_ask_at_once(ids):
         sys.setswitchinterval(interval)
 
 
-@all_families()
+@of_families(*FAMILIES)
 @over(contexts=[3, 100])
 def test_rows_equal_hidden_states_however_contexts_are_divided(model, contexts, cores):
     """All in one pass, or 93 on one core and 7 on another."""
@@ -106,9 +72,9 @@ def test_rows_equal_hidden_states_however_contexts_are_divided(model, contexts, 
     with torch.no_grad():
         states = model.hf_model(ids, output_hidden_states=True).hidden_states
     cores(THREADS)
-    before = hooks_and_patches(model)
+    before = hooks_of(model)
     rows = model.activations(ids, sites)
-    assert list(rows) == sites and hooks_and_patches(model) == before
+    assert list(rows) == sites and hooks_of(model) == before
     for site, number in behind.items():
         assert torch.equal(rows[site], states[number])
         assert not rows[site].requires_grad
@@ -125,16 +91,16 @@ def test_visits_see_all_contexts_at_once():
     assert not torch.equal(rows, model.activations(ids, [last])[last])
 
 
-@all_families(*KNOWN)
+@of_families(*KNOWN)
 def test_sites_embeddings_and_replaced_streams_are_those_of_transformer_lens(model, ids):
-    bridge = bridge_of(model)
+    bridge = tiny.bridge_of(model)
     assert model.W_E.shape == (VOCAB, WIDTH) and model.W_U.shape == (WIDTH, VOCAB)
     assert torch.equal(model.W_E, bridge.W_E) and torch.equal(model.W_U, bridge.W_U)
     _, cache = bridge.run_with_cache(ids)
-    for site, rows in model.activations(ids, some_sites(model)).items():
+    for site, rows in model.activations(ids, sites_of(model)).items():
         torch.testing.assert_close(rows, cache[str(site)], rtol=1e-4, atol=1e-4)
     clean = model.logits(ids)
-    for site in some_sites(model):
+    for site in sites_of(model):
         new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(site.block))
         expected = bridge.run_with_hooks(
             ids, fwd_hooks=[(str(site), lambda stream, hook, new=new: new)]
@@ -147,7 +113,7 @@ def test_sites_embeddings_and_replaced_streams_are_those_of_transformer_lens(mod
         assert "blocks.1.hook_resid_mid" not in bridge.hook_dict
 
 
-@all_families("gpt2", "llama", "neox-sequential")
+@of_families("gpt2", "llama", "neox-sequential")
 def test_resume_at_mid_reaches_the_residual_branch(model, ids):
     """Block output = new + mlp(norm(new))."""
     new, block = torch.randn(*ids.shape, WIDTH), blocks_of(model)[1]
@@ -157,7 +123,7 @@ def test_resume_at_mid_reaches_the_residual_branch(model, ids):
     assert torch.equal(with_new, model.resume(ids, Site(1, "post"), expected))
 
 
-@all_families()
+@of_families(*FAMILIES)
 @over(point=["pre", "post"])
 def test_only_the_blocks_that_are_needed_run(model, ids, point):
     ran, rows = [], torch.randn(*ids.shape, WIDTH)
@@ -179,12 +145,12 @@ def test_only_the_blocks_that_are_needed_run(model, ids, point):
         handle.remove()
 
 
-@all_families()
+@of_families(*FAMILIES)
 def test_resume_with_the_clean_activation_changes_nothing_and_leaves_nothing_behind(model, ids):
-    before = hooks_and_patches(model)
+    before = hooks_of(model)
     with torch.no_grad():
         expected = model.hf_model(ids).logits
-    for site in some_sites(model, (0, 1, BLOCKS - 1)):
+    for site in sites_of(model, (0, 1, BLOCKS - 1)):
         rows = model.activations(ids, [site])[site]
         assert torch.equal(model.resume(ids, site, rows), expected), site
     failing = blocks_of(model)[2].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -195,13 +161,13 @@ def test_resume_with_the_clean_activation_changes_nothing_and_leaves_nothing_beh
         with pytest.raises(ZeroDivisionError):
             call()
     failing.remove()
-    assert hooks_and_patches(model) == before
+    assert hooks_of(model) == before
     assert torch.equal(model.logits(ids), expected)
 
 
-@all_families()
+@of_families(*FAMILIES)
 def test_resume_is_differentiable_in_the_activation(model, ids):
-    for site in some_sites(model, (2,)):
+    for site in sites_of(model, (2,)):
 
         def loss(rows, site=site):
             return model.resume(ids, site, rows).double().logsumexp(-1).sum()
@@ -214,22 +180,22 @@ def test_resume_is_differentiable_in_the_activation(model, ids):
 
 
 def test_a_live_model_is_left_as_it_is():
-    hf_model = tiny_hf_model("gpt2").train()
-    model = LanguageModel.from_live(hf_model, tiny_tokenizer(), name="mine")
+    hf_model = tiny.tiny_hf_model("gpt2").train()
+    model = LanguageModel.from_live(hf_model, tiny.tiny_tokenizer(), name="mine")
     assert hf_model.training and all(p.requires_grad for p in hf_model.parameters())
     assert not model.hf_model.training
     assert not any(p.requires_grad for p in model.hf_model.parameters())
     assert (model.name, model.device.type, model.dtype) == ("mine", "cpu", torch.float32)
     assert (model.num_blocks, model.d_model, model.max_context) == (BLOCKS, WIDTH, 32)
-    assert model.bos_token_id == BOS
+    assert model.bos_token_id == tiny.BOS
     with torch.no_grad():
         hf_model.lm_head.weight.mul_(2)
     assert torch.equal(model.W_U, hf_model.lm_head.weight.T)
 
 
 def test_bad_requests_are_sentences(ids):
-    model = LanguageModel.from_live(tiny_hf_model("gpt2"), None)
-    encoder, mid = BertForMaskedLM(tiny_encoder()[0].config), [Site(1, "mid")]
+    model = LanguageModel.from_live(tiny.tiny_hf_model("gpt2"), None)
+    encoder, mid = BertForMaskedLM(tiny.tiny_encoder()[0].config), [Site(1, "mid")]
     too_long, unknown = torch.zeros(1, 33, dtype=torch.long), torch.tensor([[9999, 0]])
     for said, ask, given in (
         ("the model has 4 blocks", model.activations, (ids, [Site(4, "pre")])),
@@ -250,7 +216,7 @@ def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
     def digest(hf_model):
         return LanguageModel.from_live(hf_model, None).identity()["weights_sha256"]
 
-    hf_model, folder = tiny_hf_model("llama"), save_hf_model(tmp_path / "model")
+    hf_model, folder = tiny.tiny_hf_model("llama"), tiny.save_hf_model(tmp_path / "model")
     saved = LanguageModel.load(str(folder), dtype="float32").identity()
     assert saved == json.loads(json.dumps(saved))
     assert (saved["name"], saved["dtype"]) == ("model", "float32")
@@ -258,8 +224,8 @@ def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
     coarse = LanguageModel.load(str(folder.rename(tmp_path / "other")), dtype="bfloat16")
     assert coarse.identity()["weights_sha256"] == saved["weights_sha256"] == digest(hf_model)
     hf_model.config.rms_norm_eps = 1e-3
-    others = {digest(hf_model), digest(tiny_hf_model("llama", 1)), digest(tiny_hf_model("neox"))}
-    assert len(others | {saved["weights_sha256"]}) == 4
+    others = (hf_model, tiny.tiny_hf_model("llama", 1), tiny.tiny_hf_model("neox"))
+    assert len({saved["weights_sha256"], *map(digest, others)}) == 4
 
 
 @over(count=[1, 2, 5], pieces=[0, 1, 2, 7])

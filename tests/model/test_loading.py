@@ -1,5 +1,5 @@
 """Loading by name: what a model's or a site's name means, and one sentence for each way in which it
-leads nowhere."""
+leads nowhere; and models that accelerate has spread over memory and disk."""
 
 import functools
 import importlib.util
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from looping import over
 from safetensors.torch import load_file, save_file
 from small_dictionaries import make_dictionary
-from tiny import VOCAB, bridge_of, save_hf_model, tiny_encoder, tiny_hf_model
+from tiny import BLOCKS, VOCAB, bridge_of, save_hf_model, sites_of, tiny_encoder, tiny_hf_model
 
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -236,3 +237,56 @@ def test_names_of_sites():
     Site(11, "post").check(12)
     with pytest.raises(UsageError, match=r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11"):
         Site(12, "pre").check(12)
+
+
+# --- Spread over memory and disk: what they compute is what they do on one device
+
+IDS = torch.arange(40).view(4, -1)
+PARTS = {  # on the disk or in memory
+    "llama": {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              "model.layers.0": "cpu", **{f"model.layers.{n}": "disk" for n in range(1, BLOCKS)},
+              "lm_head": "cpu"},
+    "gpt2": {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.drop": "cpu",
+             "transformer.ln_f": "cpu", "transformer.h.0": "cpu",
+             **{f"transformer.h.{n}": "disk" for n in range(1, BLOCKS)}, "lm_head": "cpu"},
+}  # fmt: skip
+
+
+@pytest.fixture(params=PARTS)
+def saved(request, tmp_path):
+    return save_hf_model(tmp_path / request.param, request.param)
+
+
+@pytest.fixture(params=["disk", "memory"])
+def spread(request, saved, tmp_path):
+    where = {"device_map": PARTS[saved.name], "offload_folder": tmp_path / "offloaded"}
+    is_disk = request.param == "disk"
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(saved, **where if is_disk else {})
+    return hf_model.eval() if is_disk else cpu_offload(hf_model, torch.device("cpu")).eval()
+
+
+def test_rows_logits_and_identity_are_those_of_one_device(saved, spread):
+    model = LanguageModel.load(str(saved), device="cpu", dtype="float32")
+    apart = LanguageModel.from_live(spread, model.tokenizer, saved.name)
+    assert any(p.is_meta for p in spread.parameters())
+    assert apart.identity() == model.identity()
+    assert apart.device == torch.device("cpu")
+    assert model.side_by_side and not apart.side_by_side
+    sites = sites_of(model, (0, 1, 2))
+    expected, found = model.activations(IDS, sites), apart.activations(IDS, sites)
+    for site in sites:
+        torch.testing.assert_close(found[site], expected[site], rtol=1e-5, atol=1e-6)
+        again = apart.resume(IDS, site, found[site])
+        torch.testing.assert_close(again, model.logits(IDS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(apart.logits(IDS), model.logits(IDS), rtol=1e-5, atol=1e-6)
+    assert torch.equal(apart.W_U, model.W_U) and torch.equal(apart.W_E, model.W_E)
+    assert any(p.is_meta for p in spread.parameters())  # nothing has stayed
+    with pytest.raises(UsageError, match="in training mode; call its eval"):
+        LanguageModel.from_live(spread.train(), None)
+
+
+def test_loading_a_spread_model_by_name(saved):
+    model = LanguageModel.load(str(saved), device="spread", dtype="float32")
+    one = LanguageModel.load(str(saved), device="cpu", dtype="float32")
+    assert torch.equal(model.logits(IDS), one.logits(IDS))
+    assert model.identity() == one.identity()

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from looping import over
-from tiny import BLOCKS, FAMILIES, VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer
+from tiny import BLOCKS, FAMILIES, VOCAB, WIDTH, model_of, tiny_hf_model
 from torch import nn
 
 from llm_wsae.machine.hardware import onednn_is_faster
@@ -55,8 +55,7 @@ def agree(one, other):
 def test_logits_of_chosen_rows_are_those_of_resume(family, run):
     """Up to the last block in contexts of their own, after it in rows of their own, whose
     vocabulary is divided into runs."""
-    model = LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
-    draw = torch.Generator().manual_seed(1)
+    model, draw = model_of(family), torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCAB, (3, 11), generator=draw)
     for site in (Site(0, "pre"), Site(2, "post"), Site(BLOCKS - 1, "post")):
         new = torch.randn(*ids.shape, WIDTH, generator=draw)
