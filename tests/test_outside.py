@@ -15,27 +15,18 @@ import pytest
 from command_line import call
 from looping import over
 
+from llm_wsae import outside
 from llm_wsae.artifact.artifact import check_file, check_room, is_record_of
 from llm_wsae.artifact.provenance import portable
 from llm_wsae.cli import main
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outside import (
-    LARGEST_NUMBER,
-    SHARE,
-    check_numbers,
-    check_revision,
-    lines,
-    local_path,
-    parse_json,
-    parsing,
-    typed,
-)
+from llm_wsae.outside import LARGEST_NUMBER, SHARE, check_numbers, typed
 
 
 @over(text=["", "[" * 100_000, '{"a":' * 100_000, b'{"a": "\xff"}', "9" * 5000, "{}{}", "\x00"])
 def test_what_is_not_json(text):
     with pytest.raises(LlmWsaeError, match=r"^the notes is not readable JSON: ") as error:
-        parse_json(text, "the notes")
+        outside.parse_json(text, "the notes")
     assert "\n" not in str(error.value)
 
 
@@ -95,20 +86,20 @@ def test_whatever_a_library_raises():
         (PanicException("index out\nof range. More."), "index out of range"),
         (OSError(13, "Permission denied", "x/y"), "x/y: Permission denied"),
     ):
-        with pytest.raises(LlmWsaeError) as caught, parsing("the file cannot be read"):
+        with pytest.raises(LlmWsaeError) as caught, outside.parsing("the file cannot be read"):
             raise error
         assert str(caught.value) == f"the file cannot be read: {said}"
     for passed in (KeyboardInterrupt(), SystemExit(3), UsageError("ours")):
-        with pytest.raises(type(passed)), parsing("the file cannot be read"):
+        with pytest.raises(type(passed)), outside.parsing("the file cannot be read"):
             raise passed
 
 
 def test_a_line_without_an_end(tmp_path):
     (tmp_path / "t").write_text("1234567\n\nab")
     with open(tmp_path / "t") as file:
-        assert list(lines(file, "t")) == ["1234567\n", "\n", "ab"]
+        assert list(outside.lines(file, "t")) == ["1234567\n", "\n", "ab"]
     with open("/dev/zero") as file, pytest.raises(LlmWsaeError, match="t, line 1: longer than 67"):
-        list(lines(file, "t"))
+        list(outside.lines(file, "t"))
 
 
 def test_names_of_files(tmp_path):
@@ -118,17 +109,17 @@ def test_names_of_files(tmp_path):
         ("a\0b", "cannot be the name of a corpus"),
     ):
         with pytest.raises(UsageError, match=said):
-            local_path(name, "corpus")
-    assert local_path("~/x", "corpus") == Path.home() / "x"
+            outside.local_path(name, "corpus")
+    assert outside.local_path("~/x", "corpus") == Path.home() / "x"
 
 
 def test_revisions():
     """Those of a dictionary's model come with the dictionary."""
     for name in (None, "main", "v1.0", "refs/pr/1", "c0ffee" * 6, "user/branch-2"):
-        check_revision(name)
+        outside.check_revision(name)
     for name in ("/dev/zero", "../../x", "a/../../b", "", "-x", "a b", "x" * 300, "a\0"):
         with pytest.raises(UsageError, match="cannot be a branch, tag or commit"):
-            check_revision(name)
+            outside.check_revision(name)
 
 
 def test_nothing_of_other_people_is_written_over(tmp_path):

@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from looping import over
 
 from llm_wsae.errors import UsageError
+from llm_wsae.lab import theory
 from llm_wsae.lab.theory import (
     Superposition,
-    features_per_latent,
     gap_matrix,
     gap_norms,
-    least_gap_weights,
     matched_loss,
     measure,
     recovered,
-    toy_model,
 )
 
 
@@ -70,7 +68,7 @@ def test_features_have_their_frequency_and_strength():
 def test_a_toy_model_learns_antipodal_pairs_and_more_features_than_dimensions():
     """Six features in three dimensions: dense inputs keep three of them, sparse ones keep all."""
     keep_half = torch.cat([torch.eye(3), torch.zeros(3, 3)], dim=1)
-    sparse = toy_model(6, 3, 0.95, torch.Generator().manual_seed(4))
+    sparse = theory.toy_model(6, 3, 0.95, torch.Generator().manual_seed(4))
     x = features(sparse, 0.95, 20_000)
     assert missed(sparse, x) < 0.12 < missed(keep_half, x)
     gram = sparse.T @ sparse
@@ -139,7 +137,7 @@ def test_in_digons_the_optimum_is_inverse_variance():
     assert found.weights["half"] == pytest.approx((30 - 50**2 / 170) ** 0.5)
     assert found.weights["paper"] == pytest.approx((30 - 90**2 / 650) ** 0.5)
     assert found.weights["gap"] == found.whitening == pytest.approx(10**0.5) == found.bound
-    torch.testing.assert_close(least_gap_weights(mixing), torch.diag(variance**-0.5))
+    torch.testing.assert_close(theory.least_gap_weights(mixing), torch.diag(variance**-0.5))
 
 
 @settings(deadline=None, max_examples=25)
@@ -149,7 +147,7 @@ def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
     mixing = normal(n_p, n, seed=seed)
     if deficient:
         mixing[-1] = mixing[0]
-    optimum, bound = least_gap_weights(mixing), gap_norms(mixing, {}).bound
+    optimum, bound = theory.least_gap_weights(mixing), gap_norms(mixing, {}).bound
     best = float(gap_matrix(mixing, optimum).norm())
     rank = torch.linalg.matrix_rank(mixing).item()
     assert best == pytest.approx(bound, abs=1e-6)
@@ -176,7 +174,7 @@ def test_weights_that_see_nothing_and_a_mixture_of_nothing():
     nothing = gap_norms(EXAMPLE, {"own": torch.zeros(2)})
     assert nothing.weights["own"] == pytest.approx(3**0.5)
     with pytest.raises(UsageError, match="W_p is 0"):
-        least_gap_weights(torch.zeros(2, 3))
+        theory.least_gap_weights(torch.zeros(2, 3))
 
 
 # The toy experiment.
@@ -267,12 +265,12 @@ def test_latents_count_by_their_variance():
     x = features(digon_mixing(2, 1).float(), 0.7, 40_000)
     rows = torch.randint(len(x), (3, 10), generator=torch.Generator().manual_seed(1))
     rare = torch.zeros(len(x), 10).scatter(0, rows, 0.3)  # each on three rows
-    assert features_per_latent(rare, x) > 1.5
-    assert features_per_latent(torch.cat([x, rare], 1), x) == pytest.approx(1, abs=0.02)
+    assert theory.features_per_latent(rare, x) > 1.5
+    assert theory.features_per_latent(torch.cat([x, rare], 1), x) == pytest.approx(1, abs=0.02)
     two = x[:, :1] + x[:, 1:2]
-    assert features_per_latent(two, x) == pytest.approx(2, abs=0.05)
+    assert theory.features_per_latent(two, x) == pytest.approx(2, abs=0.05)
     # the second varies twice as much as the first: (1·1 + 2·2) / 3
-    of_both = features_per_latent(torch.cat([x[:, :1], two], 1), x)
+    of_both = theory.features_per_latent(torch.cat([x[:, :1], two], 1), x)
     assert of_both == pytest.approx(5 / 3, abs=0.03)
-    constant = features_per_latent(torch.ones(len(x), 1), x)
+    constant = theory.features_per_latent(torch.ones(len(x), 1), x)
     assert constant != constant
