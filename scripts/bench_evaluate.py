@@ -51,10 +51,9 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, ReconstructionSums
 from llm_wsae.machine.hardware import DTYPES, choose_device, onednn_is_faster, onednn_linear
-from llm_wsae.model.forward import parallel_map
+from llm_wsae.model.forward import RUN, parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.model.unembedding import RUN
 
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
 IN_RUNS = "the same, unembedding in runs"

@@ -116,13 +116,11 @@ class Artifact:
     def begin(self, request: Mapping[str, Any], *names: str) -> Record:
         """The folder's record, or a new one for this ``request``, under the folder's lock. Raises
         as ``check_place`` and ``check_request`` do."""
-        if self.is_begun():
-            record = self.read()
-            self.check_request(record.request, request)
-        else:
+        if not self.is_begun():
             self.check_place(*names)
-            record = Record(plain(request))
-            self.write(record)
+            self.write(Record(plain(request)))
+        record = self.read()
+        self.check_request(record.request, request)
         return record
 
     def check_request(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

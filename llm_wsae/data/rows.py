@@ -216,19 +216,12 @@ class MemorySource:
 # --- Shuffling
 
 
-class Share:
-    """The rows of a run that this process has: those at some ascending ``places``. Length and
-    slices are those of the complete run."""
+class Share(NamedTuple):
+    """The rows of a run that this process has."""
 
-    def __init__(self, size: int, places: np.ndarray, rows: Tensor):
-        self._size, self._places, self._rows = size, places, rows
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, run: slice) -> Tensor:
-        first, stop = np.searchsorted(self._places, (run.start, run.stop))
-        return self._rows[first:stop]
+    size: int  # of the complete run
+    places: np.ndarray  # of the rows in it, ascending
+    rows: Tensor
 
 
 class _Window(NamedTuple):
@@ -271,10 +264,10 @@ def cut(
     parts: list[Tensor] = []
     lack, at = batch_size, skip
     for block in blocks:
-        while at < len(block):
-            stop = min(len(block), at + lack)
+        while at < block.size:
+            stop = min(block.size, at + lack)
             # Copied, so that a batch that is kept does not keep its window.
-            parts.append(block[at:stop].clone())
+            parts.append(block.rows[slice(*np.searchsorted(block.places, (at, stop)))].clone())
             lack -= stop - at
             at = stop
             if lack == 0:

@@ -10,6 +10,7 @@ forward pass of a buffer.
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,6 @@ class ActivationStreams(SiteRows):
         self._computes_ahead = model.device.type != "cpu"
         self._packer = Packer.for_model(model, config)
         self._folder = folder
-        self._known: dict[str, dict[Site, Any]] = {}
 
     def batches(
         self,
@@ -98,11 +98,11 @@ class ActivationStreams(SiteRows):
     def statistics(self, site: Site) -> Statistics:
         """Statistics of the rows of the first ``statistics_tokens`` tokens. Raises LlmWsaeError if
         the corpus fills no context."""
-        return self._measured("statistics", Statistics, self._new_statistics)[site]
+        return self._statistics[site]
 
     def second_moment(self, site: Site) -> SecondMoment:
         """The covariance sums of the same rows without massive ones, from a second pass."""
-        return self._measured("second_moment", SecondMoment, self._new_second_moments)[site]
+        return self._second_moments[site]
 
     def check_model(self, identity: dict[str, Any]) -> None:
         """They are always those of their own model."""
@@ -191,16 +191,22 @@ class ActivationStreams(SiteRows):
 
     def _measured(self, need: str, kind: Any, measure: Callable[[], dict[Site, Any]]) -> Any:
         """A measurement of every site: the one that is kept, or a new one."""
-        if need not in self._known:
-            files = {site: self.evidence(site, need) for site in self.sites}
-            kept = {site: file.read() for site, file in files.items()}
-            if None in kept.values():
-                self._known[need] = measure()
-                for site, found in self._known[need].items():
-                    files[site].write(found.to_tensors())
-            else:
-                self._known[need] = {site: kind.from_tensors(own) for site, own in kept.items()}
-        return self._known[need]
+        files = {site: self.evidence(site, need) for site in self.sites}
+        kept = {site: file.read() for site, file in files.items()}
+        if None not in kept.values():
+            return {site: kind.from_tensors(tensors) for site, tensors in kept.items()}
+        measured = measure()
+        for site, found in measured.items():
+            files[site].write(found.to_tensors())
+        return measured
+
+    @cached_property
+    def _statistics(self) -> dict[Site, Statistics]:
+        return self._measured("statistics", Statistics, self._new_statistics)
+
+    @cached_property
+    def _second_moments(self) -> dict[Site, SecondMoment]:
+        return self._measured("second_moment", SecondMoment, self._new_second_moments)
 
     def _new_statistics(self) -> dict[Site, Statistics]:
         new = {site: Statistics(self.d_in, self.config.context_size) for site in self.sites}

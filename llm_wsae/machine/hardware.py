@@ -14,6 +14,7 @@ import re
 import resource
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -93,21 +94,17 @@ def product_seconds(kind: Kind) -> dict[torch.dtype, float]:
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            return pool.submit(_measure, kind).result()
+            formats = (torch.float32, torch.bfloat16)
+            return {dtype: pool.submit(_seconds, kind, dtype).result() for dtype in formats}
         finally:
             torch.set_num_threads(threads)  # later threads start with this value too
 
 
 @torch.inference_mode()
-def _measure(kind: Kind) -> dict[torch.dtype, float]:
-    products = {dtype: _product(kind, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    found: dict[torch.dtype, list[float]] = {dtype: [] for dtype in products}
-    for _ in range(1 + _REPEATS):
-        for dtype, product in products.items():
-            begin = time.thread_time()
-            product()
-            found[dtype].append(time.thread_time() - begin)
-    return {dtype: min(seconds[1:]) for dtype, seconds in found.items()}  # the first prepares
+def _seconds(kind: Kind, dtype: torch.dtype) -> float:
+    product = _product(kind, dtype)
+    product()  # which prepares
+    return min(timeit.repeat(product, timer=time.thread_time, repeat=_REPEATS, number=1))
 
 
 def _product(kind: Kind, dtype: torch.dtype) -> Callable[[], object]:

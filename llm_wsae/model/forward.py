@@ -12,6 +12,10 @@ the given activations replace the stream there.
 The stream at ``mid`` is read twice, by the norm before the MLP and by the residual branch around
 it. A TransformerLens hook on ``ln2.hook_in`` replaces only the first. Here the stream is
 overwritten in place, so that the block's own code computes new + mlp(ln2(new)).
+
+The norm, head and soft caps behind the blocks treat every position and, behind the head, every
+token of the vocabulary by itself. So they may be applied to chosen rows only, and on a CPU to a run
+of tokens at a time, whose weights and logits stay in the cache.
 """
 
 import contextlib
@@ -21,16 +25,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.threads import parallel_map
+from llm_wsae.model.cpu_modules import PrepackedWeights, replace_forward
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread
 
+RUN = 2048  # tokens of the vocabulary in a run
+_SAME_LOGITS = 1e-2  # relative; products of other shapes round otherwise
 _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in its cache
 
 Visit = Callable[[Tensor], Tensor | None]
@@ -260,29 +269,114 @@ def _pre_hook(hooks: contextlib.ExitStack, module: nn.Module, visit: Visit) -> N
     hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def replace_forward(
-    patches: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]
-) -> None:
-    """Replace a module's ``forward``, to be restored exactly when the stack closes."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
+# --- From the last block's output to logits
 
-    def restore() -> None:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
-    patches.callback(restore)
+class Unembedding(NamedTuple):
+    """What makes logits, in two steps, in any thread if the model is ``side_by_side``."""
+
+    enter: Callable[[Float[Tensor, "rows d_model"]], Tensor]
+    """From rows of the last block's output to what the runs take; for as many rows."""
+    runs: list[Callable[[Tensor], Float[Tensor, "rows run"]]]
+    """The logits of each run of the vocabulary, in its order."""
+
+    def __call__(self, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
+        """The logits of the whole vocabulary."""
+        entered = self.enter(rows)
+        return torch.cat([run(entered) for run in self.runs], 1)
+
+
+class Head:
+    """What follows the blocks of a Hugging Face model."""
+
+    def __init__(self, hf_model: Any, blocks: Blocks, weights: PrepackedWeights, d_model: int):
+        self._hf_model, self._blocks = hf_model, blocks
+        self._weights, self._d_model = weights, d_model
+        self._divides: bool | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Unembedding]:
+        """While open, what it yields makes logits."""
+        given = threading.local()
+
+        def enter(rows: Tensor) -> Tensor:
+            given.rows = rows[:, None]
+            return _no_ids(rows)
+
+        last = Site(len(self._blocks) - 1, "post")
+        with self._blocks.entering(last, lambda: given.rows):
+            whole = Unembedding(
+                lambda rows: rows, [lambda rows: self._blocks.run(enter(rows)).logits[:, 0]]
+            )
+            with contextlib.ExitStack() as patches:
+                divided = self._divided(patches, enter)
+                if divided is not None and self._divides is None:
+                    rows = torch.randn(2, self._d_model, generator=torch.Generator().manual_seed(0))
+                    self._divides = _agree(divided, whole, rows.to(self._hf_model.dtype))
+                yield divided if divided is not None and self._divides else whole
+
+    def _divided(
+        self, patches: contextlib.ExitStack, enter: Callable[[Tensor], Tensor]
+    ) -> Unembedding | None:
+        """Run by run; None if the head is no plain product or the model may not compute side by
+        side.
+
+        The model's own forward makes a run: its trunk answers with what it made of the rows in the
+        first step, and its head multiplies with a part of its weights.
+        """
+        model: Any = self._hf_model
+        head, trunk = model.get_output_embeddings(), model.base_model
+        is_plain = type(head) is nn.Linear and trunk is not model
+        if not is_plain or not self._blocks.side_by_side:
+            return None
+        asked = threading.local()  # in the thread of a run: what has entered, and its part
+        own_trunk = trunk.forward
+
+        def trunk_forward(*args: Any, **kwargs: Any) -> Any:
+            entered = getattr(asked, "entered", None)
+            return own_trunk(*args, **kwargs) if entered is None else entered
+
+        def head_forward(hidden: Tensor) -> Tensor:
+            return self._weights.product(head, hidden, getattr(asked, "part", slice(None)))
+
+        replace_forward(patches, trunk, trunk_forward)
+        replace_forward(patches, head, head_forward)
+
+        def enter_trunk(rows: Tensor) -> Any:
+            return trunk(input_ids=enter(rows), use_cache=False, return_dict=True)
+
+        def run(part: slice, entered: Any) -> Tensor:
+            asked.entered, asked.part = entered, part
+            try:
+                logits: Tensor = self._blocks.run(_no_ids(entered.last_hidden_state)).logits[:, 0]
+            finally:
+                del asked.entered, asked.part
+            return logits
+
+        bounds = [*range(0, head.out_features, RUN), head.out_features]
+        parts = [slice(*ends) for ends in pairwise(bounds)]
+        return Unembedding(enter_trunk, [functools.partial(run, part) for part in parts])
+
+
+def _no_ids(rows: Tensor) -> Tensor:
+    """Ids that nothing reads: contexts of one position each."""
+    return torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+
+
+def _agree(divided: Unembedding, whole: Unembedding, rows: Tensor) -> bool:
+    """Whether runs make the logits of the whole: not if what is behind the head is about certain
+    tokens."""
+    try:
+        found, wanted = divided(rows).float(), whole(rows).float()
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return False
+    if found.shape != wanted.shape:
+        return False
+    apart = (found - wanted).where(found != wanted, 0)  # −∞ in both
+    return bool(apart.norm() <= _SAME_LOGITS * wanted[wanted.isfinite()].norm())
 
 
 # --- Where a model's modules are
-
-
-def find_paths(hf_model: nn.Module) -> ModulePaths:
-    """The module paths of a model. Raises LlmWsaeError if TransformerLens does not know the
-    architecture and no single list of modules is as long as the model's depth."""
-    return _transformer_lens_paths(hf_model) or _guessed_paths(hf_model)
 
 
 def text_config(hf_model: Any) -> Any:
@@ -298,16 +392,18 @@ def get_module(root: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
+def find_paths(hf_model: Any) -> ModulePaths:
+    """The module paths of a model. Raises LlmWsaeError if TransformerLens does not know the
+    architecture and no single list of modules is as long as the model's depth."""
     adapter = _adapter(hf_model)
     modules = adapter.component_mapping if adapter is not None else {}
     blocks = modules.get("blocks")
     # The adapter may describe a class of the same name from other code: check that its paths exist.
     if blocks is None or not isinstance(get_module(hf_model, blocks.name), nn.ModuleList):
-        return None
+        return _guessed_paths(hf_model)
     aliases = blocks.hook_aliases
     if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
-        return None
+        return _guessed_paths(hf_model)
     ln_final = getattr(modules.get("ln_final"), "name", None)
     # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
     part, _, end = str(aliases.get("hook_resid_mid", "")).rpartition(".")

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.hardware import DTYPES, choose_device, fast_dtype, name_of
-from llm_wsae.model.cpu_modules import fuse_norms_and_gates, use_short_attention
-from llm_wsae.model.forward import Blocks, Visit, find_paths, text_config
+from llm_wsae.model.cpu_modules import (
+    PrepackedWeights,
+    fuse_norms_and_gates,
+    use_short_attention,
+)
+from llm_wsae.model.forward import Blocks, Head, Unembedding, Visit, find_paths, text_config
 from llm_wsae.model.loading import check_causal, load_model
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread, parameters, weight_of
-from llm_wsae.model.unembedding import Head, PrepackedWeights, Unembedding
 from llm_wsae.outside import parsing
 
 Ids = Integer[Tensor, "contexts positions"]

@@ -12,7 +12,7 @@ from tiny import BLOCKS, FAMILIES, VOCAB, WIDTH, model_of, tiny_hf_model
 from torch import nn
 
 from llm_wsae.machine.hardware import onednn_is_faster
-from llm_wsae.model import unembedding
+from llm_wsae.model import forward
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
@@ -61,7 +61,7 @@ def test_logits_of_chosen_rows_are_those_of_resume(family, run):
         new = torch.randn(*ids.shape, WIDTH, generator=draw)
         expected = model.resume(ids, site, new).detach().flatten(0, 1)[3:]
         end = model.resume_to_end(ids, site, new)
-        with patch.object(unembedding, "RUN", run), torch.no_grad(), model.unembedding() as logits:
+        with patch.object(forward, "RUN", run), torch.no_grad(), model.unembedding() as logits:
             assert len(logits.runs) == -(-model.W_U.shape[1] // run)
             found = logits(end.flatten(0, 1)[3:])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -93,7 +93,7 @@ def test_products_are_those_of_the_weights(model):
 def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
     ids, _ = drawn(model)
     expected = model.logits(ids)
-    with patch.object(unembedding, "RUN", 20), model.prepacked():
+    with patch.object(forward, "RUN", 20), model.prepacked():
         if whole_first:
             assert agree(model.logits(ids), expected)
         end = model.activations(ids, [Site(model.num_blocks - 1, "post")]).popitem()[1]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.threads import parallel_map
+from llm_wsae.model.forward import Unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.model.unembedding import Unembedding
 from llm_wsae.sparse.backends import cpu
 
 _TILE_ROWS = 1024  # enough for a fast product

@@ -20,7 +20,7 @@ from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity import next_token
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, Moments, _ratio, evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
-from llm_wsae.model import unembedding
+from llm_wsae.model import forward
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.measures import FIDELITY
@@ -239,7 +239,7 @@ def test_which_predictions_count():
 @over(dtype=(torch.float32, torch.float64))
 def test_the_sums_are_those_of_all_logits_in_float64(dtype, device):
     """Of several tiles and runs of the vocabulary. (There is no kernel for float64.)"""
-    vocab, shape = 2 * unembedding.RUN + 500, (170, 7)
+    vocab, shape = 2 * forward.RUN + 500, (170, 7)
     model, last = fresh_model(vocab), Site(2, "post")
     draw = torch.Generator().manual_seed(0)
     clean, *variants = torch.randn(3, *shape, D, generator=draw).unbind(0)
@@ -271,7 +271,7 @@ def measured(target, *streams, width):
     """−log p(target) and KL of rows of logits, of which so many columns come at a time."""
     starts = range(0, streams[0].shape[1], width)
     runs = [lambda logits, at=start: logits[:, at : at + width] for start in starts]
-    as_it_is = unembedding.Unembedding(lambda logits: logits, runs)
+    as_it_is = forward.Unembedding(lambda logits: logits, runs)
     return next_token._measure_tile(as_it_is, streams, target)
 
 
