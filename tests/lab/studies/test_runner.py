@@ -120,17 +120,23 @@ def test_every_dictionary_is_trained_measured_reported_and_then_only_read(whole,
     assert content(out) == before and trained(out) == there
 
 
-def test_a_rule_may_need_a_first_dictionary(whole, study, new):
+def test_a_rule_may_need_a_first_dictionary_and_a_frozen_half_no_free_lengths(whole, study, new):
     with pytest.raises(UsageError, match="needs a first dictionary of the site; train a plain one"):
         study(new, AFTER_FIRST)
     assert not new.exists()
     first = whole[0] / "dictionaries/uniform-k4-s1"
-    report = study(new, AFTER_FIRST, dictionary=first)
+    free = replace(TRAIN, lengths="free")
+    report = study(new, AFTER_FIRST, dictionary=first, train=free)
     labels = {r.label: r.control for r in report.results if not r.is_baseline}
     control = "permuted-participation-a0.5"
     assert labels == {"uniform": None, "participation-a0.5": control, control: None}
     with pytest.raises(LlmWsaeError, match="from another first dictionary"):
-        study(new, AFTER_FIRST, dictionary=whole[0] / "dictionaries/uniform-k4")
+        study(new, AFTER_FIRST, dictionary=whole[0] / "dictionaries/uniform-k4", train=free)
+    lengths = {
+        name: Dictionary.load(new / "dictionaries" / name).info.training["lengths"]
+        for name in ("uniform-k4", *FROZEN)
+    }
+    assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k4": "free"}
 
 
 def test_baselines_stand_beside_the_others(whole, made_world):
@@ -244,16 +250,6 @@ def test_dictionaries_need_not_be_kept(study, out):
     study(out, replace(GRID, keep_dictionaries=False))
     assert not list((out / "dictionaries").iterdir()) and len(results(out)) == len(ALL)
     assert not list((out / "training").iterdir())
-
-
-def test_free_lengths_are_asked_only_of_what_can_have_them(study, new):
-    """A frozen half has none, and stands beside dictionaries that have."""
-    study(new, train=replace(TRAIN, lengths="free"))
-    lengths = {
-        name: Dictionary.load(new / "dictionaries" / name).info.training["lengths"]
-        for name in ("uniform-k4", *FROZEN)
-    }
-    assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k4": "free"}
 
 
 def test_another_study_in_the_folder_is_refused(study, out):
