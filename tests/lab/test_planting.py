@@ -17,15 +17,9 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import ReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.lab import planting
 from llm_wsae.lab.config import PlantConfig
-from llm_wsae.lab.planting import (
-    ON_TOKEN,
-    SPREAD,
-    PlantedSource,
-    Plants,
-    make_plants,
-    measure_recovery,
-)
+from llm_wsae.lab.planting import PlantedSource, Plants, make_plants, measure_recovery
 from llm_wsae.model.site import Site
 from llm_wsae.weights.rules import RuleInputs
 
@@ -105,9 +99,10 @@ def test_plants_fire_as_often_and_as_strongly_as_they_should(store, source):
         assert abs(rate - p) < 5 * (p / n) ** 0.5
         assert not bool(fires[~where, plant].any())
         ratio = truth[fires[:, plant], plant] / plants.strength[plant]
-        assert ratio.min() >= 1 - SPREAD and ratio.max() <= 1 + SPREAD
+        assert ratio.min() >= 1 - planting.SPREAD and ratio.max() <= 1 + planting.SPREAD
     tied = plants.token >= 0
-    assert int(tied.sum()) == NUM_PLANTS / 2 and (plants.probability[tied] == ON_TOKEN).all()
+    assert int(tied.sum()) == NUM_PLANTS / 2
+    assert (plants.probability[tied] == planting.ON_TOKEN).all()
     assert len(plants.token[tied].unique()) == int(tied.sum())
     assert plants.probability[~tied].min() >= 0.01 and plants.probability[~tied].max() <= 0.05
 

@@ -17,13 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from llm_wsae.model import cpu_modules
-from llm_wsae.model.cpu_modules import (
-    ATTENTION,
-    LONGEST,
-    fuse_norms_and_gates,
-    short_attention,
-    use_short_attention,
-)
+from llm_wsae.model.cpu_modules import LONGEST, fuse_norms_and_gates, short_attention
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.sparse.backends import cpu
 
@@ -104,19 +98,19 @@ def test_a_model_has_it_only_where_it_is_faster():
     ids, counted = torch.arange(24).view(2, 12), Mock(wraps=short_attention)
     before = model(ids).logits
     for one in (model, other):
-        use_short_attention(one)
+        cpu_modules.use_short_attention(one)
     assert other.config._attn_implementation == "sdpa"
     if torch.cpu._is_amx_tile_supported():
         assert model.config._attn_implementation == "sdpa"
         return
-    AttentionInterface.register(ATTENTION, counted)
+    AttentionInterface.register(cpu_modules.ATTENTION, counted)
     difference = model(ids).logits.float() - before.float()
     assert difference.norm() < 0.02 * before.float().norm()
     padded = torch.ones_like(ids)
     padded[0, :3] = 0  # transformers gives a mask, and its own attention takes it
     model(ids, attention_mask=padded)
     assert counted.call_count == 2 * model.config.num_hidden_layers
-    AttentionInterface.register(ATTENTION, short_attention)
+    AttentionInterface.register(cpu_modules.ATTENTION, short_attention)
 
 
 # --- Norms and gates

@@ -5,25 +5,13 @@ processes is that of one, by rows and by latents, to the last digits."""
 import numpy as np
 import pytest
 import torch
+import training_cases as cases
 from looping import over
 from several import run
 from sparse_cases import needs_compiler, of_all, using
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_cases import (
-    BATCH,
-    CPU,
-    D_IN,
-    D_SAE,
-    L1,
-    STEPS,
-    TOLERANCE,
-    K,
-    gradients_of,
-    largest_error,
-    problem,
-    step_of,
-)
+from training_cases import BATCH, CPU, D_IN, D_SAE, STEPS, TOLERANCE, K, largest_error, problem
 
 from llm_wsae.machine.processes import join
 from llm_wsae.sparse.codes import EPSILON, SparseGradients
@@ -52,7 +40,7 @@ def test_relu_goes_sparse_when_few_latents_are_active(case):
     """The number in the step before decides, also where it comes from a checkpoint."""
     parameters, batch, gamma = problem(torch.float32)
     share_before, is_sparse = case
-    relu, resumed = ReLU(L1, D_SAE), ReLU(L1, D_SAE)
+    relu, resumed = ReLU(cases.L1, D_SAE), ReLU(cases.L1, D_SAE)
     if share_before is not None:
         relu.follow(torch.tensor(share_before), 0.1)
     resumed.load_state(relu.state())
@@ -285,10 +273,10 @@ def numbers(strategy: Strategy, name: str, dtype: torch.dtype, matrix: bool) -> 
         rows = slice(bounds[rank], bounds[rank + 1])
         elsewhere = batch.mask.sum() - batch.mask[rows].sum()
         batch = Batch(*(part[rows] for part in batch[:3]), elsewhere)
-    step = step_of(name, parameters, batch, gamma, strategy=strategy)
+    step = cases.step_of(name, parameters, batch, gamma, strategy=strategy)
     dead = DeadLatents(torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64))
     more = auxk_gradients(parameters, batch, step.residual, dead, squared(gamma), 0.5, strategy)
-    revived, gradients = of_all(more, parameters), gradients_of(step)
+    revived, gradients = of_all(more, parameters), cases.gradients_of(step)
     strategy.sum_over_rows_([*gradients, step.firings, step.loss, *revived])
     found = {"residual": step.residual, "loss": step.loss, "firings": step.firings}
     found |= gradients._asdict() | {f"revived {key}": v for key, v in revived._asdict().items()}

@@ -4,37 +4,19 @@ from itertools import pairwise
 
 import pytest
 import torch
+import training_cases as cases
 from looping import over
 from sparse_cases import dense
 from torch import Tensor
-from training_cases import (
-    CPU,
-    D_IN,
-    D_SAE,
-    L1,
-    STEPS,
-    TOLERANCE,
-    K,
-    architecture,
-    error,
-    gradients_of,
-    largest_error,
-    problem,
-    step_of,
-)
+from training_cases import CPU, D_IN, D_SAE, STEPS, TOLERANCE, K, error, problem, step_of
 
 from llm_wsae.sparse.codes import SlotCapacity, ragged
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.training.architecture import Batch, Parameters
+from llm_wsae.training.architectures import jumprelu
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.architectures.gba import EVERY, GBA, RATE, STEPS_EACH, target_frequencies
-from llm_wsae.training.architectures.jumprelu import (
-    BANDWIDTH,
-    COEFFICIENT,
-    THRESHOLD_RATE_MULTIPLIER,
-    JumpReLU,
-    initial_threshold,
-)
+from llm_wsae.training.architectures.jumprelu import JumpReLU
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, initial_parameters
 from llm_wsae.weights.loss_weights import LossWeights
@@ -54,7 +36,7 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         slope, active, window = ctx.saved_tensors
-        by_threshold = (-slope / BANDWIDTH * window * gradient).sum(0)
+        by_threshold = (-slope / jumprelu.BANDWIDTH * window * gradient).sum(0)
         return gradient * active, by_threshold, None, None, None
 
 
@@ -63,7 +45,7 @@ def values_of(parameters: Parameters, batch: Batch, name: str, k: int) -> Tensor
     differentiable. For JumpReLU all that are positive."""
     bound = torch.zeros_like(parameters.encoder_bias)
     if name.startswith("gba"):
-        bound = architecture(name, batch.x).thresholds()
+        bound = cases.architecture(name, batch.x).thresholds()
     if name.endswith(", dense"):  # in the step's tiles: another shape may round otherwise
         pre = torch.cat([tile.pre() for tile in batch.product(parameters).tiles(1024)])
         return (pre * (pre > bound)).double() * batch.mask.double()[:, None]
@@ -87,18 +69,18 @@ def autograd(
     z, log, penalty = values_of(parameters, batch, name, k), None, 0.0
     active = (z > 0).double()
     if name == "jumprelu":
-        log = architecture(name, batch.x).log_threshold.double().requires_grad_()
+        log = cases.architecture(name, batch.x).log_threshold.double().requires_grad_()
         threshold = log.exp()
         active = (z > threshold.float().to(batch.x.dtype)).double()
-        window = ((z - threshold).abs() < BANDWIDTH / 2).double() * (z > 0)
+        window = ((z - threshold).abs() < jumprelu.BANDWIDTH / 2).double() * (z > 0)
         latents = Jump.apply(pre, threshold, threshold.detach(), active, window)
         ones = torch.ones_like(pre)
         l0 = Jump.apply(ones, threshold, torch.ones_like(threshold), active, window).sum() / rows
-        penalty = COEFFICIENT * (l0 / k - 1) ** 2
+        penalty = jumprelu.COEFFICIENT * (l0 / k - 1) ** 2
     else:
         latents = pre * active
         if name.startswith("relu"):
-            penalty = L1 * latents.sum() / rows
+            penalty = cases.L1 * latents.sum() / rows
     loss = penalty
     for _, stop in GROUPS if name == "matryoshka" else [(0, D_SAE)]:
         prefix = latents[:, :stop] @ leaves.decoder[:stop] + leaves.decoder_bias
@@ -114,8 +96,8 @@ def check_gradients(name: str, dtype: torch.dtype, k: int = K, matrix: bool = Fa
     parameters, batch, gamma = problem(dtype, matrix)
     step, tolerance = step_of(name, parameters, batch, gamma, k), TOLERANCE[dtype]
     loss, gradients, residual, firings, by_log = autograd(parameters, batch, gamma, name, k)
-    found = (*gradients_of(step), step.residual)
-    assert largest_error(found, (*gradients, residual)) < tolerance
+    found = (*cases.gradients_of(step), step.residual)
+    assert cases.largest_error(found, (*gradients, residual)) < tolerance
     assert float(step.loss) == pytest.approx(float(loss), rel=tolerance)
     assert torch.equal(step.firings.double(), firings)
     assert (batch.mask == 0).sum() > 50 and firings.min() < 0.7 * firings.max()
@@ -141,7 +123,7 @@ def test_a_batch_of_masked_rows_has_no_part(name):
     parameters, batch, gamma = problem(torch.float64)
     nothing = Batch(batch.x * 0, batch.x_fast * 0, batch.mask * 0)
     step = step_of(name, parameters, nothing, gamma)
-    assert not any(part.any() for part in (*gradients_of(step), step.firings, step.residual))
+    assert not any(part.any() for part in (*cases.gradients_of(step), step.firings, step.residual))
     assert torch.isfinite(step.loss)
     assert name == "jumprelu" or step.observed is None or not step.observed.any()
 
@@ -182,12 +164,12 @@ def test_learnt_thresholds_start_where_k_latents_are_active_and_follow_adam():
     made = JumpReLU(16, 512)
     pre = x @ initial_parameters(64, 512, 0, CPU).encoder.T
     assert float((pre > made.thresholds()).sum(1).float().mean()) == pytest.approx(16, rel=0.05)
-    assert initial_threshold(512, 512) == BANDWIDTH / 2
+    assert jumprelu.initial_threshold(512, 512) == jumprelu.BANDWIDTH / 2
 
     before = made.log_threshold.clone()
     for _ in range(5):  # of which Adam makes steps of the learning rate
         made.follow(x[0].repeat(8), 0.01)
-    moved = before - 0.05 * THRESHOLD_RATE_MULTIPLIER * x[0].repeat(8).sign()
+    moved = before - 0.05 * jumprelu.THRESHOLD_RATE_MULTIPLIER * x[0].repeat(8).sign()
     torch.testing.assert_close(made.log_threshold, moved)
 
 
@@ -199,7 +181,7 @@ def test_gradients_through_the_tie_are_those_of_autograd(name):
     """The paper's model in its own terms: tied, thresholds on the reading of a unit row. Where
     weights give decoder rows another length than 1, that counts as fixed."""
     parameters, batch, gamma = problem(torch.float64)
-    made, x, mask = architecture(name, batch.x), batch.x, batch.mask
+    made, x, mask = cases.architecture(name, batch.x), batch.x, batch.mask
     made.tie(parameters)
     step = step_of(name, parameters, batch, gamma, made=made)
     step = made.through_tie(step, parameters)
@@ -212,7 +194,7 @@ def test_gradients_through_the_tie_are_those_of_autograd(name):
     (missed.square().sum() / (mask.sum() * D_IN)).backward()
     assert torch.equal(step.firings, active.sum(0))
     assert 0.02 < float(active.mean()) < 0.4
-    found = (gradients_of(step).decoder, step.by_decoder_bias, step.observed[:, 2])
+    found = (cases.gradients_of(step).decoder, step.by_decoder_bias, step.observed[:, 2])
     for one, leaf in zip(found, (w, b_dec, a), strict=True):
         assert error(one, leaf.grad) < 1e-12
     torch.testing.assert_close(step.observed[:, 0], active.sum(0) / mask.sum())
