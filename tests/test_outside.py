@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 from command_line import call
 from looping import over
+from refusals import fails, misused
 
 from llm_wsae import outside
 from llm_wsae.artifact.artifact import check_file, check_room, is_record_of
@@ -25,9 +26,7 @@ from llm_wsae.outside import LARGEST_NUMBER, SHARE, check_numbers, typed
 
 @over(text=["", "[" * 100_000, '{"a":' * 100_000, b'{"a": "\xff"}', "9" * 5000, "{}{}", "\x00"])
 def test_what_is_not_json(text):
-    with pytest.raises(LlmWsaeError, match=r"^the notes is not readable JSON: ") as error:
-        outside.parse_json(text, "the notes")
-    assert "\n" not in str(error.value)
+    fails(r"^the notes is not readable JSON: ", outside.parse_json, text, "the notes")
 
 
 @dataclass
@@ -48,8 +47,7 @@ def test_numbers_have_limits():
         ({"seeds": (1, 2, -1)}, "seeds is -1, but must be at least 0"),
         ({"rate": -1e300}, "rate is -1e.300, but must be at least -1,000,000,000,000,000"),
     ):
-        with pytest.raises(UsageError, match=said):
-            check_numbers(Settings(**given), count=1, share=SHARE)
+        misused(said, check_numbers, Settings(**given), count=1, share=SHARE)
     check_numbers(Settings(None, share=1.0, seeds=(LARGEST_NUMBER,)), count=1, share=SHARE)
 
 
@@ -108,8 +106,7 @@ def test_names_of_files(tmp_path):
         ("~nosuchuser/x", "there is no home folder ~nosuchuser"),
         ("a\0b", "cannot be the name of a corpus"),
     ):
-        with pytest.raises(UsageError, match=said):
-            outside.local_path(name, "corpus")
+        misused(said, outside.local_path, name, "corpus")
     assert outside.local_path("~/x", "corpus") == Path.home() / "x"
 
 
@@ -118,8 +115,7 @@ def test_revisions():
     for name in (None, "main", "v1.0", "refs/pr/1", "c0ffee" * 6, "user/branch-2"):
         outside.check_revision(name)
     for name in ("/dev/zero", "../../x", "a/../../b", "", "-x", "a b", "x" * 300, "a\0"):
-        with pytest.raises(UsageError, match="cannot be a branch, tag or commit"):
-            outside.check_revision(name)
+        misused("cannot be a branch, tag or commit", outside.check_revision, name)
 
 
 def test_nothing_of_other_people_is_written_over(tmp_path):
@@ -129,10 +125,8 @@ def test_nothing_of_other_people_is_written_over(tmp_path):
         check_file(record, mine)
     for content in ('{"command": "weigh"}', '["evaluate"]', "my notes", "[" * 100_000):
         record.write_text(content)
-        with pytest.raises(LlmWsaeError, match=r"record\.json already exists"):
-            check_file(record, mine)
-    with pytest.raises(LlmWsaeError, match="/dev/null already exists"):
-        check_file(Path("/dev/null"), lambda path: True)
+        fails(r"record\.json already exists", check_file, record, mine)
+    fails("/dev/null already exists", check_file, Path("/dev/null"), lambda path: True)
     check_file(tmp_path / "new/folders/x.json", mine)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
@@ -142,8 +136,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
         (tmp_path / ("x" * 300), "File name too long; choose a shorter name"),
         (Path("/proc/x.json"), "cannot write /proc/x.json"),
     ):
-        with pytest.raises(LlmWsaeError, match=said):
-            check_file(path, lambda path: True)
+        fails(said, check_file, path, lambda path: True)
     with pytest.raises(UsageError, match=r"would need 9,313,226 GiB, but its disk has .* in all"):
         check_room(tmp_path / "a/b", 10**16, "ask for less")
 

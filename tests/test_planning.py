@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 from command_line import call, content, save_model, works
+from refusals import misused
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae import ModelConfig, Run, RunGrid, TextConfig, plan, run
 from llm_wsae.data.config import HarvestConfig
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT
@@ -92,10 +93,8 @@ def test_what_does_not_fit_is_said_and_not_measured(model, asked):
 
 
 def test_requests_that_cannot_be_are_refused(model, asked, tmp_path):
-    with pytest.raises(UsageError, match="less than one batch of 256"):
-        replace(asked, harvest=replace(HARVEST, tokens=100))
-    with pytest.raises(UsageError, match=r"blocks\.7"):
-        plan(replace(asked, site=("blocks.7.hook_resid_post",)), model)
+    misused("less than one batch of 256", replace, asked, harvest=replace(HARVEST, tokens=100))
+    misused(r"blocks\.7", plan, replace(asked, site=("blocks.7.hook_resid_post",)), model)
     nothing = write_jsonl(tmp_path / "few.jsonl", [1] * 30)
     packing = replace(HARVEST, one_document_per_context=True, drop_positions=15)
     with pytest.raises(LlmWsaeError, match="gives a row"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from refusals import fails
 from several import run
 from small_dictionaries import make_dictionary
 from tiny import tiny_model, write_jsonl
@@ -103,8 +104,7 @@ def test_what_was_measured_is_kept(model, copy):
     assert fisher() is None
     assert torch.equal(fisher(model=model), first)
     assert verify(copy.folder).problems == []
-    with pytest.raises(LlmWsaeError, match="was made by tiny"):
-        fisher(model=tiny_model(seed=1), seed=1)
+    fails("was made by tiny", fisher, model=tiny_model(seed=1), seed=1)
 
 
 def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy):
@@ -133,8 +133,7 @@ def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(copy):
         (still, "sensitivity", "the rows do not vary in any dimension; take other text"),
     ):
         planted = SimpleNamespace(statistics=lambda own=own: own, second_moment=pytest.fail)
-        with pytest.raises(LlmWsaeError, match=sentence):
-            measure_inputs([rule], copy, SITE, planted=planted)
+        fails(sentence, measure_inputs, [rule], copy, SITE, planted=planted)
     assert not (copy.folder / "evidence").exists()
 
 
@@ -216,8 +215,7 @@ def test_fisher_refuses_bad_requests(model):
     ids, keep = random_contexts(model, 1)
     with pytest.raises(UsageError, match=r"blocks\.7"):
         fisher_information(model, [(ids, keep)], Site.parse("blocks.7.hook_resid_post"))
-    with pytest.raises(LlmWsaeError, match="no text"):
-        fisher_information(model, [(ids, torch.zeros_like(keep))], SITE)
+    fails("no text", fisher_information, model, [(ids, torch.zeros_like(keep))], SITE)
     overflowing = tiny_model()
     overflowing.hf_model.model.norm.weight.data[0] = torch.inf
     with pytest.raises(LlmWsaeError, match=r"predictions of .* are not finite; load the model in"):

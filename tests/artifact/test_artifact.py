@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from refusals import fails
 
 from llm_wsae.artifact.artifact import Artifact, FileRecord
 from llm_wsae.artifact.files import write_json
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 
 REQUEST = {"model": {"name": "tiny", "layers": (1, 2)}, "k": 4, "gamma_sum": 3.0, "l1": None,
            "arms": [{"name": f"whitening-a0.5-k{k}", "seed": k} for k in range(3)]}  # fmt: skip
@@ -32,9 +33,7 @@ def test_the_same_request_resumes_and_another_is_refused_with_what_differs(artif
         ({"seed": {}}, "this command has seed; the saved made thing does not"),
         ({"arms": OTHER_ARMS}, "other settings (arms 2 seed: 2 in the saved made thing, 7 in"),
     ):
-        with pytest.raises(LlmWsaeError) as refusal:
-            artifact.begin({**REQUEST, **change})
-        assert clause in str(refusal.value) and "or use the same settings" in str(refusal.value)
+        assert clause in fails("or use the same settings", artifact.begin, {**REQUEST, **change})
     assert artifact.path.read_bytes() == content
 
 
@@ -63,8 +62,7 @@ def test_what_others_wrote_is_left_alone(artifact):
     (artifact.folder / "notes.txt").touch()
     artifact.check_place("log.jsonl", "rows")
     for names in ((), ("notes.txt",)):
-        with pytest.raises(LlmWsaeError, match=r"holds other files \(notes\.txt\); choose another"):
-            artifact.begin(REQUEST, *names)
+        fails(r"holds other files \(notes\.txt\); choose another", artifact.begin, REQUEST, *names)
     assert not artifact.is_begun()
     with pytest.raises(UsageError, match=r"notes\.txt is a file"):
         Artifact(artifact.folder / "notes.txt", "made.json", "thing").check_place()
@@ -72,13 +70,10 @@ def test_what_others_wrote_is_left_alone(artifact):
 
 def test_a_record_of_another_version_or_kind_is_one_sentence(artifact):
     """Damage is in tests/fuzzing."""
-    with pytest.raises(LlmWsaeError, match=r"there is no made thing in .*: it has no made\.json"):
-        artifact.read()
+    fails(r"there is no made thing in .*: it has no made\.json", artifact.read)
     for value in ({"kind": "other thing"}, {"kind": "made thing", "format": 9}):
         write_json(artifact.path, value)
-        with pytest.raises(LlmWsaeError, match=r"cannot read .* as the record of the made thing"):
-            artifact.begin(REQUEST)
+        fails(r"cannot read .* as the record of the made thing", artifact.begin, REQUEST)
     for text, sentence in (("{", "is not a readable rec"), (json.dumps(REQUEST), "is damaged: ")):
         artifact.path.write_text(text)
-        with pytest.raises(LlmWsaeError, match=f"{sentence}.*; restore it from a copy"):
-            artifact.read()
+        fails(f"{sentence}.*; restore it from a copy", artifact.read)

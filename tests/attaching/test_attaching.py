@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from looping import over
+from refusals import fails, misused
 from small_dictionaries import make_dictionary
 from tiny import KNOWN, VOCAB, WIDTH, hooks_of, model_of, of_families, sites_of, tiny_hf_model
 
@@ -283,8 +284,7 @@ def test_mid_is_refused_where_the_block_reads_two_streams(family, ids):
     said = r"blocks\.1\.hook_resid_mid cannot be replaced"
     with pytest.raises(LlmWsaeError, match=said), attach(model, dictionary(site)):
         pass
-    with pytest.raises(LlmWsaeError, match=said):
-        model.resume(ids, site, torch.zeros(*ids.shape, WIDTH))
+    fails(said, model.resume, ids, site, torch.zeros(*ids.shape, WIDTH))
     assert hooks_of(model) == before
 
 
@@ -311,15 +311,11 @@ def test_bad_requests_are_sentences(model, ids):
             (Steer(7, 6.0, slice(None, -1)), "from the first token"),
             (Steer(7, 6.0, slice(0, 9, -1)), "a step of -1"),
         ):
-            with pytest.raises(UsageError, match=said):
-                attached.edit(SITE, edit)
-        with pytest.raises(UsageError, match=r"no forward pass has reached blocks\.1"):
-            attached.codes(SITE)
-        with pytest.raises(UsageError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
-            attached.latents(EARLIER)
+            misused(said, attached.edit, SITE, edit)
+        misused(r"no forward pass has reached blocks\.1", attached.codes, SITE)
+        misused(r"did you mean 'blocks\.1\.hook_resid_post'", attached.latents, EARLIER)
         attached.edit(SITE, lambda latents: latents[:, 1:])
-        with pytest.raises(UsageError, match=r"returned \[3, 10, 80\]"):
-            model.logits(ids)
+        misused(r"returned \[3, 10, 80\]", model.logits, ids)
         attached.clear()
         attached.edit(SITE, lambda latents: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from command_line import HARVEST, call, content, save_model, works
 from places import ROOT
+from refusals import fails, misused
 from several import run, start
 from tiny import tiny_model
 
@@ -24,7 +25,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest, kept_rows
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.data.packing import Packer
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
 
 SITES = [Site(0, "pre"), Site(1, "post")]
@@ -153,8 +154,7 @@ def test_another_harvest_into_the_folder_is_refused(model, corpus, text, unbroke
         ("packing context_size: 12 in .*, 13 in", {}, {"context_size": 13}),
     ):
         asked = {"model": model, "corpus": corpus, "sites": SITES} | options
-        with pytest.raises(LlmWsaeError, match=message):
-            harvest(**asked, out=unbroken.folder, config=replace(CONFIG, **changes))
+        fails(message, harvest, **asked, out=unbroken.folder, config=replace(CONFIG, **changes))
     assert files(unbroken.folder) == before
 
 
@@ -163,18 +163,15 @@ def test_a_corpus_that_is_too_small(model, corpus, text, tmp_path):
     out, config = tmp_path / "s", replace(CONFIG, tokens=100_000)
     there = sum(1 for _ in Packer.for_model(model, CONFIG).contexts(corpus)) * 12
     said = rf"train part of the corpus text\.jsonl fills .* request {there} tokens"
-    with pytest.raises(LlmWsaeError, match=said):
-        harvest(model, corpus, SITES, out, config)
+    fails(said, harvest, model, corpus, SITES, out, config)
     assert not out.exists()
     streamed = Corpus.open(str(text))
     streamed.num_bytes = None  # as with a dataset of the Hub
-    with pytest.raises(LlmWsaeError, match=said):
-        harvest(model, streamed, SITES, out, config)
+    fails(said, harvest, model, streamed, SITES, out, config)
     store = harvest(model, streamed, SITES, out, replace(CONFIG, tokens=there))
     assert store.manifest.num_contexts * 12 == there and verify(out).problems == []
     before = files(out)
-    with pytest.raises(LlmWsaeError, match=said):
-        harvest(model, corpus, SITES, out, config)  # nor is a complete store opened
+    fails(said, harvest, model, corpus, SITES, out, config)  # nor is a complete store opened
     assert files(out) == before
 
 
@@ -185,8 +182,7 @@ def test_requests_that_cannot_be(model, corpus, tmp_path):
         ("reads at most 64", SITES, {"context_size": 65}),
         ("a shard would need .* GiB of memory", SITES, {"shard_tokens": 10**13}),
     ):
-        with pytest.raises(UsageError, match=message):
-            harvest(model, corpus, sites, tmp_path / "s", replace(CONFIG, **changes))
+        misused(message, harvest, model, corpus, sites, tmp_path / "s", replace(CONFIG, **changes))
     assert not (tmp_path / "s").exists()
 
 
@@ -298,8 +294,7 @@ def test_a_killed_process_loses_no_whole_shard(model, corpus, text, unbroken, tm
 def test_only_what_is_missing_is_fed_to_the_model(model, corpus, unbroken, tmp_path):
     """Nine shards, seven forward passes each, but six for the last, which is shorter."""
     out = tmp_path / "s"
-    with pytest.raises(LlmWsaeError, match="the moon"):
-        harvest(after(62, fail), corpus, SITES, out, CONFIG)
+    fails("the moon", harvest, after(62, fail), corpus, SITES, out, CONFIG)
     assert whole(out) == list(range(8))
     for shard in (0, 3, 6, 7):
         record(out, shard).unlink()
@@ -309,8 +304,7 @@ def test_only_what_is_missing_is_fed_to_the_model(model, corpus, unbroken, tmp_p
     with pytest.raises(LlmWsaeError, match=r"00001\.json is damaged: its checksum does not match"):
         harvest(model, corpus, SITES, out, CONFIG)
     damaged.write_text(good)
-    with pytest.raises(LlmWsaeError, match="the moon"):
-        harvest(after(34, fail), corpus, SITES, out, CONFIG)
+    fails("the moon", harvest, after(34, fail), corpus, SITES, out, CONFIG)
     assert whole(out) == list(range(8))
     harvest(model, corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
@@ -340,8 +334,7 @@ def test_a_second_run_is_refused_while_a_process_of_the_first_lives(model, corpu
     refusal = "another process is writing the activation store"
     assert all(refusal in outcome for outcome in run(2, make, text, out))
     first[0].kill()
-    with pytest.raises(LlmWsaeError, match=refusal):
-        harvest(model, corpus, SITES, out, CONFIG)
+    fails(refusal, harvest, model, corpus, SITES, out, CONFIG)
     first[1].kill()
     harvest(model, corpus, SITES, out, CONFIG)
 

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from refusals import fails, misused
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.artifact.files import save_tensors
@@ -145,8 +146,7 @@ def test_an_incomplete_store_is_refused(store):
     save_record(store.folder, 1, store.manifest.shards[1])
     store.manifest.complete, store.manifest.statistics, store.manifest.shards = False, {}, []
     store.manifest.save(store.folder)
-    with pytest.raises(LlmWsaeError, match="is not complete: 28 of 84 contexts"):
-        ActivationStore.open(store.folder)
+    fails("is not complete: 28 of 84 contexts", ActivationStore.open, store.folder)
     assert "is not complete" in verify(store.folder).problems[0]
 
 
@@ -273,7 +273,5 @@ def test_what_cannot_be_read_together_is_refused(model, folders, tmp_path):
         ("part: .train. in the first store, .heldout.", other("heldout", part="heldout")),
         (r"the beginning of text0\.jsonl", other("same", text=0)),
     ):
-        with pytest.raises(LlmWsaeError, match=message):
-            open_stores([first, second, third])
-    with pytest.raises(UsageError, match="name at least one"):
-        open_stores([])
+        fails(message, open_stores, [first, second, third])
+    misused("name at least one", open_stores, [])

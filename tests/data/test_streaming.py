@@ -10,6 +10,7 @@ from itertools import cycle, islice
 
 import pytest
 import torch
+from refusals import fails, misused
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.commands.verifying import verify
@@ -21,7 +22,7 @@ from llm_wsae.data.rows import ActivationSource
 from llm_wsae.data.streaming import ActivationStream, ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import read_folder
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine import hardware
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import make_arms
@@ -84,8 +85,8 @@ def test_statistics_covariance_and_identity(streams, model, corpus):
 
 def test_stream_errors(model, corpus, tmp_path):
     tiny = Corpus.open(str(write_jsonl(tmp_path / "a.jsonl", [3])), "all")
-    with pytest.raises(LlmWsaeError, match="fills contexts of 12 with 0 tokens"):
-        next(ActivationStream(model, tiny, SITES[1], STREAM).batches(5, 0))
+    batches = ActivationStream(model, tiny, SITES[1], STREAM).batches(5, 0)
+    fails("fills contexts of 12 with 0 tokens", next, batches)
     without_rows = replace(STREAM, drop_positions=8, one_document_per_context=True)
     short = Corpus.open(str(write_jsonl(tmp_path / "b.jsonl", [6] * 30)), "all")
     for read in (lambda s: next(s.batches(5, 0)), lambda s: s.statistics()):
@@ -93,8 +94,8 @@ def test_stream_errors(model, corpus, tmp_path):
             read(ActivationStream(model, short, SITES[1], without_rows))
     broken = tiny_model()
     broken.hf_model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(LlmWsaeError, match=r"blocks\.1\.hook_resid_post from section 0 of text"):
-        next(ActivationStream(broken, corpus, SITES[1], STREAM).batches(5, 0))
+    batches = ActivationStream(broken, corpus, SITES[1], STREAM).batches(5, 0)
+    fails(r"blocks\.1\.hook_resid_post from section 0 of text", next, batches)
 
 
 def test_several_sites_have_the_rows_of_one_from_any_batch_on(streams, model, corpus):
@@ -165,8 +166,7 @@ def test_sites_in_step_are_trained_as_alone(whole, streams, tmp_path, monkeypatc
     assert found.checks and not found.problems
     enough = 24 * len(arms[site]) * TRAIN.expansion * streams.d_in**2  # bytes for one site alone
     monkeypatch.setattr(hardware, "memory_of", lambda device: enough)
-    with pytest.raises(UsageError, match="GiB of memory, but"):
-        train_sites(streams, arms, TRAIN, tmp_path / "t")
+    misused("GiB of memory, but", train_sites, streams, arms, TRAIN, tmp_path / "t")
     assert not (tmp_path / "t").exists()
     train(streams.source(site), arms[site], TRAIN, tmp_path / "one")
 
@@ -187,9 +187,8 @@ class Broken(ActivationStreams):
 def test_what_was_trained_is_kept_when_the_text_fails(whole, streams, tmp_path):
     arms, finished = whole
     for again in (False, True):  # without a step between the two
-        with pytest.raises(LlmWsaeError, match="connection to the text broke") as raised:
-            train_sites(Broken(streams, 17), arms, TRAIN, tmp_path / "t")
-        said = str(raised.value)
+        given = (Broken(streams, 17), arms, TRAIN, tmp_path / "t")
+        said = fails("connection to the text broke", train_sites, *given)
         assert "(stopped after step 17 of 40, 1,088 of 2,560 rows; the dictionaries so far" in said
         names = [f"{site}/{arm.name}" for site in SITES for arm in arms[site]]
         for folder in (tmp_path / "t" / name for name in names):
@@ -201,8 +200,8 @@ def test_what_was_trained_is_kept_when_the_text_fails(whole, streams, tmp_path):
     train_sites(streams, arms, TRAIN, tmp_path / "t")
     assert files(tmp_path / "t") == files(finished)
     assert "step" not in Dictionary.load(folder).info.training
-    with pytest.raises(LlmWsaeError, match=r"broke$"):  # nothing was learnt
-        train_sites(Broken(streams, 0), arms, TRAIN, tmp_path / "nothing")
+    nothing = tmp_path / "nothing"
+    fails(r"broke$", train_sites, Broken(streams, 0), arms, TRAIN, nothing)  # nothing was learnt
     assert not list(tmp_path.glob("nothing/*/*.safetensors"))
 
 

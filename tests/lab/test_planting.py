@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from refusals import misused
 from small_dictionaries import make_dictionary, make_info
 
 from llm_wsae.data.harvesting import StoreWriter, finish_store
@@ -207,8 +208,7 @@ def test_what_knows_the_features_recovers_them_and_noise_recovers_nothing(few):
     assert noise.recovered.tolist() == [0.0, 0.0] and float(noise.f1.max()) < 0.5
     for site, width in (("blocks.9.hook_resid_post", D_IN), (str(SITE), 7)):
         other = make_dictionary(d_in=width, site=site)
-        with pytest.raises(UsageError, match=f"the dictionary is for {width} dimensions of {site}"):
-            measure_recovery(other, few)
+        misused(f"the dictionary is for {width} dimensions of {site}", measure_recovery, other, few)
 
 
 def test_the_measures_are_their_definitions(few):
@@ -290,19 +290,16 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
         ({"token_share": 2.0}, "token-share must be from 0 to 1"),
         ({"heldout_share": 0.0}, "heldout-share between 0 and 1"),
     ):
-        with pytest.raises(UsageError, match=sentence):
-            PlantConfig(**wrong)
+        misused(sentence, PlantConfig, **wrong)
     often = replace(CONFIG, strengths=(1.0,), rarest=0.9, commonest=0.99)
-    with pytest.raises(UsageError, match=r"together \d+\.\d times as long as the rows"):
-        PlantedSource(store, SITE, often)
+    misused(r"together \d+\.\d times as long as the rows", PlantedSource, store, SITE, often)
     few = ActivationStore.open(store.folder)
     few.num_rows = 3 * CHUNK_ROWS - 1
     for own, config, sentence in (
         (few, CONFIG, "3,071 rows, 2,048 would be held out .* trained on; harvest more tokens"),
         (store, replace(CONFIG, heldout_share=0.99), r"held out .* trained on; lower heldout-sha"),
     ):
-        with pytest.raises(UsageError, match=sentence):
-            PlantedSource(own, SITE, config)
+        misused(sentence, PlantedSource, own, SITE, config)
     with pytest.raises(UsageError, match="have 27 different tokens, too few to tie each of 28 "):
         make_plants(store.statistics(SITE), dict.fromkeys(range(27), 9), CONFIG)
     make_plants(store.statistics(SITE), dict.fromkeys(range(28), 9), CONFIG)

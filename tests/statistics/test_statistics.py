@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from looping import over
+from refusals import fails
 from scipy import stats
 from sklearn.covariance import OAS
 from torch.nn.functional import normalize
 
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.monosemanticity.latents import coherence, coherence_of_strangers
 from llm_wsae.statistics.moments import SecondMoment, Statistics, shrunk
 from llm_wsae.statistics.uncertainty import holm
@@ -54,8 +54,7 @@ def test_powers_of_rows_that_outgrow_float32_are_finite():
     small, large = statistics_of(x), statistics_of(x * 2.0**60)
     torch.testing.assert_close(large.variance / 2.0**120, small.variance)
     torch.testing.assert_close(large.excess_kurtosis, small.excess_kurtosis, rtol=1e-5, atol=1e-5)
-    with pytest.raises(LlmWsaeError, match="most rows are longer than"):
-        Statistics.from_tensors(large.to_tensors()).check_varying()
+    fails("most rows are longer than", Statistics.from_tensors(large.to_tensors()).check_varying)
 
 
 @over(dtype=(torch.float32, torch.float64))
@@ -134,14 +133,11 @@ def test_bad_rows_are_refused():
         (rows_of(3, 7), "7 dimensions, expected 5"),
         (x, "1 of 10 rows hold NaN"),
     ):
-        with pytest.raises(LlmWsaeError, match=sentence):
-            s.update(rows, positions_of(len(rows)))
+        fails(sentence, s.update, rows, positions_of(len(rows)))
     assert s.count == 0
-    with pytest.raises(LlmWsaeError, match="rows have 4 dimensions, not 5"):
-        SecondMoment(5).update(rows_of(20)[:, :4])
+    fails("rows have 4 dimensions, not 5", SecondMoment(5).update, rows_of(20)[:, :4])
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(LlmWsaeError, match="NaN or infinite"):
-            SecondMoment(5).update(torch.full((3, 5), bad))
+        fails("NaN or infinite", SecondMoment(5).update, torch.full((3, 5), bad))
 
 
 def test_robust_covariance_is_that_of_the_clipped_sample():

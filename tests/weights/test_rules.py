@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from refusals import fails, misused
 
-from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import weights_from_rule
@@ -35,8 +35,7 @@ def test_texts_that_name_no_rule():
         "own": "no weight rule 'own'",
         "rotated:kurtosis": r"only rules with a matrix can be rotated \(sensitivity, whitening\)",
     }.items():
-        with pytest.raises(UsageError, match=sentence):
-            Rule.parse(text)
+        misused(sentence, Rule.parse, text)
 
 
 def test_the_form_follows_the_settings_and_every_claim_has_a_control_of_it(inputs):
@@ -79,16 +78,13 @@ def test_what_a_rule_lacks_is_named(inputs):
     few = RuleInputs(Statistics(6, 16), second_moment=SecondMoment(6).update(torch.randn(6, 6)))
     needed = r"the rule 'whitening' needs the covariance .* llm_wsae.measure_inputs\(\['whitening'"
     too_few = "6 rows are too few for the covariance of 6 dimensions; harvest at least 60 tokens"
-    with pytest.raises(UsageError, match=needed):
-        weights_from_rule("whitening", 0.5, RuleInputs(inputs.statistics))
-    with pytest.raises(LlmWsaeError, match=too_few):
-        drawn("whitening", few)
+    misused(needed, weights_from_rule, "whitening", 0.5, RuleInputs(inputs.statistics))
+    fails(too_few, drawn, "whitening", few)
     for text, form, sentence in (
         ("rotated:sensitivity", "diagonal", "gives only a matrix"),
         ("variance", "matrix", r"no matrix form; those .* are sensitivity, whitening"),
     ):
-        with pytest.raises(UsageError, match=sentence):
-            drawn(text, inputs, form=form)
+        misused(sentence, drawn, text, inputs, form=form)
 
 
 # --- Against numbers known otherwise
@@ -137,5 +133,4 @@ def test_the_floor_makes_any_matrix_invertible():
     assert values.tolist() == pytest.approx([floor, floor, 2.0, 4.0, 6.0])
     assert vectors.dtype == torch.float64
     for number, sentence in ((0.0, "no positive eigenvalue, so it prefers"), (torch.nan, "NaN")):
-        with pytest.raises(LlmWsaeError, match=sentence):
-            spectrum(torch.full((3, 3), number))
+        fails(sentence, spectrum, torch.full((3, 3), number))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import SITE, call, content, works
 from evaluation_cases import WordCounts
+from refusals import fails, misused
 from tiny import save_encoder
 
 from llm_wsae.artifact.files import read_own_json, write_json
@@ -121,8 +122,7 @@ def test_every_dictionary_is_trained_measured_reported_and_then_only_read(whole,
 
 
 def test_a_rule_may_need_a_first_dictionary_and_a_frozen_half_no_free_lengths(whole, study, new):
-    with pytest.raises(UsageError, match="needs a first dictionary of the site; train a plain one"):
-        study(new, AFTER_FIRST)
+    misused("needs a first dictionary of the site; train a plain one", study, new, AFTER_FIRST)
     assert not new.exists()
     first = whole[0] / "dictionaries/uniform-k4-s1"
     free = replace(TRAIN, lengths="free")
@@ -261,15 +261,13 @@ def test_another_study_in_the_folder_is_refused(study, out):
         ({"compare": replace(GRID, architecture="jumprelu")}, r"training architecture"),
         ({"plant": True, "planted": PLANTS}, ".*planted"),
     ):
-        with pytest.raises(LlmWsaeError, match=rf"other settings \({said}"):
-            study(out, **asked)
+        fails(rf"other settings \({said}", study, out, **asked)
         assert content(out) == before
     path = out / "study.json"
     record = read_own_json(path, "study")
     record["request"]["measures"] = {"detection": 1}
     write_json(path, record)
-    with pytest.raises(LlmWsaeError, match=r"other settings \(measures detection"):
-        study(out)
+    fails(r"other settings \(measures detection", study, out)
 
 
 def test_a_study_of_another_architecture(study, new):
@@ -304,8 +302,7 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     (one,) = (one for one in report.compared if one.control)
     assert "planted_f1" in one.verdicts and "F1 of plants" in report.table()
     assert study(new, **asked).to_dict()["verdicts"] == report.to_dict()["verdicts"]
-    with pytest.raises(LlmWsaeError, match=r"other settings \(planted seed"):
-        study(new, plant=True, planted=replace(PLANTS, seed=1))
+    fails(r"other settings \(planted seed", study, new, plant=True, planted=replace(PLANTS, seed=1))
     assert "plants" not in whole[1].table()
 
 
@@ -319,8 +316,7 @@ def test_a_study_is_verified_file_by_file(out, study):
     shutil.copy(out / "results/uniform-k4.json", out / f"results/{NAMES[1]}.json")
     said = f"{NAMES[1]}.json holds the result of 'uniform-k4'; delete it"
     assert said in "; ".join(verify(out).problems)
-    with pytest.raises(LlmWsaeError, match="is the result of other weights with the same"):
-        study(out)
+    fails("is the result of other weights with the same", study, out)
 
 
 def test_another_processor_may_round_differently_but_weights_must_be_the_same(out, study):
@@ -336,15 +332,13 @@ def test_another_processor_may_round_differently_but_weights_must_be_the_same(ou
     assert trained(out) == before
     record["identity"]["gamma_sum"] = 1 + sum_
     write_json(path, record)
-    with pytest.raises(LlmWsaeError, match="is the result of other weights with the same name"):
-        study(out)
+    fails("is the result of other weights with the same name", study, out)
     path.unlink()
     folder = out / "dictionaries/variance-a-0.25-k4"
     dictionary = Dictionary.load(folder)
     dictionary.extras["gamma"] = torch.ones(16)
     dictionary.save(folder)
-    with pytest.raises(LlmWsaeError, match="was trained with other weights of the same name"):
-        study(out)
+    fails("was trained with other weights of the same name", study, out)
 
 
 def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
@@ -353,8 +347,7 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
         ({"compare": replace(GRID, k=(2, 65))}, "65"),
         ({"compare": replace(GRID, architecture="jumprelu"), "train": free}, "has no free lengths"),
     ):
-        with pytest.raises(UsageError, match=said):
-            study(new, **wrong)
+        misused(said, study, new, **wrong)
         assert not new.exists()
     with pytest.raises(UsageError, match="a study draws its controls again for every seed"):
         study(new, weigh=WeightConfig(draw=1))
@@ -366,8 +359,7 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
         ({"k": ()}, "at least one k"),
         ({"architecture": "relu"}, "of the same k, which relu does not have"),
     ):
-        with pytest.raises(UsageError, match=said):
-            StudyGrid(**grid)
+        misused(said, StudyGrid, **grid)
 
 
 def test_the_command(made_world, tmp_path):
