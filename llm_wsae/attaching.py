@@ -7,8 +7,7 @@ steer::
 
 While the block is open, the stream x at the dictionary's site is split, x = x̂ + error with
 x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is recombined. With the error,
-only the difference that the edits make is added to x, so a model with a dictionary and no edit
-computes exactly the numbers of the model alone.
+only what the edits change is added to x: without any, the model computes exactly its own numbers.
 
 Rows that the dictionary's training excluded keep the model's stream, as in ``evaluate``, and have
 no latents: massive activations, padding, and the first positions of a context, or with ``keep`` the
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.loading import check_causal
@@ -82,9 +82,7 @@ class Steer:
     """Move the stream along latents' decoder directions: adds a constant to their activations."""
 
     latent: Latents
-    strength: float
-    """In units of the latent's activation: ``strength`` times the decoder row is added; negative
-    values move the other way."""
+    strength: float  # times the decoder row is added; negative values move the other way
     positions: slice | None = None
 
     def of(self, values: Tensor) -> Tensor:
@@ -100,8 +98,7 @@ class _Splice:
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
         self.edits: list[Edit | Function] = []
-        # of the last forward pass, edited [contexts, positions, slots]
-        self.codes: Codes | None = None
+        self.codes: Codes | None = None  # of the last pass, edited [contexts, positions, slots]
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def visit(self, hidden: Tensor, attached: "Attached") -> Tensor | None:
@@ -215,6 +212,7 @@ def _placed(values: Tensor, rows: Tensor) -> Tensor:
     return placed.masked_scatter(rows[..., None], values)
 
 
+@dataclass(eq=False, repr=False)
 class Attached:
     """The dictionaries at their sites; what ``attach`` gives.
 
@@ -223,13 +221,11 @@ class Attached:
     always may). Both can be set between forward passes.
     """
 
-    _cached = 0  # positions that earlier forward passes have read, when the current one began
-    _padding: Tensor | None = None  # which tokens are text, those included; None without padding
-
-    def __init__(self, splices: dict[Site, _Splice], error: bool, keep: Tensor | None):
-        self._splices = splices
-        self.error = error
-        self.keep = keep
+    _splices: dict[Site, _Splice]
+    error: bool
+    keep: Tensor | None
+    _cached: int = 0  # positions that earlier forward passes have read
+    _padding: Tensor | None = None  # which tokens are text, those included [contexts, positions]
 
     @property
     def sites(self) -> list[Site]:
@@ -265,10 +261,7 @@ class Attached:
 
     def latents(self, site: Site | str) -> Float[Tensor, "contexts positions d_sae"]:
         """All latents of the last forward pass, dense. Raises as ``codes`` does."""
-        codes = self.codes(site)
-        d_sae = self._splice(site).dictionary.d_sae
-        dense = codes.values.new_zeros(*codes.values.shape[:-1], d_sae)
-        return dense.scatter_add(-1, codes.indices, codes.values)
+        return to_dense(self.codes(site), self._splice(site).dictionary.d_sae)
 
     def _splice(self, site: Site | str) -> _Splice:
         known = {str(place): splice for place, splice in self._splices.items()}
@@ -294,10 +287,9 @@ def attach(
     a model of its own, or let them take turns.
 
     ``error`` adds back what the dictionaries miss. Without it the model continues with the
-    reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` is the mask of
-    the text's kept positions. With ``keep`` None, each dictionary skips as many positions at the
-    beginning of a context as its training did (one if that is not known), and treats later special
-    tokens as text.
+    reconstruction; its cross-entropy is then what ``evaluate`` reports if ``keep`` is the mask of
+    the text's kept positions. Without ``keep``, each dictionary skips as many first positions of a
+    context as its training did (one if that is not known), and later special tokens are text.
 
     Raises UsageError for another kind of model, for two dictionaries at one site (nest two blocks
     instead), or for one that does not fit the model; LlmWsaeError if an architecture does not allow
@@ -359,14 +351,13 @@ def _look(attached: Attached, _: nn.Module, args: tuple, kwargs: dict[str, Any])
 
 
 def _padding(mask: Any, cached: int) -> Tensor | None:
-    """Which tokens are text [contexts, positions], from either form of mask that a decoder takes:
-    that, or what each position attends to [contexts, 1, queries, keys], perhaps one for each kind
-    of attention."""
-    if isinstance(mask, dict):
+    """Which tokens are text [contexts, positions], from either form of mask of a decoder."""
+    if isinstance(mask, dict):  # one for each kind of attention
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         return None
     if mask.ndim == 2:
         return mask
+    # [contexts, 1, queries, keys]: the last position attends to all text
     seen = mask[:, 0, -1, : cached + mask.shape[2]]
     return seen if seen.dtype == torch.bool else seen == 0  # else it is added to scores

@@ -1,11 +1,8 @@
 """The command line: finds the command, parses its options, prints its result.
 
 Results go to stdout, progress and warnings to stderr. An error is one sentence and an exit code;
-only a bug in the package shows a traceback.
-
-The parser (tyro) draws its complaints in a box of several lines. Its hook for errors tells them
-apart, so each becomes one sentence here. The hook is private to tyro: where a release has none, or
-a complaint is unknown here, the box is shown as it is.
+only a bug in the package shows a traceback. The parser (tyro) draws its complaints in a box; its
+private hook for errors makes sentences of them, and where a release has none the box is shown.
 """
 
 import contextlib

@@ -21,8 +21,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError, shown
 
 T = TypeVar("T")
 
-LARGEST_NUMBER = 10**15
-"""No count of tokens, rows, steps or latents is larger; sums and products of it still fit."""
+LARGEST_NUMBER = 10**15  # of tokens, rows, steps or latents; sums and products of it still fit
 SHARE = (0, 1)  # the limits of a share or a probability
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
@@ -81,8 +80,7 @@ def reason(error: BaseException) -> str:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """The value that a JSON text stands for. Raises LlmWsaeError, in which ``what`` names it, for
-    anything that is not JSON, also brackets without end."""
+    """The value of a JSON text. Raises LlmWsaeError, in which ``what`` names it, if it is none."""
     with parsing(f"{what} is not readable JSON"):
         return json.loads(text)
 
@@ -197,8 +195,8 @@ def check_number(
 
 
 def from_environment(name: str, least: int, most: int) -> int:
-    """A whole number that a launcher put into the environment. Raises UsageError, naming the
-    variable, if it is not one from ``least`` to ``most``."""
+    """A whole number that a launcher put into the environment. Raises UsageError if it is not one
+    from ``least`` to ``most``."""
     found = os.environ[name]
     value = int(found) if re.fullmatch(r"\d{1,9}", found, re.ASCII) else None
     if value is None or not least <= value <= most:

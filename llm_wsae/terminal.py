@@ -1,7 +1,7 @@
 """What goes to a terminal: foreign text made safe to print, and rows of cells as a table.
 
-What a corpus holds cannot control the terminal: whatever is not printable (escape sequences, marks
-that reverse the direction of writing) is shown as Python escapes, such as ``\\x1b``.
+Whatever is not printable (escape sequences, marks that reverse the direction of writing) is shown
+as Python escapes, so what a corpus holds cannot control the terminal.
 """
 
 import json

@@ -84,11 +84,10 @@ def list_repository(repo_id: RepoId, revision: str | None = None) -> Result:
         numbers = ["—" if value is None else f"{value:.3f}" for value in metrics]
         size = f"{d.d_in or '?'} → {d.d_sae or '?'}"
         table.append([printable(d.sae_id), size, printable(d.sparsity), *numbers])
-    own, info = ("d_in", "d_sae", "sparsity", "k", "model", "corpus"), ("site", "rule", "alpha")
+    own = ("sae_id", "d_in", "d_sae", "sparsity", "k", "model", "corpus")
+    info = ("site", "rule", "alpha", "metrics")
     rows = [
-        {"sae_id": d.sae_id}
-        | {name: getattr(d.info, name) for name in (*info, "metrics")}
-        | {name: getattr(d, name) for name in own}
+        {name: getattr(d, name) for name in own} | {name: getattr(d.info, name) for name in info}
         for d in found
     ]
     return {"repo_id": repo_id, "dictionaries": rows}, aligned(table)

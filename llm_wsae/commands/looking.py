@@ -149,9 +149,8 @@ def inspect(
     from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 
     opened = Dictionary.load(dictionary)
-    how: dict[str, Any] = {"revision": model.revision, "dtype": model.model_dtype}
-    how |= {"store": store, "model": model.model, "text": text, "device": model.device}
-    found = inspect(opened, latent, top=top, **how)
+    how: dict[str, Any] = {"model": model.model, "revision": model.revision, "device": model.device}
+    found = inspect(opened, latent, store=store, text=text, top=top, dtype=model.model_dtype, **how)
     facts: dict[str, Any] = {"dictionary": str(dictionary), "latents": found.latents}
     parts = [latents_text(opened, found.latents)] if found.latents else []
     if found.no_model is not None:
@@ -297,9 +296,8 @@ def export(
     shown |= {"model_id": model_id, "sae_set": sae_set, "sae_id_suffix": sae_id_suffix}
     language_model = model.load(opened.manifest.model)
     done = export_neuronpedia(dictionary, opened, language_model, out, **shown)
-    facts = {name: getattr(done, name) for name in ("path", "files", "latents", "explained")}
     explained = f", {done.explained:,} of them explained" if done.explained else ""
-    return facts, f"{done.latents:,} latents in {done.files} files{explained}: {done.path}"
+    return vars(done), f"{done.latents:,} latents in {done.files} files{explained}: {done.path}"
 
 
 def verify(

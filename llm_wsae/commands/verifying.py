@@ -1,5 +1,4 @@
-"""Checking every byte of what this package wrote: stores, dictionaries, trainings, studies,
-exports, weights files.
+"""Checking every byte of what this package wrote.
 
 Files that a record lists are compared with it; every other file of this package has its own digest.
 One of another tool, which has none, is only read, and named in the answer.
@@ -77,10 +76,8 @@ class Found:
 
 def verify(path: Path | str, site: str | None = None) -> Found:
     """Check a folder, with the folders in it, a weights file, or the JSON record of a command.
-    ``site`` is that of another tool's dictionary that does not name it.
-
-    Raises LlmWsaeError if there is nothing that this package knows.
-    """
+    ``site`` is that of another tool's dictionary that does not name it. Raises LlmWsaeError if
+    there is nothing that this package knows."""
     path, found = Path(path), Found()
     if not path.exists():
         raise LlmWsaeError(f"there is no file or folder {path}")

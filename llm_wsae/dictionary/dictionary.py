@@ -32,13 +32,12 @@ PRETRAINED = Path(__file__).parents[2] / "checkpoints"
 
 
 class Dictionary(nn.Module):
-    """A sparse autoencoder of ``d_in`` dimensions and ``d_sae`` latents, float32, frozen.
+    """A sparse autoencoder of ``d_in`` dimensions and ``d_sae`` latents, float32, frozen until
+    ``requires_grad_()`` is called; gradients with respect to the input always flow.
 
     ``info`` says how it was made. ``extras`` holds, on the CPU, what SAELens has no place for: the
     loss weights ``gamma``, [d_in] or [d_in, d_in], and statistics of the training rows (``mean``,
-    ``variance``, ``robust_variance``, each [d_in]). Parameters do not require gradients until
-    ``requires_grad_()`` is called; gradients with respect to the input always flow. ``threshold``
-    belongs to JumpReLU: a latent is active where its pre-activation exceeds it.
+    ``variance``, ``robust_variance``, each [d_in]). ``threshold`` is JumpReLU's.
 
     Raises UsageError if the tensors, the sparsity and the site do not fit each other.
     """
@@ -83,10 +82,8 @@ class Dictionary(nn.Module):
         self.sparsity = sparsity
         self.info = info
         self.extras = {key: tensor.detach().cpu().clone() for key, tensor in extras.items()}
-        self.folder: Path | None = None
-        """Where it was loaded from."""
-        self.weights_sha256: str | None = None
-        """Of the file of weights there; None for other tools' folders."""
+        self.folder: Path | None = None  # where it was loaded from
+        self.weights_sha256: str | None = None  # of the file there; None for other tools' folders
 
     @property
     def d_in(self) -> int:
@@ -109,9 +106,7 @@ class Dictionary(nn.Module):
 
     def on_cpu(self) -> "Dictionary":
         """This dictionary if it is on the CPU, otherwise a copy of it there."""
-        if self.W_enc.device.type == "cpu":
-            return self
-        return copy.deepcopy(self).cpu()
+        return self if self.W_enc.device.type == "cpu" else copy.deepcopy(self).cpu()
 
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
         """The active latents of every row: indices and values ``[*rows, k]``. Raises UsageError for
@@ -122,8 +117,7 @@ class Dictionary(nn.Module):
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """All latents of every row, dense. Raises as ``encode_sparse`` does."""
-        dense = to_dense(self._codes(x), self.d_sae)
-        return dense.view(*x.shape[:-1], self.d_sae)
+        return to_dense(self.encode_sparse(x), self.d_sae)
 
     def decode(self, latents: Float[Tensor, "*rows d_sae"] | Codes) -> Float[Tensor, "*rows d_in"]:
         """The reconstruction from dense latents or from codes. Raises UsageError when dense latents
@@ -145,9 +139,8 @@ class Dictionary(nn.Module):
     def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the dictionary folder; ``dtype`` is that of the two matrices on disk.
 
-        An older dictionary there is replaced; any other folder is refused. With bfloat16 or
-        float16 the file is half as large and the weights are rounded once: measure the reloaded
-        dictionary, not this one. Raises as ``folder.write_folder`` does.
+        An older dictionary there is replaced; any other folder is refused. bfloat16 and float16
+        round the weights: measure the reloaded dictionary. Raises as ``folder.write_folder`` does.
         """
         weights: dict[str, Tensor] = dict(self.named_parameters())
         write_folder(Path(folder), Content(weights, self.sparsity, self.info, self.extras), dtype)
@@ -158,9 +151,8 @@ class Dictionary(nn.Module):
     ) -> "Dictionary":
         """Read a dictionary folder, of this package, SAELens, sparsify or dictionary_learning.
 
-        ``site`` is for a foreign folder that does not say which site its dictionary belongs to.
-        Raises UsageError if it names another one, LlmWsaeError if it cannot be read or does not
-        belong to the residual stream.
+        ``site`` is for a foreign folder that names none. Raises UsageError if it names another one,
+        LlmWsaeError if it cannot be read or does not belong to the residual stream.
         """
         found = reading.read(Path(folder), site)
         try:
@@ -249,10 +241,10 @@ def load_pretrained(
 ) -> Dictionary:
     """Open a pretrained dictionary: ``smollm2-135m/blocks.9.hook_resid_post/uniform-k32``.
 
-    ``name`` is ``<model>/<site>/<dictionary>``. With ``repo_id``, it is read from a repository on
-    the Hub that holds the dictionaries of this model. Without, it is one of the project's own, in
-    ``checkpoints/`` of a clone. Raises UsageError for an unknown name, LlmWsaeError if there is no
-    clone, and as ``Dictionary.load`` and ``Dictionary.from_pretrained`` do.
+    ``name`` is ``<model>/<site>/<dictionary>``, in ``checkpoints/`` of a clone or, with a
+    ``repo_id``, in a repository on the Hub that holds the dictionaries of this model. Raises
+    UsageError for an unknown name, LlmWsaeError if there is no clone, and as
+    ``Dictionary.from_pretrained`` does.
     """
     if repo_id is not None:
         sae_id = name.partition("/")[2] or name

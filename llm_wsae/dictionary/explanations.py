@@ -1,8 +1,8 @@
 """What a language model said about latents: ``explanations.jsonl`` beside a dictionary's weights.
 
-The first line names the weights by their checksum, so that labels are never shown beside another
-dictionary, and holds the checksum of the other lines, one for each explained latent, and its own.
-The file may come from the Hub, so types are checked, and a text is only ever shown escaped.
+The first line holds the checksums of the weights, so that labels are never shown beside another
+dictionary, of the other lines, one for each explained latent, and its own. The file may come from
+the Hub, so types are checked, and a text is only ever shown escaped.
 """
 
 import hashlib
@@ -32,14 +32,10 @@ _LONGEST = 400  # characters of an explanation
 class Score:
     """How well an explanation, or a latent's contexts alone, let a judge tell examples apart."""
 
-    value: float
-    """Balanced accuracy (chance: 0.5), or accuracy for ``intruder`` (chance: 0.2)."""
-    interval: tuple[float, float]
-    """95 %, over examples."""
-    asked: int
-    """Examples that were put to the judge."""
-    answered: int
-    """Those of them with an answer that could be read."""
+    value: float  # balanced accuracy (chance: 0.5), or accuracy for ``intruder`` (chance: 0.2)
+    interval: tuple[float, float]  # 95 %, over examples
+    asked: int  # examples that were put to the judge
+    answered: int  # those of them with an answer that could be read
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,9 @@ class Explanation:
     """What is known of one latent."""
 
     latent: int
-    text: str | None
-    """The explanation; None if the explainer gave none that could be read."""
-    explainer: str
-    """Name of the language model."""
-    scores: Mapping[str, Score]
-    """``detection``, ``fuzzing`` and ``intruder``, those that were measured."""
+    text: str | None  # the explanation; None if the explainer gave none that could be read
+    explainer: str  # name of the language model
+    scores: Mapping[str, Score]  # detection, fuzzing and intruder, if they were measured
 
 
 def read_explanations(folder: Path) -> dict[int, Explanation]:

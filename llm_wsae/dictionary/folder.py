@@ -66,8 +66,7 @@ class Content:
     sparsity: Sparsity
     info: DictionaryInfo
     extras: dict[str, Tensor]
-    weights_sha256: str | None = None
-    """Of the file of weights; None for other tools' folders."""
+    weights_sha256: str | None = None  # of the file of weights; None for other tools' folders
 
 
 def names_of(folders: Iterable[Path]) -> dict[str, Path]:
@@ -84,12 +83,9 @@ def names_of(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def write_folder(folder: Path, content: Content, dtype: torch.dtype = torch.float32) -> None:
-    """Write a dictionary folder atomically, its matrices in ``dtype``.
-
-    Raises UsageError for a dtype that cannot be stored, LlmWsaeError for weights that are not
-    finite once rounded, and if the folder cannot be written or holds anything but a dictionary.
-    What was there is then unchanged.
-    """
+    """Write a dictionary folder atomically, its matrices in ``dtype``. Raises UsageError if that
+    cannot be stored, LlmWsaeError for weights that are not finite once rounded, and if the
+    folder cannot be written or holds anything but a dictionary, which then stays as it is."""
     if dtype not in _DTYPES:
         raise UsageError(
             f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
@@ -117,10 +113,7 @@ def write_folder(folder: Path, content: Content, dtype: torch.dtype = torch.floa
 
 
 def _saelens_config(content: Content) -> dict[str, Any]:
-    """The ``cfg.json`` with which SAELens ≥ 6 computes what ``Dictionary`` computes.
-
-    Its dtype is that of the computation, float32, whatever the file's: SAELens converts on load.
-    """
+    """The ``cfg.json`` with which SAELens ≥ 6 computes what ``Dictionary`` computes."""
     sparsity, info = content.sparsity, content.info
     d_in, d_sae = content.weights["W_enc"].shape
     topk = {"k": sparsity.k, "rescale_acts_by_decoder_norm": False}
@@ -128,7 +121,7 @@ def _saelens_config(content: Content) -> dict[str, Any]:
         "architecture": sparsity.architecture,
         "d_in": d_in,
         "d_sae": d_sae,
-        "dtype": "float32",
+        "dtype": "float32",  # of the computation: SAELens converts on load
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
@@ -187,11 +180,9 @@ def check_replaceable(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Let one process or thread at a time write to a folder that may be replaced; others wait.
-
-    The lock is a file beside the folder, because a file inside would be replaced with it. Raises
-    LlmWsaeError if it cannot be made.
-    """
+    """Let one process or thread at a time write to a folder that may be replaced; others wait. The
+    lock is a file beside it, as one inside would be replaced too. Raises LlmWsaeError if it cannot
+    be made."""
     folder = Path(os.path.realpath(folder))
     path = folder.with_name(f".{folder.name}.writing")
     with refusals_to_write(folder):
@@ -216,14 +207,13 @@ def _locked(path: Path) -> IO[str]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """The path of a new folder, which replaces ``folder`` if the block succeeds. A kill between the
-    two renames leaves the old one aside; ``clear_up`` brings it back."""
+    """The path of a new folder, which replaces ``folder`` if the block succeeds."""
     with writing(folder):
         _clear_up(folder)
         check_replaceable(folder)
         try:
             yield _beside(folder, "new")
-            if folder.exists():
+            if folder.exists():  # a kill between the two renames leaves it to ``clear_up``
                 os.rename(folder, _beside(folder, "old"))
             os.rename(_beside(folder, "new"), folder)
         finally:
@@ -248,7 +238,7 @@ def _clear_up(folder: Path) -> None:
 
 
 def _beside(folder: Path, what: str) -> Path:
-    """Where the ``new`` folder is written, or the ``old`` one is moved, under the lock."""
+    """Where the ``new`` folder is written, or the ``old`` one is moved."""
     folder = Path(os.path.abspath(folder))
     return folder.with_name(f".{folder.name}.{what}")
 
@@ -389,12 +379,9 @@ def keep_measurements(
     weights: str | None = None,
 ) -> None:
     """Store groups of measurements (``fidelity``, ``monosemanticity``; JSON values) in the metrics
-    of a dictionary's folder, replacing older ones of the same group.
-
-    ``found`` may be a function that gives them from the metrics that are there. ``weights`` is
-    ``Dictionary.weights_sha256`` of what was measured. Raises as ``check_keeps_measurements`` does,
-    and LlmWsaeError if the file cannot be read or written; it is then unchanged.
-    """
+    of a dictionary's folder, replacing older ones of the same group; ``found`` may make them from
+    the metrics there. ``weights`` is ``Dictionary.weights_sha256`` of what was measured. Raises as
+    ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be read or written."""
     with writing(folder):
         check_keeps_measurements(folder, weights)
         about = read_own_json(folder / INFO, _INFO, WAY_OUT)

@@ -17,39 +17,23 @@ _KINDS = {"topk": "TopK", "standard": "ReLU", "jumprelu": "JumpReLU", "batchtopk
 
 @dataclass(frozen=True)
 class DictionaryInfo:
-    """Everything about a dictionary except its tensors and its kind of sparsity.
+    """Everything about a dictionary except its tensors and its kind of sparsity, JSON-able. Each
+    free dict belongs to the stage that fills it."""
 
-    All of it is JSON. Each free dict belongs to the stage that fills it.
-    """
-
-    site: str
-    """Where its rows come from, in TransformerLens names: ``blocks.9.hook_resid_post``."""
-    name: str = "dictionary"
-    """Name of the training arm."""
-    rule: str = "uniform"
-    """Name of the rule that made the loss weights γ."""
-    alpha: float = 0.0
-    """Exponent of the rule: γ = score^alpha."""
-    weights: dict[str, Any] = field(default_factory=dict)
-    """How γ was made from the scores, and whether it weighted the loss or the training space."""
-    seed: int | None = None
-    """Seed of the initial weights."""
-    context_size: int | None = None
-    """Tokens per context of the training text."""
-    prepend_bos: bool | None = None
-    """Whether each of those contexts began with the model's BOS token."""
-    massive_threshold: float | None = None
-    """Norm above which a row counted as a massive activation and was excluded from the loss."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Identity of the model (name, revision, dtype, …)."""
-    corpus: dict[str, Any] = field(default_factory=dict)
-    """Identity of the text (name, split, …)."""
-    store: dict[str, Any] = field(default_factory=dict)
-    """Identity of the activation store or stream."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """Resolved training configuration."""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """What was measured, at the end of training or by ``evaluate``."""
+    site: str  # where its rows come from, in TransformerLens names: ``blocks.9.hook_resid_post``
+    name: str = "dictionary"  # name of the training arm
+    rule: str = "uniform"  # name of the rule that made the loss weights γ
+    alpha: float = 0.0  # exponent of the rule: γ = score^alpha
+    weights: dict[str, Any] = field(default_factory=dict)  # how γ was made, and where it acts
+    seed: int | None = None  # seed of the initial weights
+    context_size: int | None = None  # tokens per context of the training text
+    prepend_bos: bool | None = None  # whether each of those began with a BOS token
+    massive_threshold: float | None = None  # norm above which a row was excluded as massive
+    model: dict[str, Any] = field(default_factory=dict)  # its identity (name, revision, dtype, …)
+    corpus: dict[str, Any] = field(default_factory=dict)  # identity of the text (name, split, …)
+    store: dict[str, Any] = field(default_factory=dict)  # identity of the store or stream
+    training: dict[str, Any] = field(default_factory=dict)  # resolved training configuration
+    metrics: dict[str, Any] = field(default_factory=dict)  # of training or `evaluate`
 
     def is_of_other_weights(self, identity: Mapping[str, Any]) -> bool:
         """Whether it explains another model than the one with that ``identity()``, as far as can be
@@ -61,8 +45,8 @@ class DictionaryInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryInfo":
-        """From JSON; fields of a later version are ignored. Raises LlmWsaeError
-        for a value of another type, no site, or a threshold that leaves no row."""
+        """From JSON; fields of a later version are ignored. Raises LlmWsaeError for a value of
+        another type, no site, or a threshold that leaves no row."""
         known = {f.name for f in fields(cls)}
         try:
             info = typed(cls(**{key: value for key, value in values.items() if key in known}))
@@ -80,18 +64,13 @@ class Facts:
     """What the small files of a dictionary say, this package's or another tool's, as far as they
     say anything; no tensor is read."""
 
-    sae_id: str
-    """Its folder in a repository."""
-    architecture: str | None
-    """Name of its kind, SAELens' if it has one."""
+    sae_id: str  # its folder in a repository
+    architecture: str | None  # name of its kind, SAELens' if it has one
     d_in: int | None
     d_sae: int | None
-    k: int | None
-    """Active latents per token, if the kind fixes their number."""
-    info: DictionaryInfo
-    """How it was made. The site is empty if another tool's files do not name one."""
-    package_version: str | None = None
-    """Version of this package that saved it."""
+    k: int | None  # active latents per token, if the kind fixes their number
+    info: DictionaryInfo  # how it was made; without a site if another tool's files name none
+    package_version: str | None = None  # version of this package that saved it
 
     @classmethod
     def own(cls, sae_id: str, cfg: Any, info: Any) -> "Facts":

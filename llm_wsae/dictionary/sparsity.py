@@ -17,12 +17,9 @@ class Sparsity:
     """A kind of sparsity. Unless it says otherwise, every pre-activation above 0, and above its
     latent's threshold if there is one, is active."""
 
-    architecture: ClassVar[str]
-    """Its name in ``cfg.json``."""
-    has_threshold: ClassVar[bool] = False
-    """Whether a dictionary of this kind has a threshold for each latent."""
-    k: int | None = None
-    """Active latents per row, at most, if the kind limits them."""
+    architecture: ClassVar[str]  # its name in ``cfg.json``
+    has_threshold: ClassVar[bool] = False  # one for each latent
+    k: int | None = None  # active latents per row, at most, if the kind limits them
 
     def encode(
         self,
@@ -32,10 +29,7 @@ class Sparsity:
         threshold: Float[Tensor, " d_sae"] | None = None,
     ) -> Codes:
         """The active latents of every row, from rows · encoderᵀ + bias, of which only a part ever
-        exists; all values ≥ 0, in as many slots as the fullest row needs, at least 1.
-
-        ``threshold`` is given if and only if ``has_threshold``.
-        """
+        exists; all values ≥ 0, in as many slots as the fullest row needs, at least 1."""
         least = torch.zeros_like(bias) if threshold is None else threshold.clamp(min=0)
         return padded(encode_above(Product(rows, encoder, bias), least))
 
@@ -74,11 +68,8 @@ class ReLU(Sparsity):
 
 @dataclass(frozen=True)
 class JumpReLU(Sparsity):
-    """Pre-activations above their latent's threshold are active (Rajamanoharan et al. 2024).
-
-    JumpReLU learns the thresholds. BatchTopK and Matryoshka, which select over a whole batch in
-    training, encode with one threshold for all latents afterwards.
-    """
+    """Pre-activations above their latent's threshold are active (Rajamanoharan et al. 2024). Also
+    of finished BatchTopK and Matryoshka dictionaries, with one threshold for all latents."""
 
     architecture: ClassVar[str] = "jumprelu"
     has_threshold: ClassVar[bool] = True
@@ -88,10 +79,8 @@ _KINDS: dict[str, type[Sparsity]] = {kind.architecture: kind for kind in (TopK, 
 
 
 def sparsity_of(architecture: Any, k: Any) -> Sparsity:
-    """The sparsity that a SAELens ``cfg.json`` with these entries describes.
-
-    Raises LlmWsaeError for an unknown architecture (listing the known ones) or an impossible k.
-    """
+    """The sparsity that these entries of SAELens' ``cfg.json`` describe. Raises LlmWsaeError for an
+    unknown architecture or an impossible k."""
     kind = _KINDS.get(str(architecture))
     if kind is None:
         raise LlmWsaeError(
@@ -105,9 +94,7 @@ def sparsity_of(architecture: Any, k: Any) -> Sparsity:
     return TopK(k)
 
 
-def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
-    """The codes as dense rows of latents."""
-    dense = torch.zeros(
-        len(codes.indices), d_sae, dtype=codes.values.dtype, device=codes.values.device
-    )
-    return dense.scatter_add_(1, codes.indices, codes.values)  # unused slots: any index, value 0
+def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "*rows d_sae"]:
+    """The codes of any number of rows as dense latents."""
+    dense = codes.values.new_zeros(*codes.values.shape[:-1], d_sae)
+    return dense.scatter_add_(-1, codes.indices, codes.values)  # unused slots: any index, value 0

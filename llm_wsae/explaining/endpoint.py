@@ -1,9 +1,8 @@
 """A language model behind an OpenAI-compatible endpoint, asked at most once for each answer.
 
-Every answer is appended to a file as soon as it arrives, under the checksum of its question. An
-answer that is in the file, undamaged, is never asked for again, whatever stopped the run. The key
-comes from the environment and goes nowhere except into the header of the requests, and to another
-machine only encrypted. Whatever the endpoint replies, it is read within a limited time and size.
+Every answer is appended to a file as soon as it arrives, under the checksum of its question, and is
+never asked for again. The key comes from the environment and goes nowhere except into the header of
+the requests, and to another machine only encrypted. A reply is read within limited time and size.
 """
 
 import asyncio
@@ -30,8 +29,7 @@ from llm_wsae.terminal import printable
 KEY, OPENAI_KEY, OPENAI = "LLM_WSAE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
 ANSWERS = "answers.jsonl"
 TRIES = 6
-LONGEST_WAIT = 120.0
-"""Seconds; an endpoint that asks to wait longer ends the run."""
+LONGEST_WAIT = 120.0  # seconds; an endpoint that asks to wait longer ends the run
 _TIMEOUT = 600.0  # seconds for a whole reply; a large model on a small machine is slow
 _LARGEST = 1 << 22  # bytes of a reply; an answer has a few thousand
 _QUOTED = 200  # characters of what an endpoint says
@@ -51,25 +49,17 @@ _HOPELESS = {  # what no other question would change
 class Tally:
     """What was asked in this run."""
 
-    asked: int = 0
-    """Questions that were answered by the endpoint."""
-    known: int = 0
-    """Questions whose answers were in the file already."""
-    failed: int = 0
-    """Questions without an answer, after all tries."""
-    tokens_in: int = 0
-    """Of the endpoint's answers in this run, as it counts them."""
+    asked: int = 0  # questions that were answered by the endpoint
+    known: int = 0  # questions whose answers were in the file already
+    failed: int = 0  # questions without an answer, after all tries
+    tokens_in: int = 0  # of the endpoint's answers in this run, as it counts them
     tokens_out: int = 0
-    why: str = ""
-    """What the last failed question failed of."""
+    why: str = ""  # what the last failed question failed of
 
 
 class Endpoint:
-    """A language model to ask, from several threads at once; use it as a context manager.
-
-    Raises UsageError for an address or a key that cannot be used, LlmWsaeError if another run
-    holds the folder or its file cannot be used.
-    """
+    """A language model to ask, from several threads at once; use it as a context manager. Raises as
+    ``check_endpoint`` does, and LlmWsaeError if another run holds the folder."""
 
     def __init__(
         self,
@@ -180,13 +170,9 @@ class Endpoint:
         return None, why, status
 
     async def _reply(self, body: dict[str, Any]) -> tuple[int, str, str]:
-        """Status, text and Retry-After of the reply to one request, complete in time and not too
-        large."""
-        client = httpx.AsyncClient(
-            verify=self._tls,
-            timeout=self._timeout,
-            trust_env=not _is_here(self._url),  # a proxy is another machine
-        )
+        """Status, text and Retry-After of a reply, complete in time and not too large."""
+        trust_env = not _is_here(self._url)  # a proxy is another machine
+        client = httpx.AsyncClient(verify=self._tls, timeout=self._timeout, trust_env=trust_env)
         data = bytearray()
         async with (
             asyncio.timeout(self._timeout),  # httpx limits only the wait for the next bytes
@@ -259,12 +245,9 @@ class Endpoint:
 
 
 def check_endpoint(address: str) -> tuple[str, str]:
-    """The address without what is added to it, and the key for it, empty if there is none.
-
-    OpenAI's key goes to OpenAI alone. Raises UsageError if the address is not one of http(s) or
-    holds a password, a query or a fragment; and, without showing the key, if that cannot be one or
-    would be sent to another machine in clear.
-    """
+    """The address without what is added to it, and the key for it, empty if there is none; OpenAI's
+    goes to OpenAI alone. Raises UsageError if the address is not one of http(s) or holds more, or
+    if the key cannot be one or would be sent to another machine in clear."""
     try:
         parts = urlsplit(address)
         usable = parts.scheme in ("http", "https") and bool(httpx.URL(address).host)

@@ -1,8 +1,7 @@
 """The texts that a language model sees of each latent: some to explain it from, others to judge.
 
 Explaining and judging use different documents, so that an explanation cannot be recognised by what
-it was made from. The texts of one latent come from different contexts. One pass over the store
-(``pages.collecting``) finds where latents are active, a second one reads the activations there.
+it was made from. The texts of one latent come from different contexts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,8 +38,7 @@ from llm_wsae.pages.collecting import (
 Numbers = Int[np.ndarray, " _"]
 Rows = Int[np.ndarray, "_ _"]  # [latents, each]
 
-POOL = 1000
-"""Random texts, shared by all latents, among which silent ones are sought."""
+POOL = 1000  # random texts, shared by all latents, among which silent ones are sought
 _LATENTS_AT_ONCE = 256  # whose pairs of texts are in memory together
 _NEIGHBOURS = 5  # latents nearest by decoder row
 _CANDIDATES = 4  # texts of neighbours for each that is wanted: in some the latent is active too
@@ -54,10 +52,8 @@ def choose(
     config: ExplainConfig,
     encoder: Encoder,
 ) -> tuple[list[LatentTexts], int]:
-    """Choose latents and their texts; and say how many latents have enough.
-
-    Raises LlmWsaeError if the store does not fit the dictionary, or no latent has enough texts.
-    """
+    """Choose latents and their texts; and say how many latents have enough. Raises LlmWsaeError if
+    the store does not fit the dictionary, or no latent has enough texts."""
     choice = _Choice(store, dictionary, vocabulary, config)
     rows = choice.rows_of_latents()
     if not rows:
@@ -76,11 +72,8 @@ def choose(
 def sample_by_density(
     eligible: Numbers, density: np.ndarray, count: int | str, seed: int
 ) -> Numbers:
-    """``count`` of the eligible latents, as many from every tenth of them by density.
-
-    Every number has its place in one random order: dictionaries of one width get the same latents
-    where these fall into the same tenth, and a larger sample contains a smaller one.
-    """
+    """``count`` of the eligible latents, as many from every tenth of them by density. Drawn
+    by one random order of all numbers, so a larger sample contains a smaller one."""
     if count == "all" or int(count) >= len(eligible):
         return np.sort(eligible)
     place = np.random.default_rng(seed).permutation(len(density))
@@ -93,9 +86,7 @@ def sample_by_density(
 
 
 class _Choice:
-    """The texts of one dictionary's latents. Half of the documents are for the explainer, the
-    others for the judge. A text is cut out of the ids around a row [wide], which are wide enough
-    for every text that holds it."""
+    """The texts of one dictionary's latents, each cut out of the ids around a row [wide]."""
 
     def __init__(
         self,
@@ -111,7 +102,7 @@ class _Choice:
         self._context = context_of_every_row(store)
         shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
         self._document = np.concatenate([one.document[one.keep] for one in shards])
-        # Chance takes one of every two documents of similar length.
+        # The explainer gets half of the documents: by chance one of every two of similar length.
         numbers, where, sizes = np.unique(self._document, return_inverse=True, return_counts=True)
         place = np.argsort(np.argsort(sizes, kind="stable"))
         first = np.random.default_rng(config.seed).integers(2, size=len(numbers) // 2 + 1)
@@ -177,8 +168,7 @@ class _Choice:
         return texts, silent
 
     def _of_neighbours(self, latents: Numbers, table: Rows) -> Rows:
-        """Rows for the judge on which the latents of the nearest decoder rows are active, in
-        contexts that the latent's own texts do not come from; −1 where there are no more."""
+        """Rows for the judge on which the nearest latents are active, in other contexts; or −1."""
         wanted = _CANDIDATES * (self._config.negatives // 4)
         decoder, numbers = self._dictionary.W_dec, torch.from_numpy(latents)
         near, _ = nearest(decoder[numbers], decoder, _NEIGHBOURS, numbers)
@@ -206,8 +196,7 @@ class _Choice:
         pool: list[str],
         silent: np.ndarray,
     ) -> tuple[Float[np.ndarray, "latents pool"], list[float]]:
-        """How alike the pool is to each latent's strongest texts in meaning, and the detection of
-        the latent by that; NaN where there are too few texts."""
+        """How alike the pool is to each latent's strongest texts, and its detection by that."""
         top, shown = self._config.examples // 2, self._config.examples
         flat = encoder.embed([text.plain for texts in active for text in texts])
         vectors, of_pool = flat.view(len(active), -1, flat.shape[1]), encoder.embed(pool)
@@ -226,8 +215,7 @@ class _Choice:
         near: Iterable[tuple[np.ndarray, np.ndarray]],
         draw: np.random.Generator,
     ) -> dict[str, list[str]]:
-        """Texts in which a latent is silent: random ones, those most like its own, and those around
-        rows of its neighbours."""
+        """Texts in which a latent is silent, by how they are chosen."""
         quarter = self._config.negatives // 4
         half = self._config.negatives - 2 * quarter
         numbers = draw.permutation(np.flatnonzero(silent))
@@ -267,8 +255,7 @@ def _spread(rows: Numbers, count: int) -> Numbers:
 
 
 def _cut(wide: Numbers, draw: np.random.Generator) -> slice:
-    """A text that holds the middle one of some tokens, at a random place in it; shorter where its
-    document or its context is."""
+    """A text with the middle one of some tokens at a random place, within its document."""
     there = np.flatnonzero(wide >= 0)  # a run around the middle
     first, stop = int(there[0]), int(there[-1]) + 1
     if stop - first > WINDOW:

@@ -1,7 +1,6 @@
 """``explain``: a language model explains latents, and is scored on recognising them by it.
 
-The scores of a latent have intervals over its examples, those of a dictionary over its latents. A
-rank correlation says whether the judge orders latents as detection without a language model does.
+The scores of a latent have intervals over its examples, those of a dictionary over its latents.
 """
 
 import json
@@ -63,8 +62,7 @@ class Price:
     questions: int
     tokens_in: int
     tokens_out: int
-    money: float | None
-    """At the prices of the configuration."""
+    money: float | None  # at the prices of the configuration
 
     def __str__(self) -> str:
         digits = ",.2f" if (self.money or 0) >= 1 else ".2g"
@@ -100,8 +98,7 @@ class Correlation:
     """Spearman's rank correlation over latents."""
 
     value: float
-    interval: Interval
-    """95 %, by Fisher's transformation with the variance of Bonett and Wright (2000)."""
+    interval: Interval  # 95 %, by Fisher's transformation, with Bonett and Wright's variance (2000)
     latents: int
 
 
@@ -111,29 +108,19 @@ class DictionaryExplained:
 
     folder: Path
     d_sae: int
-    eligible: int
-    """Latents that are active in enough documents."""
+    eligible: int  # latents that are active in enough documents
     latents: list[Explanation]
-    means: dict[str, Mean]
-    """By score, over the latents that have it."""
-    recognised: dict[str, float]
-    """Of the texts in which a latent is silent, by how they were chosen: the share that detection
-    said so of."""
-    own_detection: Mean
-    """Detection without a language model on the same texts."""
-    agreement: dict[str, Correlation]
-    """By score: its rank correlation with that detection, where it is defined."""
+    means: dict[str, Mean]  # by score, over the latents that have it
+    recognised: dict[str, float]  # by kind of silent text: the share that detection tells as such
+    own_detection: Mean  # detection without a language model on the same texts
+    agreement: dict[str, Correlation]  # by score: its rank correlation with that
     questions: int
-    unread: int
-    """Questions whose answers have another form than was asked for."""
-    failed: int
-    """Questions without an answer."""
+    unread: int  # questions whose answers have another form than was asked for
+    failed: int  # questions without an answer
 
     def card_numbers(self, older: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """What is kept in the dictionary's description, JSON-able; empty if nothing was scored.
-
-        Of the ``older`` numbers stay the scores by the same explainer that this run did not measure
-        again."""
+        """What is kept in the dictionary's description, JSON-able; empty if nothing was scored. Of
+        the ``older`` numbers, scores by the same explainer stay that were not measured again."""
         scores = {
             name: {"value": mean.mean, "interval": mean.interval}
             for name, mean in self.means.items()
@@ -171,13 +158,10 @@ class DictionaryExplained:
 class Explained:
     """What ``explain`` found."""
 
-    dictionaries: dict[str, DictionaryExplained]
-    """By name."""
-    tally: Tally
-    """What was asked in this run."""
+    dictionaries: dict[str, DictionaryExplained]  # by name
+    tally: Tally  # what was asked in this run
     out: Path
-    text: TextSize
-    """Of the store whose texts were shown."""
+    text: TextSize  # of the store whose texts were shown
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
@@ -224,14 +208,13 @@ def explain(
     saved, or these by the names to show; the explanations are kept in them. ``store`` is of their
     site; ``model`` made it, or is what ``LanguageModel.load`` takes. ``endpoint`` is the address of
     an OpenAI-compatible endpoint, up to ``/v1``, whose key is read from ``LLM_WSAE_API_KEY`` in the
-    environment (for OpenAI's own also from ``OPENAI_API_KEY``); the language model there that
-    explains and judges is named ``explainer``. A run with the same folder ``out`` pays for no
-    answer twice. ``encoder`` takes the place of ``config.encoder``.
+    environment (for OpenAI's own also from ``OPENAI_API_KEY``); ``explainer`` is the model there. A
+    run with the same folder ``out`` pays for no answer twice. ``encoder`` replaces that of
+    ``config``.
 
-    Raises UsageError for no dictionary, a folder that is not this package's, or an address or key
-    that cannot be one; LlmWsaeError if a folder cannot be read or belongs to another model, the
-    sentence encoder is missing, no latent is active in enough documents, or the endpoint refuses or
-    fails.
+    Raises UsageError for no dictionary, another tool's, or an address or key that cannot be one;
+    LlmWsaeError for what cannot be read or does not belong together, if no latent is active in
+    enough documents, or if the endpoint refuses or fails.
     """
     folders = check_folders(dictionaries)
     check_file(Path(out) / REPORT, is_record_of("explain"))
@@ -329,9 +312,8 @@ def _scored(
 
 
 def score_of(name: str, trials: Sequence[Trial], seed: int) -> Score | None:
-    """Accuracy in finding intruders; for the other scores balanced accuracy, the mean over texts
-    whose answer is yes and those whose is no. Of the trials with an answer, with its interval over
-    trials; None if a side has no answer, as where a latent is silent in no text."""
+    """Of the trials with an answer: accuracy in finding intruders, else balanced accuracy, with its
+    interval over trials; None if a side has no answer, as where a latent is silent in no text."""
     read = [trial for trial in trials if trial.answer is not None]
     sides = (True,) if name == "intruder" else (True, False)
     sums: dict[str, np.ndarray] = {}

@@ -1,9 +1,7 @@
 """Where every latent of several dictionaries fires in a store: one pass over the rows.
 
-What is kept does not grow with the rows, except for 4 bytes a row and dictionary: of each latent
-its largest activations, each of another context, and a random sample of the others, from which the
-examples of the quantile bands come. The rows are read a second time, without being encoded, for
-the activations around the examples.
+Of each latent its largest activations, each of another context, and a random sample of the others
+are kept, and 4 bytes a row and dictionary. The rows of contexts with examples are read once more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,27 +37,16 @@ class Firings:
 
     rows_seen = 0
     """Rows without massive activations."""
-    floor: Float[Tensor, " rows"]
-    """The smallest active value of every row; infinite on massive rows, which are not explained."""
-    count: Int[Tensor, " d_sae"]
-    """Rows on which each latent fires."""
-    total: Float[Tensor, " d_sae"]
-    """Sum of its activations."""
-    histogram: Int[Tensor, "d_sae bins"]
-    """Its activations by size, in bins of half an octave."""
-    first_edge: float
-    """Lower edge of the second bin; the first and the last bin are open."""
-    row: Int[Tensor, "d_sae examples"]
-    """Its top rows, then one row of each band of its activations, the strongest first; −1 where it
-    is a top row already."""
-    value: Float[Tensor, "d_sae examples"]
-    """Its activations on those rows."""
-    edges: Float[Tensor, "d_sae edges"]
-    """Between which activations its bands are, from its largest down to 0."""
-    together: Int[Tensor, "d_sae neighbours"]
-    """The latents that fire together with it most often, the most first."""
-    overlap: Float[Tensor, "d_sae neighbours"]
-    """Of the rows on which either fires, those on which both do; 0 where there is no neighbour."""
+    floor: Float[Tensor, " rows"]  # smallest active value of every row; infinite on massive rows
+    count: Int[Tensor, " d_sae"]  # rows on which each latent fires
+    total: Float[Tensor, " d_sae"]  # sum of its activations
+    histogram: Int[Tensor, "d_sae bins"]  # its activations by size, in bins of half an octave
+    first_edge: float  # lower edge of the second bin; the first and the last bin are open
+    row: Int[Tensor, "d_sae examples"]  # top rows, then one of each band, or −1 if it is there
+    value: Float[Tensor, "d_sae examples"]  # its activations on those rows
+    edges: Float[Tensor, "d_sae edges"]  # of its bands, from its largest activation down to 0
+    together: Int[Tensor, "d_sae neighbours"]  # latents that fire with it most often
+    overlap: Float[Tensor, "d_sae neighbours"]  # rows where both fire, of those of either
 
     def __init__(self, dictionary: Dictionary, context: Int[Tensor, " rows"], top: int, bands: int):
         self._dictionary, self._bands = dictionary, bands
@@ -151,10 +138,8 @@ def collect(
     bands: int,
     most_rows: int | None = None,
 ) -> dict[str, Firings]:
-    """What every dictionary's latents do in the first ``most_rows`` rows, or all.
-
-    Raises LlmWsaeError if the store's rows cannot be a dictionary's, or cannot be read.
-    """
+    """What every dictionary's latents do in the first rows, or all. Raises LlmWsaeError if the
+    store's rows cannot be a dictionary's, or cannot be read."""
     (site,) = {dictionary.site for dictionary in dictionaries.values()}
     for dictionary in dictionaries.values():
         check_store(store, dictionary)
@@ -182,8 +167,7 @@ def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
 
 
 class _Kept:
-    """The firings of each latent that rank highest by some score; at most one of each context, if
-    the ``context`` of every row is given."""
+    """Each latent's firings of the highest score; of each ``context``, if given, only one."""
 
     def __init__(self, d_sae: int, size: int, context: Int[Tensor, " rows"] | None = None):
         self._shape, self._context = (d_sae, size), context
@@ -228,16 +212,11 @@ def _ranked(group: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
 class Windows:
     """The text around examples. Arrays [examples of all latents, positions]."""
 
-    ids: Int[np.ndarray, "examples positions"]
-    """Token ids; −1 where the text begins later or ends earlier."""
-    activation: Float[np.ndarray, "examples positions"]
-    """The latent's activations."""
-    document: Sequence[str]
-    """Name of each example's document, empty if it has none."""
-    source: Int[np.ndarray, "examples sources"]
-    """The dimensions that most of the activation at the centre comes from."""
-    part: Float[np.ndarray, "examples sources"]
-    """What they give: (x − mean)·W_enc of the one dimension."""
+    ids: Int[np.ndarray, "examples positions"]  # token ids; −1 beyond the text
+    activation: Float[np.ndarray, "examples positions"]  # the latent's activations
+    document: Sequence[str]  # name of each example's document, empty if it has none
+    source: Int[np.ndarray, "examples sources"]  # dimensions that give most at the centre
+    part: Float[np.ndarray, "examples sources"]  # what they give: (x − mean)·W_enc
 
     def run(self, example: int) -> slice:
         """The positions that hold text, around the centre."""
@@ -255,11 +234,8 @@ def windows(
     after: int,
 ) -> Windows:
     """``before`` and ``after`` tokens around every example of some latents, with the latent's
-    activations there; ``rows`` are the examples (−1 for none), ``floor`` is that of ``Firings``.
-
-    A latent's activation is its own pre-activation wherever the row's selection reaches as low.
-    Where it comes from is counted from the mean row of the store.
-    """
+    activations there and where they come from, counted from the mean row of the store. ``rows`` are
+    the examples (−1 for none), ``floor`` is that of ``Firings``."""
     around = np.arange(-before, after + 1)
     ids = np.full((rows.numel(), len(around)), -1, dtype=np.int32)
     activation = np.zeros(ids.shape, dtype=np.float32)
@@ -303,7 +279,7 @@ def place_of(
     store: ActivationStore, context: Int[np.ndarray, " rows"], number: int
 ) -> tuple[Contexts, int, Int[np.ndarray, " kept"], int]:
     """Where a context is: its shard's contexts and the place among them, the positions that have
-    rows, and the first of these rows; ``context`` is that of every row."""
+    rows, and their first row; ``context`` is that of every row."""
     shard, place = store.place_of_context(number)
     contexts = store.contexts(shard)
     kept = np.flatnonzero(contexts.keep[place])
@@ -317,8 +293,8 @@ def activations_of(
     latents: Int[Tensor, " some"],
     floor: Float[Tensor, " rows"],
 ) -> Float[np.ndarray, "rows some"]:
-    """Some latents' activations on rows whose smallest active values are known, from their columns
-    of the encoder."""
+    """Some latents' activations, from their columns of the encoder: their pre-activations wherever
+    the row's selection (its ``floor``) reaches as low."""
     pre = torch.addmm(dictionary.b_enc[latents], x, encoder)
     if isinstance(dictionary.sparsity, TopK):
         active = pre >= floor[:, None] * (1 - _SLACK)

@@ -48,17 +48,14 @@ from llm_wsae.statistics.uncertainty import FEWEST, TextSize
 from llm_wsae.terminal import printable
 
 MOST_MEGABYTES = 60
-EXAMPLES = 10
-"""Of each kind (strongest, and from bands), shown for a latent unless told otherwise."""
+EXAMPLES = 10  # of each kind (strongest, and from bands), shown for a latent
 _FEWEST = 3  # of each kind, before a dictionary is left out rather
 _BYTES_A_LATENT, _BYTES_AN_EXAMPLE = 200, 105  # packed: docs/log.md
 _RARE = 1.5  # times the limit: latents that fire rarely have fewer examples, so a page may be less
 _MOST_EXAMPLES = 1000  # of one kind, for each latent
 
-CHUNK = 64
-"""Latents that are unpacked together."""
-BEFORE, AFTER = 20, 8
-"""Tokens shown around an example."""
+CHUNK = 64  # latents that are unpacked together
+BEFORE, AFTER = 20, 8  # tokens shown around an example
 _NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
 _SHOWN = 12  # latents of a token of a sentence
 _SHADES = 99  # levels of an activation: two digits
@@ -66,7 +63,6 @@ _LONGEST = 80  # characters of a token that are shown
 _LOGITS_AT_ONCE = 4 * CHUNK
 _BINS = 24  # of the histogram of logits
 SCORES = {one.name: one.title for one in MONOSEMANTICITY if one.source == "latents"}
-"""Scores of latents that become measures of the page, with their titles."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +98,6 @@ def dashboard(
     ``prompts`` are sentences whose latents are shown token by token; ``rows`` limits how many rows
     of the store are looked at. ``scores`` is a report of ``evaluate --monosemantic``, whose scores
     of latents become measures here. ``live`` adds the panels that ask a server (``live.serve``).
-
-    The rows are encoded in one pass, and those of contexts with examples are read once more. Memory
-    grows by 4 bytes for each row, and 4 more for each dictionary.
 
     Raises UsageError for dictionaries of different sites or none, or a page that would be larger
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
@@ -195,20 +188,14 @@ def _check_size(megabytes: float, slack: float = 1.0) -> None:
 def named_dictionaries(
     dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
 ) -> dict[str, Dictionary]:
-    """The dictionaries by names that tell them apart, on the CPU as the rows of a store are.
-
-    Raises UsageError if there is none or they are of several sites; LlmWsaeError for a folder that
-    holds none.
-    """
-    named: dict[str, Dictionary] = {}
-    if isinstance(dictionaries, Mapping):
-        named, dictionaries = dict(dictionaries), ()
-    for one in dictionaries:
+    """The dictionaries by names that tell them apart, on the CPU as the rows of a store are. Raises
+    UsageError if there is none or they are of several sites, LlmWsaeError as ``load`` does."""
+    named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {}
+    for one in () if named else dictionaries:
         if isinstance(one, Dictionary):
             dictionary, name = one, one.info.name
-        else:
-            dictionary = Dictionary.load(one)
-            name = os.path.basename(os.path.abspath(one))  # also of . and ..
+        else:  # the name also of . and ..
+            dictionary, name = Dictionary.load(one), os.path.basename(os.path.abspath(one))
         numbered = (f"{name} ({number})" for number in itertools.count(2))
         named[next(n for n in itertools.chain([name], numbered) if n not in named)] = dictionary
     if not named:
@@ -224,11 +211,8 @@ def named_dictionaries(
 def read_scores(
     report: Path, dictionaries: Mapping[str, Dictionary]
 ) -> dict[str, dict[str, Float[Tensor, " d_sae"]]]:
-    """The scores of latents that ``evaluate --monosemantic`` found, by dictionary; NaN where a
-    latent has none.
-
-    Raises LlmWsaeError for a file that cannot be read, was edited or is about other dictionaries.
-    """
+    """The scores of latents that ``evaluate --monosemantic`` found, by dictionary; NaN for none.
+    Raises LlmWsaeError for a file that cannot be read, was edited or is about others."""
     read = read_own_json(report, "report of evaluate --monosemantic")
     theirs = mapping(mapping(read.get("monosemanticity")).get("dictionaries"))
     found: dict[str, dict[str, Tensor]] = {}
@@ -342,10 +326,7 @@ def table(
 
 def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
     """Where the decoder rows, at length 1, lie along the two directions in which they differ most.
-
-    The largest weight of each direction is positive, so that the same dictionary gives the same
-    picture.
-    """
+    The largest weight of each is positive: the same dictionary gives the same picture."""
     rows = normalize(decoder, dim=1)
     with torch.random.fork_rng(devices=[]):  # the method starts from random directions
         torch.manual_seed(0)
@@ -372,21 +353,19 @@ class Latents:
         self._readout, self._explanations = readout, explanations
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
+        # of each latent with the one nearest to it; NaN for one that is alone
         self.cosine = pad(self._near[1], (0, 1), value=math.nan)[:, 0]
-        """That of each latent with the one nearest to it; NaN for one that is alone."""
         self._written = [
             [[one.dimension, *map(_short, (one.decoder, one.share, one.gamma))] for one in own]
             for own in written(dictionary, every, _DIMENSIONS)
         ]
         self._windows = windows(store, dictionary, every, found.row, found.floor, BEFORE, AFTER)
-        self.tokens = {*np.unique(self._windows.ids).tolist()} - {-1}
-        """Ids of the tokens that are shown; those of ``chunks`` come with them."""
+        self.tokens = {*np.unique(self._windows.ids).tolist()} - {-1}  # ``chunks`` adds to them
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
         shades = np.ceil(self._windows.activation / largest[:, None] * _SHADES)
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
+        # of each latent: its explanation, the tokens that it fires on most and those it promotes
         self.search: list[str] = []
-        """Of each latent: its explanation, the tokens that it fires on most, and those that it
-        promotes."""
 
     def chunks(self) -> Iterator[str]:
         """Packed lists of latents; ``search`` grows with them."""
@@ -441,7 +420,7 @@ class Latents:
 
 
 def _said(said: Explanation) -> dict[str, Any]:
-    """What a language model said of a latent, and how well it recognised the latent by that."""
+    """What a language model said of a latent, with its scores."""
     return {
         "text": printable(said.text or ""),
         "explainer": shown(said.explainer),
@@ -453,11 +432,8 @@ def _said(said: Explanation) -> dict[str, Any]:
 
 
 def _histogram(logits: Float[Tensor, " words"]) -> list[float | list[int] | None]:
-    """Smallest and largest logit, and how many lie in each of equal bins between.
-
-    By NumPy: for one row of a vocabulary torch takes longer to wake its threads than to count.
-    """
-    row = logits.numpy()
+    """Smallest and largest logit, and how many lie in each of equal bins between."""
+    row = logits.numpy()  # torch takes longer to wake its threads than to count
     low, high = float(row.min()), float(row.max())
     scale = _BINS / (high - low) if high > low else 0.0
     bins = ((row - low) * scale).astype(np.intp).clip(max=_BINS - 1)

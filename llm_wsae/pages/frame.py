@@ -15,8 +15,7 @@ from typing import Any
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.terminal import printable
 
-COLOURS = 6
-"""Of series in ``report.html``, numbered from 0."""
+COLOURS = 6  # of series in ``report.html``, numbered from 0
 _MARK = '<script type="application/json" id="about">'
 
 
@@ -26,12 +25,9 @@ def filled(
     blocks: Sequence[tuple[str, str]] = (),
     asks_server: bool = False,
 ) -> str:
-    """A frame with its data: ``about`` as JSON, and further ``blocks`` of text by their ids.
-
-    Strings of ``about`` are made printable, since names of rules, texts and models may come from
-    others. The policy allows the frame's own style and script and nothing else, except requests to
-    its own server if the page ``asks_server``.
-    """
+    """A frame with its data: ``about`` as JSON, whose strings are made printable as names may be
+    others', and further ``blocks`` of text by their ids. The policy allows the frame's own style
+    and script and nothing else, except requests to its own server if the page ``asks_server``."""
     page = _read(frame).replace("@@style@@", _read("style.css"), 1)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)

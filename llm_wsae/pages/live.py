@@ -40,8 +40,7 @@ SECONDS = 20.0  # for one text that the model writes, and to wait for the model
 
 
 class Session:
-    """What the page may ask of the model. ``seconds`` limits how long it writes, and how long a
-    question waits for it."""
+    """What the page may ask of the model, which writes for at most ``seconds``."""
 
     def __init__(
         self,
@@ -78,8 +77,7 @@ class Session:
 
     def _steered(self, dictionary: Dictionary, text: str, asked: Mapping[str, Any]) -> Any:
         """What the model writes after a text without and with a latent turned up, whether either
-        was cut for want of time, and by how much the edit changed the logits of the text's last
-        token."""
+        was cut for want of time, and the edit's change of the last token's logits."""
         latent, strength, count = (asked.get(key) for key in ("latent", "strength", "tokens"))
         if not isinstance(latent, int) or not 0 <= latent < dictionary.d_sae:
             raise UsageError(f"there is no latent {latent!r}")
@@ -163,10 +161,8 @@ class _Connection(H11Protocol):
 
 
 def listen(port: int) -> socket.socket:
-    """A port of this machine alone, taken before the page is built; 0 takes a free one.
-
-    Raises LlmWsaeError if the port is taken.
-    """
+    """A port of this machine alone, taken before the page is built; 0 takes a free one. Raises
+    LlmWsaeError if the port is taken."""
     listening = socket.socket()
     try:
         listening.bind(("127.0.0.1", port))

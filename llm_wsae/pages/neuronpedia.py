@@ -50,8 +50,7 @@ from llm_wsae.pages.collecting import (
     windows,
 )
 
-LATENTS_AT_ONCE = 128
-"""Latents in a file; Neuronpedia takes no more in one upload."""
+LATENTS_AT_ONCE = 128  # in a file; Neuronpedia takes no more in one upload
 _FILES_AT_ONCE = 8  # whose contexts are read together
 _DECIMALS = 5
 _BINS, _WORDS, _NEIGHBOURS = 50, 10, 3  # SAEDashboard's
@@ -65,8 +64,7 @@ class Export:
     path: Path
     files: int
     latents: int
-    explained: int
-    """Latents with an explanation."""
+    explained: int  # latents with an explanation
 
 
 def export_neuronpedia(
@@ -84,20 +82,15 @@ def export_neuronpedia(
 ) -> Export:
     """Write the batch files of SAEDashboard, which Neuronpedia imports, into the folder ``out``.
 
-    ``dictionary`` and ``store`` may be opened or given by their folders, ``model`` is a
-    LanguageModel or whatever ``LanguageModel.load`` takes. Of each latent, its ``top`` strongest
-    contexts are shown, and one of each of ``bands`` quantile bands of its activation, as the
-    dashboard does. ``contexts`` limits how many of the store are looked at. On Neuronpedia the
-    latents are those of ``model_id``/block-``sae_set``__``sae_id_suffix``; the model's and the
-    dictionary's own names by default, without a suffix.
-
-    Explanations in the dictionary's folder (``explain``) are written too, in Neuronpedia's and in
-    delphi's form. Activations are in units of decoder rows of length 1. The same call writes the
-    same files again.
+    ``dictionary``, ``store``, ``model``, ``top`` and ``bands`` are as for ``dashboard``;
+    ``contexts`` limits how many of the store are looked at. On Neuronpedia the latents are those of
+    ``model_id``/block-``sae_set``__``sae_id_suffix``; the model's and the dictionary's own names by
+    default, without a suffix. Explanations in the dictionary's folder (``explain``) are written
+    too, in Neuronpedia's and in delphi's form. Activations are in units of decoder rows of length
+    1. The same call writes the same files again.
 
     Raises UsageError for numbers below 1 or a name that cannot be part of an address; LlmWsaeError
-    if the folder holds anything else, or the dictionary, store or model cannot be read or do not
-    belong together.
+    if the folder holds anything else, or something cannot be read or does not belong together.
     """
     out = Path(out)
     export = export_in(out)

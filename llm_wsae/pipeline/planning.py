@@ -1,7 +1,6 @@
 """What a run takes, before it starts: rows, disk, memory and time.
 
-Sizes follow from what is asked. Times are those of the run's own first seconds, in a temporary
-folder, multiplied.
+Sizes follow from what is asked. Times are those of the run's own first seconds, multiplied.
 """
 
 import time
@@ -87,12 +86,9 @@ class Plan:
 
 
 def plan(request: Run, model: LanguageModel | None = None) -> Plan:
-    """What a run takes, on the disk of its folder. ``model`` is one that is loaded already.
-
-    Where something does not fit, ``Plan.shortage`` says so, and no time is measured. What rules
-    measure and the trials of an automatic α are not counted. Raises UsageError for a site that the
-    model lacks, LlmWsaeError for a text that gives no row.
-    """
+    """What a run takes, on the disk of its folder; no time is measured if it does not fit. What
+    rules measure and the trials of an automatic α are not counted. ``model`` is one that is loaded
+    already. Raises UsageError for a site that it lacks, LlmWsaeError for a text without a row."""
     model = model or request.model.load()
     for site in request.sites:
         model.check_site(site)

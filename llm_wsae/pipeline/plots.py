@@ -36,11 +36,8 @@ def plot_profile(
     statistics: Statistics, weights: Sequence[LossWeights], site: str, path: Path
 ) -> None:
     """Variance of every dimension, the weights γ, and the share of the loss that each then carries.
-
-    Dimensions are ordered by falling winsorised variance, shares by falling share. A matrix has no
-    weight per dimension: a line shows by how much it stretches the principal directions, ordered
-    alike.
-    """
+    Dimensions are ordered by falling winsorised variance, shares by falling share. Of a matrix, a
+    line shows by how much it stretches the principal directions, ordered alike."""
     robust = statistics.robust_variance
     order = robust.argsort(descending=True)
     principal = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.flip(1)

@@ -1,8 +1,8 @@
 """What a job is asked for: one frozen dataclass, which is the command line, the argument in Python,
 and the record beside the output.
 
-It is made of the small configurations that its parts own, whose options are those of every command
-that takes them. Nothing here needs torch, so that help is quick.
+It is made of the small configurations that its parts own. Nothing here needs torch, so that help is
+quick.
 """
 
 # ruff: noqa: RUF009 - the defaults are frozen
@@ -44,8 +44,8 @@ RUN_RECORD = "run.json"
 
 
 def named(prefix: str, config: type, **notes: Any) -> type:
-    """A class that makes the configuration from its options, and whose errors name their prefix. It
-    stands in the annotation of a field. ``notes`` are tyro's, about single options."""
+    """A class for the annotation of a field, which makes the configuration from its options, and
+    whose errors name their prefix. ``notes`` are tyro's, about single options."""
 
     def make(cls: type, **settings: Any) -> Any:
         try:
@@ -88,8 +88,8 @@ class ModelConfig:
     on a CPU."""
 
     def load(self, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
-        """Load the model, and say so on stderr. ``recorded`` is its identity in the record of rows
-        that it made, if there are some: their number format is kept."""
+        """Load the model, and say so on stderr; in the number format of the rows that it made, if
+        its identity in their record is ``recorded``."""
         from llm_wsae.machine.hardware import choose_device, fast_dtype, name_of
         from llm_wsae.model.language_model import LanguageModel
 
@@ -174,8 +174,8 @@ class Grid(RuleGrid):
         chosen: float | None = None,
         own: "LossWeights | None" = None,
     ) -> "list[LossWeights]":
-        """The weights of a site, those from a file (``own``) last; the plain ones if nothing else
-        is left. ``chosen`` is the exponent that trials found. Raises as ``choose_weights`` does."""
+        """The weights of a site, those from a file (``own``) last; the plain ones if there are no
+        others. ``chosen`` is the exponent that trials found. Raises as ``choose_weights`` does."""
         from llm_wsae.weights.loss_weights import choose_weights
 
         found = []
@@ -194,8 +194,8 @@ class Grid(RuleGrid):
     def likely_arms(
         self, config: WeightConfig, d_in: int, own: "LossWeights | None" = None
     ) -> "list[ArmConfig]":
-        """Arms with the names and forms of those that will be trained, before anything is measured.
-        The values of their weights do not matter, except that no two may be alike."""
+        """Arms with the names and forms of those that will be trained, before anything is measured:
+        no two weights are alike, but their values mean nothing."""
         import torch
 
         from llm_wsae.weights.loss_weights import LossWeights
@@ -221,8 +221,7 @@ class Grid(RuleGrid):
         return [alpha for alpha in self.alpha if alpha != "auto"]
 
     def check(self, weigh: WeightConfig) -> None:
-        """Refuse a rule without its form or its input, an automatic α without whitening, and rules
-        that are left without a number."""
+        """Refuse a rule without its form, input or exponent, and an automatic α for none."""
         for rule in self.rules:
             if rule.need == "dictionary":  # there is none yet
                 raise rule.missing_input()

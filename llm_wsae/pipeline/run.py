@@ -2,9 +2,7 @@
 
 A store keeps the rows on the disk. A stream computes them while they are trained on, once for all
 sites, and keeps none. The same call after an interruption resumes: finished stages are read back.
-
-How far to whiten differs from model to model, and at some sites no power is better than a plain
-dictionary. Short trainings can choose it (``--alpha auto``), by the KL divergence of the model's
+Short trainings can choose how far to whiten (``--alpha auto``), by the KL divergence of the model's
 predictions when it computes with the reconstruction.
 """
 
@@ -82,17 +80,14 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
     """Train a plain and weighted dictionaries on a model's activations, and measure them.
 
     The folder receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
-    folder per arm, ``report.json``, and ``report.html``, which shows it. The training part of the
-    corpus is harvested, its held-out part evaluated on, once for all sites. If one of several sites
+    folder per arm, ``report.json``, and ``report.html``, which shows it. If one of several sites
     cannot be evaluated, the others' reports are written before its error is raised. With
     ``request.stream`` there is no store: all sites are trained in step, and weights come from the
     first tokens of the text. First, a table on stderr says what the run takes (``plan``). ``model``
     is one that is loaded already.
 
-    Under ``torchrun`` all processes make the same call. They harvest and train together, as
-    ``harvest`` and ``train`` say; rank 0 alone plans (for one process), judges the trials of an
-    exponent, evaluates and writes, and the others return ``{}``.
-
+    Under ``torchrun`` all processes make the same call. They harvest and train together; rank 0
+    alone plans (for one process), judges trials, evaluates and writes; the others return ``{}``.
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
     model = model or request.model.load(_model_begun(request))
@@ -102,7 +97,9 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
         # before hours of work are built on too little text
         heldout, trial = _texts(request, model)
         if not is_begun:
-            _write(processes.lead(lambda: _needs(request, model)))
+            takes = processes.lead(lambda: plan(request, model))
+            shortage = takes.shortage()
+            _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
     rows = _rows(request, model)
     sites = {site: _weigh(request, model, rows, site, trial) for site in request.sites}
     trained = _train(request, rows, {site: one.arms for site, one in sites.items()})
@@ -124,9 +121,8 @@ def _model_begun(request: Run) -> dict[str, Any] | None:
 
 
 def _check(request: Run, model: LanguageModel) -> bool:
-    """Refuse, before hours of harvesting, what cannot be trained; and a folder with trainings on
-    fewer rows, or on a store where a stream is asked for, or the other way round. Otherwise:
-    whether something was begun there."""
+    """Refuse, before hours of harvesting, what cannot be trained, and a folder with trainings on
+    other rows. Otherwise: whether something was begun there."""
     out, training, d_in = request.folder, request.training, model.d_model
     arms = request.grid.likely_arms(request.weigh, d_in)
     check_arms(arms, d_in, training)
@@ -164,13 +160,6 @@ def _texts(request: Run, model: LanguageModel) -> tuple[list[Context], list[Cont
     contexts = iter(Packer.for_model(model, request.harvest).contexts(heldout))
     own = take_contexts(contexts, request.evaluate.tokens)
     return own, take_contexts(contexts, TRIAL_TOKENS) if request.grid.is_automatic else []
-
-
-def _needs(request: Run, model: LanguageModel) -> str:
-    """What the run takes, in words."""
-    takes = plan(request, model)
-    shortage = takes.shortage()
-    return takes.table() + (f"\nwarning: {shortage}" if shortage else "")
 
 
 def _rows(request: Run, model: LanguageModel) -> SiteRows:
@@ -226,12 +215,7 @@ def _choose_alpha(
 ) -> dict[str, Any]:
     """Train a plain TopK dictionary and a whitened one for each candidate on a part of the rows:
     ``{k, rows, kl, alpha}``, with the KL of each, and the exponent of the least; None if that is
-    not ``LEAST_GAIN`` below the plain one.
-
-    The choice is kept in the site's folder and read from there the next time; the dictionaries are
-    deleted. Processes train together, and rank 0 judges. Raises LlmWsaeError if the folder holds
-    the choice of other trials.
-    """
+    not ``LEAST_GAIN`` below the plain one. The choice is kept in the site's folder."""
     rule, processes, training, k = Rule.parse("whitening"), join(), request.training, _k(request)
     choices = _choice_in(request.folder / str(source.site))
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
@@ -300,8 +284,7 @@ def _finish(
     sites: Mapping[Site, _Weighed],
     trained: Mapping[Site, dict[str, Dictionary]],
 ) -> dict[Site, SiteResult]:
-    """Evaluate, and write everything that is not a dictionary: only now, so that a run which is
-    refused leaves what a folder says of its dictionaries."""
+    """Evaluate, and write what is not a dictionary: only now, so a refused run changes nothing."""
     folders = {site: request.folder / str(site) for site in sites}
     for site, one in sites.items():
         write_json(folders[site] / "profile.json", one.profile)
@@ -323,8 +306,7 @@ def _finish(
 
 
 def _keep_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
-    """Store each dictionary's measurements in its own folder, so that they travel with it, and
-    those of the baselines beside it."""
+    """Store each dictionary's measurements, and those of the baselines beside it, in its folder."""
     summaries = report.summaries()
     for name, dictionary in dictionaries.items():
         beside = {RAW: RAW} | half_random_beside(dictionary, dictionaries)

@@ -7,10 +7,9 @@
     )
     LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=sae, ...)).run()
 
-``llm-wsae weigh`` writes the file. Importing a class, or ``register``, imports SAELens and makes
-all of them known to it (as ``wsae_topk`` and so on): to its runner, trainer, checkpoints and
-command line. SAELens finally saves a dictionary of one of its ordinary architectures, which
-``Dictionary.load`` reads together with the rule.
+``llm-wsae weigh`` writes the file. Importing a class, or ``register``, makes all of them known to
+SAELens (as ``wsae_topk`` and so on), which finally saves a dictionary of one of its ordinary
+architectures; ``Dictionary.load`` reads it together with the rule.
 """
 
 from importlib import import_module
@@ -53,9 +52,8 @@ def _training() -> Any:
 
 
 def read_weights(path: str, d_in: int) -> LossWeights:
-    """The weights of a file, for rows of ``d_in`` dimensions. Raises UsageError for a file that is
-    not named, or whose weights SAELens' training cannot use (a space, annealing); LlmWsaeError for
-    one that cannot be read or is for another number of dimensions."""
+    """The weights of a file, for rows of ``d_in`` dimensions. Raises UsageError for weights that
+    SAELens' training cannot use, LlmWsaeError for a file that cannot be read or does not fit."""
     if not path:
         raise UsageError("weights_file is not given; make one with llm-wsae weigh")
     weights = LossWeights.load(Path(path))

@@ -1,9 +1,8 @@
 """saprmarks' dictionary_learning: ``config.json`` and ``ae.pt``, which is a pickle.
 
-A pickle can run code, so it is opened only with torch's ``weights_only`` loader, which accepts
-nothing but tensors and containers, and the user is told. Before that, the archive around it is
-written anew: its records may not be larger than ``config.json`` announces, must match the checksums
-stored with them, and torch reads the bytes that were checked.
+A pickle can run code, so the user is told, and torch's ``weights_only`` loader opens it, which
+accepts nothing but tensors and containers. It reads a copy of the archive, whose records are not
+larger than ``config.json`` announces and match the checksums stored with them.
 
 The classes, by ``dict_class``: AutoEncoder subtracts its bias from the input and is used with
 decoder columns of unit norm, AutoEncoderNew does neither; AutoEncoderTopK; GatedAutoEncoder;

@@ -1,8 +1,8 @@
 """What the readers of other tools' folders share: names and shapes of tensors, and their folding.
 
 A reader is one module with two functions. ``announce`` turns the tool's configuration into
-``Facts`` without believing any of it (listings of other people's repositories show it too).
-``read`` compares that with the tensors, and folds them as the tool computes with them.
+``Facts`` without believing any of it. ``read`` compares that with the tensors, and folds them as
+the tool computes with them.
 """
 
 import re
@@ -103,13 +103,8 @@ def fold(
 def _gated_as_jumprelu(
     W_enc: Tensor, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encoder, bias and threshold of the JumpReLU encoder that a gated one is (Rajamanoharan et al.
-    2024, gated SAEs, appendix E).
-
-    1[x·W + b_gate > 0] · ReLU(x·W·eʳ + b_mag): with p = x·W·eʳ + b_mag the gate opens where
-    p > b_mag − eʳ·b_gate. (As with any threshold, a value within rounding of it may fall on the
-    other side, the more so the smaller eʳ is compared with b_mag.)
-    """
+    """The JumpReLU encoder that a gated one is (Rajamanoharan et al. 2024, gated SAEs, app. E)."""
+    # 1[x·W + b_gate > 0] · ReLU(p) with p = x·W·eʳ + b_mag: it opens where p > b_mag − eʳ·b_gate
     stretch = r_mag.double().exp()
     threshold = b_mag.double() - stretch * b_gate.double()
     return W_enc * stretch.float(), b_mag, threshold.float()

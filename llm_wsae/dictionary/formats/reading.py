@@ -1,7 +1,6 @@
 """Reading a dictionary folder, whichever tool wrote it.
 
-The names of its files tell, here and in a repository's listing. A folder in this package's own
-layout is read by ``folder.read_folder`` and nothing else.
+The names of its files tell, here and in a repository's listing.
 """
 
 import dataclasses
@@ -37,10 +36,8 @@ class Layout:
 
     name: str  # the tool's
     files: tuple[str, str]  # its JSON file, its file of tensors
-    announce: Callable[[Mapping[str, Any], PurePath], Facts]
-    """What the JSON file and the folder's path say."""
-    read: Callable[[Path, Mapping[str, Any], Facts], dict[str, Tensor]]
-    """The tensors of a folder, folded. Raises LlmWsaeError for whatever is wrong."""
+    announce: Callable[[Mapping[str, Any], PurePath], Facts]  # from the JSON and the folder's path
+    read: Callable[[Path, Mapping[str, Any], Facts], dict[str, Tensor]]  # folded
     optional: tuple[str, ...] = ()  # small files that are read too where they exist
 
 

@@ -5,10 +5,9 @@ function of the ``standard`` architecture, and a ``scaling_factor`` could multip
 before the decoder. A training checkpoint is read like a dictionary: BatchTopK's running threshold
 becomes the threshold of every latent, as in SAELens' own export.
 
-Normalisation row by row (layer_norm, constant_norm_rescale) is not an affine map, so it cannot be
-folded and is refused. So is whitening, which SAELens folds itself when a training ends. One scale
-for all rows (expected_average_only_in) is folded if the folder says how large it is, in a
-checkpoint's ``activation_scaler.json``, and refused otherwise.
+Normalisation row by row (layer_norm, constant_norm_rescale) is no affine map and refused; so is
+whitening, which SAELens folds itself when a training ends. One scale for all rows
+(expected_average_only_in) is folded if a checkpoint's ``activation_scaler.json`` says how large.
 """
 
 from collections.abc import Mapping
@@ -25,10 +24,8 @@ from llm_wsae.dictionary.info import CENTRED, Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, number, text
 
-OURS = "llm_wsae"
-"""Key of the metadata under which this package's SAELens plugin writes rule and α."""
-PREFIX = "wsae_"
-"""Prefix of the plugin's architectures, which are SAELens' own except for the loss."""
+OURS = "llm_wsae"  # key of the metadata under which this package's SAELens plugin writes rule and α
+PREFIX = "wsae_"  # of the plugin's architectures, which are SAELens' own except for the loss
 SCALER = "activation_scaler.json"
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 _MATRICES = ("W_enc", "W_dec", "b_dec")
@@ -91,15 +88,11 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
 
 
 def _centred_stream(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the stream was centred because the model's writing weights were.
-
-    Configurations with ``hook_point`` do not say so, but SAELens then processed every model that
-    allows it: GPT-2, and not those with RMSNorm. (For its own GPT-2 dictionaries it adds this to
-    the configuration: SAELens' pull request 279.)
-    """
+    """Whether the stream was centred because the model's writing weights were."""
     about = mapping(cfg.get("metadata")) or cfg
     loaded = about.get("model_from_pretrained_kwargs")
     centred = mapping(loaded).get(CENTRED) is True
+    # Such old ones do not say so, but SAELens then centred every model without RMSNorm (its #279).
     if loaded is None and "hook_point" in cfg:
         centred = (text(cfg.get("model_name")) or "").startswith("gpt2")
     return {CENTRED: True} if centred else {}

@@ -1,17 +1,15 @@
 """The card of a repository of dictionaries (README.md), written from what was measured.
 
-Each push rewrites everything between two marks from the JSON files of all dictionaries in the
-repository. What a user wrote around the marks stays. In the metadata, the library, models, datasets
-and metrics are replaced by those of the dictionaries; the rest stays. Text from files (names of
-models, corpora, arms) is escaped, so that it cannot become markup.
+Each push rewrites everything between two marks, and in the metadata the library, models, datasets
+and metrics; what else a user wrote stays. Text from files (names of models, corpora, arms) is
+escaped, so that it cannot become markup.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from huggingface_hub import RepoCard
@@ -60,7 +58,6 @@ _OF_THE_TEXT = {  # titles, metrics and their digits
 }
 _WITH_OWNER = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hub
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a token, not hf_hub_download
-_Columns = Mapping[str, Callable[[Facts], str]]
 _BODY = """{begin}
 
 # Sparse autoencoders for the residual stream{of_models}
@@ -256,24 +253,25 @@ def tables(dictionaries: Sequence[Facts]) -> list[str]:
     """What each dictionary is, how faithful to the model and how monosemantic; beside them the
     untrained and half-trained baselines."""
     everything = [*dictionaries, *_baselines(dictionaries)]
-    columns: _Columns = {
-        "dimensions → latents": lambda d: f"{_figure(d.d_in)} → {_figure(d.d_sae)}",
-        "sparsity": lambda d: escape(d.sparsity),
-        "rule": lambda d: escape(rule_words(d)),
-        "α": lambda d: "" if d.info.rule in ("uniform", _BASELINE) else f"{d.info.alpha:g}",
-        **{one.title: partial(_measured, "fidelity", one) for one in _SHOWN},
+    head = ["dimensions → latents", "sparsity", "rule", "α", *(one.title for one in _SHOWN)]
+    rows = {
+        d.sae_id: [
+            f"{_figure(d.d_in)} → {_figure(d.d_sae)}",
+            escape(d.sparsity),
+            escape(rule_words(d)),
+            "" if d.info.rule in ("uniform", _BASELINE) else f"{d.info.alpha:g}",
+            *(one.text(d.measured("fidelity")) for one in _SHOWN),
+        ]
+        for d in everything
     }
-    first = _table(everything, columns, left=4)
+    first = _table(head, rows, left=4)
     return [first, *_fidelity_notes(everything), *_monosemanticity(everything)]
 
 
-def _table(dictionaries: Sequence[Facts], columns: _Columns, left: int = 1) -> str:
-    rows = [[f"`{d.sae_id}`", *(c(d) or _NONE for c in columns.values())] for d in dictionaries]
-    return markdown([["dictionary", *columns], *rows], left)
-
-
-def _measured(group: str, measure: Measure, d: Facts) -> str:
-    return measure.text(d.measured(group))
+def _table(head: Iterable[str], rows: Mapping[str, Sequence[str]], left: int = 1) -> str:
+    """The rows of dictionaries by their names."""
+    named = [[f"`{name}`", *(cell or _NONE for cell in row)] for name, row in rows.items()]
+    return markdown([["dictionary", *head], *named], left)
 
 
 def _baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
@@ -302,26 +300,25 @@ def _fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         "Cross-entropies (CE) are in nats. Tokens with massive activations are excluded, and keep "
         "the model's own activation."
     )
-
-    def figure(name: str, digits: int, d: Facts) -> str:
-        return _figure(d.metric(name), digits)
-
-    columns = {title: partial(figure, *how) for title, how in _OF_THE_TEXT.items()}
-    return [*notes, _table(measured, columns)]
+    rows = {
+        d.sae_id: [_figure(d.metric(name), digits) for name, digits in _OF_THE_TEXT.values()]
+        for d in measured
+    }
+    return [*notes, _table(_OF_THE_TEXT, rows)]
 
 
 def _monosemanticity(dictionaries: Sequence[Facts]) -> list[str]:
     """What the measures mean, and a table with a column for each, the control in brackets."""
-    columns = {one: partial(_measured, "monosemanticity", one) for one in MEASURES.values()}
-    shown = {one: cell for one, cell in columns.items() if any(map(cell, dictionaries))}
+    groups = {d.sae_id: d.measured("monosemanticity") for d in dictionaries}
+    shown = [one for one in MEASURES.values() if any(map(one.text, groups.values()))]
     if not shown:
         return []
-    scored = [d for d in dictionaries if any(cell(d) for cell in shown.values())]
+    rows = {name: [one.text(group) for one in shown] for name, group in groups.items()}
     return [
         "## Monosemanticity",
         "All on held-out text, without a language model as judge, with 95 % intervals. "
         + _meanings(shown),
-        _table(scored, {one.title: cell for one, cell in shown.items()}),
+        _table([one.title for one in shown], {k: row for k, row in rows.items() if any(row)}),
     ]
 
 
@@ -331,24 +328,19 @@ def _meanings(measures: Iterable[Measure]) -> str:
 
 def _explanations(dictionaries: Sequence[Facts]) -> list[str]:
     """How well a language model explained every dictionary's latents; empty if it was not asked."""
-
-    def count(name: str, d: Facts) -> str:
-        return _figure(integer(d.measured("explanations").get(name)))
-
-    def score(name: str, d: Facts) -> str:
-        return score_text(d.measured("explanations"), name)
-
-    asked = [d for d in dictionaries if count("latents", d) != _NONE]
-    if not asked:
+    groups = {d.sae_id: d.measured("explanations") for d in dictionaries}
+    rows = {}
+    for name, found in groups.items():
+        if integer(found.get("latents")) is None:
+            continue
+        counts = (_figure(integer(found.get(key))) for key in ("latents", "unread", "questions"))
+        latents, unread, questions = counts
+        scores = [score_text(found, key) for key in _JUDGED]
+        explainer = escape(text(found.get("explainer")) or "")
+        rows[name] = [explainer, latents, *scores, f"{unread} of {questions}"]
+    if not rows:
         return []
-    columns: _Columns = {
-        "explained and judged by": lambda d: escape(
-            text(d.measured("explanations").get("explainer")) or ""
-        ),
-        "latents": partial(count, "latents"),
-        **{name: partial(score, name) for name in _JUDGED},
-        "answers not readable": lambda d: f"{count('unread', d)} of {count('questions', d)}",
-    }
+    head = ["explained and judged by", "latents", *_JUDGED, "answers not readable"]
     return [
         "## Explanations by a language model",
         "Detection: does a text excite the latent, by its explanation? Fuzzing: are the marked "
@@ -356,7 +348,7 @@ def _explanations(dictionaries: Sequence[Facts]) -> list[str]:
         "the explainer did not see. Intruder: which of five texts does not excite it (accuracy "
         "without an explanation; chance: 0.2). Means over a sample of latents, with 95 % intervals "
         f"over them. The explanations are in `{EXPLANATIONS}`.",
-        _table(asked, columns, left=2),
+        _table(head, rows, left=2),
     ]
 
 

@@ -1,12 +1,9 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
 Neither a repository nor its server is trusted. Paths, commits and digests in the list of files are
-checked before anything is fetched, only files of a dictionary are downloaded, and what arrives is
-compared with its digest in the list. So files are not fetched by the client's own functions, which
-name files of the cache after headers of answers.
-
-Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and
-links in ``snapshots/<commit>``. Only those are written.
+checked before anything is fetched, and what arrives is compared with its digest in the list. (The
+client's own functions name files of the cache after headers of answers.) Files are kept where the
+client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and links in ``snapshots/<commit>``.
 """
 
 import dataclasses
@@ -96,8 +93,7 @@ class Repository:
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "Repository":
-        """Ask the Hub, or the local cache if the Hub cannot be reached. Raises as ``hub_errors``
-        does."""
+        """Ask the Hub, or the cache if it cannot be reached. Raises as ``hub_errors`` does."""
         check_revision(revision)
         with hub_errors(repo_id, revision):
             try:
@@ -120,8 +116,8 @@ class Repository:
 
     @functools.cached_property
     def layouts(self) -> dict[str, Layout | None]:
-        """The dictionaries by name, sorted: their folders, "." for the repository itself. This
-        package's own have the layout None."""
+        """The dictionaries by name, sorted: their folders, "." for the repository itself. Those of
+        this package have the layout None."""
         folders: dict[str, set[str]] = {}
         for path in map(PurePosixPath, self.files):
             folders.setdefault(str(path.parent), set()).add(path.name)
@@ -169,7 +165,7 @@ class Repository:
         return [self.fetch(path) for path in paths if path in self.files][-1].parent
 
     def fetch(self, path: str) -> Path:
-        """A file in the local cache, downloaded if necessary and compared with its checksum. Raises
+        """A file in the cache, downloaded if necessary and compared with its checksum. Raises
         LlmWsaeError if it is too large for its kind, cannot be fetched or arrives damaged."""
         remote, limit = self.files[path], _LARGEST.get(PurePosixPath(path).suffix)
         if limit is not None and remote.size > limit:
@@ -242,7 +238,7 @@ class _UpTo(io.FileIO):
 
 
 def commit_of(value: Any) -> str:
-    """The value, which must be the id of a commit: it becomes the name of a folder."""
+    """The value if it is the id of a commit; it becomes the name of a folder. Or ValueError."""
     if not (isinstance(value, str) and COMMIT.fullmatch(value)):
         raise ValueError(f"{shown(value)} is not the id of a commit")
     return value
@@ -289,9 +285,8 @@ def _cached(repo_id: str, revision: str | None) -> Repository | None:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of a request, and of reading its answer, into one sentence: a server that
-    answers oddly makes the client raise anything. UsageError if the repository's or revision's name
-    is wrong, else LlmWsaeError."""
+    """Turn whatever a request, or reading its answer, raises into one sentence: UsageError if the
+    repository's or revision's name is wrong, else LlmWsaeError."""
     check_token()
     try:
         yield

@@ -2,12 +2,9 @@
 opens one, ``list_dictionaries`` lists them.
 
 A repository holds many dictionaries, each in the folder ``<site>/<name>``, and one card for all of
-them. A push is a single commit of what changed, on top of the commit that it was compared with.
-Large files are uploaded first and become visible only with the commit, so a push that breaks off
-leaves the repository as it was; a new branch may be left, unchanged.
-
-A pull downloads into the client's cache, checks everything there, and only then copies into the
-user's folder, where it never replaces a dictionary.
+them. A push is a single commit of what changed, on top of the commit that it was compared with; one
+that breaks off leaves at most a new branch. A pull checks everything in the client's cache before
+it copies into the user's folder, where it never replaces a dictionary.
 """
 
 import contextlib
@@ -81,11 +78,9 @@ def push(
     """Put dictionary folders into a repository, which is created if it does not exist.
 
     ``private`` applies to a new repository; ``revision`` is a branch, begun at the head of ``main``
-    if it is new; ``license`` is one of the Hub's identifiers, such as ``mit``, for the card. What
-    others put there about the same weights stays: measurements and explanations that are not here.
-
-    Raises UsageError for requests that cannot be, LlmWsaeError for a folder that is no intact
-    dictionary and every failure of the Hub.
+    if it is new; ``license`` is one of the Hub's identifiers. What others measured and said of the
+    same weights there stays. Raises UsageError for requests that cannot be, LlmWsaeError for a
+    folder that is no intact dictionary and every failure of the Hub.
     """
     check_revision(revision)
     local = _local_dictionaries(folders)
@@ -182,8 +177,7 @@ def _prepare(repo_id: str, private: bool, revision: str | None) -> tuple[Any, bo
 
 
 def _staged(sae_id: str, folder: Path, remote: Repository, place: Path) -> Path:
-    """The folder, or, where others described the same weights, a copy below ``place`` that also
-    holds what others measured and said; what is known here counts more."""
+    """The folder, or a copy below ``place`` with what others said of the same weights besides."""
     weights, info, said = (inside(sae_id, name) for name in (WEIGHTS, INFO, EXPLANATIONS))
     same = weights in remote.files and remote.files[weights].is_same_as(folder / WEIGHTS)
     if not same or info not in remote.files:
@@ -212,10 +206,7 @@ def _operations(
 
 
 def _their_facts(local: Mapping[str, Path], remote: Repository) -> dict[str, Facts]:
-    """The facts of the dictionaries in the repository that the card names.
-
-    Raises UsageError if one of them is of another model and would be replaced.
-    """
+    """Of the dictionaries there that the card names. Raises UsageError for another model's."""
     known: dict[str, Facts] = {}
     for sae_id, layout in remote.layouts.items():
         if not _SHOWN_ID.fullmatch(sae_id) or (layout is not None and sae_id not in local):
@@ -242,10 +233,8 @@ def pull(
     """Copy one dictionary of a repository, or all of them, to ``out/<site>/<name>`` (one at the top
     level of its repository to ``out/<repository>``). Returns the folders by name.
 
-    Each is checked completely before it is copied; a foreign one is converted to this package's
-    layout. A dictionary that is there already stays, with what is known of it; if it has the same
-    weights, what the repository knows besides is added.
-
+    Each is checked completely before; a foreign one is converted to this package's layout. A
+    dictionary there with the same weights stays, and receives what the repository knows besides.
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, a file is damaged
     or unsafe, or ``out`` cannot be written or holds something else there.
     """
@@ -283,8 +272,7 @@ def _add(source: Path, folder: Path) -> None:
 
 
 def _add_what_is_new(source: Path, folder: Path) -> None:
-    """Add what is said and measured in ``source`` of the same dictionary to what is known of it in
-    ``folder``, which counts more."""
+    """Add what ``source`` knows of the same dictionary; what ``folder`` does counts more."""
     here, there = read_explanations(folder), read_explanations(source)
     if new := [one for latent, one in there.items() if latent not in here]:
         keep_explanations(folder, new)
