@@ -201,13 +201,11 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
         return dict(each_tensor(file)), file.metadata() or {}
 
 
-def load_own_tensors(
-    path: Path, what: str, way_out: str = AGAIN
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_own_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read all of a file that ``save_own_tensors`` wrote: (tensors, facts). Another tool's file has
     no facts. Raises as ``open_tensors`` does, and LlmWsaeError if the digest does not match."""
-    with open_tensors(path, what, way_out) as file:
-        facts = own_facts(file, path, what, way_out)
+    with open_tensors(path, what, AGAIN) as file:
+        facts = own_facts(file, path, what)
         return dict(each_tensor(file)), facts or {}
 
 

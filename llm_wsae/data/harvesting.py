@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -280,7 +281,7 @@ def _shard_batches(
             at += len(contexts.ids)
 
 
-class StoreWriter:
+class StoreWriter(AbstractContextManager):
     """Adds batches of contexts and their rows to a store; use it as a context manager."""
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -300,9 +301,6 @@ class StoreWriter:
         # so that a few large shards are sampled as well as many small ones together
         self._sampled = min(SAMPLE_ROWS, _SAMPLED * max(1, tokens // _OF_TOKENS))
         self._begin_shard()
-
-    def __enter__(self) -> "StoreWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

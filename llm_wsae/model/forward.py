@@ -140,8 +140,7 @@ class Blocks:
         """While open, forward passes give each visit the stream at its site. Raises as
         ``_check_overwriting`` does."""
         for site in visits:
-            if site.point == "mid":
-                self._check_overwriting(site)
+            self._check_overwriting(site)
         with contextlib.ExitStack() as hooks:
             for site, visit in visits.items():
                 self._replace(hooks, site, visit)
@@ -152,8 +151,10 @@ class Blocks:
                 self._visitors -= 1
 
     def _check_overwriting(self, site: Site) -> None:
-        """Check, on two tokens, that a block's residual branch reads the same memory as the norm
-        after ``mid``. Raises LlmWsaeError if it does not."""
+        """Check once, on two tokens, that a block's residual branch reads the memory that the norm
+        after ``mid`` reads. Raises LlmWsaeError if it does not."""
+        if site.point != "mid" or site in self._overwritable:
+            return
         outputs: list[Tensor] = []
         block, norm = self._blocks[site.block], self._norm(site)
 
@@ -173,15 +174,14 @@ class Blocks:
                 f"in this architecture the stream at {site} cannot be replaced for both of its "
                 "readers; use hook_resid_pre or hook_resid_post"
             )
+        self._overwritable.add(site)
 
     @contextlib.contextmanager
     def entering(self, site: Site, given: Callable[[], Tensor]) -> Iterator[None]:
         """While open, forward passes skip the blocks before ``site`` and resume from what ``given``
         returns in their thread. Raises as ``_check_overwriting`` does."""
         self._learn_forms()
-        if site.point == "mid" and site not in self._overwritable:
-            self._check_overwriting(site)
-            self._overwritable.add(site)
+        self._check_overwriting(site)
         skipped = site.block + 1 if site.point == "post" else site.block
         with contextlib.ExitStack() as patches:
             for block in self._blocks[:skipped]:
