@@ -37,8 +37,8 @@ import torch
 from benchmarks import PEERS, Worker, WorkerFailed, machine, write_benchmark
 from tqdm import tqdm
 
-from llm_wsae.data.rows import CHUNK_ROWS
-from llm_wsae.data.store import ActivationStore, RowReader
+from llm_wsae.data.rows import CHUNK_ROWS, RowReader
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.hardware import choose_device
 from llm_wsae.model.site import Site

@@ -14,7 +14,7 @@ from looping import over
 from several import run
 
 from llm_wsae.artifact import provenance
-from llm_wsae.data.manifest import Manifest
+from llm_wsae.data.store import Manifest
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine import hardware, processes
 from llm_wsae.machine.hardware import fast_dtype, name_of

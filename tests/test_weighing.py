@@ -17,7 +17,8 @@ from llm_wsae.data import rows as rows_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.store import ActivationStore, RowReader
+from llm_wsae.data.rows import RowReader
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site

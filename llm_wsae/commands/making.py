@@ -73,7 +73,7 @@ def harvest(request: Harvest) -> Result:
     Run it again to resume after an interruption.
     """
     from llm_wsae.data.harvesting import harvest as harvest_into
-    from llm_wsae.data.manifest import MANIFEST, Manifest
+    from llm_wsae.data.store import MANIFEST, Manifest
 
     sites, out = sites_of(request.site), request.out
     check_folder(out)

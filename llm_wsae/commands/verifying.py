@@ -20,8 +20,7 @@ from llm_wsae.artifact.files import (
     read_json,
     read_own_json,
 )
-from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, store_in
-from llm_wsae.data.store import MEASUREMENTS
+from llm_wsae.data.store import MANIFEST, MEASUREMENTS, Manifest, complete_shards, store_in
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import (

@@ -30,22 +30,23 @@ from llm_wsae.artifact.artifact import FileRecord, check_room
 from llm_wsae.artifact.files import remove_partials, save_tensors
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import (
+from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer, save_contexts
+from llm_wsae.data.rows import row_checks
+from llm_wsae.data.store import (
+    MEASUREMENTS,
     RECORDS,
     STATISTICS,
     TOKENS,
+    ActivationStore,
     Manifest,
     ShardRecord,
     complete_shards,
     read_statistics,
-    row_checks,
     save_record,
     shard_paths,
     store_in,
     tokens_path,
 )
-from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer, save_contexts
-from llm_wsae.data.store import MEASUREMENTS, ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.hardware import check_memory
 from llm_wsae.machine.processes import Processes, join, progress

@@ -1,4 +1,4 @@
-"""Reading an activation store: rows of a site, their statistics, and the text behind each row.
+"""An activation store: its manifest, a site's rows, their statistics, and the text behind each row.
 
 manifest.json                      what the rows are; every file's size and checksum
 tokens/00000.safetensors           ids, keep, document, offset [contexts, positions]
@@ -8,6 +8,11 @@ blocks.9.hook_resid_post/
     statistics.safetensors         the statistics of all rows
 evidence/                          what was measured for weight rules
 
+During a harvest the manifest says what is being made, and each complete shard has a small record
+file of its own, so that several processes can finish shards in any order; a shard without a record
+does not exist. At the end the records are moved into the manifest. It holds no times and no paths
+of a machine, so that a run that was killed and resumed ends with the same bytes.
+
 Machines that share no folder each harvest other text into a store of their own. ``open_stores``
 reads them as one, and copies nothing: all rows of the first, then those of the second, and so on.
 """
@@ -16,9 +21,8 @@ import bisect
 import functools
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,109 +32,155 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.artifact.artifact import differences
-from llm_wsae.data.manifest import (
-    REPAIR,
-    ROWS_PER_CHECK,
-    STATISTICS,
-    Manifest,
-    ShardRecord,
-    bytes_of,
-    complete_shards,
-    read_row_checks,
-    read_statistics,
-    shard_paths,
-    tokens_path,
-)
+from llm_wsae.artifact.artifact import Artifact, FileRecord, Record, differences, files_of
+from llm_wsae.artifact.files import load_tensors, read_own_json, write_json
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts, load_contexts
-from llm_wsae.data.rows import WINDOW_BYTES, SiteRows, StoredMeasurement, shuffled_batches
+from llm_wsae.data.rows import (
+    REPAIR,
+    WINDOW_BYTES,
+    RowFile,
+    RowReader,
+    SiteRows,
+    StoredMeasurement,
+    shuffled_batches,
+)
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.statistics.uncertainty import TextSize
 
+MANIFEST = "manifest.json"
+RECORDS = "shards"
+TOKENS = "tokens"
+STATISTICS = "statistics.safetensors"
 MEASUREMENTS = "evidence"
+_GROWING = ("num_contexts", "complete", "statistics", "shards")
 _SHARDS_OF_TOKENS_KEPT = 8
 _CONTEXTS_AT_ONCE = 8  # of the text that is read for a measurement
 _PARTS = 16  # of the rows; as many processes at most share the work of the covariance
 _ROWS_AT_ONCE = 16_384
 
 
-class _RowFile:
-    """A shard's rows of one site, one block in its file, read into the caller's memory. (The pages
-    of a mapped file would count as the process's memory, and a damaged one would end it with a
-    signal.)
+@dataclass(frozen=True)
+class ShardRecord:
+    """One complete shard."""
 
-    They are compared with their checksums when they are first read: a training never waits for a
-    check of the store, and reads nothing twice.
-    """
-
-    def __init__(self, folder: Path, name: str, record: ShardRecord):
-        self.num_rows = record.rows
-        self._path, self._bytes = folder / name, record.files[name].bytes
-        self._checks = read_row_checks(record.row_checks[name])
-        self._proved = np.zeros(len(self._checks), dtype=bool)
-        if self._path.is_fifo():  # which would be waited for
-            raise LlmWsaeError(f"{self._path} is no file; {REPAIR}")
-
-    def read(self, first: int, out: Tensor) -> None:
-        """Fill ``out`` with rows from ``first``."""
-        self._fill(first, out)
-        for number in range(first // ROWS_PER_CHECK, -(-(first + len(out)) // ROWS_PER_CHECK)):
-            if self._proved[number]:
-                continue
-            begin = number * ROWS_PER_CHECK
-            end = min(begin + ROWS_PER_CHECK, self.num_rows)
-            rows = out[max(begin - first, 0) : end - first]
-            if len(rows) < end - begin:  # the caller needs only a part of them
-                rows = out.new_empty(end - begin, out.shape[1])
-                self._fill(begin, rows)
-            if zlib.crc32(bytes_of(rows)) != self._checks[number]:
-                raise LlmWsaeError(
-                    f"{self._path} is damaged: rows {begin} to {end - 1} are not those that were "
-                    f"written; {REPAIR}"
-                )
-            self._proved[number] = True
-
-    def _fill(self, first: int, out: Tensor) -> None:
-        buffer, row_bytes = bytes_of(out), out.shape[1] * out.itemsize
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._bytes - (self.num_rows - first) * row_bytes)  # behind the header
-                read = file.readinto(buffer)
-        except OSError as error:
-            raise LlmWsaeError(f"cannot read {self._path}: {error.strerror}") from error
-        if read < len(buffer):
-            raise LlmWsaeError(f"{self._path} is truncated; {REPAIR}")
+    contexts: int
+    rows: int  # at each site
+    first: Sequence[int]  # section and offset at which its first context begins
+    next: Sequence[int]  # those at which the next shard begins
+    files: dict[str, FileRecord]  # by path within the store
+    row_checks: dict[str, str]  # of a file of activations, by its path, what ``row_checks`` gives
 
 
-class RowReader:
-    """The rows of one site, as one sequence over the shards of a store, or of several."""
+@dataclass
+class Manifest:
+    """Everything about a store except its rows."""
 
-    def __init__(self, files: Sequence[_RowFile], d_in: int, dtype: torch.dtype):
-        self._files, self._d_in, self.dtype = files, d_in, dtype
-        self._ends = list(accumulate(file.num_rows for file in files))
-        self.num_rows = self._ends[-1] if self._ends else 0
-        self.row_bytes = d_in * dtype.itemsize
+    model: dict[str, Any]  # ``LanguageModel.identity()``
+    corpus: dict[str, Any]  # ``Corpus.identity()``
+    sites: list[str]  # in the order of a forward pass
+    dtype: str  # of the rows, ``bfloat16`` or ``float32``
+    d_in: int  # width of the rows
+    packing: dict[str, Any]  # ``PackConfig.packing()``
+    bos_token_id: int | None  # at the beginning of each context, None if there is none
+    contexts_per_batch: int  # in a forward pass; it can change the last bits of the rows
+    contexts_per_shard: int  # except in the last one
+    num_contexts: int  # that were requested
+    complete: bool = False  # whether all contexts and the statistics of all rows are written
+    statistics: dict[str, FileRecord] = field(default_factory=dict)  # of all rows, by path
+    shards: list[ShardRecord] = field(default_factory=list)
+    """The shards of a complete store; of another, see ``complete_shards``."""
 
-    def read(self, start: int, out: Tensor) -> None:
-        """Fill ``out [rows, d_in]``, contiguous and of the store's dtype, with rows from ``start``.
-        Raises LlmWsaeError, naming the file, if it cannot be read or is not what was written."""
-        assert out.is_contiguous() and out.dtype == self.dtype and out.shape[1] == self._d_in
-        assert start >= 0 and start + len(out) <= self.num_rows
-        shard, done = bisect.bisect_right(self._ends, start), 0
-        while done < len(out):
-            file, end = self._files[shard], self._ends[shard] - start
-            if done < end:
-                file.read(done + file.num_rows - end, out[done:end])
-            done, shard = end, shard + 1
+    @property
+    def context_size(self) -> int:
+        """Tokens per context."""
+        return self.packing["context_size"]
 
-    def rows(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
-        """Rows ``start`` to ``stop``, in the store's dtype. Raises as ``read`` does."""
-        out = torch.empty(stop - start, self._d_in, dtype=self.dtype)
-        self.read(start, out)
-        return out
+    @property
+    def num_rows(self) -> int:
+        """Rows at each site, in the shards listed here."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in all, when the store is complete."""
+        return -(-self.num_contexts // self.contexts_per_shard)
+
+    def shard_contexts(self, index: int) -> int:
+        """Number of contexts in the shard of that index; 0 or less after the last."""
+        return min(self.contexts_per_shard, self.num_contexts - index * self.contexts_per_shard)
+
+    def all_files(self) -> dict[str, FileRecord]:
+        """Every file of the store, by path within it."""
+        files = dict(self.statistics)
+        for shard in self.shards:
+            files |= shard.files
+        return files
+
+    def request(self) -> dict[str, Any]:
+        """What cannot change while a store grows: a harvest that resumes it asks for the same."""
+        return {key: value for key, value in vars(self).items() if key not in _GROWING}
+
+    def save(self, folder: Path) -> None:
+        """Write ``manifest.json``, the store's record."""
+        shards = [{**asdict(shard), "files": list(shard.files)} for shard in self.shards]
+        facts = {"num_contexts": self.num_contexts, "shards": shards}
+        record = Record(self.request(), self.complete, self.all_files(), facts)
+        store_in(folder).write(record)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read a store's manifest. Raises as ``Artifact.read`` does."""
+        record = store_in(folder).read()
+        files = record.files
+        shards = [
+            ShardRecord(**value | {"files": {path: files.pop(path) for path in value["files"]}})
+            for value in record.facts["shards"]
+        ]
+        contexts = record.facts["num_contexts"]
+        return cls(**record.request, num_contexts=contexts, complete=record.complete,
+                   statistics=files, shards=shards)  # fmt: skip
+
+
+def store_in(folder: Path) -> Artifact:
+    """The activation store in a folder."""
+    return Artifact(folder, MANIFEST, "activation store")
+
+
+def save_record(folder: Path, index: int, record: ShardRecord) -> None:
+    """Record that a shard of a store is complete."""
+    write_json(folder / RECORDS / f"{index:05d}.json", asdict(record))
+
+
+def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
+    """The complete shards of a store by index: those in its manifest or, until it is complete,
+    those with a record. Raises LlmWsaeError if one is damaged."""
+    if manifest.complete:
+        return dict(enumerate(manifest.shards))
+    found = {}
+    paths = {int(p.stem): p for p in (folder / RECORDS).glob("*.json") if p.stem.isdecimal()}
+    for index, path in sorted(paths.items()):  # names get longer after 99999
+        value = read_own_json(path, "record of a shard", "delete it to rebuild the shard")
+        found[index] = ShardRecord(**value | {"files": files_of(value["files"])})
+    return found
+
+
+def shard_paths(index: int, site: str) -> tuple[str, str]:
+    """Paths within the store of a shard's activations of a site, and of their statistics."""
+    return f"{site}/{index:05d}.safetensors", f"{site}/{index:05d}.{STATISTICS}"
+
+
+def tokens_path(index: int) -> str:
+    """Path within the store of a shard's token ids and keep-mask."""
+    return f"{TOKENS}/{index:05d}.safetensors"
+
+
+def read_statistics(path: Path, record: FileRecord) -> Statistics:
+    """The statistics in a file of a store. Raises LlmWsaeError if it is not what was written."""
+    record.check(path, REPAIR)
+    return Statistics.from_tensors(load_tensors(path, "file of statistics")[0])
 
 
 class Located(NamedTuple):
@@ -230,8 +280,9 @@ class ActivationStore(SiteRows):
         once. Raises UsageError if the store lacks the site."""
         name = self._name(site)
         files = [
-            _RowFile(shard.folder, shard_paths(shard.number, name)[0], shard.record)
+            RowFile(shard.folder / path, one.rows, one.files[path].bytes, one.row_checks[path])
             for shard in self._shards
+            for one, path in [(shard.record, shard_paths(shard.number, name)[0])]
         ]
         return RowReader(files, self.d_in, getattr(torch, self.manifest.dtype))
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.config import PackConfig
-from llm_wsae.data.store import ActivationStore, RowReader
+from llm_wsae.data.rows import RowReader
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.directions import (

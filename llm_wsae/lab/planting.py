@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.packing import Contexts
-from llm_wsae.data.rows import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
-from llm_wsae.data.store import ActivationStore, RowReader
+from llm_wsae.data.rows import CHUNK_ROWS, WINDOW_BYTES, RowReader, shuffled_batches
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import UsageError

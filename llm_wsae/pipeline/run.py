@@ -19,9 +19,9 @@ from llm_wsae.artifact.artifact import Artifact, Record
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import ActivationSource, SiteRows
+from llm_wsae.data.store import MANIFEST, Manifest
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.provenance import command_line, versions
-from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.rows import ActivationSource, SiteRows
+from llm_wsae.data.store import MANIFEST
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable
 from llm_wsae.dictionary.info import DictionaryInfo

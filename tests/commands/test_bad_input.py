@@ -15,7 +15,7 @@ from small_dictionaries import make_dictionary
 
 from llm_wsae.cli import main
 from llm_wsae.data import corpus as corpus_module
-from llm_wsae.data.manifest import Manifest, complete_shards
+from llm_wsae.data.store import Manifest, complete_shards
 from llm_wsae.weights.loss_weights import LossWeights
 
 OTHER_SITE = SITE.replace("post", "mid")

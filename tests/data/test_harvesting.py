@@ -23,8 +23,8 @@ from llm_wsae.commands.verifying import verify
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest, kept_rows
-from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.data.packing import Packer
+from llm_wsae.data.store import RECORDS, Manifest, complete_shards
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
 

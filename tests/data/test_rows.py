@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 
 from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.data import rows as rows_module
-from llm_wsae.data.manifest import Manifest, ShardRecord, row_checks
-from llm_wsae.data.rows import ActivationSource, MemorySource, shuffled_batches
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.rows import ActivationSource, MemorySource, row_checks, shuffled_batches
+from llm_wsae.data.store import ActivationStore, Manifest, ShardRecord
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
 

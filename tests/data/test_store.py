@@ -16,10 +16,9 @@ from llm_wsae.commands.verifying import verify
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import StoreWriter, harvest
-from llm_wsae.data.manifest import Manifest, save_record
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import MemorySource
-from llm_wsae.data.store import ActivationStore, open_stores
+from llm_wsae.data.store import ActivationStore, Manifest, open_stores, save_record
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import SecondMoment, Statistics

@@ -25,8 +25,7 @@ from llm_wsae.artifact.files import (
     write_json,
 )
 from llm_wsae.commands.verifying import verify
-from llm_wsae.data.manifest import tokens_path
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, tokens_path
 from llm_wsae.dictionary import folder as dictionary_folder
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (

@@ -11,10 +11,9 @@ from refusals import misused
 from small_dictionaries import make_dictionary, make_info
 
 from llm_wsae.data.harvesting import StoreWriter, finish_store
-from llm_wsae.data.manifest import Manifest
 from llm_wsae.data.packing import Contexts
 from llm_wsae.data.rows import CHUNK_ROWS, ActivationSource
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, Manifest
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import ReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
