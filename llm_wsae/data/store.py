@@ -209,8 +209,7 @@ class ActivationStore(SiteRows):
     model = None
 
     def __init__(self, folder: Path, manifest: Manifest, *others: "ActivationStore"):
-        self.folder: Path = folder
-        """Of the first store."""
+        self.folder: Path = folder  # of the first store
         self._alone = [(folder, manifest), *((one.folder, one.manifest) for one in others)]
         self.manifest: Manifest = _joined([one for _, one in self._alone])
         self.sites = [Site.parse(name) for name in manifest.sites]

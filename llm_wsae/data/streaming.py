@@ -112,7 +112,7 @@ class ActivationStreams(SiteRows):
         return StoredMeasurement(path, {**self.identity(site), **settings})
 
     def some_text(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``SiteRows.some_text``, of the first ``tokens`` tokens."""
+        """Of the first ``tokens`` tokens."""
         for contexts in self._first_contexts(tokens):
             yield torch.from_numpy(contexts.ids).long(), torch.from_numpy(contexts.keep)
 

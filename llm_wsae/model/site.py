@@ -12,12 +12,11 @@ from typing import Literal
 from llm_wsae.errors import UsageError, nearest, shown
 
 Point = Literal["pre", "mid", "post"]
-HOOKS: dict[Point, str] = {
+HOOKS: dict[Point, str] = {  # TransformerLens' names, in the order of a forward pass
     "pre": "hook_resid_pre",
     "mid": "hook_resid_mid",
     "post": "hook_resid_post",
 }
-"""TransformerLens' names of a block's points, in the order of a forward pass."""
 POINTS = tuple(HOOKS)
 
 
@@ -26,8 +25,7 @@ POINTS = tuple(HOOKS)
 class Site:
     """One point of the residual stream; sites sort in the order of a forward pass."""
 
-    block: int
-    """Index of the transformer block, from 0."""
+    block: int  # index of the transformer block, from 0
     point: Point
     """``pre`` before the block, ``mid`` between attention and MLP, ``post`` after the block."""
 

@@ -38,10 +38,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class Codes(NamedTuple):
     """The active latents of a batch. A value of 0 is an unused slot, whichever latent it names."""
 
-    indices: Int[Tensor, "batch k"]
-    """Latent numbers, int64, in no particular order."""
-    values: Float[Tensor, "batch k"]
-    """Latent activations, ≥ 0."""
+    indices: Int[Tensor, "batch k"]  # latent numbers, int64, in no particular order
+    values: Float[Tensor, "batch k"]  # latent activations, ≥ 0
 
 
 class RaggedCodes(NamedTuple):

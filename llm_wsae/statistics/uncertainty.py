@@ -17,8 +17,7 @@ LEVEL = 0.95
 # Numbers drawn at once, 8 bytes each; enough that 1000 resamplings of 30,000 items are one block.
 _BLOCK = 2**25
 Interval = tuple[float, float]
-FEWEST = 20
-"""Effective documents; results on fewer say little about other text."""
+FEWEST = 20  # effective documents; results on fewer say little about other text
 
 
 @dataclass(frozen=True)
