@@ -1,14 +1,15 @@
 """The house stands: imports go down, the front door is light and shows the public names, errors are
-named.
-
-What a test of behaviour cannot see, read from the source with ``ast``.
-"""
+named, and a wheel has it all. What a test of behaviour cannot see is read with ``ast``."""
 
 import ast
+import os
+import pkgutil
 import resource
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 from importlinter.cli import lint_imports
@@ -112,15 +113,42 @@ def test_every_public_name_is_the_thing_itself():
 
 
 def test_names_mean_the_same_whatever_is_imported_first():
-    """No module may stand where a public function is looked for."""
-    printed("""
-import pkgutil, importlib, llm_wsae
-from llm_wsae import harvest, train, evaluate, run, study, attach, inspect, load_pretrained
-for found in pkgutil.walk_packages(llm_wsae.__path__, "llm_wsae."):
-    if found.name not in ("llm_wsae.__main__", "llm_wsae.saelens.training"):
-        importlib.import_module(found.name)
-for name in llm_wsae.__all__:
-    value = getattr(llm_wsae, name)
-    assert type(value).__name__ != "module", name
-assert llm_wsae.train is train and callable(train)
-""")
+    """No module may stand where a public function is looked for, once it is imported."""
+    modules = {found.name for found in pkgutil.iter_modules(llm_wsae.__path__)}
+    assert {"cli", "training"} < modules and not modules & set(llm_wsae.__all__)
+
+
+IN_THE_WHEEL = """
+import llm_wsae
+from llm_wsae.pages.frame import filled
+from llm_wsae.sparse.backends.cpu import SOURCES
+assert "<title>" in filled("report.html", {}) and all(path.is_file() for path in SOURCES)
+print(llm_wsae.__file__)
+"""
+
+
+def test_a_wheel_has_every_file_and_works_outside_the_clone(tmp_path):
+    source = tmp_path / "source"
+    names = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "llm_wsae", source / "llm_wsae", ignore=names)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("llm_wsae/")}
+    there = [path for path in (ROOT / "llm_wsae").rglob("*") if path.is_file()]
+    there = [path for path in there if path.suffix != ".pyc"]
+    assert packed == {path.relative_to(ROOT).as_posix() for path in there}
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", IN_THE_WHEEL],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(tmp_path / "site/llm_wsae/__init__.py")

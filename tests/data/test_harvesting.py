@@ -64,8 +64,7 @@ def after(forwards, happens=stop):
 
 
 def ends(renames, work):
-    """Do the work in a process that is killed when it has renamed that many files; whether it
-    ended."""
+    """Work in a process that is killed when it has renamed that many files; whether it ended."""
     child = os.fork()
     if child == 0:
         replace, left = os.replace, [renames]

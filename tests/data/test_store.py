@@ -128,8 +128,7 @@ def test_what_a_store_does_not_have(made, model, store, tmp_path):
         (LlmWsaeError, "cannot read .*00001", lambda: store.rows(SITE, 0, store.num_rows)),
         (LlmWsaeError, "there is no activation store in", lambda: ActivationStore.open(tmp_path)),
     ):
-        with pytest.raises(error, match=message):
-            ask()
+        fails(message, ask, error=error)
 
 
 def test_a_fifo_among_the_rows_is_not_waited_for(store, tmp_path):

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from refusals import misused
+from refusals import fails, misused
 from small_dictionaries import make_dictionary, make_info
 
 from llm_wsae.data.harvesting import StoreWriter, finish_store
@@ -16,7 +16,7 @@ from llm_wsae.data.rows import CHUNK_ROWS, ActivationSource
 from llm_wsae.data.store import ActivationStore, Manifest
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import ReLU
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.lab import planting
 from llm_wsae.lab.config import PlantConfig
 from llm_wsae.lab.planting import PlantedSource, Plants, make_plants, measure_recovery
@@ -303,7 +303,5 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
         make_plants(store.statistics(SITE), dict.fromkeys(range(27), 9), CONFIG)
     make_plants(store.statistics(SITE), dict.fromkeys(range(28), 9), CONFIG)
     flat = write_store(tmp_path / "flat", scale=0.0)
-    with pytest.raises(
-        LlmWsaeError, match="the rows do not vary in any dimension; take other text"
-    ):
-        make_plants(flat.statistics(SITE), {1: 1})
+    sentence = "the rows do not vary in any dimension; take other text"
+    fails(sentence, make_plants, flat.statistics(SITE), {1: 1})

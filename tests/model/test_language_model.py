@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 from looping import over
+from refusals import fails
 from tiny import BLOCKS, FAMILIES, KNOWN, VOCAB, WIDTH, hooks_of, model_of, of_families, sites_of
 from torch import nn
 from transformers import BertForMaskedLM
 
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.hardware import onednn_is_faster
 from llm_wsae.machine.threads import parallel_map
 from llm_wsae.model import forward
@@ -213,8 +213,7 @@ def test_bad_requests_are_sentences(ids):
         ("hook_resid_mid: its blocks run .* in parallel", model_of("neox").check_site, mid),
         ("hook_resid_mid: TransformerLens does not know", model_of("unknown").check_site, mid),
     ):
-        with pytest.raises(LlmWsaeError, match=said):
-            ask(*given)
+        fails(said, ask, *given)
 
 
 def test_identity_recognises_a_model_wherever_it_lies(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -32,8 +33,7 @@ float32. Sums are added up in another order, and Adam makes more of it."""
 
 
 def arms():
-    """Of every kind of step (test_steps.py has all), one trained in a space, and one with
-    a matrix in the loss."""
+    """Of every kind of step, one trained in a space, and one with a matrix in the loss."""
     matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4 + torch.eye(16)
     weights = [
         LossWeights(matrix, RULES["sensitivity"], 0.5, WeightConfig(place="space")),
@@ -47,11 +47,22 @@ ALL = tuple(arm.name for arm in arms())
 FEW = ("uniform-batch-topk-k2", "uniform-jumprelu-k2", "sensitivity-matrix-a0.5-space-k2")
 
 
+DIES, FAILURE = signal.SIGKILL, LlmWsaeError("the moon is full")
+
+
+def happen(what):
+    """An error, or a signal to this process."""
+    if isinstance(what, Exception):
+        raise what
+    os.kill(os.getpid(), what)
+
+
 def make(out, config=SHORT, names=ALL, unlucky=None, what=None):
     """One process's part; something happens to the unlucky one where it reads batch 24."""
     chosen = [arm for arm in arms() if arm.name in names]
     is_unlucky = os.environ.get("RANK", "alone") == str(unlucky)
-    source = Planted(massive=True, stop_after=24 if is_unlucky else None, what=what)
+    stop_after = 24 if is_unlucky else None
+    source = Planted(massive=True, stop_after=stop_after, what=partial(happen, what))
     return list(train(source, chosen, config, out))
 
 
@@ -96,25 +107,9 @@ def test_several_processes_train_the_dictionaries_of_one(alone, together, shard)
     assert before == {p: p.stat().st_mtime_ns for p in together[shard].rglob("*")}
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail():
-    raise LlmWsaeError("the moon is full")
-
-
-def crash():
-    raise ZeroDivisionError
-
-
 def test_a_signal_to_one_process_stops_all_and_one_alone_can_go_on(alone, tmp_path):
     config = replace(SHORT, shard="latents")
-    for outcome in run(2, make, tmp_path, config, FEW, 1, terminate):
+    for outcome in run(2, make, tmp_path, config, FEW, 1, signal.SIGTERM):
         assert outcome.startswith("Interrupted: stopped after step 24 of 40, saved in")
     assert [line["step"] for line in log_of(tmp_path)] == [10, 20]
     make(tmp_path, SHORT, FEW)
@@ -123,7 +118,7 @@ def test_a_signal_to_one_process_stops_all_and_one_alone_can_go_on(alone, tmp_pa
 
 def test_what_one_process_began_is_ended_by_several(alone, tmp_path):
     with pytest.raises(Interrupted, match="stopped after step 24"):
-        make(tmp_path, SHORT, FEW, "alone", terminate)
+        make(tmp_path, SHORT, FEW, "alone", signal.SIGTERM)
     outcomes = run(3, make, tmp_path, replace(SHORT, shuffle_seed=1), FEW)
     assert "seed: 0 in the saved training, 1 in this command" in outcomes[0]
     assert run(3, make, tmp_path, SHORT, FEW)[0] == list(FEW)
@@ -131,21 +126,21 @@ def test_what_one_process_began_is_ended_by_several(alone, tmp_path):
     assert not (tmp_path / CHECKPOINT).exists()
 
 
-@pytest.mark.parametrize("shard, unlucky, what", [("rows", 0, die), ("latents", 1, fail)])
+@pytest.mark.parametrize("shard, unlucky, what", [("rows", 0, DIES), ("latents", 1, FAILURE)])
 def test_a_process_that_is_killed_or_cannot_read_its_rows_ends_all_and_loses_nothing(
     together, tmp_path, shard, unlucky, what
 ):
     config = replace(SHORT, shard=shard, checkpoint_seconds=0.0)
     outcomes = run(2, make, tmp_path, config, FEW, unlucky, what)
     said = outcomes[1 - unlucky]
-    if what == die:
+    if what == DIES:
         assert outcomes[unlucky] is None and "exited without an error message" in said
         assert "run the same command again to resume" in said
     else:
         assert said.startswith("LlmWsaeError: the moon is full (stopped after step 24 of 40, ")
         assert outcomes == [said] * 2
     tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
-    assert json.loads(metadata["llm_wsae"])["step"] == (23 if what == die else 24)
+    assert json.loads(metadata["llm_wsae"])["step"] == (23 if what == DIES else 24)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert run(2, make, tmp_path, config, FEW)[0] == list(FEW)
     check_same(tmp_path, together[shard], FEW)
@@ -159,7 +154,7 @@ def test_requests_that_cannot_be(tmp_path):
     said = "process 1 has other settings than process 0 (learning_rate: 0.1 in process 0,"
     assert first == second and said in first
     assert not list(tmp_path.iterdir())
-    first, second = run(2, make, tmp_path, SHORT, FEW, 1, crash)
+    first, second = run(2, make, tmp_path, SHORT, FEW, 1, ZeroDivisionError())
     assert "process 1 ended: ZeroDivisionError()" in first and second is None
 
 

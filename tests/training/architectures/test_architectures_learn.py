@@ -1,5 +1,4 @@
-"""Every architecture learns, resumes, is saved and read back, on planted data of known answer; the
-diff in the docs adds one."""
+"""Every architecture learns, resumes and is read back, on planted data; the docs' diff adds one."""
 
 import os
 import re
