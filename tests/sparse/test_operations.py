@@ -5,25 +5,9 @@ interpreter, to which ``backends/test_triton.py`` gives this file."""
 from typing import NamedTuple
 
 import pytest
+import sparse_cases as cases
 import torch
-from sparse_cases import (
-    BF16,
-    D_IN,
-    ENCODINGS,
-    F32,
-    F64,
-    INTERPRETED,
-    SUMS,
-    Sums,
-    cast,
-    cut_tiles,
-    dense,
-    integers,
-    over,
-    random,
-    using,
-    whole,
-)
+from sparse_cases import BF16, ENCODINGS, F32, F64, INTERPRETED, SUMS, cast, integers, over, random
 
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.backends import cpu
@@ -83,9 +67,9 @@ def every_way(*dtypes):
             pytest.skip("there is no C++ compiler here")
         if own.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")
-        with using(own.name):
+        with cases.using(own.name):
             if own.cut:
-                cut_tiles(own.name, monkeypatch)
+                cases.cut_tiles(own.name, monkeypatch)
             yield own
 
     return way
@@ -135,7 +119,7 @@ def test_encode_above(name, threshold, way):
     codes = operations.encode_above(product, level.to(way.device, way.exact))
     assert_found(codes, way, pre, tolerance)
     expected = torch.where(pre > level, pre, 0)
-    found = dense(codes, codes.values.double(), len(level)).cpu()
+    found = cases.dense(codes, codes.values.double(), len(level)).cpu()
     if name == "random":  # rounding may decide about an entry at the threshold
         away = (pre - level).abs() > tolerance
         expected, found = expected[away], found[away]
@@ -162,9 +146,10 @@ def test_encode_batch_topk(name, batch, way):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
+MANY = (2, 2100) if INTERPRETED else (3, 40_000)
 DEAD = ENCODINGS | {
-    "more than are counted at once": whole(2, 2100) if INTERPRETED else whole(3, 40_000),
-    "none here": whole(5, 0),  # other processes have some
+    "more than are counted at once": cases.whole(*MANY),
+    "none here": cases.whole(5, 0),  # other processes have some
 }
 
 
@@ -195,9 +180,8 @@ def test_dead_gradients(name, way):
     x, encoder, bias = DEAD[name]
     some = len(bias)
     active, by_output = DEAD[name].pre().relu(), integers(*x.shape, seed=7)
-    start = SubsetGradients(
-        torch.arange(some), random(some, D_IN), random(some, D_IN, seed=1), random(some, seed=2)
-    )
+    rows = (random(some, cases.D_IN, seed=seed) for seed in (0, 1))
+    start = SubsetGradients(torch.arange(some), *rows, random(some, seed=2))
     by_latent = (by_output @ encoder.T) * (active > 0)
     added = (by_latent.T @ x, active.T @ by_output, by_latent.sum(0))
     found = cast(start, way.exact, way.device)
@@ -237,7 +221,7 @@ def test_operations_on_codes(name, fast, summing):
     """Decoding, gradients by values, exact values, and a reconstruction that needs all of them."""
     wide, fast = SUMS[name], fast if summing.exact == F32 else F64
     codes, x, decoder, bias, by_output = summing.cast(wide)
-    decoded = dense(wide.codes, wide.codes.values, len(decoder)) @ wide.decoder + wide.bias
+    decoded = cases.dense(wide.codes, wide.codes.values, len(decoder)) @ wide.decoder + wide.bias
     assert_close(operations.decode(codes, decoder, bias), decoded, summing.exact)
     found = operations.value_gradients(codes, decoder, by_output)
     assert_close(found, by_values(wide.codes, wide.decoder, wide.output_gradient), summing.exact)
@@ -262,7 +246,7 @@ def test_operations_on_codes(name, fast, summing):
     assert_rounded(found.output_gradient, found.residual * columns.to(x))
 
 
-def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
+def gradients_of(case: cases.Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
     """The gradients of a problem, with ``kinds`` rows of codes to every row of x; float64."""
     codes, x, decoder, _, output_gradient = case
     some = None
@@ -277,7 +261,7 @@ def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradie
 
 def weight_gradients(gradients: SparseGradients, d_sae: int):
     codes, x, output_gradient, by_value, more = gradients
-    by_latent, latents = (dense(codes, slots, d_sae) for slots in (by_value, codes.values))
+    by_latent, latents = (cases.dense(codes, slots, d_sae) for slots in (by_value, codes.values))
     x = x.repeat(len(output_gradient) // max(1, len(x)), 1)
     sums = (by_latent.T @ x, latents.T @ output_gradient, by_latent.sum(0))
     if more is not None:
@@ -315,7 +299,7 @@ def test_adam(name, summing, more, fast, raw):
         gradients = gradients._replace(x=x.cpu().double(), output_gradient=by_output.cpu().double())
     expected, sums = cast(start, F64), weight_gradients(gradients, d_sae)
     expected_raw = cast(raw_rows, F64) if raw else None
-    with using("pytorch"):
+    with cases.using("pytorch"):
         operations.adam(expected, sums, 3, 0.01, expected_raw)
     dense_terms = tuple(part.to(summing.device, summing.exact) for part in sums)
     for terms in [given] if more else [given, dense_terms]:
@@ -333,7 +317,7 @@ def test_adam(name, summing, more, fast, raw):
 
 
 def test_a_row_that_cannot_be_normalised_stays_0(summing):
-    latents = summing.cast(Latents(*torch.zeros(6, 9, D_IN).double()))
+    latents = summing.cast(Latents(*torch.zeros(6, 9, cases.D_IN).double()))
     operations.adam(latents, (latents[0].clone(), latents[0].clone(), latents[0][:, 0]), 1, 0.01)
     assert not any(part.any() for part in latents[:6])
 

@@ -1,5 +1,5 @@
-"""From made-up results to verdicts and a report: planted effects are found, and nothing else is; and
-the statistics of a study, on differences whose truth is known."""
+"""From made-up results to verdicts and a report: planted effects are found, and nothing else is.
+Then the statistics of a study, on differences whose truth is known."""
 
 import json
 import random

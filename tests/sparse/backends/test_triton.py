@@ -13,24 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sparse_cases as cases
 import torch
-from sparse_cases import (
-    BF16,
-    D_IN,
-    F32,
-    INTERPRETED,
-    SUMS,
-    Sums,
-    cast,
-    cut_tiles,
-    dense,
-    everything,
-    integers,
-    over,
-    random,
-    using,
-    whole,
-)
+from sparse_cases import D_IN, F32, INTERPRETED, SUMS, cast, everything, integers, over, random
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -54,14 +39,14 @@ def triton(request, monkeypatch):
     """The implementation, used by all operations, with tiles that cut these small inputs."""
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    cut_tiles("triton", monkeypatch)
-    with using("triton"):
+    cases.cut_tiles("triton", monkeypatch)
+    with cases.using("triton"):
         yield
 
 
 def layer(batch=BATCH, d_in=D_IN, shift=0):
     """A product in float32 that is exact."""
-    x, encoder, bias = whole(batch, D_SAE, shift)
+    x, encoder, bias = cases.whole(batch, D_SAE, shift)
     return cast(Product(x[:, :d_in], encoder[:, :d_in], bias), F32, DEVICE)
 
 
@@ -95,7 +80,7 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(triton):
     pre = product.pre()
     assert torch.equal(pre.gather(1, codes.indices.view(BATCH, 5)), codes.values.view(BATCH, 5))
     codes = operations.encode_above(*given, little)
-    assert little.enough() and torch.equal(dense(codes, codes.values, D_SAE), pre)
+    assert little.enough() and torch.equal(cases.dense(codes, codes.values, D_SAE), pre)
 
 
 def test_a_batch_has_as_many_slots_whatever_the_guess(triton):
@@ -212,7 +197,7 @@ def test_a_step_that_lacked_room_is_made_again(triton, l1):
         if l1:  # so that it goes sparse
             arm.architecture.follow(torch.tensor(0.001, device=DEVICE), 0.01)
         arm.architecture._capacity.slots = 2
-        with using(name):
+        with cases.using(name):
             step = arm.evaluate(batch)
         assert (arm.architecture._capacity.slots > 2) == (name == "triton")
         found.append((step.firings, step.observed, *step.summed(), step.by_decoder_bias))
@@ -264,9 +249,9 @@ if not INTERPRETED:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         rows, encoder, vector = torch.zeros(40, 768), torch.zeros(5000, 768), torch.zeros(5000)
         codes = RaggedCodes(torch.zeros(1280).long(), torch.zeros(1280), torch.arange(41) * 32)
-        case = Sums(codes, rows, encoder, rows[0], rows)
-        with using("triton"):
-            for dtype in (F32, BF16):  # of products
+        case = cases.Sums(codes, rows, encoder, rows[0], rows)
+        with cases.using("triton"):
+            for dtype in (F32, cases.BF16):  # of products
                 everything(cast(Product(rows, encoder, vector), dtype), case, dtype)
         kernels = {name for name in vars(triton) if name.endswith("_kernel")}
         assert compiled.keys() == kernels
