@@ -263,12 +263,11 @@ def train(request: Train) -> Result:
 
 def _trained(site: str, dictionaries: Mapping[str, Mapping[str, float]]) -> str:
     """What training measured of every dictionary of a site."""
-    rows = [[site, "train FVU", "L0", "dead %"]]
-    for name, found in dictionaries.items():
-        rows.append(
-            [name, f"{found['fvu']:.4f}", f"{found['l0']:.1f}", f"{100 * found['dead']:.1f}"]
-        )
-    return aligned(rows)
+    rows = [
+        [name, f"{found['fvu']:.4f}", f"{found['l0']:.1f}", f"{100 * found['dead']:.1f}"]
+        for name, found in dictionaries.items()
+    ]
+    return aligned([[site, "train FVU", "L0", "dead %"], *rows])
 
 
 def run(request: Run) -> Result:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import Artifact, Record
 from llm_wsae.artifact.files import write_json
-from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import ActivationSource, SiteRows
@@ -229,34 +228,27 @@ def _choose_alpha(
         "training": {n: v for n, v in vars(short).items() if n not in PROCEDURAL},
     }
     with processes.together():
-        if kept := processes.lead(lambda: _kept_choice(choices, asked)):
-            return kept
-    arms = {"0": ArmConfig(weights_from_rule("uniform", 1.0, inputs), k)}
-    for alpha in CANDIDATES:
-        arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, request.weigh), k)
-    trained = train(source, list(arms.values()), short, choices.folder / _TRIALS)
+        record = processes.lead(lambda: choices.begin(asked, choices.name))
+    if not record.complete:
+        arms = {"0": ArmConfig(weights_from_rule("uniform", 1.0, inputs), k)}
+        for alpha in CANDIDATES:
+            arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, request.weigh), k)
+        trained = train(source, list(arms.values()), short, choices.folder / _TRIALS)
 
-    def choose() -> dict[str, Any]:
-        found = judge.evaluate(trained).dictionaries
-        kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
-        best = min(kl, key=lambda alpha: kl[alpha])
-        worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
-        choice = {"k": k, "rows": tokens, "kl": kl, "alpha": float(best) if worth_it else None}
-        choices.finish(Record(plain(asked), facts=choice))
-        shutil.rmtree(choices.folder / _TRIALS)
-        return choice
+        def choose() -> Record:
+            found = judge.evaluate(trained).dictionaries
+            kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
+            best = min(kl, key=lambda alpha: kl[alpha])
+            worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
+            alpha = float(best) if worth_it else None
+            record.facts |= {"k": k, "rows": tokens, "kl": kl, "alpha": alpha}
+            choices.finish(record)
+            return record
 
-    with processes.together():
-        return processes.lead(choose)
-
-
-def _kept_choice(choices: Artifact, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The choice that a site's folder holds, if it does."""
-    if not choices.is_begun():
-        return None
-    record = choices.read()
-    choices.check_request(record.request, asked)
-    shutil.rmtree(choices.folder / _TRIALS, ignore_errors=True)  # of a run killed before it did
+        with processes.together():
+            record = processes.lead(choose)
+    if processes.leads:  # also what a killed run left
+        shutil.rmtree(choices.folder / _TRIALS, ignore_errors=True)
     return record.facts
 
 
