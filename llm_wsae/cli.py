@@ -35,7 +35,7 @@ from llm_wsae.machine import processes
 from llm_wsae.outside import is_panic, reason
 from llm_wsae.terminal import printable, printable_json, without_secrets
 
-COMMANDS: dict[str, Callable[..., Result]] = {
+COMMANDS: dict[str, Callable[[Any], Result]] = {
     "run": making.run,
     "plan": making.plan,
     "harvest": making.harvest,
@@ -71,9 +71,7 @@ Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 output pipe close
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
 _ALIASES = {"--tokens": "--harvest.tokens", "--eval-tokens": "--evaluate.tokens"}
 _OPTIONS = ConstructorRegistry()
-_REQUIRED = (MISSING, inspect.Parameter.empty)  # what has no default has one of these
 _BELOW_FIELD = r'^    {}: .*\n    """((?s:.*?))"""'
-_OF_PARAMETER = r"^ {{8}}{}: (.*(?:\n {{12}}.*)*)"
 _on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
 
 
@@ -190,7 +188,7 @@ def parse(name: str, words: list[str]) -> Callable[[], Result]:
         _check_word(word, before)
     _check_once(words)
     command = COMMANDS[name]
-    asked = inspect.signature(command).parameters.get("request")
+    (request,) = inspect.signature(command).parameters.values()
 
     def refuse(event: Any) -> None:
         with contextlib.suppress(AttributeError):  # an event of another release
@@ -199,58 +197,50 @@ def parse(name: str, words: list[str]) -> Callable[[], Result]:
 
     with _on_parse_error(refuse):
         given: Any = tyro.cli(
-            asked.annotation if asked else command,
+            request.annotation,
             prog=f"llm-wsae {name}",
-            description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
+            description=inspect.getdoc(command),
             args=words,
             config=[tyro.conf.DisallowNone],
             registry=_OPTIONS,
         )
-    return functools.partial(command, given) if asked else given
+    return functools.partial(command, given)
 
 
 @_OPTIONS.struct_rule
 def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Fields of a dataclass, or parameters of a command. (The parser's own rules end a line of help
-    where a docstring does, and show a default that is nothing.)"""
-    make: Callable[..., Any] = info.type
-    given = vars(info.default) if is_dataclass(info.default) else {}
-    parts: list[tuple[str, Any, Any]]
-    if is_dataclass(make):
-        parts = [(one.name, one.type, one.default) for one in fields(make)]
-    elif inspect.isfunction(make):
-        found = inspect.signature(make).parameters.values()
-        parts = [(one.name, one.annotation, one.default) for one in found]
-        make = functools.partial(functools.partial, make)  # called when all is parsed
-    else:
+    """Fields of a dataclass. (The parser's own rule ends a line of help where a docstring does, and
+    shows a default that is nothing.)"""
+    if not is_dataclass(info.type):
         return None
+    given = vars(info.default) if is_dataclass(info.default) else {}
     specs = []
-    for name, kind, default in parts:
-        notes = getattr(kind, "__metadata__", ())
+    for field in fields(info.type):
+        notes = getattr(field.type, "__metadata__", ())
         made = next((note for note in notes if isinstance(note, type)), None)  # by ``named``
         own = tyro.conf.arg(constructor=made, help_behavior_hint=_default)
-        option: Any = Annotated[made or kind, *notes, own]
-        default = MISSING_NONPROP if default in _REQUIRED else given.get(name, default)
-        about = functools.partial(_meaning, info.type, name)
-        specs.append(StructFieldSpec(name, option, default, about))
-    return StructConstructorSpec(make, tuple(specs))
+        option: Any = Annotated[made or field.type, *notes, own]
+        default = given.get(field.name, field.default)
+        default = MISSING_NONPROP if field.default is MISSING else default
+        about = functools.partial(_meaning, info.type, field.name)
+        specs.append(StructFieldSpec(field.name, option, default, about))
+    return StructConstructorSpec(info.type, tuple(specs))
 
 
 def _default(value: str) -> str:
     return "" if value in ("", "None") else f"(default: {value})"
 
 
-def _meaning(of: Any, name: str) -> str | None:
-    """What is said of a field, below it, or of a parameter, in the docstring."""
-    where = _BELOW_FIELD if isinstance(of, type) else _OF_PARAMETER
-    for owner in getattr(of, "__mro__", (of,)):
-        if said := re.search(where.format(name), _source(owner), re.MULTILINE):
+def _meaning(of: type, name: str) -> str | None:
+    """What is said of a field, below it."""
+    for owner in of.__mro__:
+        if said := re.search(_BELOW_FIELD.format(name), _source(owner), re.MULTILINE):
             return " ".join(said[1].split())
     return None
 
 
 @functools.cache
-def _source(of: Any) -> str:
+def _source(of: type) -> str:
     try:
         return inspect.getsource(of)
     except (OSError, TypeError):  # made by ``named``, or of Python itself

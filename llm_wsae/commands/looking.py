@@ -127,31 +127,32 @@ def evaluate(request: Evaluate) -> Result:
     return facts, "\n\n".join([*tables, f"report  {out}"])
 
 
-def inspect(
-    dictionary: Dict,
-    latent: tuple[int, ...] = (),
-    store: Path | None = None,
-    text: str | None = None,
-    top: int = 10,
-    model: Flat[OptionalModelConfig] = OptionalModelConfig(),  # noqa: B008 - frozen
-) -> Result:
-    """Look at latents (where they fire, which tokens they promote, what they write), or at a text.
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    dictionary: Dict
+    """Dictionary folder."""
+    latent: tuple[int, ...] = ()
+    """Latents to look at."""
+    store: Path | None = None
+    """Activation store of the same model; adds density and top contexts."""
+    text: str | None = None
+    """A sentence; shows which latents fire on it."""
+    top: int = 10
+    """Number of contexts, tokens, neighbours and dimensions to show."""
+    model: Flat[OptionalModelConfig] = OptionalModelConfig()
+    """The model that the dictionary explains; may be omitted if the Hub's cache has it."""
 
-    Args:
-        dictionary: Dictionary folder.
-        latent: Latents to look at.
-        store: Activation store of the same model; adds density and top contexts.
-        text: A sentence; shows which latents fire on it.
-        top: Number of contexts, tokens, neighbours and dimensions to show.
-        model: The model that the dictionary explains; may be omitted if the Hub's cache has it.
-    """
+
+def inspect(request: Inspect) -> Result:
+    """Look at latents (where they fire, which tokens they promote, what they write), or a text."""
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 
-    opened = Dictionary.load(dictionary)
-    how: dict[str, Any] = {"model": model.model, "revision": model.revision, "device": model.device}
-    found = inspect(opened, latent, store=store, text=text, top=top, dtype=model.model_dtype, **how)
-    facts: dict[str, Any] = {"dictionary": str(dictionary), "latents": found.latents}
+    model, opened = request.model, Dictionary.load(request.dictionary)
+    how = {name: getattr(request, name) for name in ("store", "text", "top")}
+    how |= {"model": model.model, "revision": model.revision, "device": model.device}
+    found = inspect(opened, request.latent, dtype=model.model_dtype, **how)
+    facts: dict[str, Any] = {"dictionary": str(request.dictionary), "latents": found.latents}
     parts = [latents_text(opened, found.latents)] if found.latents else []
     if found.no_model is not None:
         parts.append(f"tokens are not shown: {found.no_model}")
@@ -161,38 +162,39 @@ def inspect(
     return facts, "\n\n".join(parts)
 
 
-def dashboard(
-    dictionaries: Dicts,
-    store: Path,
-    out: Path,
-    model: Flat[ModelConfig],
-    prompt: tuple[str, ...] = (),
-    top: int = 10,
-    bands: int = 10,
-    rows: int | None = None,
-    scores: Path | None = None,
-    live: Flag = False,
-    port: int = 0,
-) -> Result:
-    """Write one HTML file that shows what dictionaries found, alone and side by side.
+@dataclass(frozen=True, kw_only=True)
+class Dashboard:
+    dictionaries: Dicts
+    """Dictionary folders, all of one site."""
+    store: Path
+    """Activation store of the site."""
+    out: Path
+    """HTML file to write. It needs no network and no other file."""
+    model: Flat[ModelConfig]
+    """The model that the store came from."""
+    prompt: tuple[str, ...] = ()
+    """Sentences whose latents are shown token by token."""
+    top: int = 10
+    """Strongest contexts shown for each latent."""
+    bands: int = 10
+    """Further contexts, one from each of so many bands of its activation."""
+    rows: int | None = None
+    """Look at only so many rows, the first ones of the store; the default is all."""
+    scores: Path | None = None
+    """Report of `evaluate --monosemantic`, whose scores of latents become measures here."""
+    live: Flag = False
+    """Also serve the page on this machine, to type sentences and steer the model."""
+    port: int = 0
+    """Port to serve it on; 0 takes a free one."""
 
-    Args:
-        dictionaries: Dictionary folders, all of one site.
-        store: Activation store of the site.
-        out: HTML file to write. It needs no network and no other file.
-        model: The model that the store came from.
-        prompt: Sentences whose latents are shown token by token.
-        top: Strongest contexts shown for each latent.
-        bands: Further contexts, one from each of so many bands of its activation.
-        rows: Look at only so many rows, the first ones of the store; the default is all.
-        scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.
-        live: Also serve the page on this machine, to type sentences and steer the model.
-        port: Port to serve it on; 0 takes a free one.
-    """
+
+def dashboard(request: Dashboard) -> Result:
+    """Write one HTML file that shows what dictionaries found, alone and side by side."""
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages import dashboard as pages
     from llm_wsae.pages.frame import is_page
 
+    out, live, port = request.out, request.live, request.port
     if out.suffix not in (".html", ".htm"):
         raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
     check_file(out, is_page)  # before the model is loaded
@@ -205,40 +207,42 @@ def dashboard(
         from llm_wsae.pages.live import listen, serve
 
         listening = listen(port)
-    named, opened = pages.named_dictionaries(dictionaries), ActivationStore.open(store)
-    language_model = model.load(opened.manifest.model)
-    shown: dict[str, Any] = {"prompts": prompt, "top": top, "bands": bands, "rows": rows}
-    page = pages.dashboard(named, opened, language_model, out, scores=scores, live=live, **shown)
+    named = pages.named_dictionaries(request.dictionaries)
+    store = ActivationStore.open(request.store)
+    model = request.model.load(store.manifest.model)
+    shown = {name: getattr(request, name) for name in ("top", "bands", "rows", "scores", "live")}
+    page = pages.dashboard(named, store, model, out, prompts=request.prompt, **shown)
     if listening is not None:
-        serve(out, language_model, named, listening, lambda address: note(f"open {address}"))
+        serve(out, model, named, listening, lambda address: note(f"open {address}"))
     facts = {"page": page.path, "megabytes": page.megabytes}
     return facts, f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"
 
 
-def explain(
-    dictionaries: Dicts,
-    store: Path,
-    endpoint: str,
-    explainer: str,
-    out: Path,
-    model: Flat[ModelConfig],
-    yes: Flag = False,
-    explaining: Flat[ExplainConfig] = ExplainConfig(),  # noqa: B008 - frozen
-) -> Result:
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    dictionaries: Dicts
+    """Dictionary folders; the explanations are kept in them."""
+    store: Path
+    """Activation store of their site."""
+    endpoint: str
+    """Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1. Its key is read
+    from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY."""
+    explainer: str
+    """Name of the language model there, which explains and judges."""
+    out: Path
+    """Folder of the answers and the report."""
+    model: Flat[ModelConfig]
+    """The model that the store came from."""
+    yes: Flag = False
+    """Ask the questions, and pay for them."""
+    explaining: Flat[ExplainConfig] = ExplainConfig()
+
+
+def explain(request: Explain) -> Result:
     """Have a language model explain latents, and score how well the explanations predict them.
 
     Without --yes it only says what it would cost. Run it again to resume after an interruption: no
     answer is paid for twice.
-
-    Args:
-        dictionaries: Dictionary folders; the explanations are kept in them.
-        store: Activation store of their site.
-        endpoint: Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1.
-            Its key is read from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY.
-        explainer: Name of the language model there, which explains and judges.
-        out: Folder of the answers and the report.
-        model: The model that the store came from.
-        yes: Ask the questions, and pay for them.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -246,74 +250,75 @@ def explain(
     from llm_wsae.explaining.explaining import check_folders, price_of
     from llm_wsae.explaining.explaining import explain as explain_all
 
+    endpoint, config = request.endpoint, request.explaining
     check_endpoint(endpoint)
-    opened, folders = ActivationStore.open(store), check_folders(dictionaries)
-    sizes, most = [Dictionary.load(folder).d_sae for folder in folders.values()], explaining.latents
-    price = price_of(explaining, sum(n if most == "all" else min(n, most) for n in sizes))
-    if not yes:
+    store, folders = ActivationStore.open(request.store), check_folders(request.dictionaries)
+    sizes, most = [Dictionary.load(folder).d_sae for folder in folders.values()], config.latents
+    price = price_of(config, sum(n if most == "all" else min(n, most) for n in sizes))
+    if not request.yes:
         facts: dict[str, Any] = {"price": price, "done": False}
         return facts, f"{price}\nNothing was asked; add --yes to go on."
-    language_model = model.load(opened.manifest.model)
-    found = explain_all(folders, opened, language_model, endpoint, explainer, out, explaining)
+    model = request.model.load(store.manifest.model)
+    found = explain_all(folders, store, model, endpoint, request.explainer, request.out, config)
     kept = [f"explanations  {folder}" for folder in folders.values()]
     return {"price": price, "done": True, **found.to_dict()}, "\n".join([found.table(), *kept])
 
 
-def export(
-    dictionary: Dict,
-    store: Path,
-    to: Literal["neuronpedia"],
-    out: Path,
-    model: Flat[ModelConfig],
-    top: int = 20,
-    bands: int = 5,
-    contexts: int | None = None,
-    model_id: str | None = None,
-    sae_set: str | None = None,
-    sae_id_suffix: str | None = None,
-) -> Result:
-    """Write every latent into files like SAEDashboard's, which Neuronpedia imports.
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    dictionary: Dict
+    """Dictionary folder."""
+    store: Path
+    """Activation store of its site."""
+    to: Literal["neuronpedia"]
+    """Whose files to write."""
+    out: Path
+    """Folder to write them into."""
+    model: Flat[ModelConfig]
+    """The model that the store came from."""
+    top: int = 20
+    """Strongest contexts shown for each latent."""
+    bands: int = 5
+    """Quantile bands of its activation; a context is shown from each."""
+    contexts: int | None = None
+    """Look at only so many contexts, the first ones of the store; the default is all."""
+    model_id: str | None = None
+    """Name of the model on Neuronpedia; the default is the model's own."""
+    sae_set: str | None = None
+    """Name of the set of dictionaries there; the default is the dictionary's own."""
+    sae_id_suffix: str | None = None
+    """Suffix that tells apart dictionaries of the same set and block."""
 
-    Args:
-        dictionary: Dictionary folder.
-        store: Activation store of its site.
-        to: Whose files to write.
-        out: Folder to write them into.
-        model: The model that the store came from.
-        top: Strongest contexts shown for each latent.
-        bands: Quantile bands of its activation; a context is shown from each.
-        contexts: Look at only so many contexts, the first ones of the store; the default is all.
-        model_id: Name of the model on Neuronpedia; the default is the model's own.
-        sae_set: Name of the set of dictionaries there; the default is the dictionary's own.
-        sae_id_suffix: Suffix that tells apart dictionaries of the same set and block.
-    """
+
+def export(request: Export) -> Result:
+    """Write every latent into files like SAEDashboard's, which Neuronpedia imports."""
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages.neuronpedia import export_in, export_neuronpedia
 
-    export_in(out).check_place()
-    opened = ActivationStore.open(store)
-    shown: dict[str, Any] = {"top": top, "bands": bands, "contexts": contexts}
-    shown |= {"model_id": model_id, "sae_set": sae_set, "sae_id_suffix": sae_id_suffix}
-    language_model = model.load(opened.manifest.model)
-    done = export_neuronpedia(dictionary, opened, language_model, out, **shown)
+    export_in(request.out).check_place()
+    store = ActivationStore.open(request.store)
+    model = request.model.load(store.manifest.model)
+    names = ("top", "bands", "contexts", "model_id", "sae_set", "sae_id_suffix")
+    shown = {name: getattr(request, name) for name in names}
+    done = export_neuronpedia(request.dictionary, store, model, request.out, **shown)
     explained = f", {done.explained:,} of them explained" if done.explained else ""
     return vars(done), f"{done.latents:,} latents in {done.files} files{explained}: {done.path}"
 
 
-def verify(
-    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")],
-    site: str | None = None,
-) -> Result:
-    """Check every byte of what llm-wsae wrote, and name what is damaged and what to do.
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """Store, dictionary, folder of a training, study or run, weights file, or JSON record; also
+    another tool's dictionary, which has no checksums."""
+    site: str | None = None
+    """Site of a dictionary whose files do not name it."""
 
-    Args:
-        path: Store, dictionary, folder of a training, study or run, weights file, or
-            JSON record; also another tool's dictionary, which has no checksums.
-        site: Site of a dictionary whose files do not name it.
-    """
+
+def verify(request: Verify) -> Result:
+    """Check every byte of what llm-wsae wrote, and name what is damaged and what to do."""
     from llm_wsae.commands.verifying import verify as check
 
-    found = check(path, site)
+    path, found = request.path, check(request.path, request.site)
     if found.problems:
         raise LlmWsaeError("; ".join(found.problems))
     below = path if path.is_dir() else path.parent

@@ -346,19 +346,20 @@ def study(request: Study) -> Result:
     return report.to_dict(), "\n".join([report.table(), "", written, _cost()])
 
 
-def theory(
-    out: Path,
-    toy: Flat[TheoryConfig] = TheoryConfig(),  # noqa: B008 - frozen
-) -> Result:
+@dataclass(frozen=True, kw_only=True)
+class Theory:
+    out: Path
+    """Folder that receives the report and one training for each sparsity and seed."""
+    toy: Flat[TheoryConfig] = TheoryConfig()
+
+
+def theory(request: Theory) -> Result:
     """Repeat the paper's toy experiment: what dictionaries find where the features are known.
 
     Run it again to resume after an interruption, or with more seeds or sparsities to add them.
-
-    Args:
-        out: Folder that receives the report and one training for each sparsity and seed.
     """
     from llm_wsae.lab.theory import REPORT, run_toy
 
-    report = run_toy(toy, out)
-    lines = [report.table(), "", f"report   {out / REPORT}", _cost()]
+    report = run_toy(request.toy, request.out)
+    lines = [report.table(), "", f"report   {request.out / REPORT}", _cost()]
     return report.to_dict(), "\n".join(lines)
