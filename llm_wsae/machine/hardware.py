@@ -14,7 +14,6 @@ import re
 import resource
 import sys
 import time
-import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -94,17 +93,21 @@ def product_seconds(kind: Kind) -> dict[torch.dtype, float]:
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            formats = (torch.float32, torch.bfloat16)
-            return {dtype: pool.submit(_seconds, kind, dtype).result() for dtype in formats}
+            return pool.submit(_measure, kind).result()
         finally:
             torch.set_num_threads(threads)  # later threads start with this value too
 
 
 @torch.inference_mode()
-def _seconds(kind: Kind, dtype: torch.dtype) -> float:
-    product = _product(kind, dtype)
-    product()  # which prepares
-    return min(timeit.repeat(product, timer=time.thread_time, repeat=_REPEATS, number=1))
+def _measure(kind: Kind) -> dict[torch.dtype, float]:
+    products = {dtype: _product(kind, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    found: dict[torch.dtype, list[float]] = {dtype: [] for dtype in products}
+    for _ in range(1 + _REPEATS):  # taking turns, so that both meet the same noise
+        for dtype, product in products.items():
+            begin = time.thread_time()
+            product()
+            found[dtype].append(time.thread_time() - begin)
+    return {dtype: min(seconds[1:]) for dtype, seconds in found.items()}  # the first prepares
 
 
 def _product(kind: Kind, dtype: torch.dtype) -> Callable[[], object]:
@@ -125,9 +128,9 @@ def _product(kind: Kind, dtype: torch.dtype) -> Callable[[], object]:
 
 @cache
 def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies faster on this CPU than what torch chooses: in bfloat16 the same,
-    which lays the weights out anew each time; in float32 MKL, which uses half of a vector's width
-    on AMD's processors."""
+    """Whether oneDNN multiplies faster on this CPU than what torch chooses: in bfloat16 that is
+    oneDNN, too, but it lays the weights out anew each time; in float32 it is MKL, which uses half
+    of a vector's width on AMD's processors."""
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     if not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return False

@@ -267,6 +267,8 @@ def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeErr
             f"{model} comes with its own model code, which is not run; load it yourself and pass "
             "the live model in Python"
         )
+    if isinstance(error, ImportError):
+        return LlmWsaeError(f"loading {model} needs a package that is not installed: {text}")
     return LlmWsaeError(f"{model} cannot be loaded as a causal language model: {reason(error)}")
 
 
