@@ -163,15 +163,19 @@ def inspect(request: Inspect) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dashboard:
-    dictionaries: Dicts
-    """Dictionary folders, all of one site."""
+class _OnStore:
     store: Path
     """Activation store of the site."""
-    out: Path
-    """HTML file to write. It needs no network and no other file."""
     model: Flat[ModelConfig]
     """The model that the store came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dashboard(_OnStore):
+    dictionaries: Dicts
+    """Dictionary folders, all of one site."""
+    out: Path
+    """HTML file to write. It needs no network and no other file."""
     prompt: tuple[str, ...] = ()
     """Sentences whose latents are shown token by token."""
     top: int = 10
@@ -219,11 +223,9 @@ def dashboard(request: Dashboard) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explain:
+class Explain(_OnStore):
     dictionaries: Dicts
     """Dictionary folders; the explanations are kept in them."""
-    store: Path
-    """Activation store of their site."""
     endpoint: str
     """Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1. Its key is read
     from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY."""
@@ -231,8 +233,6 @@ class Explain:
     """Name of the language model there, which explains and judges."""
     out: Path
     """Folder of the answers and the report."""
-    model: Flat[ModelConfig]
-    """The model that the store came from."""
     yes: Flag = False
     """Ask the questions, and pay for them."""
     explaining: Flat[ExplainConfig] = ExplainConfig()
@@ -265,17 +265,13 @@ def explain(request: Explain) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(_OnStore):
     dictionary: Dict
     """Dictionary folder."""
-    store: Path
-    """Activation store of its site."""
     to: Literal["neuronpedia"]
     """Whose files to write."""
     out: Path
     """Folder to write them into."""
-    model: Flat[ModelConfig]
-    """The model that the store came from."""
     top: int = 20
     """Strongest contexts shown for each latent."""
     bands: int = 5

@@ -110,7 +110,7 @@ class Dictionary(nn.Module):
 
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
         """The active latents of every row: indices and values ``[*rows, k]``. Raises UsageError for
-        rows of another width, LlmWsaeError for NaN or infinite rows."""
+        rows of another width, LlmWsaeError for NaN or infinity."""
         codes = self._codes(x)
         shape = (*x.shape[:-1], codes.indices.shape[1])
         return Codes(codes.indices.view(shape), codes.values.view(shape))
@@ -120,8 +120,7 @@ class Dictionary(nn.Module):
         return to_dense(self.encode_sparse(x), self.d_sae)
 
     def decode(self, latents: Float[Tensor, "*rows d_sae"] | Codes) -> Float[Tensor, "*rows d_in"]:
-        """The reconstruction from dense latents or from codes. Raises UsageError when dense latents
-        have another width."""
+        """The reconstruction from latents. Raises UsageError when dense ones have another width."""
         if isinstance(latents, Codes):
             *rows, width = latents.indices.shape
             flat = Codes(latents.indices.reshape(-1, width), latents.values.reshape(-1, width))
@@ -195,8 +194,7 @@ class Dictionary(nn.Module):
         revision: str | None = None,
         license: str | None = None,
     ) -> str:
-        """Push it to a repository on the Hub and return the commit's address; see
-        ``hub.transfer.push``, which alone also sends explanations, those beside a saved one."""
+        """Push it, without explanations, as ``hub.transfer.push``; the commit's address."""
         from llm_wsae.dictionary.hub.transfer import push
 
         with tempfile.TemporaryDirectory() as folder:

@@ -278,9 +278,9 @@ def _scored(
     """Score what was answered; ``seed`` is that of the resamplings."""
     latents = []
     for one in examined:
-        scores = {name: score_of(name, trials, seed) for name, trials in one.trials.items()}
-        there = {name: score for name, score in scores.items() if score is not None}
-        latents.append(Explanation(one.texts.latent, one.explanation, explainer, there))
+        found = ((name, score_of(name, trials, seed)) for name, trials in one.trials.items())
+        scores = {name: score for name, score in found if score is not None}
+        latents.append(Explanation(one.texts.latent, one.explanation, explainer, scores))
     columns = {
         name: [one.scores[name].value if name in one.scores else np.nan for one in latents]
         for name in SCORES

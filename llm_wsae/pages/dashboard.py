@@ -93,11 +93,10 @@ def dashboard(
     """Write one HTML file that shows what dictionaries of a site found in a store.
 
     ``dictionaries`` (a list, or by the names to show) and ``store`` may be opened or given by their
-    folders, ``model`` is a LanguageModel or whatever ``LanguageModel.load`` takes. ``top`` contexts
-    and one of each of ``bands`` quantile bands of the activation are shown for every latent;
-    ``prompts`` are sentences whose latents are shown token by token; ``rows`` limits how many rows
-    of the store are looked at. ``scores`` is a report of ``evaluate --monosemantic``, whose scores
-    of latents become measures here. ``live`` adds the panels that ask a server (``live.serve``).
+    folders, ``model`` is a LanguageModel or whatever ``LanguageModel.load`` takes. Of every latent,
+    ``top`` contexts and one of each of ``bands`` quantile bands are shown, among the first ``rows``
+    of the store; of ``prompts``, the latents token by token. ``scores`` is a report of ``evaluate
+    --monosemantic``. ``live`` adds the panels that ask a server (``live.serve``).
 
     Raises UsageError for dictionaries of different sites or none, or a page that would be larger
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.

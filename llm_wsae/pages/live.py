@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,14 @@ _MOST_CONNECTIONS = 64
 SECONDS = 20.0  # for one text that the model writes, and to wait for the model
 
 
+@dataclass(frozen=True)
 class Session:
     """What the page may ask of the model, which writes for at most ``seconds``."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        dictionaries: Mapping[str, Dictionary],
-        seconds: float = SECONDS,
-    ):
-        self._model, self._seconds = model, seconds
-        self._dictionaries = list(dictionaries.values())
-        self._busy = threading.Lock()
+    model: LanguageModel
+    dictionaries: Mapping[str, Dictionary]
+    seconds: float = SECONDS
+    _busy: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Raises UsageError for a request that makes no sense."""
@@ -61,15 +58,15 @@ class Session:
             raise UsageError(
                 f"the text has {len(text):,} characters, and at most {LONGEST_TEXT:,} are read here"
             )
-        if not isinstance(number, int) or not 0 <= number < len(self._dictionaries):
+        if not isinstance(number, int) or not 0 <= number < len(self.dictionaries):
             raise UsageError("there is no such dictionary")
-        dictionary = self._dictionaries[number]
-        if not self._busy.acquire(timeout=2 * self._seconds):
+        dictionary = list(self.dictionaries.values())[number]
+        if not self._busy.acquire(timeout=2 * self.seconds):
             raise UsageError("the model is busy with another question; ask again")
         try:
             with torch.no_grad():
                 if asked.get("latent") is None:
-                    tokens = read_sentence(self._model, dictionary, text)
+                    tokens = read_sentence(self.model, dictionary, text)
                     return {"tokens": [(shown(one.token), strongest(one)) for one in tokens]}
                 return self._steered(dictionary, text, asked)
         finally:
@@ -85,13 +82,13 @@ class Session:
             raise UsageError("a strength is a number")
         if not isinstance(count, int) or not 1 <= count <= MOST_NEW_TOKENS:
             raise UsageError(f"from 1 to {MOST_NEW_TOKENS} tokens can be written")
-        tokenizer, model = self._model.tokenizer, self._model.hf_model
-        ids = torch.tensor([token_ids(self._model, dictionary, text)], device=self._model.device)
-        longest = self._model.max_context
+        tokenizer, model = self.model.tokenizer, self.model.hf_model
+        ids = torch.tensor([token_ids(self.model, dictionary, text)], device=self.model.device)
+        longest = self.model.max_context
         if longest is not None and ids.shape[1] + count > longest:
             raise UsageError(
                 f"the text has {ids.shape[1]:,} tokens; with {count} more they are too many for "
-                f"{self._model.name}, which reads at most {longest:,}"
+                f"{self.model.name}, which reads at most {longest:,}"
             )
 
         def write() -> tuple[str, bool, torch.Tensor]:
@@ -101,13 +98,13 @@ class Session:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=count,
                 do_sample=False,
-                max_time=self._seconds,
+                max_time=self.seconds,
             )[0, ids.shape[1] :]
-            cut = len(new) < count and time.monotonic() - started > self._seconds
+            cut = len(new) < count and time.monotonic() - started > self.seconds
             return tokenizer.decode(new), cut, logits
 
         before, cut, clean = write()
-        with attach(self._model, dictionary) as attached:
+        with attach(self.model, dictionary) as attached:
             attached.edit(dictionary.site, Steer(latent=latent, strength=float(strength)))
             after, cut_too, steered = write()
         change = float(f"{float((steered - clean).abs().max()):.4g}")
