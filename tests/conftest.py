@@ -81,9 +81,8 @@ jaxtyping.install_import_hook("llm_wsae", "beartype.beartype")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--fuzz", type=int, default=1, metavar="N", help="fuzz with N times as many cases"
-    )
+    said = "fuzz with N times as many cases"
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help=said)
 
 
 @pytest.fixture
@@ -134,9 +133,8 @@ def world(made_world, tmp_path_factory):
     return shutil.copytree(made_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 @pytest.fixture(scope="module")

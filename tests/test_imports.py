@@ -81,9 +81,8 @@ def test_help_comes_at_once():
         seconds = []
         for _ in range(5):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            found = subprocess.run(
-                [sys.executable, *command], capture_output=True, text=True, check=True
-            )
+            words = [sys.executable, *command]
+            found = subprocess.run(words, capture_output=True, text=True, check=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         return min(seconds), found

@@ -97,10 +97,8 @@ def test_cross_entropy_is_what_evaluate_reports(model, point):
     site = Site(2, point)
     norms = model.activations(ids, [site])[site][keep].norm(dim=1)
     one = dictionary(site, massive_threshold=float(norms.quantile(0.85)))
-    none = np.full(10, -1, np.int32)
-    given = [
-        Context(i.int().numpy(), k.numpy(), none, none) for i, k in zip(*contexts, strict=True)
-    ]
+    none, pairs = np.full(10, -1, np.int32), zip(*contexts, strict=True)
+    given = [Context(own.int().numpy(), kept.numpy(), none, none) for own, kept in pairs]
     config = EvaluateConfig(tokens=int(keep.sum()), batch_tokens=120, bootstraps=10)
     report = evaluate({"one": one}, model, given, config).dictionaries["one"]
     assert report.massive_rows > 5 and report.ce_spliced > report.ce_clean + 0.1

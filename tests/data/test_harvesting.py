@@ -212,10 +212,9 @@ for tokens in (20_000, 120_000):
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens(tmp_path):
-    environment = {"MALLOC_ARENA_MAX": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.check_output(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], cwd=ROOT, env=os.environ | environment
-    )
+    env = os.environ | {"MALLOC_ARENA_MAX": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    out = subprocess.check_output(words, cwd=ROOT, env=env)
     short, long = map(int, out.split())
     assert long - short < 20  # 100,000 rows are 26 MB
 

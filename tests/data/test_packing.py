@@ -22,9 +22,8 @@ def listed(*lengths):
     """A corpus of documents of given lengths in tokens, such that they are read in this order."""
     there = [(i, n) for i, n in enumerate(lengths) if n]
     order = np.argsort(np.random.default_rng(0).permutation(len(there)))  # of data.corpus
-    documents = [
-        Document(f"d{i}", words(i, n), {"length": n}) for i, n in (there[at] for at in order)
-    ]
+    inverse = [there[at] for at in order]
+    documents = [Document(f"d{i}", words(i, n), {"length": n}) for i, n in inverse]
     return Corpus([TextSource("listed", None, lambda: str(lengths), lambda: iter(documents))])
 
 

@@ -149,19 +149,17 @@ def test_held_out_rows_are_in_no_batch_and_in_no_statistic(store, source):
     rows, _ = read(source)
     assert source.num_rows == (store.num_rows // CHUNK_ROWS - 2) * CHUNK_ROWS
     trained = rows[: source.num_rows]
-    epoch = torch.cat(
-        list(islice(source.batches(CHUNK_ROWS, seed=0), source.num_rows // CHUNK_ROWS))
-    )
+    batches = islice(source.batches(CHUNK_ROWS, seed=0), source.num_rows // CHUNK_ROWS)
+    epoch = torch.cat(list(batches))
     assert torch.equal(epoch.sort(0).values, trained.sort(0).values)
     held = torch.cat([piece for piece, _ in source.heldout()])
     assert torch.equal(held, rows[source.num_rows :])
     statistics, moment = source.statistics(), source.second_moment()
     assert statistics.count == moment.count == source.num_rows
     torch.testing.assert_close(statistics.mean, trained.double().mean(0))
-    inputs = RuleInputs(statistics, second_moment=moment)
-    torch.testing.assert_close(
-        inputs.covariance, torch.cov(trained.double().T, correction=0), rtol=0.02, atol=1e-3
-    )
+    found = RuleInputs(statistics, second_moment=moment).covariance
+    exact = torch.cov(trained.double().T, correction=0)
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=1e-3)
 
 
 def perfect(source, gain=1.0, bias=0.0):

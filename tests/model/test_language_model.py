@@ -107,9 +107,8 @@ def test_sites_embeddings_and_replaced_streams_are_those_of_transformer_lens(mod
     clean = model.logits(ids)
     for site in sites_of(model):
         new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(site.block))
-        expected = bridge.run_with_hooks(
-            ids, fwd_hooks=[(str(site), lambda stream, hook, new=new: new)]
-        )
+        hooks = [(str(site), lambda stream, hook, new=new: new)]
+        expected = bridge.run_with_hooks(ids, fwd_hooks=hooks)
         assert not torch.allclose(expected, clean, atol=1e-2)
         found = model.resume(ids, site, new)
         # a bridge's hook on the input of the MLP's norm misses the residual branch

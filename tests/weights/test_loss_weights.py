@@ -152,9 +152,8 @@ def test_every_choice_is_normalised(rule, alpha, place, clip, inputs):
 
 def test_uniform_is_chosen_once_and_own_weights_come_last(inputs):
     own = LossWeights(torch.tensor([1.0, 2, 3, 4]))
-    found = choose_weights(
-        inputs, ["uniform", RULES["variance"], "variance"], [0.5, -0.25, 0.5], own, SPACE
-    )
+    rules = ["uniform", RULES["variance"], "variance"]
+    found = choose_weights(inputs, rules, [0.5, -0.25, 0.5], own, SPACE)
     names = ["uniform", "variance-a0.5-space", "variance-a-0.25-space", "own"]
     assert [weights.name for weights in found] == names
     again = choose_weights(inputs, ["variance"], [0.0, 0.5], LossWeights(own.gamma, config=SPACE))
@@ -168,10 +167,9 @@ def test_powers_of_a_matrix(inputs):
     """Γ = F^α up to a factor: Γ² ∝ F at ½, Γ ∝ F at 1, and ΓΓ′ ∝ 1 for ±α."""
     for alpha in (0.125, 0.5, 1.0):
         gamma = weights_from_rule("sensitivity", alpha, inputs, SPACE).gamma.double()
-        raised, fisher = torch.matrix_power(gamma, round(1 / alpha)), inputs.fisher
-        torch.testing.assert_close(
-            raised / raised[0, 0], fisher / fisher[0, 0], rtol=1e-4, atol=1e-4
-        )
+        raised = torch.matrix_power(gamma, round(1 / alpha))
+        expected = inputs.fisher / inputs.fisher[0, 0]
+        torch.testing.assert_close(raised / raised[0, 0], expected, rtol=1e-4, atol=1e-4)
     product = gamma @ weights_from_rule("sensitivity", -1.0, inputs, SPACE).gamma.double()
     identity = torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(product / product[0, 0], identity, rtol=0, atol=1e-4)
