@@ -101,12 +101,9 @@ def test_a_line_without_an_end(tmp_path):
 
 
 def test_names_of_files(tmp_path):
-    for name, said in (
-        ("", "the name of the corpus is empty"),
-        ("~nosuchuser/x", "there is no home folder ~nosuchuser"),
-        ("a\0b", "cannot be the name of a corpus"),
-    ):
-        misused(said, outside.local_path, name, "corpus")
+    misused("the name of the corpus is empty", outside.local_path, "", "corpus")
+    misused("there is no home folder ~nosuchuser", outside.local_path, "~nosuchuser/x", "corpus")
+    misused("cannot be the name of a corpus", outside.local_path, "a\0b", "corpus")
     assert outside.local_path("~/x", "corpus") == Path.home() / "x"
 
 
@@ -132,11 +129,9 @@ def test_nothing_of_other_people_is_written_over(tmp_path):
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    for path, said in (
-        (tmp_path / ("x" * 300), "File name too long; choose a shorter name"),
-        (Path("/proc/x.json"), "cannot write /proc/x.json"),
-    ):
-        fails(said, check_file, path, lambda path: True)
+    too_long, mine = tmp_path / ("x" * 300), lambda path: True
+    fails("File name too long; choose a shorter name", check_file, too_long, mine)
+    fails("cannot write /proc/x.json", check_file, Path("/proc/x.json"), mine)
     with pytest.raises(UsageError, match=r"would need 9,313,226 GiB, but its disk has .* in all"):
         check_room(tmp_path / "a/b", 10**16, "ask for less")
 

@@ -303,13 +303,10 @@ def test_bad_requests_are_sentences(model, ids):
     if not model.paths.mid:
         refused("no blocks.1.hook_resid_mid", dictionary("blocks.1.hook_resid_mid"))
     with attach(model, dictionary()) as attached:
-        for edit, said in (
-            (Ablate([3, 80]), "no latent 80; .* has latents 0 to 79"),
-            (Steer(7, 6.0, slice(-1, None)), "from the first token"),
-            (Steer(7, 6.0, slice(None, -1)), "from the first token"),
-            (Steer(7, 6.0, slice(0, 9, -1)), "a step of -1"),
-        ):
-            misused(said, attached.edit, SITE, edit)
+        misused("no latent 80; .* has latents 0 to 79", attached.edit, SITE, Ablate([3, 80]))
+        for part in (slice(-1, None), slice(None, -1)):
+            misused("from the first token", attached.edit, SITE, Steer(7, 6.0, part))
+        misused("a step of -1", attached.edit, SITE, Steer(7, 6.0, slice(0, 9, -1)))
         misused(r"no forward pass has reached blocks\.1", attached.codes, SITE)
         misused(r"did you mean 'blocks\.1\.hook_resid_post'", attached.latents, EARLIER)
         attached.edit(SITE, lambda latents: latents[:, 1:])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import misused
 from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words, write_jsonl
 
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus, Document, TextSource
 from llm_wsae.data.packing import Cursor, Packer
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.uncertainty import TextSize, owners
 
 
@@ -134,15 +135,12 @@ def test_tokenizers_that_do_not_fit():
 
 
 def test_settings():
-    for options, message in (
-        ({"context_size": 1}, "context-size is 1, but must be at least 2"),
-        ({"context_size": 8, "drop_positions": 8}, "drop-positions is 8, but must be at most 7"),
-        ({"tokens": 0}, "tokens is 0"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            HarvestConfig(**options)
-    with pytest.raises(UsageError, match="too long for tiny, which reads at most 64"):
-        Packer.for_model(tiny_model(), PackConfig(context_size=65))
+    misused("context-size is 1, but must be at least 2", HarvestConfig, context_size=1)
+    said = "drop-positions is 8, but must be at most 7"
+    misused(said, HarvestConfig, context_size=8, drop_positions=8)
+    misused("tokens is 0", HarvestConfig, tokens=0)
+    said, config = "too long for tiny, which reads at most 64", PackConfig(context_size=65)
+    misused(said, Packer.for_model, tiny_model(), config)
     remembered = {"context_size": 32, "drop_positions": True, "prepend_bos": False, "x": 1}
     assert PackConfig.remembered(remembered) == PackConfig(context_size=32, prepend_bos=False)
     config = HarvestConfig(context_size=100, tokens=1001, batch_tokens=450, shard_tokens=1500)

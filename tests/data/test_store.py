@@ -19,7 +19,7 @@ from llm_wsae.data.harvesting import StoreWriter, harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import MemorySource
 from llm_wsae.data.store import ActivationStore, Manifest, open_stores, save_record
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.statistics.uncertainty import TextSize
@@ -119,16 +119,13 @@ def test_what_a_store_does_not_have(made, model, store, tmp_path):
     (store.folder / str(SITE) / "00001.safetensors").unlink()
     first = store.manifest.shards[0].rows
     assert len(store.rows(SITE, 0, first)) == first
-    for error, message, ask in (
-        (LlmWsaeError, "other weights", lambda: made.check_model(other)),
-        (LlmWsaeError, r"in float32, not by .* in bfloat16", lambda: made.check_model(half)),
-        (UsageError, "no blocks.1.hook_resid_pre; did", lambda: made.source(Site(1, "pre"))),
-        (UsageError, "there are no rows 5 to 100000", lambda: made.rows(SITE, 5, 100_000)),
-        (UsageError, "not one of the store's", lambda: made.locate(torch.tensor([made.num_rows]))),
-        (LlmWsaeError, "cannot read .*00001", lambda: store.rows(SITE, 0, store.num_rows)),
-        (LlmWsaeError, "there is no activation store in", lambda: ActivationStore.open(tmp_path)),
-    ):
-        fails(message, ask, error=error)
+    fails("other weights", made.check_model, other)
+    fails(r"in float32, not by .* in bfloat16", made.check_model, half)
+    misused("no blocks.1.hook_resid_pre; did", made.source, Site(1, "pre"))
+    misused("there are no rows 5 to 100000", made.rows, SITE, 5, 100_000)
+    misused("not one of the store's", made.locate, torch.tensor([made.num_rows]))
+    fails("cannot read .*00001", store.rows, SITE, 0, store.num_rows)
+    fails("there is no activation store in", ActivationStore.open, tmp_path)
 
 
 def test_a_fifo_among_the_rows_is_not_waited_for(store, tmp_path):

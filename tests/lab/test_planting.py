@@ -273,21 +273,18 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
     with pytest.raises(UsageError, match="has 24 dimensions that vary, too few to plant along 16"):
         PlantedSource(store, SITE, replace(CONFIG, per_cell=8))
     strength, probability = "strengths must be at least 1e-06", "plants fire with prob"
-    for wrong, sentence in (
-        ({"strengths": (1.5,)}, f"{strength}.* would drown the stream; not 1.5"),
-        ({"strengths": (0.2, 0.0)}, f"{strength}, or a plant is lost .* not 0.2, 0.0"),
-        ({"strengths": (1e-40,)}, f"{strength}.* not 1e-40"),
-        ({"strengths": (float("nan"),)}, "strengths is nan, but must be a number"),
-        ({"strengths": ()}, f"{strength}.*; not none"),
-        ({"rarest": 0.2}, f"{probability}.*from 0.2 to 0.01; these must rise"),
-        ({"rarest": 1e-30}, f"{probability}.*from 1e-30 to 0.01; .* at least 1e-06"),
-        ({"commonest": 1.0}, probability),
-        ({"seed": -1}, "seed is -1"),
-        ({"per_cell": 0}, "per-cell is 0"),
-        ({"token_share": 2.0}, "token-share must be from 0 to 1"),
-        ({"heldout_share": 0.0}, "heldout-share between 0 and 1"),
-    ):
-        misused(sentence, PlantConfig, **wrong)
+    misused(f"{strength}.* would drown the stream; not 1.5", PlantConfig, strengths=(1.5,))
+    misused(f"{strength}, or a plant is lost .* not 0.2, 0.0", PlantConfig, strengths=(0.2, 0.0))
+    misused(f"{strength}.* not 1e-40", PlantConfig, strengths=(1e-40,))
+    misused("strengths is nan, but must be a number", PlantConfig, strengths=(float("nan"),))
+    misused(f"{strength}.*; not none", PlantConfig, strengths=())
+    misused(f"{probability}.*from 0.2 to 0.01; these must rise", PlantConfig, rarest=0.2)
+    misused(f"{probability}.*from 1e-30 to 0.01; .* at least 1e-06", PlantConfig, rarest=1e-30)
+    misused(probability, PlantConfig, commonest=1.0)
+    misused("seed is -1", PlantConfig, seed=-1)
+    misused("per-cell is 0", PlantConfig, per_cell=0)
+    misused("token-share must be from 0 to 1", PlantConfig, token_share=2.0)
+    misused("heldout-share between 0 and 1", PlantConfig, heldout_share=0.0)
     often = replace(CONFIG, strengths=(1.0,), rarest=0.9, commonest=0.99)
     misused(r"together \d+\.\d times as long as the rows", PlantedSource, store, SITE, often)
     few = ActivationStore.open(store.folder)

@@ -199,20 +199,17 @@ def test_a_live_model_is_left_as_it_is():
 
 def test_bad_requests_are_sentences(ids):
     model = LanguageModel.from_live(tiny.tiny_hf_model("gpt2"), None)
-    encoder, mid = BertForMaskedLM(tiny.tiny_encoder()[0].config), [Site(1, "mid")]
+    encoder, mid = BertForMaskedLM(tiny.tiny_encoder()[0].config), Site(1, "mid")
     too_long, unknown = torch.zeros(1, 33, dtype=torch.long), torch.tensor([[9999, 0]])
-    for said, ask, given in (
-        ("the model has 4 blocks", model.activations, (ids, [Site(4, "pre")])),
-        ("33 tokens are too long for .* reads at most 32", model.logits, (too_long,)),
-        ("is not a causal language", LanguageModel.from_live, (torch.nn.Linear(2, 2), None)),
-        ("BertForMaskedLM is an encoder", LanguageModel.from_live, (encoder, None)),
-        ("no site to record at", model.activations, (ids, [])),
-        ("at least one context of one token", model.logits, (ids[:, :0],)),
-        ("was given ids from 0 to 9999; use its own", model.logits, (unknown,)),
-        ("hook_resid_mid: its blocks run .* in parallel", model_of("neox").check_site, mid),
-        ("hook_resid_mid: TransformerLens does not know", model_of("unknown").check_site, mid),
-    ):
-        fails(said, ask, *given)
+    fails("the model has 4 blocks", model.activations, ids, [Site(4, "pre")])
+    fails("33 tokens are too long for .* reads at most 32", model.logits, too_long)
+    fails("is not a causal language", LanguageModel.from_live, torch.nn.Linear(2, 2), None)
+    fails("BertForMaskedLM is an encoder", LanguageModel.from_live, encoder, None)
+    fails("no site to record at", model.activations, ids, [])
+    fails("at least one context of one token", model.logits, ids[:, :0])
+    fails("was given ids from 0 to 9999; use its own", model.logits, unknown)
+    fails("hook_resid_mid: its blocks run .* in parallel", model_of("neox").check_site, mid)
+    fails("hook_resid_mid: TransformerLens does not know", model_of("unknown").check_site, mid)
 
 
 def test_identity_recognises_a_model_wherever_it_lies(tmp_path):

@@ -56,15 +56,14 @@ def test_a_local_folder_loads_without_touching_the_network(folder, hub):
 
 
 def test_names_that_lead_nowhere():
-    for spec, options, sentence in (
-        ("./no/such/folder", {}, "there is no model at ./no/such/folder"),
-        ("no-such.gguf", {}, "there is no file no-such.gguf"),
-        ("two words!", {}, "there is no model 'two words!'"),
-        ("two words!", {"download": False}, "there is no model 'two words!'"),
-        ("gpt2", {"dtype": "float23"}, "did you mean 'float32'"),
-        *(("gpt2", {"device": name}, f"no device '{name}'") for name in ("abacus", "cpu:x")),
-    ):
-        refused(sentence, spec, kind=UsageError, **options)
+    wrong = functools.partial(refused, kind=UsageError)
+    wrong("there is no model at ./no/such/folder", "./no/such/folder")
+    wrong("there is no file no-such.gguf", "no-such.gguf")
+    wrong("there is no model 'two words!'", "two words!")
+    wrong("there is no model 'two words!'", "two words!", download=False)
+    wrong("did you mean 'float32'", "gpt2", dtype="float23")
+    wrong("no device 'abacus'", "gpt2", device="abacus")
+    wrong("no device 'cpu:x'", "gpt2", device="cpu:x")
     for options in ({}, {"download": False}):
         refused("the Hub cannot be reached", "nobody/no-such-model", **options)
 

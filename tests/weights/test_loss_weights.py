@@ -33,12 +33,9 @@ SPACE = WeightConfig(place="space")
 
 def test_what_cannot_be_is_refused():
     """Settings, and weights: those that training and files are given are checked by nobody else."""
-    for more, sentence in [
-        ({"clip": 0.5}, "clip must be a factor of at least 1, not 0.5"),
-        ({"anneal": 1.5}, "a share of the steps"),
-        ({"anneal": 0.5, "place": "space"}, "only weights in the loss can be annealed"),
-    ]:
-        misused(sentence, WeightConfig, **more)
+    misused("clip must be a factor of at least 1, not 0.5", WeightConfig, clip=0.5)
+    misused("a share of the steps", WeightConfig, anneal=1.5)
+    misused("only weights in the loss can be annealed", WeightConfig, anneal=0.5, place="space")
     for gamma, form, sentence in (
         (torch.eye(4), "diagonal", "given in, matrix, not diagonal; leave form at"),
         (torch.ones(4), "matrix", "given in, diagonal, not matrix; leave form at"),

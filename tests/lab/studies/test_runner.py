@@ -351,15 +351,12 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
         assert not new.exists()
     with pytest.raises(UsageError, match="a study draws its controls again for every seed"):
         study(new, weigh=WeightConfig(draw=1))
-    for grid, said in (
-        ({"seeds": (0,)}, "at least 2 different seeds, not 0"),
-        ({"seeds": (3, 3)}, "at least 2 different seeds"),
-        ({"seeds": (0, -1)}, "seeds is -1, but must be at least 0"),
-        ({"rule": ()}, "at least one rule"),
-        ({"k": ()}, "at least one k"),
-        ({"architecture": "relu"}, "of the same k, which relu does not have"),
-    ):
-        misused(said, StudyGrid, **grid)
+    misused("at least 2 different seeds, not 0", StudyGrid, seeds=(0,))
+    misused("at least 2 different seeds", StudyGrid, seeds=(3, 3))
+    misused("seeds is -1, but must be at least 0", StudyGrid, seeds=(0, -1))
+    misused("at least one rule", StudyGrid, rule=())
+    misused("at least one k", StudyGrid, k=())
+    misused("of the same k, which relu does not have", StudyGrid, architecture="relu")
 
 
 def test_the_command(made_world, tmp_path):
