@@ -8,9 +8,9 @@ import pytest
 import torch
 from looping import over
 from places import ROOT
+from refusals import fails, misused
 
 import llm_wsae.saelens
-from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.saelens import read_weights, squared_error
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -37,21 +37,17 @@ def test_the_error_of_a_row_is_that_of_the_difference_weighted_by_a_file(tmp_pat
 
 
 def test_weights_that_cannot_be_used(tmp_path):
-    for gamma, config, error, sentence in (
-        (None, {}, UsageError, "weights_file is not given"),
-        (torch.ones(D_IN + 1), {}, LlmWsaeError, "are for 7 dimensions, but the site has 6"),
-        (torch.ones(D_IN), {"place": "space"}, UsageError, "in a weighted space"),
-        (torch.ones(D_IN), {"anneal": 0.5}, UsageError, "move to 1 during training"),
-    ):
-        with pytest.raises(error, match=sentence):
-            read_weights("" if gamma is None else saved(tmp_path, gamma, **config), D_IN)
+    ones, wide = torch.ones(D_IN), torch.ones(D_IN + 1)
+    misused("weights_file is not given", read_weights, "", D_IN)
+    fails("are for 7 dimensions, but the site has 6", read_weights, saved(tmp_path, wide), D_IN)
+    misused("in a weighted space", read_weights, saved(tmp_path, ones, place="space"), D_IN)
+    misused("move to 1 during training", read_weights, saved(tmp_path, ones, anneal=0.5), D_IN)
 
 
 @pytest.mark.skipif(not ABSENT, reason="sae-lens is installed here")
 def test_without_saelens_a_class_is_a_sentence():
     for ask in (llm_wsae.saelens.register, lambda: llm_wsae.saelens.WeightedTopKTrainingSAE):
-        with pytest.raises(LlmWsaeError, match="install sae-lens"):
-            ask()
+        fails("install sae-lens", ask)
     with pytest.raises(AttributeError, match="has no attribute 'WeightedTopk'"):
         llm_wsae.saelens.WeightedTopk  # noqa: B018
 

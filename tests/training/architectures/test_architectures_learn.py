@@ -12,11 +12,12 @@ import pytest
 import torch
 from looping import over
 from places import ROOT
+from refusals import misused
 from training_cases import CONFIG, CPU, NAMES, Planted, arms_for, check_same, fvu, log_of
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.training.architectures import architecture_names
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.normaliser import folded
@@ -123,16 +124,12 @@ def test_arms_are_named_and_relu_takes_l1_coefficients_and_the_others_k():
     gamma = LossWeights(torch.ones(16))
     named = make_arms([gamma], (4,), (0.1,), architectures=("relu", "topk"))
     assert [arm.name for arm in named] == ["own-relu-l0.1", "own-k4"]
-    lengths = ArmConfig(gamma, 4, architecture="gba").lengths
-    for wrong, said in (
-        (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
-        (lambda: ArmConfig(gamma, 4, architecture="relu"), "relu needs an L1 coefficient and no k"),
-        (lambda: ArmConfig(gamma, l1=0.1), "topk needs k and no L1 coefficient"),
-        (lambda: ArmConfig(gamma, 4, 0.1), "topk needs k and no L1 coefficient"),
-        (lambda: lengths("free"), "these have: batch-topk, matryoshka, topk"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            wrong()
+    misused("at least one L1 coefficient", make_arms, [gamma], (4,), architectures=("relu",))
+    misused("relu needs an L1 coefficient and no k", ArmConfig, gamma, 4, architecture="relu")
+    misused("topk needs k and no L1 coefficient", ArmConfig, gamma, l1=0.1)
+    misused("topk needs k and no L1 coefficient", ArmConfig, gamma, 4, 0.1)
+    gba = ArmConfig(gamma, 4, architecture="gba")
+    misused("these have: batch-topk, matryoshka, topk", gba.lengths, "free")
 
 
 PAGE = ROOT / "docs/adding-an-architecture.md"
