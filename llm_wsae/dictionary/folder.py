@@ -221,8 +221,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def clear_up(folder: Path, lock: bool = False) -> None:
-    """Bring back a folder that a killed writer left renamed, and delete what else it left: its
-    lock file only if ``lock``, because a reader waits for no writer."""
+    """Bring back a folder that a killed writer left renamed, and delete what else it left; its lock
+    file only if ``lock``, because a reader waits for no writer."""
     left = ("new", "old", "writing") if lock else ("new", "old")
     if any(_beside(folder, what).exists() for what in left):
         with writing(folder):
@@ -336,8 +336,7 @@ def read_facts(folder: Path, sae_id: str) -> Facts:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises LlmWsaeError if it cannot be read, and as
-    ``check_finite`` does."""
+    """All tensors of a safetensors file. Raises LlmWsaeError if one cannot be used."""
     tensors, _ = load_tensors(path, "file of tensors")
     check_finite(tensors, str(path))
     return tensors

@@ -20,7 +20,7 @@ class DictionaryInfo:
     """Everything about a dictionary except its tensors and its kind of sparsity, JSON-able. Each
     free dict belongs to the stage that fills it."""
 
-    site: str  # where its rows come from, in TransformerLens names: ``blocks.9.hook_resid_post``
+    site: str  # of its rows, in TransformerLens names: blocks.9.hook_resid_post
     name: str = "dictionary"  # name of the training arm
     rule: str = "uniform"  # name of the rule that made the loss weights γ
     alpha: float = 0.0  # exponent of the rule: γ = score^alpha
@@ -29,11 +29,11 @@ class DictionaryInfo:
     context_size: int | None = None  # tokens per context of the training text
     prepend_bos: bool | None = None  # whether each of those began with a BOS token
     massive_threshold: float | None = None  # norm above which a row was excluded as massive
-    model: dict[str, Any] = field(default_factory=dict)  # its identity (name, revision, dtype, …)
+    model: dict[str, Any] = field(default_factory=dict)  # identity of the model (name, revision, …)
     corpus: dict[str, Any] = field(default_factory=dict)  # identity of the text (name, split, …)
     store: dict[str, Any] = field(default_factory=dict)  # identity of the store or stream
     training: dict[str, Any] = field(default_factory=dict)  # resolved training configuration
-    metrics: dict[str, Any] = field(default_factory=dict)  # of training or `evaluate`
+    metrics: dict[str, Any] = field(default_factory=dict)  # measured in training or by ``evaluate``
 
     def is_of_other_weights(self, identity: Mapping[str, Any]) -> bool:
         """Whether it explains another model than the one with that ``identity()``, as far as can be

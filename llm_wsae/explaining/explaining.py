@@ -113,7 +113,7 @@ class DictionaryExplained:
     means: dict[str, Mean]  # by score, over the latents that have it
     recognised: dict[str, float]  # by kind of silent text: the share that detection tells as such
     own_detection: Mean  # detection without a language model on the same texts
-    agreement: dict[str, Correlation]  # by score: its rank correlation with that
+    agreement: dict[str, Correlation]  # by score: its rank correlation with own_detection
     questions: int
     unread: int  # questions whose answers have another form than was asked for
     failed: int  # questions without an answer

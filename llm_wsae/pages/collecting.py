@@ -42,7 +42,7 @@ class Firings:
     total: Float[Tensor, " d_sae"]  # sum of its activations
     histogram: Int[Tensor, "d_sae bins"]  # its activations by size, in bins of half an octave
     first_edge: float  # lower edge of the second bin; the first and the last bin are open
-    row: Int[Tensor, "d_sae examples"]  # top rows, then one of each band, or −1 if it is there
+    row: Int[Tensor, "d_sae examples"]  # top rows, then one of each band (−1: a top row)
     value: Float[Tensor, "d_sae examples"]  # its activations on those rows
     edges: Float[Tensor, "d_sae edges"]  # of its bands, from its largest activation down to 0
     together: Int[Tensor, "d_sae neighbours"]  # latents that fire with it most often

@@ -331,16 +331,15 @@ def train_beside(training: TrainConfig, model: ModelConfig) -> TrainConfig:
 
 
 def sites_of(names: Sequence[str]) -> list[Site]:
-    """The sites of their names, each once. Raises UsageError if there is none or one is
-    misspelt."""
+    """The sites of their names, each once. Raises UsageError for none or a misspelt one."""
     if not names:
         raise UsageError("name at least one site, e.g. --site blocks.8.hook_resid_post")
     return list(dict.fromkeys(map(Site.parse, names)))
 
 
 def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
-    """Write the options of a request beside its output, named as on the command line, without the
-    output's own place. ``known`` replaces options by what they turned out to be."""
+    """Write the options of a request beside its output, without that place. ``known`` replaces
+    options by what they turned out to be."""
     found: dict[str, Any] = {}
     for field in fields(request):
         value, notes = getattr(request, field.name), getattr(field.type, "__metadata__", ())
@@ -351,8 +350,7 @@ def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
 
 
 def changed(options: Any, kind: type | None = None, prefix: str = "") -> dict[str, str]:
-    """The options of a configuration that do not have their defaults, with their values. ``kind``:
-    only those of this class of it."""
+    """The options that do not have their defaults, with their values; of ``kind``'s fields only."""
     return {
         f"--{prefix}{field.name.replace('_', '-')}": str(getattr(options, field.name))
         for field in fields(kind or options)

@@ -147,8 +147,8 @@ class Repository:
         return dataclasses.replace(found, sae_id=sae_id)
 
     def dictionary_folder(self, sae_id: str) -> Path:
-        """The folder in the cache with the files of a dictionary; ``reading.read`` judges them.
-        Raises LlmWsaeError if a file is missing, and as ``fetch`` does."""
+        """The folder in the cache with the files of a dictionary, which ``reading.read`` judges.
+        Raises LlmWsaeError if one is missing, and as ``fetch`` does."""
         layout = self.layouts[sae_id]
         names = FILES if layout is None else layout.files
         optional = (EXPLANATIONS,) if layout is None else layout.optional
@@ -297,8 +297,7 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError:
-    """The client wraps failures in failures, so the causes are searched for one that is known."""
-    cause: BaseException | None = error
+    cause: BaseException | None = error  # the client wraps failures in failures
     while cause is not None:
         status, said = 0, ""
         if isinstance(cause, errors.HfHubHTTPError):

@@ -282,8 +282,8 @@ def _add_what_is_new(source: Path, folder: Path) -> None:
 
 
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:
-    """The folder in the local cache with one dictionary, or the only one, of a repository;
-    ``reading.read`` judges its content. Raises as ``pull`` does."""
+    """The folder in the cache with one dictionary of a repository, or the only one, as it came.
+    Raises as ``pull`` does."""
     repository = Repository.open(repo_id, revision)
     names = repository.wanted(sae_id)
     if len(names) > 1:
