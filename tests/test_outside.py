@@ -185,9 +185,11 @@ def test_an_output_that_takes_nothing(capsys):
 
 INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
 ASKS = """
-import json, sys
+import dataclasses, sys
 import llm_wsae.cli
-llm_wsae.cli.COMMANDS["verify"] = lambda: input("run it? ")
+def asking(request: dataclasses.make_dataclass("Nothing", [])):
+    input("run it? ")
+llm_wsae.cli.COMMANDS["verify"] = asking
 from llm_wsae.__main__ import main
 sys.argv = ["llm-wsae", "verify"]
 try:
