@@ -34,7 +34,7 @@ from llm_wsae.dictionary.folder import (
 )
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.lab.studies.results import BASIS, read_results, study_in
+from llm_wsae.lab.studies.report import BASIS, read_results, study_in
 from llm_wsae.pages.neuronpedia import export_in
 from llm_wsae.training.checkpoint import CHECKPOINT, LOG, check_beginning, training_in
 from llm_wsae.weights.loss_weights import LossWeights

@@ -30,10 +30,8 @@ class Written:
     """A dimension that a latent writes to."""
 
     dimension: int
-    decoder: float
-    """The latent's decoder weight there."""
-    share: float
-    """Of the squared length of its decoder direction."""
+    decoder: float  # the latent's decoder weight there
+    share: float  # of the squared length of its decoder direction
     gamma: float | None
     """The loss weight γ of the dimension in training (the norm of its column if γ is a matrix);
     None if it is not known."""

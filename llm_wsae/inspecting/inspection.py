@@ -73,16 +73,12 @@ class Token:
 class Firing:
     """What one latent does in a store."""
 
-    density: float
-    """Fraction of the rows looked at on which it fires."""
-    rows_looked_at: int
-    """Number of rows, evenly spread over the store, without massive activations."""
-    mean_activation: float | None
-    """Mean over those rows on which it fires; None if it never does."""
+    density: float  # fraction of the rows looked at on which it fires
+    rows_looked_at: int  # number of rows, evenly spread over the store, without massive activations
+    mean_activation: float | None  # mean over those rows on which it fires; None if it never does
     rows: list[int]
     """Rows of its largest activations, each in a different context, in descending order."""
-    values: list[float]
-    """Its activations on these rows."""
+    values: list[float]  # its activations on these rows
     searched_all: bool
     """False if its candidates ran out before enough contexts were found: more may exist."""
 
@@ -93,8 +89,7 @@ class Word:
 
     id: int
     token: str
-    logit: float
-    """As ``Readout.logits`` gives it."""
+    logit: float  # as ``Readout.logits`` gives it
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,8 @@ class Marked:
 class Example:
     """A place in the store's text where a latent fires."""
 
-    row: int
-    """Number of the row in the store."""
-    document: str | None
-    """Name of its document."""
+    row: int  # number of the row in the store
+    document: str | None  # name of its document
     activation: float
     text: Marked
 
@@ -131,20 +124,14 @@ class Latent:
     """One latent of a dictionary."""
 
     latent: int
-    neighbours: list[Neighbour]
-    """By descending cosine."""
-    dimensions: list[Written]
-    """By descending share."""
+    neighbours: list[Neighbour]  # by descending cosine
+    dimensions: list[Written]  # by descending share
     effective_dimensions: float
     """(Σw²)²/Σw⁴ over all decoder weights w: how many dimensions it writes to."""
-    promotes: list[Word] | None
-    """Tokens by descending logit; None without a model."""
-    suppresses: list[Word] | None
-    """Tokens by ascending logit; None without a model."""
-    firing: Firing | None
-    """None without a store."""
-    examples: list[Example]
-    """Its top contexts, one of each context of the store."""
+    promotes: list[Word] | None  # tokens by descending logit; None without a model
+    suppresses: list[Word] | None  # tokens by ascending logit; None without a model
+    firing: Firing | None  # None without a store
+    examples: list[Example]  # its top contexts, one of each context of the store
 
 
 @dataclass(frozen=True)

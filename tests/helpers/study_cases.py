@@ -3,7 +3,7 @@
 import numpy as np
 
 from llm_wsae.lab.studies.differences import Value
-from llm_wsae.lab.studies.results import PLAIN, Result
+from llm_wsae.lab.studies.report import PLAIN, Result
 from llm_wsae.statistics.measures import STUDIED
 from llm_wsae.statistics.uncertainty import TextSize
 

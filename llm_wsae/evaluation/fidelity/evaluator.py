@@ -119,33 +119,12 @@ class FidelityEvaluator:
     def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
         """Measure every dictionary, by name. Raises as the function ``evaluate`` does."""
         check_fit(dictionaries, self._model, "evaluate")
-        self._cache.read(list(dict.fromkeys(one.site for one in dictionaries.values())))
-        return self._report(dictionaries)
-
-    @torch.no_grad()
-    def evaluate_sites(
-        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
-    ) -> Iterator[tuple[Site, Report]]:
-        """A report for each site, the same as of its dictionaries alone. Sites may use the same
-        names. The first error of a site is raised once the others are measured."""
-        for own in dictionaries.values():
-            check_fit(own, self._model, "evaluate")
-        self._cache.read(list(dictionaries))
-        failure: LlmWsaeError | None = None
-        for site, own in dictionaries.items():
-            try:
-                report = self._report(own)
-            except LlmWsaeError as error:
-                failure = failure or error
-            else:
-                yield site, report
-        if failure is not None:
-            raise failure
-
-    def _report(self, dictionaries: Mapping[str, Dictionary]) -> Report:
+        sites = list(dict.fromkeys(one.site for one in dictionaries.values()))
+        if len(sites) > 1:  # of one alone, the first pass runs the model
+            self._cache.read(sites)
         found: dict[str, Fidelity] = {}
         losses: dict[str, _Losses] = {}
-        for site in dict.fromkeys(one.site for one in dictionaries.values()):
+        for site in sites:
             own = {name: one for name, one in dictionaries.items() if one.site == site}
             rows, sums, of_site = self._measure(site, own)
             losses |= of_site
@@ -164,6 +143,26 @@ class FidelityEvaluator:
             },
             notes=[*notes_on_weights(dictionaries, self._model), *self._size.warnings()],
         )
+
+    @torch.no_grad()
+    def evaluate_sites(
+        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
+    ) -> Iterator[tuple[Site, Report]]:
+        """A report for each site, the same as of its dictionaries alone. Sites may use the same
+        names. The first error of a site is raised once the others are measured."""
+        for own in dictionaries.values():
+            check_fit(own, self._model, "evaluate")
+        self._cache.read(list(dictionaries))
+        failure: LlmWsaeError | None = None
+        for site, own in dictionaries.items():
+            try:
+                report = self.evaluate(own)
+            except LlmWsaeError as error:
+                failure = failure or error
+            else:
+                yield site, report
+        if failure is not None:
+            raise failure
 
     def _measure(
         self, site: Site, dictionaries: Mapping[str, Dictionary]

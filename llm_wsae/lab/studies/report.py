@@ -1,4 +1,11 @@
-"""The report of a study: verdicts, as a table, as JSON, and as a page.
+"""What a study keeps of each dictionary, and its report: verdicts, as table, JSON and page.
+
+study.json              what all its dictionaries share; a command with other settings is refused
+command.json            the last command
+training/               dictionaries in training, those of one seed at a time
+dictionaries/<name>/    trained dictionaries, and the raw dimensions
+results/<name>.json     measured dictionaries, none twice; every report is made from these
+report.json, report.html
 
 Every rule is compared with plain dictionaries of the same k and seeds, and with its control. KL,
 detection of latents and spill decide, the last two without latents that fire on more than a tenth
@@ -11,23 +18,30 @@ covers all rules, k and deciding measures of the study.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llm_wsae.artifact.files import write_json, write_text
+from llm_wsae.artifact.artifact import Artifact
+from llm_wsae.artifact.files import read_own_json, write_json, write_text
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.lab.studies.differences import Estimate, compared
-from llm_wsae.lab.studies.results import PLAIN, Result, deciding
+from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.evaluation.baselines import HALF_RANDOM
+from llm_wsae.lab.studies.differences import Estimate, Value, compared
 from llm_wsae.pages.frame import COLOURS, filled
 from llm_wsae.statistics.measures import DRAWN, L0, STUDIED
-from llm_wsae.statistics.uncertainty import LEVEL, holm
+from llm_wsae.statistics.uncertainty import LEVEL, TextSize, holm
 from llm_wsae.terminal import Table, aligned
 
+BASIS, COMMAND, REPORT, PAGE = "study.json", "command.json", "report.json", "report.html"
+TRAINING, DICTIONARIES, RESULTS = "training", "dictionaries", "results"
+PLAIN, RAW = "uniform", "topk baseline: raw dimensions"
+FROZEN = {architecture: f"topk baseline: {label}" for architecture, label in HALF_RANDOM.items()}
+"""Labels of the half-trained baselines, by their architecture."""
+BASELINES = (RAW, *FROZEN.values())
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "not shown"
-REPORT, PAGE = "report.json", "report.html"
 _QUESTION = "Is a dictionary with weights better than a plain one of the same k?"
 _HOW_TO_READ = (
     "Each value less that of the plain dictionary of the same k and seed. Square brackets hold the "
@@ -40,7 +54,7 @@ _HOW_TO_READ = (
     "seeds and k beforehand: whoever looks, adds some and looks again errs more often than 5 times "
     "in 100."
 )
-_BASELINES = (
+_WORDS_ON_BASELINES = (
     "Means over seeds. Baselines are untrained or half-trained TopK dictionaries: the "
     "dimensions themselves, and a decoder or an encoder that stays random (arXiv 2602.14111). "
     "Where they come close to the others, a measure says little of what was learnt. No verdict or "
@@ -52,6 +66,54 @@ _LEGEND = (
 )
 _FIDELITY = [measure.key for measure in DRAWN]
 _NONE = "–"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished dictionary."""
+
+    name: str
+    label: str
+    control: str | None
+    k: int
+    seed: int
+    values: Mapping[str, Value]
+    """By measure; a measure that does not exist for the dictionary is omitted."""
+    ce_recovered: float
+    fvu: float
+    shares: dict[str, float]  # ``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``
+    density: float  # latents active per token, dense ones not counted
+    text: TextSize  # what fidelity was measured on
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is an untrained or half-trained baseline: shown, and compared with nothing."""
+        return self.label in BASELINES
+
+
+def study_in(folder: Path) -> Artifact:
+    """The study in a folder."""
+    return Artifact(folder, BASIS, "study")
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged or another's."""
+    return [_read(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+
+
+def _read(path: Path) -> Result:
+    way_out = "delete it to measure that dictionary again"
+    found = read_own_json(path, "result of a study", way_out)["result"]
+    if found["name"] != path.stem:
+        raise LlmWsaeError(f"{path} holds the result of {shown(found['name'])}; {way_out}")
+    values = {name: Value(**value) for name, value in found["values"].items()}
+    return Result(**{**found, "values": values, "text": TextSize(**found["text"])})
+
+
+def deciding(results: Iterable[Result]) -> tuple[str, ...]:
+    """The measures that verdicts rest on: of a study with planted features their F1 as well."""
+    planted = any("planted_f1" in result.values for result in results)
+    return ("kl", "detection", "spill", *(("planted_f1",) if planted else ()))
 
 
 @dataclass(frozen=True)
@@ -200,7 +262,7 @@ class StudyReport:
         effects = "Differences from plain dictionaries of the same k"
         tables = (
             Table(self._effects(self._measures), words=[words], title=effects),
-            Table(self._dictionaries(), words=[_BASELINES], title="Dictionaries"),
+            Table(self._dictionaries(), words=[_WORDS_ON_BASELINES], title="Dictionaries"),
         )
         about = {
             "title": f"Study of weights at {self.site}, {self.basis['training']['architecture']}",

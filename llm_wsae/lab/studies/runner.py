@@ -1,4 +1,4 @@
-"""A study from start to end: plan → train → measure → report, in one folder (see ``results``).
+"""A study from start to end: plan → train → measure → report, in one folder (see ``report``).
 
 Its dictionaries are plain ones, the rules' and a control for each of those. Beside them stand
 untrained and half-trained baselines, on which no verdict or correction depends. They may still look
@@ -48,16 +48,18 @@ from llm_wsae.evaluation.monosemanticity.evaluator import DictionaryScores, Mono
 from llm_wsae.lab.config import Study, StudyGrid
 from llm_wsae.lab.planting import PlantedSource, measure_recovery
 from llm_wsae.lab.studies.differences import Value
-from llm_wsae.lab.studies.report import PAGE, REPORT, StudyReport
-from llm_wsae.lab.studies.results import (
+from llm_wsae.lab.studies.report import (
     COMMAND,
     DICTIONARIES,
     FROZEN,
+    PAGE,
     PLAIN,
     RAW,
+    REPORT,
     RESULTS,
     TRAINING,
     Result,
+    StudyReport,
     read_results,
     study_in,
 )
@@ -69,7 +71,7 @@ from llm_wsae.statistics.measures import STUDIED, Measure
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import is_finished, recorded
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
-from llm_wsae.training.trainer import origin_of, train
+from llm_wsae.training.trainer import check_arms, origin_of, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 from llm_wsae.weights.rules import Rule, RuleInputs
@@ -121,9 +123,7 @@ def study(
         planted=planted,  # weights are chosen for the rows that are trained on
     )
     arms = plan(inputs, grid, request.weigh)
-    for planned in arms:
-        planned.arm.check(training.expansion * inputs.statistics.d_in)
-        planned.arm.lengths(training.lengths)
+    check_arms([planned.arm for planned in arms], inputs.statistics.d_in, training)
     basis = plain(_basis(store.identity(site), heldout, request, training))
     judge = partial(MonosemanticityEvaluator, model, heldout, packing, request.score, encoder)
     with folder_lock(out, "study"):

@@ -13,8 +13,7 @@ from scipy import stats
 from study_cases import KS, MEASURES, SEEDS, Made
 
 from llm_wsae.lab.studies.differences import Value, compared
-from llm_wsae.lab.studies.report import BETTER, NOT_SHOWN, WORSE, StudyReport, compare
-from llm_wsae.lab.studies.results import BASELINES
+from llm_wsae.lab.studies.report import BASELINES, BETTER, NOT_SHOWN, WORSE, StudyReport, compare
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {
