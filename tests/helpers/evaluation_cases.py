@@ -12,12 +12,13 @@ import json
 from pathlib import Path
 
 import torch
+from small_dictionaries import of_matrices
+from tiny import random_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import ReLU, TopK
+from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.heldout import HeldoutText, RowBatch
 from llm_wsae.evaluation.monosemanticity.latents import Firings
 from llm_wsae.model.language_model import LanguageModel
@@ -34,16 +35,7 @@ def planted_model(massive: int | None = None) -> LanguageModel:
     vocab = {word: i for i, word in enumerate([*WORDS, "a", "<s>"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    hf_model = LlamaForCausalLM(config)
+    hf_model = random_llama(len(vocab), WIDTH, WIDTH, num_hidden_layers=1)
     hf_model.model.embed_tokens.weight.data = torch.eye(len(vocab), WIDTH)
     if massive is not None:
         hf_model.model.embed_tokens.weight.data[massive] *= 100
@@ -80,14 +72,9 @@ def one_latent_for_four_words(name: str = "four") -> Dictionary:
 
 def dictionary(directions: torch.Tensor, name: str) -> Dictionary:
     """The strongest of some directions explains a row."""
-    return Dictionary(
-        W_enc=directions.T.clone(),
-        W_dec=directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-6),
-        b_enc=torch.zeros(len(directions)),
-        b_dec=torch.zeros(directions.shape[1]),
-        sparsity=TopK(1),
-        info=DictionaryInfo(site=SITE, name=name, seed=0, store={"packing": PACKING}),
-    )
+    W_dec = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    about = {"site": SITE, "name": name, "seed": 0, "store": {"packing": PACKING}}
+    return of_matrices(directions.T, W_dec, sparsity=TopK(1), **about)
 
 
 class WordMeanings:
@@ -153,9 +140,7 @@ def collected(text, codes, step, windows=None, top=TOP, sample=SAMPLE, threshold
     rows longer than the threshold are massive."""
     windows = text.windows(torch.tensor([0, 5, 30]), 2, 1) if windows is None else windows
     eye = torch.eye(codes.shape[1])
-    nothing = torch.zeros(len(eye))
-    info = DictionaryInfo(site=SITE)
-    one = Dictionary(W_enc=eye, W_dec=eye, b_enc=nothing, b_dec=nothing, sparsity=ReLU(), info=info)
+    one = of_matrices(eye, eye, site=SITE)
     found = Firings(one, threshold, text, windows, (top, sample), 0)
     for at in range(0, text.num_contexts, step):
         contexts = slice(at, min(at + step, text.num_contexts))

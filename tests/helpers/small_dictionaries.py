@@ -4,7 +4,7 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import Sparsity, TopK
+from llm_wsae.dictionary.sparsity import ReLU, Sparsity, TopK
 
 SITE = "blocks.1.hook_resid_post"
 FIDELITY = {
@@ -56,6 +56,21 @@ def make_dictionary(
             "robust_variance": torch.rand(d_in, generator=draw) + 0.1,
         },
     )
+
+
+def of_matrices(
+    W_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+    sparsity: Sparsity = ReLU(),  # noqa: B008 - frozen
+    site: str = SITE,
+    **info,
+) -> Dictionary:
+    """A dictionary that remembers nothing else; without b_dec it is 0, as b_enc is."""
+    d_in, d_sae = W_enc.shape
+    b_dec = torch.zeros(d_in) if b_dec is None else b_dec
+    matrices = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": torch.zeros(d_sae), "b_dec": b_dec}
+    return Dictionary(**matrices, sparsity=sparsity, info=DictionaryInfo(site=site, **info))
 
 
 def like(one: Dictionary, **changes) -> Dictionary:

@@ -40,12 +40,16 @@ def tiny_tokenizer(bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
 
 
-def tiny_model(seed: int = 0, width: int = 16, bos: bool = True) -> LanguageModel:
-    """A Llama of 3 blocks that reads 64 tokens."""
+def random_llama(vocab: int, width: int, inner: int, seed: int = 0, **changes) -> LlamaForCausalLM:
+    """3 blocks that read 64 tokens, unless told."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width)
+    sizes = dict(vocab_size=vocab, hidden_size=width, intermediate_size=inner)
     sizes |= dict(num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
-    hf_model = LlamaForCausalLM(LlamaConfig(**sizes))
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes))
+
+
+def tiny_model(seed: int = 0, width: int = 16, bos: bool = True) -> LanguageModel:
+    hf_model = random_llama(VOCAB, width, 2 * width, seed)
     return LanguageModel.from_live(hf_model, tiny_tokenizer(bos), "tiny")
 
 

@@ -7,28 +7,14 @@ import torch
 from hostile import with_hostile_tokens
 from looping import over
 from small_dictionaries import make_dictionary
-from tiny import (
-    BOS,
-    EOS,
-    VOCAB,
-    WIDTH,
-    WORDS,
-    tiny_hf_model,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tiny import BOS, EOS, VOCAB, WIDTH, WORDS, tiny_hf_model, tiny_model, tiny_tokenizer
 
-import llm_wsae.inspecting.inspection as inspection_module
+from llm_wsae import inspect
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting import inspection
 from llm_wsae.inspecting.directions import Readout, Vocabulary
-from llm_wsae.inspecting.inspection import (
-    firings,
-    inspect,
-    latents_text,
-    read_sentence,
-    sentence_text,
-)
+from llm_wsae.inspecting.inspection import firings, latents_text, read_sentence, sentence_text
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.terminal import printable, printable_json
@@ -60,7 +46,7 @@ def all_latents(store, dictionary):
 def test_density_and_top_contexts_are_those_of_all_rows(
     store, model, kind, share, stride, monkeypatch
 ):
-    monkeypatch.setattr(inspection_module, "_ROWS_AT_ONCE", 700)
+    monkeypatch.setattr(inspection, "_ROWS_AT_ONCE", 700)
     norms = store.rows(SITE, 0, store.num_rows).norm(dim=1)
     one = dictionary_for(model, kind, massive_threshold=float(norms.quantile(share)))
     dense, usable = all_latents(store, one)

@@ -30,15 +30,8 @@ from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.directions import nearest
 from llm_wsae.inspecting.inspection import read_sentence
 from llm_wsae.pages import collecting
+from llm_wsae.pages import dashboard as dashboards
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
-from llm_wsae.pages.dashboard import (
-    facts,
-    most_megabytes,
-    named_dictionaries,
-    principal_components,
-    table,
-    what_fits,
-)
 from llm_wsae.pages.live import Session, application
 from llm_wsae.statistics.uncertainty import TextSize
 
@@ -213,7 +206,7 @@ def test_the_card_shows_what_was_measured():
     }
     dictionary, seen = make_dictionary(metrics=metrics), TextSize(100, 5, 4.0)
     nothing = Firings(dictionary, torch.zeros(9, dtype=torch.int32), 1, 1).finish()
-    groups = dict(facts(dictionary, "one", nothing, seen)["facts"])
+    groups = dict(dashboards.facts(dictionary, "one", nothing, seen)["facts"])
     fidelity = [("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]")]
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == fidelity
     beside = groups["The same of untrained and half-trained baselines (FVU, CE recovered, KL)"]
@@ -221,11 +214,13 @@ def test_the_card_shows_what_was_measured():
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning
-    unmeasured = facts(make_dictionary(metrics={}), "one", nothing, seen)["facts"]
+    unmeasured = dashboards.facts(make_dictionary(metrics={}), "one", nothing, seen)["facts"]
     assert [title for title, _ in unmeasured] == ["What it is", "On the rows of this page"]
     order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
     partner, likeness = nearest(dictionary.W_dec, dictionary.W_dec[order], 1)
-    columns = table(dictionary, nothing, torch.zeros(80), (partner + 12_345, likeness), {})
+    columns = dashboards.table(
+        dictionary, nothing, torch.zeros(80), (partner + 12_345, likeness), {}
+    )
     assert columns["partner"] == (order.argsort() + 12_345).tolist()  # numbers are exact
 
 
@@ -235,10 +230,10 @@ def test_principal_components_are_those_of_the_covariance():
     rows = normalize(decoder, dim=1)
     rows = rows - rows.mean(0)
     directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -2:].flip(1)
-    wanted, found = rows @ directions, principal_components(decoder)
+    wanted, found = rows @ directions, dashboards.principal_components(decoder)
     torch.testing.assert_close(found.abs(), wanted.abs(), atol=0.01, rtol=0)
     state = torch.random.get_rng_state()
-    assert torch.equal(principal_components(decoder), found)
+    assert torch.equal(dashboards.principal_components(decoder), found)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -265,7 +260,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         refused(("dashboard", *words[:1], *ask, *words[1:]), said)
     names = ("a (2)", "a", "a")
     named = [like(one, info=replace(one.info, name=name)) for name in names]
-    assert list(named_dictionaries(named)) == ["a (2)", "a", "a (3)"]
+    assert list(dashboards.named_dictionaries(named)) == ["a (2)", "a", "a (3)"]
     one.info = replace(one.info, site="blocks.0.hook_resid_post")
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, one], world / "store", "unused", page)
@@ -284,11 +279,11 @@ def test_a_single_latent_has_none_near_it(world, store, model, tmp_path):
 def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
     world, model, tmp_path
 ):
-    assert most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
+    assert dashboards.most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
     for d_sae, fits in ((4608, (3, 10)), (16_384, (3, 4)), (32_768, (2, 3)), (10**6, (1, 1))):
-        assert what_fits([d_sae] * 3) == fits
-        assert most_megabytes([d_sae] * fits[0], 2 * fits[1]) <= 60 or fits == (1, 1)
-    assert most_megabytes([4608], 20, [20 * 32]) < 1  # few rows have few examples
+        assert dashboards.what_fits([d_sae] * 3) == fits
+        assert dashboards.most_megabytes([d_sae] * fits[0], 2 * fits[1]) <= 60 or fits == (1, 1)
+    assert dashboards.most_megabytes([4608], 20, [20 * 32]) < 1  # few rows have few examples
     damaged = shutil.copytree(world / "store", tmp_path / "store")
     for shard in (damaged / SITE).glob("0*.safetensors"):
         shard.write_bytes(b"")
@@ -500,7 +495,7 @@ def client(world, model):
     pytest.importorskip("starlette", reason="the extra page is not installed")
     from starlette.testclient import TestClient
 
-    session = Session(model, named_dictionaries([world / PLAIN, world / WEIGHTED]))
+    session = Session(model, dashboards.named_dictionaries([world / PLAIN, world / WEIGHTED]))
     return TestClient(application("the page", session, "secret", 8123), "http://127.0.0.1:8123")
 
 
@@ -553,7 +548,7 @@ def test_questions_are_answered_or_refused_in_a_sentence(client, world):
 
 
 def test_the_model_writes_and_waits_for_a_limited_time(world, model):
-    session = Session(model, named_dictionaries([world / PLAIN]), seconds=0.0)
+    session = Session(model, dashboards.named_dictionaries([world / PLAIN]), seconds=0.0)
     steer = {"text": "w1 w2", "dictionary": 0, "latent": 5, "strength": 1.0, "tokens": 50}
     answer = session.answer(steer)
     assert answer["cut"] and len(answer["before"].split()) < 50

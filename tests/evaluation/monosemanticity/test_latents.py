@@ -2,49 +2,32 @@
 
 import math
 
+import evaluation_cases as cases
 import pytest
 import torch
-from evaluation_cases import (
-    D_SAE,
-    SAMPLE,
-    TOP,
-    Spelling,
-    WordCounts,
-    collected,
-    make_text,
-    random_codes,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity import latents as scoring
 from llm_wsae.evaluation.monosemanticity.evaluator import latent_means
-from llm_wsae.evaluation.monosemanticity.latents import (
-    LatentScorer,
-    _resampled,
-    fair_pairs,
-    purity,
-    share_won,
-    strange_pairs,
-    wins,
-)
 from llm_wsae.evaluation.monosemanticity.probing import Split, auroc
 
 
 @pytest.fixture(scope="module")
 def text():
-    return make_text()
+    return cases.make_text()
 
 
 def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
     """Whatever the cut into batches, massive rows left out, and with values that tie. The sample
     follows one random order of all rows; a quantile sample is spread over the ranks of what was
     sampled outside the top contexts."""
-    every = (4 * random_codes(text.num_rows)).round()
+    every = (4 * cases.random_codes(text.num_rows)).round()
     every[[3, 200, 201], 0] = 1e4
-    found, once = (collected(text, every, step, threshold=1e3) for step in (7, 60))
+    found, once = (cases.collected(text, every, step, threshold=1e3) for step in (7, 60))
     for name in ("rows", "values", "contexts"):
         for one, other in ((found.top, once.top), (found.sample, once.sample)):
             assert torch.equal(getattr(one, name), getattr(other, name))
@@ -55,7 +38,7 @@ def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
     assert torch.allclose(found.density, (every > 0).double().sum(0) / found.num_rows)
     chosen = found.quantile_sample(3)
     place = torch.randperm(text.num_rows, generator=torch.Generator().manual_seed(0)).tolist()
-    for latent in range(D_SAE):
+    for latent in range(cases.D_SAE):
         best, drawn = {}, {}
         for row in every[:, latent].nonzero()[:, 0].tolist():
             context, value = int(text.context[row]), float(every[row, latent])
@@ -63,11 +46,11 @@ def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
                 best[context] = (value, row)
             drawn[context] = min(row, drawn.get(context, row), key=lambda row: place[row])
         assert int(found.top.contexts[latent]) == len(best)
-        expected = sorted(best.values(), key=lambda one: (-one[0], one[1]))[:TOP]
+        expected = sorted(best.values(), key=lambda one: (-one[0], one[1]))[: cases.TOP]
         assert found.top.rows[latent].tolist() == [row for _, row in expected]
         assert found.top.values[latent].tolist() == [value for value, _ in expected]
         rows = found.sample.rows[latent]
-        assert rows.tolist() == sorted(drawn.values(), key=lambda row: place[row])[:SAMPLE]
+        assert rows.tolist() == sorted(drawn.values(), key=lambda row: place[row])[: cases.SAMPLE]
         assert torch.equal(found.sample.values[latent], every[rows, latent])
         top = text.context[found.top.rows[latent]]
         left = rows[~torch.isin(text.context[rows], top)]
@@ -80,21 +63,21 @@ def test_top_contexts_and_samples_equal_brute_force_on_the_dense_matrix(text):
 def test_a_latent_with_few_firings_has_few_examples(text):
     codes = torch.zeros(text.num_rows, 2)
     codes[[5, 40], 0] = torch.tensor([2.0, 3.0])
-    found = collected(text, codes, 9)
+    found = cases.collected(text, codes, 9)
     assert found.top.rows.tolist() == [[40, 5, -1, -1], [-1] * 4]
     assert found.top.values[0].tolist() == [3.0, 2.0, 0.0, 0.0]
     assert sorted(found.sample.rows[0].tolist()) == [-1] * 4 + [5, 40]
     assert (found.sample.rows[1:] == -1).all()
     # a quantile sample of too few is all of them, but those in top contexts
     codes[[5, 40, 80, 120, 160, 200], 0] = torch.arange(1.0, 7.0)
-    chosen = collected(text, codes, 9, top=2, sample=6).quantile_sample(5)
+    chosen = cases.collected(text, codes, 9, top=2, sample=6).quantile_sample(5)
     assert chosen[0].tolist() == [120, 80, 40, 5, -1]
 
 
 def test_silence_is_of_whole_windows(text):
-    every = random_codes(text.num_rows, k=1)
+    every = cases.random_codes(text.num_rows, k=1)
     centres = torch.arange(0, text.num_rows, 13)
-    found = collected(text, every, 7, text.windows(centres, 2, 1))
+    found = cases.collected(text, every, 7, text.windows(centres, 2, 1))
     latents = torch.tensor([3, 0, 5])
     silent = found.silent_windows(latents)
     place = torch.stack([text.context, text.document_of], 1)
@@ -129,16 +112,16 @@ def test_purity_by_hand():
     token = torch.tensor([7, 7, 8, 9, 7])
     rows = torch.tensor([[0, 1, 2, 4], [0, 1, 4, -1], [0, 2, 3, -1], [-1, -1, -1, -1]])
     expected = [3 / 4, 1, 1 / 3, math.nan]
-    assert purity(rows, token).tolist() == pytest.approx(expected, nan_ok=True)
+    assert scoring.purity(rows, token).tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def scores_of(text, codes, config, encoder=None):
     """The scorer of a text, and the scores of the latents to which the codes are the rows."""
-    encoder = encoder or WordCounts()
-    embeddings = WindowEmbeddings(text, Spelling(), encoder, config.before, config.after)
-    scorer = LatentScorer(text, text.token, embeddings, config)
+    encoder = encoder or cases.WordCounts()
+    embeddings = WindowEmbeddings(text, cases.Spelling(), encoder, config.before, config.after)
+    scorer = scoring.LatentScorer(text, text.token, embeddings, config)
     examples = config.top, config.top + 4 * config.sample
-    return scorer, scorer.scores(collected(text, codes, 10, scorer.windows, *examples))
+    return scorer, scorer.scores(cases.collected(text, codes, 10, scorer.windows, *examples))
 
 
 def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
@@ -158,10 +141,10 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
     places[0][:] = torch.tensor([0, 1, 2, 15])
     genre, drawn = torch.arange(20) % 2, torch.randint(3, (7, 20), generator=draw).float()
     drawn[0] = 1  # the text as it is
-    won, every = wins(top, sample, random), silent[:, None]
-    without = share_won(won, every & strange_pairs(*tokens))
-    fair = fair_pairs(silent, places, genre)
-    found, resampled = share_won(won, fair), _resampled(won, fair, places, drawn)
+    won, every = scoring.wins(top, sample, random), silent[:, None]
+    without = scoring.share_won(won, every & scoring.strange_pairs(*tokens))
+    fair = scoring.fair_pairs(silent, places, genre)
+    found, resampled = scoring.share_won(won, fair), scoring._resampled(won, fair, places, drawn)
     for latent in range(2):
         centroid, known = top[latent].mean(0), set(tokens[0][latent].tolist())
         positive = [
@@ -205,7 +188,7 @@ def test_a_resampling_without_any_scored_document_widens_nothing():
 def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
     """Half of the contexts speak of words 0-14, the others of 15-29; the latent fires in half of
     the former's rows."""
-    text = make_text(contexts=200)
+    text = cases.make_text(contexts=200)
     about = text.context % 2 == 0
     token = text.token % 15 + 15 * (~about).long()
     text.token.copy_(token)
@@ -214,7 +197,7 @@ def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
     active = about & (torch.rand(text.num_rows, generator=draw) < 0.5)
     values = (torch.rand(text.num_rows, generator=draw) + 0.1) * active
 
-    class Halves(WordCounts):
+    class Halves(cases.WordCounts):
         def embed(self, texts):
             counts = super().embed(texts)
             halves = torch.stack([counts[:, :15].sum(1), counts[:, 15:30].sum(1)], 1)
@@ -232,8 +215,8 @@ def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
 
 
 def test_windows_end_with_context_and_document():
-    text = make_text(contexts=20, positions=6, documents=14)
-    embeddings = WindowEmbeddings(text, Spelling(), WordCounts(), 3, 1)
+    text = cases.make_text(contexts=20, positions=6, documents=14)
+    embeddings = WindowEmbeddings(text, cases.Spelling(), cases.WordCounts(), 3, 1)
     words = [f"w{i}" for i in text.token.tolist()]
     # Row 5 begins the second context; row 8 begins the second document; row 7 is before it.
     ends = {0: words[0:2], 4: words[1:5], 5: words[5:7], 7: words[5:8], 8: words[8:10]}
@@ -241,11 +224,11 @@ def test_windows_end_with_context_and_document():
 
 
 def test_neighbours_share_a_window_in_which_all_of_them_stand():
-    text = make_text(contexts=2, positions=16, documents=2)
+    text = cases.make_text(contexts=2, positions=16, documents=2)
     text.document[0, 12:] = 1  # another document begins at position 12
     text.document_of.copy_(text.document.flatten()[text.cell])
-    encoder = WordCounts()
-    embeddings = WindowEmbeddings(text, Spelling(), encoder, 6, 4)
+    encoder = cases.WordCounts()
+    embeddings = WindowEmbeddings(text, cases.Spelling(), encoder, 6, 4)
     rows = torch.arange(text.num_rows)
     cells = embeddings.cells(rows)
     assert (cells == text.cell[:, None]).any(1).all()
@@ -255,6 +238,6 @@ def test_neighbours_share_a_window_in_which_all_of_them_stand():
     assert centre[15:] == [2] * 4 + [7] * 5 + [12] * 5 + [15]
     assert centre[:15] == [2] * 4 + [7] * 5 + [10, 11] + [12] * 3 + [15]
     assert torch.equal(embeddings.of(rows[5:9]), embeddings.of(rows[4:5]).expand(4, -1))
-    expected = WordCounts().embed(embeddings.texts(rows))
+    expected = cases.WordCounts().embed(embeddings.texts(rows))
     assert torch.allclose(embeddings.of(rows), expected, atol=1e-3)
     assert encoder.embedded == len(cells.unique(dim=0)) == 10  # each once

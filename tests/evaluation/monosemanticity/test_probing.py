@@ -7,23 +7,8 @@ import pytest
 import torch
 from looping import over
 
+from llm_wsae.evaluation.monosemanticity import probing
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.probing import (
-    RIDGE_DENSE,
-    Exam,
-    auroc,
-    best_columns,
-    correlations,
-    dense_probes,
-    falls,
-    main_latents,
-    probe_latents,
-    probe_site,
-    select,
-    sparse_probes,
-    spill,
-    splits_of,
-)
 from llm_wsae.statistics.measures import LETTER
 
 UNITS, D_IN, D_SAE = 400, 6, 30
@@ -50,7 +35,7 @@ def planted(seed=0):
 @pytest.fixture(scope="module")
 def case():
     latents, concepts = planted()
-    return latents, concepts, splits_of(concepts, 0)
+    return latents, concepts, probing.splits_of(concepts, 0)
 
 
 def test_training_and_testing_share_no_unit(case):
@@ -72,7 +57,7 @@ def test_correlations_equal_numpy(case):
     latents = latents.clone()
     latents[:, 9] = 0
     for table in (latents.T.to_sparse(), latents.T):
-        found = correlations(table, halves[0])
+        found = probing.correlations(table, halves[0])
         for c in range(3):
             mine = (concepts.applies[:, c] & concepts.half).numpy()
             for column in (0, 3, 4, 17):
@@ -85,34 +70,36 @@ def test_correlations_equal_numpy(case):
 def test_best_columns_are_allowed_ones_in_order_as_many_as_are_needed():
     score = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]])
     allowed = torch.tensor([True, False, True, True])
-    assert best_columns(score, allowed).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
+    assert probing.best_columns(score, allowed).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
     best = torch.tensor([[0, 1, 3, 4, -1]]).repeat(4, 1)
     area = torch.tensor(
         [[0.90, 0.80, 0.80, 0.80], [0.91, 0.90, 0.90, 0.81], [0.99, 0.91, 0.99, 0.99]]
     )
-    found = main_latents(best, area)  # by how much they add
+    found = probing.main_latents(best, area)  # by how much they add
     assert [row[row >= 0].tolist() for row in found] == [[0], [0, 1], [0, 1, 3, 4], [0]]
 
 
 def test_probes_equal_the_discriminant_by_hand(case):
     latents, concepts, halves = case
     x = latents[:, :D_IN] + 0.1 * torch.randn(UNITS, D_IN, generator=torch.Generator())
-    directions, scores = dense_probes(x, halves[0])
+    directions, scores = probing.dense_probes(x, halves[0])
     for c in range(3):
         mine = concepts.applies[:, c] & concepts.half
         rows, y = x[mine].double().numpy(), concepts.positive[mine, c].numpy()
         mean1, mean0 = rows[y].mean(0), rows[~y].mean(0)
         covariance = np.cov(rows.T, bias=True)
-        covariance += RIDGE_DENSE * np.diag(np.diag(covariance))
+        covariance += probing.RIDGE_DENSE * np.diag(np.diag(covariance))
         direction = np.linalg.solve(covariance, mean1 - mean0)
         assert directions[:, c].numpy() == pytest.approx(direction, rel=1e-4)
         expected = (x[halves[0].items[c]].numpy() - (mean1 + mean0) / 2) @ direction
         assert scores[c].numpy() == pytest.approx(expected, rel=1e-3, abs=1e-4)
     # A sparse probe of all columns is the same probe, but for the ridge.
-    few = select(x.T, torch.arange(D_IN).repeat(3, 1))
-    assert torch.allclose(sparse_probes(few, halves[0], D_IN), auroc(scores, halves[0]), atol=0.02)
-    none = select(latents.T.to_sparse(), torch.full((3, 2), -1))
-    assert sparse_probes(none, halves[0], 2).tolist() == [0.5, 0.5, 0.5]
+    few = probing.select(x.T, torch.arange(D_IN).repeat(3, 1))
+    assert torch.allclose(
+        probing.sparse_probes(few, halves[0], D_IN), probing.auroc(scores, halves[0]), atol=0.02
+    )
+    none = probing.select(latents.T.to_sparse(), torch.full((3, 2), -1))
+    assert probing.sparse_probes(none, halves[0], 2).tolist() == [0.5, 0.5, 0.5]
 
 
 def test_falls_equal_probing_what_is_left(case):
@@ -121,9 +108,11 @@ def test_falls_equal_probing_what_is_left(case):
     decoder = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(5))
     x = latents @ decoder + 0.05 * torch.randn(UNITS, D_IN, generator=torch.Generator())
     split = halves[1]
-    directions, scores = dense_probes(x, split)
-    exam = Exam([], split, directions, scores)
-    found = falls(torch.tensor([[3, 7], [4, 5], [11, -1]]), decoder, exam, latents.T.to_sparse())
+    directions, scores = probing.dense_probes(x, split)
+    exam = probing.Exam([], split, directions, scores)
+    found = probing.falls(
+        torch.tensor([[3, 7], [4, 5], [11, -1]]), decoder, exam, latents.T.to_sparse()
+    )
     thresholds = x[split.items[:, 0]].mul(directions.T).sum(1) - scores[:, 0]
 
     def accuracy(rows, c):
@@ -145,23 +134,23 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     draw = torch.Generator().manual_seed(1)
     decoder = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     x = latents @ decoder + 0.01 * torch.randn(UNITS, D_SAE, generator=draw)
-    site = probe_site([concepts], [x], 0)
+    site = probing.probe_site([concepts], [x], 0)
     assert site.columns["dense"][:2].min() > 0.99 and site.columns["accuracy"][:2].min() > 0.95
     assert 0.5 < site.columns["best_1"][1] < site.columns["best_2"][1] < 0.95
     without = EVERY.clone()
     without[3] = False
     table = latents.T.to_sparse()
-    good, blind = probe_latents(site, [table], decoder, [EVERY, without])
+    good, blind = probing.probe_latents(site, [table], decoder, [EVERY, without])
     assert float(good["best_1"][0]) == 1 and float(good["best_2"][1]) == 1
     # (the "latents" of pure chance may be those of anything)
     assert good["own_fall"][:2].min() > 0.4 and good["others_fall"][:2].abs().max() < 0.1
     turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     turned = (latents @ turn.T).T
-    (mixed,) = probe_latents(site, [turned], turn @ decoder, [EVERY])
+    (mixed,) = probing.probe_latents(site, [turned], turn @ decoder, [EVERY])
     assert mixed["selectivity"][:2].max() < good["selectivity"][:2].min() - 0.1
     assert float(blind["best_1"][0]) < 0.7 and float(blind["own_fall"][0]) < 0.1
-    site = probe_site([], [], 0)  # no concept
-    (found,) = probe_latents(site, [], torch.zeros(D_SAE, D_IN), [EVERY])
+    site = probing.probe_site([], [], 0)  # no concept
+    (found,) = probing.probe_latents(site, [], torch.zeros(D_SAE, D_IN), [EVERY])
     assert {len(values) for values in (*site.columns.values(), *found.values())} == {0}
 
 
@@ -179,9 +168,9 @@ def test_spill_is_read_off_at_the_same_own_drop(case):
     for size, own_drop, others in zip((1, 2, 5), *case[:2], strict=True):
         by_size[size] = torch.full((7, 7), others, dtype=torch.float64)
         by_size[size][0, 0], by_size[size][0, 6] = own_drop, -1
-    assert float(spill(by_size)[0]) == pytest.approx(case[2], nan_ok=True)
+    assert float(probing.spill(by_size)[0]) == pytest.approx(case[2], nan_ok=True)
     few = {size: falls[:5, :5] for size, falls in by_size.items()}
-    assert bool(spill(few).isnan().all())
+    assert bool(probing.spill(few).isnan().all())
 
 
 LETTER_LATENT, WORD_LATENT = 3, 7  # those from 10 on fire by chance
@@ -216,8 +205,10 @@ def probed(speaks, is_sparse=True, without=(), seen=1):
     x, table, decoder, asked = letter_and_word(speaks)
     allowed = EVERY.clone()
     allowed[list(without)] = False
-    site = probe_site([asked], [seen * x], 0)
-    (found,) = probe_latents(site, [table.to_sparse() if is_sparse else table], decoder, [allowed])
+    site = probing.probe_site([asked], [seen * x], 0)
+    (found,) = probing.probe_latents(
+        site, [table.to_sparse() if is_sparse else table], decoder, [allowed]
+    )
     return float(found["missed"]), float(found["absorbed"])
 
 
