@@ -6,10 +6,11 @@ import resource
 import shutil
 import signal
 
+import command_line
 import pytest
 import tiny
 import torch
-from command_line import HARVEST, SITE, TRAIN, call, cases, content, nobody, save_model, works
+from command_line import HARVEST, SITE, STREAM, TRAIN, call, cases, content, nobody, works
 from safetensors.torch import save_file
 from small_dictionaries import make_dictionary
 
@@ -25,12 +26,13 @@ OTHER_SITE = SITE.replace("post", "mid")
 def world(world):
     """What the other tests have, and more that is wrong with it."""
     folder = world
-    save_model(folder / "other", seed=5)
-    save_model(folder / "wide", width=32)
+    command_line.save_model(folder / "other", seed=5)
+    command_line.save_model(folder / "wide", width=32)
     works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
           "--tokens", 16, "--dtype", "float32", "--out", folder / "few")  # fmt: skip
     save_file({"gamma": torch.ones(16)}, folder / "own.safetensors")
     make_dictionary().save(folder / "narrow")
+    tiny.write_jsonl(folder / "tiny.jsonl", [3])
     (folder / "nothing").mkdir()
     (folder / "empty.txt").touch()
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff")
@@ -59,7 +61,7 @@ def refused(world, monkeypatch):
 
     def check(code: int, *words, said: tuple = ()) -> str:
         monkeypatch.chdir(world)
-        before = content(world)
+        before = content(world), sorted(world.rglob("*"))
         result = call(*words)
         assert result.code == code, result.err
         assert result.out == "" and "Traceback" not in result.err
@@ -67,7 +69,7 @@ def refused(world, monkeypatch):
         assert not more and result.err.endswith(f"{sentence}\n")
         for part in said:
             assert str(part) in sentence
-        assert content(world) == before
+        assert (content(world), sorted(world.rglob("*"))) == before
         return sentence
 
     return check
@@ -77,13 +79,15 @@ HARVESTING = ("harvest", "--model", "model", "--corpus", "text.jsonl", *HARVEST)
 TRAINING = ("train", "store", *TRAIN)
 EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
 MEASURING = ("evaluate", "trained/uniform-k4", *EVALUATING)
-STUDYING = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
+TEXT = ("--model", "model", "--corpus", "text.jsonl", "--site", SITE)
+STREAMING = ("train", *TEXT, *STREAM)
+STUDYING = ("study", "store", *TEXT)
 WEIGHING = ("weigh", "store", "--site", SITE)
 
 # what stands for several words, or for what cannot be typed here
 WORDS = {name: own for name, own in globals().items() if name.isupper() and isinstance(own, tuple)}
 WORDS |= {"SITE": [SITE], "LONG": [300 * "x"], "BYTES": ["a\udcff"], "NUL": ["a\0b"],
-          "TEXT": ["w1 " * 99], "RUNNING": ["run", "--corpus", "text.jsonl", "--site", SITE],
+          "HUNDRED": ["w1 " * 99], "RUNNING": ["run", "--corpus", "text.jsonl", "--site", SITE],
           "INSPECTING": ["inspect", "trained/uniform-k4"]}  # fmt: skip
 # Exit code and command, those of mistakes without --out; below it, what the sentence holds.
 MISTAKES = """\
@@ -131,6 +135,28 @@ MISTAKES = """\
     l1 is -1.0, but must be at least 0
 2 TRAINING --batch-size 9999
     rows are fewer than one batch of 9999
+2 train --site SITE
+    give a STORE to train on, or --model and --corpus
+2 train --site SITE --model m
+    --model and --corpus
+2 TRAINING TEXT
+    --model is for training without a store; drop it, or drop
+2 TRAINING --buffer-tokens 9
+    --buffer-tokens is
+2 TRAINING --device spread
+    --device spread is for training without a store
+2 train TEXT
+    a stream has no end: set --tokens
+2 STREAMING --site SITE blocks.7.hook_resid_post
+    the model has 3 blocks
+2 STREAMING --rule participation
+    needs a first dictionary
+2 STREAMING --rule uniform --lengths free --architecture jumprelu
+    jumprelu has no free lengths
+1 STREAMING --corpus tiny.jsonl
+    corpus tiny.jsonl fills contexts of 16 with 0 tokens
+2 run TEXT --buffer-tokens 9
+    are for --stream
 2 WEIGHING --rule varianc
     rule 'varianc'; did you mean 'variance'
 2 WEIGHING --rule permuted:participation
@@ -219,7 +245,7 @@ LOOKING = """\
     nowhere is not a folder
 1 INSPECTING --latent 1 --store model
     no activation store in model
-2 INSPECTING --text TEXT --model model
+2 INSPECTING --text HUNDRED --model model
     100 tokens are too long
 2 INSPECTING --latent 1 --model ./no
     there is no model at ./no
@@ -270,6 +296,10 @@ PLACES = """\
     store has other settings ( … model name: "model" in the saved … choose another folder
 1 HARVESTING --out store --dtype float32 --tokens 100
     already holds 5,008 tokens … 112 requested
+1 STREAMING --out store
+    store holds other files
+1 STREAMING --out trained/uniform-k4
+    uniform-k4 holds other files
 1 TRAINING --k 5 --out trained --shuffle-seed 3
     training in trained has other settings … arms uniform-k4 … seed: 0 in … to resume it
 """

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from command_line import SITE, call, cases, content, works
+from command_line import SITE, STREAM, call, content, works
 from several import run as in_several
 from tiny import write_jsonl
 
@@ -21,10 +21,6 @@ from llm_wsae.pipeline import run as pipeline
 from llm_wsae.training.checkpoint import CHECKPOINT, training_in
 
 SITES = ("blocks.0.hook_resid_post", SITE)
-STREAM = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
-          "--statistics-tokens", 2048, "--expansion", 4, "--batch-size", 256, "--dtype", "float32",
-          "--tokens", 2048, "--k", 4, "--rule", "uniform", "sensitivity",
-          "--alpha", 0.5)  # fmt: skip
 STORED = ("--harvest.context-size", 16, "--tokens", 2000, "--k", 4, "--eval-tokens", 300,
           "--rule", "uniform", "whitening", "--architecture", "topk",
           "--train.batch-size", 256, "--train.dtype", "float32")  # fmt: skip
@@ -135,46 +131,6 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
     assert (out / SITE / "report.html").exists()
     assert (out / SITE / "report.json").read_bytes() == (ran[0] / SITE / "report.json").read_bytes()
     assert not (out / SITES[0] / "report.json").exists()
-
-
-IMPOSSIBLE = """
-train SITE
-    give a STORE to train on, or --model and --corpus
-train SITE --model m
-    --model and --corpus
-train STORE SITE MODEL_AND_CORPUS
-    --model is for training without a store; drop it, or drop
-train STORE SITE --buffer-tokens 9
-    --buffer-tokens is
-train STORE SITE --device spread
-    --device spread is for training without a store
-train SITE MODEL_AND_CORPUS
-    a stream has no end: set --tokens
-train SITE blocks.7.hook_resid_post MODEL_AND_CORPUS STREAM
-    the model has 3 blocks
-train SITE MODEL_AND_CORPUS STREAM --rule participation
-    needs a first dictionary
-train SITE MODEL_AND_CORPUS STREAM --rule uniform --lengths free --architecture jumprelu
-    jumprelu has no free lengths
-train SITE MODEL_AND_CORPUS STREAM --corpus TINY
-    corpus tiny.jsonl fills contexts of 16 with 0 tokens
-run SITE MODEL_AND_CORPUS --buffer-tokens 9
-    are for --stream
-"""
-
-
-def test_requests_that_cannot_be(made_world, model_and_corpus, tmp_path):
-    words = {"SITE": ["--site", SITE], "STREAM": STREAM, "STORE": [made_world / "store"]}
-    words |= {"MODEL_AND_CORPUS": model_and_corpus}
-    words |= {"TINY": [write_jsonl(tmp_path / "tiny.jsonl", [3])]}
-    for command, (sentence,) in cases(IMPOSSIBLE, **words):
-        result = call(*command, "--out", tmp_path / "out")
-        assert result.code in (1, 2) and sentence in result.err, result.err
-        assert "Traceback" not in result.err and not (tmp_path / "out").exists()
-    for place in (made_world / "store", made_world / "trained/uniform-k4"):
-        before = content(place)
-        given = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", place)
-        assert call(*given).code == 1 and content(place) == before
 
 
 def test_a_folder_of_other_rows_is_refused_before_they_are_measured(

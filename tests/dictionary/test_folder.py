@@ -9,16 +9,11 @@ import torch
 from command_line import content
 from looping import over
 from safetensors.torch import load_file, save_file
-from small_dictionaries import make_dictionary, make_info
+from small_dictionaries import SCORES, make_dictionary, make_info, said_of
 
 from llm_wsae.artifact.files import json_line, sha256, write_json
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import (
-    Explanation,
-    Score,
-    keep_explanations,
-    read_explanations,
-)
+from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import clear_up, is_dictionary, keep_measurements
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -133,7 +128,6 @@ def test_other_folders_are_left_alone_and_not_loaded(tmp_path, folder):
     assert content(tmp_path) == before
     (folder / "wsae.json").unlink()
     for place, said in (
-        (tmp_path / "nowhere", "is not a folder"),
         (empty, "holds nothing and no dictionary"),
         (folder, r"lacks wsae\.json"),
     ):
@@ -150,7 +144,7 @@ def test_nothing_is_kept_in_a_dictionary_that_was_replaced(folder):
     before = content(folder)
     for keep, found in (
         (keep_measurements, {"fidelity": {"fvu": 0.5}}),
-        (keep_explanations, [Explanation(1, "said", "m", {})]),
+        (keep_explanations, [said_of(1, "said")]),
     ):
         with pytest.raises(LlmWsaeError, match="was replaced by another one during the work"):
             keep(folder, found, measured.weights_sha256)
@@ -228,11 +222,10 @@ def test_odd_content_with_valid_checksums_is_named(folder):
 
 
 def test_odd_explanations_with_valid_checksums_are_refused(folder):
-    score = {"fuzzing": Score(0.9, (0.8, 1.0), 10, 9)}
-    keep_explanations(folder, [Explanation(1, "said", "m", score)])
+    keep_explanations(folder, [said_of(1, "said", SCORES)])
     path = folder / "explanations.jsonl"
     head, line = path.read_text().splitlines()
-    changes = {"1,": "-1,", "[0.8, 1.0]": "[0.8]", '"m"': "7", "10": "null"}
+    changes = {"1,": "-1,", "[0.5, 1.0]": "[0.5]", '"a model"': "7", "16": "null"}
     for old, new in (*changes.items(), ("1,", '"x",')):
         lines = line.replace(old, new, 1) + "\n"
         about = json.loads(head) | {"lines_sha256": hashlib.sha256(lines.encode()).hexdigest()}

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,18 +23,14 @@ from evaluation_cases import WordCounts
 from hostile import with_hostile_tokens
 from hub_fixtures import REPO
 from looping import over
+from small_dictionaries import SCORES, said_of
 from tiny import save_encoder
 
 import llm_wsae
 from llm_wsae import ExplainConfig, explain
 from llm_wsae.artifact.files import check_line, json_line
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import (
-    Explanation,
-    Score,
-    keep_explanations,
-    read_explanations,
-)
+from llm_wsae.dictionary.explanations import Score, keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.dictionary.hub.transfer import push
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -55,15 +52,8 @@ SECRET = "sk-do-not-show-me-0123456789"
 @pytest.fixture
 def judge():
     """Starts an endpoint with a script."""
-    started = []
-
-    def start(script) -> Judge:
-        started.append(Judge(script))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
+    with ExitStack() as stack:
+        yield lambda script: stack.enter_context(closing(Judge(script)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -538,32 +528,28 @@ def test_a_corpus_that_talks_to_the_judge_is_only_text(world, store, model, judg
 # --- beside the dictionary, on the Hub, in a study ------------------------------------------------
 
 
-def said_of(latent: int, text: str) -> Explanation:
-    return Explanation(latent, text, "a model", {"detection": Score(0.75, (0.5, 1.0), 16, 15)})
-
-
 def test_explanations_are_joined_and_stay_with_their_weights(world, tmp_path):
     dictionary, folder = Dictionary.load(world / PLAIN), tmp_path / "one"
     dictionary.save(folder)
 
-    def keep(*found: Explanation) -> dict[int, Explanation]:
+    def keep(*found):
         keep_explanations(folder, found)
         return read_explanations(folder)
 
     intruder = {"intruder": Score(0.25, (0.0, 0.5), 8, 8)}
-    keep(said_of(5, "five"), said_of(2, "two"))
-    found = keep(said_of(2, "two again"), said_of(9, "two\u2028lines\x85of text"))
-    texts = {2: "two again", 5: "five", 9: "two\u2028lines\x85of text"}
-    assert {n: one.text for n, one in found.items()} == texts and found[5] == said_of(5, "five")
+    five, nine = said_of(5, "five", SCORES), said_of(9, "two\u2028lines\x85of text", SCORES)
+    keep(five, said_of(2, "two", SCORES))
+    found = keep(said_of(2, "two again", SCORES), nine)
+    assert found == {2: said_of(2, "two again", SCORES), 5: five, 9: nine}
     # A later run that asked for less, or got no answer, takes nothing away.
-    now = keep(Explanation(5, None, "a model", intruder), Explanation(9, None, "another", intruder))
+    now = keep(said_of(5, None, intruder), said_of(9, None, intruder, by="another"))
     assert now[5] == replace(found[5], scores=found[5].scores | intruder) and now[9] == found[9]
     now = keep(replace(now[5], scores={"fuzzing": intruder["intruder"]}))
     assert set(now[5].scores) == {"detection", "intruder", "fuzzing"}
-    keep(Explanation(7, None, "a model", intruder))
-    assert set(keep(said_of(7, "seven"))[7].scores) == {"detection", "intruder"}
-    found = keep(said_of(5, "otherwise"))
-    assert found[5] == said_of(5, "otherwise")
+    keep(said_of(7, None, intruder))
+    assert set(keep(said_of(7, "seven", SCORES))[7].scores) == {"detection", "intruder"}
+    found = keep(said_of(5, "otherwise", SCORES))
+    assert found[5] == said_of(5, "otherwise", SCORES)
     dictionary.info = replace(dictionary.info, metrics={})
     dictionary.save(folder)  # the same weights
     assert read_explanations(folder) == found
@@ -592,7 +578,7 @@ def test_explanations_are_joined_and_stay_with_their_weights(world, tmp_path):
 def test_the_card_on_the_hub_shows_explanations_and_new_weights_have_none(hub, plain):
     numbers = {"explainer": "a | model", "latents": 7, "questions": 90, "unread": 4}
     numbers["detection"] = {"value": 0.7125, "interval": [0.65, 0.775]}
-    keep_explanations(plain, [said_of(1, "a <b>bold</b> claim")])
+    keep_explanations(plain, [said_of(1, "a <b>bold</b> claim", SCORES)])
     keep_measurements(plain, {"explanations": numbers})
     path = f"{SITE}/plain-k4/explanations.jsonl"
     assert path in push([plain], REPO).changed and push([plain], REPO).changed == []

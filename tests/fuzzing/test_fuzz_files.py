@@ -14,6 +14,7 @@ import torch
 from command_line import SITE, call, works
 from fuzzing import blind, flipped, frozen
 from safetensors.torch import save_file
+from small_dictionaries import SCORES, said_of
 from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae.artifact.files import (
@@ -28,12 +29,7 @@ from llm_wsae.commands.verifying import verify
 from llm_wsae.data.store import ActivationStore, tokens_path
 from llm_wsae.dictionary import folder as dictionary_folder
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import (
-    Explanation,
-    Score,
-    keep_explanations,
-    read_explanations,
-)
+from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import Processes
 from llm_wsae.model.site import Site
@@ -100,8 +96,7 @@ def kinds(made_world, stopped_once, tmp_path_factory) -> dict[str, Kind]:
 def of_dictionaries(folder: Path) -> dict[str, Kind]:
     one, other = folder / PLAIN, folder / OTHER
     for place in (one, other):
-        scores = {"detection": Score(0.75, (0.5, 0.9), 40, 38)}
-        said = [Explanation(latent, f"word {latent}", "a model", scores) for latent in (3, 5, 8)]
+        said = [said_of(latent, f"word {latent}", SCORES) for latent in (3, 5, 8)]
         keep_explanations(place, said)
 
     def read() -> Any:
@@ -120,10 +115,7 @@ def of_stores(folder: Path) -> dict[str, Kind]:
     store = ActivationStore.open(place)
 
     def read_rows() -> torch.Tensor:
-        reader = store.reader(PLACE)
-        found = torch.empty(store.num_rows, store.d_in, dtype=reader.dtype)
-        reader.read(0, found)
-        return found
+        return store.reader(PLACE).rows(0, store.num_rows)
 
     first, third, whole, own = (
         rows / f"{name}.safetensors"
@@ -359,7 +351,7 @@ def test_verify_checks_every_file_that_is_written(world, stopped):
 
 
 def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
-    keep_explanations(world / PLAIN, [Explanation(1, "cats", "a model", {})])
+    keep_explanations(world / PLAIN, [said_of(1, "cats")])
     (world / "notes.txt").write_text("my notes")
     together, nothing = f"is checked together with its folder; give {world}", "that verify knows"
     for name, said in {

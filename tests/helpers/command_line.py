@@ -18,6 +18,10 @@ SITE = "blocks.1.hook_resid_post"
 HARVEST = ("--site", SITE, "--context-size", 16, "--tokens", 5000, "--batch-tokens", 512,
            "--shard-tokens", 1024)  # fmt: skip
 TRAIN = ("--site", SITE, "--expansion", 4, "--batch-size", 256, "--dtype", "float32")
+STREAM = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
+          "--statistics-tokens", 2048, "--expansion", 4, "--batch-size", 256, "--dtype", "float32",
+          "--tokens", 2048, "--k", 4, "--rule", "uniform", "sensitivity",
+          "--alpha", 0.5)  # fmt: skip
 PAIR = ("--rule", "uniform", "variance", "--alpha", 0.5)  # a plain and a weighted dictionary
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import Explanation, Score
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import ReLU, Sparsity, TopK
 
@@ -13,6 +14,15 @@ FIDELITY = {
     "ce_zero_ablated": 13.0, "ce_recovered": 0.975, "ce_recovered_interval": [0.96, 0.99],
     "ce_recovered_mean": 0.95, "kl": 0.5,
 }  # fmt: skip
+
+
+SCORES = {"detection": Score(0.75, (0.5, 1.0), 16, 15)}
+
+
+def said_of(
+    latent: int, text: str | None, scores: dict[str, Score] | None = None, by: str = "a model"
+) -> Explanation:
+    return Explanation(latent, text, by, scores or {})
 
 
 def make_info(name: str = "plain-k4", **changes) -> DictionaryInfo:

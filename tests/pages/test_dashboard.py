@@ -18,13 +18,13 @@ from browsing import check_width_and_colours, watched
 from command_line import SITE, refused, works
 from hostile import with_hostile_tokens
 from looping import over
-from small_dictionaries import like, make_dictionary
+from small_dictionaries import SCORES, like, make_dictionary, said_of
 from torch.nn.functional import cosine_similarity, normalize
 
 from llm_wsae import dashboard, inspect
 from llm_wsae.artifact.files import write_json
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
+from llm_wsae.dictionary.explanations import keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.directions import nearest
@@ -132,8 +132,7 @@ LABEL = "names of </script><b>months</b>"
 @pytest.fixture(scope="module")
 def page(world):
     out = world / "page.html"
-    scores = {"detection": Score(0.75, (0.5, 1.0), 16, 15)}
-    keep_explanations(world / PLAIN, [Explanation(5, LABEL, "a model", scores)])
+    keep_explanations(world / PLAIN, [said_of(5, LABEL, SCORES)])
     per_latent = {"detection": DETECTION, "purity": [None] * 64, "density": [0.1] * 64}
     write_scores(world / "report.json", Dictionary.load(world / PLAIN), per_latent)
     result = works(

@@ -5,16 +5,7 @@ import json
 import pytest
 import torch
 from command_line import content
-from foreign_folders import (
-    SITE,
-    WRITERS,
-    learning,
-    place,
-    saelens,
-    saelens_old,
-    sparsify,
-    write_json,
-)
+from foreign_folders import SITE, WRITERS, learning, place, saelens, saelens_old, sparsify
 from looping import over
 from safetensors.torch import load_file, save_file
 
@@ -78,7 +69,7 @@ def changed(path, part: str, **values) -> None:
     """Change a part of a JSON file."""
     config = json.loads(path.read_text())
     config[part] |= values
-    write_json(path, config)
+    path.write_text(json.dumps(config))
 
 
 def test_the_site_and_model_are_found(tmp_path):

@@ -10,15 +10,10 @@ import pytest
 import torch
 from command_line import call, content, works
 from hub_fixtures import HERE, REPO, head, place, sentence
-from small_dictionaries import SITE, make_dictionary
+from small_dictionaries import SITE, make_dictionary, said_of
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import (
-    Explanation,
-    Score,
-    keep_explanations,
-    read_explanations,
-)
+from llm_wsae.dictionary.explanations import Score, keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import WEIGHTS, keep_measurements, read_folder
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -159,8 +154,8 @@ def test_a_pull_replaces_nothing_and_adds_what_is_new(hub, plain, tmp_path):
     (mine / WEIGHTS).write_bytes(b"damaged since")
     assert pulled() == {} and content(mine) == content(plain)
     keep_measurements(mine, {"fidelity": {"kl": 0.25}})
-    keep_explanations(mine, [Explanation(3, "mine", "m", {})])
-    keep_explanations(plain, [Explanation(latent, "theirs", "m", {}) for latent in (3, 4)])
+    keep_explanations(mine, [said_of(3, "mine")])
+    keep_explanations(plain, [said_of(latent, "theirs") for latent in (3, 4)])
     keep_measurements(plain, {"fidelity": {"kl": 0.5}, "monosemanticity": {"l0": 4.0}})
     assert pulled() == {3: "mine", 4: "theirs"}
     metrics = read_folder(mine).info.metrics
@@ -181,11 +176,11 @@ def test_a_pull_replaces_nothing_and_adds_what_is_new(hub, plain, tmp_path):
 
 def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, tmp_path):
     score = {"fuzzing": Score(0.9, (0.8, 1.0), 10, 10)}
-    keep_explanations(plain, [Explanation(1, "one", "m", score), Explanation(2, "two", "m", {})])
+    keep_explanations(plain, [said_of(1, "one", score), said_of(2, "two")])
     push([plain], REPO)
     mine = tmp_path / "mine"
     make_dictionary("plain-k4", metrics={"fidelity": {"fvu": 0.5}}).save(mine)
-    keep_explanations(mine, [Explanation(latent, "mine", "m", {}) for latent in (2, 3)])
+    keep_explanations(mine, [said_of(latent, "mine") for latent in (2, 3)])
     before = content(mine)
     changed = push([mine], REPO).changed
     assert f"{HERE}/explanations.jsonl" in changed and content(mine) == before
