@@ -82,7 +82,9 @@ class Steer:
     """Move the stream along latents' decoder directions: adds a constant to their activations."""
 
     latent: Latents
-    strength: float  # times the decoder row is added; negative values move the other way
+    strength: float
+    """In units of the latent's activation: so many times the decoder row is added; a negative one
+    moves the other way."""
     positions: slice | None = None
 
     def of(self, values: Tensor) -> Tensor:
