@@ -5,6 +5,7 @@ When a process fails, its connections close, which ends the waiting of the other
 raise the sentence that it left in the launcher's key-value store, or say that it left none.
 """
 
+import atexit
 import functools
 import json
 import os
@@ -130,6 +131,7 @@ class Processes:
             distributed.init_process_group(
                 "gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT
             )
+            atexit.register(_disconnect)
         return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def _leave(self, error: BaseException) -> None:
@@ -143,6 +145,14 @@ class Processes:
             self._store.compare_set("error", "", left)
         if group := self.__dict__.pop("_group", None):
             distributed.destroy_process_group(group)
+
+
+def _disconnect() -> None:
+    """End the threads of all groups: a process that ends beside them may be aborted."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class Collectives:
