@@ -1,5 +1,6 @@
 """The faster number format, memory that is given back, and how processes keep together."""
 
+import atexit
 import json
 import os
 import signal
@@ -119,6 +120,16 @@ def work():
 def test_who_does_what():
     led = {"rank": 0, "text": "ü"}
     assert run(3, work) == [[rank == 0, rank == 0, led, None, [0, 1, 2]] for rank in range(3)]
+
+
+def ends():
+    join().meet()
+    atexit._run_exitfuncs()
+    return torch.distributed.is_initialized()
+
+
+def test_the_threads_of_a_group_end_before_the_process():
+    assert run(2, ends) == [False, False]
 
 
 def fails(kind):
