@@ -30,6 +30,7 @@ from tyro.constructors import (
 from llm_wsae.artifact import provenance
 from llm_wsae.artifact.files import way_out
 from llm_wsae.commands import Result, hub, looking, making
+from llm_wsae.commands.spelling import meant, needed, own_word
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine import processes
 from llm_wsae.outside import is_panic, reason
@@ -192,7 +193,7 @@ def parse(name: str, words: list[str]) -> Callable[[], Result]:
 
     def refuse(event: Any) -> None:
         with contextlib.suppress(AttributeError):  # an event of another release
-            if sentence := _sentence(event, name):
+            if sentence := _sentence(event, name, words):
                 raise UsageError(f"{sentence}; see llm-wsae {name} --help")
 
     with _on_parse_error(refuse):
@@ -287,37 +288,42 @@ def options_of(name: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"--[a-z][a-z0-9.-]*", "\n".join(lines))))
 
 
-def _sentence(event: Any, name: str) -> str | None:
+def _sentence(event: Any, name: str, words: list[str]) -> str | None:
     """What the parser complains of; None if it is not known here."""
     match type(event).__name__:
         case "UnrecognizedArgs":
-            return _unknown(event.tokens, name)
+            return _unknown(event.tokens, name, words)
         case "MissingArgs" if event.unrecognized_tokens:  # more likely misspelt than forgotten
-            return _unknown(event.unrecognized_tokens, name)
+            return _unknown(event.unrecognized_tokens, name, words)
         case "MissingArgs":
-            return f"missing {', '.join(_name(one.arg) for one in event.missing_arguments)}"
+            return f"missing {', '.join(_name(one.arg, words) for one in event.missing_arguments)}"
         case "InvalidChoice":
-            hint = nearest(event.value, event.choices, limit=1)
-            return f"{_name(event.argument)} cannot be {event.value!r} ({hint})"
+            hint = nearest(own_word(event.value), event.choices, limit=1)
+            return f"{_name(event.argument, words)} cannot be {event.value!r} ({hint})"
         case "BadValue" if event.reason == "too_few_values":
-            return f"{_name(event.argument)} needs a value"
+            return f"{_name(event.argument, words)} needs a value"
         case "InstantiationFailure" if event.argument is not None:
-            if _name(event.argument) == "--alpha" and "auto" in str(event.message):
+            option, kind = _name(event.argument, words), str(event.argument.lowered.metavar)
+            if option == "--alpha" and "auto" in str(event.message) and "auto" not in kind:
                 return "--alpha auto is for `run` and `plan` alone; give a number"
-            *_, last = str(event.message).splitlines()  # of several types: that of the value
-            message = re.sub(r"^- <class '\w+'>: ", "", last)
-            return f"{_name(event.argument)}: {message[:1].lower()}{message[1:]}"
+            return needed(option, words, kind)
     return None
 
 
-def _unknown(tokens: list[str], name: str) -> str:
+def _unknown(tokens: list[str], name: str, words: list[str]) -> str:
     option = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
-    if option is None:
-        return f"{tokens[0]!r} is one argument too many"
-    return f"there is no option {option} ({nearest(option, options_of(name), limit=1)})"
+    if option is not None:
+        return f"there is no option {option} ({meant(option, options_of(name))})"
+    before = words[: words.index(tokens[0])] if tokens[0] in words else []
+    after = [f" after {word}" for word in before if word.startswith("--")][-1:]
+    return f"{tokens[0]!r} is one argument too many{''.join(after)}"
 
 
-def _name(argument: Any) -> str:
-    """The option as one types it, or the place of an argument without a name."""
+def _name(argument: Any, words: list[str]) -> str:
+    """The option as it was typed, or the place of an argument without a name."""
     lowered = argument.lowered
-    return str(lowered.metavar if argument.is_positional() else lowered.name_or_flags[-1])
+    if argument.is_positional():
+        return str(lowered.metavar)
+    typed = {word.partition("=")[0].replace("_", "-") for word in words}
+    flags = lowered.name_or_flags
+    return str(next((flag for flag in flags if flag in typed), flags[-1]))

@@ -6,7 +6,7 @@ root. Broken invariants of the package itself are ``assert``s, never these.
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _SHORT = reprlib.Repr()
@@ -36,6 +36,12 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+        return f"did you mean {either(close)}?"
     shown = ", ".join(repr(k) for k in known[:8])
     return f"known are {shown}" + (", …" if len(known) > 8 else "")
+
+
+def either(names: Sequence[str]) -> str:
+    """Some names as a choice: 'a', 'b' or 'c'."""
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from llm_wsae.errors import UsageError, nearest, shown
+from llm_wsae.errors import UsageError, either, nearest, shown
 
 Point = Literal["pre", "mid", "post"]
 HOOKS: dict[Point, str] = {  # TransformerLens' names, in the order of a forward pass
@@ -18,6 +18,7 @@ HOOKS: dict[Point, str] = {  # TransformerLens' names, in the order of a forward
     "post": "hook_resid_post",
 }
 POINTS = tuple(HOOKS)
+_INSIDE = re.compile(r"mlp|ffn|att|ln|norm|embed|hook_[qkvz]")  # of a block, or before them all
 
 
 @functools.total_ordering
@@ -41,9 +42,15 @@ class Site:
                 return cls(int(match[1]), point)
         number = re.search(r"\d{1,6}", name, re.ASCII)
         known = [str(cls(int(number[0]) if number else 0, point)) for point in POINTS]
-        raise UsageError(
-            f"{shown(name)} is not a site of the residual stream; {nearest(name, known)}"
-        )
+        if _INSIDE.search(name) and "resid" not in name:
+            raise UsageError(
+                f"{shown(name)} is not supported; only the residual stream is: take {either(known)}"
+            )
+        likely = [own for own, point in zip(known, POINTS, strict=True) if point in name]
+        if number and "resid" not in name:  # a whole block, such as model.layers.9
+            likely = likely or known[-1:]
+        hint = f"did you mean {either(likely)}?" if likely else nearest(name, known, limit=1)
+        raise UsageError(f"{shown(name)} is not a site of the residual stream; {hint}")
 
     def check(self, num_blocks: int) -> None:
         """Raises UsageError if a model of ``num_blocks`` blocks has no such block."""

@@ -225,6 +225,34 @@ PARSED = """\
     --architecture cannot be 'batchtopk' … did you mean 'batch-topk'?
 2 HARVESTING --out x --dtype int8
     --dtype … bfloat16
+2 run --lr 0.1
+    no option --lr (did you mean '--train.learning-rate'?)
+2 train --hook_point 9
+    no option --hook_point (did you mean '--site'?)
+2 run --dtype bfloat16
+    (did you mean '--harvest.dtype' or '--train.dtype'?)
+2 run --seed 1
+    '--init-seeds'
+2 study --seed 1
+    '--seeds'
+2 train --train.steps 9
+    '--tokens'
+2 run -k 4
+    no option -k (did you mean '--k'?)
+2 run TEXT --alpha auto half
+    --alpha takes numbers or auto, not 'half'
+2 run TEXT --tokens 1e6
+    --tokens takes a whole number, not '1e6'; write 1000000
+2 TRAINING --out x --k=4.5
+    --k takes whole numbers, not '4.5'
+2 TRAINING --out x --learning_rate fast
+    --learning-rate takes a number, not 'fast'
+2 explain d --store s --endpoint e --explainer x --out o --model m --latents some
+    --latents takes a whole number or all, not 'some'
+2 run TEXT --device gpu
+    --device cannot be 'gpu' (did you mean 'cuda'?)
+2 run TEXT --stream yes
+    'yes' is one argument too many after --stream
 """
 
 

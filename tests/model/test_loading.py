@@ -226,8 +226,14 @@ def test_names_of_sites():
         ("blocks.-1.hook_resid_post", "1.hook_resid_post"),
         ("nonsense", "0.hook_resid_pre"),
         ("", "0.hook_resid_pre"),
+        ("resid_post_layer_9", "9.hook_resid_post"),
+        ("blocks.9.resid_mid", "9.hook_resid_mid"),
+        *((name, "9.hook_resid_post") for name in ("gpt_neox.layers.9", "transformer.h.9", "9")),
     ):
         misused(rf"is not a site .*'blocks\.{offered}'", Site.parse, name)
+    for name in ("hook_mlp_out", "hook_attn_out", "attn.hook_z", "mlp.hook_post", "ln1.hook_scale"):
+        said = rf"{name}' is not supported; only .*blocks\.9\.hook_resid_post"
+        misused(said, Site.parse, f"blocks.9.{name}")
     Site(11, "post").check(12)
     misused(r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11", Site(12, "pre").check, 12)
 
