@@ -44,7 +44,8 @@ class Site:
         known = [str(cls(int(number[0]) if number else 0, point)) for point in POINTS]
         if _INSIDE.search(name) and "resid" not in name:
             raise UsageError(
-                f"{shown(name)} is not supported; only the residual stream is: take {either(known)}"
+                f"{shown(name)} is not supported: it is not a site of the residual stream "
+                f"({either(known)})"
             )
         likely = [own for own, point in zip(known, POINTS, strict=True) if point in name]
         if number and "resid" not in name:  # a whole block, such as model.layers.9

@@ -232,7 +232,7 @@ def test_names_of_sites():
     ):
         misused(rf"is not a site .*'blocks\.{offered}'", Site.parse, name)
     for name in ("hook_mlp_out", "hook_attn_out", "attn.hook_z", "mlp.hook_post", "ln1.hook_scale"):
-        said = rf"{name}' is not supported; only .*blocks\.9\.hook_resid_post"
+        said = rf"{name}' is not supported: .*blocks\.9\.hook_resid_post"
         misused(said, Site.parse, f"blocks.9.{name}")
     Site(11, "post").check(12)
     misused(r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11", Site(12, "pre").check, 12)
