@@ -62,7 +62,8 @@ _SHADES = 99  # levels of an activation: two digits
 _LONGEST = 80  # characters of a token that are shown
 _LOGITS_AT_ONCE = 4 * CHUNK
 _BINS = 24  # of the histogram of logits
-SCORES = {one.name: one.title for one in MONOSEMANTICITY if one.source == "latents"}
+_OF_LATENTS = [one for one in MONOSEMANTICITY if one.source == "latents"]
+SCORES = {one.name: one.title for one in _OF_LATENTS}
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def dashboard(
         "bands": bands,
         "dense": DENSE_DENSITY,
         "scores": SCORES,
+        "meanings": {one.name: one.meaning for one in _OF_LATENTS},
         "prompts": [
             [[(token.id, strongest(token)) for token in own] for own in each] for each in sentences
         ],
@@ -393,14 +395,18 @@ class Latents:
             "suppresses": suppresses,
             "logits": _histogram(logits),
         }
-        fires = [self._word(ids[centre]).strip() for _, _, _, centre, ids, _, _ in examples[:6]]
-        promoted = [self._word(token).strip() for token, _ in promotes[:3]]
+        fires = [self._named(ids[centre]) for _, _, _, centre, ids, _, _ in examples[:6]]
+        promoted = [self._named(token) for token, _ in promotes[:3]]
         listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promoted)]
         if (said := self._explanations.get(latent)) is not None:
             new["explanation"] = _said(said)
             listed = [printable(said.text), "·", *listed] if said.text else listed
         self.search.append(" ".join(listed))
         return new
+
+    def _named(self, token: int) -> str:
+        """A token in the list, where one of spaces alone would not be seen."""
+        return self._word(token).strip() or "␣"
 
     def _example(self, latent: int, rank: int) -> list[Any]:
         """Rank, activation, document, place of the centre, tokens, their shades, and sources."""

@@ -337,10 +337,37 @@ def test_a_browser_shows_searches_and_follows(tab, page):
     tab.wait_for_selector("text=Its partner in variance-a0.5-k4")
     likeness = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
     assert likeness == sorted(likeness)
-    assert tab.locator(".row[role=option]").first.get_attribute("aria-selected") == "true"
     tab.click("article h2 + p > a")
     tab.wait_for_selector("text=variance-a0.5-k4 beside uniform-k4")
     assert "#compare/d1/L" in tab.url
+
+
+def test_back_and_forward_go_through_what_was_looked_at(tab, page):
+    def place() -> tuple[str, str]:
+        tab.evaluate("drawing")
+        return tab.url.partition("#")[2], tab.locator("main").inner_text()
+
+    places = [place()]
+    for step in (
+        lambda: tab.click("text=list them"),
+        lambda: tab.locator(".row[role=option] >> nth=3").click(),
+        lambda: (tab.fill("#search", "9"), tab.fill("#search", "9 w%/é")),  # typed: one step
+        lambda: tab.click("nav >> text=Side by side"),
+    ):
+        step()
+        tab.wait_for_function("was => location.hash.slice(1) !== was", arg=places[-1][0])
+        tab.wait_for_selector("article h1")
+        places.append(place())
+    assert [address.count("/") for address, _ in places] == [0, 2, 2, 3, 3]
+    for turn, passed in (("back", places[-2::-1]), ("forward", places[1:])):
+        for address, text in passed:
+            tab.evaluate(f"history.{turn}()")
+            tab.wait_for_function("to => location.hash.slice(1) === to", arg=address)
+            tab.wait_for_function("text => document.querySelector('main').innerText === text", arg=text)
+    tab.goto(f"file://{page}#{places[3][0]}")
+    tab.reload()
+    tab.wait_for_selector("article h1")
+    assert tab.input_value("#search") == "9 w%/é" and place() == places[3]
 
 
 def test_the_list_is_sorted_and_filtered(tab, page):
