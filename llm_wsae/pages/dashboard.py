@@ -142,6 +142,7 @@ def dashboard(
         "dictionaries": overviews,
         "top": top,
         "bands": bands,
+        "before": BEFORE,
         "dense": DENSE_DENSITY,
         "scores": SCORES,
         "meanings": {one.name: one.meaning for one in _OF_LATENTS},
