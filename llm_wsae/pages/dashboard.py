@@ -11,6 +11,8 @@ import itertools
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -56,6 +58,8 @@ _MOST_EXAMPLES = 1000  # of one kind, for each latent
 
 CHUNK = 64  # latents that are unpacked together
 BEFORE, AFTER = 20, 8  # tokens shown around an example
+_RECOGNISED = (1e-4, 1e-2)  # shares of rows between which a latent can be recognisable
+_STEM = 4  # letters that forms of a word share
 _NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
 _SHOWN = 12  # latents of a token of a sentence
 _SHADES = 99  # levels of an activation: two digits
@@ -129,15 +133,18 @@ def dashboard(
     parts: list[tuple[str, str]] = []
     overviews = []
     for index, (name, dictionary) in enumerate(named.items()):
-        # the first is compared with the second, all others with the first
-        partner = None if len(named) == 1 else 0 if index else 1
-        beside = None if partner is None else nearest(dictionary.W_dec, decoders[partner], 1)
-        latents = Latents(dictionary, store, found[name], word, readout, said[name])
+        partners = {
+            number: nearest(dictionary.W_dec, decoder, 1)
+            for number, decoder in enumerate(decoders)
+            if number != index
+        }
+        latents = Latents(dictionary, store, found[name], word, readout, said[name], top)
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
-        columns = table(dictionary, found[name], latents.cosine, beside, scored.get(name, {}))
+        own = scored.get(name, {}) | {"recognisable": torch.tensor(latents.recognisable)}
+        columns = table(dictionary, found[name], latents.cosine, partners, own)
         parts += [(f"table-{index}", packed(columns)), (f"search-{index}", packed(latents.search))]
         tokens |= latents.tokens
-        overviews.append(facts(dictionary, name, found[name], seen) | {"partner": partner})
+        overviews.append(facts(dictionary, name, found[name], seen))
     about = {
         "dictionaries": overviews,
         "top": top,
@@ -306,10 +313,11 @@ def table(
     dictionary: Dictionary,
     found: Firings,
     cosine: Float[Tensor, " d_sae"],
-    partner: tuple[Tensor, Tensor] | None,
+    partners: Mapping[int, tuple[Tensor, Tensor]],
     scores: Mapping[str, Float[Tensor, " d_sae"]],
 ) -> dict[str, list[float | None]]:
-    """Measures of all latents, column by column; ``cosine`` is that of the nearest latent."""
+    """Measures of all latents, column by column; ``cosine`` is that of the nearest latent,
+    ``partners`` the nearest latents of other dictionaries, by their numbers, and their cosines."""
     first, second = principal_components(dictionary.W_dec).T
     columns = {
         "density": found.count / max(found.rows_seen, 1),
@@ -321,9 +329,28 @@ def table(
         "pca2": second,
         **scores,
     }
-    if partner is not None:
-        columns |= {"likeness": partner[1][:, 0], "partner": partner[0][:, 0]}
+    for other, (partner, likeness) in partners.items():
+        columns |= {f"partner-{other}": partner[:, 0], f"likeness-{other}": likeness[:, 0]}
     return {name: _rounded(column) for name, column in columns.items()}
+
+
+def word_at(texts: Sequence[str], centre: int) -> str:
+    """The word to which one of some tokens belongs, in small letters; empty if it ends in none."""
+    before, after = "".join(texts[: centre + 1]), "".join(texts[centre + 1 :])
+    first = re.findall(r"[^\W\d_]*$", before)[0]
+    return (first + re.findall(r"^[^\W\d_]*", after)[0]).lower() if first else ""
+
+
+def recognisable(words: Sequence[str], most: int) -> float:
+    """How clearly a latent stands for one word, from 0 to 1: the share of its ``most`` strongest
+    contexts in which it fires on that word, known by its first letters, × forms/(forms + 1), as
+    several forms of a word say more than a single token."""
+    stems = Counter(word[:_STEM] for word in words if len(word) >= _STEM)
+    if not stems:
+        return 0.0
+    ((stem, count),) = stems.most_common(1)
+    forms = len({word for word in words if word.startswith(stem)})
+    return count / most * forms / (forms + 1)
 
 
 def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
@@ -350,9 +377,10 @@ class Latents:
         word: Callable[[int], str],
         readout: Readout,
         explanations: Mapping[int, Explanation],
+        top: int,
     ):
         self._decoder, self._found, self._word = dictionary.W_dec, found, word
-        self._readout, self._explanations = readout, explanations
+        self._readout, self._explanations, self._top = readout, explanations, top
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
         # of each latent with the one nearest to it; NaN for one that is alone
@@ -368,9 +396,10 @@ class Latents:
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
         # of each latent: its explanation, the tokens that it fires on most and those it promotes
         self.search: list[str] = []
+        self.recognisable: list[float] = []  # of each latent, from 0 to 1
 
     def chunks(self) -> Iterator[str]:
-        """Packed lists of latents; ``search`` grows with them."""
+        """Packed lists of latents; ``search`` and ``recognisable`` grow with them."""
         for first in range(0, len(self._decoder), _LOGITS_AT_ONCE):
             logits = self._readout.logits(self._decoder[first : first + _LOGITS_AT_ONCE])
             made = [self._latent(latent, own) for latent, own in enumerate(logits, first)]
@@ -403,6 +432,11 @@ class Latents:
             new["explanation"] = _said(said)
             listed = [printable(said.text), "·", *listed] if said.text else listed
         self.search.append(" ".join(listed))
+        strongest = [(ids, centre) for n, _, _, centre, ids, _, _ in examples if n < self._top]
+        words = [word_at(list(map(self._word, ids)), centre) for ids, centre in strongest]
+        density = int(found.count[latent]) / max(found.rows_seen, 1)
+        usual = _RECOGNISED[0] <= density <= _RECOGNISED[1]
+        self.recognisable.append(recognisable(words, self._top) if usual else 0.0)
         return new
 
     def _named(self, token: int) -> str:

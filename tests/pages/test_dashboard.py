@@ -148,7 +148,6 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
     text = page.read_text()
     about = json.loads(re.search(r'id="about">(.*?)</script>', text)[1])
     assert [one["name"] for one in about["dictionaries"]] == ["uniform-k4", "variance-a0.5-k4"]
-    assert [one["partner"] for one in about["dictionaries"]] == [1, 0]
     lines = {
         name: value for _, group in about["dictionaries"][1]["facts"] for name, value, _ in group
     }
@@ -157,8 +156,8 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
     cosine = cosine_similarity(first.W_dec[:, None], second.W_dec, dim=2)
     columns = unpacked(text, "table-0")
     assert columns["detection"] == DETECTION and "detection" not in unpacked(text, "table-1")
-    assert columns["partner"] == cosine.argmax(1).tolist()
-    assert columns["likeness"] == pytest.approx(cosine.amax(1).tolist(), rel=1e-3)
+    assert columns["partner-1"] == cosine.argmax(1).tolist()
+    assert columns["likeness-1"] == pytest.approx(cosine.amax(1).tolist(), rel=1e-3)
     latents = unpacked(text, "chunk-0-0")
     assert len(latents) == min(64, first.d_sae) == len(unpacked(text, "search-0"))
     assert len(latents[0]["promotes"]) == len(latents[0]["suppresses"])
@@ -218,9 +217,9 @@ def test_the_card_shows_what_was_measured():
     order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
     partner, likeness = nearest(dictionary.W_dec, dictionary.W_dec[order], 1)
     columns = dashboards.table(
-        dictionary, nothing, torch.zeros(80), (partner + 12_345, likeness), {}
+        dictionary, nothing, torch.zeros(80), {2: (partner + 12_345, likeness)}, {}
     )
-    assert columns["partner"] == (order.argsort() + 12_345).tolist()  # numbers are exact
+    assert columns["partner-2"] == (order.argsort() + 12_345).tolist()  # numbers are exact
 
 
 def test_principal_components_are_those_of_the_covariance():
@@ -340,13 +339,61 @@ def test_a_browser_shows_searches_and_follows(tab, page):
     tab.wait_for_function(
         "was => document.querySelector('article h1').innerText !== was", arg=first
     )
-    tab.click("text=Side by side")
     tab.wait_for_selector("text=Its partner in variance-a0.5-k4")
-    likeness = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
-    assert likeness == sorted(likeness)
-    tab.click("article h2 + p > a")
+
+
+def test_two_latents_stand_side_by_side_and_their_dictionaries_change_places(tab, page):
+    """The partner of the one that was looked at is looked at next."""
+    columns = [unpacked(page.read_text(), f"table-{number}") for number in (0, 1)]
+    show(tab, "compare/d0/L9")
+    partner = columns[0]["partner-1"][9]
+    heads = tab.locator("article h1")
+    assert [text.split("\n")[0] for text in heads.all_inner_texts()] == [
+        "Latent 9uniform-k4",
+        f"Latent {partner}variance-a0.5-k4",
+    ]
+    left, right = (heads.nth(number).bounding_box() for number in (0, 1))
+    assert left["y"] == right["y"] and left["x"] + 300 < right["x"]
+    paired = sum(cosine >= 0.7 for cosine in columns[0]["likeness-1"])
+    said = f"{paired} of 64 latents have a partner in variance-a0.5-k4 (cosine ≥ 0.7)."
+    assert tab.locator("main > p").inner_text() == said
+    tab.set_viewport_size({"width": 390, "height": 900})
+    assert [heads.nth(number).is_visible() for number in (0, 1)] == [True, False]
+    tab.click(f"text=variance-a0.5-k4 {partner}")
+    assert [heads.nth(number).is_visible() for number in (0, 1)] == [False, True]
+    tab.select_option("#dictionary", "1")
+    tab.wait_for_function("to => location.hash === to", arg=f"#compare/d1/L{partner}")
     tab.wait_for_selector("text=variance-a0.5-k4 beside uniform-k4")
-    assert "#compare/d1/L" in tab.url
+
+
+def test_any_other_dictionary_can_stand_beside_one(browser, world, store, model, tmp_path):
+    first, second = (Dictionary.load(world / name) for name in (PLAIN, WEIGHTED))
+    flipped = {"W_dec": first.W_dec.flip(0), "W_enc": first.W_enc.flip(1)}
+    turned = like(first, b_enc=first.b_enc.flip(0), **flipped)
+    out = dashboard({"a": first, "b": second, "c": turned}, store, model, tmp_path / "3.html").path
+    with watched(browser, f"file://{out}#compare/d0/L9") as tab:
+        tab.wait_for_selector("text=a beside b")
+        tab.select_option("[aria-label='dictionary beside']", "2")
+        tab.wait_for_selector("text=64 of 64 latents have a partner in c")
+        assert "Latent 54" in tab.locator("article h1").nth(1).inner_text()
+        tab.select_option("#dictionary", "2")
+        tab.wait_for_selector("text=c beside a")
+        assert tab.url.endswith("#compare/d2/p0/L54")
+        tab.wait_for_selector("text=cosine 1.00: partners")
+
+
+def test_latents_of_one_word_in_several_forms_are_recognisable():
+    texts = ["I ", "main", "tain", "tained", " of", ".", " MAIN", " 7"]
+    for ids, centre, word in (
+        ((0, 1, 2, 4), 2, "maintain"), ((0, 1, 3), 1, "maintained"), ((1, 2, 5, 4), 2, ""),
+        ((7, 6), 1, "main"), ((7, 4), 0, ""),
+    ):  # fmt: skip
+        assert dashboards.word_at([texts[number] for number in ids], centre) == word
+    for words, wanted in (
+        (["maintain"] * 4, 1 / 2), (["maintain", "maintained", "main", "of"], 3 / 4 * 3 / 4),
+        (["maintain"], 1 / 4 * 1 / 2), (["of", "us"], 0), ([], 0),
+    ):  # fmt: skip
+        assert dashboards.recognisable(words, 4) == pytest.approx(wanted)
 
 
 def test_a_search_finds_whole_words_of_all_contexts(browser, world, model, tmp_path):
@@ -399,7 +446,9 @@ def test_back_and_forward_go_through_what_was_looked_at(tab, page):
         for address, text in passed:
             tab.evaluate(f"history.{turn}()")
             tab.wait_for_function("to => location.hash.slice(1) === to", arg=address)
-            tab.wait_for_function("text => document.querySelector('main').innerText === text", arg=text)
+            tab.wait_for_function(
+                "text => document.querySelector('main').innerText === text", arg=text
+            )
     tab.goto(f"file://{page}#{places[3][0]}")
     tab.reload()
     tab.wait_for_selector("article h1")
@@ -410,6 +459,8 @@ def test_the_list_is_sorted_and_filtered(tab, page):
     columns = unpacked(page.read_text(), "table-0")
     tab.click("text=Latents")
     tab.wait_for_selector(".row[role=option]")
+    assert tab.input_value("[aria-label=sort]") == "recognisable"
+    tab.select_option("[aria-label=sort]", "density")
     by_density = sorted(range(64), key=lambda i: (-columns["density"][i], i))
     assert listed(tab) == by_density[: len(listed(tab))]
     tab.select_option("[aria-label=sort]", "number")
@@ -425,8 +476,8 @@ def test_the_list_is_sorted_and_filtered(tab, page):
         "fires": {i for i in range(64) if columns["density"][i] > 0},
         "silent": {i for i in range(64) if columns["density"][i] == 0},
         "dense": {i for i in range(64) if columns["density"][i] > 0.1},
-        "alone": {i for i in range(64) if columns["likeness"][i] < 0.7},
-        "paired": {i for i in range(64) if columns["likeness"][i] >= 0.7},
+        "alone": {i for i in range(64) if columns["likeness-1"][i] < 0.7},
+        "paired": {i for i in range(64) if columns["likeness-1"][i] >= 0.7},
     }
     assert 0 < len(kept["dense"]) < 64
     for name, wanted in kept.items():
@@ -487,6 +538,12 @@ def test_a_latent_has_an_address_and_its_tokens_their_activations(tab, page):
     assert float(title.split(",")[0]) == pytest.approx(value, rel=0.01)
     assert f"dimensions {sources[0][0]} (+{sources[0][1]}" in title
     assert tab.locator("article h1 a").get_attribute("href") == "#latents/d0/L7"
+    context = tab.locator("article .context").first
+    shown, held = context.inner_text(), examples[0]
+    assert held[2] in shown and f"dimensions {sources[0][0]}" not in shown
+    context.locator("button").press("Enter")
+    assert f"dimensions {sources[0][0]}" in context.inner_text()
+    assert context.locator(".token:visible").count() == len(held[4]) > 0
 
 
 def test_a_prompt_shows_its_latents_and_the_view_asked_for_last_stays(tab):
