@@ -13,11 +13,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -157,6 +158,7 @@ def dashboard(
             [[(token.id, strongest(token)) for token in own] for own in each] for each in sentences
         ],
         "live": live,
+        "reports": reports_of(named.values(), out),
         "corpus": str(store.manifest.corpus.get("name", "")),
     }
     parts.append(("words", packed({token: word(token) for token in sorted(tokens)})))
@@ -192,6 +194,15 @@ def _check_size(megabytes: float, slack: float = 1.0) -> None:
             f"the page would be {megabytes:.0f} MB large, more than {MOST_MEGABYTES}; ask for "
             "fewer dictionaries, or for fewer examples with --top and --bands"
         )
+
+
+def reports_of(dictionaries: Iterable[Dictionary], out: Path) -> list[str]:
+    """Addresses of the reports of the runs that dictionaries come from, if they lie beside the page
+    or in folders beside it."""
+    folders = {one.folder.resolve().parent for one in dictionaries if one.folder is not None}
+    beside, found = out.resolve().parent, [folder / "report.html" for folder in sorted(folders)]
+    there = [path for path in found if path.is_file() and path.is_relative_to(beside)]
+    return [quote(path.relative_to(beside).as_posix()) for path in there]
 
 
 def named_dictionaries(

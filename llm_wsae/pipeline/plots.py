@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llm_wsae.artifact.files import write_atomic, write_text
+from llm_wsae.artifact.provenance import command_line
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.pages.frame import COLOURS, filled
 from llm_wsae.statistics.measures import DRAWN, L0
@@ -72,8 +73,16 @@ def plot_profile(
     write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=130))
 
 
-def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path) -> None:
-    """The fidelity of a site's arms as ``pages/report.html``."""
+def write_page(
+    report: Report,
+    arms: Sequence[ArmConfig],
+    site: str,
+    path: Path,
+    text: str = "",
+    page: str | None = None,
+) -> None:
+    """The fidelity of a site's arms as ``pages/report.html``. ``text`` is the corpus, ``page`` the
+    address of the page that shows the latents."""
     measures = (*DRAWN, L0)
     groups = {}
     for arm in sorted(arms, key=lambda arm: not arm.weights.rule.is_plain):
@@ -93,10 +102,17 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
         for arm in arms
     ]
     rows, evidence = _from_plain(report, of_arm)
+    facts = {
+        "model": report.model["name"],
+        "text": text,
+        "dictionaries": f"{len(arms)}",
+        "command": command_line(),
+    }
     about = {
         "title": f"Dictionaries of {site}",
         "words": [_NO_VERDICT],
-        "facts": [("model", report.model["name"]), ("dictionaries", f"{len(arms)}")],
+        "facts": [(name, value) for name, value in facts.items() if value],
+        "page": page,
         "series": [
             {"name": name, "group": group, "colour": colour}
             for (name, group), colour in zip(groups.items(), colours, strict=True)

@@ -292,7 +292,9 @@ def _finish(
         folder, dictionaries = folders[site], trained[site]
         _keep_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
-        write_page(report, sites[site].arms, str(site), folder / PAGE)
+        text = str(next(iter(dictionaries.values())).info.corpus.get("name", ""))
+        latents = "../page.html" if not results else None  # as the command that is printed names it
+        write_page(report, sites[site].arms, str(site), folder / PAGE, text, latents)
         results[site] = SiteResult(sites[site].profile, dictionaries, report, folder)
     return results
 

@@ -224,7 +224,7 @@ def test_the_page_of_a_run(browser, world, store, model, tmp_path):
         store.statistics(Site.parse(SITE)), ["uniform", "variance"], alphas=[0.5]
     )
     arms = make_arms(weights, ks=[4])
-    write_page(measured, arms, SITE, tmp_path / "report.html")
+    write_page(measured, arms, SITE, tmp_path / "report.html", "a text", "../page.html")
     shown = about((tmp_path / "report.html").read_text())
     assert [point["level"] for point in shown["points"]] == ["k = 4", "k = 4"]
     (row,) = shown["differences"][0]["rows"]
@@ -236,3 +236,15 @@ def test_the_page_of_a_run(browser, world, store, model, tmp_path):
         assert tab.locator(f"[data-tip^='{names[1]}, k = 4']").count() == 3  # one a panel
         assert any(f"{weighted.kl - plain.kl:+.4f}" in text for text in texts(tab, ".evidence"))
         assert tab.locator(".wide tbody tr").count() == 2
+        facts = tab.locator("dl.facts").first
+        assert "a text" in facts.inner_text()
+        assert facts.locator("a").get_attribute("href") == "../page.html"
+        assert "Points" in texts(tab, "h2") and "Curves" not in texts(tab, "h2")
+        assert tab.locator("svg.plot .label:visible").count() == 2 * len(CAPTIONS)
+        word = tab.locator(".forest .word").first
+        assert word.evaluate("node => getComputedStyle(node).color") == tab.locator(
+            "p.soft"
+        ).first.evaluate("node => getComputedStyle(node).color")
+        tab.set_viewport_size({"width": 390, "height": 900})
+        last = tab.locator(".wide tbody tr >> nth=0").locator("td").last
+        assert last.bounding_box()["x"] + last.bounding_box()["width"] <= 390
