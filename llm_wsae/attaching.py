@@ -31,8 +31,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.loading import check_causal
+from llm_wsae.model.language_model import LanguageModel, live_model
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
 
@@ -325,21 +324,11 @@ def attach(
 
 
 def _target(model: Any) -> LanguageModel:
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel
-
-    if isinstance(model, TransformerBridge):
-        model = model.original_model  # whose modules the bridge calls
     if isinstance(model, LanguageModel):
         return model
-    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-        check_causal(type(model).__name__, model)
-        # Neither copied nor frozen: this very model must be hooked.
-        return LanguageModel(model, None, type(model).__name__)
-    raise UsageError(
-        f"dictionaries cannot be attached to a {type(model).__name__}; give a LanguageModel, a "
-        "causal language model of transformers or a TransformerBridge"
-    )
+    hf_model = live_model(model)
+    # Neither copied nor frozen: this very model must be hooked.
+    return LanguageModel(hf_model, None, type(hf_model).__name__)
 
 
 def _look(attached: Attached, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

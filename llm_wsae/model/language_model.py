@@ -120,20 +120,17 @@ class LanguageModel:
         return made
 
     @classmethod
-    def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
-        """Take a live transformers model and its tokenizer (None if only token ids will be used).
-        It is not changed: a copy of its structure shares the weights. One that accelerate has
-        spread over devices (``device_map``) is used as it is, and must be in eval mode. Raises
-        UsageError if it is not a causal language model of transformers, or such a one in training
-        mode."""
-        from transformers import PreTrainedModel
-
-        if not isinstance(hf_model, PreTrainedModel) or hf_model.get_output_embeddings() is None:
-            raise UsageError(
-                f"{type(hf_model).__name__} is not a causal language model of transformers "
-                "(one with a head over the vocabulary)"
-            )
-        check_causal(type(hf_model).__name__, hf_model)
+    def from_live(
+        cls, model: Any, tokenizer: Any = None, name: str | None = None
+    ) -> "LanguageModel":
+        """Take a live model, of transformers or in a TransformerLens bridge, and its tokenizer; the
+        default is the bridge's own (none if only token ids will be used). The model is not
+        changed: a copy of its structure shares the weights. One that accelerate has spread over
+        devices (``device_map``) is used as it is, and must be in eval mode. Raises UsageError if it
+        is not a causal language model, or such a one in training mode."""
+        hf_model = live_model(model)
+        if tokenizer is None and hf_model is not model:
+            tokenizer = model.tokenizer
         if not is_spread(hf_model):  # accelerate's hooks hold on to the modules
             hf_model = share_weights(hf_model)
         elif hf_model.training:
@@ -295,6 +292,23 @@ def _sample(parameter: Tensor) -> Tensor:
     flat = parameter.detach().reshape(-1)
     stride = max(1, flat.numel() // _SAMPLES)
     return flat[::stride][:_SAMPLES].to(torch.bfloat16).cpu()
+
+
+def live_model(model: Any) -> Any:
+    """The causal language model of transformers that ``model`` is, or that a TransformerLens bridge
+    calls. Raises UsageError for anything else."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+    hf_model = model.original_model if isinstance(model, TransformerBridge) else model
+    if not isinstance(hf_model, PreTrainedModel) or hf_model.get_output_embeddings() is None:
+        raise UsageError(
+            f"{type(model).__name__} is not a causal language model of transformers (one with a "
+            "head over the vocabulary) or a TransformerLens bridge; pass what AutoModelForCausalLM"
+            ".from_pretrained or TransformerBridge.boot_transformers returns"
+        )
+    check_causal(type(hf_model).__name__, hf_model)
+    return hf_model
 
 
 def share_weights(hf_model: nn.Module) -> Any:

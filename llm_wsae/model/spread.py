@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 HOOK = "_hf_hook"  # accelerate's, on a module
+_BRIDGED = "._original_component."  # in names, where a TransformerLens bridge wraps a module
 
 
 def is_spread(hf_model: nn.Module) -> bool:
@@ -32,16 +33,18 @@ def device_of(hf_model: Any) -> torch.device:
 
 def parameters(hf_model: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and values of every parameter, wherever it is kept, in the order of a model on one
-    device; tied ones once. The values are there until the next one is asked for."""
-    if not is_spread(hf_model):
-        yield from hf_model.named_parameters()
+    device and in no bridge; tied ones once. The values are there until the next one is asked
+    for."""
+    own = dict(hf_model.named_parameters())
+    if not is_spread(hf_model) and not any(_BRIDGED in name for name in own):
+        yield from own.items()
         return
     with torch.device("meta"):  # knows which weights are tied
         skeleton = type(hf_model)(hf_model.config)
     for name, _ in skeleton.named_parameters():
-        path, _, own = name.rpartition(".")
-        with fetched(hf_model.get_submodule(path)) as module:
-            yield name, getattr(module, own)
+        path, _, last = name.rpartition(".")
+        with fetched(hf_model.get_submodule(path)) as module:  # a bridge looks into what it wraps
+            yield name, getattr(module, last)
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ def test_bad_requests_are_sentences(model, ids):
     refused("12 dimensions, but .* has 32", make_dictionary())
     refused("keep is for 2 contexts", dictionary(), keep=torch.ones(2, 11, dtype=torch.bool))
     for thing in (torch.nn.Linear(2, 2), "gpt2"):
-        refused(f"attached to a {type(thing).__name__}; give a Lang", dictionary(), thing)
+        refused(f"^{type(thing).__name__} is not .*; pass what Auto", dictionary(), thing)
     if not model.paths.mid:
         refused("no blocks.1.hook_resid_mid", dictionary("blocks.1.hook_resid_mid"))
     with attach(model, dictionary()) as attached:

@@ -197,13 +197,24 @@ def test_a_live_model_is_left_as_it_is():
     assert torch.equal(model.W_U, hf_model.lm_head.weight.T)
 
 
+@of_families("gpt2", "llama", "neox")
+def test_a_bridge_is_the_model_that_it_wraps(model, ids):
+    bridge = tiny.bridge_of(model)
+    taken = LanguageModel.from_live(bridge)
+    assert taken.tokenizer is bridge.tokenizer and taken.bos_token_id == tiny.BOS
+    assert taken.identity()["weights_sha256"] == model.identity()["weights_sha256"]
+    torch.testing.assert_close(taken.logits(ids), model.logits(ids), atol=1e-5, rtol=1e-5)
+    own = tiny.tiny_tokenizer(bos=False)
+    assert LanguageModel.from_live(bridge, own).tokenizer is own
+
+
 def test_bad_requests_are_sentences(ids):
     model = LanguageModel.from_live(tiny.tiny_hf_model("gpt2"), None)
     encoder, mid = BertForMaskedLM(tiny.tiny_encoder()[0].config), Site(1, "mid")
     too_long, unknown = torch.zeros(1, 33, dtype=torch.long), torch.tensor([[9999, 0]])
     fails("the model has 4 blocks", model.activations, ids, [Site(4, "pre")])
     fails("33 tokens are too long for .* reads at most 32", model.logits, too_long)
-    fails("is not a causal language", LanguageModel.from_live, torch.nn.Linear(2, 2), None)
+    fails("^Flatten is not .*; pass what AutoModel", LanguageModel.from_live, nn.Flatten())
     fails("BertForMaskedLM is an encoder", LanguageModel.from_live, encoder, None)
     fails("no site to record at", model.activations, ids, [])
     fails("at least one context of one token", model.logits, ids[:, :0])
