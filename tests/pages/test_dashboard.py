@@ -698,14 +698,18 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
             assert text.input_value() == "w1 /jk w2"
             tab.click("#read")
             tab.wait_for_selector(".card .context")
+            tab.click("text=Latents")
+            tab.click("text=steer this")
+            latent = tab.input_value("[aria-label=latent]")
             tab.click("#write")
-            tab.wait_for_selector("text=turned by 30")
-            for number, is_there in (("", False), ("64", False), ("63", True)):
+            tab.wait_for_selector(f"text=/latent {latent} turned by 1 × [1-9]/")
+            for number, is_there in (("", False), ("64", False), (latent, True)):
                 tab.fill("[aria-label=latent]", number)
                 assert tab.is_enabled("#write") == is_there
             text.fill("w" * 30_000)
             tab.click("#read")
             tab.wait_for_selector("text=at most 2,000 characters are read")
+            assert tab.locator(".card").count() == 0  # the old answers are gone
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
