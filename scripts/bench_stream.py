@@ -41,7 +41,7 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import Training
 from llm_wsae.weights.loss_weights import weights_from_rule
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 SITES = ("blocks.9.hook_resid_post", "blocks.14.hook_resid_post", "blocks.20.hook_resid_post")
 

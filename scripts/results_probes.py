@@ -46,7 +46,7 @@ from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.loss_weights import weights_from_rule
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 FOUND = Path(__file__).parent / "results/probes.jsonl"
 PAGE = RESULTS / "natural-features.md"

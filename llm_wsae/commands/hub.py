@@ -13,6 +13,7 @@ from llm_wsae.terminal import aligned, printable
 
 Words = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DICT… REPO_ID")]
 RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
+_BOTH = "name dictionary folders and then the repository: DICT … user/name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +27,19 @@ class Push:
     license: str | None = None
     """Licence for the card, as the Hub names it, e.g. mit."""
 
+    def __post_init__(self) -> None:
+        if len(self.dictionaries) < 2:
+            raise UsageError(_BOTH)
+
 
 def push(request: Push) -> Result:
     """Upload dictionaries to a repository on the Hub, with a card; only changes are uploaded."""
     from llm_wsae.dictionary.folder import is_dictionary
     from llm_wsae.dictionary.hub.transfer import push as push_folders
 
-    *names, repo_id = request.dictionaries or ("",)
-    # The parser cannot take the last word apart itself.
-    if not names or is_dictionary(Path(repo_id)):
-        raise UsageError("name dictionary folders and then the repository: DICT … user/name")
+    *names, repo_id = request.dictionaries  # the parser cannot take the last word apart itself
+    if is_dictionary(Path(repo_id)):
+        raise UsageError(_BOTH)
     how: dict[str, Any] = {"private": request.private, "license": request.license}
     done = push_folders([Path(name) for name in names], repo_id, revision=request.revision, **how)
     facts: dict[str, Any] = {"repo_id": repo_id, "url": done.url, "commit": done.commit}

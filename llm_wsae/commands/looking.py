@@ -191,6 +191,12 @@ class Dashboard(_OnStore):
     port: int = 0
     """Port to serve it on; 0 takes a free one."""
 
+    def __post_init__(self) -> None:
+        if self.out.suffix not in (".html", ".htm"):
+            raise UsageError(f"the page is an HTML file, so --out cannot be {self.out}")
+        if self.port and not self.live:
+            raise UsageError("--port is for --live; add that")
+
 
 def dashboard(request: Dashboard) -> Result:
     """Write one HTML file that shows what dictionaries found, alone and side by side."""
@@ -199,11 +205,7 @@ def dashboard(request: Dashboard) -> Result:
     from llm_wsae.pages.frame import is_page
 
     out, live, port = request.out, request.live, request.port
-    if out.suffix not in (".html", ".htm"):
-        raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
     check_file(out, is_page)  # before the model is loaded
-    if port and not live:
-        raise UsageError("--port is for --live; add that")
     listening = None
     if live:  # refused before the work
         if not (find_spec("uvicorn") and find_spec("starlette")):

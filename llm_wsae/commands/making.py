@@ -37,6 +37,7 @@ from llm_wsae.pipeline.request import (
 from llm_wsae.terminal import aligned
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
+from llm_wsae.weights.rules import Rule
 
 if TYPE_CHECKING:
     from llm_wsae.data.rows import SiteRows
@@ -65,6 +66,9 @@ class Harvest:
     model: Flat[ModelConfig]
     corpus: Flat[TextConfig]
     harvesting: Flat[HarvestConfig] = HarvestConfig()
+
+    def __post_init__(self) -> None:
+        sites_of(self.site)
 
 
 def harvest(request: Harvest) -> Result:
@@ -118,6 +122,15 @@ class Weigh:
                 f"the weights go into a .safetensors file, so --out cannot be {self.out}"
             )
         check_numbers(self)
+        Site.parse(self.site)
+        rule = Rule.parse(self.rule)
+        rule.form(self.weights)
+        idle = [] if rule.need == "dictionary" or self.dictionary is None else ["--dictionary"]
+        idle += [] if rule.need == "fisher" else [*changed(self.model), *changed(self.measure)]
+        if idle:
+            raise UsageError(
+                f"omit {' and '.join(idle)}, which the rule {rule.name!r} does not use"
+            )
 
 
 def weigh(request: Weigh) -> Result:
@@ -127,7 +140,6 @@ def weigh(request: Weigh) -> Result:
     from llm_wsae.pipeline.plots import plot_profile
     from llm_wsae.weights.loss_weights import choose_weights, is_weights_file
     from llm_wsae.weights.profile import profile, profile_text
-    from llm_wsae.weights.rules import Rule
     from llm_wsae.weights.weighing import measure_inputs
 
     out, model, rule = request.out, request.model, Rule.parse(request.rule)
@@ -136,11 +148,6 @@ def weigh(request: Weigh) -> Result:
     check_file(figure, lambda _: out.is_file())
     check_file(record, is_record_of("weigh"))
     site, store = Site.parse(request.site), open_stores(request.stores)
-    rule.form(request.weights)  # refused before anything is measured
-    idle = [] if rule.need == "dictionary" or request.dictionary is None else ["--dictionary"]
-    idle += [] if rule.need == "fisher" else [*changed(model), *changed(request.measure)]
-    if idle:
-        raise UsageError(f"omit {' and '.join(idle)}, which the rule {rule.name!r} does not use")
     inputs = measure_inputs(
         [rule],
         store,
@@ -183,6 +190,7 @@ class Train:
     stream: Flat[Stream] = Stream()
 
     def __post_init__(self) -> None:
+        sites_of(self.site)
         self.grid.check(self.weigh)
         idle = [*changed(self.stream)]
         idle += ["--device spread"] if self.training.device == "spread" else []

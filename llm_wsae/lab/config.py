@@ -8,6 +8,7 @@ from typing import Annotated
 
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.model.site import Site
 from llm_wsae.outside import SHARE, check_numbers
 from llm_wsae.pipeline.request import (
     Evaluation,
@@ -24,6 +25,7 @@ from llm_wsae.pipeline.request import (
 )
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.rules import Rule
 
 _LEAST = 1e-6  # of a strength or a probability: float32 rounds away what is less
 
@@ -88,6 +90,12 @@ class TheoryConfig:
             raise UsageError("at a sparsity of 1 there is no feature to find; take a lower one")
         if not (self.sparsity and self.rule and self.seeds):
             raise UsageError("name at least one sparsity, one rule and one seed")
+        for name in self.rule:
+            if Rule.parse(name).need not in (None, "second_moment"):
+                raise UsageError(
+                    f"the toy experiment cannot measure what the rule {name} reads; take a rule "
+                    "that reads the rows alone, like variance or whitening"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +154,14 @@ class Study:
     planted: Annotated[PlantConfig, named("planted", PlantConfig), Spelt] = PlantConfig()
 
     def __post_init__(self) -> None:
+        Site.parse(self.site)
+        for rule in self.compare.rules:
+            rule.form(self.weigh)
+            if rule.need == "dictionary" and self.dictionary is None:
+                raise UsageError(
+                    "the rule participation needs a first dictionary of the site; train a plain "
+                    "one on other seeds, and name its folder with --dictionary"
+                )
         if not self.plant:
             check_none_given("planted", self.planted, "--plant")
         if self.weigh.draw:

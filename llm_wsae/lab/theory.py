@@ -39,7 +39,7 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.loss_weights import choose_weights
-from llm_wsae.weights.rules import Rule, RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 COMMAND, REPORT = "theory", "theory.json"
 FEATURES, DIMENSIONS, LATENTS = 200, 20, 200
@@ -225,14 +225,7 @@ class ToyReport:
 
 def run_toy(config: TheoryConfig, out: Path) -> ToyReport:
     """Run or finish the toy experiment; ``out`` receives a training for every sparsity and seed,
-    and ``theory.json``. Raises UsageError for an unknown rule, or one that needs a first dictionary
-    or a language model, and as ``train`` does."""
-    for name in config.rule:
-        if Rule.parse(name).need not in (None, "second_moment"):
-            raise UsageError(
-                f"the toy experiment cannot measure what the rule {name} reads; take a rule that "
-                "reads the rows alone, like variance or whitening"
-            )
+    and ``theory.json``. Raises as ``train`` does."""
     check_folder(out)
     check_file(out / REPORT, is_record_of(COMMAND))
     found: dict[float, dict[str, list[Recovery]]] = {}

@@ -26,13 +26,14 @@ from llm_wsae.outside import check_numbers, local_path
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.rules import Rule
 
 if TYPE_CHECKING:
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.training.arm import ArmConfig
     from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import Rule, RuleInputs
+    from llm_wsae.weights.scoring import RuleInputs
 
 T = TypeVar("T")
 Spelt = tyro.conf.FlagConversionOff  # a yes or no is spelt out: --x.y False
@@ -147,10 +148,8 @@ class RuleGrid:
         check_numbers(self, k=1)
 
     @cached_property
-    def rules(self) -> "list[Rule]":
+    def rules(self) -> list[Rule]:
         """The rules by their names. Raises UsageError for one that does not exist."""
-        from llm_wsae.weights.rules import Rule
-
         return [Rule.parse(name) for name in self.rule]
 
 
@@ -214,7 +213,7 @@ class Grid(RuleGrid):
         """Whether short trainings choose an exponent."""
         return "auto" in self.alpha
 
-    def exponents(self, rule: "Rule", chosen: float | None) -> list[float]:
+    def exponents(self, rule: Rule, chosen: float | None) -> list[float]:
         """Those of a rule, where the trials chose one, or that none is worth it (None)."""
         if self.is_automatic and rule.has_automatic_alpha:
             return [] if chosen is None else [chosen]

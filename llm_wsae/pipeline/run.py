@@ -42,7 +42,8 @@ from llm_wsae.training.config import PROCEDURAL
 from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 from llm_wsae.weights.profile import profile, profile_text
-from llm_wsae.weights.rules import Rule, RuleInputs
+from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.scoring import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 STORE = "store"

@@ -24,7 +24,8 @@ from llm_wsae.model.site import Site
 from llm_wsae.outside import LARGEST_NUMBER, check_number, reason, typed
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
-from llm_wsae.weights.rules import OWN, Rule, RuleInputs, spectrum
+from llm_wsae.weights.rules import OWN, Rule
+from llm_wsae.weights.scoring import RuleInputs, spectrum
 
 Gamma = Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]
 _NOTHING_LEFT = "the weights leave no dimension that varies in the loss; one must be > 0"

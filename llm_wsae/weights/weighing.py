@@ -24,7 +24,8 @@ from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.weights.config import RuleInputConfig
-from llm_wsae.weights.rules import Rule, RuleInputs, check_rows_of_covariance
+from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.scoring import RuleInputs, check_rows_of_covariance
 
 if TYPE_CHECKING:  # it takes seconds to import, and most rules need none
     from llm_wsae.model.language_model import LanguageModel

@@ -5,12 +5,14 @@ mistake is found."""
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import command_line
 import pytest
 import tiny
 import torch
-from command_line import HARVEST, SITE, STREAM, TRAIN, call, cases, content, nobody, works
+from command_line import HARVEST, SITE, STREAM, TRAIN, asked, call, cases, content, nobody, works
 from safetensors.torch import save_file
 from small_dictionaries import make_dictionary
 
@@ -215,12 +217,8 @@ PARSED = """\
     'store' is one argument too many
 2 TRAINING --out x --batch-size
     --batch-size needs a value
-2 weigh --site SITE --out x.safetensors
-    name at least one activation store
 2 TRAINING --out x --k many
     --k … 'many'
-2 evaluate EVALUATING --out x
-    dictionary folder
 2 TRAINING --out x --architecture batchtopk
     --architecture cannot be 'batchtopk' … did you mean 'batch-topk'?
 2 HARVESTING --out x --dtype int8
@@ -253,10 +251,40 @@ PARSED = """\
     --device cannot be 'gpu' (did you mean 'cuda'?)
 2 run TEXT --stream yes
     'yes' is one argument too many after --stream
+2 run TEXT --rule nonsense
+    no weight rule 'nonsense'
+2 plan TEXT --alpha auto --rule variance
+    whitening, which is not among the rules
+2 TRAINING --out x --rule participation
+    needs a first dictionary
+2 TRAINING --out x --site blocks.1.hook_mlp_out
+    'blocks.1.hook_mlp_out' is not supported
+2 HARVESTING --out x --site h.1
+    did you mean 'blocks.1.hook_resid_post'?
+2 weigh store --out x.safetensors --site 1
+    did you mean 'blocks.1.hook_resid_post'?
+2 WEIGHING --out x.safetensors --rule varianc
+    did you mean 'variance'
+2 STUDYING --out x --rule participation
+    name its folder with --dictionary
+2 STUDYING --out x --site 1
+    did you mean 'blocks.1.hook_resid_post'?
+2 theory --out x --rule sensitivity
+    the toy experiment cannot measure
+2 dashboard d --store s --model m --out page.txt
+    an HTML file, so --out cannot be page.txt
+2 push d
+    dictionary folders and then the repository
+2 pull
+    missing REPO_ID
+2 export d --to neuron
+    --to cannot be 'neuron' (did you mean 'neuronpedia'?)
 """
 
 
 LOOKING = """\
+2 evaluate EVALUATING --out x
+    dictionary folder
 2 INSPECTING --text BYTES --model model
     not UTF-8
 2 INSPECTING --text w1 --model model --store store
@@ -342,6 +370,14 @@ def test_mistakes(refused, subtests, table, more):
     for (code, *command), said in cases(table, **WORDS):
         with subtests.test(ascii(command)):
             assert len(refused(int(code), *command, *more, said=said)) < 700
+
+
+def test_mistakes_in_the_words_alone_are_found_without_torch():
+    """Torch takes seconds to import."""
+    words = [asked([*command, "--json"]) for (_, *command), _ in cases(PARSED, **WORDS)]
+    script = "import sys; from llm_wsae.cli import main; "
+    script += f"print({{main(words) for words in {words!r}}}, 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", script]) == b"{2} False\n"
 
 
 TWICE = """\

@@ -31,7 +31,7 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train, train_sites
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.loss_weights import choose_weights
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 SITES = [Site(0, "pre"), Site(1, "post")]

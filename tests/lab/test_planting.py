@@ -21,7 +21,7 @@ from llm_wsae.lab import planting
 from llm_wsae.lab.config import PlantConfig
 from llm_wsae.lab.planting import PlantedSource, Plants, make_plants, measure_recovery
 from llm_wsae.model.site import Site
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 SITE, D_IN, POSITIONS, SHARDS = Site.parse("blocks.0.hook_resid_post"), 24, 64, 3
 CONFIG = PlantConfig(per_cell=4, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05, token_share=0.5)

@@ -36,7 +36,8 @@ from llm_wsae.training.normaliser import folded
 from llm_wsae.training.trainer import Interrupted, Training, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
-from llm_wsae.weights.rules import RULES, RuleInputs
+from llm_wsae.weights.rules import RULES
+from llm_wsae.weights.scoring import RuleInputs
 
 CONFIG = replace(LONG, tokens=256 * 60, log_every=20, dtype="auto")
 PAIR = ("uniform", "variance")

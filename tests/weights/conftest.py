@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_wsae.statistics.moments import SecondMoment, Statistics
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 
 @pytest.fixture(scope="session")

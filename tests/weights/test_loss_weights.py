@@ -26,7 +26,8 @@ from llm_wsae.weights.profile import (
     profile,
     profile_text,
 )
-from llm_wsae.weights.rules import OWN, RULES, Rule, RuleInputs
+from llm_wsae.weights.rules import OWN, RULES, Rule
+from llm_wsae.weights.scoring import RuleInputs
 
 SPACE = WeightConfig(place="space")
 

@@ -7,7 +7,8 @@ from refusals import fails, misused
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import weights_from_rule
-from llm_wsae.weights.rules import EIGENVALUE_FLOOR, OWN, RULES, Rule, RuleInputs, spectrum
+from llm_wsae.weights.rules import OWN, RULES, Rule
+from llm_wsae.weights.scoring import EIGENVALUE_FLOOR, RuleInputs, spectrum
 
 D_IN = 4  # of the fixture ``inputs``
 MATRIX, SPACE = WeightConfig(form="matrix"), WeightConfig(place="space")

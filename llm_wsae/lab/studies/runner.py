@@ -39,7 +39,7 @@ from llm_wsae.data.rows import SiteSource
 from llm_wsae.data.store import open_stores
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Fidelity
@@ -74,7 +74,8 @@ from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.training.trainer import check_arms, origin_of, train
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
-from llm_wsae.weights.rules import Rule, RuleInputs
+from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.scoring import RuleInputs
 from llm_wsae.weights.weighing import measure_inputs
 
 PASS_BYTES = 1 << 30
@@ -102,11 +103,6 @@ def study(
     out, grid, site = request.out, request.compare, Site.parse(request.site)
     folder, written = study_in(out), (REPORT, PAGE, COMMAND, RESULTS, DICTIONARIES, TRAINING)
     folder.check_place(*written)
-    if request.dictionary is None and any(rule.need == "dictionary" for rule in grid.rules):
-        raise UsageError(
-            "the rule participation needs a first dictionary of the site; train a plain one on "
-            "other seeds, and name its folder with --dictionary"
-        )
     store, training = open_stores(request.stores), train_beside(request.train, request.model)
     model = model or request.model.load(store.manifest.model)
     store.check_model(model.identity())

@@ -37,7 +37,7 @@ from llm_wsae.statistics.measures import STUDIED
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.rules import RuleInputs
+from llm_wsae.weights.scoring import RuleInputs
 
 GRID = StudyGrid(rule=("variance",), alpha=(-0.25,), k=(4,), seeds=(0, 1))
 AFTER_FIRST = replace(GRID, rule=("participation",), alpha=(0.5,))
