@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llm_wsae.data.config import StreamConfig as StreamConfig
     from llm_wsae.data.corpus import Corpus as Corpus
     from llm_wsae.data.harvesting import harvest as harvest
+    from llm_wsae.data.rows import ActivationSource as ActivationSource
+    from llm_wsae.data.rows import ArrayRows as ArrayRows
     from llm_wsae.data.store import ActivationStore as ActivationStore
     from llm_wsae.data.store import open_stores as open_stores
     from llm_wsae.data.streaming import ActivationStream as ActivationStream

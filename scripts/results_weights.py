@@ -169,8 +169,8 @@ def of_group(
     if where["planted"]:
         plants = PlantConfig(seed=seed, natural=True, per_cell=12)
         planted = PlantedSource(store, site, plants)
-    rules = [w.rule for w in group]
-    inputs = measure_inputs(rules, store, site, model=model, planted=planted)
+    source = planted or store.source(site)
+    inputs = measure_inputs([w.rule for w in group], source, model=model)
     arms = [ArmConfig(weights(w, inputs, seed), w.k, init_seed=seed) for w in group]
     rate = group[0].rate
     config = TrainConfig(
@@ -180,7 +180,7 @@ def of_group(
         learning_rate=None if rate == 1 else rate * default_learning_rate(d_sae),
     )
     folder = RUN / where["model"] / "training"
-    trained = train(planted or store.source(site), arms, config, folder)
+    trained = train(source, arms, config, folder)
     report = None if planted else judge.evaluate(trained)
     for weighting, arm in zip(group, arms, strict=True):
         line = {**where, "weighting": weighting.name, "k": weighting.k, "rate": rate}

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,13 +17,14 @@ from llm_wsae.data import rows as rows_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.data.rows import RowReader
+from llm_wsae.data.rows import ArrayRows, RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics, shrunk
+from llm_wsae.statistics.moments import shrunk
 from llm_wsae.weights.config import RuleInputConfig
+from llm_wsae.weights.loss_weights import weights_from_rule
 from llm_wsae.weights.rules import RULES
 from llm_wsae.weights.weighing import fisher_information, measure_inputs
 
@@ -92,6 +93,21 @@ def test_nothing_more_is_measured_than_is_needed(model, store):
         RULES["sensitivity"].apply(measure_inputs(["sensitivity"], store, SITE, config=other))
 
 
+def test_rows_of_ones_own_are_weighed_as_those_of_a_store(store):
+    """By every rule that needs no model; any source that knows its moments can be weighed."""
+    first = make_dictionary("first", d_in=16, sparsity=TopK(2), site=str(SITE))
+    rules = ["kurtosis", "whitening", "participation"]
+    own = ArrayRows(store.rows(SITE, 0, store.num_rows), SITE)
+    found, theirs = (
+        measure_inputs(rules, rows, dictionary=first) for rows in (own, store.source(SITE))
+    )
+    for rule in (*rules, "uniform", "variance"):
+        one, other = (weights_from_rule(rule, 0.5, inputs).gamma for inputs in (found, theirs))
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    with pytest.raises(UsageError, match="the rule 'sensitivity' needs the model"):
+        RULES["sensitivity"].apply(measure_inputs(["sensitivity"], own))
+
+
 def test_what_was_measured_is_kept(model, copy):
     def fisher(rule="sensitivity", seed=0, model=None):
         config = RuleInputConfig(sensitivity_tokens=50, seed=seed)
@@ -123,19 +139,15 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(copy):
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
 
 
-def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(copy):
-    few, still = (
-        Statistics(16, 12).update(rows, torch.zeros(len(rows), dtype=torch.long))
-        for rows in (torch.randn(16, 16), torch.ones(99, 16))
-    )
-    for own, rule, sentence in (
-        (few, "whitening", "16 rows are too few for the covariance of 16 dimensions; harvest at"),
-        (still, "whitening", "the rows do not vary in any dimension; take other text"),
-        (still, "sensitivity", "the rows do not vary in any dimension; take other text"),
+def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary():
+    few, still = ArrayRows(torch.randn(16, 16), SITE), ArrayRows(torch.ones(99, 16), SITE)
+    for source, rule, sentence in (
+        (few, "whitening", "16 rows are too few for the covariance of 16 dimensions; take at"),
+        (still, "whitening", "the rows do not vary in any dimension; take other rows"),
+        (still, "sensitivity", "the rows do not vary in any dimension; take other rows"),
     ):
-        planted = SimpleNamespace(statistics=lambda own=own: own, second_moment=pytest.fail)
-        fails(sentence, measure_inputs, [rule], copy, SITE, planted=planted)
-    assert not (copy.folder / "evidence").exists()
+        with patch.object(source, "second_moment", pytest.fail):
+            fails(sentence, measure_inputs, [rule], source)
 
 
 @pytest.mark.parametrize("is_full", [False, True])

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
@@ -45,6 +46,12 @@ CHUNK_ROWS = 1024
 WINDOW_BYTES = 256 << 20
 ROWS_PER_CHECK = 128  # rows of a shard that share a CRC-32; the last of a shard may be fewer
 REPAIR = "delete it, if it is there, and run the same harvest again, which rewrites what is missing"
+_SOME_SITE = Site(0, "post")  # a dictionary must name one
+_READ_AS = {  # of rows of one's own
+    **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")},
+    "float64": torch.float32,
+}
+_RUN_BYTES = 64 << 20
 _CRC = np.dtype("<u4")
 _BATCHES_AHEAD = 4
 
@@ -63,10 +70,11 @@ class Rows(Protocol):
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """What a trainer reads: rows of one site, in shuffled batches that a seed determines."""
+    """What a trainer reads: rows of one site, in shuffled batches that a seed determines. A class
+    with these members is one; it need not inherit anything."""
 
     d_in: int
-    site: Site
+    site: Site  # where the rows come from; their dictionaries name it
 
     @property
     def num_rows(self) -> int | None:
@@ -74,15 +82,19 @@ class ActivationSource(Protocol):
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """Endless batches [batch_size, d_in] from number ``start`` on; of each, only the rows of
-        ``part`` (its number, of how many)."""
+        ``part`` (its number, of how many). Batch number b of a seed always holds the same rows, so
+        that a training that was stopped goes on with them."""
 
     def statistics(self) -> Statistics:
-        """Statistics of the rows."""
+        """Statistics of the rows, or of a sample of them: always the same."""
+
+    def second_moment(self) -> SecondMoment:
+        """The covariance sums of the rows that are not massive; only rules that whiten ask."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that identify these rows."""
+        """JSON values that identify these rows: a training resumes only if they are the same."""
 
 
 @dataclass(frozen=True)
@@ -183,41 +195,105 @@ class SiteSource:
         """The statistics of these rows."""
         return self.rows.statistics(self.site)
 
+    def second_moment(self) -> SecondMoment:
+        """The covariance sums of the rows that are not massive."""
+        return self.rows.second_moment(self.site)
+
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
         return self._identity
 
 
-class MemorySource:
-    """Rows in memory, as an ActivationSource. They have no context: each is a first position."""
+class ArrayRows:
+    """Rows of one's own as an ActivationSource: a tensor or an array, in memory or mapped from a
+    file. They are read in runs, and have no context: each is a first position."""
 
-    def __init__(self, rows: Float[Tensor, "rows d_in"], site: Site):
-        """``site``: where the rows come from, or what they stand for."""
-        self._rows = rows.float().cpu().contiguous()
-        self.site, self.dtype = site, self._rows.dtype
-        self.num_rows, self.d_in = rows.shape
+    def __init__(self, rows: Any, site: Site = _SOME_SITE):
+        """``rows [rows, d_in]``: a tensor, a NumPy array, or whatever else can be sliced like one;
+        float32, bfloat16 or float16, or float64, which is rounded to float32. They must stay as
+        they are while they are trained on. ``site``: where they come from, as their dictionaries
+        will say; without one, these name the first block, which then means nothing.
+
+        Raises UsageError for other shapes or dtypes."""
+        shape = list(getattr(rows, "shape", []))
+        if len(shape) != 2 or 0 in shape:
+            what = f"of shape {shape}" if shape else type(rows).__name__
+            raise UsageError(
+                f"rows to train on are a tensor or an array [rows, d_in], not {what}; of a store, "
+                "take store.source(site), and give a source of your own what ActivationSource has"
+            )
+        name = str(rows.dtype).removeprefix("torch.")
+        if name not in _READ_AS:
+            raise UsageError(f"rows must be {', '.join(_READ_AS)}, not {name}; convert them first")
+        self._rows = rows.detach() if isinstance(rows, Tensor) else rows
+        self.site, self.dtype = site, _READ_AS[name]
+        self.num_rows, self.d_in = shape
         self.row_bytes = self.d_in * self.dtype.itemsize
 
     def read(self, start: int, out: Tensor) -> None:
         """Fill ``out [rows, d_in]`` with rows from ``start``."""
-        out.copy_(self._rows[start : start + len(out)])
+        rows = self._rows[start : start + len(out)]
+        if not isinstance(rows, Tensor):
+            with np.errstate(over="ignore"):  # what is too large is found with the statistics
+                rows = torch.from_numpy(np.array(rows, dtype=np.float32))
+        out.copy_(rows)
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Endless shuffled batches; see ``ActivationSource``."""
         return shuffled_batches(self, batch_size, seed, start, part=part)
 
     def statistics(self) -> Statistics:
-        positions = torch.zeros(len(self._rows), dtype=torch.int64)
-        return Statistics(self.d_in, context_size=1).update(self._rows, positions)
+        """Their statistics, from one pass. Raises LlmWsaeError for a row that is not finite."""
+        return self._measured[0]
 
     def second_moment(self) -> SecondMoment:
-        """The covariance sums of the rows that are not massive."""
-        usual = self._rows.norm(dim=1) <= self.statistics().massive_threshold
-        return SecondMoment(self.d_in).update(self._rows[usual])
+        """The covariance sums of the rows that are not massive, from another pass."""
+        found, threshold = SecondMoment(self.d_in), self.statistics().massive_threshold
+        for _, rows in self._runs("covariance"):
+            found.update(rows[rows.float().norm(dim=1) <= threshold])
+        return found
 
     def identity(self) -> dict[str, Any]:
-        return {"sha256": hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()}
+        """JSON values that identify these rows in this order, by their content."""
+        return {
+            "kind": "array",
+            "site": str(self.site),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "num_rows": self.num_rows,
+            "sha256": self._measured[1],
+            "window_bytes": WINDOW_BYTES,
+        }
+
+    @cached_property
+    def _measured(self) -> tuple[Statistics, str]:
+        """The statistics, and the digest of all rows."""
+        found, digest = Statistics(self.d_in, context_size=1), hashlib.sha256()
+        for start, rows in self._runs("statistics"):
+            finite = rows.isfinite().all(1)
+            if not bool(finite.all()):
+                raise LlmWsaeError(
+                    f"row {start + int(finite.int().argmin())} holds NaN or infinity, or a number "
+                    f"too large for {self.dtype}; leave out such rows"
+                )
+            found.update(rows, torch.zeros(len(rows), dtype=torch.int64))
+            digest.update(_bytes_of(rows))
+        return found, digest.hexdigest()
+
+    def _runs(self, what: str) -> Iterator[tuple[int, Tensor]]:
+        """All rows, with the number of the first one of each run."""
+        size = max(1, _RUN_BYTES // self.row_bytes)
+        starts = range(0, self.num_rows, size)
+        for start in tqdm(starts, what, delay=1.0, disable=not leads(), dynamic_ncols=True):
+            rows = torch.empty(min(size, self.num_rows - start), self.d_in, dtype=self.dtype)
+            self.read(start, rows)
+            yield start, rows
+
+
+def source_of(rows: Any) -> ActivationSource:
+    """A source as it is, and rows of one's own as one. Raises UsageError for anything else."""
+    return rows if isinstance(rows, ActivationSource) else ArrayRows(rows)
 
 
 # --- Shuffling

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.packing import Contexts
-from llm_wsae.data.rows import CHUNK_ROWS, WINDOW_BYTES, RowReader, shuffled_batches
+from llm_wsae.data.rows import CHUNK_ROWS, WINDOW_BYTES, RowReader, SiteSource, shuffled_batches
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
@@ -223,7 +223,7 @@ class Firings(NamedTuple):
     strength: Float[np.ndarray, " firings"]  # in the units of the rows
 
 
-class PlantedSource:
+class PlantedSource(SiteSource):
     """One site of a store with plants in its rows, as an ActivationSource. The last rows are held
     out of the batches and of the statistics; ``heldout`` gives them with the truth."""
 
@@ -235,8 +235,8 @@ class PlantedSource:
     ):
         """Raises as ``make_plants`` does, and UsageError if the store has too few rows to hold two
         chunks of them out."""
-        self.store, self.site, self.d_in = store, site, store.d_in
-        self.prepends_bos = store.manifest.bos_token_id is not None
+        super().__init__(store, site)
+        self._store = store
         chunks = store.num_rows // CHUNK_ROWS
         heldout = max(2, round(chunks * config.heldout_share))
         if chunks - heldout < 1:
@@ -247,7 +247,7 @@ class PlantedSource:
                 + ("harvest more tokens" if is_small else "lower heldout-share")
             )
         self._trained = (chunks - heldout) * CHUNK_ROWS
-        self.num_rows: int | None = self._trained
+        self.num_rows = self._trained
         self._tokens = _of_every_row(store, lambda contexts: contexts.ids[contexts.keep])
         counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
         means = self._token_means() if config.natural else None
@@ -272,11 +272,11 @@ class PlantedSource:
     @cached_property
     def _measured(self) -> tuple[Statistics, SecondMoment]:
         reader, total = self.reader(self.num_rows), self._trained
-        place = _of_every_row(self.store, lambda contexts: np.nonzero(contexts.keep)[1])
+        place = _of_every_row(self._store, lambda contexts: np.nonzero(contexts.keep)[1])
         positions = torch.from_numpy(place)
-        found = Statistics(self.d_in, self.store.context_size)
+        found = Statistics(self.d_in, self._store.context_size)
         moment = SecondMoment(self.d_in)
-        threshold = self.store.statistics(self.site).massive_threshold
+        threshold = self._store.statistics(self.site).massive_threshold
         with tqdm(total=total, desc="plant", unit="row", unit_scale=True, leave=False) as bar:
             for start in range(0, total, _READ_ROWS):
                 rows = torch.empty(min(_READ_ROWS, total - start), self.d_in)
@@ -289,7 +289,7 @@ class PlantedSource:
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
         own = {"num_rows": self.num_rows, "planted": self.plants.identity()}
-        return self.store.identity(self.site) | own
+        return super().identity() | own
 
     def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
         """The held-out rows, planted, with what fires in them; in the order of the text."""
@@ -300,12 +300,12 @@ class PlantedSource:
 
     def reader(self, stop: int | None = None) -> "PlantedReader":
         """Reads planted rows, of all of the store or of the first ones."""
-        return PlantedReader(self.store.reader(self.site), self.plants, self._tokens, stop)
+        return PlantedReader(self._store.reader(self.site), self.plants, self._tokens, stop)
 
     def _token_means(self) -> Float[Tensor, "tokens d_in"]:
         """Of each token that is frequent among the first rows: its mean less that of all rows."""
         count = min(self._trained, _ROWS_OF_MEANS)
-        rows = self.store.rows(self.site, 0, count).double()
+        rows = self._store.rows(self.site, 0, count).double()
         token, index, times = np.unique(
             self._tokens[:count], return_inverse=True, return_counts=True
         )

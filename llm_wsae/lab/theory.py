@@ -29,23 +29,21 @@ from torch import Tensor
 from llm_wsae.artifact.artifact import check_file, check_folder, is_record_of
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.data.rows import MemorySource
+from llm_wsae.data.rows import ArrayRows
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import frozen_random
 from llm_wsae.lab.config import TheoryConfig
-from llm_wsae.model.site import Site
 from llm_wsae.terminal import Table
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.loss_weights import choose_weights
-from llm_wsae.weights.scoring import RuleInputs
+from llm_wsae.weights.weighing import measure_inputs
 
 COMMAND, REPORT = "theory", "theory.json"
 FEATURES, DIMENSIONS, LATENTS = 200, 20, 200
 """n, n_p and n_m of the paper."""
 CLOSED_FORM, RANDOM = "closed form", "random directions"
-_SITE = Site.parse("blocks.0.hook_resid_post")  # a name that dictionaries must have
 _TRAIN_ROWS, _TEST_ROWS, _BATCH = 50_000, 10_000, 256
 _LEARNING_RATE = 0.01  # at Adam's usual 0.001 plain dictionaries are not finished
 _FAR = 1_000_003  # from the seeds of initial weights, which would begin as the features do
@@ -290,11 +288,10 @@ def _compared(config: TheoryConfig, sparsity: float, seed: int, out: Path) -> di
     draw = torch.Generator().manual_seed(_FAR + seed)
     mixing = toy_model(FEATURES, DIMENSIONS, sparsity, draw, steps=3 * config.steps // 4)
     data = Superposition(mixing, sparsity)
-    source = MemorySource(data.observe(_features(data, _TRAIN_ROWS, draw)), _SITE)
+    source = ArrayRows(data.observe(_features(data, _TRAIN_ROWS, draw)))
     x = _features(data, _TEST_ROWS, draw)
     k = min(_MOST_ACTIVE, max(1, round(FEATURES * (1 - sparsity) / 2)))
-    statistics = source.statistics()
-    inputs = RuleInputs(statistics, second_moment=source.second_moment())
+    inputs = measure_inputs(config.rule, source)
     weights = choose_weights(inputs, config.rule, (config.alpha,))
     settings = TrainConfig(
         expansion=LATENTS // DIMENSIONS,
@@ -309,7 +306,7 @@ def _compared(config: TheoryConfig, sparsity: float, seed: int, out: Path) -> di
     trained = train(source, arms, settings, out / f"S{sparsity:g}-seed{seed}")
     dictionaries = {one.weights.name: trained[one.name] for one in arms}
     like = next(iter(dictionaries.values()))
-    dictionaries[RANDOM] = frozen_random(like, statistics.mean.float(), float(k), seed)
+    dictionaries[RANDOM] = frozen_random(like, inputs.statistics.mean.float(), float(k), seed)
     found = {
         name: measure(one.W_dec, one.encode(data.observe(x)), mixing, x)
         for name, one in dictionaries.items()

@@ -204,7 +204,7 @@ class Statistics:
             )
         raise LlmWsaeError(
             "there is nothing to learn: apart from a few, the rows do not vary in any dimension; "
-            "take other text or another site"
+            "take other rows, from another text or site"
         )
 
     @property

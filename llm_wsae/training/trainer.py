@@ -13,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.provenance import command_line, versions
-from llm_wsae.data.rows import ActivationSource, SiteRows
+from llm_wsae.data.rows import ActivationSource, SiteRows, source_of
 from llm_wsae.data.store import MANIFEST
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable
@@ -75,10 +76,14 @@ class Interrupted(LlmWsaeError):
 
 
 def train(
-    source: ActivationSource, arms: Sequence[ArmConfig], config: TrainConfig, out: Path
+    source: ActivationSource | Tensor | np.ndarray,
+    arms: Sequence[ArmConfig],
+    config: TrainConfig,
+    out: Path,
 ) -> dict[str, Dictionary]:
     """Train every arm on the source's rows and save one dictionary folder each under ``out``;
-    returns the dictionaries by arm name.
+    returns the dictionaries by arm name. Rows of one's own, [rows, d_in], are a source, too (see
+    ``ArrayRows``).
 
     The same call resumes a run that was stopped or killed from its last checkpoint, and on the CPU
     ends with the same bits as an uninterrupted run. A finished run is only loaded. Under
@@ -88,6 +93,7 @@ def train(
     or is being written, and Interrupted after Ctrl-C or SIGTERM. When the source fails, a
     checkpoint and the dictionaries as they are then are saved.
     """
+    source = source_of(source)
     return _train([(source, arms, Path(out))], source.batches, config)[0]
 
 
@@ -503,7 +509,7 @@ def _num_steps(source: ActivationSource, config: TrainConfig) -> int:
     if tokens < config.batch_size:
         raise UsageError(
             f"{tokens} rows are fewer than one batch of {config.batch_size}; "
-            "harvest more tokens or lower the batch size"
+            "take more rows (harvest more tokens) or lower the batch size"
         )
     return tokens // config.batch_size
 

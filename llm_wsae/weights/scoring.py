@@ -52,8 +52,8 @@ def check_rows_of_covariance(rows: int, d_in: int) -> None:
     """Raise LlmWsaeError if there are too few rows to measure a covariance of."""
     if rows <= d_in:
         raise LlmWsaeError(
-            f"{rows:,} rows are too few for the covariance of {d_in:,} dimensions; harvest at "
-            f"least {10 * d_in:,} tokens, or raise --statistics-tokens of a stream to that"
+            f"{rows:,} rows are too few for the covariance of {d_in:,} dimensions; take at "
+            f"least {10 * d_in:,}: harvest as many tokens, or raise --statistics-tokens of a stream"
         )
 
 

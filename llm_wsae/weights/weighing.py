@@ -10,19 +10,20 @@ from the position to the end of its text.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from llm_wsae.data.rows import SiteRows
+from llm_wsae.data.rows import ActivationSource, SiteRows, SiteSource, source_of
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import SecondMoment, Statistics
+from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import Rule
 from llm_wsae.weights.scoring import RuleInputs, check_rows_of_covariance
@@ -33,50 +34,39 @@ if TYPE_CHECKING:  # it takes seconds to import, and most rules need none
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
 
-@runtime_checkable
-class Moments(Protocol):
-    """What knows the moments of its rows, such as a source that plants features into them."""
-
-    def statistics(self) -> Statistics: ...
-
-    def second_moment(self) -> SecondMoment: ...
-
-
 def measure_inputs(
     rules: Iterable[Rule | str],
-    rows: SiteRows,
-    site: Site,
+    rows: SiteRows | ActivationSource | Tensor | np.ndarray,
+    site: Site | None = None,
     *,
     model: "LanguageModel | None" = None,
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-    planted: Moments | None = None,
 ) -> RuleInputs:
     """The statistics of a site, and what the rules need in addition.
 
-    ``rows``: a store, or the streams of a model. ``planted``, a source of the same rows with
-    features planted into them, says their statistics and second moment instead. What cannot be
-    measured without a ``model`` (a stream has its own) or a ``dictionary``, and is not kept, is
-    omitted: the rule will name it. Under ``torchrun`` all processes make the same call. Raises
-    UsageError for a dictionary of another site; LlmWsaeError for a model that did not make the
-    store.
+    ``rows``: a store or the streams of a model, with one of their sites; or what is trained on, a
+    source or rows of one's own. What cannot be measured without a ``model`` (a stream has its own)
+    or a ``dictionary``, and is not kept, is omitted: the rule will name it. Under ``torchrun`` all
+    processes make the same call. Raises UsageError for a dictionary of another site, or rows that
+    cannot be trained on; LlmWsaeError for a model that did not make the store.
     """
     needs = {Rule.parse(rule).need for rule in rules}
+    source = source_of(rows.source(site) if isinstance(rows, SiteRows) and site else rows)
     processes = join()
     with processes.together():
-        own = rows.statistics(site) if planted is None else planted.statistics()
+        own = source.statistics()
         own.check_varying()
         found: dict[str, Any] = {"statistics": own}
         if "second_moment" in needs:
             check_rows_of_covariance(own.count, own.d_in)
-            moment = rows.second_moment(site) if planted is None else planted.second_moment()
-            found["second_moment"] = moment
+            found["second_moment"] = source.second_moment()
         if not processes.leads:
             processes.meet()  # rank 0 has measured, and kept what the others read
         if "dictionary" in needs and dictionary is not None:
-            found["decoder"], found["energy"] = used_decoder(dictionary, site, own)
-        if "fisher" in needs:
-            found["fisher"] = _kept_fisher(rows, site, model, config)
+            found["decoder"], found["energy"] = used_decoder(dictionary, source.site, own)
+        if "fisher" in needs and isinstance(source, SiteSource):  # which has text
+            found["fisher"] = _kept_fisher(source.rows, source.site, model, config)
         if processes.leads:
             processes.meet()
     return RuleInputs(**found)

@@ -170,7 +170,7 @@ MISTAKES = """\
 2 WEIGHING --rule whitening --alpha auto
     --alpha auto is for `run` and `plan` alone; give a number
 1 weigh few --site SITE --rule whitening
-    15 rows are too few for the covariance of 16 dimensions … harvest at least 160 tokens
+    15 rows are too few for the covariance of 16 dimensions … at least 160: harvest as many tokens
 2 TRAINING --k 4 4
     uniform-k4 is listed twice
 2 TRAINING --k 4 --weights own.safetensors --form matrix --rule

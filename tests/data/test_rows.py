@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from looping import over
 from places import ROOT
+from refusals import fails, misused
 from safetensors.torch import save_file
 
 from llm_wsae.artifact.artifact import FileRecord
 from llm_wsae.data import rows as rows_module
-from llm_wsae.data.rows import ActivationSource, MemorySource, row_checks, shuffled_batches
+from llm_wsae.data.rows import ActivationSource, ArrayRows, row_checks, shuffled_batches
 from llm_wsae.data.store import ActivationStore, Manifest, ShardRecord
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
@@ -178,7 +179,7 @@ def test_prefetch_works_ahead_and_raises_in_place():
 def test_a_store_and_rows_in_memory_are_sources(tmp_path):
     store = store_of(tmp_path, [30])
     rows = store.rows(SITE, 0, 30)
-    memory = MemorySource(rows, SITE)
+    memory = ArrayRows(rows, SITE)
     for source in (store.source(SITE), memory):
         assert isinstance(source, ActivationSource)
         assert (source.d_in, source.num_rows, source.site) == (3, 30, SITE)
@@ -189,5 +190,54 @@ def test_a_store_and_rows_in_memory_are_sources(tmp_path):
     assert memory.statistics().count == 30
     covariance = memory.second_moment().covariance()
     torch.testing.assert_close(covariance, rows.double().T.cov(correction=0), rtol=1e-3, atol=1e-4)
-    assert memory.identity() == MemorySource(rows.double(), SITE).identity()
-    assert memory.identity() != MemorySource(rows + 1, SITE).identity()
+    assert memory.identity() == ArrayRows(rows.double(), SITE).identity()
+    for other in (ArrayRows(rows + 1, SITE), ArrayRows(rows), ArrayRows(rows.half(), SITE)):
+        assert memory.identity() != other.identity()
+
+
+class Sliced:
+    """An array that counts the rows of each run that is read."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.dtype, self.sizes = rows, rows.shape, rows.dtype, []
+
+    def __getitem__(self, run):
+        self.sizes.append(len(self.rows[run]))
+        return self.rows[run]
+
+
+def test_an_array_is_read_in_runs_and_keeps_its_dtype():
+    rows = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))
+    rows[::700] *= 100
+    whole = ArrayRows(rows)
+    with patch.object(rows_module, "_RUN_BYTES", 12_000):
+        array = Sliced(rows.numpy())
+        source = ArrayRows(array)
+        assert source.identity() == whole.identity()
+        one, other = source.second_moment().covariance(), whole.second_moment().covariance()
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    assert max(array.sizes) == 1000 and sum(array.sizes) == 10_000
+    assert source.statistics().massive_count == whole.statistics().massive_count == 8
+    next(source.batches(100, seed=1))
+    assert max(array.sizes) == 1024
+    for own in (rows.half(), rows.bfloat16(), rows.half().numpy(), rows.double().requires_grad_()):
+        batch = next(ArrayRows(own).batches(100, seed=1))
+        assert str(batch.dtype).endswith(str(own.dtype).replace("64", "32").removeprefix("torch."))
+        expected = next(whole.batches(100, seed=1)).to(batch.dtype)
+        assert torch.equal(batch, expected) and not batch.requires_grad
+
+
+def test_rows_that_cannot_be_trained_on_are_refused():
+    rows = torch.randn(100, 3)
+    for own, said in (
+        ([[1.0, 2.0]], r"are a tensor or an array \[rows, d_in\], not list; of a store, take"),
+        (rows[0], r"\[rows, d_in\], not of shape \[3\]; of a store"),
+        (rows[:0].numpy(), r"\[rows, d_in\], not of shape \[0, 3\]; of a store"),
+        (rows.long(), "must be float32, bfloat16, float16, float64, not int64; convert them first"),
+        (rows.numpy() > 0, "float64, not bool; convert them first"),
+    ):
+        misused(said, ArrayRows, own)
+    rows[70, 1] = 1e6
+    with patch.object(rows_module, "_RUN_BYTES", 120):
+        fails("^row 70 holds NaN .* large for torch.float16;", ArrayRows(rows.half()).statistics)
+        fails("^row 70 .* torch.float32", ArrayRows(rows.double().numpy() * 1e35).identity)

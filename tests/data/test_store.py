@@ -17,7 +17,7 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import StoreWriter, harvest
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.rows import MemorySource
+from llm_wsae.data.rows import ArrayRows
 from llm_wsae.data.store import ActivationStore, Manifest, open_stores, save_record
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
@@ -201,7 +201,7 @@ def test_rows_and_batches_are_those_of_one_store_after_the_other(stores, joined,
     assert torch.equal(joined.rows(SITE, 0, len(every_row)), every_row)
     first = stores[0].num_rows
     assert torch.equal(joined.rows(SITE, first - 5, first + 5), every_row[first - 5 : first + 5])
-    expected = MemorySource(every_row, SITE).batches(100, 3)
+    expected = ArrayRows(every_row, SITE).batches(100, 3)
     for one, other in islice(zip(joined.source(SITE).batches(100, 3), expected, strict=True), 60):
         assert torch.equal(one, other)
     found, before = joined.locate(torch.arange(joined.num_rows)), 0

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -135,6 +136,16 @@ def test_a_training_without_a_store(world):
     new = f'"model"), corpus, site, __import__("llm_wsae").StreamConfig({small}))'
     run("docs/getting-started.md", "ActivationStream", {'"model"), corpus, site)': new})
     assert (world / "runs/streamed/uniform-k32/wsae.json").is_file()
+
+
+def test_rows_of_ones_own(world):
+    draw = np.random.default_rng(0)
+    np.save("rows.npy", draw.standard_normal((4000, 12), dtype=np.float32))
+    names = run("docs/own-rows.md", "mmap_mode", {"TrainConfig()": "TrainConfig(batch_size=256)"})
+    assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-k32"]
+    assert isinstance(names["rows"], np.memmap)
+    (own,) = run("docs/own-rows.md", "class Sums", {"200_000": "20_000"})["dictionaries"].values()
+    assert own.info.store == {"kind": "sums", "directions": 256} and own.info.rule == "whitening"
 
 
 def test_planted_features_in_python(world, capsys):

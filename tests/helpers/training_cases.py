@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, squared
 from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.arm import ArmConfig, initial_parameters, make_arms
@@ -150,6 +150,9 @@ class Planted:
     def statistics(self):
         positions = torch.arange(self.num_rows) % 32
         return Statistics(16, 32).update(self.rows, positions)
+
+    def second_moment(self):
+        return SecondMoment(16).update(self.rows)
 
     def identity(self):
         return {"kind": "planted", "num_rows": self.num_rows}

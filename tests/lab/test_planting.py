@@ -298,5 +298,5 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
         make_plants(store.statistics(SITE), dict.fromkeys(range(27), 9), CONFIG)
     make_plants(store.statistics(SITE), dict.fromkeys(range(28), 9), CONFIG)
     flat = write_store(tmp_path / "flat", scale=0.0)
-    sentence = "the rows do not vary in any dimension; take other text"
+    sentence = "the rows do not vary in any dimension; take other rows"
     fails(sentence, make_plants, flat.statistics(SITE), {1: 1})

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 import torch
 from command_line import TRAIN, content
@@ -25,6 +26,7 @@ from training_cases import CONFIG as LONG
 from training_cases import CPU, Planted, arms_for, check_same, error, fvu, log_of
 
 from llm_wsae.artifact.files import folder_lock, load_own_tensors, load_tensors, save_own_tensors
+from llm_wsae.data.rows import ArrayRows
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.checks import plain_beside
@@ -152,6 +154,29 @@ def test_what_was_trained_is_saved_whatever_the_rows_fail_with(trained, tmp_path
     assert load_own_tensors(tmp_path / CHECKPOINT, "checkpoint")[1]["step"] == 7
     train(trained[0], arms, CONFIG, tmp_path)
     check_same(tmp_path, trained[1], [arm.name for arm in arms])
+
+
+def test_a_memory_map_is_trained_on_as_the_tensor(tmp_path):
+    """To the last bit, also when it is stopped and goes on; other rows are refused."""
+    rows, arms = Planted().rows, two_arms(Planted())
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+
+    class Stopped(ArrayRows):
+        def batches(self, *given):
+            yield from itertools.islice(super().batches(*given), 7)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield rows[:256]
+
+    with pytest.raises(Interrupted, match="stopped after step 8 of 60"):
+        train(Stopped(mapped), arms, CONFIG, tmp_path / "mapped")
+    stopped = shutil.copytree(tmp_path / "mapped", tmp_path / "stopped")
+    said = r"rows: sha256: .* in the saved training, .* in this command"
+    fails(said, train, rows + 1, arms, CONFIG, stopped)
+    train(mapped, arms, CONFIG, tmp_path / "mapped")
+    found = train(rows, arms, CONFIG, tmp_path / "tensor")
+    check_same(tmp_path / "mapped", tmp_path / "tensor", found)
+    assert found["uniform-k4"].info.store["kind"] == "array"
 
 
 def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path):

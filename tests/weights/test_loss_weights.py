@@ -216,7 +216,7 @@ def test_rows_that_hardly_vary_are_refused_whatever_the_rule():
     still, long = torch.ones(2000, 3), torch.randn(2000, 3) * 1e18
     still[7] = torch.tensor([1.5, 1.0, 0.5])
     for rows, sentence in (
-        (still, "apart from a few, the rows do not vary in any dimension; take other text"),
+        (still, "apart from a few, the rows do not vary in any dimension; take other rows"),
         (long, r"most rows are longer than 1e\+12, as no model's are; load"),
     ):
         s = Statistics(3, 8).update(rows, torch.arange(2000) % 8)

@@ -78,7 +78,7 @@ def test_controls_know_nothing_but_the_rule(inputs):
 def test_what_a_rule_lacks_is_named(inputs):
     few = RuleInputs(Statistics(6, 16), second_moment=SecondMoment(6).update(torch.randn(6, 6)))
     needed = r"the rule 'whitening' needs the covariance .* llm_wsae.measure_inputs\(\['whitening'"
-    too_few = "6 rows are too few for the covariance of 6 dimensions; harvest at least 60 tokens"
+    too_few = "6 rows are too few for the covariance of 6 dimensions; take at least 60: harvest"
     misused(needed, weights_from_rule, "whitening", 0.5, RuleInputs(inputs.statistics))
     fails(too_few, drawn, "whitening", few)
     for text, form, sentence in (

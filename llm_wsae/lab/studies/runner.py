@@ -109,14 +109,12 @@ def study(
     heldout, packing = request.corpus.open("heldout"), PackConfig(**store.manifest.packing)
     contexts = Packer.for_model(model, packing).contexts(heldout)
     fidelity = FidelityEvaluator(model, contexts, request.evaluate)
-    planted = PlantedSource(store, site, request.planted) if request.plant else None
-    inputs = measure_inputs(
+    source = PlantedSource(store, site, request.planted) if request.plant else store.source(site)
+    inputs = measure_inputs(  # of the rows that are trained on
         grid.rules,
-        store,
-        site,
+        source,
         model=model,
         dictionary=Dictionary.load(request.dictionary) if request.dictionary else None,
-        planted=planted,  # weights are chosen for the rows that are trained on
     )
     arms = plan(inputs, grid, request.weigh)
     check_arms([planned.arm for planned in arms], inputs.statistics.d_in, training)
@@ -127,7 +125,6 @@ def study(
         # the text may be too short, which is found before any work
         monosemanticity = None if folder.is_begun() else judge()
         folder.begin(basis, *written)
-        source = store.source(site) if planted is None else planted
         jobs = _Jobs(request, source, training, fidelity, model.device)
         if missing := jobs.missing(arms + baselines(inputs, grid)):
             jobs.finish(missing, monosemanticity or judge())
@@ -224,7 +221,7 @@ class _Jobs:
     def __init__(
         self,
         request: Study,
-        source: SiteSource | PlantedSource,
+        source: SiteSource,
         training: TrainConfig,
         fidelity: FidelityEvaluator,
         device: torch.device,
