@@ -219,12 +219,16 @@ class ArrayRows:
         if len(shape) != 2 or 0 in shape:
             what = f"of shape {shape}" if shape else type(rows).__name__
             raise UsageError(
-                f"rows to train on are a tensor or an array [rows, d_in], not {what}; of a store, "
-                "take store.source(site), and give a source of your own what ActivationSource has"
+                f"rows to train on are a tensor or an array [rows, d_in], not {what}; of a store "
+                "pass store.source(site), and a source of your own needs every member of "
+                "ActivationSource"
             )
         name = str(rows.dtype).removeprefix("torch.")
         if name not in _READ_AS:
-            raise UsageError(f"rows must be {', '.join(_READ_AS)}, not {name}; convert them first")
+            *names, last = _READ_AS
+            raise UsageError(
+                f"rows must be {', '.join(names)} or {last}, not {name}; convert them first"
+            )
         self._rows = rows.detach() if isinstance(rows, Tensor) else rows
         self.site, self.dtype = site, _READ_AS[name]
         self.num_rows, self.d_in = shape

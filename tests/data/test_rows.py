@@ -230,10 +230,13 @@ def test_an_array_is_read_in_runs_and_keeps_its_dtype():
 def test_rows_that_cannot_be_trained_on_are_refused():
     rows = torch.randn(100, 3)
     for own, said in (
-        ([[1.0, 2.0]], r"are a tensor or an array \[rows, d_in\], not list; of a store, take"),
+        ([[1.0, 2.0]], r"are a tensor or an array \[rows, d_in\], not list; of a store pass"),
         (rows[0], r"\[rows, d_in\], not of shape \[3\]; of a store"),
         (rows[:0].numpy(), r"\[rows, d_in\], not of shape \[0, 3\]; of a store"),
-        (rows.long(), "must be float32, bfloat16, float16, float64, not int64; convert them first"),
+        (
+            rows.long(),
+            "must be float32, bfloat16, float16 or float64, not int64; convert them first",
+        ),
         (rows.numpy() > 0, "float64, not bool; convert them first"),
     ):
         misused(said, ArrayRows, own)
