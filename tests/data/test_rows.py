@@ -191,8 +191,9 @@ def test_a_store_and_rows_in_memory_are_sources(tmp_path):
     covariance = memory.second_moment().covariance()
     torch.testing.assert_close(covariance, rows.double().T.cov(correction=0), rtol=1e-3, atol=1e-4)
     assert memory.identity() == ArrayRows(rows.double(), SITE).identity()
-    for other in (ArrayRows(rows + 1, SITE), ArrayRows(rows), ArrayRows(rows.half(), SITE)):
-        assert memory.identity() != other.identity()
+    for other in (rows + 1, rows.half()):
+        assert memory.identity() != ArrayRows(other, SITE).identity()
+    assert memory.identity() != ArrayRows(rows, Site(1, "mid")).identity()
 
 
 class Sliced:

@@ -168,10 +168,10 @@ def test_a_memory_map_is_trained_on_as_the_tensor(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
             yield rows[:256]
 
-    with pytest.raises(Interrupted, match="stopped after step 8 of 60"):
+    with pytest.raises(Interrupted, match="stopped after step 7 of 60"):
         train(Stopped(mapped), arms, CONFIG, tmp_path / "mapped")
     stopped = shutil.copytree(tmp_path / "mapped", tmp_path / "stopped")
-    said = r"rows: sha256: .* in the saved training, .* in this command"
+    said = r"\(rows sha256: .* in the saved training, .* in this command"
     fails(said, train, rows + 1, arms, CONFIG, stopped)
     train(mapped, arms, CONFIG, tmp_path / "mapped")
     found = train(rows, arms, CONFIG, tmp_path / "tensor")
