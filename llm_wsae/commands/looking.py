@@ -220,8 +220,12 @@ def dashboard(request: Dashboard) -> Result:
     page = pages.dashboard(named, store, model, out, prompts=request.prompt, **shown)
     if listening is not None:
         serve(out, model, named, listening, lambda address: note(f"open {address}"))
-    facts = {"page": page.path, "megabytes": page.megabytes}
-    return facts, f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"
+    lines = [found.text() for found in page.found]
+    lines += ["", f"five latents of {page.found[0].name} in words:"] if page.found[0].told else []
+    lines += [told.text() for told in page.found[0].told]
+    lines += ["", f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"]
+    facts = {"page": page.path, "megabytes": page.megabytes, "found": page.found}
+    return facts, "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)

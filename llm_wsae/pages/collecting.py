@@ -24,7 +24,7 @@ from llm_wsae.inspecting.directions import check_store, not_massive
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
 SAMPLE = 5  # firings sampled for each band
-TOGETHER_ROWS = 1 << 15  # evenly spread, on which latents that fire together are counted
+TOGETHER_ROWS = 1 << 17  # evenly spread, for labels and to count which latents fire together
 NEIGHBOURS = 5
 SOURCES = 3  # dimensions named as the source of an activation
 _LATENTS_AT_ONCE = 256  # whose firings together with all others are counted at once
@@ -47,6 +47,9 @@ class Firings:
     edges: Float[Tensor, "d_sae edges"]  # of its bands, from its largest activation down to 0
     together: Int[Tensor, "d_sae neighbours"]  # latents that fire with it most often
     overlap: Float[Tensor, "d_sae neighbours"]  # rows where both fire, of those of either
+    sample: Int[np.ndarray, " some"]  # evenly spread rows
+    firings: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
+    """Of every firing in the sample: the place of its row there, and the latent."""
 
     def __init__(self, dictionary: Dictionary, context: Int[Tensor, " rows"], top: int, bands: int):
         self._dictionary, self._bands = dictionary, bands
@@ -58,6 +61,7 @@ class Firings:
         self._middle: float | None = None
         self._best, self._sample = _Kept(d_sae, top, context), _Kept(d_sae, bands * SAMPLE)
         self._stride = max(1, len(context) // TOGETHER_ROWS)
+        self.sample = np.arange(0, len(context), self._stride)
         self._pairs = [torch.empty(2, 0, dtype=torch.int32)]
 
     def look(self, start: int, x: Tensor) -> None:
@@ -95,13 +99,15 @@ class Firings:
         self.edges = torch.cat([value[:, :1], edges, torch.zeros_like(value[:, :1])], 1)
         self.total = self.total.float()
         self.first_edge = (self._middle or 1.0) * 2 ** (1 / BINS_PER_OCTAVE - OCTAVES)
+        rows, latents = torch.cat(self._pairs, 1).numpy()
+        self.firings = rows, latents
         self.together, self.overlap = self._together()
         del self._best, self._sample, self._pairs  # larger than what was chosen
         return self
 
     def _together(self) -> tuple[Tensor, Tensor]:
-        rows, latents = torch.cat(self._pairs, 1).numpy()
-        shape = (int(rows.max(initial=0)) + 1, len(self.count))
+        rows, latents = self.firings
+        shape = (len(self.sample), len(self.count))
         fires = csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, latents)), shape=shape)
         often = torch.from_numpy(np.asarray(fires.sum(0)).ravel())
         by_latent = fires.T.tocsr()

@@ -42,10 +42,12 @@ from llm_wsae.inspecting.directions import (
     written,
 )
 from llm_wsae.inspecting.inspection import Token, read_sentence
+from llm_wsae.inspecting.labels import Label, families_of, labels_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import Firings, collect, windows
 from llm_wsae.pages.frame import filled, is_page
+from llm_wsae.pages.telling import AFTER, BEFORE, Found, found_in
 from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
 from llm_wsae.statistics.uncertainty import FEWEST, TextSize
 from llm_wsae.terminal import printable
@@ -58,7 +60,6 @@ _RARE = 1.5  # times the limit: latents that fire rarely have fewer examples, so
 _MOST_EXAMPLES = 1000  # of one kind, for each latent
 
 CHUNK = 64  # latents that are unpacked together
-BEFORE, AFTER = 20, 8  # tokens shown around an example
 _RECOGNISED = (1e-4, 1e-2)  # shares of rows between which a latent can be recognisable
 _STEM = 4  # letters that forms of a word share
 _NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
@@ -77,6 +78,7 @@ class Dashboard:
 
     path: Path
     megabytes: float
+    found: tuple[Found, ...]  # in each dictionary
 
     def _repr_html_(self) -> str:
         page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
@@ -131,6 +133,8 @@ def dashboard(
     word = cache(lambda token: shown(vocabulary.text(token)))
     found, seen = collect(store, named, top, bands, rows), store.text_size(rows)
     readout, decoders = Readout(model), [one.W_dec for one in named.values()]
+    names, held = list(named), []
+    families = families_of(store, vocabulary, found[names[0]].sample)
     parts: list[tuple[str, str]] = []
     overviews = []
     for index, (name, dictionary) in enumerate(named.items()):
@@ -139,7 +143,12 @@ def dashboard(
             for number, decoder in enumerate(decoders)
             if number != index
         }
-        latents = Latents(dictionary, store, found[name], word, readout, said[name], top)
+        labels = labels_of(families, *found[name].firings, dictionary.d_sae)
+        latents = Latents(dictionary, store, found[name], labels, word, readout, said[name], top)
+        # the first is compared with the second, all others with the first
+        other = 0 if index else 1
+        beside = (names[other], partners[other][1][:, 0]) if partners else None
+        held.append(found_in(name, found[name], labels, latents.windows, vocabulary, beside))
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
         own = scored.get(name, {}) | {"recognisable": torch.tensor(latents.recognisable)}
         columns = table(dictionary, found[name], latents.cosine, partners, own)
@@ -166,7 +175,7 @@ def dashboard(
     megabytes = len(page.encode()) / 1e6
     _check_size(megabytes)
     write_text(out, page)
-    return Dashboard(out, megabytes)
+    return Dashboard(out, megabytes, tuple(held))
 
 
 def most_megabytes(latents: Sequence[int], examples: int, firings: Sequence[int] = ()) -> float:
@@ -385,12 +394,14 @@ class Latents:
         dictionary: Dictionary,
         store: ActivationStore,
         found: Firings,
+        labels: Sequence[Label],
         word: Callable[[int], str],
         readout: Readout,
         explanations: Mapping[int, Explanation],
         top: int,
     ):
         self._decoder, self._found, self._word = dictionary.W_dec, found, word
+        self._labels = labels
         self._readout, self._explanations, self._top = readout, explanations, top
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
@@ -400,10 +411,10 @@ class Latents:
             [[one.dimension, *map(_short, (one.decoder, one.share, one.gamma))] for one in own]
             for own in written(dictionary, every, _DIMENSIONS)
         ]
-        self._windows = windows(store, dictionary, every, found.row, found.floor, BEFORE, AFTER)
-        self.tokens = {*np.unique(self._windows.ids).tolist()} - {-1}  # ``chunks`` adds to them
+        self.windows = windows(store, dictionary, every, found.row, found.floor, BEFORE, AFTER)
+        self.tokens = {*np.unique(self.windows.ids).tolist()} - {-1}  # ``chunks`` adds to them
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
-        shades = np.ceil(self._windows.activation / largest[:, None] * _SHADES)
+        shades = np.ceil(self.windows.activation / largest[:, None] * _SHADES)
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
         # of each latent: its explanation, the tokens that it fires on most and those it promotes
         self.search: list[str] = []
@@ -426,7 +437,9 @@ class Latents:
             for largest in (True, False)
         )
         self.tokens.update(token for token, _ in [*promotes, *suppresses])
+        promoted = [self._named(token) for token, _ in promotes[:3]]
         new: dict[str, Any] = {
+            "label": printable(self._labels[latent].text(promoted)),
             "examples": examples,
             "histogram": found.histogram[latent].tolist(),
             "neighbours": _pairs(self._near[0][latent], self._near[1][latent]),
@@ -437,7 +450,6 @@ class Latents:
             "logits": _histogram(logits),
         }
         fires = [self._named(ids[centre]) for _, _, _, centre, ids, _, _ in examples[:6]]
-        promoted = [self._named(token) for token, _ in promotes[:3]]
         listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promoted)]
         if (said := self._explanations.get(latent)) is not None:
             new["explanation"] = _said(said)
@@ -457,14 +469,14 @@ class Latents:
     def _example(self, latent: int, rank: int) -> list[Any]:
         """Rank, activation, document, place of the centre, tokens, their shades, and sources."""
         place = latent * self._found.row.shape[1] + rank
-        here = self._windows.run(place)
-        sources = zip(self._windows.source[place], self._windows.part[place], strict=True)
+        here = self.windows.run(place)
+        sources = zip(self.windows.source[place], self.windows.part[place], strict=True)
         return [
             rank,
             _short(float(self._found.value[latent, rank])),
-            shown(self._windows.document[place]),
+            shown(self.windows.document[place]),
             BEFORE - here.start,
-            self._windows.ids[place, here].tolist(),
+            self.windows.ids[place, here].tolist(),
             self._shades[place, here].tolist(),
             [[int(dimension), _short(float(part), 3)] for dimension, part in sources],
         ]

@@ -135,15 +135,14 @@ def _from_plain(
     """Differences from the plain dictionaries, as the page draws them, and in words."""
     rows, evidence = [], []
     for name, one in report.from_plain.items():
-        low, high = one.kl_interval
-        word = "higher KL" if low > 0 else "lower KL" if high < 0 else "KL level with plain"
+        word = "KL level with plain" if one.word == "level" else f"{one.word} KL"
         values = {
-            "kl": (one.kl, low, high),
+            "kl": (one.kl, *one.kl_interval),
             "ce_recovered": (one.ce_recovered, *one.ce_recovered_interval),
             "fvu": (one.fvu,),
         }
         rows.append({"series": series[name], "name": name, "word": word, "values": values})
-        ce, kl = (f"[{a:+.4f}, {b:+.4f}]" for a, b in (one.ce_recovered_interval, (low, high)))
+        ce, kl = (f"[{a:+.4f}, {b:+.4f}]" for a, b in (one.ce_recovered_interval, one.kl_interval))
         text = (
             f"{word}: {one.kl:+.4f} {kl} nats compared with {one.plain}; CE recovered "
             f"{one.ce_recovered:+.4f} {ce}; FVU {one.fvu:+.4f}"

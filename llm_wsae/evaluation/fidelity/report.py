@@ -1,5 +1,7 @@
 """What an evaluation of fidelity found: one JSON object, and one table for people."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,19 @@ class FromPlain:
     kl: float  # in nats
     kl_interval: Interval
 
+    @property
+    def word(self) -> str:
+        """What its KL is, beside the plain one's: ``lower``, ``higher`` or ``level``."""
+        low, high = self.kl_interval
+        return "higher" if low > 0 else "lower" if high < 0 else "level"
+
+
+_HELP = {
+    "lower": "the weights help here",
+    "higher": "the weights do harm here",
+    "level": "the weights make no difference that this text shows",
+}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -144,4 +159,11 @@ class Report:
                 f"{one.ce_mean_ablated:.3f} with their mean and {one.ce_zero_ablated:.3f} with "
                 f"zeros in their place; {one.massive_rows} massive activations left out."
             )
-        return lines + [f"note: {note}" for note in self.notes]
+        return [*lines, *self._answers(), *(f"note: {note}" for note in self.notes)]
+
+    def _answers(self) -> Iterator[str]:
+        """Do weights help? A sentence for each dictionary that has a plain one beside it."""
+        for name, one in self.from_plain.items():
+            whole = self.dictionaries[one.plain].kl or math.nan
+            kl, low, high = (f"{100 * part / whole:+.1f}" for part in (one.kl, *one.kl_interval))
+            yield f"{name}: KL {kl} % [{low}, {high}] beside {one.plain}: {_HELP[one.word]}."

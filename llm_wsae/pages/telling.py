@@ -1,0 +1,106 @@
+"""What a page shows of its dictionaries, in a few lines: how many latents fire, five of them in
+words with a text each, and how many are found again in the dictionary beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY
+from llm_wsae.inspecting.directions import Vocabulary
+from llm_wsae.inspecting.labels import Label
+from llm_wsae.pages.collecting import Firings, Windows
+from llm_wsae.terminal import printable
+
+PARTNER = 0.7
+"""Cosine of two decoder rows from which on they are called the same feature."""
+BEFORE, AFTER = 20, 8  # tokens shown around an example
+_TOLD, _WORDS = 5, 3  # latents in words, and the fewest words of their labels,
+_LETTERS = 4  # each of so many letters or more
+_SIDE = 48  # characters of text on either side
+
+
+@dataclass(frozen=True)
+class Told:
+    """A latent in words."""
+
+    latent: int
+    label: str
+    density: float  # share of the page's rows on which it fires
+    context: str  # around its largest activation, whose token stands between « and »
+
+    def text(self) -> str:
+        """For people."""
+        share = f"on {100 * self.density:.2g} % of the tokens"
+        return f"  {self.latent:>6}  {self.label}, {share}\n          {self.context}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a dictionary holds."""
+
+    name: str
+    latents: int
+    silent: int  # latents that fire on none of the page's rows
+    labelled: int  # latents with a rule about their tokens
+    told: tuple[Told, ...]
+    """The five whose firing a label of several words finds best."""
+    partner: str | None = None  # name of the dictionary beside it
+    partners: int = 0  # latents with a decoder row there at a cosine of at least 0.7
+
+    def text(self) -> str:
+        """For people, without those in words."""
+        firing = f"{self.latents - self.silent:,} of {self.latents:,} latents of {self.name} fire"
+        found = f"{firing}, {self.labelled:,} of them on tokens that a rule can name"
+        if self.partner is None:
+            return found
+        same = f"{self.partners:,} have a partner in {self.partner}"
+        return f"{found}; {same} (cosine of at least {PARTNER:g})"
+
+
+def found_in(
+    name: str,
+    firings: Firings,
+    labels: Sequence[Label],
+    texts: Windows,
+    vocabulary: Vocabulary,
+    partner: tuple[str, Float[Tensor, " d_sae"]] | None,
+) -> Found:
+    """``texts`` are those of all examples; ``partner`` is the dictionary beside it, and the largest
+    cosine of each latent with one there."""
+    density = (firings.count / max(firings.rows_seen, 1)).tolist()
+
+    def rank(latent: int) -> tuple[bool, float]:
+        label, usual = labels[latent], density[latent] < DENSE_DENSITY
+        words = [word.rstrip("…") for clause in label.clauses for word in clause.values]
+        long = sum(word.isalpha() and len(word) >= _LETTERS for word in words)
+        return usual and long >= _WORDS, label.f1
+
+    ruled = [latent for latent, label in enumerate(labels) if label.clauses]
+    best = sorted(ruled, key=rank, reverse=True)[:_TOLD]
+    each = firings.row.shape[1]
+    told = (
+        Told(one, labels[one].text(), density[one], _context(texts, one * each, vocabulary))
+        for one in best
+    )
+    return Found(
+        name=name,
+        latents=len(labels),
+        silent=int((firings.count == 0).sum()),
+        labelled=len(ruled),
+        told=tuple(told),
+        partner=None if partner is None else partner[0],
+        partners=0 if partner is None else int((partner[1] >= PARTNER).sum()),
+    )
+
+
+def _context(texts: Windows, example: int, vocabulary: Vocabulary) -> str:
+    here = texts.run(example)
+    at = BEFORE - here.start
+    before, token, after = map(
+        printable, vocabulary.pieces(texts.ids[example, here].tolist(), [at, at + 1])
+    )
+    before = before if len(before) <= _SIDE else f"…{before[1 - _SIDE :]}"
+    after = after if len(after) <= _SIDE else f"{after[: _SIDE - 1]}…"
+    return f"{before}«{token}»{after}"
