@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from llm_wsae.inspecting.directions import (
     top_words,
     written,
 )
+from llm_wsae.inspecting.labels import Label, families_of, labels_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, parsing
 from llm_wsae.outside import text as known_text
@@ -124,6 +125,7 @@ class Latent:
     """One latent of a dictionary."""
 
     latent: int
+    label: str | None  # made automatically (``labels``); None without a store and a model
     neighbours: list[Neighbour]  # by descending cosine
     dimensions: list[Written]  # by descending share
     effective_dimensions: float
@@ -260,7 +262,13 @@ def _views(
     logits = None if model is None else Readout(model).logits(decoder)
     near, cosines = nearest(decoder, dictionary.W_dec, top, numbers)
     writes, effective = written(dictionary, numbers, top), dimensions_written(decoder).tolist()
-    found = None if store is None else firings(store, dictionary, numbers, top)
+    found = sample = None
+    labels: list[Label] = []
+    if store is not None:
+        found, sample = firings(store, dictionary, numbers, top)
+    if store is not None and sample is not None and model is not None:
+        families = families_of(store, vocabulary, sample.rows)
+        labels = labels_of(families, sample.place, sample.number, len(latents))
 
     def words(place: int, largest: bool) -> list[Word] | None:
         if logits is None:
@@ -271,6 +279,7 @@ def _views(
     return [
         Latent(
             latent=latent,
+            label=_said(labels[place], words(place, largest=True)) if labels else None,
             neighbours=list(map(Neighbour, near[place].tolist(), cosines[place].tolist())),
             dimensions=writes[place],
             effective_dimensions=effective[place],
@@ -281,6 +290,10 @@ def _views(
         )
         for place, latent in enumerate(latents)
     ]
+
+
+def _said(label: Label, promoted: Sequence[Word] | None) -> str:
+    return label.text([word.token.strip() for word in promoted or []][:3])
 
 
 def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) -> list[Example]:
@@ -300,6 +313,14 @@ def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) ->
     return examples
 
 
+class Sample(NamedTuple):
+    """Evenly spread rows, without massive ones, and where the latents fire among them."""
+
+    rows: Int[np.ndarray, " sample"]  # their numbers in the store
+    place: Int[np.ndarray, " firings"]  # of each firing's row among them
+    number: Int[np.ndarray, " firings"]  # of its latent among those asked for
+
+
 def firings(
     store: ActivationStore,
     dictionary: Dictionary,
@@ -308,9 +329,10 @@ def firings(
     *,
     candidates: int = CANDIDATES,
     sample_rows: int = SAMPLE_ROWS,
-) -> list[Firing]:
+) -> tuple[list[Firing], Sample]:
     """Density and ``top`` contexts of each latent, at most ``candidates`` rows of which are encoded
-    in search of them; the density is estimated from ``sample_rows`` rows, or almost twice as many.
+    in search of them; the density is estimated from ``sample_rows`` rows, or almost twice as many,
+    the sample that is returned beside it.
 
     The store must fit (``check_store``). Raises UsageError if it does not have the dictionary's
     site, LlmWsaeError if its rows cannot be read.
@@ -321,6 +343,7 @@ def firings(
     looked_at, sums = 0, torch.zeros(2, len(latents) + 1)  # the last is for all other latents
     best, row = torch.empty(0, len(latents)), torch.empty(0, len(latents)).long()
     starts = range(0, store.num_rows, _ROWS_AT_ONCE)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
         x = reader.rows(start, min(start + _ROWS_AT_ONCE, store.num_rows)).float()
         usable = not_massive(dictionary, x)
@@ -332,11 +355,14 @@ def firings(
         row = row.gather(0, place)
 
         spread = slice(-start % stride, None, stride)
-        sample = x[spread][usable[spread]]
-        codes = dictionary.encode_sparse(sample)
-        values, at = codes.values.flatten(), column[codes.indices].flatten()
+        sample = torch.arange(start, start + len(x))[spread][usable[spread]]
+        codes = dictionary.encode_sparse(x[sample - start])
+        at = column[codes.indices]
+        place, slot = ((at < len(latents)) & (codes.values > 0)).nonzero(as_tuple=True)
+        seen.append((sample, looked_at + place, at[place, slot]))
         looked_at += len(sample)
-        sums.index_add_(1, at, torch.stack([(values > 0).float(), values]))
+        values = codes.values.flatten()
+        sums.index_add_(1, at.flatten(), torch.stack([(values > 0).float(), values]))
     found = []
     for number, latent in enumerate(latents.tolist()):
         rows = row[:, number][best[:, number] > 0]
@@ -352,7 +378,7 @@ def firings(
                 searched_all=len(contexts) == top or len(rows) < candidates,
             )
         )
-    return found
+    return found, Sample(*(torch.cat(parts).numpy() for parts in zip(*seen, strict=True)))
 
 
 def _top_contexts(
@@ -434,6 +460,8 @@ def latents_text(dictionary: Dictionary, latents: Sequence[Latent]) -> str:
 def _latent(dictionary: Dictionary, latent: Latent) -> Iterator[str]:
     firing = latent.firing
     yield f"latent {latent.latent} of {printable(dictionary.info.name)} at {dictionary.info.site}"
+    if latent.label:
+        yield f"label       {printable(latent.label)}  (automatic)"
     if firing:
         share, mean = 100 * firing.density, firing.mean_activation
         on_average = "" if mean is None else f"; {mean:.2f} on average where it fires"

@@ -56,7 +56,7 @@ def test_density_and_top_contexts_are_those_of_all_rows(
     latents = [int(often.argmax()), *often.argsort()[20:60:10].tolist(), int(often.argmin())]
     # a small store is looked at whole
     how = {} if stride == 1 else {"sample_rows": store.num_rows // stride}
-    found = firings(store, one, torch.tensor(latents), top=6, **how)
+    found, _ = firings(store, one, torch.tensor(latents), top=6, **how)
     for latent, firing in zip(latents, found, strict=True):
         values = dense[:, latent]
         seen = values[::stride][usable[::stride]]
@@ -81,7 +81,7 @@ def test_it_says_when_the_candidates_ran_out(store, model):
     silent = (dense > 0).sum(0).argmin()[None]
     assert not dense[:, silent].any()
     for candidates, searched_all in ((40, False), (10_000, True)):
-        (firing,) = firings(store, one, silent, 3, candidates=candidates)
+        (firing,), _ = firings(store, one, silent, 3, candidates=candidates)
         assert not firing.rows and firing.searched_all == searched_all
 
 
