@@ -105,6 +105,11 @@ class Firings:
         del self._best, self._sample, self._pairs  # larger than what was chosen
         return self
 
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Share of the rows on which each latent fires."""
+        return self.count / max(self.rows_seen, 1)
+
     def _together(self) -> tuple[Tensor, Tensor]:
         rows, latents = self.firings
         shape = (len(self.sample), len(self.count))

@@ -11,8 +11,6 @@ import itertools
 import json
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +45,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import Firings, collect, windows
 from llm_wsae.pages.frame import filled, is_page
-from llm_wsae.pages.telling import AFTER, BEFORE, Found, found_in
+from llm_wsae.pages.telling import AFTER, BEFORE, Found, found_in, recognisable
 from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
 from llm_wsae.statistics.uncertainty import FEWEST, TextSize
 from llm_wsae.terminal import printable
@@ -60,8 +58,6 @@ _RARE = 1.5  # times the limit: latents that fire rarely have fewer examples, so
 _MOST_EXAMPLES = 1000  # of one kind, for each latent
 
 CHUNK = 64  # latents that are unpacked together
-_RECOGNISED = (1e-4, 1e-2)  # shares of rows between which a latent can be recognisable
-_STEM = 4  # letters that forms of a word share
 _NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
 _SHOWN = 12  # latents of a token of a sentence
 _SHADES = 99  # levels of an activation: two digits
@@ -144,13 +140,13 @@ def dashboard(
             if number != index
         }
         labels = labels_of(families, *found[name].firings, dictionary.d_sae)
-        latents = Latents(dictionary, store, found[name], labels, word, readout, said[name], top)
+        latents = Latents(dictionary, store, found[name], labels, word, readout, said[name])
         # the first is compared with the second, all others with the first
         other = 0 if index else 1
         beside = (names[other], partners[other][1][:, 0]) if partners else None
         held.append(found_in(name, found[name], labels, latents.windows, vocabulary, beside))
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
-        own = scored.get(name, {}) | {"recognisable": torch.tensor(latents.recognisable)}
+        own = scored.get(name, {}) | {"recognisable": recognisable(found[name].density, labels)}
         columns = table(dictionary, found[name], latents.cosine, partners, own)
         parts += [(f"table-{index}", packed(columns)), (f"search-{index}", packed(latents.search))]
         tokens |= latents.tokens
@@ -340,7 +336,7 @@ def table(
     ``partners`` the nearest latents of other dictionaries, by their numbers, and their cosines."""
     first, second = principal_components(dictionary.W_dec).T
     columns = {
-        "density": found.count / max(found.rows_seen, 1),
+        "density": found.density,
         "mean": found.total / found.count.clamp(min=1),
         "largest": found.value[:, 0],
         "dimensions": dimensions_written(dictionary.W_dec),
@@ -352,25 +348,6 @@ def table(
     for other, (partner, likeness) in partners.items():
         columns |= {f"partner-{other}": partner[:, 0], f"likeness-{other}": likeness[:, 0]}
     return {name: _rounded(column) for name, column in columns.items()}
-
-
-def word_at(texts: Sequence[str], centre: int) -> str:
-    """The word to which one of some tokens belongs, in small letters; empty if it ends in none."""
-    before, after = "".join(texts[: centre + 1]), "".join(texts[centre + 1 :])
-    first = re.findall(r"[^\W\d_]*$", before)[0]
-    return (first + re.findall(r"^[^\W\d_]*", after)[0]).lower() if first else ""
-
-
-def recognisable(words: Sequence[str], most: int) -> float:
-    """How clearly a latent stands for one word, from 0 to 1: the share of its ``most`` strongest
-    contexts in which it fires on that word, known by its first letters, × forms/(forms + 1), as
-    several forms of a word say more than a single token."""
-    stems = Counter(word[:_STEM] for word in words if len(word) >= _STEM)
-    if not stems:
-        return 0.0
-    ((stem, count),) = stems.most_common(1)
-    forms = len({word for word in words if word.startswith(stem)})
-    return count / most * forms / (forms + 1)
 
 
 def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
@@ -398,11 +375,10 @@ class Latents:
         word: Callable[[int], str],
         readout: Readout,
         explanations: Mapping[int, Explanation],
-        top: int,
     ):
         self._decoder, self._found, self._word = dictionary.W_dec, found, word
         self._labels = labels
-        self._readout, self._explanations, self._top = readout, explanations, top
+        self._readout, self._explanations = readout, explanations
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
         # of each latent with the one nearest to it; NaN for one that is alone
@@ -418,10 +394,9 @@ class Latents:
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
         # of each latent: its explanation, the tokens that it fires on most and those it promotes
         self.search: list[str] = []
-        self.recognisable: list[float] = []  # of each latent, from 0 to 1
 
     def chunks(self) -> Iterator[str]:
-        """Packed lists of latents; ``search`` and ``recognisable`` grow with them."""
+        """Packed lists of latents; ``search`` grows with them."""
         for first in range(0, len(self._decoder), _LOGITS_AT_ONCE):
             logits = self._readout.logits(self._decoder[first : first + _LOGITS_AT_ONCE])
             made = [self._latent(latent, own) for latent, own in enumerate(logits, first)]
@@ -455,11 +430,6 @@ class Latents:
             new["explanation"] = _said(said)
             listed = [printable(said.text), "·", *listed] if said.text else listed
         self.search.append(" ".join(listed))
-        strongest = [(ids, centre) for n, _, _, centre, ids, _, _ in examples if n < self._top]
-        words = [word_at(list(map(self._word, ids)), centre) for ids, centre in strongest]
-        density = int(found.count[latent]) / max(found.rows_seen, 1)
-        usual = _RECOGNISED[0] <= density <= _RECOGNISED[1]
-        self.recognisable.append(recognisable(words, self._top) if usual else 0.0)
         return new
 
     def _named(self, token: int) -> str:

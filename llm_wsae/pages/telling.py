@@ -4,10 +4,10 @@ words with a text each, and how many are found again in the dictionary beside it
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.inspecting.directions import Vocabulary
 from llm_wsae.inspecting.labels import Label
 from llm_wsae.pages.collecting import Firings, Windows
@@ -16,8 +16,8 @@ from llm_wsae.terminal import printable
 PARTNER = 0.7
 """Cosine of two decoder rows from which on they are called the same feature."""
 BEFORE, AFTER = 20, 8  # tokens shown around an example
-_TOLD, _WORDS = 5, 3  # latents in words, and the fewest words of their labels,
-_LETTERS = 4  # each of so many letters or more
+_TOLD = 5  # latents in words
+_WORDS, _LETTERS, _USUAL = 3, 4, (1e-4, 1e-2)  # of ``recognisable``
 _SIDE = 48  # characters of text on either side
 
 
@@ -45,7 +45,7 @@ class Found:
     silent: int  # latents that fire on none of the page's rows
     labelled: int  # latents with a rule about their tokens
     told: tuple[Told, ...]
-    """The five whose firing a label of several words finds best."""
+    """The five most ``recognisable`` ones."""
     partner: str | None = None  # name of the dictionary beside it
     partners: int = 0  # latents with a decoder row there at a cosine of at least 0.7
 
@@ -69,16 +69,9 @@ def found_in(
 ) -> Found:
     """``texts`` are those of all examples; ``partner`` is the dictionary beside it, and the largest
     cosine of each latent with one there."""
-    density = (firings.count / max(firings.rows_seen, 1)).tolist()
-
-    def rank(latent: int) -> tuple[bool, float]:
-        label, usual = labels[latent], density[latent] < DENSE_DENSITY
-        words = [word.rstrip("…") for clause in label.clauses for word in clause.values]
-        long = sum(word.isalpha() and len(word) >= _LETTERS for word in words)
-        return usual and long >= _WORDS, label.f1
-
+    density, clear = firings.density.tolist(), recognisable(firings.density, labels)
     ruled = [latent for latent, label in enumerate(labels) if label.clauses]
-    best = sorted(ruled, key=rank, reverse=True)[:_TOLD]
+    best = sorted(ruled, key=lambda one: float(clear[one]), reverse=True)[:_TOLD]
     each = firings.row.shape[1]
     told = (
         Told(one, labels[one].text(), density[one], _context(texts, one * each, vocabulary))
@@ -93,6 +86,21 @@ def found_in(
         partner=None if partner is None else partner[0],
         partners=0 if partner is None else int((partner[1] >= PARTNER).sum()),
     )
+
+
+def recognisable(
+    density: Float[Tensor, " d_sae"], labels: Sequence[Label]
+) -> Float[Tensor, " d_sae"]:
+    """How well a label finds the firing of each latent (its F1), if it names three words of four
+    letters or more, and the latent fires on 1e-4 to 1e-2 of the rows; else 0."""
+    usual = (density >= _USUAL[0]) & (density <= _USUAL[1])
+    return torch.tensor([_clear(label) for label in labels]) * usual
+
+
+def _clear(label: Label) -> float:
+    words = [word.rstrip("…") for clause in label.clauses for word in clause.values]
+    long = sum(word.isalpha() and len(word) >= _LETTERS for word in words)
+    return label.f1 if long >= _WORDS else 0.0
 
 
 def _context(texts: Windows, example: int, vocabulary: Vocabulary) -> str:

@@ -142,6 +142,9 @@ def page(world):
         "--bands", BANDS, "--scores", world / "report.json", "--json",
     )  # fmt: skip
     assert result.json["page"] == str(out)
+    held = result.json["found"]
+    assert [one["partner"] for one in held] == ["variance-a0.5-k4", "uniform-k4"]
+    assert all(64 == one["latents"] >= one["labelled"] >= len(one["told"]) for one in held)
     return out
 
 
@@ -383,20 +386,6 @@ def test_any_other_dictionary_can_stand_beside_one(browser, world, store, model,
         tab.wait_for_selector("text=c beside a")
         assert tab.url.endswith("#compare/d2/p0/L54")
         tab.wait_for_selector("text=cosine 1.00: partners")
-
-
-def test_latents_of_one_word_in_several_forms_are_recognisable():
-    texts = ["I ", "main", "tain", "tained", " of", ".", " MAIN", " 7"]
-    for ids, centre, word in (
-        ((0, 1, 2, 4), 2, "maintain"), ((0, 1, 3), 1, "maintained"), ((1, 2, 5, 4), 2, ""),
-        ((7, 6), 1, "main"), ((7, 4), 0, ""),
-    ):  # fmt: skip
-        assert dashboards.word_at([texts[number] for number in ids], centre) == word
-    for words, wanted in (
-        (["maintain"] * 4, 1 / 2), (["maintain", "maintained", "main", "of"], 3 / 4 * 3 / 4),
-        (["maintain"], 1 / 4 * 1 / 2), (["of", "us"], 0), ([], 0),
-    ):  # fmt: skip
-        assert dashboards.recognisable(words, 4) == pytest.approx(wanted)
 
 
 def test_a_search_finds_whole_words_of_all_contexts(browser, world, model, tmp_path):

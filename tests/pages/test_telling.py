@@ -1,0 +1,24 @@
+"""What a page says of its dictionaries in words."""
+
+import pytest
+import torch
+
+from llm_wsae.inspecting.labels import Clause, Label
+from llm_wsae.pages.telling import recognisable
+
+
+@pytest.mark.parametrize(
+    "values, density, wanted",
+    [
+        (("tax", "taxes", "taxed", "taxing"), 1e-3, 0.6),
+        (("taxes", "taxed", "taxi…"), 1e-2, 0.6),  # a word that goes on
+        (("taxes", "taxed"), 1e-3, 0),
+        (("of", "to", "in", "by"), 1e-3, 0),
+        (("taxes", "taxed", "taxing"), 0.02, 0),
+        (("taxes", "taxed", "taxing"), 0.0, 0),
+        ((), 1e-3, 0),
+    ],
+)
+def test_a_latent_is_recognisable_by_a_label_of_several_words(values, density, wanted):
+    label = Label((Clause("word", values),) if values else (), 0.6 if values else 0.0)
+    assert recognisable(torch.tensor([density]), [label]).tolist() == pytest.approx([wanted])
