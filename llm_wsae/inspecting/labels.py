@@ -28,6 +28,7 @@ MOST_VALUES = 4  # of a family in a label
 LEAST_F1 = 0.15  # of a rule, or the label names promoted tokens instead
 _GAIN = 0.05  # in F1, for which a rule gets a second family
 _FEWEST = 5  # rows on which a latent must fire
+_LONGEST = 40  # letters of a word: some tokenizers know no spaces
 _ENDING, _STEM = 3, 5  # letters of an ending, and of the shortest word that has one
 _PLACES = {"the first tokens of a context": 4}  # positions below the number
 _MOST_ROWS = 20_000  # of a rule that is refined: a dense latent has no need of it
@@ -137,7 +138,7 @@ def _read(
 
 
 def _continues(word: str, token: str) -> bool:
-    return word[-1:].isalnum() and token[:1].isalnum()
+    return word[-1:].isalnum() and token[:1].isalnum() and len(word) < _LONGEST
 
 
 def _kind(word: str, token: str, starts: bool) -> str:
