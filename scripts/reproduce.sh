@@ -4,6 +4,7 @@
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   labels        automatic labels of latents, tested on other documents (10 minutes)
+#   gallery       docs/gallery.md, from the same rows
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What scripts/results holds is not measured again. Options after the name go to the script behind
@@ -14,8 +15,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in weights | checkpoints | probes | labels | explain | interop) ;; *)
-  sed -n '2,10s/^# //p' "$0" >&2
+case $what in weights | checkpoints | probes | labels | gallery | explain | interop) ;; *)
+  sed -n '2,11s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -46,11 +47,14 @@ weights)
 probes)
   .venv/bin/python scripts/results_probes.py --model "$model" "$@"
   ;;
-labels)
+labels | gallery)
   .venv/bin/llm-wsae harvest --model "$model" --corpus sotu --part all --site $sites \
     --tokens 200000 --out runs/labels
-  .venv/bin/python scripts/results_labels.py --store runs/labels --model "$model" \
-    checkpoints/smollm2-135m/*/* "$@"
+  script=scripts/results_labels.py dictionaries=(checkpoints/smollm2-135m/*/*)
+  if [ "$what" = gallery ]; then
+    script=scripts/gallery.py dictionaries=(checkpoints/smollm2-135m/blocks.9.*/*)
+  fi
+  .venv/bin/python "$script" "${dictionaries[@]}" --store runs/labels --model "$model" "$@"
   ;;
 explain)
   .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp

@@ -74,7 +74,7 @@ def found_in(
     best = sorted(ruled, key=lambda one: float(clear[one]), reverse=True)[:_TOLD]
     each = firings.row.shape[1]
     told = (
-        Told(one, labels[one].text(), density[one], _context(texts, one * each, vocabulary))
+        Told(one, labels[one].text(), density[one], context_of(texts, one * each, vocabulary))
         for one in best
     )
     return Found(
@@ -103,12 +103,13 @@ def _clear(label: Label) -> float:
     return label.f1 if long >= _WORDS else 0.0
 
 
-def _context(texts: Windows, example: int, vocabulary: Vocabulary) -> str:
+def context_of(texts: Windows, example: int, vocabulary: Vocabulary) -> str:
+    """The text of an example on one line, its token between « and », at most about 100 characters
+    long."""
     here = texts.run(example)
     at = BEFORE - here.start
-    before, token, after = map(
-        printable, vocabulary.pieces(texts.ids[example, here].tolist(), [at, at + 1])
-    )
+    pieces = vocabulary.pieces(texts.ids[example, here].tolist(), [at, at + 1])
+    before, token, after = (printable(piece.replace("\n", "↵")) for piece in pieces)
     before = before if len(before) <= _SIDE else f"…{before[1 - _SIDE :]}"
     after = after if len(after) <= _SIDE else f"{after[: _SIDE - 1]}…"
     return f"{before}«{token}»{after}"
