@@ -112,4 +112,5 @@ def context_of(texts: Windows, example: int, vocabulary: Vocabulary) -> str:
     before, token, after = (printable(piece.replace("\n", "↵")) for piece in pieces)
     before = before if len(before) <= _SIDE else f"…{before[1 - _SIDE :]}"
     after = after if len(after) <= _SIDE else f"{after[: _SIDE - 1]}…"
-    return f"{before}«{token}»{after}"
+    bare = token.lstrip(" ")  # the space in front of a word, which most tokens begin with
+    return f"{before}{token[: len(token) - len(bare)]}«{bare}»{after}"
