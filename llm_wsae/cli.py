@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import io
+import os
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -30,10 +32,12 @@ from tyro.constructors import (
 from llm_wsae.artifact import provenance
 from llm_wsae.artifact.files import way_out
 from llm_wsae.commands import Result, hub, looking, making
+from llm_wsae.commands.helping import Groups, completion, flags, groups, short_help
 from llm_wsae.commands.spelling import meant, needed, own_word
-from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.machine import processes
 from llm_wsae.outside import is_panic, reason
+from llm_wsae.pipeline.request import read_request
 from llm_wsae.terminal import printable, printable_json, without_secrets
 
 COMMANDS: dict[str, Callable[[Any], Result]] = {
@@ -62,7 +66,8 @@ Weighted sparse autoencoders for the residual streams of real language models.
 
 {commands}
 
-llm-wsae COMMAND --help   show the options of a command
+llm-wsae COMMAND --help   show an example, and the options that everybody needs
+--completion bash         print a script that completes commands and options; or zsh
 --json                    print one JSON object instead of text
 --debug                   show the traceback of an error
 --version                 print the version
@@ -70,6 +75,9 @@ llm-wsae COMMAND --help   show the options of a command
 Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 output pipe closed,
 143 terminated."""
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
+_RECORDED = {name: name for name in ("run", "harvest", "weigh", "train", "study")} | {"plan": "run"}
+_CONFIG = "--config FILE", "Record of an earlier {}; the options given here replace its own."
+_RECORDED = {name: name for name in ("run", "harvest", "weigh", "train", "study")} | {"plan": "run"}
 _ALIASES = {"--tokens": "--harvest.tokens", "--eval-tokens": "--evaluate.tokens"}
 _OPTIONS = ConstructorRegistry()
 _BELOW_FIELD = r'^    {}: .*\n    """((?s:.*?))"""'
@@ -106,6 +114,12 @@ def _run(words: list[str]) -> int:
     if words[0] in ("-h", "--help", "--version"):
         with _printing():
             print(f"llm-wsae {version('llm-wsae')}" if words[0] == "--version" else _usage())
+        return 0
+    if words[0] == "--completion":
+        if words[1:] not in (["bash"], ["zsh"]):
+            raise UsageError("--completion takes the name of a shell, bash or zsh")
+        with _printing():
+            print(completion(words[1], {command: options_of(command) for command in COMMANDS}))
         return 0
     name, *words = words
     provenance.number_formats.clear()  # of another command in this process
@@ -185,11 +199,18 @@ def _usage() -> str:
 def parse(name: str, words: list[str]) -> Callable[[], Result]:
     """A command with the options of these words. Raises UsageError for bad ones, and SystemExit
     once help is printed."""
+    if {"-h", "--help"} & {*words}:
+        print(short_help(name, inspect.getdoc(COMMANDS[name]) or "", help_of(name)))
+        raise SystemExit(0)
+    words, model = _with_record(name, words)
     for before, word in zip([name, *words], words, strict=False):
         _check_word(word, before)
     _check_once(words)
     command = COMMANDS[name]
     (request,) = inspect.signature(command).parameters.values()
+    about = inspect.getdoc(command) or ""
+    if record := _RECORDED.get(name):
+        about += "\n\n" + ": ".join(_config(record))
 
     def refuse(event: Any) -> None:
         with contextlib.suppress(AttributeError):  # an event of another release
@@ -200,12 +221,64 @@ def parse(name: str, words: list[str]) -> Callable[[], Result]:
         given: Any = tyro.cli(
             request.annotation,
             prog=f"llm-wsae {name}",
-            description=inspect.getdoc(command),
-            args=words,
+            description=about,
+            args=["--help" if word == "--help-all" else word for word in words],
             config=[tyro.conf.DisallowNone],
             registry=_OPTIONS,
         )
-    return functools.partial(command, given)
+    return functools.partial(_called, command, given, model)
+
+
+def _config(record: str) -> tuple[str, str]:
+    """The option that the parser does not know, and what it means."""
+    meaning = f"JSON record of an earlier `{record}`, whose options hold where none are given here."
+    return "--config FILE", meaning
+
+
+def _called(command: Callable[[Any], Result], request: Any, recorded_model: str | None) -> Result:
+    try:
+        return command(request)
+    except LlmWsaeError as error:
+        if recorded_model is None or repr(recorded_model) not in str(error):
+            raise
+        hint = "the record holds only its name, so say where it is with --model"
+        raise type(error)(f"{error}; {hint}") from error
+
+
+def _with_record(name: str, words: list[str]) -> tuple[list[str], str | None]:
+    """The words of a command, with those options of the record that --config names which they lack;
+    also the model, if it is one of these."""
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), None)
+    if at is None or name not in _RECORDED:
+        return words, None
+    _, equals, path = words[at].partition("=")
+    path = path if equals else "".join(words[at + 1 : at + 2])
+    if not path or path.startswith("-"):
+        raise UsageError("--config needs a record, such as runs/gpt2/run.json")
+    words = words[:at] + words[at + 1 + (not equals) :]
+    recorded = read_request(Path(path), _RECORDED[name])
+    for option in recorded.keys() & {_spelt(word) for word in words}:
+        del recorded[option]
+    stores = recorded.pop("--stores", [])
+    if not words or words[0].startswith("-"):
+        words = [*map(str, stores), *words]
+    for option, value in recorded.items():
+        words += _typed(option, value, name, path)
+    return words, recorded.get("--model")
+
+
+def _typed(option: str, value: Any, name: str, path: str) -> list[str]:
+    """An option of a record as one would type it."""
+    values = [str(one) for one in (value if isinstance(value, list) else [value])]
+    options = {flag: one for _, rows in help_of(name) for one, _ in rows for flag in flags(one)}
+    if option not in options or any(one.startswith("--") for one in values):
+        raise UsageError(
+            f"{path} holds {shown(' '.join([option, *values]))}, which {name} does not take; give "
+            "its other options on the command line"
+        )
+    if options[option] == option:  # without a value
+        return [option] if value is True else []
+    return [option, *values]
 
 
 @_OPTIONS.struct_rule
@@ -269,8 +342,7 @@ def _check_once(words: list[str]) -> None:
     options = words[: words.index("--")] if "--" in words else words
     given: dict[str, str] = {}
     for option in [word.partition("=")[0] for word in options if word.startswith("--")]:
-        spelling = option.replace("_", "-")
-        name = _ALIASES.get(spelling, spelling)
+        name = _spelt(option)
         if name in given:
             both = " or ".join(dict.fromkeys((given[name], option)))
             raise UsageError(
@@ -279,13 +351,35 @@ def _check_once(words: list[str]) -> None:
         given[name] = option
 
 
+def _spelt(word: str) -> str:
+    """The name of an option that is given like this."""
+    spelling = word.partition("=")[0].replace("_", "-")
+    return _ALIASES.get(spelling, spelling)
+
+
+@functools.cache
+def help_of(name: str) -> Groups:
+    """All options of a command, in the order of its help."""
+    text = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # where there is no UTF-8, no boxes
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "120"  # narrow enough for the parser to draw one column
+    try:
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            parse(name, ["--help-all"])
+    finally:
+        os.environ.pop("COLUMNS")
+        os.environ |= {} if before is None else {"COLUMNS": before}
+    text.seek(0)
+    found = groups(text.read())
+    if record := _RECORDED.get(name):
+        next(rows for title, rows in found if title == "options").append(_config(record))
+    return found
+
+
 def options_of(name: str) -> list[str]:
     """The options of a command, in the order of its help."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        parse(name, ["--help"])
-    lines = re.findall(r"^[^\w-]{0,3}(--[a-z].*?)(?:  |$)", text.getvalue(), re.MULTILINE)
-    return list(dict.fromkeys(re.findall(r"--[a-z][a-z0-9.-]*", "\n".join(lines))))
+    options = [flag for _, rows in help_of(name) for option, _ in rows for flag in flags(option)]
+    return [flag for flag in options if flag.startswith("--")]
 
 
 def _sentence(event: Any, name: str, words: list[str]) -> str | None:

@@ -9,10 +9,7 @@
 """
 
 import argparse
-import contextlib
-import io
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,14 +20,14 @@ from benchmarks import IMAGES, README, ROOT, embedded_model, write_section
 from matplotlib.figure import Figure
 
 from llm_wsae import Dictionary
-from llm_wsae.cli import COMMANDS, main
+from llm_wsae.cli import COMMANDS, help_of, main
+from llm_wsae.commands.helping import flags
 from llm_wsae.evaluation.baselines import RAW
 from llm_wsae.pipeline.plots import BLUE, GREY, INK, tidy
 from llm_wsae.statistics.measures import DRAWN
 
 PAGES = ROOT / "docs/commands"
 QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
-_WIDTH = "120"  # narrow enough for the parser to draw one column
 _LONGEST_DEFAULT = 30  # characters in the last column
 # Which command's page has the options under a prefix.
 _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
@@ -38,53 +35,21 @@ _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "s
 
 def options(command: str) -> str:
     """The options of a command, a table for each group of them."""
-    groups = [(title, rows) for title, rows in _groups(_help(command)) if rows]
+    groups = [(title, rows) for title, rows in help_of(command) if rows]
     tables = "\n\n".join(_table(command, title, rows) for title, rows in groups)
     return tables.removeprefix("**Options**\n\n")  # the section's own title
-
-
-def _help(command: str) -> list[str]:
-    """The lines of a command's help."""
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = _WIDTH
-    shown = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # where there is no UTF-8, no boxes
-    try:
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            main([command, "--help"])
-    finally:
-        os.environ.pop("COLUMNS")
-        os.environ |= {} if columns is None else {"COLUMNS": columns}
-    shown.seek(0)
-    return re.sub(r"\x1b\[[\d;]*m", "", shown.read()).splitlines()
-
-
-def _groups(lines: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parser's boxes: their titles, and an option and its help on each row."""
-    groups: list[tuple[str, list[tuple[str, str]]]] = []
-    for line in lines:
-        if line.startswith("╭"):
-            groups.append((line.strip("╭╮─ "), []))
-        if not line.startswith("│"):
-            continue
-        rows, text = groups[-1][1], line.strip("│").rstrip()[1:]
-        name, _, meaning = text.partition("  ")
-        if text.startswith("-") or (text[:1].strip() and groups[-1][0] == "positional arguments"):
-            rows.append((name, meaning.strip()))
-        elif text.startswith(" ") and rows:
-            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {text.strip()}".strip())
-    return groups
 
 
 def _table(command: str, title: str, rows: list[tuple[str, str]]) -> str:
     """One group as Markdown. What another command's page explains is only named."""
     lines, elsewhere = [], {}
     for name, meaning in rows:
-        *long, flag = sorted(_flags(name), key=lambda flag: "." not in flag)
+        *long, flag = sorted(flags(name), key=lambda flag: "." not in flag)
         prefix = (long or [flag])[0].partition(".")[0].removeprefix("--")
         page = _EXPLAINED.get(prefix, command)
         if "." in flag and page != command:
             elsewhere.setdefault(page, flag)
-        elif name[:2] != "-h":
+        else:
             lines.append(_row(f"{flag} {_value(name)}".strip(), meaning))
     head = ["| option | meaning | default |", "|---|---|---|"]
     more = "More: " if lines else ""
@@ -119,10 +84,6 @@ def _value(name: str) -> str:
     value = name.partition(", ")[0].partition(" ")[2]
     value = re.sub(r"^\[(.+?) \[.*\]\]$", r"\1 …", value)
     return re.sub(r"\{(\w+)\}\|", r"\1|", value).replace("|", "\\|")  # one word, or a number
-
-
-def _flags(name: str) -> list[str]:
-    return [part.partition(" ")[0] for part in name.split(", ")]
 
 
 def update_options() -> None:

@@ -9,20 +9,21 @@ quick.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from llm_wsae.artifact.files import read_own_json
 from llm_wsae.artifact.provenance import write_record
 from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import UsageError, shown
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.site import Site
-from llm_wsae.outside import check_numbers, local_path
+from llm_wsae.outside import check_numbers, local_path, mapping
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
@@ -343,9 +344,30 @@ def write_request(path: Path, command: str, request: Any, **known: Any) -> None:
     for field in fields(request):
         value, notes = getattr(request, field.name), getattr(field.type, "__metadata__", ())
         is_flat = is_dataclass(value) and tyro.conf.OmitArgPrefixes in notes
-        found |= asdict(value) if is_flat else {field.name: value}  # type: ignore[arg-type]
+        found |= _options(value) if is_flat else {field.name: value}
     found.pop("out", None)
     write_record(path, command, found | known)
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """The fields that are options, with their values."""
+    notes = {field.name: getattr(field.type, "__metadata__", ()) for field in fields(config)}
+    shown = [name for name, own in notes.items() if tyro.conf.Suppress not in own]
+    return {name: getattr(config, name) for name in shown}
+
+
+def read_request(path: Path, command: str) -> dict[str, Any]:
+    """The options that ``write_request`` wrote, under the names of the command line. Raises
+    LlmWsaeError for a damaged file, UsageError for the record of another command."""
+    record = read_own_json(path, "record", "give its options on the command line")
+    if record.get("command") != command:
+        made_by = shown(record.get("command"))
+        raise UsageError(f"{path} is not a record of {command}, but of {made_by}")
+    found: dict[str, Any] = {}
+    for name, value in mapping(record.get("config")).items():
+        parts = {f"{name}.{own}": one for own, one in mapping(value).items()} or {name: value}
+        found |= {f"--{key.replace('_', '-')}": one for key, one in parts.items()}
+    return {option: value for option, value in found.items() if value is not None}
 
 
 def changed(options: Any, kind: type | None = None, prefix: str = "") -> dict[str, str]:

@@ -251,6 +251,8 @@ PARSED = """\
     --device cannot be 'gpu' (did you mean 'cuda'?)
 2 run TEXT --stream yes
     'yes' is one argument too many after --stream
+2 run --config --out x
+    --config needs a record
 2 run TEXT --rule nonsense
     no weight rule 'nonsense'
 2 plan TEXT --alpha auto --rule variance
@@ -283,6 +285,14 @@ PARSED = """\
 
 
 LOOKING = """\
+2 run --config store/harvest.json
+    store/harvest.json is not a record of run, but of 'harvest'
+2 harvest --config store/harvest.json
+    missing --out
+1 harvest --config notes.json
+    notes.json is damaged
+1 run --config nowhere.json
+    there is no nowhere.json
 2 evaluate EVALUATING --out x
     dictionary folder
 2 INSPECTING --text BYTES --model model

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +65,7 @@ def flags() -> str:
 def test_options_are_those_that_were_promised():
     assert flags() == Path(__file__).with_name("flags.txt").read_text()
     run = f"--model m --corpus c --site {SITE} "
-    study = "store --model m --corpus c --site s --out o "
+    study = f"store {run}--out o "
     for name, given, short, long in (
         ("run", run, "--tokens 7777 --eval-tokens 8", "--harvest.tokens 7777 --evaluate.tokens 8"),
         ("study", study, "--eval-tokens 88", "--evaluate.tokens 88"),
@@ -82,6 +83,32 @@ def test_help_names_every_command_and_the_version():
             assert f"  {name:<10}{command.__doc__.splitlines()[0]}" in result.out
     nothing = call()
     assert (nothing.code, nothing.out) == (2, "") and nothing.err.startswith("usage: llm-wsae")
+
+
+def test_help_shows_what_everybody_needs(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in COMMANDS:
+        found, every = works(name, "--help").out, works(name, "--help-all").out
+        assert len(found.splitlines()) <= 60 and "(default: )" not in found + every
+        example = re.search(r"example:\n((?:.*\\\n)*.*)", found)[1].replace("\\\n", " ")
+        program, command, *words = shlex.split(example)
+        assert (program, command) == ("llm-wsae", name) and parse(name, words)
+        missing = re.search(r"missing (.*?);", call(name).err)
+        for option in missing[1].split(", ") if missing else ():
+            assert f"\n  {option}" in found
+        options = re.findall(r"^  (\S+)", found[found.index("options:") :], re.MULTILINE)
+        assert {one for one in options if one[0] == "-"} <= {*options_of(name)}
+        assert found.endswith(f" options: llm-wsae {name} --help-all\n")
+
+
+def test_shells_complete_commands_and_options():
+    script = call("--completion", "bash").out
+    for words, wanted in (("ru", "run"), ("run --si", "--site"), ("pull --re", "--revision")):
+        typed = f"COMP_WORDS=(llm-wsae {words}); COMP_CWORD={len(words.split())}; _llm_wsae"
+        shell = ["bash", "-c", f"{script}\n{typed}; echo ${{COMPREPLY[@]}}"]
+        assert subprocess.check_output(shell, text=True) == f"{wanted}\n"
+    assert call("--completion", "zsh").out.endswith(script)
+    assert "--completion takes the name of a shell" in call("--completion", "fish").err
 
 
 def test_a_device_without_memory_is_one_sentence():
@@ -245,6 +272,23 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
     assert list(site) == ["folder", "profile", "fidelity"]
     for name, numbers in site["fidelity"].items():
         assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
+
+
+def test_a_run_is_repeated_from_its_record(ran, model_and_corpus, made_world):
+    asked = [str(word) for word in (*model_and_corpus, *RUN, "--out", "x")]
+    again = ["--config", str(ran[0] / "run.json"), "--out", "x"]
+    request = parse("run", asked).args[1]
+    assert parse("run", [*again, *asked[:2]]).args[1] == request
+    assert parse("plan", [*again, *asked[:2], "--tokens", "9000"]).args[1] == replace(
+        request, harvest=replace(request.harvest, tokens=9000)
+    )
+    assert (
+        "the record holds only its name, so say where it is with --model" in call("run", *again).err
+    )
+    store, trained = str(made_world / "store"), made_world / "trained/train.json"
+    training = parse("train", ["--config", str(trained), "--out", "x", "--k=9"]).args[1]
+    words = ["train", store, *map(str, TRAIN), *map(str, PAIR), "--lengths", "unit", "--k", "9"]
+    assert training == parse("train", [*words[1:], "--out", "x"]).args[1]
 
 
 def test_run_proposes_a_page_that_works(ran, tmp_path):
