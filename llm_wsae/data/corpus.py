@@ -6,6 +6,9 @@ held out and a book is never in memory as a whole. A hash of a document's *name*
 is held out. So a document that is held out of ``a+b`` is held out of ``a`` as well, and a corpus
 that grows moves no document from one side to the other.
 
+A row may also hold a conversation, in a column ``messages``: a list of objects with ``role`` and
+``content``. It becomes text by the chat template of the model that reads it (``data.packing``).
+
 Documents can be long, and the first contexts of a text in its own order would come from a few of
 them. So documents are read a window at a time, shuffled with a fixed seed, and give their text in
 rounds: each document of a window gives a section before any gives its second one. Every reading
@@ -20,7 +23,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -36,6 +39,7 @@ from llm_wsae.outside import (
     integer,
     lines,
     local_path,
+    mapping,
     parse_json,
     parsing,
 )
@@ -63,6 +67,7 @@ class Document:
     name: str  # unique in its source, the same on every reading; decides what is held out
     text: str
     labels: dict[str, Any]  # what the source says about it
+    is_chat: bool = False  # whether the text is a JSON list of messages
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Section:
     name: str  # of its document, as ``labels`` are
     text: str
     labels: dict[str, Any]
+    is_chat: bool = False  # whether it is a whole conversation, as a JSON list of messages
 
 
 class Corpus:
@@ -126,7 +132,7 @@ class Corpus:
         ``owner/name`` or ``owner/name:config``, at its newest revision or with ``@revision``).
         Several joined by ``+`` take turns, so that until one ends each gives about as much text as
         the others. ``part`` is ``train``, ``heldout`` or ``all``. ``text_column`` holds the text;
-        by default ``text``, or the only column of strings.
+        by default ``text``, else ``messages``, or the only column of strings.
 
         Raises UsageError if there is no such corpus, LlmWsaeError if it cannot be read or is empty.
         """
@@ -149,7 +155,7 @@ class Corpus:
             given[turn] += len(text)
             own = documents.setdefault((turn, place), len(documents))
             if index >= start:
-                yield Section(index, own, document.name, text, document.labels)
+                yield Section(index, own, document.name, text, document.labels, document.is_chat)
             index += 1
         if index == 0:
             where = f" in its {self.part} part; add documents or change the held-out fraction"
@@ -173,7 +179,7 @@ class Corpus:
         for one in source.documents():
             side = "heldout" if is_heldout(one.name, self.heldout_fraction) else "train"
             if self.part in ("all", side) and one.text.strip():
-                yield Document(one.name, _encodable(one.text), _short(one.labels))
+                yield replace(one, text=_encodable(one.text), labels=_short(one.labels))
 
 
 def is_heldout(name: str, fraction: float) -> bool:
@@ -211,7 +217,8 @@ def _in_rounds(
         while begins:
             for place, begin in list(begins.items()):
                 text = window[place].text
-                begins[place] = end = _end(text, begin, characters)
+                whole = None if window[place].is_chat else characters
+                begins[place] = end = _end(text, begin, whole)
                 if end == len(text):
                     del begins[place]
                 if text[begin:end].strip():
@@ -284,18 +291,35 @@ def _row_documents(
     column = _text_column([row for _, row in first], wanted, f"{place}{first[0][0]}")
     for number, row in chain(first, rows):
         text = row.pop(column, None)
+        if isinstance(text, list):
+            yield Document(f"{prefix}{number}", _messages(text, f"{place}{number}"), row, True)
+            continue
         if not isinstance(text, str | None):
             kind = type(text).__name__
             raise UsageError(f"{place}{number}: no text in a column {column!r}, but {kind}")
         yield Document(f"{prefix}{number}", text or "", row)
 
 
+def _messages(found: list[Any], where: str) -> str:
+    """A conversation as JSON. Raises UsageError if it is none."""
+    keys = ("role", "content")
+    parts = [{key: mapping(one).get(key) for key in keys} for one in found]
+    if not parts or not all(isinstance(own, str) for part in parts for own in part.values()):
+        raise UsageError(
+            f"{where}: a list that is no conversation, which would be of objects with role and "
+            "content, both text; name a column of text with --text-column"
+        )
+    return json.dumps(parts)
+
+
 def _text_column(rows: list[dict[str, Any]], wanted: str | None, where: str) -> str:
-    """The column that holds the text: ``wanted``, else ``text``, else the only one of strings."""
+    """The column that holds the text: ``wanted``, else ``text`` or ``messages``, else the only one
+    of strings."""
     columns = dict.fromkeys(chain.from_iterable(rows))
     shown = ", ".join(map(str, columns)) or "none"
-    if (wanted or "text") in columns:
-        return wanted or "text"
+    for known in (wanted,) if wanted else ("text", "messages"):
+        if known in columns:
+            return known
     if wanted:
         raise UsageError(f"{where}: no text in a column {wanted!r}; the columns are {shown}")
     texts = {key for row in rows for key, value in row.items() if isinstance(value, str)}
@@ -416,6 +440,9 @@ def _is_simple(kind: Any) -> bool:
 
     if types.is_dictionary(kind):
         return _is_simple(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind):  # of messages
+        own = kind.value_type
+        return types.is_struct(own) and own.get_field_index("role") >= 0
     is_text = str(kind) in ("string", "large_string", "string_view")
     return is_text or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
 

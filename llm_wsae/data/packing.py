@@ -5,6 +5,9 @@ tokens of all sections, each followed by the tokenizer's end-of-sequence token, 
 which is cut into pieces of equal length. Each piece, after a beginning-of-sequence token, is a
 context. A place in the stream is a cursor (section, offset in it). Packing from a cursor gives
 exactly the contexts that packing from the beginning gives there, so that a stopped run can resume.
+
+A conversation is one section, which the tokenizer's chat template turns into tokens, with the marks
+of the roles. These are special tokens, which give no row unless they are asked for.
 """
 
 import json
@@ -140,10 +143,24 @@ class Packer:
             sections.append(section)
             length += len(section.text)
             if len(sections) >= _SECTIONS_AT_ONCE or length >= _CHARACTERS_AT_ONCE:
-                yield sections, self._encoded([one.text for one in sections])
+                yield sections, self._ids(sections)
                 sections, length = [], 0
         if sections:
-            yield sections, self._encoded([one.text for one in sections])
+            yield sections, self._ids(sections)
+
+    def _ids(self, sections: Sequence[Section]) -> list[list[int]]:
+        plain = iter(self._encoded([one.text for one in sections if not one.is_chat]))
+        return [self._of_chat(one) if one.is_chat else next(plain) for one in sections]
+
+    def _of_chat(self, section: Section) -> list[int]:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise LlmWsaeError(
+                f"{section.name} is a conversation, but the model's tokenizer has no chat "
+                "template; take an instruct model, or name a column of text with --text-column"
+            )
+        with parsing(f"the chat template cannot read {section.name}"):
+            messages = json.loads(section.text)
+            return self._tokenizer.apply_chat_template(messages, return_dict=False)
 
     def _two_contexts(self, texts: Sequence[str]) -> int:
         """Characters that fill just less than two contexts, from a sample."""
@@ -152,6 +169,8 @@ class Packer:
         return max(1, 7 * self.content_size * sum(map(len, sample)) // max(1, 4 * tokens))
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         with parsing("the tokenizer cannot read the text"):  # e.g. with an endless expression
             return self._tokenizer(
                 texts,

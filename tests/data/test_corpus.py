@@ -131,6 +131,10 @@ def test_the_column_that_holds_the_text(tmp_path):
     ):
         assert texts(jsonl(path, *rows), text_column=named) == expected, rows
     misused("no text in a column 'r'; the columns are p, q", texts, path, text_column="r")
+    for talk in ([], ["x"], [{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]):
+        jsonl(path, {"messages": talk, "url": "u"})
+        misused("a.jsonl, line 1: a list that is no conversation", texts, path)
+        assert texts(path, text_column="url") == ["u"]
     with pytest.raises(UsageError, match="not exactly one column of strings"):
         texts(jsonl(path, {"body": "x"}, {"body": None, "url": "u"}))
 

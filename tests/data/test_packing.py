@@ -1,14 +1,17 @@
 """Contexts by hand, from any cursor on, and what cannot be packed; and text that is drawn over
 documents, so that no long one fills what is read first."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import over
 from refusals import misused
 from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words, write_jsonl
 
@@ -52,6 +55,31 @@ def test_packing_by_hand():
     assert (block.first, block.next) == (Cursor(0, 0), Cursor(2, 3))
     assert block.headers[1] == {"name": "d1", "labels": {"length": 1}}
     assert block.ids.dtype == block.document.dtype == block.offset.dtype == np.int32
+
+
+TEMPLATE = "{% for m in messages %}</s> {{ m.role }} {{ m.content }} {% endfor %}"
+TALK = [{"role": "w1", "content": "w2 w3"}, {"role": "w4", "content": "w5 " * 30 + "w6"}]
+
+
+@over(kind=["jsonl", "parquet"])
+def test_a_conversation_is_read_through_the_models_template(kind, tmp_path):
+    """Whole, though it is longer than two contexts; the marks of the roles give no row."""
+    path = tmp_path / f"talks.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps({"messages": TALK, "source": "here"}) + "\n")
+    else:
+        table = pyarrow.table({"id": [[1]], "messages": [TALK], "source": ["here"]})
+        pyarrow.parquet.write_table(table, path)
+    own = packer(context_size=12)
+    with pytest.raises(LlmWsaeError, match=f"talks.{kind}#1 is a conversation, but .* no chat"):
+        next(own.blocks(Corpus.open(str(path), "all"), 8))
+    own._tokenizer.chat_template = TEMPLATE
+    (block,) = own.blocks(Corpus.open(str(path), "all"), 8)
+    ids = [EOS, 1, 2, 3, EOS, 4, *[5] * 30, 6]
+    assert block.ids[:, 1:].flatten().tolist() == [*ids, EOS][:33]
+    assert block.headers[0]["labels"] == {"source": "here"}
+    kept = block.ids[block.keep].tolist()
+    assert EOS not in kept and kept[:3] == [1, 2, 3]
 
 
 def test_one_document_per_context_by_hand():
