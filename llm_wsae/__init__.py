@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from llm_wsae.pipeline.run import run as run
     from llm_wsae.sparse.codes import Codes as Codes
     from llm_wsae.statistics.moments import Statistics as Statistics
+    from llm_wsae.steering import steer as steer
     from llm_wsae.training.arm import ArmConfig as ArmConfig
     from llm_wsae.training.arm import make_arms as make_arms
     from llm_wsae.training.config import TrainConfig as TrainConfig

@@ -48,6 +48,7 @@ COMMANDS: dict[str, Callable[[Any], Result]] = {
     "train": making.train,
     "evaluate": looking.evaluate,
     "inspect": looking.inspect,
+    "steer": looking.steer,
     "dashboard": looking.dashboard,
     "explain": looking.explain,
     "export": looking.export,

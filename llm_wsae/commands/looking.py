@@ -21,6 +21,7 @@ from llm_wsae.pipeline.request import (
     Flat,
     ModelConfig,
     OptionalModelConfig,
+    OptionalTextConfig,
     Part,
     Spelt,
     TextConfig,
@@ -160,6 +161,59 @@ def inspect(request: Inspect) -> Result:
         facts["tokens"] = found.tokens
         parts.append(sentence_text(found.tokens, [view.latent for view in found.latents]))
     return facts, "\n\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer:
+    dictionary: Dict
+    """Dictionary folder."""
+    latent: int
+    """Latent to turn up or down."""
+    text: str
+    """Beginning of a text, which the model continues."""
+    how: Literal["add", "clamp", "ablate"] = "add"
+    """add: strength × largest activation × decoder row is added to the stream. clamp: the latent's
+    activation is set to strength × largest. ablate: it is set to 0."""
+    strength: tuple[float, ...] = ()
+    """Strengths in multiples of the latent's largest activation; the default is -1 0.5 1 2 4."""
+    sweep: Flag = False
+    """Try strengths from 0.25 to 8, to find where the model begins to break."""
+    new_tokens: int = 40
+    """Tokens that the model writes."""
+    store: Path | None = None
+    """Activation store of the site; the largest activation is that in its first 100,000 rows."""
+    tokens: int = 20_000
+    """Without a store: tokens of held-out text in which the largest activation is measured."""
+    model: Flat[ModelConfig]
+    corpus: Flat[OptionalTextConfig] = OptionalTextConfig()
+
+    def __post_init__(self) -> None:
+        if (self.store is None) == (self.corpus.corpus is None):
+            raise UsageError(
+                "the latent's largest activation is measured either on the rows of a store or on a "
+                "text; give one of --store and --corpus"
+            )
+        if sum((bool(self.strength), self.sweep, self.how == "ablate")) > 1:
+            raise UsageError("--strength, --sweep and --how ablate exclude each other; give one")
+
+
+def steer(request: Steer) -> Result:
+    """Let the model write with one latent turned up or down, and measure the effect."""
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.inspecting.inspection import check_latent
+    from llm_wsae.steering import STRENGTHS, SWEEP, steer
+
+    opened = Dictionary.load(request.dictionary)
+    check_latent(opened, request.latent)  # before the model is loaded
+    store = None if request.store is None else ActivationStore.open(request.store)
+    source = request.corpus.open("heldout") if store is None else store
+    model = request.model.load(None if store is None else store.manifest.model)
+    strengths = request.strength or (SWEEP if request.sweep else STRENGTHS)
+    asked = {name: getattr(request, name) for name in ("how", "new_tokens", "tokens")}
+    found = steer(opened, model, request.latent, request.text, source, strengths=strengths, **asked)
+    facts = {"dictionary": str(request.dictionary), **vars(found), "verdict": found.verdict}
+    return facts, found.table()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,11 +181,7 @@ def inspect(
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
     for latent in latents:
-        if not 0 <= latent < dictionary.d_sae:
-            raise UsageError(
-                f"there is no latent {latent}; {dictionary.info.name} has latents 0 to "
-                f"{dictionary.d_sae - 1}"
-            )
+        check_latent(dictionary, latent)
     if store is not None:
         store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
         check_store(store, dictionary)
@@ -197,7 +193,7 @@ def inspect(
         print(f"loading {printable(model)}", file=sys.stderr)
         model = LanguageModel.load(model, **loading)
     if model is not None:
-        _check_model(model, dictionary, store)
+        check_model(model, dictionary, store)
     elif text is not None:
         raise UsageError(f"reading a text needs the model, but {no_model}")
     tokens = None
@@ -226,7 +222,16 @@ def _own_model(
     return None, f"{reason}; name the model with --model"
 
 
-def _check_model(
+def check_latent(dictionary: Dictionary, latent: int) -> None:
+    """Raises UsageError if there is no such latent."""
+    if not 0 <= latent < dictionary.d_sae:
+        raise UsageError(
+            f"there is no latent {latent}; {dictionary.info.name} has latents 0 to "
+            f"{dictionary.d_sae - 1}"
+        )
+
+
+def check_model(
     model: LanguageModel, dictionary: Dictionary, store: ActivationStore | None
 ) -> None:
     """Raises UsageError for a model of another width, LlmWsaeError if another one made the store,
@@ -286,7 +291,7 @@ def _views(
             promotes=words(place, largest=True),
             suppresses=words(place, largest=False),
             firing=found[place] if found else None,
-            examples=_examples(store, vocabulary, found[place]) if store and found else [],
+            examples=examples_of(store, vocabulary, found[place]) if store and found else [],
         )
         for place, latent in enumerate(latents)
     ]
@@ -296,7 +301,8 @@ def _said(label: Label, promoted: Sequence[Word] | None) -> str:
     return label.text([word.token.strip() for word in promoted or []][:3])
 
 
-def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) -> list[Example]:
+def examples_of(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) -> list[Example]:
+    """The text around the largest activations of a latent."""
     where = store.locate(torch.tensor(firing.rows, dtype=torch.long))
     examples = []
     for number, (row, value) in enumerate(zip(firing.rows, firing.values, strict=True)):
@@ -329,23 +335,25 @@ def firings(
     *,
     candidates: int = CANDIDATES,
     sample_rows: int = SAMPLE_ROWS,
+    most_rows: int | None = None,
 ) -> tuple[list[Firing], Sample]:
-    """Density and ``top`` contexts of each latent, at most ``candidates`` rows of which are encoded
-    in search of them; the density is estimated from ``sample_rows`` rows, or almost twice as many,
-    the sample that is returned beside it.
+    """Density and ``top`` contexts of each latent in the first ``most_rows`` rows, or all. At most
+    ``candidates`` rows of each are encoded in search of its contexts; the density is estimated from
+    ``sample_rows`` rows, or almost twice as many, the sample that is returned beside it.
 
     The store must fit (``check_store``). Raises UsageError if it does not have the dictionary's
     site, LlmWsaeError if its rows cannot be read.
     """
-    reader, stride = store.reader(dictionary.site), max(1, store.num_rows // sample_rows)
+    num_rows = min(store.num_rows, most_rows or store.num_rows)
+    reader, stride = store.reader(dictionary.site), max(1, num_rows // sample_rows)
     column = latents.new_full((dictionary.d_sae,), len(latents))
     column[latents] = torch.arange(len(latents))
     looked_at, sums = 0, torch.zeros(2, len(latents) + 1)  # the last is for all other latents
     best, row = torch.empty(0, len(latents)), torch.empty(0, len(latents)).long()
-    starts = range(0, store.num_rows, _ROWS_AT_ONCE)
+    starts = range(0, num_rows, _ROWS_AT_ONCE)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
-        x = reader.rows(start, min(start + _ROWS_AT_ONCE, store.num_rows)).float()
+        x = reader.rows(start, min(start + _ROWS_AT_ONCE, num_rows)).float()
         usable = not_massive(dictionary, x)
         pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
         pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)

@@ -30,10 +30,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llm_wsae.attaching import Steer, attach
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.inspection import read_sentence, token_ids
+from llm_wsae.inspecting.inspection import read_sentence
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import mapping, parse_json
 from llm_wsae.pages.dashboard import shown, strongest
+from llm_wsae.steering import prompt_ids
 
 LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
 _MOST_CONNECTIONS = 64
@@ -83,13 +84,8 @@ class Session:
         if not isinstance(count, int) or not 1 <= count <= MOST_NEW_TOKENS:
             raise UsageError(f"from 1 to {MOST_NEW_TOKENS} tokens can be written")
         tokenizer, model = self.model.tokenizer, self.model.hf_model
-        ids = torch.tensor([token_ids(self.model, dictionary, text)], device=self.model.device)
-        longest = self.model.max_context
-        if longest is not None and ids.shape[1] + count > longest:
-            raise UsageError(
-                f"the text has {ids.shape[1]:,} tokens; with {count} more they are too many for "
-                f"{self.model.name}, which reads at most {longest:,}"
-            )
+        prompt = prompt_ids(self.model, dictionary, text, count)
+        ids = torch.tensor([prompt], device=self.model.device)
 
         def write() -> tuple[str, bool, torch.Tensor]:
             logits, started = model(ids).logits[0, -1].float(), time.monotonic()

@@ -135,6 +135,13 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptionalTextConfig(TextConfig):
+    """The text, where something else may stand in for it."""
+
+    corpus: str | None = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuleGrid:
     """Rules × exponents × k."""
 
