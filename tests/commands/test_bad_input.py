@@ -319,6 +319,12 @@ LOOKING = """\
     reads 12 dimensions, but model
 1 inspect narrow --latent 1 --store store
     rows of 16 dimensions
+2 steer trained/uniform-k4 --latent 1 --text w1 --model model
+    give one of --store and --corpus
+2 steer trained/uniform-k4 --latent 64 --text w1 --model model --store store
+    no latent 64; uniform-k4 has latents 0 to 63
+2 steer trained/uniform-k4 --latent 1 --text w1 --model model --store store --how ablate --sweep
+    --strength, --sweep and --how ablate exclude each other
 1 verify torn
     in torn, sae_weights.safetensors changed since it was
 1 verify half
