@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_wsae.attaching import Ablate, Clamp, attach
+from llm_wsae.attaching import Ablate, Clamp, Edit, attach
 from llm_wsae.attaching import Steer as Add
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
@@ -141,9 +141,13 @@ def steer(
     kept = slice(min(packing.drop_positions, len(prompt) - 1), None)
     found = _largest(model, dictionary, latent, source, packing, tokens)
     kind, most = (Add if how == "add" else Clamp), found[0].activation
-    edits = [(f"{how} {one:g} ×", one, kind(latent, one * most)) for one in strengths]
+    edits: list[tuple[str, float | None, Edit]] = [
+        (f"{how} {one:g} ×", one, kind(latent, one * most)) for one in strengths
+    ]
+    if how == "ablate":
+        edits = [(how, None, Ablate(latent))]
     passes: list[_Pass] = [("unsteered", None, *_predicted(model, prompt, new_tokens))]
-    for name, strength, edit in [("ablate", None, Ablate(latent))] if how == "ablate" else edits:
+    for name, strength, edit in edits:
         with attach(model, dictionary) as attached:
             attached.edit(dictionary.site, edit)
             passes.append((name, strength, *_predicted(model, prompt, new_tokens)))
