@@ -131,8 +131,8 @@ def steer(
     long; LlmWsaeError if the latent never fires there, or the source is too small or of another
     model.
     """
-    for strength in strengths:
-        check_number("strength", strength, -1000, 1000)
+    for each in strengths:
+        check_number("strength", each, -1000, 1000)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
     inspection.check_latent(dictionary, latent)
