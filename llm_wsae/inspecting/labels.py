@@ -28,7 +28,7 @@ MOST_VALUES = 4  # of a family in a label
 LEAST_F1 = 0.15  # of a rule, or the label names promoted tokens instead
 _GAIN = 0.05  # in F1, for which a rule gets a second family
 _FEWEST = 5  # rows on which a latent must fire
-_LONGEST = 40  # letters of a word: some tokenizers know no spaces
+_LONGEST, _SHOWN = 40, 20  # letters of a word, as some tokenizers know no spaces; of a shown one
 _ENDING, _STEM = 3, 5  # letters of an ending, and of the shortest word that has one
 _PLACES = {"the first tokens of a context": 4}  # positions below the number
 _MOST_ROWS = 20_000  # of a rule that is refined: a dense latent has no need of it
@@ -52,7 +52,8 @@ class Clause:
         """In words: ``“war”, “wars”`` or ``after “civil”``."""
         if self.family in ("kind", "place"):
             return " or ".join(self.values)
-        listed = ", ".join(f"“{one}”" for one in self.values)
+        short = (one if len(one) <= _SHOWN else f"{one[:_SHOWN]}…" for one in self.values)
+        listed = ", ".join(f"“{one}”" for one in short)
         return {"before": "after ", "ending": "words in "}.get(self.family, "") + listed
 
     def holds(self, families: dict[str, Family]) -> Bool[np.ndarray, " rows"]:
@@ -131,7 +132,7 @@ def _read(
         place = next((name for name, end in _PLACES.items() if at < end), "")
         kind = _kind(word, token, starts and not goes_on)
         more = at + 1 < len(tokens) and _continues(word, tokens[at + 1])
-        yield at, (folded or _visible(token), ending, before.casefold(), kind, place, more)
+        yield at, (_visible(folded or token), ending, before.casefold(), kind, place, more)
         if bare:
             starts = bare[-1] in ".!?" or (starts and not bare[-1].isalnum())
         starts |= "\n" in token

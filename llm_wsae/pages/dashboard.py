@@ -64,6 +64,7 @@ _SHADES = 99  # levels of an activation: two digits
 _LONGEST = 80  # characters of a token that are shown
 _LOGITS_AT_ONCE = 4 * CHUNK
 _BINS = 24  # of the histogram of logits
+_NO_QUOTES = str.maketrans("", "", "“”")
 _OF_LATENTS = [one for one in MONOSEMANTICITY if one.source == "latents"]
 SCORES = {one.name: one.title for one in _OF_LATENTS}
 
@@ -425,6 +426,8 @@ class Latents:
             "logits": _histogram(logits),
         }
         fires = [self._named(ids[centre]) for _, _, _, centre, ids, _, _ in examples[:6]]
+        if self._labels[latent].clauses:
+            fires = [new["label"].translate(_NO_QUOTES)]
         listed = [*dict.fromkeys(fires), "›", *dict.fromkeys(promoted)]
         if (said := self._explanations.get(latent)) is not None:
             new["explanation"] = _said(said)

@@ -84,7 +84,8 @@ def found_in(
         labelled=len(ruled),
         told=tuple(told),
         partner=None if partner is None else partner[0],
-        partners=0 if partner is None else int((partner[1] >= PARTNER).sum()),
+        # with the digits that the page has
+        partners=0 if partner is None else int((partner[1].round(decimals=4) >= PARTNER).sum()),
     )
 
 
