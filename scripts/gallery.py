@@ -18,7 +18,7 @@ from llm_wsae.inspecting.labels import families_of, labels_of
 from llm_wsae.pages.collecting import collect, windows
 from llm_wsae.pages.telling import AFTER, BEFORE, context_of, recognisable
 
-LATENTS, CONTEXTS = 10, 3
+LATENTS, CONTEXTS = 10, 2
 
 
 def of(store: ActivationStore, dictionary: Dictionary, vocabulary: Vocabulary) -> str:
