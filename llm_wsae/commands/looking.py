@@ -38,7 +38,7 @@ _NAMED = 3  # files without a digest that people are told of; --json names all
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     dictionaries: Dicts
-    """Dictionary folders."""
+    """Dictionaries: folders of them, repositories on the Hub, pretrained names."""
     out: Path
     """JSON report to write."""
     part: Part = "heldout"
@@ -74,6 +74,7 @@ def evaluate(request: Evaluate) -> Result:
     from llm_wsae.data.corpus import TEXT_OF_PART
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.finding import find_dictionaries
     from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
     from llm_wsae.evaluation.baselines import baselines_of, half_random_beside
     from llm_wsae.evaluation.checks import common_packing, notes_on_text
@@ -85,8 +86,8 @@ def evaluate(request: Evaluate) -> Result:
     )
 
     out, part, keep, fidelity = request.out, request.part, request.keep, request.fidelity
-    folders = names_of(request.dictionaries)
     check_file(out, is_record_of("evaluate"))
+    folders = names_of(find_dictionaries(request.dictionaries))
     for folder in folders.values() if keep else ():
         check_keeps_measurements(folder)
     loaded = {name: Dictionary.load(path) for name, path in folders.items()}
@@ -131,7 +132,7 @@ def evaluate(request: Evaluate) -> Result:
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
     dictionary: Dict
-    """Dictionary folder."""
+    """Dictionary: a folder, user/repo/name on the Hub, or a pretrained name."""
     latent: tuple[int, ...] = ()
     """Latents to look at."""
     store: Path | None = None
@@ -147,13 +148,15 @@ class Inspect:
 def inspect(request: Inspect) -> Result:
     """Look at latents (where they fire, which tokens they promote, what they write), or a text."""
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.finding import find_dictionary
     from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 
-    model, opened = request.model, Dictionary.load(request.dictionary)
+    model, folder = request.model, find_dictionary(request.dictionary)
+    opened = Dictionary.load(folder)
     how = {name: getattr(request, name) for name in ("store", "text", "top")}
     how |= {"model": model.model, "revision": model.revision, "device": model.device}
     found = inspect(opened, request.latent, dtype=model.model_dtype, **how)
-    facts: dict[str, Any] = {"dictionary": str(request.dictionary), "latents": found.latents}
+    facts: dict[str, Any] = {"dictionary": str(folder), "latents": found.latents}
     parts = [latents_text(opened, found.latents)] if found.latents else []
     if found.no_model is not None:
         parts.append(f"tokens are not shown: {found.no_model}")
@@ -227,7 +230,7 @@ class _OnStore:
 @dataclass(frozen=True, kw_only=True)
 class Dashboard(_OnStore):
     dictionaries: Dicts
-    """Dictionary folders, all of one site."""
+    """Dictionaries of one site, named as for `evaluate`."""
     out: Path
     """HTML file to write. It needs no network and no other file."""
     prompt: tuple[str, ...] = ()
@@ -255,6 +258,7 @@ class Dashboard(_OnStore):
 def dashboard(request: Dashboard) -> Result:
     """Write one HTML file that shows what dictionaries found, alone and side by side."""
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.dictionary.finding import find_dictionaries
     from llm_wsae.pages import dashboard as pages
     from llm_wsae.pages.frame import is_page
 
@@ -267,7 +271,7 @@ def dashboard(request: Dashboard) -> Result:
         from llm_wsae.pages.live import listen, serve
 
         listening = listen(port)
-    named = pages.named_dictionaries(request.dictionaries)
+    named = pages.named_dictionaries(find_dictionaries(request.dictionaries))
     store = ActivationStore.open(request.store)
     model = request.model.load(store.manifest.model)
     shown = {name: getattr(request, name) for name in ("top", "bands", "rows", "scores", "live")}
@@ -306,13 +310,15 @@ def explain(request: Explain) -> Result:
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.finding import find_dictionaries
     from llm_wsae.explaining.endpoint import check_endpoint
     from llm_wsae.explaining.explaining import check_folders, price_of
     from llm_wsae.explaining.explaining import explain as explain_all
 
     endpoint, config = request.endpoint, request.explaining
     check_endpoint(endpoint)
-    store, folders = ActivationStore.open(request.store), check_folders(request.dictionaries)
+    store = ActivationStore.open(request.store)
+    folders = check_folders(find_dictionaries(request.dictionaries))
     sizes, most = [Dictionary.load(folder).d_sae for folder in folders.values()], config.latents
     price = price_of(config, sum(n if most == "all" else min(n, most) for n in sizes))
     if not request.yes:
@@ -327,7 +333,7 @@ def explain(request: Explain) -> Result:
 @dataclass(frozen=True, kw_only=True)
 class Export(_OnStore):
     dictionary: Dict
-    """Dictionary folder."""
+    """Dictionary, named as for `inspect`."""
     to: Literal["neuronpedia"]
     """Whose files to write."""
     out: Path
@@ -349,14 +355,16 @@ class Export(_OnStore):
 def export(request: Export) -> Result:
     """Write every latent into files like SAEDashboard's, which Neuronpedia imports."""
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.dictionary.finding import find_dictionary
     from llm_wsae.pages.neuronpedia import export_in, export_neuronpedia
 
     export_in(request.out).check_place()
+    dictionary = find_dictionary(request.dictionary)
     store = ActivationStore.open(request.store)
     model = request.model.load(store.manifest.model)
     names = ("top", "bands", "contexts", "model_id", "sae_set", "sae_id_suffix")
     shown = {name: getattr(request, name) for name in names}
-    done = export_neuronpedia(request.dictionary, store, model, request.out, **shown)
+    done = export_neuronpedia(dictionary, store, model, request.out, **shown)
     explained = f", {done.explained:,} of them explained" if done.explained else ""
     return vars(done), f"{done.latents:,} latents in {done.files} files{explained}: {done.path}"
 

@@ -137,12 +137,14 @@ def weigh(request: Weigh) -> Result:
     """Print the profile of a site's dimensions and write loss weights made by a rule."""
     from llm_wsae.data.store import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.finding import find_dictionary
     from llm_wsae.pipeline.plots import plot_profile
     from llm_wsae.weights.loss_weights import choose_weights, is_weights_file
     from llm_wsae.weights.profile import profile, profile_text
     from llm_wsae.weights.weighing import measure_inputs
 
     out, model, rule = request.out, request.model, Rule.parse(request.rule)
+    first = request.dictionary
     figure, record = out.with_suffix(".png"), out.with_suffix(".json")
     check_file(out, is_weights_file)
     check_file(figure, lambda _: out.is_file())
@@ -153,7 +155,7 @@ def weigh(request: Weigh) -> Result:
         store,
         site,
         model=model.load(store.manifest.model) if model.model else None,
-        dictionary=Dictionary.load(request.dictionary) if request.dictionary else None,
+        dictionary=None if first is None else Dictionary.load(find_dictionary(first)),
         config=request.measure,
     )
     chosen = choose_weights(inputs, ("uniform", rule), (request.alpha,), config=request.weights)

@@ -230,6 +230,14 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(own, requires_grad=False)
 
 
+def pretrained() -> dict[str, Path]:
+    """The folders of the clone's pretrained dictionaries by name; empty without a clone."""
+    return {
+        path.parent.relative_to(PRETRAINED).as_posix(): path.parent
+        for path in sorted(PRETRAINED.glob(f"*/*/*/{INFO}"))
+    }
+
+
 def load_pretrained(
     name: str,
     *,
@@ -249,10 +257,7 @@ def load_pretrained(
         return Dictionary.from_pretrained(repo_id, sae_id, revision=revision, device=device)
     if revision is not None:
         raise UsageError("a revision needs a repository on the Hub; name it with repo_id")
-    known = {
-        path.parent.relative_to(PRETRAINED).as_posix(): path.parent
-        for path in sorted(PRETRAINED.glob(f"*/*/*/{INFO}"))
-    }
+    known = pretrained()
     if not known:
         raise LlmWsaeError(
             f"there are no pretrained dictionaries here: they are in {PRETRAINED.name}/ of "

@@ -197,8 +197,10 @@ MISTAKES = """\
     in torn, sae_weights.safetensors changed since it was saved … restore the dictionary
 1 evaluate trained/uniform-k4 store EVALUATING
     store holds .lock … and no dictionary that can be read
-1 evaluate nowhere EVALUATING
-    nowhere is not a folder
+2 evaluate nowhere EVALUATING
+    'nowhere' is no folder and no pretrained dictionary; … user/name
+2 evaluate trained/uniform-k4 trained/log.jsonl EVALUATING
+    trained/log.jsonl is a file, not a dictionary; name the folder … : trained
 2 MEASURING --model wide
     has 16 dimensions, but wide has 32 … the model it was trained on
 """
@@ -307,8 +309,10 @@ LOOKING = """\
     no latent -1
 2 INSPECTING --latent 1 --top 0
     top is 0, but must be at least 1
-1 inspect nowhere --latent 1
-    nowhere is not a folder
+1 inspect traind/uniform-k4 --latent 1
+    'traind/uniform-k4' is no folder and no pretrained dictionary (did you mean 'trained'?), and HF_HUB_OFFLINE is set
+2 inspect trained --latent 1
+    trained holds 2 dictionaries; name one: … 'trained/uniform-k4'
 1 INSPECTING --latent 1 --store model
     no activation store in model
 2 INSPECTING --text HUNDRED --model model

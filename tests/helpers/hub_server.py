@@ -189,6 +189,7 @@ class HubServer:
             "ENDPOINT": self.endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": template,
             "HF_HUB_CACHE": str(home / "hub"),
+            "HF_ASSETS_CACHE": str(home / "assets"),
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,

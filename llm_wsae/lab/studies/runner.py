@@ -38,6 +38,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import SiteSource
 from llm_wsae.data.store import open_stores
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
+from llm_wsae.dictionary.finding import find_dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.baselines import raw_dimensions
@@ -101,6 +102,7 @@ def study(
     not make the store, or a stage fails.
     """
     out, grid, site = request.out, request.compare, Site.parse(request.site)
+    first = request.dictionary
     folder, written = study_in(out), (REPORT, PAGE, COMMAND, RESULTS, DICTIONARIES, TRAINING)
     folder.check_place(*written)
     store, training = open_stores(request.stores), train_beside(request.train, request.model)
@@ -114,7 +116,7 @@ def study(
         grid.rules,
         source,
         model=model,
-        dictionary=Dictionary.load(request.dictionary) if request.dictionary else None,
+        dictionary=None if first is None else Dictionary.load(find_dictionary(first)),
     )
     arms = plan(inputs, grid, request.weigh)
     check_arms([planned.arm for planned in arms], inputs.statistics.d_in, training)
