@@ -310,7 +310,7 @@ LOOKING = """\
 2 INSPECTING --latent 1 --top 0
     top is 0, but must be at least 1
 1 inspect traind/uniform-k4 --latent 1
-    'traind/uniform-k4' is no folder and no pretrained dictionary (did you mean 'trained'?), and HF_HUB_OFFLINE is set
+    'traind/uniform-k4' is no folder and … (did you mean 'trained'?) … HF_HUB_OFFLINE is set
 2 inspect trained --latent 1
     trained holds 2 dictionaries; name one: … 'trained/uniform-k4'
 1 INSPECTING --latent 1 --store model
