@@ -240,9 +240,10 @@ def _called(command: Callable[[Any], Result], request: Any, recorded_model: str 
     try:
         return command(request)
     except LlmWsaeError as error:
-        if recorded_model is None or repr(recorded_model) not in str(error):
+        names = {recorded_model, repr(recorded_model)} if recorded_model else set()
+        if names.isdisjoint(re.split(r"[\s;,]+", str(error))):
             raise
-        hint = "the record holds only its name, so say where it is with --model"
+        hint = "the record holds only the model's name, so say where it is with --model"
         raise type(error)(f"{error}; {hint}") from error
 
 

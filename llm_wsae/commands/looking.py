@@ -26,6 +26,7 @@ from llm_wsae.pipeline.request import (
     Spelt,
     TextConfig,
     check_none_given,
+    check_some,
     named,
     note,
 )
@@ -63,6 +64,7 @@ class Evaluate:
     ] = MonosemanticConfig()
 
     def __post_init__(self) -> None:
+        check_some(self.dictionaries, "dictionary folder")
         if self.keep and self.part != "heldout":
             raise UsageError("--keep stores what was measured on held-out text; omit --part")
         if not self.monosemantic:
@@ -249,6 +251,7 @@ class Dashboard(_OnStore):
     """Port to serve it on; 0 takes a free one."""
 
     def __post_init__(self) -> None:
+        check_some(self.dictionaries, "dictionary folder")
         if self.out.suffix not in (".html", ".htm"):
             raise UsageError(f"the page is an HTML file, so --out cannot be {self.out}")
         if self.port and not self.live:
@@ -300,6 +303,9 @@ class Explain(_OnStore):
     yes: Flag = False
     """Ask the questions, and pay for them."""
     explaining: Flat[ExplainConfig] = ExplainConfig()
+
+    def __post_init__(self) -> None:
+        check_some(self.dictionaries, "dictionary folder")
 
 
 def explain(request: Explain) -> Result:

@@ -30,6 +30,7 @@ from llm_wsae.pipeline.request import (
     Stores,
     TextConfig,
     changed,
+    check_some,
     sites_of,
     words_of,
     write_request,
@@ -117,6 +118,7 @@ class Weigh:
     measure: Flat[RuleInputConfig] = RuleInputConfig()
 
     def __post_init__(self) -> None:
+        check_some(self.stores, "activation store")
         if self.out.suffix != ".safetensors":  # its neighbours .png and .json are written too
             raise UsageError(
                 f"the weights go into a .safetensors file, so --out cannot be {self.out}"

@@ -21,6 +21,7 @@ from llm_wsae.pipeline.request import (
     TextConfig,
     Training,
     check_none_given,
+    check_some,
     named,
 )
 from llm_wsae.training.config import ArchitectureName, TrainConfig
@@ -154,6 +155,7 @@ class Study:
     planted: Annotated[PlantConfig, named("planted", PlantConfig), Spelt] = PlantConfig()
 
     def __post_init__(self) -> None:
+        check_some(self.stores, "activation store")
         Site.parse(self.site)
         for rule in self.compare.rules:
             rule.form(self.weigh)

@@ -391,6 +391,12 @@ def words_of(options: Any, kind: type | None = None) -> list[str]:
     return [word for pair in changed(options, kind).items() for word in pair]
 
 
+def check_some(paths: Sequence[Path], what: str) -> None:
+    """Raises UsageError for none at all, which the parser lets through."""
+    if not paths:
+        raise UsageError(f"name at least one {what}")
+
+
 def check_none_given(prefix: str, options: Any, needed: str) -> None:
     """Raises UsageError for options of what is not done without the one that is ``needed``."""
     if given := changed(options, prefix=f"{prefix}."):

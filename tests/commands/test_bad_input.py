@@ -253,6 +253,14 @@ PARSED = """\
     --device cannot be 'gpu' (did you mean 'cuda'?)
 2 run TEXT --stream yes
     'yes' is one argument too many after --stream
+2 evaluate EVALUATING --out x
+    name at least one dictionary folder
+2 dashboard --store s --model m --out x.html
+    name at least one dictionary folder
+2 weigh --site SITE --out x.safetensors
+    name at least one activation store
+2 study TEXT --out x
+    name at least one activation store
 2 run --config --out x
     --config needs a record
 2 run TEXT --rule nonsense
@@ -295,8 +303,6 @@ LOOKING = """\
     notes.json is damaged
 1 run --config nowhere.json
     there is no nowhere.json
-2 evaluate EVALUATING --out x
-    dictionary folder
 2 INSPECTING --text BYTES --model model
     not UTF-8
 2 INSPECTING --text w1 --model model --store store

@@ -283,7 +283,8 @@ def test_a_run_is_repeated_from_its_record(ran, model_and_corpus, made_world):
         request, harvest=replace(request.harvest, tokens=9000)
     )
     assert (
-        "the record holds only its name, so say where it is with --model" in call("run", *again).err
+        "the record holds only the model's name, so say where it is with --model"
+        in call("run", *again).err
     )
     store, trained = str(made_world / "store"), made_world / "trained/train.json"
     training = parse("train", ["--config", str(trained), "--out", "x", "--k=9"]).args[1]
