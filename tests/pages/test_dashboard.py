@@ -399,7 +399,7 @@ def test_a_search_finds_whole_words_of_all_contexts(browser, world, model, tmp_p
     held = []
     for latent, line in zip(latents, lines, strict=True):
         contexts = ["".join(words[str(token)] for token in one[4]) for one in latent["examples"]]
-        held.append(set(re.findall(r"\w+", " ".join([line, *contexts]).lower())))
+        held.append(set(re.findall(r"\w+", " ".join([latent["label"], line, *contexts]).lower())))
     with watched(browser, f"file://{out}#latents/d0") as tab:
         tab.wait_for_selector("article h1")
         tab.select_option("[aria-label=sort]", "number")
