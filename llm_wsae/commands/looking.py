@@ -171,7 +171,7 @@ def inspect(request: Inspect) -> Result:
 @dataclass(frozen=True, kw_only=True)
 class Steer:
     dictionary: Dict
-    """Dictionary folder."""
+    """Dictionary: a folder, user/repo/name on the Hub, or a pretrained name."""
     latent: int
     """Latent to turn up or down."""
     text: str
@@ -206,10 +206,11 @@ def steer(request: Steer) -> Result:
     """Let the model write with one latent turned up or down, and measure the effect."""
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.finding import find_dictionary
     from llm_wsae.inspecting.inspection import check_latent
     from llm_wsae.steering import STRENGTHS, SWEEP, steer
 
-    opened = Dictionary.load(request.dictionary)
+    opened = Dictionary.load(find_dictionary(request.dictionary))
     check_latent(opened, request.latent)  # before the model is loaded
     store = None if request.store is None else ActivationStore.open(request.store)
     source = request.corpus.open("heldout") if store is None else store
