@@ -20,6 +20,7 @@ EXAMPLES = {
     "train": f"runs/store {_SITE} --rule uniform whitening --k 32 --out runs/trained",
     "evaluate": f"{_ONE} {_OTHER} {_TEXT} --out runs/report.json",
     "inspect": f"{_ONE} --latent 123 {_STORE}",
+    "steer": f'{_ONE} --latent 123 --text "The weather today" {_STORE}',
     "dashboard": f"{_ONE} {_OTHER} {_STORE} --out runs/page.html",
     "explain": f"{_ONE} {_STORE} --endpoint http://127.0.0.1:8000/v1 --explainer NAME "
     "--out runs/explained",
@@ -34,7 +35,7 @@ EXAMPLES = {
 _COMMON = (
     "--model --corpus --site --out --tokens --eval-tokens --stream --device --rule --alpha --k "
     "--expansion --train.expansion --weights --dictionary --seeds --plant --monosemantic --keep "
-    "--store --latent --text --latents --rows --live --yes --config"
+    "--store --latent --text --strength --sweep --latents --rows --live --yes --config"
 )
 _FEW = 10  # options, that are all shown
 _WIDTH = 100
