@@ -156,4 +156,4 @@ def test_the_diff_in_the_docs_adds_an_architecture(tmp_path):
     run("git", "apply", "-", given=diff)
     run(sys.executable, "-m", "ruff", "check", "--select", "E,F,I,UP,B", ADDED, ITS_TEST)
     assert "2 passed" in run(sys.executable, "-m", "pytest", "-o", "addopts=", ITS_TEST)
-    assert "annealed-topk" in run(sys.executable, "-m", "llm_wsae", "train", "--help")
+    assert "annealed-topk" in run(sys.executable, "-m", "llm_wsae", "train", "--help-all")
