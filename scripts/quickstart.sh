@@ -16,13 +16,13 @@ out=runs/quickstart site=blocks.9.hook_resid_post
 
 [[ " $* " == *" --eval-tokens"* ]] || set -- --eval-tokens 22000 "$@"  # of over 100 documents
 if [[ " $* " != *" --tokens"* ]]; then
-  # As many tokens as six minutes allow: 300,000 where a thread computes a small product in 2.4 ms,
+  # As many tokens as six minutes allow: 250,000 where a thread computes a small product in 2.4 ms,
   # as on an AMD Zen 4, and fewer on a slower processor. A run that was stopped keeps its number.
   mkdir -p runs
   [ -s "$out.tokens" ] || .venv/bin/python -c '
 from llm_wsae.machine.hardware import product_seconds
 share = 0.0024 / min(product_seconds("encoder").values())
-print(50_000 * max(2, min(6, round(6 * share))))' > "$out.tokens"
+print(50_000 * max(2, min(5, round(5 * share))))' > "$out.tokens"
   set -- --tokens "$(<"$out.tokens")" --train.tokens $((2 * $(<"$out.tokens"))) "$@"
 fi
 
