@@ -82,8 +82,8 @@ class Steer:
 
     latent: Latents
     strength: float
-    """In units of the latent's activation: so many times the decoder row is added; a negative one
-    moves the other way."""
+    """In units of the latent's activation: the decoder row times this is added. A negative
+    strength moves the stream the other way."""
     positions: slice | None = None
 
     def of(self, values: Tensor) -> Tensor:

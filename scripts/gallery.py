@@ -6,12 +6,10 @@ The rule of choice is the page's: the ten most recognisable latents, which are t
 label of three words or more finds best (F1), of those that fire on .01 to 1 % of the rows.
 """
 
-import argparse
-from pathlib import Path
-
 from benchmarks import README, write_section
+from results_labels import asked
 
-from llm_wsae import ActivationStore, Dictionary, LanguageModel
+from llm_wsae import ActivationStore, Dictionary
 from llm_wsae.dictionary.hub.card import escape
 from llm_wsae.inspecting.directions import Vocabulary
 from llm_wsae.inspecting.labels import families_of, labels_of
@@ -39,12 +37,6 @@ def of(store: ActivationStore, dictionary: Dictionary, vocabulary: Vocabulary) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("dictionaries", nargs="+", type=Path)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    asked = parser.parse_args()
-    own = ActivationStore.open(asked.store)
-    vocabulary = Vocabulary(LanguageModel.load(asked.model).tokenizer)
-    shown = [of(own, Dictionary.load(folder), vocabulary) for folder in asked.dictionaries]
+    store, vocabulary, dictionaries = asked(__doc__)
+    shown = [of(store, dictionary, vocabulary) for dictionary in dictionaries]
     write_section("gallery", "\n\n".join(shown) + "\n", README.parent / "docs/gallery.md")

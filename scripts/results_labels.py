@@ -95,16 +95,22 @@ def firings(store: ActivationStore, dictionary: Dictionary) -> list[np.ndarray]:
     return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def asked(about: str) -> tuple[ActivationStore, Vocabulary, list[Dictionary]]:
+    """The store, the model's vocabulary and the dictionaries of the command line."""
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("dictionaries", nargs="+", type=Path)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    asked = parser.parse_args()
-    own = ActivationStore.open(asked.store)
-    vocabulary = Vocabulary(LanguageModel.load(asked.model).tokenizer)
-    text = Text(own, vocabulary)
-    rows = [compared(text, Dictionary.load(folder)) for folder in asked.dictionaries]
+    given = parser.parse_args()
+    vocabulary = Vocabulary(LanguageModel.load(given.model).tokenizer)
+    dictionaries = [Dictionary.load(folder) for folder in given.dictionaries]
+    return ActivationStore.open(given.store), vocabulary, dictionaries
+
+
+if __name__ == "__main__":
+    store, vocabulary, dictionaries = asked(__doc__)
+    text = Text(store, vocabulary)
+    rows = [compared(text, dictionary) for dictionary in dictionaries]
     size = f"{int((~text.shown).sum()):,} held-out rows of {text.heldout_documents} documents"
     table = f"{markdown([HEAD, *rows])}\n\n{size}; intervals are over latents.\n"
     print(table)

@@ -167,7 +167,7 @@ def update_pictures() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         tab = browser.new_page(viewport={"width": 1280, "height": 880})
-        tab.goto(f"{page.as_uri()}#compare/d1/L{SHOWN}")
+        tab.goto(f"{page.as_uri()}#compare/d1")
         tab.wait_for_selector("article h2")
         tab.screenshot(path=IMAGES / "dashboard.png")
         browser.close()
@@ -176,8 +176,6 @@ def update_pictures() -> None:
     picture.save(IMAGES / "dashboard.png", optimize=True)
 
 
-SHOWN = 1619
-"""In the whitened dictionary after block 9: "to" behind harm, as in "injury to" or "hurtful to"."""
 PARTS = {
     "options": update_options,
     "quickstart": update_quickstart,

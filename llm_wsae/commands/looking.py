@@ -241,9 +241,9 @@ class Dashboard(_OnStore):
     top: int = 10
     """Strongest contexts shown for each latent."""
     bands: int = 10
-    """Further contexts, one from each of so many bands of its activation."""
+    """Number of quantile bands of its activation; one more context is shown from each."""
     rows: int | None = None
-    """Look at only so many rows, the first ones of the store; the default is all."""
+    """Number of rows to look at, from the beginning of the store; the default is all."""
     scores: Path | None = None
     """Report of `evaluate --monosemantic`, whose scores of latents become measures here."""
     live: Flag = False
@@ -350,7 +350,7 @@ class Export(_OnStore):
     bands: int = 5
     """Quantile bands of its activation; a context is shown from each."""
     contexts: int | None = None
-    """Look at only so many contexts, the first ones of the store; the default is all."""
+    """Number of contexts to look at, from the beginning of the store; the default is all."""
     model_id: str | None = None
     """Name of the model on Neuronpedia; the default is the model's own."""
     sae_set: str | None = None

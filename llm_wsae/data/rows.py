@@ -85,7 +85,7 @@ class ActivationSource(Protocol):
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """Endless batches [batch_size, d_in] from number ``start`` on; of each, only the rows of
         ``part`` (its number, of how many). Batch number b of a seed always holds the same rows, so
-        that a training that was stopped goes on with them."""
+        that a stopped training resumes with them."""
 
     def statistics(self) -> Statistics:
         """Statistics of the rows, or of a sample of them: always the same."""
