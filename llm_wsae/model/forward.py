@@ -2,12 +2,13 @@
 
 TransformerLens' map of the architecture, read without booting it, says where the modules are, so
 that a site means what it means there. An architecture that it does not know still has a list of
-blocks, but no ``hook_resid_mid``.
+blocks, but no sites inside them.
 
 The model runs as transformers wrote it; only the ends of its blocks are hooked. Every hook and
 patch is removed when the call ends, also after an error. To stop, the hook at the last wanted site
 raises a private exception. To resume at a site, the blocks before it pass their input through, and
-the given activations replace the stream there.
+the given activations replace the stream there. At a site beside the stream, in a block, the stream
+before that block is needed too.
 
 The stream at ``mid`` is read twice, by the norm before the MLP and by the residual branch around
 it. A TransformerLens hook on ``ln2.hook_in`` replaces only the first. Here the stream is
@@ -24,7 +25,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.threads import parallel_map
 from llm_wsae.model.cpu_modules import PrepackedWeights, replace_forward
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import HOOKS, POINTS, Point, Site
 from llm_wsae.model.spread import device_of, is_spread
 
 RUN = 2048  # tokens of the vocabulary in a run
@@ -43,7 +44,8 @@ _SAME_LOGITS = 1e-2  # relative; products of other shapes round otherwise
 _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in its cache
 
 Visit = Callable[[Tensor], Tensor | None]
-"""Receives the stream at a site [contexts, positions, d_model]; what it returns replaces it."""
+"""Receives the activations at a site [contexts, positions, d_model]; what it returns replaces
+them."""
 
 # Whether the forward pass is one of this module's own, which nobody's visits see: those of other
 # ``Blocks`` on the same modules may be open.
@@ -55,10 +57,18 @@ class ModulePaths:
     """Dotted module paths inside a Hugging Face causal language model."""
 
     blocks: str  # the ModuleList of transformer blocks
-    mid: str | None = None  # in a block, the module whose input is ``hook_resid_mid``, if any is
+    inside: Mapping[Point, str] = field(default_factory=dict)
+    """In a block, the modules whose input is ``mid`` or ``mlp_in``, and whose output is
+    ``attn_out`` or ``mlp_out``; those that there are."""
     attention: str | None = None  # in a block, the module that turns ``pre`` into ``mid``
     ln_final: str | None = None  # the norm between the last block and the unembedding, if known
-    why_no_mid: str = ""  # why ``mid`` is None, as the end of a sentence
+    why_not: Mapping[Point, str] = field(default_factory=dict)
+    """Why a point is not inside, as the end of a sentence."""
+
+    @property
+    def mid(self) -> str | None:
+        """In a block, the module whose input is ``hook_resid_mid``, if any is."""
+        return self.inside.get("mid")
 
 
 class _StopForward(Exception):
@@ -71,8 +81,7 @@ class Blocks:
     def __init__(self, hf_model: nn.Module, paths: ModulePaths):
         blocks = get_module(hf_model, paths.blocks)
         assert isinstance(blocks, nn.ModuleList)
-        self._hf_model, self._blocks = hf_model, blocks
-        self._mid, self._attn = paths.mid, paths.attention
+        self._hf_model, self._blocks, self._paths = hf_model, blocks, paths
         self._forms: dict[nn.Module, int] = {}
         self._overwritable: set[Site] = set()
         self._visitors = 0
@@ -80,10 +89,16 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def has_mid(self, block: int) -> bool:
-        """Whether this block has an attention, and a norm after it."""
-        paths, module = (self._mid, self._attn), self._blocks[block]
-        return all(path is not None and get_module(module, path) is not None for path in paths)
+    def why_not(self, site: Site) -> str | None:
+        """Why this block lacks the site, as the end of a sentence; None if it has it."""
+        paths, point = [self._paths.inside.get(site.point)], site.point
+        if point in ("pre", "post"):
+            return None
+        if point == "mid":  # an attention, and a norm after it
+            paths.append(self._paths.attention)
+        if all(path and get_module(self._blocks[site.block], path) is not None for path in paths):
+            return None
+        return self._paths.why_not.get(point, "this block has no such module")
 
     def run(self, ids: Tensor) -> Any:
         """One plain forward pass of ``ids [contexts, positions]``; the model's output object."""
@@ -95,17 +110,18 @@ class Blocks:
         sites: Sequence[Site],
         start: Site | None = None,
         hidden: Tensor | None = None,
+        entrance: Tensor | None = None,
     ) -> dict[Site, Tensor]:
-        """The activations at ``sites``, perhaps with ``hidden`` as the stream at ``start``. Only
-        blocks from ``start`` to the last site are computed. If ``side_by_side``, a few contexts go
-        through at a time."""
+        """The activations at ``sites``, perhaps with ``hidden`` at ``start`` and, if that is beside
+        the stream, the stream at its ``entrance``. Only blocks from ``start`` to the last site are
+        computed. If ``side_by_side``, a few contexts go through at a time."""
         size = max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])) if self.side_by_side else len(ids)
-        entered = ids if hidden is None else hidden
-        parts = list(zip(ids.split(size), entered.split(size), strict=True))
+        given = (ids, ids if hidden is None else hidden, ids if entrance is None else entrance)
+        parts = list(zip(*(whole.split(size) for whole in given), strict=True))
         own, last = threading.local(), max(sites)  # own: what the pass of a thread takes and finds
 
-        def one_pass(part: tuple[Tensor, Tensor]) -> dict[Site, Tensor]:
-            (some_ids, own.entered), own.found = part, {}
+        def one_pass(part: tuple[Tensor, ...]) -> dict[Site, Tensor]:
+            (some_ids, own.hidden, own.entrance), own.found = part, {}
             with torch.no_grad(), contextlib.suppress(_StopForward):
                 self.run(some_ids)
             found: dict[Site, Tensor] = vars(own).pop("found")
@@ -118,7 +134,8 @@ class Blocks:
 
         with contextlib.ExitStack() as hooks:
             if start is not None:
-                hooks.enter_context(self.entering(start, lambda: own.entered))
+                there = self.entering(start, lambda: own.hidden, lambda: own.entrance)
+                hooks.enter_context(there)
             for site in sites:
                 self._visit(hooks, site, functools.partial(record, site))
             found = parallel_map(one_pass, parts)
@@ -136,13 +153,13 @@ class Blocks:
         return device_of(self._hf_model).type == "cpu"
 
     @contextlib.contextmanager
-    def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
-        """While open, forward passes give each visit the stream at its site. Raises as
+    def visiting(self, visits: Sequence[tuple[Site, Visit]]) -> Iterator[None]:
+        """While open, forward passes give each visit the activations at its site. Raises as
         ``_check_overwriting`` does."""
-        for site in visits:
+        for site, _ in visits:
             self._check_overwriting(site)
         with contextlib.ExitStack() as hooks:
-            for site, visit in visits.items():
+            for site, visit in visits:
                 self._replace(hooks, site, visit)
             self._visitors += 1
             try:
@@ -156,7 +173,7 @@ class Blocks:
         if site.point != "mid" or site in self._overwritable:
             return
         outputs: list[Tensor] = []
-        block, norm = self._blocks[site.block], self._norm(site)
+        block, norm = self._blocks[site.block], self._module(site)
 
         def disturbed(hidden: Tensor) -> Tensor:
             clean = hidden.clone()
@@ -177,9 +194,15 @@ class Blocks:
         self._overwritable.add(site)
 
     @contextlib.contextmanager
-    def entering(self, site: Site, given: Callable[[], Tensor]) -> Iterator[None]:
+    def entering(
+        self,
+        site: Site,
+        given: Callable[[], Tensor],
+        entrance: Callable[[], Tensor] | None = None,
+    ) -> Iterator[None]:
         """While open, forward passes skip the blocks before ``site`` and resume from what ``given``
-        returns in their thread. Raises as ``_check_overwriting`` does."""
+        returns in their thread; if it is beside the stream, with ``entrance`` as the stream before
+        its block. Raises as ``_check_overwriting`` does."""
         self._learn_forms()
         self._check_overwriting(site)
         skipped = site.block + 1 if site.point == "post" else site.block
@@ -187,16 +210,19 @@ class Blocks:
             for block in self._blocks[:skipped]:
                 through = functools.partial(_pass_through, self._forms[block])
                 replace_forward(patches, block, through)
+            if not site.is_of_stream and entrance is not None:
+                self._replace(patches, site.entrance, lambda _: entrance())
             self._replace(patches, site, lambda _: given())
             yield
 
-    def _norm(self, site: Site) -> nn.Module:
-        """The module whose input is ``mid``."""
-        assert self._mid is not None
-        return self._blocks[site.block].get_submodule(self._mid)
+    def _module(self, site: Site) -> nn.Module:
+        """The module whose input or output is a site."""
+        block = self._blocks[site.block]
+        path = self._paths.inside.get(site.point)
+        return block if path is None else block.get_submodule(path)
 
     def _replace(self, hooks: contextlib.ExitStack, site: Site, visit: Visit) -> None:
-        """Let a visit replace the stream at its site for all that read it."""
+        """Let a visit replace the activations at its site for all that read them."""
 
         def overwrite(hidden: Tensor) -> None:
             if (new := visit(hidden)) is not None:
@@ -205,7 +231,7 @@ class Blocks:
         self._visit(hooks, site, overwrite if site.point == "mid" else visit)
 
     def _visit(self, hooks: contextlib.ExitStack, site: Site, visit: Visit) -> None:
-        """Give a visit the stream at its site in every forward pass that is no probe."""
+        """Give a visit the activations at its site in every forward pass that is no probe."""
 
         def shown(hidden: Tensor) -> Tensor | None:
             return None if _probing.get() else visit(hidden)
@@ -214,11 +240,11 @@ class Blocks:
             new = shown(_first(output))
             return new if new is None or isinstance(output, Tensor) else (new, *output[1:])
 
-        block = self._blocks[site.block]
-        if site.point == "post":
-            hooks.callback(block.register_forward_hook(behind).remove)
+        module = self._module(site)
+        if site.point in ("post", "attn_out", "mlp_out"):
+            hooks.callback(module.register_forward_hook(behind).remove)
         else:
-            _pre_hook(hooks, block if site.point == "pre" else self._norm(site), shown)
+            _pre_hook(hooks, module, shown)
 
     def _learn_forms(self) -> None:
         """Find out once whether blocks return a tensor (0) or a tuple (its length)."""
@@ -249,7 +275,7 @@ def _pass_through(form: int, *args: Any, **kwargs: Any) -> Any:
 
 
 def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
-    """The residual stream among a module's inputs."""
+    """The activations among a module's inputs."""
     return args[0] if args else kwargs["hidden_states"]
 
 
@@ -405,13 +431,49 @@ def find_paths(hf_model: Any) -> ModulePaths:
     if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
         return _guessed_paths(hf_model)
     ln_final = getattr(modules.get("ln_final"), "name", None)
-    # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
-    part, _, end = str(aliases.get("hook_resid_mid", "")).rpartition(".")
-    own = blocks.submodules
-    if part in own and end == "hook_in" and "attn" in own:
-        return ModulePaths(blocks.name, own[part].name, own["attn"].name, ln_final)
-    why = "its blocks run attention and MLP in parallel, so there is no stream between them"
-    return ModulePaths(blocks.name, ln_final=ln_final, why_no_mid=why)
+    inside, why_not = _inside(blocks)
+    attention = getattr(blocks.submodules.get("attn"), "name", None)
+    return ModulePaths(blocks.name, inside, attention, ln_final, why_not)
+
+
+def _inside(blocks: Any) -> tuple[dict[Point, str], dict[Point, str]]:
+    """Where points are in a block, by TransformerLens' map of it, and why others are not.
+
+    The map names an input or output of a component: ``ln2.hook_in``, ``mlp.out.hook_out``.
+    """
+    inside: dict[Point, str] = {}
+    wanted: tuple[tuple[Point, str], ...] = (
+        ("mid", "hook_in"), ("attn_out", "hook_out"), ("mlp_in", "hook_in"), ("mlp_out", "hook_out")
+    )  # fmt: skip
+    names = {"mlp_in": "mlp.hook_in"}
+    for point, end in wanted:
+        alias = str(names.get(point) or blocks.hook_aliases.get(HOOKS[point], ""))
+        *parts, last = alias.split(".")
+        path = _path(blocks, parts)
+        if path and last == end:
+            inside[point] = path
+    why_not: dict[Point, str] = {}
+    if "attn" not in blocks.submodules or "mid" not in inside:
+        inside.pop("mid", None)
+        why = "its blocks run attention and MLP in parallel, so there is no stream between them"
+        why_not["mid"] = why
+    mlp = blocks.submodules.get("mlp")
+    if any(kind.__name__ == "MoEBridge" for kind in type(mlp).__mro__):
+        for point in ("mlp_in", "mlp_out"):
+            inside.pop(point, None)
+            why_not[point] = "its MLPs are mixtures of experts, which is not supported"
+    return inside, why_not
+
+
+def _path(block: Any, parts: Sequence[str]) -> str:
+    """The path in a block of a component of TransformerLens' map; empty if it is no module."""
+    names, component = [], block
+    for part in parts:
+        component = component.submodules.get(part)
+        if component is None:
+            return ""
+        names += [component.name] if component.name else []
+    return ".".join(names)
 
 
 def _adapter(hf_model: Any) -> Any | None:
@@ -448,4 +510,4 @@ def _guessed_paths(hf_model: Any) -> ModulePaths:
             f"{depth} are: {', '.join(lists) or 'none'}; use a model that TransformerLens supports"
         )
     why = "TransformerLens does not know this architecture; use hook_resid_pre or _post"
-    return ModulePaths(lists[0], why_no_mid=why)
+    return ModulePaths(lists[0], why_not=dict.fromkeys(POINTS, why))

@@ -1,5 +1,5 @@
-"""The language model whose residual stream is explained: activations at sites, logits, logits with
-the activation at a site replaced, embeddings, identity. Names and meanings are TransformerLens'.
+"""The language model that is explained: activations at sites, logits, logits with the activation
+at a site replaced, embeddings, identity. Names and meanings are TransformerLens'.
 
 The forward passes are the model's own. They give the numbers of ``hidden_states``: exactly, or up
 to rounding if ``load`` put faster norms, gates and attention into the model.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -140,15 +140,15 @@ class LanguageModel:
     def check_site(self, site: Site) -> None:
         """Raises UsageError if the model has no such site."""
         site.check(self.num_blocks)
-        if site.point == "mid" and not self._blocks.has_mid(site.block):
-            why = self.paths.why_no_mid or "this block has no separate MLP after its attention"
-            raise UsageError(f"{self.name} has no {site}: {why}")
+        for point in {site.reads, site.writes}:
+            if (why := self._blocks.why_not(point)) is not None:
+                raise UsageError(f"{self.name} has no {site}: {why}")
 
     # no_grad rather than inference_mode: just as fast here, and callers may then change the rows in
     # place or differentiate from them on.
     @torch.no_grad()
     def activations(self, ids: Ids, sites: Sequence[Site]) -> dict[Site, Stream]:
-        """The residual stream at each site, in the model's dtype; nothing after the last site is
+        """The activations at each site, in the model's dtype; nothing after the last site is
         computed. On a CPU the contexts are divided among the cores: a caller's own hooks on
         ``hf_model`` see a few at a time, in several threads; those of ``visiting`` see all at once.
 
@@ -168,27 +168,42 @@ class LanguageModel:
         with self._one_pass:
             return self._blocks.run(ids).logits
 
-    def resume(self, ids: Ids, site: Site, hidden: Stream) -> Logits:
-        """Logits with ``hidden`` as the stream at ``site``, in which they are differentiable. Only
-        the blocks after it are computed; ``ids`` still gives positions and mask. At ``mid`` the
-        block's output becomes hidden + mlp(norm(hidden)); a TransformerLens hook there replaces
-        only the norm's input.
+    def resume(
+        self, ids: Ids, site: Site, hidden: Stream, entrance: Stream | None = None
+    ) -> Logits:
+        """Logits with ``hidden`` as the activations at ``site``, in which they are differentiable.
+        Only what follows is computed; ``ids`` still gives positions and mask. Beside the stream,
+        ``entrance`` is the stream at ``site.entrance``, which is computed if it is not given. At
+        ``mid`` the block's output becomes hidden + mlp(norm(hidden)); a TransformerLens hook there
+        replaces only the norm's input.
 
         Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture does not
         allow an activation between attention and MLP.
         """
-        ids = self._checked(ids, (site,))
-        hidden = hidden.to(self.device, self.dtype)
-        with self._one_pass, self._blocks.entering(site, lambda: hidden):
+        ids, hidden, entrance = self._resumed(ids, site, hidden, entrance)
+        before = None if entrance is None else lambda: entrance
+        with self._one_pass, self._blocks.entering(site, lambda: hidden, before):
             return self._blocks.run(ids).logits
 
     @torch.no_grad()
-    def resume_to_end(self, ids: Ids, site: Site, hidden: Stream) -> Stream:
+    def resume_to_end(
+        self, ids: Ids, site: Site, hidden: Stream, entrance: Stream | None = None
+    ) -> Stream:
         """As ``resume``, up to the last block's output, whose rows ``unembedding`` takes."""
-        ids, end = self._checked(ids, (site,)), Site(self.num_blocks - 1, "post")
-        hidden = hidden.to(self.device, self.dtype)
+        ids, hidden, entrance = self._resumed(ids, site, hidden, entrance)
+        end = Site(self.num_blocks - 1, "post")
         with self._one_pass:
-            return self._blocks.record(ids, (end,), site, hidden)[end].to(ids.device)
+            return self._blocks.record(ids, (end,), site, hidden, entrance)[end].to(ids.device)
+
+    def _resumed(
+        self, ids: Tensor, site: Site, hidden: Tensor, entrance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a pass that is resumed takes, on its device."""
+        ids = self._checked(ids, (site,))
+        if entrance is None and not site.is_of_stream:
+            entrance = self.activations(ids, [site.entrance])[site.entrance]
+        hidden = hidden.to(self.device, self.dtype)
+        return ids, hidden, None if entrance is None else entrance.to(self.device, self.dtype)
 
     @contextmanager
     def unembedding(self) -> Iterator[Unembedding]:
@@ -214,11 +229,13 @@ class LanguageModel:
         """Whether it may compute in several threads at once: on one CPU, with no visit open."""
         return self._blocks.side_by_side
 
-    def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:
-        """While open, every forward pass gives each visit the stream at its site [contexts,
+    def visiting(
+        self, visits: Sequence[tuple[Site, Visit]]
+    ) -> AbstractContextManager[None]:
+        """While open, every forward pass gives each visit the activations at its site [contexts,
         positions, d_model] and continues with what it returns, or unchanged if that is None. Raises
         as ``resume`` does."""
-        for site in visits:
+        for site, _ in visits:
             self.check_site(site)
         return self._blocks.visiting(visits)
 

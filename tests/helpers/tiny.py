@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from llm_wsae.model.language_model import LanguageModel, share_weights
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import POINTS, Site
 
 WORDS = [f"w{i}" for i in range(50)]
 BOS, EOS = 50, 51
@@ -109,7 +109,7 @@ def of_families(*names: str):
 
 
 def sites_of(model: LanguageModel, blocks: tuple[int, ...] = (0, 2, BLOCKS - 1)) -> list[Site]:
-    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
+    points = [point for point in POINTS if point in ("pre", "post", *model.paths.inside)]
     return [Site(block, point) for block in blocks for point in points]
 
 

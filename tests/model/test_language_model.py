@@ -90,7 +90,7 @@ def test_rows_equal_hidden_states_however_contexts_are_divided(model, contexts, 
 def test_visits_see_all_contexts_at_once():
     model, ids, last = model_of("llama"), drawn(100), Site(2, "post")
     visit = Mock(side_effect=lambda hidden: hidden + 1)
-    with model.visiting({Site(1, "post"): visit}):
+    with model.visiting([(Site(1, "post"), visit)]):
         rows = model.activations(ids, [last])[last]
     assert [call.args[0].shape[:2] for call in visit.call_args_list] == [ids.shape]
     assert not torch.equal(rows, model.activations(ids, [last])[last])
