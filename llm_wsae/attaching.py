@@ -31,6 +31,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.model.forward import Visit
 from llm_wsae.model.language_model import LanguageModel, live_model
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
@@ -100,16 +101,28 @@ class _Splice:
         self.dictionary = dictionary
         self.edits: list[Edit | Function] = []
         self.codes: Codes | None = None  # of the last pass, edited [contexts, positions, slots]
+        self._is_read: Tensor | None = None  # by a transcoder, until its MLP writes
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
-    def visit(self, hidden: Tensor, attached: "Attached") -> Tensor | None:
-        """The stream to continue with [contexts, positions, d_in]; None leaves it unchanged."""
+    def visits(self, attached: "Attached") -> list[tuple[Site, Visit]]:
+        """What sees the activations at its site; a transcoder's, what it reads and what the MLP
+        then writes."""
+        site = self.dictionary.site
+        write = (site.writes, partial(self._write, attached=attached))
+        return [(site.reads, self._read), write] if site.is_mlp else [write]
+
+    def _read(self, hidden: Tensor) -> None:
+        self._is_read = hidden
+
+    def _write(self, hidden: Tensor, attached: "Attached") -> Tensor | None:
+        """What to continue with [contexts, positions, d_in]; None leaves it unchanged."""
         if self.dictionary.W_enc.device != hidden.device:  # blocks may be on several devices
             self.dictionary = copy.deepcopy(self.dictionary).to(hidden.device)
         rows = self._rows(hidden, attached)
-        x = hidden[rows]
+        x = hidden[rows] if self._is_read is None else self._is_read[rows]
+        self._is_read = None
         codes = self.dictionary.encode_sparse(x)
-        base = x if attached.error else self.dictionary.decode(codes)
+        base = hidden[rows] if attached.error else self.dictionary.decode(codes, x)
         change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
         for edit in self.edits:
             codes, moved = self._apply(edit, codes, rows, attached._cached)
@@ -124,7 +137,7 @@ class _Splice:
         """Mask of the rows that are explained [contexts, positions]."""
         if hidden.ndim != 3:
             raise LlmWsaeError(
-                f"the stream at {self.dictionary.site} is a tensor of shape "
+                f"what the model has at {self.dictionary.site.writes} is a tensor of shape "
                 f"{tuple(hidden.shape)}, not one vector per token; this architecture is not "
                 "supported"
             )
@@ -313,7 +326,7 @@ def attach(
             )
         splices[site] = _Splice(dictionary)
     attached = Attached(splices, error, keep)
-    visits = {site: partial(splice.visit, attached=attached) for site, splice in splices.items()}
+    visits = [visit for splice in splices.values() for visit in splice.visits(attached)]
     decoder = target.hf_model.get_submodule(target.paths.blocks.rpartition(".")[0])
     look = decoder.register_forward_pre_hook(partial(_look, attached), with_kwargs=True)
     try:

@@ -88,7 +88,7 @@ def dense_training(
             parameters.decoder.div_(parameters.decoder.norm(dim=1, keepdim=True))
     batches.close()
     return Dictionary(
-        **folded(parameters, normaliser.mean, normaliser.scale),
+        **folded(parameters, normaliser.x, normaliser.y),
         sparsity=TopK(k),
         info=DictionaryInfo(site=str(site), name=f"dense-k{k}-s{seed}"),
     )

@@ -17,7 +17,7 @@ from llm_wsae.data.config import HarvestConfig, PackConfig, StreamConfig
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.lab.config import Study, TheoryConfig
 from llm_wsae.machine.processes import leads
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, sites_of
 from llm_wsae.outside import check_numbers
 from llm_wsae.pipeline.request import (
     RUN_RECORD,
@@ -31,7 +31,6 @@ from llm_wsae.pipeline.request import (
     TextConfig,
     changed,
     check_some,
-    sites_of,
     words_of,
     write_request,
 )
@@ -59,7 +58,8 @@ def _cost() -> str:
 @dataclass(frozen=True, kw_only=True)
 class Harvest:
     site: tuple[str, ...]
-    """Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    """Sites, named as in TransformerLens: blocks.8.hook_resid_post. A whole MLP, blocks.8.mlp, is
+    what it reads and what it writes; 'blocks.*.mlp' names every block's."""
     out: Path
     """Folder of the store."""
     part: Part = "train"
@@ -80,11 +80,12 @@ def harvest(request: Harvest) -> Result:
     from llm_wsae.data.harvesting import harvest as harvest_into
     from llm_wsae.data.store import MANIFEST, Manifest
 
-    sites, out = sites_of(request.site), request.out
+    out = request.out
     check_folder(out)
     text = request.corpus.open(request.part)
     begun = Manifest.load(out).model if (out / MANIFEST).is_file() else None
     model = request.model.load(begun)
+    sites = sites_of(request.site, model.num_blocks)
     store = harvest_into(model, text, sites, out, request.harvesting)
     if leads():
         write_request(out / "harvest.json", "harvest", request, model=model.name)
@@ -181,7 +182,8 @@ class Train:
     stores: Stores = ()
     """Activation stores, of one model with the same sites and settings."""
     site: tuple[str, ...]
-    """Sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    """Sites, named as in TransformerLens: blocks.8.hook_resid_post. A whole MLP, blocks.8.mlp, is
+    that of a transcoder; 'blocks.*.mlp' names every block's."""
     out: Path
     """Folder for the dictionaries, one folder for each; with several sites, a folder for each site
     that holds its own."""
@@ -209,10 +211,9 @@ class Train:
         if not self.stores and self.training.tokens is None:
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
 
-    @property
-    def folders(self) -> dict[Site, Path]:
-        """The folder of each site."""
-        sites = sites_of(self.site)
+    def folders(self, num_blocks: int) -> dict[Site, Path]:
+        """The folder of each site, in a model of that many blocks."""
+        sites = sites_of(self.site, num_blocks)
         return {site: self.out if len(sites) == 1 else self.out / str(site) for site in sites}
 
     def rows(self) -> "SiteRows":
@@ -225,10 +226,12 @@ class Train:
         from llm_wsae.data.streaming import ActivationStreams  # with the language model: seconds
 
         text = self.stream.open("train")
-        trainings = filter(None, map(recorded, self.folders.values()))
+        there = [self.out, *(folder for name in self.site for folder in self.out.glob(name))]
+        trainings = filter(None, map(recorded, there))
         begun = next((one["rows"].get("model") for one in trainings), None)
         model = replace(self.stream, device=self.training.device).load(begun)
-        return ActivationStreams(model, text, list(self.folders), self.stream, self.out)
+        sites = sites_of(self.site, model.num_blocks)
+        return ActivationStreams(model, text, sites, self.stream, self.out)
 
 
 def train(request: Train) -> Result:
@@ -244,13 +247,15 @@ def train(request: Train) -> Result:
     from llm_wsae.weights.weighing import measure_inputs
 
     grid, weigh, out = request.grid, request.weigh, request.out
-    folders, training, record = request.folders, request.training, out / "train.json"
+    training, record = request.training, out / "train.json"
     check_file(record, is_record_of("train"))
     check_out(out)
-    own = LossWeights.load(request.weights, weigh, folders) if request.weights else None
+    named = [site.writes for site in sites_of(request.site)]
+    own = LossWeights.load(request.weights, weigh, named) if request.weights else None
     if training.device == "spread":  # which is for the model alone
         training = replace(training, device="auto")
     rows = request.rows()
+    folders = request.folders(rows.num_blocks)
     # before minutes of measuring: whether such arms can be trained, on these rows, there
     check_arms(grid.likely_arms(weigh, rows.d_in, own), rows.d_in, training)
     for site, folder in folders.items():
@@ -302,7 +307,8 @@ def _next_commands(request: Run, first: "SiteResult") -> Iterator[str]:
     """What one may do with the dictionaries of the first site."""
     from llm_wsae.evaluation.baselines import HALF_RANDOM
 
-    yield f"next: look at the dictionaries of {request.sites[0]} in a browser"
+    site = next(iter(first.dictionaries.values())).site
+    yield f"next: look at the dictionaries of {site} in a browser"
     if request.stream:  # a page needs rows, packed as those trained on
         source = words_of(request.model) + words_of(request.corpus)
         store = ["--site", *request.site, "--tokens", 100_000, "--out", request.folder / "store"]

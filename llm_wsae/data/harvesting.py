@@ -52,7 +52,7 @@ from llm_wsae.machine.hardware import check_memory
 from llm_wsae.machine.processes import Processes, join, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, points_of
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 
 NO_ROWS = "no token of these documents gives a row; lower --drop-positions"
@@ -80,12 +80,12 @@ def harvest(
     fewer tokens completes what is there), an activation is not finite, or the disk is full.
     """
     out, processes = Path(out), join()
-    sites = sorted(set(sites))
     with processes.together():
         if not sites:
             raise UsageError("there is no site to harvest; name at least one")
         for site in sites:
             model.check_site(site)
+        sites = sorted(points_of(sites))
         packer = Packer.for_model(model, config)
         manifest = manifest_of(model, corpus.identity(), sites, config)
         asked = {**manifest.request(), "contexts": manifest.num_contexts}

@@ -36,7 +36,7 @@ from llm_wsae.artifact.provenance import plain
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import leads
 from llm_wsae.machine.threads import prefetch
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, points_of
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 if TYPE_CHECKING:  # it takes seconds to import, and a store needs none
@@ -82,10 +82,10 @@ class ActivationSource(Protocol):
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless batches [batch_size, d_in] from number ``start`` on; of each, only the rows of
-        ``part`` (its number, of how many). Batch number b of a seed always holds the same rows, so
-        that a stopped training resumes with them."""
+    ) -> Iterator[Float[Tensor, "rows d_in"] | tuple[Float[Tensor, "rows d_in"], ...]]:
+        """Endless batches [batch_size, d_in] from number ``start`` on, of a transcoder's site pairs
+        of them; of each, only the rows of ``part`` (its number, of how many). Batch number b of a
+        seed always holds the same rows, so that a stopped training resumes with them."""
 
     def statistics(self) -> Statistics:
         """Statistics of the rows, or of a sample of them: always the same."""
@@ -127,8 +127,9 @@ class StoredMeasurement:
 class SiteRows(ABC):
     """The rows of one or several sites, stored or streamed. Callers need not ask which."""
 
-    sites: list[Site]
+    sites: list[Site]  # points, of which a transcoder's site has two
     d_in: int
+    num_blocks: int  # of the model
     num_rows: int | None  # at each site, in one epoch; None if unknown
     prepends_bos: bool  # whether contexts begin with a beginning-of-sequence token
     in_step: bool  # whether the rows of all sites come from the same forward passes
@@ -177,27 +178,32 @@ class SiteRows(ABC):
 
 
 class SiteSource:
-    """The rows of one site, as an ActivationSource."""
+    """The rows of one site, as an ActivationSource. Those of a transcoder's site are what it reads;
+    ``target`` has the rows that it writes, of the same tokens."""
 
     def __init__(self, rows: SiteRows, site: Site):
         """Raises UsageError if the site is not among those of the ``rows``."""
         self.rows, self.site = rows, site
         self.d_in, self.num_rows, self.prepends_bos = rows.d_in, rows.num_rows, rows.prepends_bos
-        self._identity = rows.identity(site)
+        self.target: SiteSource = SiteSource(rows, site.writes) if site.is_mlp else self
+        self._identity = rows.identity(site.reads)
+        if site.is_mlp:
+            self._identity |= {"site": str(site), "target": self.target.identity()}
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches; see ``SiteRows.batches``."""
-        return (own for (own,) in self.rows.batches([self.site], batch_size, seed, start, part))
+    ) -> Iterator[Float[Tensor, "rows d_in"] | tuple[Float[Tensor, "rows d_in"], ...]]:
+        """Endless shuffled batches, see ``SiteRows.batches``; of both points of a transcoder."""
+        found = self.rows.batches(points_of([self.site]), batch_size, seed, start, part)
+        return (own if self.site.is_mlp else own[0] for own in found)
 
     def statistics(self) -> Statistics:
         """The statistics of these rows."""
-        return self.rows.statistics(self.site)
+        return self.rows.statistics(self.site.reads)
 
     def second_moment(self) -> SecondMoment:
         """The covariance sums of the rows that are not massive."""
-        return self.rows.second_moment(self.site)
+        return self.rows.second_moment(self.site.reads)
 
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
@@ -293,6 +299,11 @@ class ArrayRows:
             rows = torch.empty(min(size, self.num_rows - start), self.d_in, dtype=self.dtype)
             self.read(start, rows)
             yield start, rows
+
+
+def target_of(source: ActivationSource) -> ActivationSource:
+    """The rows that dictionaries write: those that they read, unless they are transcoders."""
+    return source.target if isinstance(source, SiteSource) else source
 
 
 def source_of(rows: Any) -> ActivationSource:

@@ -47,6 +47,7 @@ from llm_wsae.data.rows import (
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.machine.processes import join, progress
 from llm_wsae.model.site import Site
+from llm_wsae.outside import integer
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 from llm_wsae.statistics.uncertainty import TextSize
 
@@ -214,6 +215,7 @@ class ActivationStore(SiteRows):
         self.manifest: Manifest = _joined([one for _, one in self._alone])
         self.sites = [Site.parse(name) for name in manifest.sites]
         self.d_in = manifest.d_in
+        self.num_blocks = integer(manifest.model.get("num_blocks")) or 0
         self.num_rows: int = self.manifest.num_rows
         self.context_size = manifest.context_size
         self.prepends_bos = manifest.bos_token_id is not None

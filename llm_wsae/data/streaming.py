@@ -30,7 +30,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.machine.processes import leads, progress
 from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, points_of
 from llm_wsae.statistics.moments import SecondMoment, Statistics
 
 _PACKED_AHEAD = 4
@@ -55,8 +55,8 @@ class ActivationStreams(SiteRows):
         Raises UsageError for a site or context size that the model does not have."""
         for site in sites:
             model.check_site(site)
-        self.sites = list(dict.fromkeys(sites))
-        self.d_in = model.d_model
+        self.sites = points_of(sites)
+        self.d_in, self.num_blocks = model.d_model, model.num_blocks
         self.prepends_bos = config.prepend_bos and model.bos_token_id is not None
         self.model: LanguageModel = model
         self.corpus, self.config = corpus, config

@@ -1,8 +1,9 @@
 """A trained dictionary: encode activations into sparse latents, decode them, save and load.
 
-    latents = sparsity(x · W_enc + b_enc)        x̂ = latents · W_dec + b_dec
+    latents = sparsity(x · W_enc + b_enc)        ŷ = latents · W_dec + b_dec (+ x · W_skipᵀ)
 
-Centring and scaling of the inputs were folded into the four tensors, so encoding never subtracts
+An autoencoder's ŷ stands for x itself; a transcoder reads what an MLP reads, and its ŷ stands for
+what the MLP writes. Centring and scaling were folded into the tensors, so encoding never subtracts
 ``b_dec`` and takes the model's activations as they are.
 """
 
@@ -32,17 +33,20 @@ PRETRAINED = Path(__file__).parents[2] / "checkpoints"
 
 
 class Dictionary(nn.Module):
-    """A sparse autoencoder of ``d_in`` dimensions and ``d_sae`` latents, float32, frozen until
-    ``requires_grad_()`` is called; gradients with respect to the input always flow.
+    """A sparse autoencoder or, at the site of an MLP, a transcoder, of ``d_in`` dimensions and
+    ``d_sae`` latents, float32, frozen until ``requires_grad_()`` is called; gradients with respect
+    to the input always flow.
 
     ``info`` says how it was made. ``extras`` holds, on the CPU, what SAELens has no place for: the
     loss weights ``gamma``, [d_in] or [d_in, d_in], and statistics of the training rows (``mean``,
-    ``variance``, ``robust_variance``, each [d_in]). ``threshold`` is JumpReLU's.
+    ``variance``, ``robust_variance``, each [d_in]; a transcoder's are of what it writes).
+    ``threshold`` is JumpReLU's, ``W_skip`` a transcoder's affine skip.
 
     Raises UsageError if the tensors, the sparsity and the site do not fit each other.
     """
 
     threshold: nn.Parameter | None
+    W_skip: nn.Parameter | None
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Dictionary(nn.Module):
         sparsity: Sparsity,
         info: DictionaryInfo,
         threshold: Float[Tensor, " threshold_sae"] | None = None,
+        W_skip: Float[Tensor, "skip_out skip_in"] | None = None,
         extras: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
@@ -63,9 +68,13 @@ class Dictionary(nn.Module):
                 f"a dictionary of the {sparsity.architecture} architecture "
                 f"{'needs a' if sparsity.has_threshold else 'has no'} threshold for each latent"
             )
+        if W_skip is not None and not Site.parse(info.site).is_mlp:
+            raise UsageError(f"a skip is for transcoders, but {info.site} is not a whole MLP")
         extras = dict(extras or {})
-        tensors = {"W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
-        shapes = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "threshold": (d_sae,)}
+        tensors: dict[str, Tensor | None] = {"W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+        tensors |= {"threshold": threshold, "W_skip": W_skip}
+        shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_in), "W_skip": (d_in, d_in)}
+        shapes |= {"b_enc": (d_sae,), "threshold": (d_sae,)}
         for name, tensor in (*tensors.items(), *extras.items()):
             shape = shapes.get(name, (d_in,))
             allowed = [shape] if name in tensors else [shape, (d_in, d_in)]
@@ -78,7 +87,8 @@ class Dictionary(nn.Module):
         Site.parse(info.site)
         self.W_enc, self.W_dec = _parameter(W_enc), _parameter(W_dec)
         self.b_enc, self.b_dec = _parameter(b_enc), _parameter(b_dec)
-        self.register_parameter("threshold", None if threshold is None else _parameter(threshold))
+        for name, own in (("threshold", threshold), ("W_skip", W_skip)):
+            self.register_parameter(name, None if own is None else _parameter(own))
         self.sparsity = sparsity
         self.info = info
         self.extras = {key: tensor.detach().cpu().clone() for key, tensor in extras.items()}
@@ -97,7 +107,7 @@ class Dictionary(nn.Module):
 
     @property
     def site(self) -> Site:
-        """The point of the residual stream whose rows it encodes."""
+        """Where in the model it belongs."""
         return Site.parse(self.info.site)
 
     def decoder_digest(self) -> str:
@@ -119,8 +129,21 @@ class Dictionary(nn.Module):
         """All latents of every row, dense. Raises as ``encode_sparse`` does."""
         return to_dense(self.encode_sparse(x), self.d_sae)
 
-    def decode(self, latents: Float[Tensor, "*rows d_sae"] | Codes) -> Float[Tensor, "*rows d_in"]:
-        """The reconstruction from latents. Raises UsageError when dense ones have another width."""
+    def decode(
+        self,
+        latents: Float[Tensor, "*rows d_sae"] | Codes,
+        x: Float[Tensor, "*rows d_in"] | None = None,
+    ) -> Float[Tensor, "*rows d_in"]:
+        """What the latents write; with the rows that were encoded, what the skip adds to it, if
+        there is one. Raises UsageError when dense ones have another width, or a skip lacks x."""
+        if self.W_skip is not None:
+            if x is None:
+                raise UsageError("this transcoder has a skip: decode needs the rows x, too")
+            through = x.to(self.W_dec.dtype) @ self.W_skip.T
+            return self._decode(latents) + through
+        return self._decode(latents)
+
+    def _decode(self, latents: Tensor | Codes) -> Tensor:
         if isinstance(latents, Codes):
             *rows, width = latents.indices.shape
             flat = Codes(latents.indices.reshape(-1, width), latents.values.reshape(-1, width))
@@ -133,7 +156,7 @@ class Dictionary(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         """The reconstruction of every row, in the dictionary's dtype."""
-        return self.decode(self.encode_sparse(x))
+        return self.decode(self.encode_sparse(x), x)
 
     def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the dictionary folder; ``dtype`` is that of the two matrices on disk.
@@ -151,7 +174,7 @@ class Dictionary(nn.Module):
         """Read a dictionary folder, of this package, SAELens, sparsify or dictionary_learning.
 
         ``site`` is for a foreign folder that names none. Raises UsageError if it names another one,
-        LlmWsaeError if it cannot be read or does not belong to the residual stream.
+        LlmWsaeError if it cannot be read or belongs to no site.
         """
         found = reading.read(Path(folder), site)
         try:
@@ -213,7 +236,7 @@ class Dictionary(nn.Module):
         if x.shape[-1] != self.d_in:
             raise UsageError(
                 f"the activations are {x.shape[-1]} wide, but this dictionary reads {self.d_in} "
-                f"dimensions ({self.site})"
+                f"dimensions ({self.site.reads})"
             )
         rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
         # The selection must never see a NaN: it would come out as some k latents.

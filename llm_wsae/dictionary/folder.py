@@ -1,7 +1,7 @@
 """The dictionary folder: two files that SAELens reads, and others for what SAELens does not know.
 
     cfg.json                  SAELens ≥ 6 configuration
-    sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU
+    sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, threshold for JumpReLU, W_skip for a skip
     wsae.json                 how it was made (``DictionaryInfo``), format version, checksums of
                               the other three and of itself
     wsae.safetensors          gamma [d_in] or [d_in, d_in], statistics of the rows
@@ -40,8 +40,9 @@ from llm_wsae.artifact.files import (
 )
 from llm_wsae.artifact.provenance import version_of
 from llm_wsae.dictionary.info import DictionaryInfo, Facts
-from llm_wsae.dictionary.sparsity import Sparsity, TopK, sparsity_of
+from llm_wsae.dictionary.sparsity import Sparsity, TopK, architecture_of, kind_of, sparsity_of
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
+from llm_wsae.model.site import Site
 from llm_wsae.outside import mapping
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -117,9 +118,13 @@ def _saelens_config(content: Content) -> dict[str, Any]:
     sparsity, info = content.sparsity, content.info
     d_in, d_sae = content.weights["W_enc"].shape
     topk = {"k": sparsity.k, "rescale_acts_by_decoder_norm": False}
+    site, of_transcoder = Site.parse(info.site), {}
+    if site.is_mlp:
+        of_transcoder = {"d_out": d_in}
     return {
-        "architecture": sparsity.architecture,
+        "architecture": architecture_of(sparsity, site.is_mlp, "W_skip" in content.weights),
         "d_in": d_in,
+        **of_transcoder,
         "d_sae": d_sae,
         "dtype": "float32",  # of the computation: SAELens converts on load
         "device": "cpu",
@@ -131,7 +136,8 @@ def _saelens_config(content: Content) -> dict[str, Any]:
             "sae_lens_version": _SAELENS_LAYOUT,
             "sae_lens_training_version": None,
             "model_name": info.model.get("name"),
-            "hook_name": info.site,
+            "hook_name": str(site.reads),
+            **({"hook_name_out": str(site.writes)} if site.is_mlp else {}),
             "hook_head_index": None,
             "context_size": info.context_size,
             "prepend_bos": info.prepend_bos,
@@ -290,11 +296,14 @@ def read_folder(folder: Path) -> Content:
         )
     cfg = mapping(read_json(folder / CFG, "configuration"))
     with naming(folder / CFG):
-        sparsity = sparsity_of(cfg.get("architecture"), cfg.get("k"))
+        kind, skip = kind_of(cfg.get("architecture"), Site.parse(info.site).is_mlp)
+        sparsity = sparsity_of(kind, cfg.get("k"))
     weights, extras = read_tensors(folder / WEIGHTS), read_tensors(folder / EXTRAS)
     wanted = {"W_enc", "W_dec", "b_enc", "b_dec"}
     if sparsity.has_threshold:
         wanted.add("threshold")
+    if skip:
+        wanted.add("W_skip")
     if weights.keys() != wanted:
         found = f"{sorted(weights)} instead of {sorted(wanted)}"
         raise LlmWsaeError(f"{folder / WEIGHTS} holds {found}")

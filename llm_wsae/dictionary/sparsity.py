@@ -94,6 +94,25 @@ def sparsity_of(architecture: Any, k: Any) -> Sparsity:
     return TopK(k)
 
 
+def architecture_of(sparsity: Sparsity, is_transcoder: bool, skip: bool) -> str:
+    """SAELens' name of the architecture, such as ``jumprelu_skip_transcoder``. (TopK transcoders it
+    has none of: ours are called as if it had.)"""
+    if not is_transcoder:
+        return sparsity.architecture
+    kind = "" if isinstance(sparsity, ReLU) else f"{sparsity.architecture}_"
+    return f"{kind}{'skip_' if skip else ''}transcoder"
+
+
+def kind_of(architecture: Any, is_transcoder: bool) -> tuple[Any, bool]:
+    """The kind of sparsity in the name of an architecture, and whether there is a skip: the inverse
+    of ``architecture_of``."""
+    name = str(architecture)
+    if not is_transcoder or not name.endswith("transcoder"):
+        return architecture, False
+    kind = name.removesuffix("transcoder").removesuffix("skip_").removesuffix("_")
+    return kind or ReLU.architecture, "skip_" in name
+
+
 def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "*rows d_sae"]:
     """The codes of any number of rows as dense latents."""
     dense = codes.values.new_zeros(*codes.values.shape[:-1], d_sae)

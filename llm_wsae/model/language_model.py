@@ -229,9 +229,7 @@ class LanguageModel:
         """Whether it may compute in several threads at once: on one CPU, with no visit open."""
         return self._blocks.side_by_side
 
-    def visiting(
-        self, visits: Sequence[tuple[Site, Visit]]
-    ) -> AbstractContextManager[None]:
+    def visiting(self, visits: Sequence[tuple[Site, Visit]]) -> AbstractContextManager[None]:
         """While open, every forward pass gives each visit the activations at its site [contexts,
         positions, d_model] and continues with what it returns, or unchanged if that is None. Raises
         as ``resume`` does."""

@@ -57,9 +57,7 @@ class Site:
         of_stream = [str(cls(block, point)) for point in _OF_STREAM]
         if _INSIDE.search(name) and "resid" not in name:
             raise UsageError(f"{shown(name)} is not supported; there are {either(known)}")
-        likely = [
-            own for own, point in zip(of_stream, _OF_STREAM, strict=True) if point in name
-        ]
+        likely = [own for own, point in zip(of_stream, _OF_STREAM, strict=True) if point in name]
         if number and "resid" not in name:  # a whole block, such as model.layers.9
             likely = likely or of_stream[-1:]
         hint = f"did you mean {either(likely)}?" if likely else nearest(name, known, limit=1)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llm_wsae.artifact.artifact import existing, free_space
 from llm_wsae.data.harvesting import StoreWriter, finish_store, kept_rows, manifest_of
@@ -19,6 +20,7 @@ from llm_wsae.data.rows import WINDOW_BYTES, SiteSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import points_of
 from llm_wsae.pipeline.request import Run
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import PAIR_BYTES, ArmConfig
@@ -90,8 +92,7 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
     rules measure and the trials of an automatic α are not counted. ``model`` is one that is loaded
     already. Raises UsageError for a site that it lacks, LlmWsaeError for a text without a row."""
     model = model or request.model.load()
-    for site in request.sites:
-        model.check_site(site)
+    request = request.of_model(model)
     arms = request.grid.likely_arms(request.weigh, model.d_model)
     size = request.train.batch_size
     rows = max(1, (request.training.tokens or request.rows) // size) * size
@@ -121,14 +122,15 @@ def _sizes(
 ) -> Plan:
     """The plan without its times."""
     sites, rows, train, harvest = request.sites, request.rows, request.training, request.harvest
+    points = len(points_of(sites))
     d_in, device = model.d_model, choose_device(train.device)
     row = d_in * getattr(torch, manifest_of(model, {}, sites, harvest).dtype).itemsize
     weights = len(arms) * train.expansion * d_in**2  # of the encoders, or of the decoders
-    store = len(sites) * (rows * row * (1 + _SAMPLED) + 8 * d_in**2)  # and the covariance
+    store = points * (rows * row * (1 + _SAMPLED) + 8 * d_in**2)  # and the covariance
     store += harvest.num_contexts * harvest.context_size * _TOKEN
     windows = 3 * min(WINDOW_BYTES, rows * row)  # batches are cut from one, two are read ahead
     if request.stream:
-        store, windows = 0, 2 * len(sites) * request.buffer_tokens * row
+        store, windows = 0, 2 * points * request.buffer_tokens * row
     checkpoint = PAIR_BYTES * weights
     dictionaries = 4 * (2 * weights + sum(arm.weights.is_matrix for arm in arms) * d_in**2)
     others = checkpoint if request.stream else dictionaries  # of a stream, all are trained at once
@@ -156,7 +158,8 @@ def _sizes(
 
 def _first_tokens(request: Run, model: LanguageModel, folder: Path) -> float:
     """Harvest a few forward passes into a store. Seconds a token; the first pass is not timed."""
-    corpus, config, sites = request.corpus.open("train"), request.harvest, sorted(request.sites)
+    corpus, config = request.corpus.open("train"), request.harvest
+    sites = sorted(points_of(request.sites))
     size = config.contexts_per_batch
     most = max(2, config.num_contexts // size // _SHARE)
     manifest = manifest_of(model, corpus.identity(), sites, config)
@@ -186,12 +189,16 @@ def _first_steps(
     batches = source.batches(config.batch_size, config.shuffle_seed)
     # alone, also where rank 0 measures and others wait for it
     training = Training(source, arms, config, folder, choose_device(config.device))
-    training.step(next(batches))
+
+    def step(batch: Tensor | tuple[Tensor, ...]) -> None:
+        training.step(batch if isinstance(batch, tuple) else (batch,))
+
+    step(next(batches))
     training.read_numbers()
     began, steps, most = time.perf_counter(), 0, (training.num_steps - 1) // _SHARE
     while steps < 2 or (time.perf_counter() - began < SECONDS and steps < most):
         steps += 1
-        training.step(next(batches))
+        step(next(batches))
     training.read_numbers()
     seconds = time.perf_counter() - began
     batches.close()  # type: ignore[attr-defined]  # ends its reading thread

@@ -22,7 +22,7 @@ from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.errors import UsageError, shown
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.machine.processes import join, leads
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, sites_of
 from llm_wsae.outside import check_numbers, local_path, mapping
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
@@ -262,7 +262,8 @@ class Run:
     """Everything that ``run`` and ``plan`` are asked for."""
 
     site: tuple[str, ...]
-    """Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post."""
+    """Sites, named as in TransformerLens: blocks.8.hook_resid_post. A whole MLP, blocks.8.mlp, is
+    that of a transcoder; 'blocks.*.mlp' names every block's."""
     out: Path | None = None
     """Folder that receives everything; by default runs/NAME for a model owner/NAME."""
     stream: Flag = False
@@ -297,8 +298,16 @@ class Run:
 
     @property
     def sites(self) -> list[Site]:
-        """The sites of their names, each once."""
+        """The sites of their names, each once; of a pattern, only once a model is known."""
         return sites_of(self.site)
+
+    def of_model(self, model: "LanguageModel") -> "Run":
+        """The request with the sites of its patterns. Raises UsageError for a site that the model
+        lacks."""
+        sites = sites_of(self.site, model.num_blocks)
+        for site in sites:
+            model.check_site(site)
+        return replace(self, site=tuple(map(str, sites)))
 
     @property
     def folder(self) -> Path:
@@ -335,13 +344,6 @@ def train_beside(training: TrainConfig, model: ModelConfig) -> TrainConfig:
     """The training next to a model: on its device, unless it is told otherwise."""
     fits = training.device == "auto" and model.device != "spread"
     return replace(training, device=model.device) if fits else training
-
-
-def sites_of(names: Sequence[str]) -> list[Site]:
-    """The sites of their names, each once. Raises UsageError for none or a misspelt one."""
-    if not names:
-        raise UsageError("name at least one site, e.g. --site blocks.8.hook_resid_post")
-    return list(dict.fromkeys(map(Site.parse, names)))
 
 
 def write_request(path: Path, command: str, request: Any, **known: Any) -> None:

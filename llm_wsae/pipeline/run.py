@@ -39,7 +39,14 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import check_same_rows, recorded, training_in
 from llm_wsae.training.config import PROCEDURAL
-from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
+from llm_wsae.training.trainer import (
+    check_arms,
+    check_out,
+    check_room,
+    check_skip,
+    train,
+    train_sites,
+)
 from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import Rule
@@ -91,7 +98,7 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
     model = model or request.model.load(_model_begun(request))
-    processes = join()
+    request, processes = request.of_model(model), join()
     with processes.together():  # no process looks at the folder when another has begun to write
         is_begun = _check(request, model)
         # before hours of work are built on too little text
@@ -116,7 +123,8 @@ def _model_begun(request: Run) -> dict[str, Any] | None:
     """What the records in a run's folder say of the model; None if nothing was begun there."""
     if (request.folder / STORE / MANIFEST).is_file():
         return Manifest.load(request.folder / STORE).model
-    trainings = (recorded(request.folder / str(site)) for site in request.sites)
+    folders = (folder for name in request.site for folder in request.folder.glob(name))
+    trainings = map(recorded, folders)
     return next((found["rows"].get("model") for found in trainings if found is not None), None)
 
 
@@ -127,6 +135,8 @@ def _check(request: Run, model: LanguageModel) -> bool:
     arms = request.grid.likely_arms(request.weigh, d_in)
     check_arms(arms, d_in, training)
     folders = {site: out / str(site) for site in request.sites}
+    for site in folders:
+        check_skip(site, arms, training)
     begun = [
         site
         for site, folder in folders.items()
@@ -134,7 +144,8 @@ def _check(request: Run, model: LanguageModel) -> bool:
     ]
     if not begun:
         parts = join().size if training.shard == "latents" else 1
-        check_room([d_in] * len(arms), training, parts)
+        together = len(request.sites) if request.stream else 1
+        check_room([d_in] * len(arms) * together, training, parts)
     store = Manifest.load(out / STORE) if (out / STORE / MANIFEST).is_file() else None
     if request.stream:
         check_out(out)
@@ -172,7 +183,7 @@ def _rows(request: Run, model: LanguageModel) -> SiteRows:
     _write(f"[1/4] harvest: none: {corpus} goes through {model.name} while it is trained on")
     streams = ActivationStreams(model, text, request.sites, request.streaming, out)
     for site in request.sites:
-        check_same_rows(out / str(site), streams.identity(site))
+        check_same_rows(out / str(site), streams.source(site).identity())
     return streams
 
 
@@ -285,8 +296,9 @@ def _finish(
     places, tokens = ", ".join(map(str, sites)), f"{request.evaluate.tokens:,}"
     _write(f"[4/4] evaluate: {places} on {tokens} held-out tokens")
     results: dict[Site, SiteResult] = {}
+    k = float(_k(request))
     measured = {
-        site: with_raw_dimensions(own, sites[site].statistics, float(_k(request)))
+        site: own if site.is_mlp else with_raw_dimensions(own, sites[site].statistics, k)
         for site, own in trained.items()
     }
     for site, report in evaluator.evaluate_sites(measured):
@@ -304,7 +316,8 @@ def _keep_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: 
     """Store each dictionary's measurements, and those of the baselines beside it, in its folder."""
     summaries = report.summaries()
     for name, dictionary in dictionaries.items():
-        beside = {RAW: RAW} | half_random_beside(dictionary, dictionaries)
+        raw = {} if dictionary.site.is_mlp else {RAW: RAW}
+        beside = raw | half_random_beside(dictionary, dictionaries)
         baselines = {label: {"fidelity": summaries[other]} for label, other in beside.items()}
         found = {"fidelity": summaries[name], "baselines": baselines}
         keep_measurements(folder / name, found)

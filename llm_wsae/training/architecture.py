@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 
 
 class Parameters(NamedTuple):
-    """Master weights of one arm, or their gradients, in float32; latents are rows."""
+    """Master weights of one arm, or their gradients, in float32; latents are rows. (The skip of a
+    transcoder is the arm's own: it makes another target, of which an architecture sees the rest.)
+    """
 
     encoder: Float[Tensor, "d_sae d_in"]
     decoder: Float[Tensor, "d_sae d_in"]
@@ -40,6 +42,12 @@ class Batch(NamedTuple):
     x_fast: Float[Tensor, "batch d_in"]  # the same in the number format of the matrix products
     mask: Float[Tensor, " batch"]  # 1, or 0 for a massive row: it has no part in any loss
     num_elsewhere: float | Float[Tensor, ""] = 0.0  # unmasked rows in other processes
+    target: Float[Tensor, "batch d_in"] | None = None  # other rows, which a transcoder writes
+
+    @property
+    def y(self) -> Float[Tensor, "batch d_in"]:
+        """What is to be reconstructed: x itself, unless there are other rows."""
+        return self.x if self.target is None else self.target
 
     @property
     def num_rows(self) -> Float[Tensor, ""]:
@@ -99,6 +107,9 @@ class Architecture(ABC):
     """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
     choose the largest of them, not those above a threshold."""
     is_baseline: ClassVar[bool] = False  # trained beside others, which should exceed it
+    takes_skip: ClassVar[bool] = True
+    """Whether its loss is that of one reconstruction, whose gradient a transcoder's skip learns
+    from."""
     memory: ClassVar[dict[str, str]] = {}
     """The attributes that a checkpoint keeps, by their names in it: tensors with one entry for each
     latent that is here, or single numbers."""
@@ -178,18 +189,18 @@ def sparse_step(
     strategy: Strategy,
     penalty_gradient: float | Float[Tensor, ""] = 0.0,
 ) -> Step:
-    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients, with
+    """Loss ‖Γ(y − ŷ)‖² (mean over rows and dimensions) of these codes, and its gradients, with
     ``penalty_gradient`` by every active latent, of a penalty that the loss lacks."""
     _, decoder, encoder_bias, decoder_bias = parameters
     weights, fast = error_weights(batch.num_rows, metric), batch.x_fast.dtype
     if weights.ndim == 1 and not strategy.shares_latents:
         found = operations.reconstruct(
-            codes, decoder, decoder_bias, batch.x, batch.mask, weights, fast
+            codes, decoder, decoder_bias, batch.y, batch.mask, weights, fast
         )
     else:
         # something comes in between: a product with a matrix, or the latents of other processes
         decoded = strategy.decode(codes, decoder, decoder_bias)
-        residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
+        residual = decoded.sub_(batch.y).mul_(batch.mask[:, None])
         gradient = times(residual, weights)
         by_value = operations.value_gradients(codes, decoder, gradient)
         found = Reconstruction(residual, gradient.to(fast), by_value, (residual * gradient).sum(1))

@@ -23,7 +23,15 @@ from llm_wsae.sparse.codes import (
     SubsetGradients,
 )
 from llm_wsae.sparse.operations import adam, adam_vector, dead_gradients, encode_dead
-from llm_wsae.training.architecture import Architecture, Batch, Parameters, Step, squared, times
+from llm_wsae.training.architecture import (
+    Architecture,
+    Batch,
+    Parameters,
+    Step,
+    error_weights,
+    squared,
+    times,
+)
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.config import SPACE_RATE, ArchitectureName, Lengths
 from llm_wsae.training.normaliser import Space
@@ -283,6 +291,44 @@ class Optimiser:
         return held
 
 
+class Skip:
+    """The affine skip of a transcoder, W_skip [d_in, d_in], started at zero (Paulo, Shabalin &
+    Belrose 2025, arXiv 2501.18823), with its Adam. The latents learn what it leaves over."""
+
+    def __init__(self, d_in: int, device: torch.device):
+        self.weight, self._mean, self._square = torch.zeros(3, d_in, d_in, device=device)
+        self._steps = 0
+
+    def rest(self, batch: Batch) -> Batch:
+        """The batch with what is left for the latents as its target."""
+        through = (batch.x_fast @ self.weight.T.to(batch.x_fast.dtype)).to(batch.y.dtype)
+        return batch._replace(target=batch.y - through)
+
+    def gradient(self, step: Step, batch: Batch, metric: Gamma) -> Float[Tensor, "d_in d_in"]:
+        """Of the loss of a step, over the rows that are here."""
+        by_output = times(step.residual, error_weights(batch.num_rows, metric))
+        return (by_output.to(batch.x_fast.dtype).T @ batch.x_fast).to(step.residual.dtype)
+
+    def step(self, gradient: Float[Tensor, "d_in d_in"], learning_rate: float) -> None:
+        """One step of Adam."""
+        self._steps += 1
+        adam_vector(self.weight, gradient, self._mean, self._square, self._steps, learning_rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed training needs."""
+        return self._held() | {"skip.step": torch.tensor(float(self._steps))}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        for name, held in self._held().items():
+            held.copy_(tensors[name])
+        self._steps = int(tensors["skip.step"])
+
+    def _held(self) -> dict[str, Tensor]:
+        moments = {"skip.exp_avg": self._mean, "skip.exp_avg_sq": self._square}
+        return {"skip.weight": self.weight, **moments}
+
+
 class Arm:
     """Parameters, optimiser state and counters of one arm on a device."""
 
@@ -295,8 +341,10 @@ class Arm:
         space: Space | None = None,
         strategy: Strategy = SINGLE,
         lengths: Lengths = "auto",
+        skip: bool = False,
     ):
-        """``space`` may be shared with other arms of the same weights."""
+        """``space`` may be shared with other arms of the same weights; ``skip``: whether it is a
+        transcoder with an affine skip."""
         config.check(d_sae)
         weights = config.weights
         if weights.config.in_space and space is None:
@@ -318,6 +366,7 @@ class Arm:
         self._finder = DeadFinder(device)
         self.lengths = config.lengths(lengths)
         self._optimiser = Optimiser(self.parameters, self.lengths == "free")
+        self.skip = Skip(d_in, device) if skip else None
         self._sums = self._no_sums()
 
     def step(
@@ -328,7 +377,9 @@ class Arm:
         firing make a latent dead."""
         strategy, architecture = self._strategy, self.architecture
         with torch.no_grad():
+            batch = batch if self.skip is None else self.skip.rest(batch)
             step = self.evaluate(batch)
+            by_skip = None if self.skip is None else self.skip.gradient(step, batch, self.metric)
             if aux > 0 and architecture.revives_dead:
                 dead = self._finder.find(self.last_fired, rows_seen, dead_after)
                 residual, metric = step.residual, self.metric
@@ -338,13 +389,16 @@ class Arm:
             if strategy.shares_rows:
                 sums = step.summed()
                 step = step._replace(by_weights=sums)
-                strategy.sum_over_rows_([*sums, step.by_decoder_bias, step.firings, step.loss])
+                shared = [*sums, step.by_decoder_bias, step.firings, step.loss]
+                strategy.sum_over_rows_(shared if by_skip is None else [*shared, by_skip])
             step = architecture.through_tie(step, self.parameters)
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
             # before the optimiser: it may ask the device for a number, which the optimiser's work
             # then hides
             architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
+            if self.skip is not None and by_skip is not None:
+                self.skip.step(by_skip, learning_rate)
             if architecture.tie(self.parameters):
                 self._optimiser.round_encoder()
             self._record(step, batch)
@@ -400,7 +454,8 @@ class Arm:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed training needs, as tensors."""
-        return self._held() | self._optimiser.state() | self.architecture.state()
+        skip = {} if self.skip is None else self.skip.state()
+        return self._held() | self._optimiser.state() | self.architecture.state() | skip
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
@@ -409,6 +464,8 @@ class Arm:
             held.copy_(tensors[name])
         self._optimiser.load_state(tensors)
         self.architecture.load_state(tensors)
+        if self.skip is not None:
+            self.skip.load_state(tensors)
 
     def _held(self) -> dict[str, Tensor]:
         sums = {f"progress.{name}": value for name, value in self._sums.items()}

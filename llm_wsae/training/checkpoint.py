@@ -113,7 +113,7 @@ def _own_state(file: Any, arm: Arm) -> dict[str, Tensor]:
 
 def _is_per_latent(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor of an arm's state has one row for each latent."""
-    return len(shape) > 0 and not name.startswith("decoder_bias")
+    return len(shape) > 0 and not name.startswith(("decoder_bias", "skip"))
 
 
 def check_beginning(path: Path, written: FileRecord) -> bytes:

@@ -38,6 +38,8 @@ class TrainConfig:
     learning_rate: float | None = None
     """Peak learning rate of Adam; the default is 3e-3 · √(4608 / d_sae), at most 4e-3.
     Twice that for dictionaries of free lengths with --place space."""
+    skip: bool = False
+    """Give transcoders an affine skip from what they read to what they write."""
     lengths: Lengths = "auto"
     """Lengths of decoder rows in training; finished ones have length 1.
     auto: free for topk, batch-topk and matryoshka."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.files import remove_partials
 from llm_wsae.artifact.provenance import command_line, versions
-from llm_wsae.data.rows import ActivationSource, SiteRows, source_of
+from llm_wsae.data.rows import ActivationSource, SiteRows, source_of, target_of
 from llm_wsae.data.store import MANIFEST
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO, WEIGHTS, check_replaceable
@@ -34,7 +34,7 @@ from llm_wsae.machine.hardware import (
     return_freed_memory,
 )
 from llm_wsae.machine.processes import Processes, join, progress
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, points_of
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import CPU, Batch
 from llm_wsae.training.arm import PAIR_BYTES, Arm, ArmConfig
@@ -94,7 +94,8 @@ def train(
     checkpoint and the dictionaries as they are then are saved.
     """
     source = source_of(source)
-    return _train([(source, arms, Path(out))], source.batches, config)[0]
+    places = (0, 1) if source.site.is_mlp else (0,)
+    return _train([(source, arms, Path(out))], source.batches, config, [places])[0]
 
 
 def train_sites(
@@ -105,8 +106,10 @@ def train_sites(
     it, as ``train`` would fill it."""
     jobs = [(rows.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
     if rows.in_step:
-        batches = functools.partial(rows.batches, list(arms))
-        trained = _train(jobs, batches, config, range(len(arms)))
+        points = points_of(list(arms))
+        batches = functools.partial(rows.batches, points)
+        places = [[points.index(point) for point in points_of([site])] for site in arms]
+        trained = _train(jobs, batches, config, places)
     else:
         trained = [train(source, own, config, folder) for source, own, folder in jobs]
     return dict(zip(arms, trained, strict=True))
@@ -126,6 +129,17 @@ def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> Non
     for arm in arms:
         arm.check(config.expansion * d_in)
         arm.lengths(config.lengths)
+
+
+def check_skip(site: Site, arms: Sequence[ArmConfig], config: TrainConfig) -> None:
+    """Raise UsageError if the settings ask for a skip that a site or an architecture lacks."""
+    if config.skip and not site.is_mlp:
+        raise UsageError(
+            f"a skip is for transcoders, such as blocks.{site.block}.mlp, not for {site}"
+        )
+    for arm in arms:
+        if config.skip and not arm.kind.takes_skip:
+            raise UsageError(f"the architecture {arm.architecture} takes no skip")
 
 
 def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> None:
@@ -169,19 +183,25 @@ class Training:
         out: Path,
         device: torch.device,
         strategy: Strategy = SINGLE,
-        place: int = 0,
+        places: Sequence[int] = (0,),
     ):
-        """``place`` says which rows of a batch of several sites are its own."""
+        """``places`` say which rows of a batch of several sites are its own: what it reads and, for
+        transcoders, what it writes."""
         self.source, self.config, self.out = source, config, out
-        self.strategy, self.processes, self.place = strategy, strategy.processes, place
+        self.strategy, self.processes, self.places = strategy, strategy.processes, places
         self.num_steps = _num_steps(source, config)
         d_in, d_sae = source.d_in, config.expansion * source.d_in
         for arm in arms:
             arm.weights.check_for(d_in)
         dtype = self.processes.lead(lambda: self._dtype(device))
-        self.statistics = source.statistics()
+        self.statistics = target_of(source).statistics()
         self.statistics.check_varying()
-        self.normaliser = Normaliser(self.statistics, device, getattr(torch, dtype), strategy)
+        read, written = source.statistics(), None
+        if source.site.is_mlp:
+            read.check_varying()
+            written = self.statistics
+        fast = getattr(torch, dtype)
+        self.normaliser = Normaliser(read, device, fast, strategy, written)
         rows = self.num_steps * config.batch_size
         dead_after = config.dead_after or min(_MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
@@ -210,7 +230,7 @@ class Training:
         spaces: dict[int, Space | None] = {}  # arms of the same weights share their rows there
         for arm in [] if is_finished(out) else arms:
             space = spaces.get(id(arm.weights))
-            made = Arm(arm, d_in, d_sae, device, space, strategy, config.lengths)
+            made = Arm(arm, d_in, d_sae, device, space, strategy, config.lengths, config.skip)
             spaces[id(arm.weights)] = made.space
             self.arms.append(made)
         self.reached = 0  # steps that are done
@@ -237,9 +257,9 @@ class Training:
             self._log = TrainingLog(self.out, self.reached, self.config.tracker, written)
             opened.callback(self._log.close)
 
-    def step(self, rows: Tensor) -> None:
-        """The next step of every arm, on a batch of rows."""
-        config, batch = self.config, self.normaliser.batch(rows)
+    def step(self, rows: Sequence[Tensor]) -> None:
+        """The next step of every arm, on the rows of a batch at each point of the site."""
+        config, batch = self.config, self.normaliser.batch(*rows)
         factor = learning_rate_factor(self.reached, self.num_steps, config.warmup, config.decay)
         there: dict[Space | None, Batch] = {None: batch}
         for arm in self.arms:
@@ -254,7 +274,7 @@ class Training:
     def read_numbers(self) -> None:
         """The numbers of every arm since the last call; waits until the device has them."""
         rows = self.reached * self.config.batch_size
-        variance = self.normaliser.variance / self.normaliser.scale**2
+        variance = self.normaliser.y.variance / self.normaliser.y.scale**2
         self._numbers = {
             arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
         }
@@ -307,7 +327,8 @@ class Training:
     def _dictionary(self, arm: Arm) -> Dictionary:
         """In the model's own units, with its provenance."""
         if self.strategy.shares_latents:  # those of all processes are in the checkpoint
-            arm = Arm(arm.config, self.source.d_in, arm.d_sae, CPU, lengths=self.config.lengths)
+            d_in, lengths, skip = self.source.d_in, self.config.lengths, self.config.skip
+            arm = Arm(arm.config, d_in, arm.d_sae, CPU, lengths=lengths, skip=skip)
             load_checkpoint(self.out, [arm], Processes())
         config, weights, statistics = arm.config, arm.config.weights, self.statistics
         training = {
@@ -332,11 +353,12 @@ class Training:
             metrics={"training": self._numbers.get(config.name, {})},
             training=training,
         )
-        mean, scale, architecture = self.normaliser.mean, self.normaliser.scale, arm.architecture
+        units, architecture = self.normaliser, arm.architecture
+        through = None if arm.skip is None else arm.skip.weight
         space = weights.gamma if weights.config.in_space else None
         measured = ("mean", "variance", "robust_variance")
         return Dictionary(
-            **folded(arm.parameters, mean, scale, architecture.thresholds(), space),
+            **folded(arm.parameters, units.x, units.y, architecture.thresholds(), space, through),
             sparsity=architecture.sparsity,
             info=info,
             extras={"gamma": weights.gamma}
@@ -358,11 +380,12 @@ def _train(
     jobs: Sequence[tuple[ActivationSource, Sequence[ArmConfig], Path]],
     batches: _Batches,
     config: TrainConfig,
-    places: Sequence[int] = (0,),
+    places: Sequence[Sequence[int]],
 ) -> list[dict[str, Dictionary]]:
     """``places`` says which rows of a batch are those of each job."""
     for source, arms, out in jobs:
         check_arms(arms, source.d_in, config)
+        check_skip(source.site, arms, config)
         check_out(out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
@@ -372,8 +395,8 @@ def _train(
             widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
             check_room(widths, config, strategy.latent_parts)
             trainings = [
-                Training(source, arms, config, out, device, strategy, place)
-                for (source, arms, out), place in zip(jobs, places, strict=True)
+                Training(source, arms, config, out, device, strategy, own)
+                for (source, arms, out), own in zip(jobs, places, strict=True)
             ]
             for one in trainings:
                 processes.check_agreed({**one.identity, "shard": config.shard}, "settings")
@@ -430,7 +453,7 @@ class _Steps:
                         break
                     for training in self._trainings:
                         if training.reached == self._done:
-                            training.step(batch[training.place])
+                            training.step([batch[place] for place in training.places])
                             training.log(bar)
                     self._done += 1
                     bar.update(size)

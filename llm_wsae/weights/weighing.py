@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from llm_wsae.data.rows import ActivationSource, SiteRows, SiteSource, source_of
+from llm_wsae.data.rows import ActivationSource, SiteRows, SiteSource, source_of, target_of
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.machine.processes import join, progress
@@ -46,13 +46,15 @@ def measure_inputs(
     """The statistics of a site, and what the rules need in addition.
 
     ``rows``: a store or the streams of a model, with one of their sites; or what is trained on, a
-    source or rows of one's own. What cannot be measured without a ``model`` (a stream has its own)
-    or a ``dictionary``, and is not kept, is omitted: the rule will name it. Under ``torchrun`` all
-    processes make the same call. Raises UsageError for a dictionary of another site, or rows that
-    cannot be trained on; LlmWsaeError for a model that did not make the store.
+    source or rows of one's own. A transcoder's weights are of what it writes. What cannot be
+    measured without a ``model`` (a stream has its own) or a ``dictionary``, and is not kept, is
+    omitted: the rule will name it. Under ``torchrun`` all processes make the same call. Raises
+    UsageError for a dictionary of another site, or rows that cannot be trained on; LlmWsaeError for
+    a model that did not make the store.
     """
     needs = {Rule.parse(rule).need for rule in rules}
     source = source_of(rows.source(site) if isinstance(rows, SiteRows) and site else rows)
+    source = target_of(source)
     processes = join()
     with processes.together():
         own = source.statistics()

@@ -301,8 +301,9 @@ def test_folding_back_changes_nothing(massive, seed, diagonal, threshold):
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     limit = torch.rand(32, generator=generator) if threshold else None
     normaliser = massive.normaliser()
-    scale, mean = normaliser.scale, normaliser.mean
-    tensors = folded(arm.parameters, mean, scale, limit, gamma)
+    units = normaliser.x
+    scale, mean = units.scale, units.mean
+    tensors = folded(arm.parameters, units, units, limit, gamma)
 
     rows = massive.rows[1:200]
     batch = arm.space.enter(normaliser.batch(rows))

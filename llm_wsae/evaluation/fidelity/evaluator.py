@@ -3,7 +3,8 @@
 Sites are measured one after the other, each in two passes over its activations. The first takes
 the mean of the rows. The second runs the rest of the model from the site on: with the activations
 as they are, and with each variant in their place (zeros, the mean, every dictionary's
-reconstruction). What depends on the text alone is kept for further dictionaries.
+reconstruction; a transcoder's takes the place of what its MLP writes). What depends on the text
+alone is kept for further dictionaries.
 
 Only the rows that training sees are replaced. First positions, special tokens and massive rows
 (``ActivationCache.massive_threshold``) keep the model's own activations. A handful of massive rows
@@ -15,12 +16,13 @@ context counts for the document that has most of it; one that names no document 
 The *round trip* decodes real codes z and encodes them again, r = encode(decode(z)). It is theorem 1
 of Cui et al. 2026 (arXiv 2506.15963) with a trained dictionary as W_p and its own codes as the true
 features. A firing z > 0 *vanishes* where r = 0, and otherwise *shrinks* by (z − r)/z. A latent is
-*false* where r > 0 and z = 0. Sums are float64.
+*false* where r > 0 and z = 0. Transcoders, which do not read what they write, have none of it. Sums
+are float64.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -57,7 +59,7 @@ from llm_wsae.evaluation.heldout import (
     take_contexts,
 )
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import Site, points_of
 from llm_wsae.sparse.codes import Codes
 from llm_wsae.statistics.uncertainty import Bootstrap, TextSize, owners
 
@@ -68,7 +70,8 @@ _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
 _Losses = dict[str, np.ndarray]
 # A dictionary, or None for what is of the text alone; and one of the kinds of losses.
 _Key = tuple[str | None, str]
-_Variants = dict[_Key, Callable[[Tensor], Tensor]]  # what takes the place of a batch's rows
+# What takes the place of a batch's rows, from those that a dictionary reads and those themselves.
+_Variants = dict[_Key, Callable[[Tensor, Tensor], Tensor]]
 
 
 @torch.no_grad()
@@ -120,8 +123,8 @@ class FidelityEvaluator:
         """Measure every dictionary, by name. Raises as the function ``evaluate`` does."""
         check_fit(dictionaries, self._model, "evaluate")
         sites = list(dict.fromkeys(one.site for one in dictionaries.values()))
-        if len(sites) > 1:  # of one alone, the first pass runs the model
-            self._cache.read(sites)
+        if len(_needed(sites)) > 1:  # of one alone, the first pass runs the model
+            self._cache.read(_needed(sites))
         found: dict[str, Fidelity] = {}
         losses: dict[str, _Losses] = {}
         for site in sites:
@@ -152,7 +155,7 @@ class FidelityEvaluator:
         names. The first error of a site is raised once the others are measured."""
         for own in dictionaries.values():
             check_fit(own, self._model, "evaluate")
-        self._cache.read(list(dictionaries))
+        self._cache.read(_needed(list(dictionaries)))
         failure: LlmWsaeError | None = None
         for site, own in dictionaries.items():
             try:
@@ -170,7 +173,7 @@ class FidelityEvaluator:
         """The rows of a site, and the sums and losses of its dictionaries: one pass over the text,
         and another where the mean of the rows is not known."""
         here = {name: on_device_of(self._model, one) for name, one in dictionaries.items()}
-        threshold = self._cache.massive_threshold(site, here.values())
+        threshold = self._cache.massive_threshold(site.writes, here.values())
         rows = self._known.get((site, threshold)) or self._about_mean(site, threshold)
         sums = {name: ReconstructionSums(one) for name, one in here.items()}
         by_context = self._splice(site, rows, sums)
@@ -189,13 +192,14 @@ class FidelityEvaluator:
         variants: _Variants = {(name, "spliced"): own.update for name, own in sums.items()}
         is_new = not rows.losses
         if is_new:
-            variants[None, "zero"] = torch.zeros_like
-            variants[None, "mean"] = lambda x: rows.mean.to(x).expand_as(x)
+            variants[None, "zero"] = lambda _, y: torch.zeros_like(y)
+            variants[None, "mean"] = lambda _, y: rows.mean.to(y).expand_as(y)
         columns: dict[_Key, list[Tensor]] = defaultdict(list)
         bar = tqdm(total=self._num_contexts, desc="evaluate", unit="ctx")
         with bar, self._model.prepacked():
             for number, (ids, keep) in enumerate(self._cache.batches):
-                hidden = self._cache.at(number, [site])[site]
+                there = self._cache.at(number, _needed([site]))
+                read, hidden = there[site.reads], there[site.writes]
                 keep = keep.to(hidden.device)
                 massive = keep & (hidden.float().norm(dim=2) > rows.threshold)
                 usual = keep & ~massive
@@ -203,25 +207,36 @@ class FidelityEvaluator:
                     rows.usual.update(hidden[usual])
                     rows.massive.update(hidden[massive])
                 for own in sums.values():
-                    own.update_massive(hidden[massive])
-                for key, numbers in self._losses(number, site, hidden, usual, variants).items():
+                    own.update_massive(read[massive], hidden[massive])
+                for key, numbers in self._losses(number, site, there, usual, variants).items():
                     columns[key].append(numbers)
                 bar.update(len(ids))
         return {key: torch.cat(parts).numpy() for key, parts in columns.items()}
 
     def _losses(
-        self, number: int, site: Site, hidden: Tensor, usual: Tensor, variants: _Variants
+        self,
+        number: int,
+        site: Site,
+        there: Mapping[Site, Tensor],
+        usual: Tensor,
+        variants: _Variants,
     ) -> dict[_Key, Tensor]:
         """Of each context of a batch, with its ``usual`` rows replaced by every variant."""
         model, end = self._model, Site(self._model.num_blocks - 1, "post")
         ids, keep = (part.to(model.device) for part in self._cache.batches[number])
         # resumed, as every variant is, so a perfect reconstruction gives the same numbers
-        clean = self._cache.kept(number, end, lambda: model.resume_to_end(ids, site, hidden))
+        place, hidden, entrance = site.writes, there[site.writes], there[site.writes.entrance]
+
+        def resumed(hidden: Tensor) -> Tensor:
+            return model.resume_to_end(ids, place, hidden, entrance)
+
+        clean = self._cache.kept(number, end, lambda: resumed(hidden))
         ends = []  # what the last block puts out
         for replacement in variants.values():
             spliced = hidden.clone()
-            spliced[usual] = replacement(hidden[usual]).to(hidden.dtype)
-            ends.append(model.resume_to_end(ids, site, spliced))
+            new = replacement(there[site.reads][usual], hidden[usual])
+            spliced[usual] = new.to(hidden.dtype)
+            ends.append(resumed(spliced))
         clean_ce, found = next_token_sums(model, clean, ends, ids, scored_positions(keep))
         columns: dict[_Key, Tensor] = {(None, "clean"): clean_ce}
         for (name, kind), (ce, kl) in zip(variants, found, strict=True):
@@ -231,7 +246,7 @@ class FidelityEvaluator:
     def _about_mean(self, site: Site, threshold: float) -> "_SiteRows":
         """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite, the model
         cannot be resumed at the site, or no row is short enough."""
-        total, count = torch.zeros(()), 0
+        total, count, site = torch.zeros(()), 0, site.writes
         batches = tqdm(self._cache.batches, desc="evaluate: means", unit="batch")
         for number, (_, keep) in enumerate(batches):
             hidden = self._cache.at(number, [site])[site]
@@ -362,12 +377,19 @@ class ReconstructionSums:
         self._lost = torch.zeros(d_sae, dtype=torch.float64)  # Σ (z − r)/z of what does not vanish
 
     @torch.no_grad()
-    def update(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
-        """Reconstruct rows, add them to every sum, and return the reconstruction."""
-        codes = self._dictionary.encode_sparse(rows)
-        reconstruction = self._dictionary.decode(codes)
-        for x, y in zip(rows.split(_TOGETHER), reconstruction.split(_TOGETHER), strict=True):
-            self._compare(_exact(x), _exact(y))
+    def update(
+        self, x: Float[Tensor, "rows d_in"], y: Float[Tensor, "rows d_in"]
+    ) -> Float[Tensor, "rows d_in"]:
+        """Reconstruct rows y from rows x, which are the same for an autoencoder; add them to every
+        sum, and return the reconstruction."""
+        codes = self._dictionary.encode_sparse(x)
+        reconstruction = self._dictionary.decode(codes, x)
+        for one, other in zip(y.split(_TOGETHER), reconstruction.split(_TOGETHER), strict=True):
+            self._compare(_exact(one), _exact(other))
+        if self._dictionary.site.is_mlp:
+            fires = codes.indices[codes.values > 0].cpu()
+            self._firings += torch.bincount(fires, minlength=len(self._firings))
+            return reconstruction
         again = self._dictionary.encode_sparse(reconstruction)
         parts = [part.split(_ROWS_AT_ONCE) for part in (*codes, *again)]
         for z_latents, z, r_latents, r in zip(*parts, strict=True):
@@ -375,10 +397,10 @@ class ReconstructionSums:
         return reconstruction
 
     @torch.no_grad()
-    def update_massive(self, rows: Float[Tensor, "rows d_in"]) -> None:
+    def update_massive(self, x: Float[Tensor, "rows d_in"], y: Float[Tensor, "rows d_in"]) -> None:
         """Add massive rows, which only count in ``massive_error``."""
-        if len(rows):
-            self.massive_error += (_exact(rows) - _exact(self._dictionary(rows))).square().sum(0)
+        if len(x):
+            self.massive_error += (_exact(y) - _exact(self._dictionary(x))).square().sum(0)
 
     def _compare(self, x: Tensor, y: Tensor) -> None:
         self._count += len(x)
@@ -408,6 +430,7 @@ class ReconstructionSums:
         """The fields of ``Fidelity`` that are of the reconstructions alone; NaN where the round
         trip has no firings."""
         rows, firings, survivors = max(self._count, 1), int(self._firings.sum()), self._survivors
+        is_mlp = self._dictionary.site.is_mlp
         return {
             "rows": self._count,
             "cosine": self._cosine / rows,
@@ -415,10 +438,16 @@ class ReconstructionSums:
             "l0": float(self.density.sum()),
             "dead_share": float((self._firings == 0).double().mean()),
             "dense_share": float((self.density > DENSE_DENSITY).double().mean()),
-            "vanished": 1 - survivors / firings if firings else math.nan,
+            "vanished": 1 - survivors / firings if firings and not is_mlp else math.nan,
             "shrunk": float(self._lost.sum()) / survivors if survivors else math.nan,
-            "false_latents": self._false / rows,
+            "false_latents": math.nan if is_mlp else self._false / rows,
         }
+
+
+def _needed(sites: Sequence[Site]) -> list[Site]:
+    """Where activations are needed to measure dictionaries of these sites."""
+    points = points_of(sites)
+    return list(dict.fromkeys([*(site.writes.entrance for site in sites), *points]))
 
 
 def _exact(tensor: Tensor) -> Tensor:

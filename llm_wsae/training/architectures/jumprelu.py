@@ -76,7 +76,7 @@ class JumpReLU(Architecture):
         codes = near._replace(values=near.values * active)
 
         decoded, num_rows = strategy.decode(codes, decoder, decoder_bias), batch.num_rows
-        residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
+        residual = decoded.sub_(batch.y).mul_(batch.mask[:, None])
         loss, output_gradient = weighted_error(residual, batch.mask, metric, num_rows)
         by_near = value_gradients(near, decoder, output_gradient)
         gradients = SparseGradients(codes, batch.x_fast, output_gradient.to(fast), by_near * active)

@@ -26,6 +26,7 @@ class Matryoshka(BatchTopK):
     """BatchTopK whose prefixes must reconstruct alone."""
 
     name = "matryoshka"
+    takes_skip = False
     prefixes: Sequence[float] = PREFIXES
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
@@ -39,8 +40,8 @@ class Matryoshka(BatchTopK):
 
         no_bias = torch.zeros_like(decoder_bias)
         added = self.strategy.decode(grouped, decoder, no_bias)  # by each group
-        residuals = added.view(len(groups), *batch.x.shape)
-        residuals[0] += decoder_bias - batch.x
+        residuals = added.view(len(groups), *batch.y.shape)
+        residuals[0] += decoder_bias - batch.y
         for inner, outer in pairwise(residuals):
             outer += inner
         residuals *= batch.mask[:, None]

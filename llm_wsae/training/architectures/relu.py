@@ -75,26 +75,26 @@ class DenseStart(Architecture):
         _, encoder_fast, bias_fast = batch.product(parameters)
         by_encoder, by_decoder = torch.zeros_like(decoder), torch.zeros_like(decoder)
         by_bias, by_decoder_bias = torch.zeros_like(encoder_bias), torch.zeros_like(decoder_bias)
-        residual = torch.empty_like(batch.x)
+        residual = torch.empty_like(batch.y)
         firings, largest = torch.zeros_like(encoder_bias), torch.zeros_like(encoder_bias)
         loss = batch.x.new_zeros(())
         for start in range(0, len(batch.x), _TILE_ROWS):
             rows = slice(start, start + _TILE_ROWS)
-            x, x_fast, mask = batch.x[rows], batch.x_fast[rows], batch.mask[rows]
+            y, x_fast, mask = batch.y[rows], batch.x_fast[rows], batch.mask[rows]
             latents = torch.addmm(bias_fast, x_fast, encoder_fast.T)
             active = (latents > threshold).logical_and_(mask[:, None] > 0)
             latents.mul_(active)
-            decoded = strategy.sum_over_latents((latents @ decoder_fast).to(x.dtype))
-            missed = decoded.add_(decoder_bias).sub_(x).mul_(mask[:, None])
+            decoded = strategy.sum_over_latents((latents @ decoder_fast).to(y.dtype))
+            missed = decoded.add_(decoder_bias).sub_(y).mul_(mask[:, None])
             residual[rows] = missed
             tile_loss, by_output = weighted_error(missed, mask, metric, batch.num_rows)
-            loss += tile_loss + by_active * strategy.sum_over_latents(latents.sum(dtype=x.dtype))
+            loss += tile_loss + by_active * strategy.sum_over_latents(latents.sum(dtype=y.dtype))
             by_output_fast = by_output.to(fast)
             by_latent = by_output_fast @ decoder_fast.T
             by_latent.add_(by_active.to(fast)).mul_(active)
             by_encoder.add_(by_latent.T @ x_fast)
             by_decoder.add_(latents.T @ by_output_fast)
-            by_bias.add_(by_latent.sum(0, dtype=x.dtype))
+            by_bias.add_(by_latent.sum(0, dtype=y.dtype))
             by_decoder_bias.add_(by_output.sum(0))
             firings += active.sum(0)
             torch.maximum(largest, latents.amax(0).to(largest.dtype), out=largest)

@@ -72,13 +72,13 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
         assert 0.8 < float(own / threshold[0]) < 1.25  # the mean over the batches is near it
         threshold = own.expand(64)
     Dictionary(
-        **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold),
+        **folded(arm.parameters, normaliser.x, normaliser.y, threshold),
         sparsity=arm.architecture.sparsity,
         info=dictionaries[name].info,
     ).save(tmp_path / name)
     loaded = Dictionary.load(tmp_path / name)
     assert torch.equal((loaded.encode(rows) > 0).sum(0), inside.firings.long())
-    reconstruction = inside.residual * normaliser.scale + rows
+    reconstruction = inside.residual * normaliser.y.scale + rows
     torch.testing.assert_close(loaded(rows), reconstruction, rtol=1e-4, atol=1e-4)
     assert loaded.sparsity == arm.architecture.sparsity
     assert isinstance(loaded.sparsity, JumpReLU) == (threshold is not None)
