@@ -25,6 +25,7 @@ from llm_wsae.pipeline.request import (
     Part,
     Spelt,
     TextConfig,
+    changed,
     check_none_given,
     check_some,
     named,
@@ -338,35 +339,69 @@ def explain(request: Explain) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(_OnStore):
-    dictionary: Dict
-    """Dictionary, named as for `inspect`."""
-    to: Literal["neuronpedia"]
+class Export:
+    dictionaries: Dicts
+    """Dictionaries, named as for `evaluate`: for neuronpedia one, for circuit-tracer the transcoder
+    of each block of a model."""
+    to: Literal["neuronpedia", "circuit-tracer"]
     """Whose files to write."""
     out: Path
     """Folder to write them into."""
+    store: Path | None = None
+    """For neuronpedia: activation store of the site."""
     top: int = 20
-    """Strongest contexts shown for each latent."""
+    """For neuronpedia: strongest contexts shown for each latent."""
     bands: int = 5
-    """Quantile bands of its activation; a context is shown from each."""
+    """For neuronpedia: quantile bands of its activation; a context is shown from each."""
     contexts: int | None = None
-    """Number of contexts to look at, from the beginning of the store; the default is all."""
+    """For neuronpedia: number of contexts to look at, from the beginning of the store; the default
+    is all."""
     model_id: str | None = None
     """Name of the model on Neuronpedia; the default is the model's own."""
     sae_set: str | None = None
     """Name of the set of dictionaries there; the default is the dictionary's own."""
     sae_id_suffix: str | None = None
     """Suffix that tells apart dictionaries of the same set and block."""
+    model: Flat[OptionalModelConfig] = OptionalModelConfig()
+    """For neuronpedia: the model that the store came from."""
+
+    def __post_init__(self) -> None:
+        check_some(self.dictionaries, "dictionary folder")
+        to_neuronpedia = self.to == "neuronpedia"
+        if to_neuronpedia and (self.store is None or self.model.model is None):
+            raise UsageError("neuronpedia shows contexts: give their --store and its --model")
+        if to_neuronpedia and len(self.dictionaries) > 1:
+            raise UsageError("neuronpedia takes one dictionary at a time; name one")
+        always = {"--dictionaries", "--to", "--out", "--model"}
+        idle = (changed(self).keys() - always) | changed(self.model).keys()
+        if not to_neuronpedia and idle:
+            raise UsageError(f"omit {' and '.join(sorted(idle))}, which are for neuronpedia")
 
 
 def export(request: Export) -> Result:
-    """Write every latent into files like SAEDashboard's, which Neuronpedia imports."""
+    """Write what other tools read: every latent as Neuronpedia imports it, or a model's transcoders
+    as circuit-tracer opens them."""
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.finding import find_dictionaries, find_dictionary
+
+    if request.to == "circuit-tracer":
+        from llm_wsae.dictionary.formats.circuit_tracer import (
+            save_transcoder_set,
+            transcoder_set_in,
+        )
+
+        transcoder_set_in(request.out).check_place()
+        folders = find_dictionaries(request.dictionaries)
+        path = save_transcoder_set([Dictionary.load(folder) for folder in folders], request.out)
+        facts = {"path": str(path), "transcoders": len(folders)}
+        return facts, f"the transcoders of {len(folders)} blocks, for circuit-tracer: {path}"
+
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.dictionary.finding import find_dictionary
     from llm_wsae.pages.neuronpedia import export_in, export_neuronpedia
 
+    assert request.store is not None
     export_in(request.out).check_place()
-    dictionary = find_dictionary(request.dictionary)
+    dictionary = find_dictionary(request.dictionaries[0])
     store = ActivationStore.open(request.store)
     model = request.model.load(store.manifest.model)
     names = ("top", "bands", "contexts", "model_id", "sae_set", "sae_id_suffix")

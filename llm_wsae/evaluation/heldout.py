@@ -155,7 +155,7 @@ class ActivationCache:
     def massive_threshold(self, site: Site, dictionaries: Iterable[Dictionary]) -> float:
         """Norm above which a row at the site is massive: the smallest that one of its dictionaries
         records, so that all are measured on the same rows."""
-        recorded = [one.info.massive_threshold for one in dictionaries]
+        recorded = [one.info.massive_threshold for one in dictionaries if one.site.writes == site]
         known = [threshold for threshold in recorded if threshold is not None]
         if known:
             return min(known)

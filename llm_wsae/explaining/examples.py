@@ -157,7 +157,7 @@ class _Choice:
         cuts = [_cut(wide, draw) for wide in around]
         texts = [self._text(wide[cut]) for wide, cut in zip(around, cuts, strict=True)]
         silent = np.ones((len(latents), len(chosen)), dtype=bool)
-        reader, numbers = self._store.reader(self._dictionary.site), torch.from_numpy(latents)
+        reader, numbers = self._store.reader(self._dictionary.site.reads), torch.from_numpy(latents)
         encoder = self._dictionary.W_enc[:, numbers]
         for place, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
             *_, kept, start = place_of(self._store, self._context, int(self._context[row]))

@@ -209,8 +209,8 @@ def check_width(model: LanguageModel, dictionary: Dictionary) -> None:
 
 
 def not_massive(dictionary: Dictionary, x: Float[Tensor, "rows d_in"]) -> Bool[Tensor, " rows"]:
-    """Which rows are not massive activations."""
+    """Which rows are not massive activations; a transcoder's threshold is of what it writes."""
     threshold = dictionary.info.massive_threshold
-    if threshold is None:
+    if threshold is None or dictionary.site.is_mlp:
         return torch.ones(len(x), dtype=torch.bool)
     return x.norm(dim=1) <= threshold

@@ -345,7 +345,7 @@ def firings(
     site, LlmWsaeError if its rows cannot be read.
     """
     num_rows = min(store.num_rows, most_rows or store.num_rows)
-    reader, stride = store.reader(dictionary.site), max(1, num_rows // sample_rows)
+    reader, stride = store.reader(dictionary.site.reads), max(1, num_rows // sample_rows)
     column = latents.new_full((dictionary.d_sae,), len(latents))
     column[latents] = torch.arange(len(latents))
     looked_at, sums = 0, torch.zeros(2, len(latents) + 1)  # the last is for all other latents
@@ -424,7 +424,8 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     model.check_site(dictionary.site)
     check_width(model, dictionary)
     ids = torch.tensor(token_ids(model, dictionary, text))
-    hidden = model.activations(ids[None], [dictionary.site])[dictionary.site][0].cpu().float()
+    place = dictionary.site.reads
+    hidden = model.activations(ids[None], [place])[place][0].cpu().float()
     codes = dictionary.encode_sparse(hidden.to(dictionary.W_enc.device))
     packing = PackConfig.remembered(dictionary.info.store.get("packing"))
     trained_on = torch.arange(len(ids)) >= packing.drop_positions

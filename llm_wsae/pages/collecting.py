@@ -151,7 +151,7 @@ def collect(
 ) -> dict[str, Firings]:
     """What every dictionary's latents do in the first rows, or all. Raises LlmWsaeError if the
     store's rows cannot be a dictionary's, or cannot be read."""
-    (site,) = {dictionary.site for dictionary in dictionaries.values()}
+    (site,) = {dictionary.site.reads for dictionary in dictionaries.values()}
     for dictionary in dictionaries.values():
         check_store(store, dictionary)
     reader = store.reader(site)
@@ -251,7 +251,7 @@ def windows(
     ids = np.full((rows.numel(), len(around)), -1, dtype=np.int32)
     activation = np.zeros(ids.shape, dtype=np.float32)
     names = [""] * len(ids)
-    mean = store.statistics(dictionary.site).mean.float()
+    mean = store.statistics(dictionary.site.reads).mean.float()
     sources = min(SOURCES, dictionary.d_in)
     source = np.zeros((len(ids), sources), dtype=np.int32)
     part = np.zeros((len(ids), sources), dtype=np.float32)
@@ -260,7 +260,7 @@ def windows(
     wanted = wanted[np.argsort(row[wanted], kind="stable")]
     edges = np.flatnonzero(np.diff(context[row[wanted]], prepend=-1, append=-1))
     runs = list(pairwise(edges.tolist()))
-    reader = store.reader(dictionary.site)
+    reader = store.reader(dictionary.site.reads)
     for first, stop in tqdm(runs, desc="contexts", unit="ctx", unit_scale=True, leave=False):
         own = wanted[first:stop]
         contexts, place, kept, start = place_of(store, context, int(context[row[own[0]]]))

@@ -101,7 +101,7 @@ def export_neuronpedia(
     explained = {} if dictionary.folder is None else read_explanations(dictionary.folder)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     check_store(store, dictionary)
-    rows, there = store.identity(dictionary.site), store.manifest.num_contexts
+    rows, there = store.identity(dictionary.site.reads), store.manifest.num_contexts
     numbers = {"top": top, "bands": bands, "contexts": there if contexts is None else contexts}
     for name, value in numbers.items():
         check_number(name, value, 1)

@@ -14,16 +14,32 @@ from torch import Tensor
 
 from llm_wsae.dictionary.info import Facts
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model.site import HOOKS
 
 _COLUMNS = 4096  # of an encoder, converted to float64 at once
-_BLOCK = re.compile(r"(?:.+\.)?(?:layers|layer|h|blocks)\.(\d+)", re.ASCII)
+_BLOCK = re.compile(r"(?:.+\.)?(?:layers|layer|h|blocks)\.(\d+)(\.mlp)?", re.ASCII)
 
 
-def site_of(name: str | None) -> str | None:
-    """The site of a whole transformer block's output (``h.9``, ``model.layers.9``); any other name,
-    such as one of TransformerLens', unchanged."""
+def site_of(name: str | None, transcoder: bool = False) -> str | None:
+    """The site of a whole transformer block's output (``h.9``, ``model.layers.9``), or that of its
+    MLP (``layers.9.mlp``); any other name, such as one of TransformerLens', unchanged. That of a
+    transcoder is a whole MLP."""
     match = _BLOCK.fullmatch(name or "")
-    return f"blocks.{match[1]}.hook_resid_post" if match else name
+    if match is None:
+        return name
+    if match[2] is None:
+        return None if transcoder else f"blocks.{match[1]}.{HOOKS['post']}"
+    return f"blocks.{match[1]}.{HOOKS['mlp' if transcoder else 'mlp_out']}"
+
+
+def transcoded(reads: str | None, writes: str | None) -> str | None:
+    """The site of a transcoder between two of TransformerLens' points, if that is a whole MLP;
+    otherwise both, which are no site."""
+    block, _, hook = (reads or "").rpartition(f".{HOOKS['mlp_in']}")
+    ends = (f"{block}.{HOOKS['mlp_out']}", f"{block}.mlp.hook_out")
+    if block and not hook and writes in ends:
+        return f"{block}.{HOOKS['mlp']}"
+    return f"{reads} to {writes}" if reads and writes else reads
 
 
 def named_only(name: str | None) -> dict[str, str]:
@@ -44,6 +60,7 @@ def named(
         "W_dec": (d_sae, d_in),
         "W_dec.T": (d_in, d_sae),
         "b_dec": (d_in,),
+        "W_skip": (d_in, d_in),
         "topk_threshold": (),
     }
     if tensors.keys() != names.keys():
@@ -95,6 +112,8 @@ def fold(
     if factor is not None:
         W_dec = W_dec * factor[:, None]
     weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    if "W_skip" in w:
+        weights["W_skip"] = w["W_skip"]
     if threshold is not None:  # every tool applies a ReLU too, so below 0 means 0
         weights["threshold"] = threshold.float().clamp(min=0)
     return weights

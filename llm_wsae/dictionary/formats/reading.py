@@ -25,7 +25,7 @@ from llm_wsae.dictionary.folder import (
 )
 from llm_wsae.dictionary.formats import dictionary_learning, saelens, sparsify
 from llm_wsae.dictionary.info import Facts
-from llm_wsae.dictionary.sparsity import sparsity_of
+from llm_wsae.dictionary.sparsity import kind_of, sparsity_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import reason
 
@@ -114,6 +114,7 @@ def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
         )
     weights = layout.read(folder, config, said)
     check_finite(weights, f"{folder}, after folding")
-    kind = "jumprelu" if "threshold" in weights else said.architecture
+    kind, _ = kind_of(said.architecture, is_transcoder=True)
+    kind = "jumprelu" if "threshold" in weights else kind
     with naming(path):
         return Content(weights, sparsity_of(kind, said.k), info, {})

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
-from llm_wsae.dictionary.formats.folding import fold, named, named_only, site_of
+from llm_wsae.dictionary.formats.folding import fold, named, named_only, site_of, transcoded
 from llm_wsae.dictionary.info import CENTRED, Facts
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, number, text
@@ -37,6 +37,10 @@ _KINDS = {
     "gated": (*_MATRICES, "b_gate", "b_mag", "r_mag"),
     "batchtopk": (*_MATRICES, "b_enc", "topk_threshold"),
     "matryoshka_batchtopk": (*_MATRICES, "b_enc", "topk_threshold"),
+    "transcoder": (*_MATRICES, "b_enc"),
+    "skip_transcoder": (*_MATRICES, "b_enc", "W_skip"),
+    "jumprelu_transcoder": (*_MATRICES, "b_enc", "threshold"),
+    "jumprelu_skip_transcoder": (*_MATRICES, "b_enc", "threshold", "W_skip"),
 }
 
 
@@ -48,7 +52,7 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     return Facts.foreign(
         "SAELens",
         place,
-        site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
+        _site(cfg, about),
         _architecture(cfg),
         (cfg.get("d_in"), cfg.get("d_sae"), k),
         model=named_only(text(about.get("model_name"))) | _centred_stream(cfg),
@@ -68,7 +72,7 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
             f"{path}: this package does not read SAELens' architecture {shown(kind)}; "
             f"{nearest(kind, _KINDS)}"
         )
-    subtracts_bias = _flag(path, cfg, "apply_b_dec_to_input", True)
+    subtracts_bias = _flag(path, cfg, "apply_b_dec_to_input", not _is_transcoder(kind))
     by_norm = _flag(path, cfg, "rescale_acts_by_decoder_norm", False)
     _check_activation(path, cfg)
     scale = _scale(folder, cfg)
@@ -85,6 +89,17 @@ def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]
         centred=CENTRED in said.info.model,
         factor=_factor(weights, cfg, w[factors[0]] if factors else None),
     )
+
+
+def _site(cfg: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
+    reads = text(about.get("hook_name")) or text(about.get("hook_point"))
+    if _is_transcoder(_architecture(cfg)):
+        return transcoded(reads, text(about.get("hook_name_out")))
+    return site_of(reads)
+
+
+def _is_transcoder(architecture: str | None) -> bool:
+    return (architecture or "").endswith("transcoder")
 
 
 def _centred_stream(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """EleutherAI's sparsify (formerly ``sae``): ``cfg.json`` and ``sae.safetensors`` per module.
 
 A linear encoder of x − b_dec, TopK of its ReLU, a decoder whose rows are latents. The folder is
-named for the module whose output it explains (``layers.9``, ``gpt_neox.layers.9``, ``h.9``).
-Transcoders, skip connections, the groupmax activation and signed latents compute something else and
-are refused.
+named for the module whose output it explains (``layers.9``, ``gpt_neox.layers.9``, ``h.9``). That
+of a transcoder is the MLP that it stands for (``layers.9.mlp``), maybe with a skip; it does not
+subtract b_dec. The groupmax activation and signed latents compute something else and are refused.
 """
 
 import re
@@ -30,19 +30,21 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
     expansion = integer(cfg.get("expansion_factor"))
     if not latents and d_in and expansion:
         latents = d_in * expansion
-    site = site_of(place.name) if _MODULE.fullmatch(place.name) else None
+    of_module = _MODULE.fullmatch(place.name)
+    site = site_of(place.name, cfg.get("transcode") is True) if of_module else None
     return Facts.foreign("sparsify", place, site, "topk", (d_in, latents, cfg.get("k")))
 
 
 def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:
     """The tensors of ``sae.safetensors``, folded."""
-    odd = {key: cfg[key] for key in ("transcode", "skip_connection", "signed") if cfg.get(key)}
+    odd = {key: cfg[key] for key in ("signed",) if cfg.get(key)}
     if cfg.get("activation", "topk") != "topk":
         odd["activation"] = cfg["activation"]
     for key, value in odd.items():
         raise LlmWsaeError(
             f"{folder / CFG} has {key} = {shown(value)}, so this package cannot represent it as a "
-            "sparse autoencoder"
+            "dictionary"
         )
-    w = named(folder / WEIGHTS, read_tensors(folder / WEIGHTS), _NAMES, said)
-    return fold(w, subtracts_bias=True)
+    skip = {"W_skip": "W_skip"} if cfg.get("skip_connection") else {}
+    w = named(folder / WEIGHTS, read_tensors(folder / WEIGHTS), _NAMES | skip, said)
+    return fold(w, subtracts_bias=not cfg.get("transcode"))

@@ -191,7 +191,7 @@ class MonosemanticityEvaluator:
         check_fit(dictionaries, self._model, "score")
         by_site: dict[Site, list[Dictionary]] = defaultdict(list)
         for one in dictionaries.values():
-            by_site[one.site].append(one)
+            by_site[one.site.reads].append(one)
         thresholds = {
             site: self._activations.massive_threshold(site, own)
             for site, own in sorted(by_site.items(), key=lambda item: item[0])
@@ -202,14 +202,14 @@ class MonosemanticityEvaluator:
         probes = {site: self._probes[site, at] for site, at in thresholds.items()}
         here = {name: on_device_of(self._model, one) for name, one in dictionaries.items()}
         recorders = {
-            name: self._scorer.recorder(one, thresholds[one.site], self._kinds)
+            name: self._scorer.recorder(one, thresholds[one.site.reads], self._kinds)
             for name, one in here.items()
         }
         for batch in self._activations.rows(list(thresholds)):
             for recorder in recorders.values():
                 recorder.add(batch)
         scores = {
-            name: self._scores(name, recorder.finished(), probes[recorder.dictionary.site])
+            name: self._scores(name, recorder.finished(), probes[recorder.dictionary.site.reads])
             for name, recorder in recorders.items()
         }
         return self._report(dictionaries, scores, probes)

@@ -114,7 +114,7 @@ class Firings:
 
     def add(self, batch: RowBatch) -> None:
         """Encode a batch's rows and keep what is needed of the codes."""
-        rows = batch.activations[self.dictionary.site]
+        rows = batch.activations[self.dictionary.site.reads]
         indices, values = self.dictionary.encode_sparse(rows)
         usable = rows.float().norm(dim=1) <= self._threshold
         active = (values > 0) & usable[:, None]
