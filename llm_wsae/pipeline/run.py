@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llm_wsae.artifact.artifact import Artifact, Record
 from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import ActivationSource, SiteRows
@@ -55,6 +56,7 @@ from llm_wsae.weights.weighing import measure_inputs
 
 STORE = "store"
 PAGE = "report.html"
+TOGETHER = "all-blocks.json"  # of transcoders: the model with all of these MLPs replaced
 _TRIALS = ".alpha"
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
 TRIAL_ROWS = 300_000  # of each trial training: about 40 seconds for all five on two cores
@@ -309,6 +311,11 @@ def _finish(
         latents = "../page.html" if not results else None  # as the command that is printed names it
         write_page(report, sites[site].arms, str(site), folder / PAGE, text, latents)
         results[site] = SiteResult(sites[site].profile, dictionaries, report, folder)
+    every = [one for own in trained.values() for one in own.values()]
+    if found := evaluator.together(every):
+        write_json(request.folder / TOGETHER, plain(found))
+        for name, together in found.items():
+            _write(together.sentence(name))
     return results
 
 

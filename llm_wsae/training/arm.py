@@ -205,15 +205,26 @@ def _filled(part: Tensor, spare: int) -> Tensor:
 
 
 def initial_parameters(
-    d_in: int, d_sae: int, seed: int, device: torch.device, own: range | None = None
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    device: torch.device,
+    own: range | None = None,
+    is_transcoder: bool = False,
 ) -> Parameters:
     """Random unit decoder rows, the encoder equal to them, biases 0; only of the latents ``own``,
-    which are the same whatever others there are."""
+    which are the same whatever others there are. A transcoder, whose output is no copy of its
+    input, has an encoder drawn by itself: fewer latents die."""
     generator, own = torch.Generator().manual_seed(seed), own or range(d_sae)
-    decoder = torch.randn(d_sae, d_in, generator=generator)[own.start : own.stop]
-    decoder /= decoder.norm(dim=1, keepdim=True)
+
+    def drawn() -> Tensor:
+        rows = torch.randn(d_sae, d_in, generator=generator)[own.start : own.stop]
+        return rows / rows.norm(dim=1, keepdim=True)
+
+    decoder = drawn()
+    encoder = drawn() if is_transcoder else decoder.clone()
     biases = (torch.zeros(size, device=device) for size in (len(own), d_in))
-    return Parameters(decoder.clone().to(device), decoder.to(device), *biases)
+    return Parameters(encoder.to(device), decoder.to(device), *biases)
 
 
 class Optimiser:
@@ -342,9 +353,10 @@ class Arm:
         strategy: Strategy = SINGLE,
         lengths: Lengths = "auto",
         skip: bool = False,
+        is_transcoder: bool = False,
     ):
-        """``space`` may be shared with other arms of the same weights; ``skip``: whether it is a
-        transcoder with an affine skip."""
+        """``space`` may be shared with other arms of the same weights; ``skip``: whether a
+        transcoder has an affine skip."""
         config.check(d_sae)
         weights = config.weights
         if weights.config.in_space and space is None:
@@ -359,7 +371,7 @@ class Arm:
         """The latents that are here: all, unless other processes hold some."""
         self._strategy = strategy
         own, seed = self.own_latents, config.init_seed
-        self.parameters = initial_parameters(d_in, d_sae, seed, device, own)
+        self.parameters = initial_parameters(d_in, d_sae, seed, device, own, is_transcoder)
         self.architecture = config.kind(config.level, d_sae, device, strategy)
         self.architecture.tie(self.parameters)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)

@@ -230,7 +230,8 @@ class Training:
         spaces: dict[int, Space | None] = {}  # arms of the same weights share their rows there
         for arm in [] if is_finished(out) else arms:
             space = spaces.get(id(arm.weights))
-            made = Arm(arm, d_in, d_sae, device, space, strategy, config.lengths, config.skip)
+            kind = dict(skip=config.skip, is_transcoder=source.site.is_mlp)
+            made = Arm(arm, d_in, d_sae, device, space, strategy, config.lengths, **kind)
             spaces[id(arm.weights)] = made.space
             self.arms.append(made)
         self.reached = 0  # steps that are done

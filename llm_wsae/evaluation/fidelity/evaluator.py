@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.attaching import attach
 from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
@@ -50,7 +51,7 @@ from llm_wsae.evaluation.fidelity.next_token import (
     next_token_sums,
     scored_positions,
 )
-from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain, Report
+from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain, Report, Together
 from llm_wsae.evaluation.heldout import (
     ActivationCache,
     Context,
@@ -144,6 +145,7 @@ class FidelityEvaluator:
                 name: self._from_plain(found[name], found[plain], losses[name], losses[plain])
                 for name, plain in plain_beside(dictionaries).items()
             },
+            together=self.together(list(dictionaries.values())),
             notes=[*notes_on_weights(dictionaries, self._model), *self._size.warnings()],
         )
 
@@ -166,6 +168,40 @@ class FidelityEvaluator:
                 yield site, report
         if failure is not None:
             raise failure
+
+    @torch.no_grad()
+    def together(self, dictionaries: Iterable[Dictionary]) -> dict[str, Together]:
+        """Of the transcoders of several blocks that share a name: the model with all of their MLPs
+        replaced. Raises as ``attach`` does."""
+        sets: dict[str, dict[Site, Dictionary]] = defaultdict(dict)
+        for one in dictionaries:
+            if one.site.is_mlp:
+                sets[one.info.name].setdefault(one.site, one)
+        several = {name: own for name, own in sets.items() if len(own) > 1}
+        return {name: self._together(list(own.values())) for name, own in several.items()}
+
+    def _together(self, transcoders: Sequence[Dictionary]) -> Together:
+        model, end = self._model, Site(self._model.num_blocks - 1, "post")
+        columns: list[Tensor] = []
+        bar = tqdm(self._cache.batches, desc="evaluate: all blocks", unit="batch")
+        for number, (ids, keep) in enumerate(bar):
+            clean = self._cache.at(number, [end])[end]
+            with attach(model, transcoders, error=False, keep=keep):
+                spliced = model.activations(ids, [end])[end]
+            ce, ((other, kl),) = next_token_sums(
+                model, clean, [spliced], ids, scored_positions(keep)
+            )
+            columns.append(torch.stack([ce, other, kl]))
+        rows = torch.cat(columns, 1).numpy()
+        clean_sum, spliced_sum, kl_sum = (np.bincount(self._owner, own) for own in rows)
+        sums, scored = {"kl": kl_sum, "scored": self._scored}, float(self._scored.sum())
+        return Together(
+            blocks=len(transcoders),
+            ce_clean=float(clean_sum.sum()) / scored,
+            ce_spliced=float(spliced_sum.sum()) / scored,
+            kl=float(kl_sum.sum()) / scored,
+            kl_interval=self._bootstrap.interval(lambda t: t["kl"] / t["scored"], sums),
+        )
 
     def _measure(
         self, site: Site, dictionaries: Mapping[str, Dictionary]

@@ -91,6 +91,26 @@ class FromPlain:
         return "higher" if low > 0 else "lower" if high < 0 else "level"
 
 
+@dataclass(frozen=True)
+class Together:
+    """The model with the MLPs of several blocks replaced at once by transcoders of one name: the
+    replacement model, whose predictions say how far a graph of its latents can be trusted. Nats."""
+
+    blocks: int
+    ce_clean: float
+    ce_spliced: float
+    kl: float
+    kl_interval: Interval
+
+    def sentence(self, name: str) -> str:
+        """What it is, for people."""
+        low, high = self.kl_interval
+        return (
+            f"{name} in place of {self.blocks} MLPs at once: cross-entropy {self.ce_spliced:.3f} "
+            f"nats instead of {self.ce_clean:.3f}, KL {self.kl:.3f} [{low:.3f}, {high:.3f}]."
+        )
+
+
 _HELP = {
     "lower": "the weights help here",
     "higher": "the weights do harm here",
@@ -110,6 +130,8 @@ class Report:
     dictionaries: dict[str, Fidelity]
     from_plain: dict[str, FromPlain] = field(default_factory=dict)
     """Of each weighted dictionary that has a plain one beside it."""
+    together: dict[str, Together] = field(default_factory=dict)
+    """Of transcoders of several blocks, by the name that they share."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know before relying on the numbers."""
     text: str = "held-out text"  # what was read, in words
@@ -159,6 +181,7 @@ class Report:
                 f"{one.ce_mean_ablated:.3f} with their mean and {one.ce_zero_ablated:.3f} with "
                 f"zeros in their place; {one.massive_rows} massive activations left out."
             )
+        lines += [one.sentence(name) for name, one in self.together.items()]
         return [*lines, *self._answers(), *(f"note: {note}" for note in self.notes)]
 
     def _answers(self) -> Iterator[str]:
