@@ -302,8 +302,9 @@ class ArrayRows:
 
 
 def target_of(source: ActivationSource) -> ActivationSource:
-    """The rows that dictionaries write: those that they read, unless they are transcoders."""
-    return source.target if isinstance(source, SiteSource) else source
+    """The rows that dictionaries write: those that they read, or of a transcoder's source its
+    ``target``, another source of the same tokens."""
+    return getattr(source, "target", source)
 
 
 def source_of(rows: Any) -> ActivationSource:

@@ -357,14 +357,14 @@ def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Te
 
 
 def adam_vector(
-    parameter: Float[Tensor, " size"],
-    gradient: Float[Tensor, " size"],
-    mean: Float[Tensor, " size"],
-    square: Float[Tensor, " size"],
+    parameter: Float[Tensor, "*size"],
+    gradient: Float[Tensor, "*size"],
+    mean: Float[Tensor, "*size"],
+    square: Float[Tensor, "*size"],
     step: int,
     learning_rate: float,
 ) -> None:
-    """One step of Adam over a vector with its moments, in place; ``step`` counts from 1."""
+    """One step of Adam over a tensor with its moments, in place; ``step`` counts from 1."""
     mean.lerp_(gradient, 1 - BETAS[0])
     square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
     root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)

@@ -307,7 +307,8 @@ class Skip:
     Belrose 2025, arXiv 2501.18823), with its Adam. The latents learn what it leaves over."""
 
     def __init__(self, d_in: int, device: torch.device):
-        self.weight, self._mean, self._square = torch.zeros(3, d_in, d_in, device=device)
+        zeros = (torch.zeros(d_in, d_in, device=device) for _ in range(3))
+        self.weight, self._mean, self._square = zeros
         self._steps = 0
 
     def rest(self, batch: Batch) -> Batch:

@@ -387,6 +387,11 @@ def _train(
     for source, arms, out in jobs:
         check_arms(arms, source.d_in, config)
         check_skip(source.site, arms, config)
+        if source.site.is_mlp and target_of(source) is source:
+            raise UsageError(
+                f"a transcoder of {source.site} needs what the MLP reads and what it writes; take "
+                "them from a store or stream, or a source of your own with a target"
+            )
         check_out(out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
