@@ -5,17 +5,14 @@ import gzip
 import json
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from browsing import check_width_and_colours, watched
+from browsing import check_width_and_colours, listed, searched, serving, watched
 from command_line import SITE, refused, works
 from hostile import with_hostile_tokens
 from looping import over
@@ -343,18 +340,6 @@ def show(tab, view: str) -> None:
     tab.evaluate("to => { location.hash = to; }", view)
     tab.wait_for_function("to => state.view === to", arg=view.split("/")[0])
     tab.evaluate("drawing")
-
-
-def listed(tab) -> list[int]:
-    """The latents that the list shows, from its top."""
-    return [int(t) for t in tab.locator(".row[role=option] :first-child").all_inner_texts()]
-
-
-def searched(tab, query: str) -> list[int]:
-    """The latents that the list shows for a search."""
-    tab.locator("#search").fill(query)
-    tab.wait_for_selector(".list[aria-busy=false]", state="attached")
-    return listed(tab)
 
 
 def test_a_browser_shows_searches_and_follows(tab, page):
@@ -722,13 +707,8 @@ def test_the_model_writes_and_waits_for_a_limited_time(world, model):
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):
     """Over the real server, in a process of its own."""
-    command = [
-        sys.executable, "-m", "llm_wsae", "dashboard", world / PLAIN, "--store", world / "store",
-        "--model", world / "model", "--out", tmp_path / "live.html", "--live",
-    ]  # fmt: skip
-    server = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    try:
-        address = next(line.split()[1] for line in server.stderr if line.startswith("open http"))
+    read = ("--store", world / "store", "--model", world / "model")
+    with serving(world / PLAIN, *read, "--out", tmp_path / "live.html") as address:
         port = int(address.split(":")[2].split("/")[0])
         halves = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]
         for half in halves:
@@ -753,6 +733,3 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
             tab.click("#read")
             tab.wait_for_selector("text=at most 2,000 characters are read")
             assert tab.locator(".card").count() == 0  # the old answers are gone
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 0
