@@ -567,12 +567,12 @@ def test_a_tokens_activation_is_shown_by_tap_and_by_keyboard(browser, page, widt
         assert centre.evaluate(shown)[1] == "none"
         centre.tap()
         title, text = centre.evaluate(shown)
-        assert float(title) > 0 and text == f'" {title}"'
+        assert float(title) > 0 and text == f'"\xa0{title}"'
         tab.locator(".more").first.focus()
         assert centre.evaluate(shown)[1] == "none"
         tab.keyboard.press("Tab")
         title, text = tab.evaluate(f"({shown})(document.activeElement)")
-        assert float(title) > 0 and text == f'" {title}"'
+        assert float(title) > 0 and text == f'"\xa0{title}"'
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -582,6 +582,9 @@ def test_a_prompt_shows_its_latents_and_the_view_asked_for_last_stays(tab):
     assert tab.locator(".card tr").count() >= 1
     shaded = "[...document.querySelectorAll('.ink')].filter(n => n.style.background).length"
     assert tab.evaluate(shaded) >= 1
+    tab.locator(".sentence .token").first.click()
+    assert "not explained" in tab.locator(".ink[title]").first.get_attribute("title")
+    assert tab.evaluate(shaded) == 0
     clicks = "[...document.querySelectorAll('nav button')].forEach(button => button.click())"
     for order in ("", ".reverse()"):
         tab.evaluate(clicks.replace("]", f"]{order}", 1) + "; drawing")
