@@ -74,6 +74,13 @@ def test_the_package_and_its_command_line_come_without_torch():
     assert subprocess.check_output([sys.executable, "-c", script]) == b"\n"
 
 
+def test_the_classes_of_models_are_imported_with_the_first_model():
+    """They take as long as torch; a latent may be looked at without one."""
+    script = "import sys, llm_wsae.inspecting.inspection; print('torch' in sys.modules, "
+    script += "'transformers.modeling_utils' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", script]) == b"True False\n"
+
+
 def test_help_comes_at_once():
     """Under half a second of work; the best of five, without what others do on the machine."""
 

@@ -364,10 +364,11 @@ def firings(
 
         spread = slice(-start % stride, None, stride)
         sample = torch.arange(start, start + len(x))[spread][usable[spread]]
-        codes = dictionary.encode_sparse(x[sample - start])
+        may_fire = (pre[sample - start] > 0).any(1).nonzero()[:, 0]  # the others are not encoded
+        codes = dictionary.encode_sparse(x[sample[may_fire] - start])
         at = column[codes.indices]
         place, slot = ((at < len(latents)) & (codes.values > 0)).nonzero(as_tuple=True)
-        seen.append((sample, looked_at + place, at[place, slot]))
+        seen.append((sample, looked_at + may_fire[place], at[place, slot]))
         looked_at += len(sample)
         values = codes.values.flatten()
         sums.index_add_(1, at.flatten(), torch.stack([(values > 0).float(), values]))

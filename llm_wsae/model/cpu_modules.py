@@ -18,9 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from llm_wsae.machine.hardware import memory_of, onednn_is_faster, onednn_layout, onednn_linear
 from llm_wsae.model.spread import device_of, is_spread
@@ -44,6 +41,10 @@ def use_short_attention(hf_model: Any) -> None:
     on_cpu = device_of(hf_model).type == "cpu" and hf_model.dtype in _SAME
     is_sdpa = hf_model.config._attn_implementation == "sdpa"
     if on_cpu and is_sdpa and not torch.cpu._is_amx_tile_supported():
+        # seconds to import, which who loads no model is spared
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
         AttentionInterface.register(ATTENTION, short_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         hf_model.set_attn_implementation(ATTENTION)
@@ -67,6 +68,8 @@ def short_attention(
     is_plain &= key.shape[2] == tokens <= LONGEST and heads % groups == 0
     is_plain &= query.device.type == "cpu"  # parts of a spread model may be elsewhere
     if not is_plain or any(options.get(name) is not None for name in ("position_bias", "softcap")):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     query = query * (width**-0.5 if scaling is None else scaling)
     key, value = (one.reshape(contexts * groups, tokens, -1) for one in (key, value))

@@ -26,7 +26,6 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
@@ -83,16 +82,17 @@ def load_model(
                     # first: what transformers says of a damaged file misleads
                     tensors, numbers = _gguf_sizes(path)
                 weights["config"] = config = checked_config(source, options)
+                causal = transformers.AutoModelForCausalLM  # named here: slow to import
                 if path.suffix == ".gguf":
-                    _check_numbers(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
+                    _check_numbers(config, causal, tensors, 2 * numbers, "tensors")
                     needed, cpu = numbers * dtype.itemsize, torch.device("cpu")
                     check_memory(needed, cpu, "the model", "take a smaller one")
                     if hasattr(transformers, "GgufConfig"):  # packed weights are slower
                         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
                 elif is_local:
-                    check_weights(config, path, AutoModelForCausalLM)
+                    check_weights(config, path, causal)
                 hf_model = _checked_model(model, source, options | weights)
-                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _explained(error, model, revision) from error
     return hf_model, tokenizer, path.resolve().name if is_local else model, commit
@@ -101,7 +101,9 @@ def load_model(
 def _checked_model(model: str, source: str, options: dict[str, Any]) -> Any:
     """The model. Raises LlmWsaeError for missing weights, which transformers draws at random;
     UsageError if it is not causal."""
-    loaded = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, **options
+    )
     # its annotations do not know that loading info makes it a pair
     hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
     if missing := sorted(report["missing_keys"]):
@@ -125,7 +127,7 @@ def _offload_folder() -> str:
 def checked_config(source: str, options: dict[str, Any]) -> Any:
     """The configuration of a model, before anything of the sizes in it is built. Raises ValueError
     if it has more blocks than any model, or names an attention kernel to fetch and run."""
-    config = AutoConfig.from_pretrained(source, **options)
+    config = transformers.AutoConfig.from_pretrained(source, **options)
     if (blocks := getattr(config, "num_hidden_layers", 0)) > _MOST_BLOCKS:
         raise ValueError(f"its configuration has {shown(blocks)} blocks, which is too many")
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):

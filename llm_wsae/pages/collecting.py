@@ -7,6 +7,7 @@ are kept, and 4 bytes a row and dictionary. The rows of contexts with examples a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.packing import Contexts
+from llm_wsae.data.packing import NO_DOCUMENT, Contexts
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
@@ -27,6 +28,7 @@ SAMPLE = 5  # firings sampled for each band
 TOGETHER_ROWS = 1 << 17  # evenly spread, for labels and to count which latents fire together
 NEIGHBOURS = 5
 SOURCES = 3  # dimensions named as the source of an activation
+ROLES = ("", "system", "user", "assistant", "model", "tool", "developer")  # in conversations
 _LATENTS_AT_ONCE = 256  # whose firings together with all others are counted at once
 _SLACK = 1e-5  # relative, between two float32 ways to the same pre-activation
 
@@ -175,6 +177,34 @@ def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
         own = np.nonzero(store.contexts(shard).keep)[0]
         parts.append(own + store.first_context(shard))
     return np.concatenate(parts).astype(np.int32)
+
+
+def role_of_every_row(store: ActivationStore, tokenizer: Any) -> Int[np.ndarray, " rows"]:
+    """Who says the token of each row, as a place in ``ROLES``: in a conversation, the role
+    that stood last behind a special token, as the marks of a chat template have it."""
+    if tokenizer is None:
+        return np.zeros(store.num_rows, dtype=np.int8)
+    named = {
+        first: place
+        for place, role in enumerate(ROLES)
+        for first in tokenizer(role, add_special_tokens=False)["input_ids"][:1]
+    }
+    said, whose, parts = 0, NO_DOCUMENT, []
+    for shard in range(len(store.manifest.shards)):
+        contexts = store.contexts(shard)
+        inside = contexts.document != NO_DOCUMENT
+        ids, document = contexts.ids[inside], contexts.document[inside]
+        marks = np.isin(ids[:-1], tokenizer.all_special_ids) & np.isin(ids[1:], [*named])
+        marks &= document[:-1] == document[1:]
+        own = np.zeros(len(ids), dtype=np.int8)
+        for first, stop in pairwise([0, *(1 + np.flatnonzero(marks)).tolist(), len(ids)]):
+            if first:  # else the last role of the shard before goes on
+                said, whose = named[int(ids[first])], int(document[first])
+            own[first:stop] = said * (document[first:stop] == whose)
+        every = np.zeros(inside.shape, dtype=np.int8)
+        every[inside] = own
+        parts.append(every[contexts.keep])
+    return np.concatenate(parts)
 
 
 class _Kept:

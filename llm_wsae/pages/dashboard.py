@@ -43,7 +43,7 @@ from llm_wsae.inspecting.inspection import Token, read_sentence
 from llm_wsae.inspecting.labels import Label, families_of, labels_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair
-from llm_wsae.pages.collecting import Firings, collect, windows
+from llm_wsae.pages.collecting import ROLES, Firings, collect, role_of_every_row, windows
 from llm_wsae.pages.frame import filled, is_page
 from llm_wsae.pages.telling import AFTER, BEFORE, Found, found_in, recognisable
 from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
@@ -129,8 +129,7 @@ def dashboard(
     tokens = {token.id for each in sentences for own in each for token in own}
     word = cache(lambda token: shown(vocabulary.text(token)))
     found, seen = collect(store, named, top, bands, rows), store.text_size(rows)
-    readout, decoders = Readout(model), [one.W_dec for one in named.values()]
-    names, held = list(named), []
+    names, held, decoders = list(named), [], [one.W_dec for one in named.values()]
     families = families_of(store, vocabulary, found[names[0]].sample)
     parts: list[tuple[str, str]] = []
     overviews = []
@@ -141,7 +140,7 @@ def dashboard(
             if number != index
         }
         labels = labels_of(families, *found[name].firings, dictionary.d_sae)
-        latents = Latents(dictionary, store, found[name], labels, word, readout, said[name])
+        latents = Latents(dictionary, store, found[name], labels, word, model, said[name])
         # the first is compared with the second, all others with the first
         other = 0 if index else 1
         beside = (names[other], partners[other][1][:, 0]) if partners else None
@@ -374,12 +373,12 @@ class Latents:
         found: Firings,
         labels: Sequence[Label],
         word: Callable[[int], str],
-        readout: Readout,
+        model: LanguageModel,
         explanations: Mapping[int, Explanation],
     ):
         self._decoder, self._found, self._word = dictionary.W_dec, found, word
-        self._labels = labels
-        self._readout, self._explanations = readout, explanations
+        self._labels, self._explanations = labels, explanations
+        self._readout, self._roles = Readout(model), role_of_every_row(store, model.tokenizer)
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
         # of each latent with the one nearest to it; NaN for one that is alone
@@ -440,14 +439,16 @@ class Latents:
         return self._word(token).strip() or "␣"
 
     def _example(self, latent: int, rank: int) -> list[Any]:
-        """Rank, activation, document, place of the centre, tokens, their shades, and sources."""
+        """Rank, activation, document and role, place of the centre, tokens, their shades, and
+        sources."""
+        role = ROLES[self._roles[int(self._found.row[latent, rank])]]
         place = latent * self._found.row.shape[1] + rank
         here = self.windows.run(place)
         sources = zip(self.windows.source[place], self.windows.part[place], strict=True)
         return [
             rank,
             _short(float(self._found.value[latent, rank])),
-            shown(self.windows.document[place]),
+            " · ".join(filter(None, [role, shown(self.windows.document[place])])),
             BEFORE - here.start,
             self.windows.ids[place, here].tolist(),
             self._shades[place, here].tolist(),

@@ -157,7 +157,8 @@ def _sizes(
 
 
 def _first_tokens(request: Run, model: LanguageModel, folder: Path) -> float:
-    """Harvest a few forward passes into a store. Seconds a token; the first pass is not timed."""
+    """Harvest a few forward passes into a store. Seconds a token. The first pass is not timed, or
+    it is the only one: if it takes so long, what it prepares is little beside it."""
     corpus, config = request.corpus.open("train"), request.harvest
     sites = sorted(points_of(request.sites))
     size = config.contexts_per_batch
@@ -173,7 +174,7 @@ def _first_tokens(request: Run, model: LanguageModel, folder: Path) -> float:
             writer.add(number, block, {str(site): rows[site] for site in sites})
             ends.append(time.perf_counter())
             contexts.append(manifest.num_contexts)
-            if ends[-1] - ends[1] > SECONDS:
+            if ends[-1] - ends[1] > SECONDS or ends[-1] - ends[0] > 4 * SECONDS:
                 break
         writer.wait()
     ends.append(time.perf_counter())
@@ -196,7 +197,7 @@ def _first_steps(
     step(next(batches))
     training.read_numbers()
     began, steps, most = time.perf_counter(), 0, (training.num_steps - 1) // _SHARE
-    while steps < 2 or (time.perf_counter() - began < SECONDS and steps < most):
+    while not steps or (time.perf_counter() - began < SECONDS and steps < most):
         steps += 1
         step(next(batches))
     training.read_numbers()

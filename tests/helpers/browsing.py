@@ -1,5 +1,8 @@
 """A page in a browser: what it complains of or asks for is an error."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +24,30 @@ def watched(
     yield tab
     tab.close()
     assert len(wrong) == len(known) and all(map(str.__contains__, wrong, known)), wrong
+
+
+@contextmanager
+def serving(*words: Any) -> Iterator[str]:
+    """The address of a live page of ``dashboard``, whose server is a process of its own."""
+    command = [sys.executable, "-m", "llm_wsae", "dashboard", *map(str, words), "--live"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield next(line.split()[1] for line in server.stderr or () if line.startswith("open http"))
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
+
+
+def listed(tab: Any) -> list[int]:
+    """The latents that the list shows, from its top."""
+    return [int(t) for t in tab.locator(".row[role=option] :first-child").all_inner_texts()]
+
+
+def searched(tab: Any, query: str) -> list[int]:
+    """The latents that the list shows for a search."""
+    tab.locator("#search").fill(query)
+    tab.wait_for_selector(".list[aria-busy=false]", state="attached")
+    return listed(tab)
 
 
 def check_width_and_colours(tab: Any, show: Any = lambda view: None, views: Any = ("",)) -> None:

@@ -5,16 +5,14 @@ import gzip
 import json
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from browsing import check_width_and_colours, watched
+from browsing import check_width_and_colours, listed, searched, serving, watched
 from command_line import SITE, refused, works
 from hostile import with_hostile_tokens
 from looping import over
@@ -23,12 +21,16 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from llm_wsae import dashboard, inspect
 from llm_wsae.artifact.files import write_json
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.directions import nearest
 from llm_wsae.inspecting.inspection import read_sentence
+from llm_wsae.model.site import Site
 from llm_wsae.pages import collecting
 from llm_wsae.pages import dashboard as dashboards
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
@@ -297,6 +299,35 @@ def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
         dashboard([wide], damaged, model, tmp_path / "large.html")
 
 
+def test_a_context_names_the_role_that_says_its_token(world, model, tmp_path, monkeypatch):
+    """Also where a long message began some contexts, or a shard, before."""
+    monkeypatch.setattr(collecting, "ROLES", roles := ("", "w1", "w4"))
+    monkeypatch.setattr(dashboards, "ROLES", roles)
+    mark = "{% for m in messages %}</s> {{ m.role }} {{ m.content }} {% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", mark, raising=False)
+    spoken = {"w1": "w1", "w2": "w1", "w4": "w4", "w5": "w4", "w8": "", "w9": ""}
+    each = [(role, f"w{int(role[1]) + 1} " * n) for n in range(5, 90, 9) for role in ("w1", "w4")]
+    each.append(("w8", "w9 " * 90))  # a role that is not known
+    talks = [{"messages": [{"role": role, "content": text}]} for role, text in each]
+    talks[3]["messages"] += talks[4]["messages"]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    config = HarvestConfig(tokens=1000, context_size=16, batch_tokens=64, shard_tokens=64)
+    text, site = Corpus.open(str(tmp_path / "talks.jsonl"), "all"), Site.parse(SITE)
+    store = harvest(model, text, [site], tmp_path / "store", config)
+    ids = [store.contexts(shard).ids[store.contexts(shard).keep] for shard in range(16)]
+    tokens = [f"w{token}" for token in np.concatenate(ids)]
+    found = collecting.role_of_every_row(store, model.tokenizer)
+    assert {*tokens} == {*spoken} and [roles[one] for one in found] == [spoken[t] for t in tokens]
+    made = dashboard([Dictionary.load(world / PLAIN)], store, model, tmp_path / "page.html")
+    page = made.path.read_text()
+    words = unpacked(page, "words")
+    examples = [one for latent in unpacked(page, "chunk-0-0") for one in latent["examples"]]
+    assert len(examples) > 100
+    for _, _, document, centre, shown, *_ in examples:
+        role = spoken[words[str(shown[centre])].strip()]
+        assert document.startswith(f"{role} · talks.jsonl#" if role else "talks.jsonl#")
+
+
 @pytest.fixture
 def tab(browser, page):
     with watched(browser, f"file://{page}", f"file://{page}") as tab:
@@ -309,18 +340,6 @@ def show(tab, view: str) -> None:
     tab.evaluate("to => { location.hash = to; }", view)
     tab.wait_for_function("to => state.view === to", arg=view.split("/")[0])
     tab.evaluate("drawing")
-
-
-def listed(tab) -> list[int]:
-    """The latents that the list shows, from its top."""
-    return [int(t) for t in tab.locator(".row[role=option] :first-child").all_inner_texts()]
-
-
-def searched(tab, query: str) -> list[int]:
-    """The latents that the list shows for a search."""
-    tab.locator("#search").fill(query)
-    tab.wait_for_selector(".list[aria-busy=false]", state="attached")
-    return listed(tab)
 
 
 def test_a_browser_shows_searches_and_follows(tab, page):
@@ -537,12 +556,35 @@ def test_a_latent_has_an_address_and_its_tokens_their_activations(tab, page):
     assert context.locator(".token:visible").count() == len(held[4]) > 0
 
 
+@over(width=[390, 1280])
+def test_a_tokens_activation_is_shown_by_tap_and_by_keyboard(browser, page, width):
+    """As by the mouse, which finds its title."""
+    size = {"width": width, "height": 900}
+    address = f"file://{page}#latents/d0/L7"
+    with watched(browser, address, f"file://{page}", viewport=size, has_touch=True) as tab:
+        centre = tab.locator("article .centre").first
+        shown = "node => [node.title, getComputedStyle(node, '::after').content]"
+        assert centre.evaluate(shown)[1] == "none"
+        centre.tap()
+        title, text = centre.evaluate(shown)
+        assert float(title) > 0 and text == f'"\xa0{title}"'
+        tab.locator(".more").first.focus()
+        assert centre.evaluate(shown)[1] == "none"
+        tab.keyboard.press("Tab")
+        title, text = tab.evaluate(f"({shown})(document.activeElement)")
+        assert float(title) > 0 and text == f'"\xa0{title}"'
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_a_prompt_shows_its_latents_and_the_view_asked_for_last_stays(tab):
     tab.click("text=Prompts")
     tab.wait_for_selector("text=Sentences, as uniform-k4 sees them")
     assert tab.locator(".card tr").count() >= 1
     shaded = "[...document.querySelectorAll('.ink')].filter(n => n.style.background).length"
     assert tab.evaluate(shaded) >= 1
+    tab.locator(".sentence .token").first.click()
+    assert "not explained" in tab.locator(".ink[title]").first.get_attribute("title")
+    assert tab.evaluate(shaded) == 0
     clicks = "[...document.querySelectorAll('nav button')].forEach(button => button.click())"
     for order in ("", ".reverse()"):
         tab.evaluate(clicks.replace("]", f"]{order}", 1) + "; drawing")
@@ -668,13 +710,8 @@ def test_the_model_writes_and_waits_for_a_limited_time(world, model):
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):
     """Over the real server, in a process of its own."""
-    command = [
-        sys.executable, "-m", "llm_wsae", "dashboard", world / PLAIN, "--store", world / "store",
-        "--model", world / "model", "--out", tmp_path / "live.html", "--live",
-    ]  # fmt: skip
-    server = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    try:
-        address = next(line.split()[1] for line in server.stderr if line.startswith("open http"))
+    read = ("--store", world / "store", "--model", world / "model")
+    with serving(world / PLAIN, *read, "--out", tmp_path / "live.html") as address:
         port = int(address.split(":")[2].split("/")[0])
         halves = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]
         for half in halves:
@@ -699,6 +736,3 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
             tab.click("#read")
             tab.wait_for_selector("text=at most 2,000 characters are read")
             assert tab.locator(".card").count() == 0  # the old answers are gone
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 0
