@@ -65,7 +65,10 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(made_world, encoder):
     """Runs a study in a folder."""
-    model, loaded = LanguageModel.load(str(made_world / "model")), SentenceEncoder.load(str(encoder))
+    model, loaded = (
+        LanguageModel.load(str(made_world / "model")),
+        SentenceEncoder.load(str(encoder)),
+    )
     request = Study(
         stores=(made_world / "store",),
         site=SITE,
