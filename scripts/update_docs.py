@@ -9,6 +9,7 @@
 """
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -31,29 +32,42 @@ QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
 _LONGEST_DEFAULT = 30  # characters in the last column
 # Which command's page has the options under a prefix.
 _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
+# Which one has the options of a group that mean the same for other commands.
+_SHARED = {"model options": "harvest", "corpus options": "harvest", "weigh options": "weigh"}
 
 
 def options(command: str) -> str:
     """The options of a command, a table for each group of them."""
+    if command != "run" and _explained(command) <= _explained("run"):
+        return "Those of [run](run.md#options)."
     groups = [(title, rows) for title, rows in help_of(command) if rows]
     tables = "\n\n".join(_table(command, title, rows) for title, rows in groups)
     return tables.removeprefix("**Options**\n\n")  # the section's own title
 
 
+@functools.cache
+def _explained(command: str) -> set[tuple[str, str]]:
+    """Every option of a command with its meaning."""
+    return {row for _, rows in help_of(command) for row in rows}
+
+
 def _table(command: str, title: str, rows: list[tuple[str, str]]) -> str:
     """One group as Markdown. What another command's page explains is only named."""
-    lines, elsewhere = [], {}
+    home, lines, same, elsewhere = _SHARED.get(title, command), [], [], {}
     for name, meaning in rows:
         *long, flag = sorted(flags(name), key=lambda flag: "." not in flag)
         prefix = (long or [flag])[0].partition(".")[0].removeprefix("--")
         page = _EXPLAINED.get(prefix, command)
         if "." in flag and page != command:
             elsewhere.setdefault(page, flag)
+        elif home != command and (name, meaning) in _explained(home):
+            same.append(f"`{flag}`")
         else:
             lines.append(_row(f"{flag} {_value(name)}".strip(), meaning))
     head = ["| option | meaning | default |", "|---|---|---|"]
-    more = "More: " if lines else ""
-    links = [
+    more = "More: " if lines or same else ""
+    links = [f"{', '.join(same)}: as for [{home}]({home}.md#options)."] if same else []
+    links += [
         f"{more}`{flag}` and so on, explained under [{page}]({page}.md#options)."
         for page, flag in elsewhere.items()
     ]

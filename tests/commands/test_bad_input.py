@@ -454,14 +454,14 @@ class Rows:
 
     def __iter__(self):
         for number in self.rows:
-            yield {"text": tiny.words(number, 50)}
+            yield {"text": tiny.words(number, 20)}
         if self.rows.stop < 900:
             raise ConnectionError("Server disconnected")
 
 
 def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     harvest = (*HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "store")
-    harvest += ("--tokens", 35_000)  # more than the first 512 documents, which are read ahead
+    harvest += ("--tokens", 14_000)  # more than the first 512 documents, which are read ahead
     monkeypatch.setattr(corpus_module, "_open_dataset", lambda *_: ("0" * 40, Rows(range(650))))
     refused(1, *harvest, said=["dataset owner/texts broke off near document 649",
                                "Server disconnected", "same command again to resume"])  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 from command_line import HARVEST, PAIR, SITE, TRAIN, call, cases, content, harvest_more, works
 from foreign_folders import WRITERS, place
 from matplotlib.image import imread
+from refusals import misused
 from safetensors.torch import load_file, save_file
 
 from llm_wsae.cli import COMMANDS, _explained, options_of, parse
@@ -28,7 +29,6 @@ from llm_wsae.commands.making import page_command
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import names_of
-from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline import run as pipeline
@@ -127,8 +127,7 @@ def test_dictionaries_are_named_for_their_folders_however_these_are_given(tmp_pa
     here, above, link, other = Path("."), Path(".."), tmp_path / "latest", tmp_path / "two/plain"
     assert names_of((here, above, link)) == {"inner": here, "plain": above, "latest": link}
     assert names_of((above, other, above)) == {"..": above, str(other): other}
-    with pytest.raises(UsageError, match="name at least one dictionary folder"):
-        names_of(())
+    misused("name at least one dictionary folder", names_of, ())
 
 
 def test_harvest(made_world, model_and_corpus, tmp_path):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from looping import over
+from refusals import fails, misused
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae import load_pretrained
@@ -12,7 +13,7 @@ from llm_wsae.dictionary import dictionary as module
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK, to_dense
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.sparse.codes import Codes, ragged
 
 D_IN, D_SAE = 12, 80
@@ -89,8 +90,7 @@ def test_nan_rows_are_an_error(bad):
     x = rows(3, 4)
     x[1, 2, 0] = bad
     for run in (make(TopK(5)).encode, make(TopK(5)).encode_sparse, make(ReLU())):
-        with pytest.raises(LlmWsaeError, match="1 of 12 rows to encode hold NaN or infinity"):
-            run(x)
+        fails("1 of 12 rows to encode hold NaN or infinity", run, x)
 
 
 def test_what_does_not_fit_is_a_sentence():
@@ -101,8 +101,7 @@ def test_what_does_not_fit_is_a_sentence():
         (lambda: make(TopK(81)), "k = 81 active latents is more"),
         (lambda: TopK(0), "at least 1"),
     ):
-        with pytest.raises(UsageError, match=sentence):
-            work()
+        misused(sentence, work)
     plain = {**dict(dictionary.named_parameters()), "threshold": good.threshold, "info": good.info}
     nowhere = DictionaryInfo(site="blocks.1.hook_resid")
     for sparsity, changes, sentence in (
@@ -115,8 +114,7 @@ def test_what_does_not_fit_is_a_sentence():
         (TopK(5), {}, "architecture has no threshold"),
         (ReLU(), {"threshold": None, "info": nowhere}, "not a site"),
     ):
-        with pytest.raises(UsageError, match=sentence):
-            Dictionary(**{**plain, **changes}, sparsity=sparsity)
+        misused(sentence, Dictionary, **{**plain, **changes}, sparsity=sparsity)
 
 
 @over(sparsity=EXAMPLES)
@@ -137,17 +135,14 @@ NAME = f"tiny/{SITE}/plain-k4"
 
 def test_pretrained_ones_are_in_the_clone_or_on_the_hub(monkeypatch, tmp_path, hub):
     monkeypatch.setattr(module, "PRETRAINED", tmp_path / "checkpoints")
-    with pytest.raises(LlmWsaeError, match=r"in checkpoints/ of llm-wsae's repository, .* clone"):
-        load_pretrained(NAME)
+    fails(r"in checkpoints/ of llm-wsae's repository, .* clone", load_pretrained, NAME)
     make_dictionary().save(tmp_path / "checkpoints" / NAME)
     assert torch.equal(load_pretrained(NAME).W_dec, make_dictionary().W_dec)
     with pytest.raises(UsageError, match=rf"no pretrained dictionary 'tiny/{SITE}/pla'; did you"):
         load_pretrained(f"tiny/{SITE}/pla")
     for name in ("../checkpoints/" + NAME, "", "/" + NAME):
-        with pytest.raises(UsageError, match="no pretrained dictionary"):
-            load_pretrained(name)
-    with pytest.raises(UsageError, match="name it with repo_id"):
-        load_pretrained(NAME, revision="main")
+        misused("no pretrained dictionary", load_pretrained, name)
+    misused("name it with repo_id", load_pretrained, NAME, revision="main")
     make_dictionary().push_to_hub("user/tiny-saes")
     found = load_pretrained(NAME, repo_id="user/tiny-saes")
     assert torch.equal(found.W_enc, make_dictionary().W_enc)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_line import content
 from looping import over
+from refusals import fails, misused
 from safetensors.torch import load_file, save_file
 from small_dictionaries import SCORES, make_dictionary, make_info, said_of
 
@@ -16,7 +17,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import clear_up, is_dictionary, keep_measurements
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 
 D_IN, D_SAE = 12, 80
 INFO = make_info("variance α=0.5")
@@ -70,10 +71,8 @@ def test_round_trip_is_exact_but_for_matrices_in_half_precision(tmp_path, sparsi
 def test_refused_dtypes_and_overflow(tmp_path):
     big = make()
     big.W_dec[3, 4] = 1e6
-    with pytest.raises(LlmWsaeError, match="W_dec holds 1 NaN or infinite"):
-        big.save(tmp_path / "big", dtype=torch.float16)
-    with pytest.raises(UsageError, match="choose float32, bfloat16 or float16"):
-        big.save(tmp_path / "big", dtype=torch.int8)
+    fails("W_dec holds 1 NaN or infinite", big.save, tmp_path / "big", dtype=torch.float16)
+    misused("choose float32, bfloat16 or float16", big.save, tmp_path / "big", dtype=torch.int8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,15 +96,13 @@ def test_what_a_killed_writer_left_is_cleared_up(folder):
     folder.rename(old)
     other = make()
     other.W_dec[0] = torch.nan
-    with pytest.raises(LlmWsaeError, match="NaN or infinite"):
-        other.save(folder)
+    fails("NaN or infinite", other.save, folder)
     make(ReLU(), seed=9).save(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["plain"]
     assert content(folder) != before
     folder.rename(old)
     (old / "mine.txt").touch()  # whatever came to it is not lost
-    with pytest.raises(LlmWsaeError, match=r"it holds mine\.txt"):
-        make().save(folder)
+    fails(r"it holds mine\.txt", make().save, folder)
     assert (folder / "mine.txt").exists() and not old.exists()
 
 
@@ -123,16 +120,14 @@ def test_other_folders_are_left_alone_and_not_loaded(tmp_path, folder):
         (file, "is not a folder"),
         (file / "below", "cannot write .*/below: "),
     ):
-        with pytest.raises(LlmWsaeError, match=said):
-            make().save(place)
+        fails(said, make().save, place)
     assert content(tmp_path) == before
     (folder / "wsae.json").unlink()
     for place, said in (
         (empty, "holds nothing and no dictionary"),
         (folder, r"lacks wsae\.json"),
     ):
-        with pytest.raises(LlmWsaeError, match=said):
-            Dictionary.load(place)
+        fails(said, Dictionary.load, place)
     make().save(empty)
     assert is_dictionary(empty) and not is_dictionary(foreign)
 
@@ -211,14 +206,12 @@ def test_odd_content_with_valid_checksums_is_named(folder):
     for name, cases in ODD.items():
         for changes, sentence in cases:
             edit(folder / name, **changes)
-            with pytest.raises(LlmWsaeError, match=sentence):
-                Dictionary.load(folder)
+            fails(sentence, Dictionary.load, folder)
             for file, data in good.items():
                 (folder / file).write_bytes(data)
     make(JumpReLU()).save(folder)
     edit(folder / "sae_weights.safetensors", threshold=None)
-    with pytest.raises(LlmWsaeError, match=r"instead of \[.*'threshold'\]"):
-        Dictionary.load(folder)
+    fails(r"instead of \[.*'threshold'\]", Dictionary.load, folder)
 
 
 def test_odd_explanations_with_valid_checksums_are_refused(folder):
@@ -231,8 +224,7 @@ def test_odd_explanations_with_valid_checksums_are_refused(folder):
         about = json.loads(head) | {"lines_sha256": hashlib.sha256(lines.encode()).hexdigest()}
         del about["sha256"]
         path.write_text(json_line(about) + lines)
-        with pytest.raises(LlmWsaeError, match="is damaged and cannot be used"):
-            read_explanations(folder)
+        fails("is damaged and cannot be used", read_explanations, folder)
 
 
 def test_configuration_has_the_keys_saelens_reads(folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from evaluation_cases import WordMeanings, one_latent_a_word, planted_model, planted_text
 from looping import over
+from refusals import fails
 from tiny import tiny_model, words
 
 from llm_wsae.data.config import PackConfig
@@ -60,8 +61,7 @@ def test_a_few_tokens_are_taken_from_two_contexts_and_too_few_are_an_error(model
         assert text.num_contexts == 2 and bool((text.keep.sum(1) > 10).all())
     with pytest.raises(LlmWsaeError, match=r"holds \d+ tokens in \d+ contexts, but 10,000 t"):
         take(model, tmp_path, [(60, {})] * 5, 10_000)
-    with pytest.raises(LlmWsaeError, match="does not fill a single context"):
-        take(model, tmp_path, [(5, {})], 1)
+    fails("does not fill a single context", take, model, tmp_path, [(5, {})], 1)
 
 
 @over(room=(0, 1 << 12, 1 << 30))

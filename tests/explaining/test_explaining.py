@@ -23,6 +23,7 @@ from evaluation_cases import WordCounts
 from hostile import with_hostile_tokens
 from hub_fixtures import REPO
 from looping import over
+from refusals import fails
 from small_dictionaries import SCORES, said_of
 from tiny import save_encoder
 
@@ -285,8 +286,7 @@ def test_a_judge_that_knows_the_truth_is_right_about_everything(
     assert report["dictionaries"]["uniform-k4"]["means"]["fuzzing"]["mean"] == 1
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/report.json").write_text('{"mine": 1}')
-    with pytest.raises(LlmWsaeError, match="was not written by this command"):
-        ask(perfect, "theirs")
+    fails("was not written by this command", ask, perfect, "theirs")
     again, same = ask(perfect)
     assert again.tally.asked == 0 and again.tally.known == len(perfect.bodies) == one.questions
     assert same == one and "54 were answered before" in again.table()
@@ -562,15 +562,13 @@ def test_explanations_are_joined_and_stay_with_their_weights(world, tmp_path):
         lambda: push([path.parent], REPO),
         lambda: llm_wsae.dashboard([path.parent], world / "store", str(world / "model"), page),
     ):
-        with pytest.raises(LlmWsaeError, match="explains the latents of another dictionary"):
-            use()
+        fails("explains the latents of another dictionary", use)
     assert not page.exists() and call("verify", path.parent).code == 1
     head = path.read_text().splitlines()[0]
     newer = json_line({**check_line(head), "format_version": 2})
     for damaged, said in ((newer, "update"), ("", "cannot"), (head.replace("1", "2", 1), "checks")):
         path.write_text(damaged)
-        with pytest.raises(LlmWsaeError, match=said):
-            read_explanations(path.parent)
+        fails(said, read_explanations, path.parent)
     other.save(folder)  # other weights
     assert read_explanations(folder) == {}
 

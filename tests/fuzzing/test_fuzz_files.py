@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import SITE, call, works
 from fuzzing import blind, flipped, frozen
+from refusals import fails
 from safetensors.torch import save_file
 from small_dictionaries import SCORES, said_of
 from training_cases import CONFIG, Planted, arms_for
@@ -248,8 +249,7 @@ def test_a_reader_never_sees_two_dictionaries_mixed(world, monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(dictionary_folder, function, replaced)
-            with pytest.raises(LlmWsaeError, match=r"replaced while it was read|changed since"):
-                Dictionary.load(folder)
+            fails(r"replaced while it was read|changed since", Dictionary.load, folder)
             assert torch.equal(Dictionary.load(folder).W_enc, wanted.W_enc)
         before.save(folder)
 
@@ -266,8 +266,7 @@ def test_rows_are_compared_once_when_they_are_first_read(world):
         for batch in islice(store.source(PLACE).batches(512, 0), 1 + store.num_rows // 512):
             assert batch.isfinite().all()
     second.write_bytes(good[:-1])
-    with pytest.raises(LlmWsaeError, match=r"00001\.safetensors is truncated; delete it"):
-        store.rows(PLACE, 0, store.num_rows)
+    fails(r"00001\.safetensors is truncated; delete it", store.rows, PLACE, 0, store.num_rows)
 
 
 # --- Trainings
@@ -282,8 +281,7 @@ def test_a_damaged_checkpoint_leaves_the_arms_as_they_are(stopped):
             load_checkpoint(stopped, arms, Processes())
     assert frozen([arm.state() for arm in arms]) == before
     save_file({"x": torch.ones(2)}, path)
-    with pytest.raises(LlmWsaeError, match="is damaged: it has no checksum; delete it to start"):
-        resume(stopped)
+    fails("is damaged: it has no checksum; delete it to start", resume, stopped)
     path.write_bytes(good)
     assert load_checkpoint(stopped, arms, Processes()).step == 31
 
@@ -297,8 +295,7 @@ def test_a_damaged_log_is_named_and_a_lost_one_is_begun_anew(stopped, tmp_path):
     good = log.read_bytes()
     for data in (flipped(good, 20, 1), good[:-3], b"", b"\xff\xfe" + good):
         log.write_bytes(data)
-        with pytest.raises(LlmWsaeError, match=r"log\.jsonl is damaged.*to resume without it"):
-            resume(stopped)
+        fails(r"log\.jsonl is damaged.*to resume without it", resume, stopped)
     log.write_bytes(good + b'{"step": 40, \xff')  # lines of a lost run are not kept
     assert not verify(stopped).problems
     resume(stopped)
@@ -317,11 +314,9 @@ def steps_of(training: Path) -> list[int]:
 def test_a_training_without_its_record_is_not_resumed(stopped):
     record = training_in(stopped).path
     write_json(record, {"rows": {}, "arms": {}})
-    with pytest.raises(LlmWsaeError, match=r"training\.json as the record of the training"):
-        resume(stopped)
+    fails(r"training\.json as the record of the training", resume, stopped)
     record.unlink()
-    with pytest.raises(LlmWsaeError, match=r"holds other files \(checkpoint\.safetensors, log"):
-        resume(stopped)
+    fails(r"holds other files \(checkpoint\.safetensors, log", resume, stopped)
     assert (stopped / CHECKPOINT).exists()
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import begun, blind, frozen
+from refusals import fails
 from small_dictionaries import make_dictionary
 
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.inspecting.inspection import token_ids
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -253,8 +253,7 @@ def test_sizes_are_looked_at_before_anything_of_them_is_built(goods, tmp_path):
     def refused(data: bytes, why: str) -> None:
         bad.write_bytes(data)
         os.truncate(bad, len(data) + TAIL)
-        with pytest.raises(LlmWsaeError, match=why):
-            as_said_in_a_fork(bad)
+        fails(why, as_said_in_a_fork, bad)
 
     file = File(goods[0])
     refused(file.encoded(("length of a list", 1, 2**25)), "its header has too many entries")

@@ -35,7 +35,7 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 D_IN = 24
 CUT = {
     "cpu": {"_TILE_ROWS": 70, "_BLOCK_BYTES": 70 * 2 * 37, "_FEW": 3},
-    "pytorch": {"_TILE_ROWS": 7, "_TILE_LATENTS": 5},
+    "pytorch": {"_TILE_ROWS": 30, "_TILE_LATENTS": 37},
     "triton": {"_TILE_BYTES": 1, "_FEWEST_ROWS": 2, "_PART": 32, "_SLOTS": 4, "_COLUMNS": 16,
                "_SPAN": 4, "_HELD": 128},
 }  # fmt: skip
@@ -114,10 +114,10 @@ def _encodings(many: int, some: int, d_sae: int) -> dict[str, Product]:
     }
 
 
-ENCODINGS = _encodings(3, 2, 37) if INTERPRETED else _encodings(700, 40, 160)
+ENCODINGS = _encodings(3, 2, 37) if INTERPRETED else _encodings(300, 40, 160)
 if not INTERPRETED:
-    ENCODINGS["mostly negative"] = whole(600, 160, shift=-14.0)
-    ENCODINGS |= {"odd width": whole(530, 157), "wide": whole(33, 2053)}
+    ENCODINGS["mostly negative"] = whole(250, 160, shift=-14.0)
+    ENCODINGS |= {"odd width": whole(230, 157), "wide": whole(33, 2053)}
 
 
 class Sums(NamedTuple):

@@ -10,8 +10,8 @@ from command_line import call, content, works
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from looping import over
+from refusals import misused
 
-from llm_wsae.errors import UsageError
 from llm_wsae.lab import theory
 from llm_wsae.lab.theory import (
     Superposition,
@@ -173,8 +173,7 @@ def test_the_best_scale_is_the_best(gamma):
 def test_weights_that_see_nothing_and_a_mixture_of_nothing():
     nothing = gap_norms(EXAMPLE, {"own": torch.zeros(2)})
     assert nothing.weights["own"] == pytest.approx(3**0.5)
-    with pytest.raises(UsageError, match="W_p is 0"):
-        theory.least_gap_weights(torch.zeros(2, 3))
+    misused("W_p is 0", theory.least_gap_weights, torch.zeros(2, 3))
 
 
 # The toy experiment.

@@ -94,7 +94,7 @@ def assert_found(codes: RaggedCodes, way, pre, tolerance):
     codes = RaggedCodes(*(part.cpu() for part in codes))
     used = codes.values > 0
     rows, indices, values = codes.rows()[used], codes.indices[used], codes.values[used].double()
-    assert len(set(zip(rows.tolist(), indices.tolist(), strict=True))) == len(rows)
+    assert len((rows * pre.shape[1] + indices).unique()) == len(rows)
     assert ((codes.indices >= 0) & (codes.indices < pre.shape[1])).all()
     assert torch.allclose(pre[rows, indices], values, rtol=0, atol=tolerance)
     assert not codes.values[~used].any()

@@ -13,11 +13,12 @@ from hub_fixtures import HERE, REPO, head, sentence
 from hub_server import WRITER, Said
 from huggingface_hub import constants
 from looping import over
+from refusals import fails, misused
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 
 
 @pytest.fixture
@@ -58,12 +59,10 @@ def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, mon
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.fail("GET", "/api/models/", 503, times=2)
     assert torch.equal(Dictionary.from_pretrained(REPO, HERE).W_enc, wanted.W_enc)
-    with pytest.raises(LlmWsaeError, match="the Hub answered with status 503"):
-        Dictionary.from_pretrained("user/never-seen")
+    fails("the Hub answered with status 503", Dictionary.from_pretrained, "user/never-seen")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert content(*pull(REPO, tmp_path / "out", HERE).values()) == content(plain)
-    with pytest.raises(LlmWsaeError, match=r"connection to the Hub .http://127.0.0.1:9. failed"):
-        push([plain], REPO)
+    fails(r"connection to the Hub .http://127.0.0.1:9. failed", push, [plain], REPO)
 
 
 BREAKS = (  # method, path, status, code, the sentence
@@ -132,8 +131,7 @@ def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
     make_dictionary(d_in=64, d_sae=1024, seed=7).save(tmp_path / "big")
     push([tmp_path / "big"], REPO)
     hub.spoil("GET /storage/", cut(0))
-    with pytest.raises(LlmWsaeError, match="the connection to the Hub"):
-        pull(REPO, tmp_path / "new")
+    fails("the connection to the Hub", pull, REPO, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -179,8 +177,7 @@ def test_another_models_dictionary_is_not_replaced(there, tmp_path, name):
         for file in ("cfg.json", "sae_weights.safetensors"):
             there.put(REPO, f"{SITE}/{name}/{file}", (tmp_path / "theirs" / file).read_bytes())
     before = head(there)
-    with pytest.raises(UsageError, match=f"another dictionary named {SITE}/{name}, for the"):
-        push([tmp_path / pushed], REPO)
+    misused(f"another dictionary named {SITE}/{name}, for the", push, [tmp_path / pushed], REPO)
     assert head(there) == before
 
 
@@ -195,8 +192,7 @@ def test_what_cannot_be_pushed(hub, plain, tmp_path):
         ([tmp_path / "nowhere"], "is not a folder"),
         ([tmp_path / "damaged"], "sae_weights.safetensors changed since it was saved"),
     ):
-        with pytest.raises(LlmWsaeError, match=said):
-            push(folders, REPO)
+        fails(said, push, folders, REPO)
     assert hub.requests == []  # all of it was found out here
 
 
@@ -276,8 +272,7 @@ def test_a_path_that_leaves_the_folder_is_refused(there, refused, plain, tmp_pat
         said = refused()
         assert repr(path)[1:-1] in said and "nothing of it is read" in said
     there.put(REPO, PATHS[0], b"{}")
-    with pytest.raises(LlmWsaeError, match="nothing of it is read"):
-        push([plain], REPO)
+    fails("nothing of it is read", push, [plain], REPO)
     assert content(tmp_path) == before
 
 

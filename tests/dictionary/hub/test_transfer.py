@@ -10,13 +10,14 @@ import pytest
 import torch
 from command_line import call, content, works
 from hub_fixtures import HERE, REPO, head, place, sentence
+from refusals import fails, misused
 from small_dictionaries import SITE, make_dictionary, said_of
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Score, keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import WEIGHTS, keep_measurements, read_folder
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 
 
 def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
@@ -82,8 +83,7 @@ def test_a_push_that_would_not_do_what_was_asked_does_nothing(hub, plain):
     ):
         hub.put("user/open", file, b"*.safetensors")
         commits = len(hub.repositories["user/open"].commits)
-        with pytest.raises(LlmWsaeError, match=said):
-            push([plain], "user/open", **how)
+        fails(said, push, [plain], "user/open", **how)
         assert len(hub.repositories["user/open"].commits) == commits
 
 
@@ -105,8 +105,7 @@ def test_python_goes_there_and_back(hub, tmp_path):
     dictionary.save_pretrained(tmp_path / "saved")
     assert torch.equal(Dictionary.load(tmp_path / "saved").W_dec, dictionary.W_dec)
     make_dictionary("other-k4").push_to_hub(REPO)
-    with pytest.raises(UsageError, match="holds 2 dictionaries, so name one"):
-        Dictionary.from_pretrained(REPO)
+    misused("holds 2 dictionaries, so name one", Dictionary.from_pretrained, REPO)
 
 
 def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
@@ -163,14 +162,12 @@ def test_a_pull_replaces_nothing_and_adds_what_is_new(hub, plain, tmp_path):
     assert works("verify", out).out
     make_dictionary("plain-k4", seed=9).save(plain)
     before = content(mine)
-    with pytest.raises(LlmWsaeError, match="holds another dictionary, or another version"):
-        pulled()
+    fails("holds another dictionary, or another version", pulled)
     assert content(mine) == before
     shutil.rmtree(mine)
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
-    with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
-        pulled()
+    fails(r"is not just a dictionary \(it holds notes.txt\)", pulled)
     assert content(mine) == {"notes.txt": b"mine"}
 
 

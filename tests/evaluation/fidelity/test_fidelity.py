@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from looping import over
+from refusals import fails
 from small_dictionaries import of_matrices
 from tiny import random_llama
 
@@ -364,14 +365,12 @@ def test_activations_and_predictions_that_are_not_numbers(contexts):
     clean = torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(0))
     clean[3, 4] = torch.nan
     scored = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
-    with pytest.raises(LlmWsaeError, match=said):
-        next_token_sums(model, clean, [], ids, scored)
+    fails(said, next_token_sums, model, clean, [], ids, scored)
     scored[3, 4] = False
     assert next_token_sums(model, clean, [], ids, scored)[0].min() > 1
     with torch.no_grad():
         model.hf_model.model.layers[2].mlp.down_proj.weight[0] = torch.nan  # behind the site
-    with pytest.raises(LlmWsaeError, match=said):
-        evaluate({"a": identity()}, model, contexts, CONFIG)
+    fails(said, evaluate, {"a": identity()}, model, contexts, CONFIG)
     with torch.no_grad():
         model.hf_model.get_input_embeddings().weight[int(contexts[0].ids[2])] = torch.nan
     with pytest.raises(LlmWsaeError, match=r"activations of the model at .* are NaN or inf"):
@@ -400,8 +399,7 @@ def test_blocks_that_pass_on_more_than_the_stream_are_refused(contexts):
     broken, sound = ({site: identity(site=site)} for site in sites)
     alone = evaluate(sound, made, contexts, CONFIG)
     evaluator = FidelityEvaluator(made, contexts, CONFIG)
-    with pytest.raises(LlmWsaeError, match=r"resumed at blocks\.1\..*more than the residual str"):
-        evaluator.evaluate(sound | broken)
+    fails(r"resumed at blocks\.1\..*more than the residual str", evaluator.evaluate, sound | broken)
     assert evaluator.evaluate(sound).to_dict() == alone.to_dict()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SITE, call, content, works
-from evaluation_cases import WordCounts
 from refusals import fails, misused
 from tiny import save_encoder
 
@@ -31,6 +30,7 @@ from llm_wsae.lab.config import PlantConfig, Study, StudyGrid
 from llm_wsae.lab.studies import runner
 from llm_wsae.lab.studies.runner import baselines, items_of, over_latents, plan
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline.request import ModelConfig, TextConfig
 from llm_wsae.statistics.measures import STUDIED
@@ -42,7 +42,8 @@ from llm_wsae.weights.scoring import RuleInputs
 GRID = StudyGrid(rule=("variance",), alpha=(-0.25,), k=(4,), seeds=(0, 1))
 AFTER_FIRST = replace(GRID, rule=("participation",), alpha=(0.5,))
 TRAIN = TrainConfig(expansion=4, batch_size=256, dtype="float32")
-FIDELITY = EvaluateConfig(tokens=500)
+FIDELITY = EvaluateConfig(tokens=500, bootstraps=50)
+SCORE = MonosemanticConfig(tokens=500, top=3, sample=3, probe_tokens=500, bootstraps=50)
 PLANTS = PlantConfig(per_cell=1, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05)
 NAMES = [
     f"{weights}-k4{seed}"
@@ -57,9 +58,17 @@ LABELS = [f"topk baseline: {what}" for what in ("raw dimensions", "frozen decode
 
 
 @pytest.fixture(scope="module")
-def study(made_world):
+def encoder(tmp_path_factory):
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def study(made_world, encoder):
     """Runs a study in a folder."""
-    model = LanguageModel.load(str(made_world / "model"))
+    model, loaded = (
+        LanguageModel.load(str(made_world / "model")),
+        SentenceEncoder.load(str(encoder)),
+    )
     request = Study(
         stores=(made_world / "store",),
         site=SITE,
@@ -69,21 +78,39 @@ def study(made_world):
         compare=GRID,
         train=TRAIN,
         evaluate=FIDELITY,
-        score=MonosemanticConfig(tokens=500, top=3, sample=3, probe_tokens=500),
+        score=replace(SCORE, encoder=str(encoder)),
     )
 
     def run(out: Path, compare: StudyGrid = GRID, **changes):
         asked = replace(request, out=out, compare=compare, **changes)
-        return runner.study(asked, model, WordCounts())
+        return runner.study(asked, model, loaded)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def whole(study, tmp_path_factory):
-    """An unbroken study: its folder and its report."""
+def command(made_world, encoder):
+    """The words of the command that is the same study, but for its folder."""
+    return ("study", made_world / "store", "--model", made_world / "model", "--corpus",
+            made_world / "text.jsonl", "--site", SITE, "--rule", "variance", "--alpha", -0.25,
+            "--k", 4, "--seeds", 0, 1, "--train.expansion", 4, "--train.batch-size", 256,
+            "--train.dtype", "float32", "--eval-tokens", 500, "--evaluate.bootstraps", 50,
+            "--score.tokens", 500, "--score.top", 3, "--score.sample", 3,
+            "--score.probe-tokens", 500, "--score.bootstraps", 50,
+            "--score.encoder", encoder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def printed(command, tmp_path_factory):
+    """An unbroken study by the command: its folder, and what was printed."""
     out = tmp_path_factory.mktemp("study") / "out"
-    return out, study(out)
+    return out, works(*command, "--out", out, "--json")
+
+
+@pytest.fixture(scope="module")
+def whole(study, printed):
+    """Its folder, and its report, which is read."""
+    return printed[0], study(printed[0])
 
 
 @pytest.fixture
@@ -257,7 +284,7 @@ def test_another_study_in_the_folder_is_refused(study, out):
     for asked, said in (
         ({"train": replace(TRAIN, expansion=8)}, r"training expansion"),
         ({"train": replace(TRAIN, lengths="free")}, r"training lengths"),
-        ({"evaluate": EvaluateConfig(tokens=400)}, r"fidelity tokens"),
+        ({"evaluate": replace(FIDELITY, tokens=400)}, r"fidelity tokens"),
         ({"compare": replace(GRID, architecture="jumprelu")}, r"training architecture"),
         ({"plant": True, "planted": PLANTS}, ".*planted"),
     ):
@@ -359,27 +386,22 @@ def test_requests_that_cannot_be_are_refused_before_any_work(study, new):
     misused("of the same k, which relu does not have", StudyGrid, architecture="relu")
 
 
-def test_the_command(made_world, tmp_path):
-    out, encoder = tmp_path / "out", save_encoder(tmp_path / "encoder")
-    words = ("study", made_world / "store", "--model", made_world / "model", "--corpus",
-             made_world / "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4, "--seeds", 0, 1,
-             "--train.expansion", 4, "--train.tokens", 4096, "--eval-tokens", 300,
-             "--score.tokens", 300, "--score.encoder", encoder, "--out", out)  # fmt: skip
+def test_the_command(printed, command, tmp_path):
+    out, first = printed
     for changes, code, said in (
         (("--rule", "varianse"), 2, "there is no weight rule 'varianse'"),
         (("--eval-tokens", 10**7), 1, "ask for fewer tokens"),
         (("--score.tokens", 10**7), 1, "ask for fewer tokens"),
         (("--score.encoder", "nobody/nothing"), 1, "nobody/nothing"),
     ):
-        result = call(*words, *changes)
+        result = call(*command, "--out", tmp_path / "new", *changes)
         sentence = result.err.splitlines()[-1]
         assert (result.code, result.out) == (code, "") and said in sentence
-        assert "Traceback" not in result.err and not (out / "study.json").exists()
-    result = works(*words, "--json")
-    assert list(result.json["verdicts"]) == ["variance-a-0.25, k 4"]
-    assert len(result.json["dictionaries"]) == 6 + 5  # baselines
-    assert "study: 100%" in result.err
-    again = works(*words)
+        assert "Traceback" not in result.err and not (tmp_path / "new/study.json").exists()
+    assert list(first.json["verdicts"]) == ["variance-a-0.25, k 4"]
+    assert len(first.json["dictionaries"]) == len(ALL)
+    assert "study: 100%" in first.err
+    again = works(*command, "--out", out)
     assert "train" not in again.err and again.out.splitlines()[0].startswith("weights ")
     assert any(line.startswith("variance-a-0.25, k 4: ") for line in again.out.splitlines())
     assert f"report  {out / 'report.html'}" in again.out
