@@ -385,7 +385,7 @@ def export(request: Export) -> Result:
     from llm_wsae.dictionary.finding import find_dictionaries, find_dictionary
 
     if request.to == "circuit-tracer":
-        from llm_wsae.dictionary.formats.circuit_tracer import (
+        from llm_wsae.dictionary.circuit_tracer import (
             save_transcoder_set,
             transcoder_set_in,
         )

@@ -180,7 +180,7 @@ def test_resume_is_differentiable_in_the_activation(model, ids):
         step = 1e-3 * torch.randn(*ids.shape, WIDTH)
         loss(rows).backward()
         apart = (loss(rows + step) - loss(rows - step)).item() / 2
-        assert (rows.grad * step).sum().item() == pytest.approx(apart, rel=2e-2)
+        assert (rows.grad * step).sum().item() == pytest.approx(apart, rel=2e-2, abs=5e-7)
 
 
 def test_a_live_model_is_left_as_it_is():

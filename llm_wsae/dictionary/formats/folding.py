@@ -28,7 +28,7 @@ def site_of(name: str | None, transcoder: bool = False) -> str | None:
     if match is None:
         return name
     if match[2] is None:
-        return None if transcoder else f"blocks.{match[1]}.{HOOKS['post']}"
+        return name if transcoder else f"blocks.{match[1]}.{HOOKS['post']}"
     return f"blocks.{match[1]}.{HOOKS['mlp' if transcoder else 'mlp_out']}"
 
 

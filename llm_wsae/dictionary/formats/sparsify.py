@@ -38,6 +38,8 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Facts:
 def read(folder: Path, cfg: Mapping[str, Any], said: Facts) -> dict[str, Tensor]:
     """The tensors of ``sae.safetensors``, folded."""
     odd = {key: cfg[key] for key in ("signed",) if cfg.get(key)}
+    yes_or_no = {key: cfg[key] for key in ("transcode", "skip_connection") if key in cfg}
+    odd |= {key: value for key, value in yes_or_no.items() if not isinstance(value, bool)}
     if cfg.get("activation", "topk") != "topk":
         odd["activation"] = cfg["activation"]
     for key, value in odd.items():

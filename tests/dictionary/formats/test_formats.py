@@ -106,16 +106,22 @@ def test_a_site_can_be_given_where_none_is_said(tmp_path):
             Dictionary.load(folder, site="blocks.4.hook_resid_post")
 
 
-def test_what_is_no_autoencoder_of_the_residual_stream_is_refused(tmp_path):
-    elsewhere = r"not a site of the residual stream|does not say"
+def test_a_dictionary_of_what_an_mlp_writes_is_read(tmp_path):
+    saelens(tmp_path / "one", "standard", metadata={"hook_name": "blocks.3.hook_mlp_out"})
+    sparsify(tmp_path / "layers.3.mlp")
+    for name in ("one", "layers.3.mlp"):
+        assert Dictionary.load(tmp_path / name).info.site == "blocks.3.hook_mlp_out"
+
+
+def test_what_belongs_to_no_site_is_refused(tmp_path):
+    elsewhere = r"is not supported; there are|is not a site|does not say"
     for name, write, said in (
-        ("a", lambda f: saelens(f, "standard", metadata={"hook_name": "blocks.3.hook_mlp_out"}),
+        ("a", lambda f: saelens(f, "standard", metadata={"hook_name": "blocks.3.attn.hook_q"}),
          elsewhere),
         ("b", lambda f: saelens_old(f, hook_point="blocks.3.attn.hook_z"), elsewhere),
-        ("layers.3.mlp", sparsify, elsewhere),
         ("c", lambda f: learning(f, "AutoEncoder", submodule_name="mlp_out_layer_3"), elsewhere),
-        ("layers.3", lambda f: sparsify(f, transcode=True), "transcode = True, so this package"),
-        ("d", lambda f: saelens(f, "standard", architecture="transcoder"),
+        ("layers.3", lambda f: sparsify(f, transcode=True), elsewhere),
+        ("d", lambda f: saelens(f, "standard", architecture="crosscoder"),
          "does not read SAELens' architecture"),
     ):  # fmt: skip
         write(tmp_path / name)
