@@ -21,8 +21,9 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.inspection import token_ids
 from llm_wsae.machine.hardware import choose_device, exact_dtype, fast_dtype
+from llm_wsae.model import site as sites
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import Site, points_of, sites_of
+from llm_wsae.model.site import Site, points_of
 
 
 @pytest.fixture
@@ -235,13 +236,13 @@ def test_names_of_sites():
         said = rf"{name}' is not supported; there are .*blocks\.9\.hook_resid_post"
         misused(said, Site.parse, f"blocks.9.{name}")
     mlps = [Site(block, "mlp") for block in range(3)]
-    assert sites_of(["blocks.*.mlp", "blocks.1.mlp"], 3) == mlps
+    assert sites.sites_of(["blocks.*.mlp", "blocks.1.mlp"], 3) == mlps
     assert (
         points_of(mlps[:1])
         == [Site(0, "mlp_in"), Site(0, "mlp_out")]
         == sorted(points_of(mlps))[:2]
     )
-    misused("name at least one site", sites_of, [])
+    misused("name at least one site", sites.sites_of, [])
     Site(11, "post").check(12)
     misused(r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11", Site(12, "pre").check, 12)
 
