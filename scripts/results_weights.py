@@ -28,7 +28,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,8 @@ def of_group(
         line = {**where, "weighting": weighting.name, "k": weighting.k, "rate": rate}
         if planted is not None:
             found = measure_recovery(trained[arm.name], planted)
-            line["stratum"] = list(found.plants.stratum)
+            runs = groupby(found.plants.stratum)
+            line["strata"] = [[name, len(list(own))] for name, own in runs]
             line["f1"] = [None if np.isnan(f) else round(f, 3) for f in found.f1.tolist()]
             line["recovered"] = round(found.means()["recovered"], 4)
             line["dead"] = round(found.dead, 4)
@@ -254,7 +255,8 @@ def fidelity(own: Sequence[Any], plain: Sequence[Any]) -> list[str]:
 
 
 def mean_f1(line: dict[str, Any], strata: Sequence[str]) -> float:
-    pairs = zip(line["f1"], line["stratum"], strict=True)
+    every = [name for name, count in line["strata"] for _ in range(count)]
+    pairs = zip(line["f1"], every, strict=True)
     return float(np.mean([f1 for f1, stratum in pairs if f1 is not None and stratum in strata]))
 
 

@@ -269,8 +269,8 @@ PARSED = """\
     whitening, which is not among the rules
 2 TRAINING --out x --rule participation
     needs a first dictionary
-2 TRAINING --out x --site blocks.1.hook_mlp_out
-    'blocks.1.hook_mlp_out' is not supported
+2 TRAINING --out x --site blocks.1.attn.hook_z
+    'blocks.1.attn.hook_z' is not supported
 2 HARVESTING --out x --site h.1
     did you mean 'blocks.1.hook_resid_post'?
 2 weigh store --out x.safetensors --site 1
