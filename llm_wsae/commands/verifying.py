@@ -21,6 +21,7 @@ from llm_wsae.artifact.files import (
     read_own_json,
 )
 from llm_wsae.data.store import MANIFEST, MEASUREMENTS, Manifest, complete_shards, store_in
+from llm_wsae.dictionary.circuit_tracer import transcoder_set_in
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import (
@@ -40,7 +41,8 @@ from llm_wsae.training.checkpoint import CHECKPOINT, LOG, check_beginning, train
 from llm_wsae.weights.loss_weights import LossWeights
 
 T = TypeVar("T")
-_ARTIFACTS = {make(Path()).name: make for make in (store_in, training_in, study_in, export_in)}
+_MAKERS = (store_in, training_in, study_in, export_in, transcoder_set_in)
+_ARTIFACTS = {make(Path()).name: make for make in _MAKERS}
 # files whose digests are in another file, or that only their folder explains
 _OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
 _MEND = "delete the damaged files and run the same harvest again, which rewrites those missing"

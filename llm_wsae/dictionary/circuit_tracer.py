@@ -33,7 +33,7 @@ _WRITES = {HOOKS["mlp_out"], "mlp.hook_out"}  # the same, but in blocks with a n
 
 def transcoder_set_in(folder: Path) -> Artifact:
     """The set of transcoders that was written into a folder."""
-    return Artifact(folder, "export.json", "set of transcoders")
+    return Artifact(folder, "transcoders.json", "set of transcoders")
 
 
 def save_transcoder_set(dictionaries: Sequence[Dictionary], folder: Path | str) -> Path:

@@ -100,11 +100,15 @@ def _info(like: Dictionary, name: str) -> DictionaryInfo:
 def baselines_of(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, contexts: Sequence[Context]
 ) -> dict[str, Dictionary]:
-    """The dimensions and a random dictionary for each site, as sparse as the site's first one.
-    Raises UsageError if one of the ``dictionaries`` does not fit the model, LlmWsaeError if its
-    threshold leaves no row to measure on."""
+    """The dimensions and a random dictionary for each site, as sparse as the site's first one;
+    none for transcoders, for which dimensions are no baseline. Raises UsageError if one of the
+    ``dictionaries`` does not fit the model, LlmWsaeError if its threshold leaves no row to measure
+    on."""
     check_fit(dictionaries, model, "evaluate")
-    first = {one.site: one for one in reversed(list(dictionaries.values()))}
+    autoencoders = [one for one in dictionaries.values() if not one.site.is_mlp]
+    first = {one.site: one for one in reversed(autoencoders)}
+    if not first:
+        return {}
     ids, keep, _ = stacked(contexts[: max(1, _ROWS // len(contexts[0].ids))])
     read = list(ActivationCache(model, ids, keep, _BATCH_TOKENS).rows(sorted(first)))
     found: dict[str, Dictionary] = {}

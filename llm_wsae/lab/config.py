@@ -156,7 +156,8 @@ class Study:
 
     def __post_init__(self) -> None:
         check_some(self.stores, "activation store")
-        Site.parse(self.site)
+        if Site.parse(self.site).is_mlp:
+            raise UsageError(f"a study compares autoencoders; {self.site} is that of transcoders")
         for rule in self.compare.rules:
             rule.form(self.weigh)
             if rule.need == "dictionary" and self.dictionary is None:

@@ -276,6 +276,11 @@ class LanguageModel:
         """The ids as the model takes them, after checking the request."""
         for site in sites:
             self.check_site(site)
+            if site.is_mlp:
+                raise UsageError(
+                    f"{site} is a whole MLP, which has no activations of its own; take those of "
+                    f"{site.reads} or {site.writes}"
+                )
         if ids.numel() == 0:
             raise UsageError(f"{self.name} needs at least one context of one token")
         known = getattr(self.hf_model.get_input_embeddings(), "num_embeddings", math.inf)

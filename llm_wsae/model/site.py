@@ -65,12 +65,12 @@ class Site:
 
     @property
     def reads(self) -> "Site":
-        """Where a dictionary of this site reads; the site itself but for ``mlp``."""
+        """Where its dictionaries read: at ``mlp_in`` for ``mlp``, otherwise at the site itself."""
         return Site(self.block, "mlp_in") if self.is_mlp else self
 
     @property
     def writes(self) -> "Site":
-        """Where it writes."""
+        """Where they write: at ``mlp_out`` for ``mlp``, otherwise at the site itself."""
         return Site(self.block, "mlp_out") if self.is_mlp else self
 
     @property

@@ -25,7 +25,12 @@ from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.site import Site, sites_of
 from llm_wsae.outside import check_numbers, local_path, mapping
 from llm_wsae.terminal import printable
-from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
+from llm_wsae.training.config import (
+    BESIDE_BASELINES,
+    ArchitectureName,
+    TrainConfig,
+    check_skip,
+)
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.rules import Rule
 
@@ -293,7 +298,7 @@ class Run:
                 f"{self.harvest.tokens:,} tokens are less than one batch of "
                 f"{self.train.batch_size:,}; harvest more"
             )
-        sites_of(self.site)
+        check_skip(sites_of(self.site), self.train)
         self.grid.check(self.weigh)
 
     @property

@@ -44,7 +44,6 @@ from llm_wsae.training.trainer import (
     check_arms,
     check_out,
     check_room,
-    check_skip,
     train,
     train_sites,
 )
@@ -137,8 +136,6 @@ def _check(request: Run, model: LanguageModel) -> bool:
     arms = request.grid.likely_arms(request.weigh, d_in)
     check_arms(arms, d_in, training)
     folders = {site: out / str(site) for site in request.sites}
-    for site in folders:
-        check_skip(site, arms, training)
     begun = [
         site
         for site, folder in folders.items()

@@ -1,9 +1,11 @@
 """The settings of a training. Free of torch, so that the command line can show them at once."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from llm_wsae.errors import UsageError
+from llm_wsae.model.site import Site
 from llm_wsae.outside import SHARE, check_choices, check_numbers
 from llm_wsae.training.architectures import architecture_names
 
@@ -104,6 +106,15 @@ RATE, SHARED_RATE = "learning_rate", "shared_learning_rate"
 SPACE_RATE = 2.0
 """How many times the usual learning rate suits dictionaries of free lengths in a space, in whose
 coordinates Adam makes its steps; measured in docs/log.md."""
+
+
+def check_skip(sites: Iterable[Site], config: TrainConfig) -> None:
+    """Raise UsageError if the settings ask for a skip where there is none."""
+    for site in sites:
+        if config.skip and not site.is_mlp:
+            raise UsageError(
+                f"a skip is for transcoders, as of blocks.{site.block}.mlp, not for {site}"
+            )
 
 
 def default_learning_rate(d_sae: int) -> float:

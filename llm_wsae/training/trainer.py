@@ -54,6 +54,7 @@ from llm_wsae.training.config import (
     RATE,
     SHARED_RATE,
     TrainConfig,
+    check_skip,
     default_learning_rate,
     learning_rate_factor,
 )
@@ -129,15 +130,6 @@ def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> Non
     for arm in arms:
         arm.check(config.expansion * d_in)
         arm.lengths(config.lengths)
-
-
-def check_skip(site: Site, arms: Sequence[ArmConfig], config: TrainConfig) -> None:
-    """Raise UsageError if the settings ask for a skip that a site or an architecture lacks."""
-    if config.skip and not site.is_mlp:
-        raise UsageError(
-            f"a skip is for transcoders, such as blocks.{site.block}.mlp, not for {site}"
-        )
-    for arm in arms:
         if config.skip and not arm.kind.takes_skip:
             raise UsageError(f"the architecture {arm.architecture} takes no skip")
 
@@ -386,7 +378,7 @@ def _train(
     """``places`` says which rows of a batch are those of each job."""
     for source, arms, out in jobs:
         check_arms(arms, source.d_in, config)
-        check_skip(source.site, arms, config)
+        check_skip([source.site], config)
         if source.site.is_mlp and target_of(source) is source:
             raise UsageError(
                 f"a transcoder of {source.site} needs what the MLP reads and what it writes; take "

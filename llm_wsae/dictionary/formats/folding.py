@@ -32,14 +32,14 @@ def site_of(name: str | None, transcoder: bool = False) -> str | None:
     return f"blocks.{match[1]}.{HOOKS['mlp' if transcoder else 'mlp_out']}"
 
 
-def transcoded(reads: str | None, writes: str | None) -> str | None:
+def transcoded(reads: str | None, writes: str | None) -> str:
     """The site of a transcoder between two of TransformerLens' points, if that is a whole MLP;
     otherwise both, which are no site."""
     block, _, hook = (reads or "").rpartition(f".{HOOKS['mlp_in']}")
     ends = (f"{block}.{HOOKS['mlp_out']}", f"{block}.mlp.hook_out")
     if block and not hook and writes in ends:
         return f"{block}.{HOOKS['mlp']}"
-    return f"{reads} to {writes}" if reads and writes else reads
+    return f"{reads or 'nowhere'} to {writes or 'nowhere'}"
 
 
 def named_only(name: str | None) -> dict[str, str]:

@@ -5,12 +5,27 @@ import json
 import pytest
 import torch
 from command_line import content
-from foreign_folders import SITE, WRITERS, learning, place, saelens, saelens_old, sparsify
+from foreign_folders import (
+    D_IN,
+    SITE,
+    WRITERS,
+    K,
+    base,
+    draw,
+    learning,
+    place,
+    saelens,
+    saelens_old,
+    sparsify,
+    topk,
+    write_json,
+)
 from looping import over
 from safetensors.torch import load_file, save_file
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
+from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 
@@ -210,3 +225,46 @@ def test_on_the_hub_they_are_listed_and_become_ours(hub, plain, tmp_path):
     assert "plain-k4" in card and "# theirs" in card
     assert "trainer_0" not in card and "layers.3" not in card
     assert len(list_dictionaries(mixed)) == 5
+
+
+def test_transcoders_of_saelens_and_sparsify(tmp_path):
+    """What those tools compute: no bias subtracted from the input, a skip added."""
+    w, x, skip = base(), draw(11, 20, D_IN), draw(12, D_IN, D_IN)
+    threshold = draw(13, len(w["b_enc"])).abs()
+    pre = x @ w["W_enc"] + w["b_enc"]
+    hooks = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out"}
+    for name, own, latents in (
+        ("transcoder", {}, pre.relu()),
+        ("skip_transcoder", {"W_skip": skip}, pre.relu()),
+        ("jumprelu_transcoder", {"threshold": threshold}, pre.relu() * (pre > threshold)),
+    ):
+        write_json(tmp_path / name / "cfg.json", {
+            "architecture": name, "d_in": D_IN, "d_out": D_IN, "d_sae": len(w["b_enc"]),
+            "apply_b_dec_to_input": False, "normalize_activations": "none", "metadata": hooks,
+        })  # fmt: skip
+        save_file({**w, **own}, tmp_path / name / "sae_weights.safetensors")
+        read = Dictionary.load(tmp_path / name)
+        expected = latents @ w["W_dec"] + w["b_dec"] + (x @ skip.T if "W_skip" in own else 0)
+        assert read.info.site == "blocks.3.mlp"
+        torch.testing.assert_close(read(x), expected, rtol=1e-5, atol=1e-4)
+        read.save(tmp_path / f"again-{name}")
+        again = json.loads((tmp_path / f"again-{name}/cfg.json").read_text())
+        assert again["architecture"] == name and again["metadata"].items() >= hooks.items()
+        assert torch.equal(Dictionary.load(tmp_path / f"again-{name}")(x), read(x))
+    folder = tmp_path / "layers.3.mlp"
+    sparsify(folder, transcode=True, skip_connection=True)
+    tensors = load_file(folder / "sae.safetensors") | {"W_skip": skip}
+    save_file(tensors, folder / "sae.safetensors")
+    expected = topk(pre) @ w["W_dec"] + w["b_dec"] + x @ skip.T
+    read = Dictionary.load(folder)
+    assert read.info.site == "blocks.3.mlp" and read.sparsity == TopK(K)
+    torch.testing.assert_close(read(x), expected, rtol=1e-5, atol=1e-4)
+    elsewhere = tmp_path / "transcoder/cfg.json"
+    for about, said in (
+        ({"hook_name": SITE}, rf"{SITE} to blocks\.3\.hook_mlp_out"),
+        ({"hook_name_out": None}, f"{SITE} to nowhere"),
+    ):
+        changed(elsewhere, "metadata", **about)
+        for site in (None, SITE):
+            with pytest.raises(LlmWsaeError, match=said):
+                Dictionary.load(tmp_path / "transcoder", site=site)
