@@ -118,7 +118,7 @@ def dashboard(
         check_number(what, count, 1, _MOST_EXAMPLES)
     check_number("rows", 1 if rows is None else rows, 1)
     read = min(store.num_rows, rows or store.num_rows)
-    firings = [read * getattr(one.sparsity, "k", one.d_sae) for one in named.values()]
+    firings = [read * (one.sparsity.k or one.d_sae) for one in named.values()]
     # Refused before its rows are read, if it is sure to be too large.
     _check_size(most_megabytes([one.d_sae for one in named.values()], top + bands, firings), _RARE)
     scored = {} if scores is None else read_scores(Path(scores), named)

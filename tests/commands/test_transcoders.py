@@ -35,7 +35,9 @@ def test_the_same_command_goes_on(trained, model_and_corpus):
     works("verify", trained)
 
 
-def test_a_store_of_both_points_gives_dictionaries_and_weights(model_and_corpus, tmp_path):
+def test_a_store_of_both_points_gives_dictionaries_weights_and_a_page(
+    folders, model_and_corpus, tmp_path
+):
     store, weights = tmp_path / "store", tmp_path / "weights.safetensors"
     works("harvest", *model_and_corpus, *HARVEST, "--site", "blocks.1.mlp", "--out", store)
     place, short = ("--site", "blocks.1.mlp"), ("--expansion", 4, "--batch-size", 256, "--k", 4)
@@ -47,6 +49,9 @@ def test_a_store_of_both_points_gives_dictionaries_and_weights(model_and_corpus,
     assert one.info.store["target"]["site"] == "blocks.1.hook_mlp_out"
     told = works("inspect", tmp_path / "out/whitening-a0.5-k4", "--store", store, "--latent", 0)
     assert "blocks.1.mlp" in told.out
+    page = tmp_path / "page.html"
+    works("dashboard", folders[1], "--store", store, *model_and_corpus[:2], "--out", page)
+    assert "blocks.1.mlp" in page.read_text()
     elsewhere = ("--site", "blocks.0.mlp", "--out", tmp_path / "other")
     assert "has no blocks.0.hook_mlp_out" in call("train", store, *elsewhere, *short).err
 
