@@ -125,7 +125,7 @@ _TESTS = (
 )
 
 
-def make(sparsity: Sparsity, seed: int) -> Dictionary:
+def make(sparsity: Sparsity, seed: int, site: str = SITE, skip: bool = False) -> Dictionary:
     """A dictionary of ours with random directions."""
     torch.manual_seed(seed)
     W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN))
@@ -135,9 +135,10 @@ def make(sparsity: Sparsity, seed: int) -> Dictionary:
         b_enc=torch.randn(D_SAE) / 4 - 0.5,
         b_dec=torch.randn(D_IN) / 4,
         threshold=torch.rand(D_SAE) if sparsity.has_threshold else None,
+        W_skip=torch.randn(D_IN, D_IN) / 8 if skip else None,
         sparsity=sparsity,
         info=DictionaryInfo(
-            site=SITE,
+            site=site,
             name=sparsity.architecture,
             context_size=128,
             prepend_bos=True,
@@ -149,13 +150,16 @@ def make(sparsity: Sparsity, seed: int) -> Dictionary:
 
 
 def ours_saved(out: Path) -> dict[str, Path]:
-    """Folders of ours by name: each kind of sparsity, and one with matrices in bfloat16."""
+    """Folders of ours by name: each kind of sparsity, one with matrices in bfloat16, and
+    transcoders (of TopK, SAELens has none)."""
     kinds = {"topk": TopK(K), "standard": ReLU(), "jumprelu": JumpReLU(), "topk-bfloat16": TopK(K)}
+    kinds |= {f"{end}transcoder": JumpReLU() for end in ("", "skip-")} | {"relu-transcoder": ReLU()}
     folders = {}
     for seed, (name, sparsity) in enumerate(kinds.items()):
         folders[name] = out / "ours" / name
         dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-        dictionary = make(sparsity, seed)
+        site = "blocks.1.mlp" if name.endswith("transcoder") else SITE
+        dictionary = make(sparsity, seed, site, skip=name.startswith("skip"))
         dictionary.info = replace(dictionary.info, name=name)
         dictionary.save(folders[name], dtype=dtype)
         x = torch.randn(300, D_IN) * 2 + torch.randn(D_IN)
@@ -172,7 +176,7 @@ def ours_in_saelens(out: Path) -> Part:
     folders, repo = ours_saved(out), "user/ours"
     job = {
         "disk": {name: str(folder) for name, folder in folders.items()},
-        "hub": {name: [repo, f"{SITE}/{name}"] for name in folders},
+        "hub": {name: [repo, f"{Dictionary.load(f).site}/{name}"] for name, f in folders.items()},
     }
     (out / "job.json").write_text(json.dumps(job))
     with HubServer() as hub:

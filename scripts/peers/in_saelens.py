@@ -41,6 +41,11 @@ WRITTEN = {  # name: class, its settings
     "matching-pursuit": ("MatchingPursuitSAE", {}),
     "transcoder": ("Transcoder", {"d_out": D_IN, **UNCENTRED}),
     "jumprelu-transcoder": ("JumpReLUTranscoder", {"d_out": D_IN, **UNCENTRED}),
+    # Of a whole MLP.
+    "mlp-transcoder": ("Transcoder", {"d_out": D_IN, **UNCENTRED}),
+    "mlp-skip": ("SkipTranscoder", {"d_out": D_IN, **UNCENTRED}),
+    "mlp-jumprelu": ("JumpReLUTranscoder", {"d_out": D_IN, **UNCENTRED}),
+    "mlp-jumprelu-skip": ("JumpReLUSkipTranscoder", {"d_out": D_IN, **UNCENTRED}),
 }
 SCALED = {"normalize_activations": "expected_average_only_in"}
 TRAINED = {
@@ -62,12 +67,12 @@ METADATA = {
     "context_size": 128,
     "prepend_bos": True,
 }
+OF_MLP = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out"}
 
 
 def compare(folder: Path, sae: SAE) -> None:
     """What SAELens makes of the rows."""
-    latents = sae.encode(rows())
-    expect(folder, latents, sae.decode(latents))
+    expect(folder, sae.encode(rows()), sae(rows()))
 
 
 def as_finished(sae: Any, scale: float | None, place: Path) -> SAE:
@@ -114,8 +119,9 @@ def write() -> None:
     """What SAELens writes, and what it makes of it."""
     for name, (kind, settings) in WRITTEN.items():
         folder = OUT / "written" / name
+        about = METADATA | (OF_MLP if name.startswith("mlp") else {})
         config = getattr(sae_lens, f"{kind}Config")(
-            **SIZES, **settings, metadata=SAEMetadata(**METADATA)
+            **SIZES, **settings, metadata=SAEMetadata(**about)
         )
         sae = getattr(sae_lens, kind)(config)
         randomise(sae)
@@ -134,8 +140,7 @@ def load() -> None:
     for name, sae in loaded.items():
         x = load_file(OUT / f"{name.split('-', 1)[1]}.rows.safetensors")["x"]
         with torch.no_grad():
-            latents = sae.encode(x)
-            expect(OUT / name, latents, sae.decode(latents), x)
+            expect(OUT / name, sae.encode(x), sae(x), x)
 
 
 {"write": write, "load": load}[sys.argv[2]]()

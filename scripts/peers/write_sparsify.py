@@ -1,5 +1,9 @@
 """Dictionaries that eai-sparsify writes: ``SparseCoder.save_to_disk``."""
 
+import os
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would take it where there is no card, too
+
 import torch
 from sparsify import SparseCoder
 from sparsify.config import SparseCoderConfig
@@ -12,6 +16,8 @@ CASES = {
     "groupmax": SparseCoderConfig(num_latents=D_SAE, k=K, activation="groupmax"),
     "transcoder": SparseCoderConfig(num_latents=D_SAE, k=K, transcode=True),
     "skip": SparseCoderConfig(num_latents=D_SAE, k=K, transcode=True, skip_connection=True),
+    "mlp-transcoder": SparseCoderConfig(num_latents=D_SAE, k=K, transcode=True),
+    "mlp-skip": SparseCoderConfig(num_latents=D_SAE, k=K, transcode=True, skip_connection=True),
 }
 
 for name, config in CASES.items():
@@ -27,10 +33,12 @@ for name, config in CASES.items():
             optimiser.zero_grad()
     else:
         randomise(coder)
-    folder = OUT / name / f"layers.{LAYER}"
+    folder = OUT / name / f"layers.{LAYER}{'.mlp' if name.startswith('mlp') else ''}"
     coder.save_to_disk(folder)
     coder = SparseCoder.load_from_disk(folder)
     values, indices, _ = coder.encode(rows())
     latents = torch.zeros(len(values), D_SAE).scatter(1, indices, values)
-    expect(folder, latents, coder.decode(values, indices))
+    decoded = coder.decode(values, indices)
+    through = 0 if coder.W_skip is None else rows() @ coder.W_skip.mT
+    expect(folder, latents, decoded + through)
 done("eai-sparsify")
