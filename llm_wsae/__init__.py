@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from llm_wsae.lab.planting import PlantedSource as PlantedSource
     from llm_wsae.lab.planting import measure_recovery as measure_recovery
     from llm_wsae.lab.studies.runner import study as study
-    from llm_wsae.lab.theory import gap_norms as gap_norms
+    from llm_wsae.lab.theory import gap_matrix as gap_matrix
     from llm_wsae.lab.theory import least_gap_weights as least_gap_weights
     from llm_wsae.model.language_model import LanguageModel as LanguageModel
     from llm_wsae.model.site import Site as Site

@@ -22,7 +22,8 @@ from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.explaining.examples import sample_by_density
 from llm_wsae.inspecting.directions import Vocabulary
 from llm_wsae.inspecting.labels import families_of, labels_of
-from llm_wsae.pages.collecting import ROWS_AT_ONCE, context_of_every_row
+from llm_wsae.inspecting.strongest import context_of_every_row
+from llm_wsae.pages.collecting import ROWS_AT_ONCE
 from llm_wsae.statistics.uncertainty import Bootstrap
 from llm_wsae.terminal import markdown
 

@@ -27,13 +27,8 @@ from llm_wsae.explaining.protocol import (
     harmless,
 )
 from llm_wsae.inspecting.directions import Vocabulary, nearest
-from llm_wsae.pages.collecting import (
-    activations_of,
-    collect,
-    context_of_every_row,
-    place_of,
-    windows,
-)
+from llm_wsae.inspecting.strongest import context_of_every_row
+from llm_wsae.pages.collecting import activations_of, collect, place_of, windows
 
 Numbers = Int[np.ndarray, " _"]
 Rows = Int[np.ndarray, "_ _"]  # [latents, each]

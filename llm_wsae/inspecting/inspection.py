@@ -2,9 +2,9 @@
 
 ``firings`` finds where given latents fire in an activation store; no model is needed. It is one
 pass over the rows. A latent's pre-activation costs one column of the encoder, so it is computed for
-every row, and the rows where it is largest are candidates. Whether a candidate fires may depend on
-all other latents (TopK). So the complete dictionary encodes the candidates, best first, until
-enough contexts are found. It also encodes evenly spread rows, from which the density is estimated.
+every row. Whether the latent fires may depend on all others (TopK). So the complete dictionary
+encodes a row if the pre-activation is larger than what is known of the latent's top contexts, and
+evenly spread rows, from which the density is estimated.
 """
 
 import sys
@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.config import PackConfig
-from llm_wsae.data.rows import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -37,16 +36,16 @@ from llm_wsae.inspecting.directions import (
     written,
 )
 from llm_wsae.inspecting.labels import Label, families_of, labels_of
+from llm_wsae.inspecting.strongest import Strongest, context_of_every_row
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, parsing
 from llm_wsae.outside import text as known_text
 from llm_wsae.terminal import printable
 
-CANDIDATES = 4096
-"""The most rows per latent that are encoded in search of its top contexts."""
 SAMPLE_ROWS = 1 << 15
 """The fewest rows that the density is estimated from (or all rows of a smaller store)."""
-_ROWS_AT_ONCE, _CANDIDATES_AT_ONCE = 1 << 14, 64
+_ROWS_AT_ONCE = 1 << 12
+_SLACK = 1e-5  # relative, between two float32 ways to the same pre-activation
 _BEFORE, _AFTER = 24, 12  # tokens shown around the marked one
 _LEFT, _RIGHT = 56, 32  # characters printed on either side of it
 _STRONGEST = 5  # latents printed for each token of a text
@@ -80,8 +79,6 @@ class Firing:
     rows: list[int]
     """Rows of its largest activations, each in a different context, in descending order."""
     values: list[float]  # its activations on these rows
-    searched_all: bool
-    """False if its candidates ran out before enough contexts were found: more may exist."""
 
 
 @dataclass(frozen=True)
@@ -333,13 +330,12 @@ def firings(
     latents: Int[Tensor, " latents"],
     top: int,
     *,
-    candidates: int = CANDIDATES,
     sample_rows: int = SAMPLE_ROWS,
     most_rows: int | None = None,
 ) -> tuple[list[Firing], Sample]:
-    """Density and ``top`` contexts of each latent in the first ``most_rows`` rows, or all. At most
-    ``candidates`` rows of each are encoded in search of its contexts; the density is estimated from
-    ``sample_rows`` rows, or almost twice as many, the sample that is returned beside it.
+    """Density and ``top`` contexts of each latent in the first ``most_rows`` rows, or all. The
+    density is estimated from ``sample_rows`` rows, or almost twice as many, the sample that is
+    returned beside it.
 
     The store must fit (``check_store``). Raises UsageError if it does not have the dictionary's
     site, LlmWsaeError if its rows cannot be read.
@@ -348,72 +344,39 @@ def firings(
     reader, stride = store.reader(dictionary.site.reads), max(1, num_rows // sample_rows)
     column = latents.new_full((dictionary.d_sae,), len(latents))
     column[latents] = torch.arange(len(latents))
-    looked_at, sums = 0, torch.zeros(2, len(latents) + 1)  # the last is for all other latents
-    best, row = torch.empty(0, len(latents)), torch.empty(0, len(latents)).long()
-    starts = range(0, num_rows, _ROWS_AT_ONCE)
+    strongest = Strongest(len(latents), top, torch.from_numpy(context_of_every_row(store)))
+    looked_at, sums = 0, torch.zeros(2, len(latents))
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    starts = range(0, num_rows, _ROWS_AT_ONCE)
     for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
         x = reader.rows(start, min(start + _ROWS_AT_ONCE, num_rows)).float()
-        usable = not_massive(dictionary, x)
+        usable, rows = not_massive(dictionary, x), torch.arange(start, start + len(x))
+        sampled = usable & (rows % stride == 0)
         pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
-        pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
-        highest, place = pre.topk(min(candidates, len(pre)), dim=0)
-        best, row = torch.cat([best, highest]), torch.cat([row, place + start])
-        best, place = best.topk(min(candidates, len(best)), dim=0)
-        row = row.gather(0, place)
-
-        spread = slice(-start % stride, None, stride)
-        sample = torch.arange(start, start + len(x))[spread][usable[spread]]
-        may_fire = (pre[sample - start] > 0).any(1).nonzero()[:, 0]  # the others are not encoded
-        codes = dictionary.encode_sparse(x[sample[may_fire] - start])
+        positive = usable[:, None] & (pre > 0)
+        contends = positive & (pre > strongest.lowest - _SLACK * strongest.lowest.abs())
+        encoded = (contends | (positive & sampled[:, None])).any(1).nonzero()[:, 0]
+        codes = dictionary.encode_sparse(x[encoded])
         at = column[codes.indices]
-        place, slot = ((at < len(latents)) & (codes.values > 0)).nonzero(as_tuple=True)
-        seen.append((sample, looked_at + may_fire[place], at[place, slot]))
-        looked_at += len(sample)
-        values = codes.values.flatten()
-        sums.index_add_(1, at.flatten(), torch.stack([(values > 0).float(), values]))
+        row, slot = ((at < len(latents)) & (codes.values > 0)).nonzero(as_tuple=True)
+        number, value, row = at[row, slot], codes.values[row, slot], encoded[row]
+        strongest.add(number, value, value, start + row)
+        place, kept = looked_at + sampled.cumsum(0) - 1, sampled[row]
+        seen.append((rows[sampled], place[row[kept]], number[kept]))
+        sums.index_add_(1, number[kept], torch.stack([torch.ones_like(value), value])[:, kept])
+        looked_at += int(sampled.sum())
     found = []
-    for number, latent in enumerate(latents.tolist()):
-        rows = row[:, number][best[:, number] > 0]
-        contexts = _top_contexts(store, reader, dictionary, latent, rows, top)
-        count, total = sums[:, number].tolist()
+    for own, values, (count, total) in zip(*strongest.table(), sums.T.tolist(), strict=True):
         found.append(
             Firing(
                 density=count / max(looked_at, 1),
                 rows_looked_at=looked_at,
                 mean_activation=total / count if count else None,
-                rows=[one for one, _ in contexts],
-                values=[value for _, value in contexts],
-                searched_all=len(contexts) == top or len(rows) < candidates,
+                rows=own[own >= 0].tolist(),
+                values=values[own >= 0].tolist(),
             )
         )
     return found, Sample(*(torch.cat(parts).numpy() for parts in zip(*seen, strict=True)))
-
-
-def _top_contexts(
-    store: ActivationStore,
-    reader: RowReader,
-    dictionary: Dictionary,
-    latent: int,
-    candidates: Int[Tensor, " rows"],
-    top: int,
-) -> list[tuple[int, float]]:
-    """The first candidates on which the latent fires, each of another context, with its
-    activations."""
-    found: dict[int, tuple[int, float]] = {}  # by context
-    for part in candidates.split(_CANDIDATES_AT_ONCE):
-        x = torch.empty(len(part), store.d_in, dtype=reader.dtype)
-        for row, place in zip(part.tolist(), x[:, None], strict=True):
-            reader.read(row, place)
-        codes = dictionary.encode_sparse(x.float())
-        value = (codes.values * (codes.indices == latent)).sum(1)
-        context = store.locate(part).context
-        for one in torch.where(value > 0)[0].tolist():
-            if len(found) < top:
-                found.setdefault(int(context[one]), (int(part[one]), float(value[one])))
-        if len(found) == top:
-            break
-    return list(found.values())
 
 
 def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> list[Token]:
@@ -492,9 +455,7 @@ def _latent(dictionary: Dictionary, latent: Latent) -> Iterator[str]:
     if latent.examples:
         yield "contexts    its largest activations, one per context"
     elif firing:
-        all_rows, some = "in this store", "on the rows where it comes closest to firing"
-        where = all_rows if firing.searched_all else some
-        yield f"contexts    none: it does not fire {where}"
+        yield "contexts    none: it does not fire in this store"
     for one in latent.examples:
         before, token, after = map(printable, (one.text.before, one.text.token, one.text.after))
         before = before if len(before) <= _LEFT else "…" + before[1 - _LEFT :]

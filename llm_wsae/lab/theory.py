@@ -112,8 +112,12 @@ def recovered(
 def gap_matrix(
     mixing: Float[Tensor, "n_p n"], weights: Weights | None = None
 ) -> Float[Tensor, "n n"]:
-    """W_pᵀ ΓᵀΓ W_p − I (theorem 5; theorem 4 without weights): 0 would close the gap."""
-    return _gram(mixing, weights) - torch.eye(mixing.shape[1], dtype=mixing.dtype)
+    """W_pᵀ ΓᵀΓ W_p − I (theorem 5; theorem 4 without weights), float64: 0 would close the gap. Its
+    norm says how far weights are from that."""
+    seen = mixing.T.double()
+    if weights is not None:
+        seen = seen * weights if weights.ndim == 1 else seen @ weights.double().T
+    return seen @ seen.T - torch.eye(len(seen), dtype=torch.float64)
 
 
 def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"]:
@@ -127,58 +131,12 @@ def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"
 
     Raises UsageError if W_p is 0.
     """
-    values, vectors, kept = _spectrum(mixing)
-    roots = torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
-    return (vectors * roots) @ vectors.T
-
-
-@dataclass(frozen=True)
-class GapNorms:
-    """‖W_pᵀΓ²W_p − I‖_F for one W_p: weights beside the scale alone, the optimum and the bound."""
-
-    none: float  # Γ = I
-    best_scalar: float  # the best multiple of I
-    weights: dict[str, float]
-    """By name of the weights: at their best scale, since a loss has its minimum at any."""
-    whitening: float  # Γ², the pseudo-inverse of W_p W_pᵀ (``least_gap_weights``)
-    bound: float  # √(n − rank W_p); no Γ is below
-
-
-def gap_norms(mixing: Float[Tensor, "n_p n"], weights: dict[str, Weights]) -> GapNorms:
-    """The norms for W_p and each of the weights γ [n_p] or Γ [n_p, n_p], in float64. Raises
-    UsageError if W_p is 0."""
-    mixing = mixing.double()
-    return GapNorms(
-        none=float(gap_matrix(mixing).norm()),
-        best_scalar=_at_best_scale(mixing, None),
-        weights={name: _at_best_scale(mixing, one.double()) for name, one in weights.items()},
-        whitening=float(gap_matrix(mixing, least_gap_weights(mixing)).norm()),
-        bound=(mixing.shape[1] - int(_spectrum(mixing)[2].sum())) ** 0.5,
-    )
-
-
-def _gram(mixing: Tensor, weights: Tensor | None) -> Tensor:
-    """W_pᵀ ΓᵀΓ W_p."""
-    seen = mixing.T
-    if weights is not None:
-        seen = seen * weights if weights.ndim == 1 else seen @ weights.T
-    return seen @ seen.T
-
-
-def _at_best_scale(mixing: Tensor, weights: Tensor | None) -> float:
-    """‖c²G − I‖_F, G = W_pᵀΓ²W_p, at c² = tr G/‖G‖_F², or 0 for 0."""
-    gram = _gram(mixing, weights)
-    square = float(gram.square().sum())
-    scale = float(gram.trace() / square) ** 0.5 if square > 0 else 0.0
-    return float((scale**2 * gram - torch.eye(len(gram), dtype=torch.float64)).norm())
-
-
-def _spectrum(mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of W_p W_pᵀ (float64), and which of them are not 0."""
     values, vectors = torch.linalg.eigh(mixing.double() @ mixing.double().T)
     if not float(values[-1]) > 0:
         raise UsageError("W_p is 0: it mixes no feature into any dimension")
-    return values, vectors, values > _RANK_TOLERANCE * values[-1]
+    kept = values > _RANK_TOLERANCE * values[-1]
+    roots = torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
+    return (vectors * roots) @ vectors.T
 
 
 class Recovery(NamedTuple):

@@ -21,6 +21,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.inspecting.directions import check_store, not_massive
+from llm_wsae.inspecting.strongest import Strongest, context_of_every_row
 
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
@@ -61,7 +62,7 @@ class Firings:
         self.total = torch.zeros(d_sae, dtype=torch.float64)
         self.histogram = torch.zeros(d_sae, 2 * OCTAVES * BINS_PER_OCTAVE, dtype=torch.int64)
         self._middle: float | None = None
-        self._best, self._sample = _Kept(d_sae, top, context), _Kept(d_sae, bands * SAMPLE)
+        self._best, self._sample = Strongest(d_sae, top, context), Strongest(d_sae, bands * SAMPLE)
         self._stride = max(1, len(context) // TOGETHER_ROWS)
         self.sample = np.arange(0, len(context), self._stride)
         self._pairs = [torch.empty(2, 0, dtype=torch.int32)]
@@ -93,7 +94,7 @@ class Firings:
 
     def finish(self) -> "Firings":
         """Choose the examples, and count what fires together."""
-        row, value = self._best.tables()
+        row, value = self._best.table()
         bands_row, bands_value, edges = self._of_bands()
         repeated = (bands_row[:, :, None] == row[:, None, :]).any(2)
         bands_row, bands_value = bands_row.where(~repeated, -1), bands_value.where(~repeated, 0)
@@ -130,7 +131,7 @@ class Firings:
     def _of_bands(self) -> tuple[Tensor, Tensor, Tensor]:
         """One sampled firing from the middle of each band, the strongest band first, and the
         activations between one band and the next."""
-        row, value = self._sample.tables()
+        row, value = self._sample.table()
         order = value.where(row >= 0, -1).argsort(dim=1, descending=True)
         there = (row >= 0).sum(1, keepdim=True)
 
@@ -170,15 +171,6 @@ def collect(
     return {name: one.finish() for name, one in found.items()}
 
 
-def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
-    """Number of the context that each row comes from."""
-    parts = []
-    for shard in range(len(store.manifest.shards)):
-        own = np.nonzero(store.contexts(shard).keep)[0]
-        parts.append(own + store.first_context(shard))
-    return np.concatenate(parts).astype(np.int32)
-
-
 def role_of_every_row(store: ActivationStore, tokenizer: Any) -> Int[np.ndarray, " rows"]:
     """Who says the token of each row, as a place in ``ROLES``: in a conversation, the role
     that stood last behind a special token, as the marks of a chat template have it."""
@@ -205,48 +197,6 @@ def role_of_every_row(store: ActivationStore, tokenizer: Any) -> Int[np.ndarray,
         every[inside] = own
         parts.append(every[contexts.keep])
     return np.concatenate(parts)
-
-
-class _Kept:
-    """Each latent's firings of the highest score; of each ``context``, if given, only one."""
-
-    def __init__(self, d_sae: int, size: int, context: Int[Tensor, " rows"] | None = None):
-        self._shape, self._context = (d_sae, size), context
-        whole = torch.empty(0, dtype=torch.int64)
-        self._columns = [whole, torch.empty(0), torch.empty(0), whole]  # as ``add`` takes them
-        self._rank = whole
-        self._lowest = torch.full((d_sae,), -torch.inf)  # that is kept; −∞ while there is room
-
-    def add(self, latent: Tensor, score: Tensor, value: Tensor, row: Tensor) -> None:
-        """Let firings compete for the places of their latents."""
-        contends = score > self._lowest[latent]  # soon only a few
-        new = [one[contends] for one in (latent, score, value, row)]
-        columns = [torch.cat(pair) for pair in zip(self._columns, new, strict=True)]
-        if self._context is not None:
-            latent, score, _, row = columns
-            order, rank = _ranked((latent << 32) + self._context[row], score)
-            columns = [one[order[rank == 0]] for one in columns]
-        order, rank = _ranked(columns[0], columns[1])
-        kept = rank < self._shape[1]
-        self._columns, self._rank = [one[order[kept]] for one in columns], rank[kept]
-        last = self._rank == self._shape[1] - 1
-        self._lowest[self._columns[0][last]] = self._columns[1][last]
-
-    def tables(self) -> tuple[Int[Tensor, "d_sae size"], Float[Tensor, "d_sae size"]]:
-        """Their rows, −1 where there are not as many, and activations, by descending score."""
-        rows = torch.full(self._shape, -1, dtype=torch.int64)
-        values = torch.zeros(self._shape)
-        latent, _, value, row = self._columns
-        rows[latent, self._rank], values[latent, self._rank] = row, value
-        return rows, values
-
-
-def _ranked(group: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """An order by group, and by descending score in each; and the rank of each in its group."""
-    order = score.argsort(descending=True, stable=True)
-    order = order[group[order].argsort(stable=True)]
-    group = group[order]
-    return order, torch.arange(len(order)) - torch.searchsorted(group, group)
 
 
 @dataclass

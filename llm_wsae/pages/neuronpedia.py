@@ -40,15 +40,10 @@ from llm_wsae.inspecting.directions import (
     check_width,
     top_words,
 )
+from llm_wsae.inspecting.strongest import context_of_every_row
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number
-from llm_wsae.pages.collecting import (
-    BINS_PER_OCTAVE,
-    Windows,
-    collect,
-    context_of_every_row,
-    windows,
-)
+from llm_wsae.pages.collecting import BINS_PER_OCTAVE, Windows, collect, windows
 
 LATENTS_AT_ONCE = 128  # in a file; Neuronpedia takes no more in one upload
 _FILES_AT_ONCE = 8  # whose contexts are read together

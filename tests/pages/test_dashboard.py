@@ -30,10 +30,11 @@ from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.directions import nearest
 from llm_wsae.inspecting.inspection import read_sentence
+from llm_wsae.inspecting.strongest import context_of_every_row
 from llm_wsae.model.site import Site
 from llm_wsae.pages import collecting
 from llm_wsae.pages import dashboard as dashboards
-from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
+from llm_wsae.pages.collecting import SAMPLE, Firings, collect, windows
 from llm_wsae.pages.live import Session, application
 from llm_wsae.statistics.uncertainty import TextSize
 

@@ -35,6 +35,7 @@ from llm_wsae.evaluation.heldout import (
     WindowEmbeddings,
 )
 from llm_wsae.evaluation.monosemanticity.concepts import NO_UNIT, Units
+from llm_wsae.inspecting.strongest import Strongest, Table
 from llm_wsae.model.site import Site
 
 NO_ROW = -1
@@ -42,35 +43,6 @@ RESAMPLED = "detection_resampled"
 """Detection of every latent on resamplings of the documents, beside its scores."""
 _RESAMPLINGS = 100
 _LATENTS_AT_ONCE = 256  # whose embeddings, and pairs of windows, are in memory together
-
-
-class Examples:
-    """The ``count`` firings of highest score of every latent, each from another context."""
-
-    def __init__(self, d_sae: int, count: int, device: torch.device):
-        self._score = torch.full((d_sae, count), -torch.inf, device=device)
-        self.rows = torch.full((d_sae, count), NO_ROW, device=device)  # NO_ROW: there are no more
-        self.values = torch.zeros(d_sae, count, device=device)  # the latent's activation there
-        self.contexts = torch.zeros(d_sae, dtype=torch.int64, device=device)  # in which it fires
-
-    def add(self, score: Tensor, group: Tensor, row: Tensor, value: Tensor, width: int) -> None:
-        """Merge firings in ``width`` further contexts; ``group`` is latent · width + context. Where
-        scores tie, the earlier firing stays."""
-        d_sae, count = self.rows.shape
-        groups, none = d_sae * width, len(score)
-        best = score.new_full((groups,), -torch.inf).scatter_reduce_(0, group, score, "amax")
-        winner = (score == best[group]).nonzero()[:, 0]
-        event = group.new_full((groups,), none).scatter_reduce_(0, group[winner], winner, "amin")
-        event, best = event.view(d_sae, width), best.view(d_sae, width)
-        self.contexts += (event < none).sum(1)
-        row = torch.cat([row, row.new_full((1,), NO_ROW)])[event]
-        value = torch.cat([value, value.new_zeros(1)])[event]
-        # stable, with later contexts last
-        score, order = torch.cat([self._score, best], 1).sort(dim=1, descending=True, stable=True)
-        order = order[:, :count]
-        self._score = score[:, :count].contiguous()
-        self.rows = torch.cat([self.rows, row], 1).gather(1, order)
-        self.values = torch.cat([self.values, value], 1).gather(1, order)
 
 
 class Firings:
@@ -104,7 +76,9 @@ class Firings:
         self._drawn = -order.float().to(device)  # the higher, the earlier in the draw
         self.num_rows = 0  # less massive ones
         self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)  # rows on which it fires
-        self.top, self.sample = (Examples(d_sae, count, device) for count in examples)
+        self.contexts = torch.zeros_like(self.counts)  # in which it fires
+        self._context = text.context.to(device)
+        self._kept = [Strongest(d_sae, count, self._context) for count in examples]
         self.fired = torch.zeros(len(windows), d_sae, dtype=torch.bool, device=device)
         """Whether each latent fires anywhere in each of the random windows."""
         self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in kinds]
@@ -123,10 +97,11 @@ class Firings:
         self.num_rows += int(usable.sum())
         self.counts += torch.bincount(latent, minlength=self.dictionary.d_sae)
         row, width = local + batch.rows.start, batch.contexts.stop - batch.contexts.start
-        context = self._text.context.to(row.device)[row] - batch.contexts.start
-        group = latent * width + context
-        self.top.add(value, group, row, value, width)
-        self.sample.add(self._drawn[row], group, row, value, width)
+        fired = latent.new_zeros(self.dictionary.d_sae, width, dtype=torch.bool)
+        fired[latent, self._context[row] - batch.contexts.start] = True
+        self.contexts += fired.sum(1)
+        for kept, score in zip(self._kept, (value, self._drawn[row]), strict=True):
+            kept.add(latent, score, value, row)
         self._mark_windows(batch, indices, active)
         self._add_to_tables(batch, latent.cpu(), value.cpu(), local.cpu())
 
@@ -151,9 +126,8 @@ class Firings:
     def finished(self) -> "Firings":
         """Itself, on the CPU."""
         self.counts, self.fired = self.counts.cpu(), self.fired.cpu()
-        for one in (self.top, self.sample):
-            one.rows, one.values = one.rows.cpu(), one.values.cpu()
-            one.contexts = one.contexts.cpu()
+        self.contexts, tables = self.contexts.cpu(), (kept.table() for kept in self._kept)
+        self.top, self.sample = (Table(rows.cpu(), values.cpu()) for rows, values in tables)
         return self
 
     @property
@@ -258,7 +232,7 @@ class LatentScorer:
         """Every score of all latents, and ``RESAMPLED`` [d_sae, resamplings]. NaN where a latent
         has none: those that are not eligible have no purity."""
         enough = self._config.top + self._config.sample
-        latents = (firings.top.contexts >= enough).nonzero()[:, 0]
+        latents = (firings.contexts >= enough).nonzero()[:, 0]
         rows = firings.top.rows, firings.quantile_sample(self._config.sample)
         self._embeddings.prepare(torch.cat([one[latents] for one in rows], 1))
         found: dict[str, Tensor] = {}
