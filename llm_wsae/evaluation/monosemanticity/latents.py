@@ -82,9 +82,6 @@ class Firings:
         self.fired = torch.zeros(len(windows), d_sae, dtype=torch.bool, device=device)
         """Whether each latent fires anywhere in each of the random windows."""
         self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in kinds]
-        self._sums = [
-            None if units.single else torch.zeros(len(units.size), d_sae) for units in kinds
-        ]
 
     def add(self, batch: RowBatch) -> None:
         """Encode a batch's rows and keep what is needed of the codes."""
@@ -114,14 +111,10 @@ class Firings:
         self.fired[window[event], indices[local[event], slot]] = True
 
     def _add_to_tables(self, batch: RowBatch, latent: Tensor, value: Tensor, row: Tensor) -> None:
-        for units, entries, sums in zip(self._kinds, self._entries, self._sums, strict=True):
+        for units, entries in zip(self._kinds, self._entries, strict=True):
             unit = units.of_row[batch.rows][row]
             here = unit != NO_UNIT
-            if sums is None:
-                entries.append((latent[here], unit[here], value[here]))
-            else:
-                cell = unit[here] * self.dictionary.d_sae + latent[here]
-                sums.view(-1).index_add_(0, cell, value[here])
+            entries.append((latent[here], unit[here], value[here]))
 
     def finished(self) -> "Firings":
         """Itself, on the CPU."""
@@ -138,14 +131,11 @@ class Firings:
     def tables(self) -> list[Float[Tensor, "d_sae units"]]:
         """The latents' activations for each kind of units: sparse where every unit is one row."""
         found = []
-        for units, entries, sums in zip(self._kinds, self._entries, self._sums, strict=True):
-            if sums is not None:
-                found.append((sums / units.size[:, None]).T)
-                continue
+        for units, entries in zip(self._kinds, self._entries, strict=True):
             latent, unit, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
             at, shape = torch.stack([latent, unit]), (self.dictionary.d_sae, len(units.size))
-            table = torch.sparse_coo_tensor(at, value, shape, check_invariants=False)
-            found.append(table.coalesce())
+            table = torch.sparse_coo_tensor(at, value, shape, check_invariants=False).coalesce()
+            found.append(table if units.single else (table.T.to_dense() / units.size[:, None]).T)
         return found
 
     def quantile_sample(self, count: int) -> Int[Tensor, "d_sae count"]:
