@@ -3,6 +3,7 @@ the Hub, a pretrained dictionary, or one of a release that SAELens knows."""
 
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -64,7 +65,12 @@ def _below(path: Path) -> list[Path]:
             found.append(Path(here))
             folders.clear()
         folders[:] = [name for name in folders if not name.startswith(".")]
-    return sorted(found) or [path]  # loading it says what it holds instead
+    return sorted(found, key=_by_number) or [path]  # loading it says what it holds instead
+
+
+def _by_number(path: Path) -> list[tuple[str, int]]:
+    """Sorts blocks.2 before blocks.10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D+)(\d*)", f"/{path}")]
 
 
 def _close(name: Path) -> str:

@@ -92,6 +92,21 @@ def _made(
     )
 
 
+def skip_alone(transcoder: Dictionary) -> Dictionary:
+    """A transcoder's affine skip and bias, with a latent that never fires."""
+    nothing = torch.zeros(1, transcoder.d_in)
+    alone = Dictionary(
+        W_enc=nothing.T.contiguous(),
+        W_dec=nothing,
+        b_enc=torch.zeros(1),
+        b_dec=transcoder.b_dec.detach().cpu(),
+        sparsity=TopK(1),
+        info=_info(transcoder, f"skip alone of {transcoder.info.name}"),
+        W_skip=None if transcoder.W_skip is None else transcoder.W_skip.detach().cpu(),
+    )
+    return alone.to(transcoder.W_enc.device)
+
+
 def _info(like: Dictionary, name: str) -> DictionaryInfo:
     return DictionaryInfo(like.info.site, name, massive_threshold=like.info.massive_threshold)
 
@@ -100,18 +115,22 @@ def _info(like: Dictionary, name: str) -> DictionaryInfo:
 def baselines_of(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, contexts: Sequence[Context]
 ) -> dict[str, Dictionary]:
-    """The dimensions and a random dictionary for each site, as sparse as the site's first one;
-    none for transcoders, for which dimensions are no baseline. Raises UsageError if one of the
-    ``dictionaries`` does not fit the model, LlmWsaeError if its threshold leaves no row to measure
-    on."""
+    """The dimensions and a random dictionary for each site, as sparse as the site's first one. Of
+    transcoders, for which dimensions are no baseline, what their skips do alone. Raises UsageError
+    if one of the ``dictionaries`` does not fit the model, LlmWsaeError if its threshold leaves no
+    row to measure on."""
     check_fit(dictionaries, model, "evaluate")
+    found = {
+        f"skip alone of {name}": skip_alone(one)
+        for name, one in dictionaries.items()
+        if one.W_skip is not None
+    }
     autoencoders = [one for one in dictionaries.values() if not one.site.is_mlp]
     first = {one.site: one for one in reversed(autoencoders)}
     if not first:
-        return {}
+        return found
     ids, keep, _ = stacked(contexts[: max(1, _ROWS // len(contexts[0].ids))])
     read = list(ActivationCache(model, ids, keep, _BATCH_TOKENS).rows(sorted(first)))
-    found: dict[str, Dictionary] = {}
     for site, like in sorted(first.items()):
         rows = torch.cat([batch.activations[site] for batch in read]).float().cpu()
         norms, threshold = rows.norm(dim=1), like.info.massive_threshold

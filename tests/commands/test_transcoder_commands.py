@@ -61,7 +61,11 @@ def test_a_report_has_one_and_all_blocks(folders, model_and_corpus, tmp_path):
     said = works("evaluate", *folders, *model_and_corpus, "--tokens", 300, "--out", report).out
     assert f"{NAME} in place of 3 MLPs at once: cross-entropy" in said
     found = json.loads(report.read_text())
-    assert len(found["dictionaries"]) == 3 and found["together"][NAME]["blocks"] == 3
+    assert found["together"][NAME]["blocks"] == 3
+    rows = found["dictionaries"]
+    assert len(rows) == 6
+    alone = next(name for name in rows if name.startswith("skip alone of"))
+    assert rows[alone]["l0"] == 0 < rows[alone]["fvu"]
 
 
 def test_the_set_is_exported_and_verified(trained, folders, tmp_path):

@@ -24,22 +24,22 @@ def make_foreign(folder: Path) -> None:
 
 def test_a_folder_stands_for_all_dictionaries_below_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = ["run/b.20/plain", "run/b.9/plain", "run/b.9/weighted"]
+    names = ["run/b.9/plain", "run/b.9/weighted", "run/b.20/plain"]
     for name in [*names[::-1], "run/.old/plain"]:
         make_dictionary().save(Path(name))
     make_foreign(Path("run/theirs"))
     Path("run/b.9/log.jsonl").touch()
     assert find_dictionaries([Path("run")]) == [*map(Path, names), Path("run/theirs")]
     assert find_dictionaries([Path("run/theirs"), Path("run/b.20")]) == [
-        Path("run/theirs"), Path(names[0])
+        Path("run/theirs"), Path(names[2])
     ]  # fmt: skip
-    assert find_dictionary(Path("run/b.20")) == Path(names[0])
-    misused("run holds 4 dictionaries; name one: known are 'run/b.20/plain', 'run/b.9/plain', .*",
+    assert find_dictionary(Path("run/b.20")) == Path(names[2])
+    misused("run holds 4 dictionaries; name one: known are .*",
             find_dictionary, Path("run"))  # fmt: skip
     Path("run/b.9/plain").rename("run/b.9/.plain.old")  # by a writer that was killed
     assert find_dictionary(Path("run/b.9/plain")) == Path("run/b.9/plain")
     log, wrong = Path("run/b.9/log.jsonl"), Path("run/c.9/plain")
-    misused(r"log.jsonl is a file, not .*: run/b.9$", find_dictionaries, [Path(names[1]), log])
+    misused(r"log.jsonl is a file, not .*: run/b.9$", find_dictionaries, [Path(names[0]), log])
     misused(r"'run/c.9/plain' is no folder and .*\(did you mean 'run/b.9'", find_dictionary, wrong)
 
 

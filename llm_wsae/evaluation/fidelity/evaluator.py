@@ -237,8 +237,8 @@ class FidelityEvaluator:
                 there = self._cache.at(number, _needed([site]))
                 read, hidden = there[site.reads], there[site.writes]
                 keep = keep.to(hidden.device)
-                massive = keep & (hidden.float().norm(dim=2) > rows.threshold)
-                usual = keep & ~massive
+                usual = keep & self._usual(site, there, rows.threshold)
+                massive = keep & ~usual
                 if is_new:
                     rows.usual.update(hidden[usual])
                     rows.massive.update(hidden[massive])
@@ -282,17 +282,18 @@ class FidelityEvaluator:
     def _about_mean(self, site: Site, threshold: float) -> "_SiteRows":
         """Takes the mean of the rows. Raises LlmWsaeError if an activation is not finite, the model
         cannot be resumed at the site, or no row is short enough."""
-        total, count, site = torch.zeros(()), 0, site.writes
+        total, count, whole, site = torch.zeros(()), 0, site, site.writes
         batches = tqdm(self._cache.batches, desc="evaluate: means", unit="batch")
         for number, (_, keep) in enumerate(batches):
-            hidden = self._cache.at(number, [site])[site]
+            there = self._cache.at(number, points_of([whole]))
+            hidden = there[site]
             keep = keep.to(hidden.device)
             if bad := int((keep & ~torch.isfinite(hidden).all(2)).sum()):
                 raise LlmWsaeError(
                     f"{bad} activations of the model at {site} are NaN or infinite; try the model "
                     "in float32 (--model-dtype float32)"
                 )
-            usual = keep & ~(hidden.float().norm(dim=2) > threshold)
+            usual = keep & self._usual(whole, there, threshold)
             total = total + _exact(hidden[usual]).sum(0)
             count += int(usual.sum())
         first = self._cache.batches[0][0][:1]
@@ -304,6 +305,15 @@ class FidelityEvaluator:
                 "another model"
             )
         return _SiteRows(threshold, total / count)
+
+    def _usual(self, site: Site, there: Mapping[Site, Tensor], threshold: float) -> Tensor:
+        """Which rows are not massive, as in training: neither what is written nor what is read."""
+        usual = there[site.writes].float().norm(dim=2) <= threshold
+        if site.is_mlp:
+            usual &= there[site.reads].float().norm(dim=2) <= self._cache.massive_threshold(
+                site.reads, []
+            )
+        return usual
 
     def _fidelity(
         self, name: str, site: Site, rows: "_SiteRows", sums: "ReconstructionSums", losses: _Losses

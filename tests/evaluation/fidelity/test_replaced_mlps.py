@@ -94,7 +94,22 @@ def test_a_latent_is_ablated():
     assert expected.abs().max() > 0.1
 
 
-def test_a_whole_mlp_has_no_activations_and_no_baselines():
+def test_rows_that_are_massive_where_they_are_read_are_left_out_as_in_training():
+    model, one = model_of("llama"), TRANSCODERS[1]
+    evaluator = FidelityEvaluator(model, CONTEXTS, EvaluateConfig(tokens=300, bootstraps=20))
+    norms = model.activations(IDS, [one.site.reads])[one.site.reads][KEEP].norm(dim=1)
+    evaluator._cache._medians[one.site.reads] = float(norms.median()) / 10
+    found = evaluator.evaluate({"one": one}).dictionaries["one"]
+    assert found.rows == int((norms <= norms.median()).sum())
+    assert found.rows + found.massive_rows == len(norms)
+
+
+def test_a_whole_mlp_has_no_activations_and_of_baselines_its_skip_alone():
     model = model_of("llama")
     misused("is a whole MLP.*take those of", model.activations, IDS, [Site(1, "mlp")])
-    assert baselines_of({"one": TRANSCODERS[0]}, model, CONTEXTS) == {}
+    one = TRANSCODERS[0]
+    assert one.W_skip is not None
+    ((name, alone),) = baselines_of({"one": one}, model, CONTEXTS).items()
+    assert name == "skip alone of one" and alone.site == one.site
+    x = torch.randn(5, WIDTH)
+    torch.testing.assert_close(alone(x), x @ one.W_skip.T + one.b_dec)
