@@ -77,7 +77,7 @@ config = Path(sys.argv[2], "tokenizer_config.json")  # circuit-tracer needs an o
 config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 PY
   [ -d .venv-graph ] || python3 -m venv .venv-graph
-  .venv-graph/bin/python -m pip install --quiet circuit-tracer==0.5.0 nnsight==0.6.3
+  .venv-graph/bin/python -m pip install --quiet circuit-tracer==0.5.0 nnsight==0.6.3 matplotlib
   .venv-graph/bin/python scripts/peers/draw_graph.py runs/circuit-tracer runs/model \
     "${PROMPT:-The capital of France is}" runs/graph
   ;;
