@@ -231,12 +231,19 @@ def open_tensors(path: Path, what: str, way_out: str = "") -> Iterator[Any]:
     if not Path(path).is_file():
         raise LlmWsaeError(f"there is no {path}; it should be the {what}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise LlmWsaeError(
             f"{path} is not a readable {what}: {reason(error)}{_then(way_out)}"
         ) from error
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # torch's own, if another process replaces the folder just now
+        raise FileNotFoundError(str(error)) from error
 
 
 def sha256(path: Path) -> str:
