@@ -198,12 +198,16 @@ class Train:
     def __post_init__(self) -> None:
         check_skip(sites_of(self.site), self.training)
         self.grid.check(self.weigh)
-        idle = [*changed(self.stream)]
+        needed = OptionalModelConfig if self.training.finish else None  # a finish runs the model
+        used = changed(self.stream, needed) if needed else {}
+        idle = [name for name in changed(self.stream) if name not in used]
         idle += ["--device spread"] if self.training.device == "spread" else []
         if self.stores and idle:
             raise UsageError(
                 f"{idle[0]} is for training without a store; drop it, or drop {self.stores[0]}"
             )
+        if self.stores and self.training.finish and self.stream.model is None:
+            raise UsageError("--finish runs the model: name that of the store with --model")
         if not self.stores and (self.stream.model is None or self.stream.corpus is None):
             raise UsageError(
                 "give a STORE to train on, or --model and --corpus to train without one"
@@ -261,12 +265,19 @@ def train(request: Train) -> Result:
     for site, folder in folders.items():
         check_out(folder)
         check_same_rows(folder, rows.source(site).identity())
-    inputs = {site: measure_inputs(grid.rules, rows, site) for site in folders}
+    model = rows.model
+    if request.stores and training.finish:
+        model = replace(request.stream, device=request.training.device).load(
+            rows.manifest.model  # of the store
+        )
+        rows.check_model(model.identity())
+    inputs = {site: measure_inputs(grid.rules, rows, site, model=model) for site in folders}
     arms = {site: grid.arms(grid.weights(one, weigh, own=own)) for site, one in inputs.items()}
     if len(arms) > 1:
-        trained = train_sites(rows, arms, training, out)
+        trained = train_sites(rows, arms, training, out, model)
     else:  # in the folder itself
-        trained = {s: train_site(rows.source(s), own, training, out) for s, own in arms.items()}
+        (site, own), *_ = arms.items()
+        trained = {site: train_site(rows.source(site), own, training, out, model)}
     if leads():
         write_request(record, "train", request)
     facts = {

@@ -314,6 +314,16 @@ def _sample(parameter: Tensor) -> Tensor:
     return flat[::stride][:_SAMPLES].to(torch.bfloat16).cpu()
 
 
+def scored_positions(
+    keep: Bool[Tensor, "contexts positions"],
+) -> Bool[Tensor, "contexts positions-1"]:
+    """Which positions' predictions count: t does if it is not before the context's first kept
+    position and the token that it predicts, t + 1, is kept. A position between them that is not
+    kept is scored, too: a replacement before it affects its prediction."""
+    begun = keep.cumsum(1) > 0
+    return begun[:, :-1] & keep[:, 1:]
+
+
 def live_model(model: Any) -> Any:
     """The causal language model of transformers that ``model`` is, or that a TransformerLens bridge
     calls. Raises UsageError for anything else."""

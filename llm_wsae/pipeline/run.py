@@ -110,7 +110,7 @@ def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResu
             _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
     rows = _rows(request, model)
     sites = {site: _weigh(request, model, rows, site, trial) for site in request.sites}
-    trained = _train(request, rows, {site: one.arms for site, one in sites.items()})
+    trained = _train(request, model, rows, {site: one.arms for site, one in sites.items()})
     with processes.together():
         if not processes.leads:
             return {}
@@ -230,7 +230,7 @@ def _choose_alpha(
     choices = _choice_in(request.folder / str(source.site))
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
     tokens = max(tokens, training.batch_size)  # a few rows may be read several times
-    short = replace(training, tokens=tokens, tracker="none")
+    short = replace(training, tokens=tokens, tracker="none", finish=0.0)
     asked = {
         "source": source.identity(),
         "k": k,
@@ -269,7 +269,10 @@ def _k(request: Run) -> int:
 
 
 def _train(
-    request: Run, rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]]
+    request: Run,
+    model: LanguageModel,
+    rows: SiteRows,
+    arms: Mapping[Site, Sequence[ArmConfig]],
 ) -> dict[Site, dict[str, Dictionary]]:
     """All dictionaries of a site in one pass over its rows; of a stream, those of all sites."""
     trained: dict[Site, dict[str, Dictionary]] = {}
@@ -277,7 +280,7 @@ def _train(
         number = sum(map(len, group.values()))
         where = f"{len(group)} sites" if len(group) > 1 else next(iter(group))
         _write(f"[3/4] train: {number} dictionaries of {where} in one pass")
-        trained |= train_sites(rows, group, request.training, request.folder)
+        trained |= train_sites(rows, group, request.training, request.folder, model)
     return trained
 
 

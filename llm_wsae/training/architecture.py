@@ -107,9 +107,9 @@ class Architecture(ABC):
     """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
     choose the largest of them, not those above a threshold."""
     is_baseline: ClassVar[bool] = False  # trained beside others, which should exceed it
-    takes_skip: ClassVar[bool] = True
-    """Whether its loss is that of one reconstruction, whose gradient a transcoder's skip learns
-    from."""
+    has_one_error: ClassVar[bool] = True
+    """Whether its loss has the error of one reconstruction alone: what a transcoder's skip learns
+    from, and what a finish adds to."""
     memory: ClassVar[dict[str, str]] = {}
     """The attributes that a checkpoint keeps, by their names in it: tensors with one entry for each
     latent that is here, or single numbers."""

@@ -302,6 +302,13 @@ class Optimiser:
         return held
 
 
+class Pull(NamedTuple):
+    """A loss of reconstructions, and its gradient by them as normalised rows."""
+
+    loss: Float[Tensor, ""]
+    gradient: Float[Tensor, "batch d_in"]
+
+
 class Skip:
     """The affine skip of a transcoder, W_skip [d_in, d_in], started at zero (Paulo, Shabalin &
     Belrose 2025, arXiv 2501.18823), with its Adam. The latents learn what it leaves over."""
@@ -383,15 +390,25 @@ class Arm:
         self._sums = self._no_sums()
 
     def step(
-        self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int
+        self,
+        batch: Batch,
+        rows_seen: int,
+        learning_rate: float,
+        aux: float,
+        dead_after: int,
+        pull: Pull | None = None,
     ) -> None:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch; ``aux``
         is the coefficient of AuxK's loss, 0 for none, and ``dead_after`` how many rows without
-        firing make a latent dead."""
+        firing make a latent dead; ``pull``: of a further loss, which counts as much as the error.
+        """
         strategy, architecture = self._strategy, self.architecture
         with torch.no_grad():
             batch = batch if self.skip is None else self.skip.rest(batch)
-            step = self.evaluate(batch)
+            step = measured = self.evaluate(batch)
+            if pull is not None:
+                batch = self._pulled(batch, step.residual, pull)
+                step = self.evaluate(batch)
             by_skip = None if self.skip is None else self.skip.gradient(step, batch, self.metric)
             if aux > 0 and architecture.revives_dead:
                 dead = self._finder.find(self.last_fired, rows_seen, dead_after)
@@ -414,7 +431,7 @@ class Arm:
                 self.skip.step(by_skip, learning_rate)
             if architecture.tie(self.parameters):
                 self._optimiser.round_encoder()
-            self._record(step, batch)
+            self._record(measured if pull is not None else step, batch)
 
     def anneal(self, done: float) -> None:
         """Move γ linearly towards 1, if it is annealed; ``done`` is the share of steps taken."""
@@ -430,6 +447,23 @@ class Arm:
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
         return self.architecture.step(parameters, batch, self.metric)
+
+    def reconstruct(self, batch: Batch) -> Float[Tensor, "batch d_in"]:
+        """What the rows of a batch become, as normalised rows; masked ones mean nothing."""
+        with torch.no_grad():
+            rest = batch if self.skip is None else self.skip.rest(batch)
+            found = self.evaluate(rest).residual + batch.y
+            return found if self.space is None else self.space.leave(found)
+
+    def _pulled(self, batch: Batch, residual: Tensor, pull: Pull) -> Batch:
+        """With such targets that the gradient of the error by ŷ is that of the error and of the
+        other loss, scaled to the error's size: 2Γ²(ŷ − y′)/nd = 2Γ²(ŷ − y)/nd + c·g."""
+        gradient = pull.gradient if self.space is None else self.space.pull(pull.gradient)
+        weights = error_weights(batch.num_rows, self.metric)
+        error = (times(residual, weights) * residual).sum() / 2
+        wanted = gradient * (error / pull.loss.clamp(min=1e-9))
+        shift = wanted / weights if weights.ndim == 1 else torch.linalg.solve(weights, wanted.T).T
+        return batch._replace(target=batch.y - shift)
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""

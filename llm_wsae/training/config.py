@@ -49,6 +49,9 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises from 0."""
     decay: float = 0.5
     """Share of the steps, at the end, over which it falls to 0."""
+    finish: float = 0.0
+    """Share of the rows, the last ones, on which dictionaries also learn to keep the model's
+    predictions: by KL through the rest of the model, as much as by their own error."""
     aux_coefficient: float = 1 / 32
     """Weight of the AuxK loss that revives dead latents (Gao et al. 2024); 0 turns it off."""
     dead_after: int | None = None
@@ -83,11 +86,14 @@ class TrainConfig:
             checkpoint_seconds=0,
             warmup=SHARE,
             decay=SHARE,
+            finish=SHARE,
         )
         if self.tokens is not None and self.tokens < self.batch_size:
             raise UsageError(
                 f"tokens ({self.tokens}) must be at least one batch ({self.batch_size} rows)"
             )
+        if self.finish == 1:
+            raise UsageError("finish is the share of the last rows: it must be below 1")
         if self.warmup + self.decay > 1:
             raise UsageError("warmup and decay are shares of the steps: together at most 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
@@ -101,6 +107,8 @@ class TrainConfig:
         )
 
 
+FINISH_RATE = 0.1
+"""Learning rate at the beginning of a finish, as a share of the peak before it; it falls to 0."""
 RATE, SHARED_RATE = "learning_rate", "shared_learning_rate"
 """In the record of a dictionary: its own, and the one that the other arms had."""
 SPACE_RATE = 2.0

@@ -32,6 +32,10 @@ class Units:
         usual = torch.linalg.vector_norm(rows, dim=1) <= self._threshold
         return rows.sub(self.mean).div_(self.scale), usual
 
+    def leave(self, rows: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """The way back."""
+        return rows.mul(self.scale).add_(self.mean)
+
 
 class Normaliser:
     """Rows, and a transcoder's ``target``, in the units of the training. Rows that are massive, or
@@ -84,6 +88,10 @@ class Space:
     def leave(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Rows of this space, or differences of them, as normalised rows again."""
         return _transform(rows, self._back)
+
+    def pull(self, gradient: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """A gradient by normalised rows, as one by rows of this space."""
+        return _transform(gradient, self._back.T)
 
 
 def folded(

@@ -34,10 +34,11 @@ from llm_wsae.machine.hardware import (
     return_freed_memory,
 )
 from llm_wsae.machine.processes import Processes, join, progress
+from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site, points_of
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import CPU, Batch
-from llm_wsae.training.arm import PAIR_BYTES, Arm, ArmConfig
+from llm_wsae.training.arm import PAIR_BYTES, Arm, ArmConfig, Pull
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     LOG,
@@ -50,6 +51,7 @@ from llm_wsae.training.checkpoint import (
     training_in,
 )
 from llm_wsae.training.config import (
+    FINISH_RATE,
     PROCEDURAL,
     RATE,
     SHARED_RATE,
@@ -58,6 +60,7 @@ from llm_wsae.training.config import (
     default_learning_rate,
     learning_rate_factor,
 )
+from llm_wsae.training.finishing import Finish, Replaced, Text
 from llm_wsae.training.normaliser import Normaliser, Space, folded
 from llm_wsae.training.strategy import SINGLE, Strategy, strategy_of
 
@@ -81,10 +84,11 @@ def train(
     arms: Sequence[ArmConfig],
     config: TrainConfig,
     out: Path,
+    model: LanguageModel | None = None,
 ) -> dict[str, Dictionary]:
     """Train every arm on the source's rows and save one dictionary folder each under ``out``;
     returns the dictionaries by arm name. Rows of one's own, [rows, d_in], are a source, too (see
-    ``ArrayRows``).
+    ``ArrayRows``). A finish (``TrainConfig.finish``) needs the ``model`` of a store.
 
     The same call resumes a run that was stopped or killed from its last checkpoint, and on the CPU
     ends with the same bits as an uninterrupted run. A finished run is only loaded. Under
@@ -96,23 +100,27 @@ def train(
     """
     source = source_of(source)
     places = (0, 1) if source.site.is_mlp else (0,)
-    return _train([(source, arms, Path(out))], source.batches, config, [places])[0]
+    return _train([(source, arms, Path(out))], source.batches, config, [places], model)[0]
 
 
 def train_sites(
-    rows: SiteRows, arms: Mapping[Site, Sequence[ArmConfig]], config: TrainConfig, out: Path
+    rows: SiteRows,
+    arms: Mapping[Site, Sequence[ArmConfig]],
+    config: TrainConfig,
+    out: Path,
+    model: LanguageModel | None = None,
 ) -> dict[Site, dict[str, Dictionary]]:
     """Train the arms of several sites: of a stream in step, since one forward pass gives the rows
     of all; of a store one after the other. Each site has its own folder under ``out``, named after
-    it, as ``train`` would fill it."""
+    it, as ``train`` would fill it; ``model`` as there."""
     jobs = [(rows.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
     if rows.in_step:
         points = points_of(list(arms))
         batches = functools.partial(rows.batches, points)
         places = [[points.index(point) for point in points_of([site])] for site in arms]
-        trained = _train(jobs, batches, config, places)
+        trained = _train(jobs, batches, config, places, model)
     else:
-        trained = [train(source, own, config, folder) for source, own, folder in jobs]
+        trained = [train(source, own, config, folder, model) for source, own, folder in jobs]
     return dict(zip(arms, trained, strict=True))
 
 
@@ -130,8 +138,9 @@ def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> Non
     for arm in arms:
         arm.check(config.expansion * d_in)
         arm.lengths(config.lengths)
-        if config.skip and not arm.kind.takes_skip:
-            raise UsageError(f"the architecture {arm.architecture} takes no skip")
+        if (config.skip or config.finish) and not arm.kind.has_one_error:
+            asked = "skip" if config.skip else "finish"
+            raise UsageError(f"the architecture {arm.architecture} takes no {asked}")
 
 
 def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> None:
@@ -182,6 +191,8 @@ class Training:
         self.source, self.config, self.out = source, config, out
         self.strategy, self.processes, self.places = strategy, strategy.processes, places
         self.num_steps = _num_steps(source, config)
+        self.finish_from = self.num_steps - round(config.finish * self.num_steps)
+        """The step with which a finish begins."""
         d_in, d_sae = source.d_in, config.expansion * source.d_in
         for arm in arms:
             arm.weights.check_for(d_in)
@@ -251,18 +262,37 @@ class Training:
             opened.callback(self._log.close)
 
     def step(self, rows: Sequence[Tensor]) -> None:
-        """The next step of every arm, on the rows of a batch at each point of the site."""
-        config, batch = self.config, self.normaliser.batch(*rows)
-        factor = learning_rate_factor(self.reached, self.num_steps, config.warmup, config.decay)
-        there: dict[Space | None, Batch] = {None: batch}
+        """A step of every arm, on the rows of a batch at each point of the site."""
+        batch, config = self.normaliser.batch(*rows), self.config
+        factor = learning_rate_factor(self.reached, self.finish_from, config.warmup, config.decay)
+        there = self._enter(batch)
         for arm in self.arms:
-            if arm.space is not None and arm.space not in there:
-                there[arm.space] = arm.space.enter(batch)
-            arm.anneal(self.reached / self.num_steps)
-            rows_seen = (self.reached + 1) * config.batch_size
-            rate = self.rates[arm.config.name] * factor
-            arm.step(there[arm.space], rows_seen, rate, config.aux_coefficient, self.dead_after)
-        self.reached += 1
+            self._step(arm, there[arm.space], factor, config.aux_coefficient)
+
+    def finish_step(self, finish: Finish, text: Text) -> None:
+        """A step of every arm in a finish, on the rows of some contexts."""
+        site = self.source.site
+        rows = [text.rows(point) for point in points_of([site])]
+        batch, units = self.normaliser.batch(*rows), self.normaliser.y
+        left = self.num_steps - self.reached
+        factor = FINISH_RATE * left / (self.num_steps - self.finish_from)
+        there, usual = self._enter(batch), batch.mask.bool()
+        made = [units.leave(arm.reconstruct(there[arm.space])) for arm in self.arms]
+        found = finish.pulls(text, [Replaced(site, own, usual) for own in made])
+        for arm, (kl, gradient) in zip(self.arms, found, strict=True):
+            pull = Pull(kl.to(batch.x), gradient.to(batch.x) * units.scale)
+            self._step(arm, there[arm.space], factor, 0, pull)
+
+    def _enter(self, batch: Batch) -> dict[Space | None, Batch]:
+        """A batch in the space of every arm."""
+        return {arm.space: arm.space.enter(batch) if arm.space else batch for arm in self.arms}
+
+    def _step(
+        self, arm: Arm, batch: Batch, factor: float, aux: float, pull: Pull | None = None
+    ) -> None:
+        arm.anneal(self.reached / self.num_steps)
+        seen, rate = (self.reached + 1) * self.config.batch_size, self.rates[arm.config.name]
+        arm.step(batch, seen, rate * factor, aux, self.dead_after, pull)
 
     def read_numbers(self) -> None:
         """The numbers of every arm since the last call; waits until the device has them."""
@@ -275,8 +305,9 @@ class Training:
             if not math.isfinite(numbers["loss"]):
                 raise _not_finite(f"the loss of {name} is {numbers['loss']} at step {self.reached}")
 
-    def log(self, bar: tqdm) -> None:
-        """If that is due, log the numbers."""
+    def end_step(self, bar: tqdm) -> None:
+        """One more is done. If that is due, log the numbers."""
+        self.reached += 1
         step, size = self.reached, self.config.batch_size
         if step % self.config.log_every and step != self.num_steps:
             return
@@ -374,6 +405,7 @@ def _train(
     batches: _Batches,
     config: TrainConfig,
     places: Sequence[Sequence[int]],
+    model: LanguageModel | None,
 ) -> list[dict[str, Dictionary]]:
     """``places`` says which rows of a batch are those of each job."""
     for source, arms, out in jobs:
@@ -392,6 +424,7 @@ def _train(
             unfinished = [job for job in jobs if not is_finished(job[2])]
             widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
             check_room(widths, config, strategy.latent_parts)
+            finish = _finish([source for source, *_ in unfinished], config, model, processes)
             trainings = [
                 Training(source, arms, config, out, device, strategy, own)
                 for (source, arms, out), own in zip(jobs, places, strict=True)
@@ -405,7 +438,7 @@ def _train(
                 missing = [one for one, is_done in zip(trainings, done, strict=True) if not is_done]
                 if missing:
                     return_freed_memory()  # by the stages before, for the rows
-                    _Steps(missing).take(batches)
+                    _Steps(missing, finish).take(batches)
                     for one in missing:
                         processes.lead(one.finish)
                     return_freed_memory()
@@ -416,8 +449,8 @@ class _Steps:
     """All steps of these sites, from their checkpoints to the end or to a signal. A site whose
     checkpoint is newer than that of another waits for it."""
 
-    def __init__(self, trainings: Sequence[Training]):
-        first = trainings[0]
+    def __init__(self, trainings: Sequence[Training], finish: Finish | None):
+        first, self._finish = trainings[0], finish
         self._trainings, self._config, self._num_steps = trainings, first.config, first.num_steps
         self._strategy, self._processes = first.strategy, first.processes
         self._began = self._done = 0
@@ -449,18 +482,33 @@ class _Steps:
                         self._save()
                     if wanted >= _STOP or self._done == self._num_steps:
                         break
-                    for training in self._trainings:
-                        if training.reached == self._done:
+                    there = [one for one in self._trainings if one.reached == self._done]
+                    if batch is None:
+                        self._finish_step(there)
+                    else:
+                        for training in there:
                             training.step([batch[place] for place in training.places])
-                            training.log(bar)
+                    for training in there:
+                        training.end_step(bar)
                     self._done += 1
                     bar.update(size)
             self._end(wanted)
 
-    def _next(self, rows: Iterator[Any]) -> tuple[Tensor, ...]:
-        """The rows of the next step, of each site; nothing if there is none, or on a failure."""
+    def _finish_step(self, trainings: Sequence[Training]) -> None:
+        assert self._finish is not None
+        for text in self._finish.batch(self._done - trainings[0].finish_from):
+            for training in trainings:
+                training.finish_step(self._finish, text)
+
+    def _next(self, rows: Iterator[Any]) -> tuple[Tensor, ...] | None:
+        """The rows of the next step, of each site; nothing if there is none, or on a failure; None
+        in a finish, which takes its own."""
         if self._done == self._num_steps:
             return ()
+        if self._done >= self._trainings[0].finish_from:
+            if (close := getattr(rows, "close", None)) is not None:
+                close()  # a stream must not use the model meanwhile
+            return None
         try:
             batch = next(rows)
         except LlmWsaeError as error:
@@ -512,6 +560,21 @@ class _Steps:
             )
         if self._strategy.shares_latents:
             self._save()  # from which rank 0 takes the latents of all
+
+
+def _finish(
+    sources: Sequence[ActivationSource],
+    config: TrainConfig,
+    model: LanguageModel | None,
+    processes: Processes,
+) -> Finish | None:
+    """The finish that is asked for, of trainings that are not finished."""
+    if not config.finish or not sources:
+        return None
+    if processes.size > 1:
+        raise UsageError("a finish through the model takes one process; start it without torchrun")
+    rows = round(config.finish * _num_steps(sources[0], config)) * config.batch_size
+    return Finish(sources, model, rows, config.batch_size, config.shuffle_seed)
 
 
 def _load(folder: Path) -> Dictionary:

@@ -16,8 +16,7 @@ from llm_wsae.data.packing import Context
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.evaluation.fidelity.next_token import scored_positions
-from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.language_model import LanguageModel, scored_positions
 from llm_wsae.model.site import Site
 
 SITE = "blocks.1.hook_resid_post"

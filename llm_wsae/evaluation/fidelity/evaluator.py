@@ -46,11 +46,7 @@ from llm_wsae.evaluation.checks import (
     plain_beside,
 )
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.next_token import (
-    check_resumable,
-    next_token_sums,
-    scored_positions,
-)
+from llm_wsae.evaluation.fidelity.next_token import check_resumable, next_token_sums
 from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain, Report, Together
 from llm_wsae.evaluation.heldout import (
     ActivationCache,
@@ -59,7 +55,7 @@ from llm_wsae.evaluation.heldout import (
     stacked,
     take_contexts,
 )
-from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.language_model import LanguageModel, scored_positions
 from llm_wsae.model.site import Site, points_of
 from llm_wsae.sparse.codes import Codes
 from llm_wsae.statistics.uncertainty import Bootstrap, TextSize, owners

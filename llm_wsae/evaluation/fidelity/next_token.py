@@ -28,16 +28,6 @@ _CHECKED_POSITIONS = 16  # the last ones, on which all others act
 _SAME_LOGITS = 0.05  # relative; half precision in another order of operations is far below
 
 
-def scored_positions(
-    keep: Bool[Tensor, "contexts positions"],
-) -> Bool[Tensor, "contexts positions-1"]:
-    """Which positions' predictions count: t does if it is not before the context's first kept
-    position and the token that it predicts, t + 1, is kept. A position between them that is not
-    kept is scored, too: a replacement before it affects its prediction."""
-    begun = keep.cumsum(1) > 0
-    return begun[:, :-1] & keep[:, 1:]
-
-
 def next_token_sums(
     model: LanguageModel,
     clean: Float[Tensor, "contexts positions d_model"],

@@ -26,7 +26,7 @@ class Matryoshka(BatchTopK):
     """BatchTopK whose prefixes must reconstruct alone."""
 
     name = "matryoshka"
-    takes_skip = False
+    has_one_error = False
     prefixes: Sequence[float] = PREFIXES
 
     def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:

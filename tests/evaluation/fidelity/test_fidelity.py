@@ -21,9 +21,9 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity import next_token
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, Moments, _ratio, evaluate
-from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
+from llm_wsae.evaluation.fidelity.next_token import next_token_sums
 from llm_wsae.model import forward
-from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.language_model import LanguageModel, scored_positions
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.measures import FIDELITY
 from llm_wsae.statistics.uncertainty import Bootstrap
