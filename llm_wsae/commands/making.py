@@ -260,24 +260,25 @@ def train(request: Train) -> Result:
     folders = request.folders(rows.num_blocks)
     written = [site.writes for site in folders]
     own = LossWeights.load(request.weights, weigh, written) if request.weights else None
+    origins = {site: rows.source(site).identity() for site in folders}
     # before minutes of measuring: whether such arms can be trained, on these rows, there
     check_arms(grid.likely_arms(weigh, rows.d_in, own), rows.d_in, training)
     for site, folder in folders.items():
         check_out(folder)
-        check_same_rows(folder, rows.source(site).identity())
+        check_same_rows(folder, origins[site])
     model = rows.model
-    if request.stores and training.finish:
-        model = replace(request.stream, device=request.training.device).load(
-            rows.manifest.model  # of the store
-        )
-        rows.check_model(model.identity())
+    if model is None and training.finish:
+        recorded_model = next(iter(origins.values()))["model"]
+        model = replace(request.stream, device=request.training.device).load(recorded_model)
     inputs = {site: measure_inputs(grid.rules, rows, site, model=model) for site in folders}
     arms = {site: grid.arms(grid.weights(one, weigh, own=own)) for site, one in inputs.items()}
     if len(arms) > 1:
         trained = train_sites(rows, arms, training, out, model)
     else:  # in the folder itself
-        (site, own), *_ = arms.items()
-        trained = {site: train_site(rows.source(site), own, training, out, model)}
+        trained = {
+            site: train_site(rows.source(site), of_site, training, out, model)
+            for site, of_site in arms.items()
+        }
     if leads():
         write_request(record, "train", request)
     facts = {

@@ -63,9 +63,7 @@ class Finish:
         or no model is given and the source has none; LlmWsaeError if another model made it."""
         first = sources[0]
         if not isinstance(first, SiteSource):
-            raise UsageError(
-                "a finish needs text: train on a store or a stream, or set finish to 0"
-            )
+            raise UsageError("a finish needs the text of a store or stream")
         model = model or first.rows.model
         if model is None:
             raise UsageError(
