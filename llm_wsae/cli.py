@@ -77,8 +77,6 @@ Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 output pipe close
 143 terminated."""
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
 _RECORDED = {name: name for name in ("run", "harvest", "weigh", "train", "study")} | {"plan": "run"}
-_CONFIG = "--config FILE", "Record of an earlier {}; the options given here replace its own."
-_RECORDED = {name: name for name in ("run", "harvest", "weigh", "train", "study")} | {"plan": "run"}
 _ALIASES = {"--tokens": "--harvest.tokens", "--eval-tokens": "--evaluate.tokens"}
 _OPTIONS = ConstructorRegistry()
 _BELOW_FIELD = r'^    {}: .*\n    """((?s:.*?))"""'
@@ -380,8 +378,12 @@ def help_of(name: str) -> Groups:
 
 def options_of(name: str) -> list[str]:
     """The options of a command, in the order of its help."""
-    options = [flag for _, rows in help_of(name) for option, _ in rows for flag in flags(option)]
-    return [flag for flag in options if flag.startswith("--")]
+    return [word for word in _words_of(name) if word.startswith("--")]
+
+
+def _words_of(name: str) -> list[str]:
+    """The options of a command, and the names of its arguments without one, such as STORE…."""
+    return [flag for _, rows in help_of(name) for option, _ in rows for flag in flags(option)]
 
 
 def _sentence(event: Any, name: str, words: list[str]) -> str | None:
@@ -409,7 +411,7 @@ def _sentence(event: Any, name: str, words: list[str]) -> str | None:
 def _unknown(tokens: list[str], name: str, words: list[str]) -> str:
     option = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
     if option is not None:
-        return f"there is no option {option} ({meant(option, options_of(name))})"
+        return f"there is no option {option} ({meant(option, _words_of(name))})"
     before = words[: words.index(tokens[0])] if tokens[0] in words else []
     after = [f" after {word}" for word in before if word.startswith("--")][-1:]
     return f"{tokens[0]!r} is one argument too many{''.join(after)}"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The main job on a real model and real text, from nothing: an environment, the embedded materials
 # (SmolLM2-135M-Instruct and every State of the Union address), then harvest → weigh → train →
-# evaluate, and a page to look at, which the output names first. Half-random dictionaries are trained
-# beside the others: what those win should be more. Every row is trained on twice, and their number
-# follows the processor's speed, so that the whole ends within six minutes on two cores. Half of the
-# 240 addresses are held out, so that what is measured is of more than a hundred of them. Arguments
-# go to `llm-wsae run`, e.g. --tokens 200000 for a shorter run, or --eval-tokens 50000 for narrower
-# intervals.
+# evaluate, and a page to look at. The output ends with what was found. Half-random dictionaries are
+# trained beside the others: what those win should be more. Every row is trained on twice, and their
+# number follows the processor's speed, so that the whole ends within six minutes on two cores. Half
+# of the 240 addresses are held out, so that what is measured is of more than a hundred of them.
+# Arguments go to `llm-wsae run`, e.g. --tokens 200000 for a shorter run, or --eval-tokens 50000 for
+# narrower intervals.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -28,9 +28,12 @@ fi
 
 results=$(.venv/bin/llm-wsae run \
   --model "$model" --corpus sotu --heldout-fraction 0.5 --site "$site" --out "$out" "$@")
-trap 'printf "\n%s\n" "$results"' EXIT  # below the page, and without one too
+sed '/: the weights /d; /^next: /,$d' <<< "$results"  # the page is next, and all else after it
 shopt -s extglob
 dictionaries=("$out/$site"/!(*-frozen-*)/wsae.json)
-.venv/bin/llm-wsae dashboard "${dictionaries[@]%/wsae.json}" --store "$out/store" \
-  --model "$model" --rows 100000 --out "$out/page.html" \
-  --prompt "The state of our Union is strong."
+{
+  grep ': the weights ' <<< "$results" && echo
+  .venv/bin/llm-wsae dashboard "${dictionaries[@]%/wsae.json}" --store "$out/store" \
+    --model "$model" --rows 100000 --out "$out/page.html" \
+    --prompt "The state of our Union is strong."
+} | tee "$out/found.txt"

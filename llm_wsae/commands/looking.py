@@ -16,6 +16,7 @@ from llm_wsae.commands import Result
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining.protocol import ExplainConfig
+from llm_wsae.inspecting import check_asked
 from llm_wsae.pipeline.request import (
     Flag,
     Flat,
@@ -146,6 +147,9 @@ class Inspect:
     """Number of contexts, tokens, neighbours and dimensions to show."""
     model: Flat[OptionalModelConfig] = OptionalModelConfig()
     """The model that the dictionary explains; may be omitted if the Hub's cache has it."""
+
+    def __post_init__(self) -> None:
+        check_asked(self.latent, self.text, self.store)
 
 
 def inspect(request: Inspect) -> Result:

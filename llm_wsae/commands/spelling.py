@@ -39,7 +39,10 @@ def own_word(value: str) -> str:
 
 def meant(option: str, known: Collection[str]) -> str:
     """A clause that suggests what to type instead of an option that a command does not have.
-    ``known`` are its options."""
+    ``known`` are its options, and the names of its arguments without one."""
+    if option == "--store":
+        text = "; the text is --corpus" if "--corpus" in known else ""
+        return "name stores without it, first" if "STORE…" in known else f"it reads no store{text}"
     prefix, dot, last = option.lstrip("-").replace("_", "-").rpartition(".")
     for ours in (*(own for own, theirs in _ELSEWHERE.items() if last in theirs.split()), last):
         here = [name for name in (f"--{prefix}{dot}{ours}", f"--{ours}") if name in known]

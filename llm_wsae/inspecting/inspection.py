@@ -23,6 +23,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting import check_asked
 from llm_wsae.inspecting.directions import (
     Readout,
     Vocabulary,
@@ -170,10 +171,7 @@ def inspect(
     Raises UsageError if neither latents nor a text are given, for a latent that does not exist, or
     for a text without a model; LlmWsaeError if a folder or the model cannot be read.
     """
-    if not latents and text is None:
-        raise UsageError("there is nothing to inspect: name latents (--latent) or give a --text")
-    if store is not None and not latents:
-        raise UsageError("a store shows where latents fire, so name some with --latent")
+    check_asked(latents, text, store)
     check_number("top", top, 1)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)

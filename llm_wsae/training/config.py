@@ -97,7 +97,7 @@ class TrainConfig:
         if self.warmup + self.decay > 1:
             raise UsageError("warmup and decay are shares of the steps: together at most 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
-            raise UsageError(f"learning_rate must be a number above 0, not {self.learning_rate}")
+            raise UsageError(f"learning-rate must be a number above 0, not {self.learning_rate}")
         check_choices(
             self,
             lengths=get_args(Lengths),

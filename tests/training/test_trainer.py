@@ -194,7 +194,7 @@ def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path):
     ):
         fails(said, train, rows, wanted, CONFIG, out)
     assert not out.exists()
-    misused("learning_rate must be a number above 0, not 0.0", TrainConfig, learning_rate=0.0)
+    misused("learning-rate must be a number above 0, not 0.0", TrainConfig, learning_rate=0.0)
     misused("tracker must be none, tensorboard or wandb, not 'paper'", TrainConfig, tracker="paper")
     misused("warmup and decay are shares of the steps", TrainConfig, warmup=0.6, decay=0.5)
     misused(r"tokens \(9\) must be at least one batch", TrainConfig, tokens=9)
