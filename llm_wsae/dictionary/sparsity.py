@@ -21,6 +21,13 @@ class Sparsity:
     has_threshold: ClassVar[bool] = False  # one for each latent
     k: int | None = None  # active latents per row, at most, if the kind limits them
 
+    @property
+    def words(self) -> str:
+        """Its name, and which pre-activations are active."""
+        above = "their latent's threshold" if self.has_threshold else "0"
+        active = f"all above {above}" if self.k is None else f"the {self.k} largest of every token"
+        return f"{type(self).__name__}: {active}"
+
     def encode(
         self,
         rows: Float[Tensor, "batch d_in"],

@@ -278,7 +278,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
             ("model", str(info.model.get("name", "not known")), ""),
             ("site", info.site, ""),
             ("weights", weights, ""),
-            ("sparsity", str(dictionary.sparsity), ""),
+            ("sparsity", dictionary.sparsity.words, ""),
             ("latents", f"{dictionary.d_sae:,}, in {dictionary.d_in} dimensions", ""),
         ],
         "On the rows of this page": [

@@ -161,6 +161,7 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
         name: value for _, group in about["dictionaries"][1]["facts"] for name, value, _ in group
     }
     assert lines["weights"] == "variance, α = 0.5" and lines["active latents a row"] == "4.0"
+    assert lines["sparsity"] == "TopK: the 4 largest of every token"
     first, second = (Dictionary.load(world / name) for name in (PLAIN, WEIGHTED))
     cosine = cosine_similarity(first.W_dec[:, None], second.W_dec, dim=2)
     columns = unpacked(text, "table-0")
