@@ -198,9 +198,8 @@ class Train:
     def __post_init__(self) -> None:
         check_skip(sites_of(self.site), self.training)
         self.grid.check(self.weigh)
-        needed = OptionalModelConfig if self.training.finish else None  # a finish runs the model
-        used = changed(self.stream, needed) if needed else {}
-        idle = [name for name in changed(self.stream) if name not in used]
+        of_finish = changed(self.stream, OptionalModelConfig) if self.training.finish else {}
+        idle = [name for name in changed(self.stream) if name not in of_finish]
         idle += ["--device spread"] if self.training.device == "spread" else []
         if self.stores and idle:
             raise UsageError(

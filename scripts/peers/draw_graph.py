@@ -128,7 +128,8 @@ def said(node: dict, model: NNSightReplacementModel) -> str:
         return ""
     row = transcoders[layer].W_dec[latent]
     word = (model.unembed_weight.detach() @ row.detach()).argmax()
-    return f"{model.tokenizer.decode(word).strip()} (#{latent})"
+    text = model.tokenizer.decode(word)
+    return f"{text.strip() or repr(text)} (#{latent})"
 
 
 main(*sys.argv[1:])

@@ -46,7 +46,8 @@ def test_a_pulled_step_has_the_gradient_of_both_losses(weights, number):
     leaves = [part.clone().requires_grad_() for part in arm.parameters]
     encoder, decoder, b_enc, b_dec = leaves
     before = (batch.x @ encoder.T + b_enc).relu()
-    codes = torch.zeros_like(before).scatter(1, *reversed_pair(before.topk(3)))
+    values, indices = before.topk(3)
+    codes = torch.zeros_like(before).scatter(1, indices, values)
     made = codes @ decoder + b_dec
     error = ((made - batch.x) * arm.gamma).square().mean()
     as_rows = made if arm.space is None else arm.space.leave(made)
@@ -55,10 +56,6 @@ def test_a_pulled_step_has_the_gradient_of_both_losses(weights, number):
         torch.testing.assert_close(
             ours, leaf.grad, rtol=1e-3, atol=1e-5 * float(leaf.grad.abs().max())
         )
-
-
-def reversed_pair(pair):
-    return pair.indices, pair.values
 
 
 @over(point=("post", "mlp_out"))
