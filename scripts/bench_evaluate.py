@@ -194,7 +194,7 @@ def memory(model: str, site: Site, tokens: int) -> float:
         return peak_megabytes(
             "evaluate", Path(folder) / "random", "--model", model, "--corpus", "sotu",
             "--part", "all", "--tokens", tokens, "--no-baselines", "--device", "cpu",
-            "--out", Path(folder) / "report.json",
+            "--out", Path(folder) / "report.json"
         )  # fmt: skip
 
 

@@ -43,7 +43,6 @@ _BENCHMARK_PAGES = {
     "memory": "harvest.md",
     "evaluate": "evaluation.md",
     "quality": "whole-job.md",
-    "quickstart": "whole-job.md",
     "stream": "whole-job.md",
     "long": "whole-job.md",
 }

@@ -1,6 +1,6 @@
 """Runs the fuzzers for long and writes what came of every case into docs/threat-model.md.
 
-python scripts/fuzz_table.py --fuzz 20     # about 15 minutes
+python scripts/fuzz_table.py --fuzz 20     # about half an hour
 python scripts/fuzz_table.py --fuzz 20 tests/fuzzing/test_fuzz_files.py    # only shown
 """
 
@@ -33,35 +33,19 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
     "explanations": ("explanations", SAME),
     "store": ("stores: manifest, records, rows, tokens, statistics", SAME),
     "training": ("trainings: checkpoint, record, log", "arms, step and log are the same"),
-    "study|choice": ("studies: all files", SAME),
-    "weights|measurement": ("weights files and kept measurements", SAME),
-    "planted|report|record|sums|firings": ("planted results, reports, records, firings", SAME),
-    "answers": ("answers of a language model", "all are there or asked again"),
     "verify": ("`verify` on a store and a training", "the bytes are the same"),
-    "model": (
-        "model folders, also with code",
-        "it loads; there is no checksum",
-    ),
-    "GGUF": (
-        "GGUF files",
-        "it loads with the weights of the file",
-    ),
+    "model": ("model folders, also with code", "it loads; there is no checksum"),
+    "GGUF": ("GGUF files", "it loads with the weights of the file"),
     "pickled": ("pickled models, also with code", "it loads, and nothing in it ran"),
     "repository": ("repositories on the Hub", "what was pulled is the dictionary"),
     "answer of a Hub": ("answers of a Hub", "what came is the dictionary"),
     "endpoint": ("replies of a model server", "the answer is read"),
-    "two processes": (
-        "two writers to one dictionary",
-        "all that either kept is there",
-    ),
+    "two processes": ("two writers to one dictionary", "all that either kept is there"),
     "command line": ("command lines", "the command did its work"),
     "place": ("places that are gone, forbidden, of another kind", "the command did its work"),
     "kill, harvest": ("kills of `harvest`", "the same command ends with the same bytes"),
     "kill, train": ("kills of `train`", "the same"),
-    "kill, save": (
-        "kills while a dictionary is saved",
-        "the old or the new is there; the same",
-    ),
+    "kill, save": ("kills while a dictionary is saved", "the old or the new is there; the same"),
     "kill, pu": ("kills of `push` and `pull`", "the same"),
 }
 

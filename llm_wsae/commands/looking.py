@@ -270,6 +270,7 @@ def dashboard(request: Dashboard) -> Result:
     from llm_wsae.dictionary.finding import find_dictionaries
     from llm_wsae.pages import dashboard as pages
     from llm_wsae.pages.frame import is_page
+    from llm_wsae.pages.telling import told
 
     out, live, port = request.out, request.live, request.port
     check_file(out, is_page)  # before the model is loaded
@@ -287,12 +288,9 @@ def dashboard(request: Dashboard) -> Result:
     page = pages.dashboard(named, store, model, out, prompts=request.prompt, **shown)
     if listening is not None:
         serve(out, model, named, listening, lambda address: note(f"open {address}"))
-    lines = [found.text() for found in page.found]
-    lines += ["", f"five latents of {page.found[0].name} in words:"] if page.found[0].told else []
-    lines += [told.text() for told in page.found[0].told]
-    lines += ["", f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"]
+    where = f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"
     facts = {"page": page.path, "megabytes": page.megabytes, "found": page.found}
-    return facts, "\n".join(lines)
+    return facts, f"{told(page.found)}\n\n{where}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,7 +219,7 @@ def _label(
     rows = where[name].rows(values)
     if len(rows) <= _MOST_ROWS:
         hit = np.isin(rows, fires)
-        for other in families.keys() - {name}:
+        for other in (one for one in families if one != name):  # in an order: there may be ties
             of_rows = families[other].of_row[rows]
             among, place = np.unique(of_rows, return_inverse=True)
             counts = np.bincount(place, hit), np.bincount(place)

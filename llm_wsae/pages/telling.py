@@ -11,13 +11,15 @@ from torch import Tensor
 from llm_wsae.inspecting.directions import Vocabulary
 from llm_wsae.inspecting.labels import Label
 from llm_wsae.pages.collecting import Firings, Windows
-from llm_wsae.terminal import printable
+from llm_wsae.terminal import aligned, printable
 
 PARTNER = 0.7
 """Cosine of two decoder rows from which on they are called the same feature."""
+_CLOSE = f"cosine ≥ {PARTNER:g}"
 BEFORE, AFTER = 20, 8  # tokens shown around an example
 _TOLD = 5  # latents in words
-_WORDS, _LETTERS, _USUAL = 3, 4, (1e-4, 1e-2)  # of ``recognisable``
+_WORDS, _LETTERS, _STEM = 3, 6, 4  # of ``recognisable``
+_USUAL = (1e-4, 1e-2)
 _SIDE = 48  # characters of text on either side
 
 
@@ -49,14 +51,20 @@ class Found:
     partner: str | None = None  # name of the dictionary beside it
     partners: int = 0  # latents with a decoder row there at a cosine of at least 0.7
 
-    def text(self) -> str:
-        """For people, without those in words."""
-        firing = f"{self.latents - self.silent:,} of {self.latents:,} latents of {self.name} fire"
-        found = f"{firing}, {self.labelled:,} of them on tokens that a rule can name"
-        if self.partner is None:
-            return found
-        same = f"{self.partners:,} have a partner in {self.partner}"
-        return f"{found}; {same} (cosine of at least {PARTNER:g})"
+
+def told(found: Sequence[Found]) -> str:
+    """For people: a row for each dictionary, then latents of the first in words."""
+    rows = [["dictionary", "latents that fire", "with a label", f"with a partner ({_CLOSE})"]]
+    for one in found:
+        firing = f"{one.latents - one.silent:,} of {one.latents:,}"
+        beside = f"{one.partners:,} in {one.partner}" if one.partner else ""
+        rows.append([one.name, firing, f"{one.labelled:,}", beside])
+    if all(one.partner is None for one in found):
+        rows = [row[:-1] for row in rows]
+    lines = [aligned(rows, left=len(rows[0]))]
+    if found[0].told:
+        lines += ["", f"{len(found[0].told)} latents of {found[0].name} in words:"]
+    return "\n".join(lines + [one.text() for one in found[0].told])
 
 
 def found_in(
@@ -71,9 +79,9 @@ def found_in(
     cosine of each latent with one there."""
     density, clear = firings.density.tolist(), recognisable(firings.density, labels)
     ruled = [latent for latent, label in enumerate(labels) if label.clauses]
-    best = sorted(ruled, key=lambda one: float(clear[one]), reverse=True)[:_TOLD]
+    best = sorted(ruled, key=lambda one: (-float(clear[one]), -labels[one].f1))[:_TOLD]
     each = firings.row.shape[1]
-    told = (
+    words = (
         Told(one, labels[one].text(), density[one], context_of(texts, one * each, vocabulary))
         for one in best
     )
@@ -82,7 +90,7 @@ def found_in(
         latents=len(labels),
         silent=int((firings.count == 0).sum()),
         labelled=len(ruled),
-        told=tuple(told),
+        told=tuple(words),
         partner=None if partner is None else partner[0],
         # with the digits that the page has
         partners=0 if partner is None else int((partner[1].round(decimals=4) >= PARTNER).sum()),
@@ -92,16 +100,19 @@ def found_in(
 def recognisable(
     density: Float[Tensor, " d_sae"], labels: Sequence[Label]
 ) -> Float[Tensor, " d_sae"]:
-    """How well a label finds the firing of each latent (its F1), if it names three words of four
-    letters or more, and the latent fires on 1e-4 to 1e-2 of the rows; else 0."""
+    """How well a label finds the firing of each latent (its F1), if it consists of words, of which
+    three have six letters and differ in the first four, and the latent fires on 1e-4 to 1e-2 of the
+    rows; else 0. Short words are mostly those of grammar."""
     usual = (density >= _USUAL[0]) & (density <= _USUAL[1])
     return torch.tensor([_clear(label) for label in labels]) * usual
 
 
 def _clear(label: Label) -> float:
-    words = [word.rstrip("…") for clause in label.clauses for word in clause.values]
-    long = sum(word.isalpha() and len(word) >= _LETTERS for word in words)
-    return label.f1 if long >= _WORDS else 0.0
+    if [clause.family for clause in label.clauses] != ["word"]:
+        return 0.0
+    words = [word.rstrip("…") for word in label.clauses[0].values]
+    stems = {word[:_STEM] for word in words if word.isalpha() and len(word) >= _LETTERS}
+    return label.f1 if len(stems) >= _WORDS else 0.0
 
 
 def context_of(texts: Windows, example: int, vocabulary: Vocabulary) -> str:

@@ -20,7 +20,7 @@ from llm_wsae.data.rows import WINDOW_BYTES, SiteSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.site import points_of
+from llm_wsae.model.site import Site, points_of
 from llm_wsae.pipeline.request import Run
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import PAIR_BYTES, ArmConfig
@@ -107,14 +107,24 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
     tokens = request.harvest.num_contexts * request.harvest.context_size
     if request.stream:
         tokens = tokens * rows // request.rows + request.statistics_tokens
-    # behind each site the model's own rows, zeros, the mean, its dimensions and every dictionary
-    passes = len(request.sites) * (4 + len(arms))
     seconds = {
         "harvest": tokens * of_token,
         "train": len(request.sites) * rows * of_row,
-        "evaluate": request.evaluate.tokens * passes * of_token,
+        "evaluate": request.evaluate.tokens * _passes(model, request.sites, len(arms)) * of_token,
     }
     return replace(found, seconds=seconds)
+
+
+def _passes(model: LanguageModel, sites: Sequence[Site], arms: int) -> float:
+    """How many of the harvest's passes, which end at the last site, take as long as evaluation.
+    Behind each site, blocks and head run for the model's own rows, zeros, the mean, the dimensions
+    and every dictionary; a part takes as long as it has parameters."""
+    ends = {one.data_ptr(): one.numel() for one in (model.W_E, model.W_U)}  # one, if they are tied
+    total = sum(one.numel() for one in model.hf_model.parameters())
+    head = model.W_U.numel() / ((total - sum(ends.values())) / model.num_blocks)  # in blocks
+    before = [site.block + (site.point == "post") for site in sites]
+    behind = sum(model.num_blocks - count + head for count in before)
+    return (4 + arms) * behind / max(1, *before)
 
 
 def _sizes(

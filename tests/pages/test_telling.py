@@ -10,15 +10,18 @@ from llm_wsae.pages.telling import recognisable
 @pytest.mark.parametrize(
     "values, density, wanted",
     [
-        (("tax", "taxes", "taxed", "taxing"), 1e-3, 0.6),
-        (("taxes", "taxed", "taxi…"), 1e-2, 0.6),  # a word that goes on
-        (("taxes", "taxed"), 1e-3, 0),
-        (("of", "to", "in", "by"), 1e-3, 0),
-        (("taxes", "taxed", "taxing"), 0.02, 0),
-        (("taxes", "taxed", "taxing"), 0.0, 0),
+        (("tax", "duties", "tariff", "customs"), 1e-3, 0.6),
+        (("duties", "customs", "tariff…"), 1e-2, 0.6),  # a word that goes on
+        (("duties", "tariff"), 1e-3, 0),
+        (("tariff", "tariffs", "tariffed"), 1e-3, 0),  # one word
+        (("with", "from", "under", "about"), 1e-3, 0),  # short ones
+        (("duties", "customs", "tariff"), 0.02, 0),
+        (("duties", "customs", "tariff"), 0.0, 0),
         ((), 1e-3, 0),
     ],
 )
 def test_a_latent_is_recognisable_by_a_label_of_several_words(values, density, wanted):
     label = Label((Clause("word", values),) if values else (), 0.6 if values else 0.0)
     assert recognisable(torch.tensor([density]), [label]).tolist() == pytest.approx([wanted])
+    twofold = Label((*label.clauses, Clause("kind", ("numbers",))), 0.6)
+    assert recognisable(torch.tensor([density]), [twofold]).tolist() == [0]
