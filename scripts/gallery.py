@@ -3,7 +3,7 @@
     bash scripts/reproduce.sh gallery
 
 The rule of choice is the page's: the ten most recognisable latents, which are those whose firing a
-label of three words or more finds best (F1), of those that fire on .01 to 1 % of the rows.
+label of three different long words finds best (F1), of those that fire on .01 to 1 % of the rows.
 """
 
 from benchmarks import README, write_section

@@ -9,8 +9,8 @@ import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "docs/tour.ipynb"
 SMALLER = {
-    "HarvestConfig(tokens=20_000)": "HarvestConfig(tokens=4_000)",
-    "TrainConfig(tokens=300_000)": "TrainConfig(tokens=10_000, expansion=2)",
+    "HarvestConfig(tokens=60_000)": "HarvestConfig(tokens=4_000)",
+    "TrainConfig(tokens=400_000)": "TrainConfig(tokens=10_000, expansion=2)",
     "EvaluateConfig(tokens=3000)": "EvaluateConfig(tokens=300)",
     "new_tokens=20": "new_tokens=4",
 }
