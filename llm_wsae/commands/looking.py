@@ -238,7 +238,7 @@ class _OnStore:
 @dataclass(frozen=True, kw_only=True)
 class Dashboard(_OnStore):
     dictionaries: Dicts
-    """Dictionaries of one site, named as for `evaluate`."""
+    """Dictionaries, named as for `evaluate`."""
     out: Path
     """HTML file to write. It needs no network and no other file."""
     prompt: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +41,7 @@ from llm_wsae.inspecting.directions import (
     written,
 )
 from llm_wsae.inspecting.inspection import Token, read_sentence
-from llm_wsae.inspecting.labels import Label, families_of, labels_of
+from llm_wsae.inspecting.labels import Family, Label, families_of, labels_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import ROLES, Firings, collect, role_of_every_row, windows
@@ -95,16 +96,18 @@ def dashboard(
     scores: Path | str | None = None,
     live: bool = False,
 ) -> Dashboard:
-    """Write one HTML file that shows what dictionaries of a site found in a store.
+    """Write one HTML file that shows what dictionaries found in a store.
 
     ``dictionaries`` (a list, or by the names to show) and ``store`` may be opened or given by their
     folders, ``model`` is a LanguageModel or whatever ``LanguageModel.load`` takes. Of every latent,
     ``top`` contexts and one of each of ``bands`` quantile bands are shown, among the first ``rows``
     of the store; of ``prompts``, the latents token by token. ``scores`` is a report of ``evaluate
-    --monosemantic``. ``live`` adds the panels that ask a server (``live.serve``).
+    --monosemantic``. ``live`` adds the panels that ask a server (``live.serve``). Dictionaries of
+    one site stand side by side; those of several, such as the transcoders of all blocks, are
+    searched together.
 
-    Raises UsageError for dictionaries of different sites or none, or a page that would be larger
-    than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
+    Raises UsageError for no dictionary, or a page that would be larger than 60 MB; LlmWsaeError for
+    a folder, store or model that cannot be read or does not fit.
     """
     out = Path(out)
     check_file(out, is_page)
@@ -128,29 +131,33 @@ def dashboard(
     sentences = [[read_sentence(model, one, text) for one in named.values()] for text in prompts]
     tokens = {token.id for each in sentences for own in each for token in own}
     word = cache(lambda token: shown(vocabulary.text(token)))
-    found, seen = collect(store, named, top, bands, rows), store.text_size(rows)
-    names, held, decoders = list(named), [], [one.W_dec for one in named.values()]
-    families = families_of(store, vocabulary, found[names[0]].sample)
+    seen, names, held = store.text_size(rows), list(named), []
+    families: dict[str, Family] = {}
     parts: list[tuple[str, str]] = []
     overviews = []
-    for index, (name, dictionary) in enumerate(named.items()):
-        partners = {
-            number: nearest(dictionary.W_dec, decoder, 1)
-            for number, decoder in enumerate(decoders)
-            if number != index
-        }
-        labels = labels_of(families, *found[name].firings, dictionary.d_sae)
-        latents = Latents(dictionary, store, found[name], labels, word, model, said[name])
-        # the first is compared with the second, all others with the first
-        other = 0 if index else 1
-        beside = (names[other], partners[other][1][:, 0]) if partners else None
-        held.append(found_in(name, found[name], labels, latents.windows, vocabulary, beside))
-        parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
-        own = scored.get(name, {}) | {"recognisable": recognisable(found[name].density, labels)}
-        columns = table(dictionary, found[name], latents.cosine, partners, own)
-        parts += [(f"table-{index}", packed(columns)), (f"search-{index}", packed(latents.search))]
-        tokens |= latents.tokens
-        overviews.append(facts(dictionary, name, found[name], seen))
+    for _, same in itertools.groupby(names, lambda name: named[name].site):
+        group = list(same)  # one after the other: their firings take much memory
+        found = collect(store, {name: named[name] for name in group}, top, bands, rows)
+        families = families or families_of(store, vocabulary, found[group[0]].sample)
+        for name in group:
+            index, dictionary = names.index(name), named[name]
+            others = [one for one in group if one != name]
+            partners = {
+                names.index(one): nearest(dictionary.W_dec, named[one].W_dec, 1) for one in others
+            }
+            labels = labels_of(families, *found[name].firings, dictionary.d_sae)
+            latents = Latents(dictionary, store, found[name], labels, word, model, said[name])
+            latents.upstream = upstream(dictionary, named)
+            # the first is compared with the second, all others with the first
+            beside = [(one, partners[names.index(one)][1][:, 0]) for one in others[:1]]
+            held.append(found_in(name, found[name], labels, latents.windows, vocabulary, *beside))
+            parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(latents.chunks())]
+            own = scored.get(name, {}) | {"recognisable": recognisable(found[name].density, labels)}
+            columns = table(dictionary, found[name], latents.cosine, partners, own)
+            parts += [(f"table-{index}", packed(columns))]
+            parts += [(f"search-{index}", packed(latents.search))]
+            tokens |= latents.tokens
+            overviews.append(facts(dictionary, name, found[name], seen))
     about = {
         "dictionaries": overviews,
         "top": top,
@@ -213,24 +220,52 @@ def reports_of(dictionaries: Iterable[Dictionary], out: Path) -> list[str]:
 def named_dictionaries(
     dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
 ) -> dict[str, Dictionary]:
-    """The dictionaries by names that tell them apart, on the CPU as the rows of a store are. Raises
-    UsageError if there is none or they are of several sites, LlmWsaeError as ``load`` does."""
-    named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {}
-    for one in () if named else dictionaries:
-        if isinstance(one, Dictionary):
-            dictionary, name = one, one.info.name
-        else:  # the name also of . and ..
-            dictionary, name = Dictionary.load(one), os.path.basename(os.path.abspath(one))
-        numbered = (f"{name} ({number})" for number in itertools.count(2))
-        named[next(n for n in itertools.chain([name], numbered) if n not in named)] = dictionary
-    if not named:
+    """The dictionaries by names that tell them apart, those of earlier sites first, on the CPU as
+    the rows of a store are. Raises UsageError if there is none, LlmWsaeError as ``load`` does."""
+    if isinstance(dictionaries, Mapping):
+        pairs = list(dictionaries.items())
+    else:
+        pairs = [
+            (one.info.name, one)
+            if isinstance(one, Dictionary)
+            else (os.path.basename(os.path.abspath(one)), Dictionary.load(one))  # also of . and ..
+            for one in dictionaries
+        ]
+    if not pairs:
         raise UsageError("name at least one dictionary")
-    sites = {dictionary.info.site for dictionary in named.values()}
-    if len(sites) > 1:
-        raise UsageError(
-            f"a page shows dictionaries of one site, but these are of {' and '.join(sorted(sites))}"
-        )
-    return {name: dictionary.on_cpu() for name, dictionary in named.items()}
+    sites = Counter(dictionary.site for _, dictionary in pairs)
+    named: dict[str, Dictionary] = {}
+    for name, dictionary in sorted(pairs, key=lambda pair: pair[1].site):
+        if len(sites) > 1:
+            name = str(dictionary.site) + (f" {name}" if sites[dictionary.site] > 1 else "")
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        name = next(one for one in itertools.chain([name], numbered) if one not in named)
+        named[name] = dictionary.on_cpu()
+    return named
+
+
+def upstream(
+    dictionary: Dictionary, named: Mapping[str, Dictionary]
+) -> list[list[tuple[int, int, float | None]]]:
+    """For each latent of a transcoder, those of earlier blocks that write most nearly what it
+    reads: the place of their dictionary, their number, and the cosine of their decoder row with its
+    column of the encoder. The gain of the norm in between is left out."""
+    places = [
+        place
+        for place, one in enumerate(named.values())
+        if one.site.is_mlp and one.site < dictionary.site
+    ]
+    if not (dictionary.site.is_mlp and places):
+        return [[] for _ in range(dictionary.d_sae)]
+    decoders: list[Tensor] = [[*named.values()][place].W_dec for place in places]
+    ends = np.cumsum([len(one) for one in decoders])
+    found, cosines = nearest(dictionary.W_enc.T, torch.cat(decoders), _NEIGHBOURS)
+    which = np.searchsorted(ends, found.numpy(), side="right")
+    latents = found.numpy() - np.array([0, *ends])[which]
+    return [
+        [(places[one], n, _short(c)) for one, n, c in zip(*own, strict=True)]
+        for own in zip(which.tolist(), latents.tolist(), cosines.tolist(), strict=True)
+    ]
 
 
 def read_scores(
@@ -292,6 +327,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
     }
     return {
         "name": name,
+        "site": info.site,
         "facts": [[title, lines] for title, lines in groups.items() if lines],
         "d_sae": dictionary.d_sae,
         "firstEdge": found.first_edge,
@@ -392,6 +428,7 @@ class Latents:
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
         shades = np.ceil(self.windows.activation / largest[:, None] * _SHADES)
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
+        self.upstream: list[list[tuple[int, int, float | None]]] = [[]] * dictionary.d_sae
         # of each latent: its explanation, the tokens that it fires on most and those it promotes
         self.search: list[str] = []
 
@@ -420,6 +457,7 @@ class Latents:
             "neighbours": _pairs(self._near[0][latent], self._near[1][latent]),
             "together": [one for one in together if one[1] > 0],
             "dimensions": self._written[latent],
+            "upstream": self.upstream[latent],
             "promotes": promotes,
             "suppresses": suppresses,
             "logits": _histogram(logits),

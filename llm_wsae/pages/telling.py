@@ -19,7 +19,7 @@ _CLOSE = f"cosine ≥ {PARTNER:g}"
 BEFORE, AFTER = 20, 8  # tokens shown around an example
 _TOLD = 5  # latents in words
 _WORDS, _LETTERS, _STEM = 3, 6, 4  # of ``recognisable``
-_USUAL = (1e-4, 1e-2)
+_USUAL, _VAGUE = (1e-4, 1e-2), 0.1
 _SIDE = 48  # characters of text on either side
 
 
@@ -73,13 +73,13 @@ def found_in(
     labels: Sequence[Label],
     texts: Windows,
     vocabulary: Vocabulary,
-    partner: tuple[str, Float[Tensor, " d_sae"]] | None,
+    partner: tuple[str, Float[Tensor, " d_sae"]] | None = None,
 ) -> Found:
     """``texts`` are those of all examples; ``partner`` is the dictionary beside it, and the largest
     cosine of each latent with one there."""
     density, clear = firings.density.tolist(), recognisable(firings.density, labels)
     ruled = [latent for latent, label in enumerate(labels) if label.clauses]
-    best = sorted(ruled, key=lambda one: (-float(clear[one]), -labels[one].f1))[:_TOLD]
+    best = sorted(ruled, key=lambda one: float(clear[one]), reverse=True)[:_TOLD]
     each = firings.row.shape[1]
     words = (
         Told(one, labels[one].text(), density[one], context_of(texts, one * each, vocabulary))
@@ -100,19 +100,20 @@ def found_in(
 def recognisable(
     density: Float[Tensor, " d_sae"], labels: Sequence[Label]
 ) -> Float[Tensor, " d_sae"]:
-    """How well a label finds the firing of each latent (its F1), if it consists of words, of which
-    three have six letters and differ in the first four, and the latent fires on 1e-4 to 1e-2 of the
-    rows; else 0. Short words are mostly those of grammar."""
+    """How well a label finds the firing of each latent (its F1), if it fires on 1e-4 to 1e-2 of the
+    rows; else 0. Labels other than some words, of which three have six letters and differ in the
+    first four, count a tenth: a few forms of a word, or short ones, say little."""
     usual = (density >= _USUAL[0]) & (density <= _USUAL[1])
-    return torch.tensor([_clear(label) for label in labels]) * usual
+    clear = [label.f1 * (1 if _is_clear(label) else _VAGUE) for label in labels]
+    return torch.tensor(clear) * usual
 
 
-def _clear(label: Label) -> float:
+def _is_clear(label: Label) -> bool:
     if [clause.family for clause in label.clauses] != ["word"]:
-        return 0.0
+        return False
     words = [word.rstrip("…") for word in label.clauses[0].values]
     stems = {word[:_STEM] for word in words if word.isalpha() and len(word) >= _LETTERS}
-    return label.f1 if len(stems) >= _WORDS else 0.0
+    return len(stems) >= _WORDS
 
 
 def context_of(texts: Windows, example: int, vocabulary: Vocabulary) -> str:

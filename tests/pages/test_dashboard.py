@@ -269,9 +269,6 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     names = ("a (2)", "a", "a")
     named = [like(one, info=replace(one.info, name=name)) for name in names]
     assert list(dashboards.named_dictionaries(named)) == ["a (2)", "a", "a (3)"]
-    one.info = replace(one.info, site="blocks.0.hook_resid_post")
-    with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
-        dashboard([world / PLAIN, one], world / "store", "unused", page)
     assert not list(tmp_path.iterdir())
 
 
@@ -407,6 +404,49 @@ def test_any_other_dictionary_can_stand_beside_one(browser, world, store, model,
         tab.wait_for_selector("text=c beside a")
         assert tab.url.endswith("#compare/d2/p0/L54")
         tab.wait_for_selector("text=cosine 1.00: partners")
+
+
+def test_a_page_of_several_blocks(browser, world, model, tmp_path):
+    """Its names are the sites; of each transcoder's latents it shows what writes what they read,
+    and a search also looks at the lists of other blocks."""
+    sites = ["blocks.2.mlp", "blocks.0.mlp", "blocks.2.mlp"]
+    corpus = Corpus.open(str(world / "text.jsonl"))
+    config = HarvestConfig(tokens=800, context_size=16, batch_tokens=256, shard_tokens=2048)
+    harvest(model, corpus, [*map(Site.parse, sites)], tmp_path / "store", config)
+    made = [
+        make_dictionary(name, seed, d_in=16, d_sae=64, sparsity=TopK(4), site=site)
+        for seed, (name, site) in enumerate(zip("cab", sites, strict=True))
+    ]
+    named = dashboards.named_dictionaries(made)
+    assert list(named) == ["blocks.0.mlp", "blocks.2.mlp c", "blocks.2.mlp b"]
+    dashboard(made, tmp_path / "store", model, out := tmp_path / "page.html", top=2, bands=1)
+    page, (early, late, _) = out.read_text(), named.values()
+    cosines = cosine_similarity(late.W_enc.T[:, None], early.W_dec[None], dim=2)
+    for latent, own in enumerate(unpacked(page, "chunk-1-0")):
+        expected = cosines[latent].topk(5)
+        assert [one[:2] for one in own["upstream"]] == [[0, n] for n in expected.indices.tolist()]
+        assert [one[2] for one in own["upstream"]] == pytest.approx(expected.values, rel=1e-3)
+    assert not any(one["upstream"] for one in unpacked(page, "chunk-0-0"))
+    lists = [" ".join(unpacked(page, f"search-{n}")) for n in range(3)]
+    word = next(w for w in re.findall(r"\w+", lists[0]) if re.search(rf"\b{w}\b", lists[1]))
+    many = sum(bool(re.search(rf"\b{word}\b", line)) for line in unpacked(page, "search-0"))
+    with watched(browser, f"file://{out}#latents/d1") as tab:
+        tab.wait_for_selector("article h1")
+        assert tab.locator("[aria-label=beside]").count() == 0  # there is only one
+        assert searched(tab, word)
+        tab.click(f"text=blocks.0.mlp: {many}")
+        tab.wait_for_selector("text=Latents of blocks.0.mlp")
+        assert tab.input_value("#search") == word and tab.url.startswith(f"file://{out}#latents/d0")
+        assert "blocks.2.mlp c: " in tab.inner_text("main")
+        tab.goto(f"file://{out}#latents/d1/L3")
+        tab.wait_for_selector("text=reads what these write")
+        latent = int(cosines[3].argmax())
+        tab.click(f"section:has-text('reads what these write') >> text=#{latent}")
+        tab.wait_for_selector(f"h1:has-text('Latent {latent}')")
+        assert tab.url.endswith(f"#latents/d0/L{latent}")
+        tab.goto(f"file://{out}#compare/d0")  # which has none beside it
+        tab.wait_for_selector("text=Latents of blocks.0.mlp")
+        check_width_and_colours(tab)
 
 
 def test_a_search_finds_whole_words_of_all_contexts(browser, world, model, tmp_path):
