@@ -35,12 +35,13 @@ def live(tmp_path_factory):
 
 @contextmanager
 def peace(browser, address, width, scheme):
-    """A tab that shows a latent about peace, found by search, and its number. What it shows in the
-    end is as wide as the window, in its colours."""
+    """A tab that shows a latent about peace, found by search among those with a partner, and its
+    number. What it shows in the end is as wide as the window, in its colours."""
     size = {"width": width, "height": 900}
     with watched(browser, address, address, viewport=size, color_scheme=scheme) as tab:
         tab.click("nav >> text=Latents")
         tab.wait_for_selector("article h1")
+        tab.select_option("[aria-label=show]", "paired")
         assert searched(tab, "peace")
         tab.locator(".row[role=option]:has-text('peace')").first.click()
         tab.wait_for_selector("article p:has-text('peace'):has-text('(automatic)')")
