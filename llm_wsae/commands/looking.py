@@ -381,8 +381,7 @@ class Export:
 
 
 def export(request: Export) -> Result:
-    """Write what other tools read: every latent as Neuronpedia imports it, or a model's transcoders
-    as circuit-tracer opens them."""
+    """Write latents as Neuronpedia imports them, or transcoders as circuit-tracer does."""
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.finding import find_dictionaries, find_dictionary
 

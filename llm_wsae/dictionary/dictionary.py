@@ -227,9 +227,10 @@ class Dictionary(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the dictionary."""
+        alpha = "" if self.info.rule == "uniform" else f" alpha={self.info.alpha:g}"
         return (
             f"{self.info.name!r} at {self.site}: {self.d_in} dimensions, {self.d_sae} latents, "
-            f"{self.sparsity}, rule={self.info.rule} alpha={self.info.alpha:g}"
+            f"{self.sparsity}, rule={self.info.rule}{alpha}"
         )
 
     def _codes(self, x: Tensor) -> Codes:

@@ -81,7 +81,7 @@ class SiteResult:
     def text(self) -> str:
         """The table for people, and where the rest is."""
         rest = "dictionaries, profile, numbers and log beside it"
-        return f"{self.report.table()}\n\npage  {self.folder / PAGE}; {rest}"
+        return f"{self.report.table()}\n\nreport  {self.folder / PAGE}; {rest}"
 
 
 def run(request: Run, model: LanguageModel | None = None) -> dict[Site, SiteResult]:

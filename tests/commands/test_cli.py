@@ -240,7 +240,7 @@ def test_run_leaves_everything_in_one_folder(ran):
     names = {"profile.json", "profile.png", "report.json", "report.html", "log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
     assert is_figure(here / "profile.png")
-    assert f"page  {here / 'report.html'}; " in result.out
+    assert f"report  {here / 'report.html'}; " in result.out
     report = json.loads((here / "report.json").read_text())
     assert list(report["dictionaries"]) == [*arms, "raw dimensions"]  # baselines come last
     for name, measured in report["dictionaries"].items():
