@@ -238,8 +238,7 @@ def of_group(
             line["documents"] = [one.documents, round(one.effective_documents, 1)]
             line["kl_per_document"] = [round(kl, 1) for kl in one.kl_per_document]
         if site.is_mlp:
-            line["ce"] = [round(one.ce_clean, 5), round(one.ce_spliced, 5)]
-            line["seconds"] = round(seconds[weighting], 1)
+            line |= {"ce": [one.ce_clean, one.ce_spliced], "seconds": seconds[weighting]}
         with open(FOUND, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -250,11 +249,10 @@ def by_sparsify(
 ) -> tuple[Dictionary, float]:
     """A transcoder that eai-sparsify trains on the rows that are not massive, and its seconds."""
     work, source = RUN / "sparsify", store.source(site)
-    work.mkdir(parents=True, exist_ok=True)
     rows = work / f"{site}-{seed}.safetensors"
     if not rows.exists():  # in the order of our own trainings
-        for other in work.iterdir():
-            other.unlink()
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         most = [store.statistics(part).massive_threshold for part in (site.reads, site.writes)]
         parts, found = [], 0
         batches = source.batches(4096, seed=seed)
@@ -268,9 +266,9 @@ def by_sparsify(
         save_file({"x": x, "y": y}, rows)
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / f"layers.{site.block}.mlp"
-        way = [weighting.rule.removeprefix(SPARSIFY), str(weighting.rate), str(seed)]
-        words = [PEER_SCRIPTS / "train_sparsify.py", rows, out, *way, str(weighting.k)]
-        done = subprocess.run([peer_python("sparsify"), *words], check=True, stdout=subprocess.PIPE)
+        command = [peer_python("sparsify"), PEER_SCRIPTS / "train_sparsify.py", rows, out]
+        command += map(str, (weighting.rule.split()[1], weighting.rate, seed, weighting.k))
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         return Dictionary.load(out), float(done.stdout.split()[-1])
 
 
@@ -296,10 +294,8 @@ def show() -> Iterator[str]:
     """A table for each site that has all of its lines."""
     found = {key_of(line): line for line in lines()}
     for model, site, weightings in SITES:
-        if Site.parse(site).is_mlp:
-            continue
         rows = []
-        for w in weightings:
+        for w in weightings if not Site.parse(site).is_mlp else []:
             clean, planted = (
                 [found.get((model, site, p, seed, w.name)) for seed in SEEDS] for p in (False, True)
             )

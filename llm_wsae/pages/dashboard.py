@@ -51,7 +51,7 @@ from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
 from llm_wsae.statistics.uncertainty import FEWEST, TextSize
 from llm_wsae.terminal import printable
 
-MOST_MEGABYTES = 60
+MOST_MEGABYTES, _MOST_OF_SITES = 60, 100  # of a page; of one with several sites
 EXAMPLES = 10  # of each kind (strongest, and from bands), shown for a latent
 _FEWEST = 3  # of each kind, before a dictionary is left out rather
 _BYTES_A_LATENT, _BYTES_AN_EXAMPLE = 200, 105  # packed: docs/log.md
@@ -106,8 +106,9 @@ def dashboard(
     one site stand side by side; those of several, such as the transcoders of all blocks, are
     searched together.
 
-    Raises UsageError for no dictionary, or a page that would be larger than 60 MB; LlmWsaeError for
-    a folder, store or model that cannot be read or does not fit.
+    Raises UsageError for no dictionary, or a page that would be larger than 60 MB (with
+    several sites 100); LlmWsaeError for a folder, store or model that cannot be read or does not
+    fit.
     """
     out = Path(out)
     check_file(out, is_page)
@@ -122,8 +123,9 @@ def dashboard(
     check_number("rows", 1 if rows is None else rows, 1)
     read = min(store.num_rows, rows or store.num_rows)
     firings = [read * (one.sparsity.k or one.d_sae) for one in named.values()]
-    # Refused before its rows are read, if it is sure to be too large.
-    _check_size(most_megabytes([one.d_sae for one in named.values()], top + bands, firings), _RARE)
+    most = MOST_MEGABYTES if len({one.site for one in named.values()}) == 1 else _MOST_OF_SITES
+    size = most_megabytes([one.d_sae for one in named.values()], top + bands, firings)
+    _check_size(size, most, _RARE)  # before its rows are read, if it is sure to be too large
     scored = {} if scores is None else read_scores(Path(scores), named)
     vocabulary, said = Vocabulary(model.tokenizer), {}
     for name, dictionary in named.items():
@@ -176,7 +178,7 @@ def dashboard(
     parts.append(("words", packed({token: word(token) for token in sorted(tokens)})))
     page = filled("page.html", about, parts, asks_server=live)
     megabytes = len(page.encode()) / 1e6
-    _check_size(megabytes)
+    _check_size(megabytes, most)
     write_text(out, page)
     return Dashboard(out, megabytes, tuple(held))
 
@@ -200,10 +202,10 @@ def what_fits(latents: Sequence[int]) -> tuple[int, int]:
     return 1, 1
 
 
-def _check_size(megabytes: float, slack: float = 1.0) -> None:
-    if megabytes > slack * MOST_MEGABYTES:
+def _check_size(megabytes: float, most: int, slack: float = 1.0) -> None:
+    if megabytes > slack * most:
         raise UsageError(
-            f"the page would be {megabytes:.0f} MB large, more than {MOST_MEGABYTES}; ask for "
+            f"the page would be {megabytes:.0f} MB large, more than {most}; ask for "
             "fewer dictionaries, or for fewer examples with --top and --bands"
         )
 
