@@ -148,8 +148,10 @@ def dashboard(
                 names.index(one): nearest(dictionary.W_dec, named[one].W_dec, 1) for one in others
             }
             labels = labels_of(families, *found[name].firings, dictionary.d_sae)
-            latents = Latents(dictionary, store, found[name], labels, word, model, said[name])
-            latents.upstream = upstream(dictionary, named)
+            read_from = upstream(dictionary, named)
+            latents = Latents(
+                dictionary, store, found[name], labels, word, model, said[name], read_from
+            )
             # the first is compared with the second, all others with the first
             beside = [(one, partners[names.index(one)][1][:, 0]) for one in others[:1]]
             held.append(found_in(name, found[name], labels, latents.windows, vocabulary, *beside))
@@ -222,8 +224,10 @@ def reports_of(dictionaries: Iterable[Dictionary], out: Path) -> list[str]:
 def named_dictionaries(
     dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
 ) -> dict[str, Dictionary]:
-    """The dictionaries by names that tell them apart, those of earlier sites first, on the CPU as
-    the rows of a store are. Raises UsageError if there is none, LlmWsaeError as ``load`` does."""
+    """The dictionaries by the given names, or by some that tell them apart; those of earlier sites
+    first, on the CPU as the rows of a store are. Raises UsageError if there is none, LlmWsaeError
+    as ``load`` does."""
+    given = isinstance(dictionaries, Mapping)
     if isinstance(dictionaries, Mapping):
         pairs = list(dictionaries.items())
     else:
@@ -238,7 +242,7 @@ def named_dictionaries(
     sites = Counter(dictionary.site for _, dictionary in pairs)
     named: dict[str, Dictionary] = {}
     for name, dictionary in sorted(pairs, key=lambda pair: pair[1].site):
-        if len(sites) > 1:
+        if len(sites) > 1 and not given:
             name = str(dictionary.site) + (f" {name}" if sites[dictionary.site] > 1 else "")
         numbered = (f"{name} ({number})" for number in itertools.count(2))
         name = next(one for one in itertools.chain([name], numbered) if one not in named)
@@ -413,9 +417,10 @@ class Latents:
         word: Callable[[int], str],
         model: LanguageModel,
         explanations: Mapping[int, Explanation],
+        read_from: Sequence[Sequence[tuple[int, int, float | None]]],
     ):
         self._decoder, self._found, self._word = dictionary.W_dec, found, word
-        self._labels, self._explanations = labels, explanations
+        self._labels, self._explanations, self._read_from = labels, explanations, read_from
         self._readout, self._roles = Readout(model), role_of_every_row(store, model.tokenizer)
         every = torch.arange(dictionary.d_sae)
         self._near = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, every)
@@ -430,7 +435,6 @@ class Latents:
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
         shades = np.ceil(self.windows.activation / largest[:, None] * _SHADES)
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
-        self.upstream: list[list[tuple[int, int, float | None]]] = [[]] * dictionary.d_sae
         # of each latent: its explanation, the tokens that it fires on most and those it promotes
         self.search: list[str] = []
 
@@ -459,7 +463,7 @@ class Latents:
             "neighbours": _pairs(self._near[0][latent], self._near[1][latent]),
             "together": [one for one in together if one[1] > 0],
             "dimensions": self._written[latent],
-            "upstream": self.upstream[latent],
+            "upstream": self._read_from[latent],
             "promotes": promotes,
             "suppresses": suppresses,
             "logits": _histogram(logits),

@@ -419,6 +419,8 @@ def test_a_page_of_several_blocks(browser, world, model, tmp_path):
     ]
     named = dashboards.named_dictionaries(made)
     assert list(named) == ["blocks.0.mlp", "blocks.2.mlp c", "blocks.2.mlp b"]
+    given = dashboards.named_dictionaries(dict(zip("xyz", made, strict=True)))
+    assert list(given) == ["y", "x", "z"]  # names that were given stay
     dashboard(made, tmp_path / "store", model, out := tmp_path / "page.html", top=2, bands=1)
     page, (early, late, _) = out.read_text(), named.values()
     cosines = cosine_similarity(late.W_enc.T[:, None], early.W_dec[None], dim=2)
@@ -433,7 +435,11 @@ def test_a_page_of_several_blocks(browser, world, model, tmp_path):
     with watched(browser, f"file://{out}#latents/d1") as tab:
         tab.wait_for_selector("article h1")
         assert tab.locator("[aria-label=beside]").count() == 0  # there is only one
-        assert searched(tab, word)
+        assert searched(tab, "#7") == [7]
+        tab.wait_for_selector("h1:has-text('Latent 7')")  # a search opens the first that it finds
+        found = [re.findall(r"\w+", unpacked(page, "search-1")[n]) for n in searched(tab, word)]
+        places = [line.index(word) if word in line else 1000 for line in found]
+        assert places and places == sorted(places) and places[0] < 1000
         tab.click(f"text=blocks.0.mlp: {many}")
         tab.wait_for_selector("text=Latents of blocks.0.mlp")
         assert tab.input_value("#search") == word and tab.url.startswith(f"file://{out}#latents/d0")
