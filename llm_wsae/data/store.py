@@ -245,7 +245,8 @@ class ActivationStore(SiteRows):
     def check_model(self, identity: dict[str, Any]) -> None:
         """Raises LlmWsaeError if a model of that ``identity()`` did not make this store."""
         mine = self.manifest.model
-        for key, what in (("weights_sha256", "weights"), ("dtype", "dtype")):
+        made_with = (("weights_sha256", "weights"), ("dtype", "dtype"), ("planted", "plants"))
+        for key, what in made_with:
             if mine.get(key) != identity.get(key):
                 way_out = f"; load it with --model-dtype {mine[key]}" if key == "dtype" else ""
                 raise LlmWsaeError(

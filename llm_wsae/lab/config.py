@@ -55,19 +55,56 @@ class PlantConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, per_cell=(1, 10_000))
-        if not self.strengths or not _LEAST <= min(self.strengths) <= max(self.strengths) <= 1:
-            raise UsageError(
-                f"strengths must be at least {_LEAST:g}, or a plant is lost in rounding, and at "
-                "most 1, the median norm of the rows, or it would drown the stream; not "
-                f"{', '.join(map(str, self.strengths)) or 'none'}"
-            )
-        if not _LEAST <= self.rarest <= self.commonest < 1:
-            raise UsageError(
-                f"plants fire with probabilities from {self.rarest:g} to {self.commonest:g}; these "
-                f"must rise, be at least {_LEAST:g} and less than 1"
-            )
+        _check_plants(self)
         if not 0 <= self.token_share <= 1 or not 0 < self.heldout_share < 1:
             raise UsageError("token-share must be from 0 to 1, heldout-share between 0 and 1")
+
+
+def _check_plants(config: "PlantConfig | UpstreamConfig") -> None:
+    if not config.strengths or not _LEAST <= min(config.strengths) <= max(config.strengths) <= 1:
+        raise UsageError(
+            f"strengths must be at least {_LEAST:g}, or a plant is lost in rounding, and at "
+            "most 1, the median norm of the rows, or it would drown the stream; not "
+            f"{', '.join(map(str, config.strengths)) or 'none'}"
+        )
+    if not _LEAST <= config.rarest <= config.commonest < 1:
+        raise UsageError(
+            f"plants fire with probabilities from {config.rarest:g} to {config.commonest:g}; these "
+            f"must rise, be at least {_LEAST:g} and less than 1"
+        )
+
+
+@dataclass(frozen=True)
+class UpstreamConfig:
+    """Features to plant into the stream after an early block."""
+
+    seed: int = 0
+    """Seed of the directions and of how often and when features fire."""
+    block: int = 1
+    """The block after which they are planted."""
+    per_strength: int = 32
+    """Features of each strength."""
+    strengths: tuple[float, ...] = (0.3, 0.6, 1.0)
+    """Mean strengths, in median norms of the centred stream there."""
+    rarest: float = 1e-3
+    """Smallest probability that a feature fires on a token; probabilities are log-uniform."""
+    commonest: float = 1e-2
+    """Largest probability that a feature fires on a token."""
+    heldout_tokens: int = 200_000
+    """Tokens of held-out text on which features are looked for."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, block=0, per_strength=(1, 10_000), heldout_tokens=1)
+        _check_plants(self)
+
+
+def check_reached(site: Site, planted: Site) -> None:
+    """Raises UsageError for a site that features planted at another do not reach."""
+    if site <= planted:
+        raise UsageError(
+            f"features are planted at {planted} and do not reach {site}; take a later site, or "
+            "plant after an earlier block"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,6 +180,9 @@ class Study:
     """A dictionary of the site, which the rule participation needs."""
     plant: Flag = False
     """Plant known features into the rows, and measure how much of them is recovered."""
+    plant_upstream: Flag = False
+    """Plant known features after an early block, let the model carry them to the site, and measure
+    how much of them is recovered. The text is harvested again, with them."""
     model: Flat[ModelConfig]
     corpus: Flat[TextConfig]
     compare: Flat[StudyGrid] = StudyGrid()
@@ -153,6 +193,7 @@ class Study:
         MonosemanticConfig()
     )
     planted: Annotated[PlantConfig, named("planted", PlantConfig), Spelt] = PlantConfig()
+    upstream: Annotated[UpstreamConfig, named("upstream", UpstreamConfig), Spelt] = UpstreamConfig()
 
     def __post_init__(self) -> None:
         check_some(self.stores, "activation store")
@@ -167,6 +208,12 @@ class Study:
                 )
         if not self.plant:
             check_none_given("planted", self.planted, "--plant")
+        if not self.plant_upstream:
+            check_none_given("upstream", self.upstream, "--plant-upstream")
+        elif self.plant:
+            raise UsageError("--plant and --plant-upstream are two studies; give one of them")
+        else:
+            check_reached(Site.parse(self.site), Site(self.upstream.block, "post"))
         if self.weigh.draw:
             raise UsageError(
                 f"draw is {self.weigh.draw}, but a study draws its controls again for every seed; "

@@ -21,6 +21,7 @@ of latents flatters nobody.
 """
 
 import hashlib
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,9 +98,7 @@ def make_plants(
     median of the centred rows); LlmWsaeError if the rows do not vary.
     """
     draw = np.random.default_rng((config.seed, 0))
-    statistics.check_varying()
-    usual = statistics.usual_sample.double()
-    norm = float((usual - usual.mean(0)).norm(dim=1).median())
+    norm = median_norm(statistics)
     per_stratum = config.per_cell * len(config.strengths)
     strata = _directions(statistics, per_stratum, draw)
     if config.natural:
@@ -107,18 +106,34 @@ def make_plants(
     directions = torch.from_numpy(np.concatenate(list(strata.values())))
     relative = np.tile(np.repeat(config.strengths, config.per_cell), len(strata))
     token, probability, on_a_row = _firing(token_counts, config, len(directions), draw)
-    # root mean square of ‖Σ_j b_j a_j v_j‖, where b_j is 1 that often, on its own, and a_j fixed
-    mean = (on_a_row * relative) @ directions.numpy()
-    spread = np.sum(on_a_row * (1 - on_a_row) * relative**2)
-    if (together := float(np.sqrt(mean @ mean + spread))) > 1:
-        raise UsageError(
-            f"the plants of a row are together {together:.1f} times as long as the rows, and would "
-            "drown the stream; lower strengths, commonest or per-cell"
-        )
+    way_out = "lower strengths, commonest or per-cell"
+    check_audible(directions.numpy(), relative, on_a_row, way_out)
     strength, firing, tied = map(torch.from_numpy, (relative * norm, probability, token))
     of_each = tuple(name for name in strata for _ in range(per_stratum))
     asked = tuple(relative.tolist())
     return Plants(directions.float(), strength, asked, firing, tied, of_each, config.seed)
+
+
+def median_norm(statistics: Statistics) -> float:
+    """Of the centred rows that are not massive. Raises LlmWsaeError if the rows do not vary."""
+    statistics.check_varying()
+    usual = statistics.usual_sample.double()
+    return float((usual - usual.mean(0)).norm(dim=1).median())
+
+
+def check_audible(
+    directions: np.ndarray, strengths: np.ndarray, probability: np.ndarray, way_out: str
+) -> None:
+    """Raises UsageError if plants of these strengths, in median norms of the rows, would drown
+    them: if those of a row are together longer than it (root mean square)."""
+    # of ‖Σ_j b_j a_j v_j‖, where b_j is 1 that often, on its own, and a_j fixed
+    mean = (probability * strengths) @ directions
+    spread = np.sum(probability * (1 - probability) * strengths**2)
+    if (together := float(np.sqrt(mean @ mean + spread))) > 1:
+        raise UsageError(
+            f"the plants of a row are together {together:.1f} times as long as the rows, and would "
+            f"drown the stream; {way_out}"
+        )
 
 
 def _firing(
@@ -223,7 +238,17 @@ class Firings(NamedTuple):
     strength: Float[np.ndarray, " firings"]  # in the units of the rows
 
 
-class PlantedSource(SiteSource):
+class KnownSource(SiteSource):
+    """Rows of a site in which features are planted. ``plants`` are those that are looked for."""
+
+    plants: Plants
+
+    @abstractmethod
+    def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
+        """Rows that are not trained on, with what fires in them; in the order of the text."""
+
+
+class PlantedSource(KnownSource):
     """One site of a store with plants in its rows, as an ActivationSource. The last rows are held
     out of the batches and of the statistics; ``heldout`` gives them with the truth."""
 
@@ -405,7 +430,7 @@ class PlantRecovery:
         return {**self.means(), "l_gt": self.l_gt, "dead": self.dead, "plants": every}
 
 
-def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantRecovery:
+def measure_recovery(dictionary: Dictionary, source: KnownSource) -> PlantRecovery:
     """Compare a dictionary with a source's plants on its held-out rows, massive ones ignored.
     Raises UsageError if the dictionary is of another site or width."""
     if (dictionary.site, dictionary.d_in) != (source.site, source.d_in):

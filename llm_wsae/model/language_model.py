@@ -186,14 +186,27 @@ class LanguageModel:
             return self._blocks.run(ids).logits
 
     @torch.no_grad()
+    def resume_to(
+        self,
+        ids: Ids,
+        sites: Sequence[Site],
+        site: Site,
+        hidden: Stream,
+        entrance: Stream | None = None,
+    ) -> dict[Site, Stream]:
+        """As ``resume``, up to the activations at later ``sites``."""
+        ids, hidden, entrance = self._resumed(ids, site, hidden, entrance)
+        ids = self._checked(ids, sites)
+        with self._one_pass:
+            recorded = self._blocks.record(ids, sites, site, hidden, entrance)
+        return {one: recorded[one].to(ids.device) for one in sites}
+
     def resume_to_end(
         self, ids: Ids, site: Site, hidden: Stream, entrance: Stream | None = None
     ) -> Stream:
         """As ``resume``, up to the last block's output, whose rows ``unembedding`` takes."""
-        ids, hidden, entrance = self._resumed(ids, site, hidden, entrance)
         end = Site(self.num_blocks - 1, "post")
-        with self._one_pass:
-            return self._blocks.record(ids, (end,), site, hidden, entrance)[end].to(ids.device)
+        return self.resume_to(ids, [end], site, hidden, entrance)[end]
 
     def _resumed(
         self, ids: Tensor, site: Site, hidden: Tensor, entrance: Tensor | None

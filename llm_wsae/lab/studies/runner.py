@@ -13,6 +13,7 @@ everything that was tried in its folder, and so does the correction for multiple
 import hashlib
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.artifact import differences
 from llm_wsae.artifact.files import (
     folder_lock,
     read_own_json,
@@ -32,11 +34,11 @@ from llm_wsae.artifact.files import (
     write_json,
 )
 from llm_wsae.artifact.provenance import plain, versions
-from llm_wsae.data.config import PackConfig
+from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.rows import SiteSource
-from llm_wsae.data.store import open_stores
+from llm_wsae.data.store import ActivationStore, open_stores
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.finding import find_dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -47,7 +49,7 @@ from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.heldout import Encoder
 from llm_wsae.evaluation.monosemanticity.evaluator import DictionaryScores, MonosemanticityEvaluator
 from llm_wsae.lab.config import Study, StudyGrid
-from llm_wsae.lab.planting import PlantedSource, measure_recovery
+from llm_wsae.lab.planting import KnownSource, PlantedSource, measure_recovery
 from llm_wsae.lab.studies.differences import Value
 from llm_wsae.lab.studies.report import (
     COMMAND,
@@ -64,6 +66,7 @@ from llm_wsae.lab.studies.report import (
     read_results,
     study_in,
 )
+from llm_wsae.lab.upstream import UpstreamSource, plant_upstream
 from llm_wsae.machine.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -81,6 +84,7 @@ from llm_wsae.weights.weighing import measure_inputs
 
 PASS_BYTES = 1 << 30
 """Of parameters and optimiser state that are trained together."""
+UPSTREAM = "upstream"  # a study's folder of rows with features planted upstream
 _MEASURED_TOGETHER = 8  # share the pass without a dictionary; a stop costs at most some minutes
 _SAME_WEIGHTS = 1e-3  # relative: what rounding on another processor may change in γ
 _BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
@@ -111,11 +115,11 @@ def study(
     heldout, packing = request.corpus.open("heldout"), PackConfig(**store.manifest.packing)
     contexts = Packer.for_model(model, packing).contexts(heldout)
     fidelity = FidelityEvaluator(model, contexts, request.evaluate)
-    source = PlantedSource(store, site, request.planted) if request.plant else store.source(site)
+    source = _source(request, store, model, heldout)
     inputs = measure_inputs(  # of the rows that are trained on
         grid.rules,
         source,
-        model=model,
+        model=source.model if isinstance(source, UpstreamSource) else model,
         dictionary=None if first is None else Dictionary.load(find_dictionary(first)),
     )
     arms = plan(inputs, grid, request.weigh)
@@ -136,6 +140,28 @@ def study(
     return report
 
 
+def _source(
+    request: Study, store: ActivationStore, model: LanguageModel, heldout: Corpus
+) -> SiteSource:
+    """What is trained on: rows of the store, with plants if they are asked for."""
+    site = Site.parse(request.site)
+    if request.plant:
+        return PlantedSource(store, site, request.planted)
+    if not request.plant_upstream:
+        return store.source(site)
+    made, text = store.manifest, request.corpus.open("train")
+    if differing := differences(made.corpus, text.identity(), ("the store", "this command")):
+        raise LlmWsaeError(
+            f"features are planted into the text of the store, and this is another ({differing}); "
+            "name that one, with the same --heldout"
+        )
+    size: dict[str, Any] = {"tokens": made.num_contexts * made.context_size, "dtype": made.dtype}
+    rows, out = HarvestConfig(**made.packing, **size), request.out / UPSTREAM
+    source = plant_upstream(model, text, heldout, site, out, request.upstream, rows)
+    tqdm.write(source.words(), file=sys.stderr)
+    return source
+
+
 def _basis(
     rows: dict[str, Any], heldout: Corpus, request: Study, training: TrainConfig
 ) -> dict[str, Any]:
@@ -152,6 +178,7 @@ def _basis(
         "fidelity": settings(request.evaluate),
         "scoring": settings(request.score),
         "planted": settings(request.planted) if request.plant else {},
+        "upstream": settings(request.upstream) if request.plant_upstream else {},
         "measures": _MEASURES,
     }
 
@@ -322,7 +349,7 @@ class _Jobs:
             name, own = planned.name, loaded[planned.name]
             scores = monosemanticity.score({name: own}).dictionaries[name]
             plants = None
-            if isinstance(self._source, PlantedSource):
+            if isinstance(self._source, KnownSource):
                 plants = plain(measure_recovery(own, self._source).to_dict())
             record = {
                 "result": _result(planned, found[name], scores, plants),
