@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from llm_wsae.lab.config import PlantConfig as PlantConfig
     from llm_wsae.lab.config import Study as Study
     from llm_wsae.lab.config import StudyGrid as StudyGrid
+    from llm_wsae.lab.config import UpstreamConfig as UpstreamConfig
     from llm_wsae.lab.planting import PlantedSource as PlantedSource
     from llm_wsae.lab.planting import measure_recovery as measure_recovery
     from llm_wsae.lab.studies.runner import study as study
     from llm_wsae.lab.theory import gap_matrix as gap_matrix
     from llm_wsae.lab.theory import least_gap_weights as least_gap_weights
+    from llm_wsae.lab.upstream import plant_upstream as plant_upstream
     from llm_wsae.model.language_model import LanguageModel as LanguageModel
     from llm_wsae.model.site import Site as Site
     from llm_wsae.pages.dashboard import dashboard as dashboard

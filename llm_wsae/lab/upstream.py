@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from llm_wsae.artifact.files import read_own_json, write_json
 from llm_wsae.data.config import HarvestConfig
@@ -53,8 +54,8 @@ LEAST_PROBE_F1, LEAST_EFFECT = 0.9, 0.01
 MEASURED = "plants.json"
 STORE, HELDOUT_STORE = "store", "heldout"
 _NORM_CONTEXTS, _CONTEXTS_AT_ONCE = 128, 32  # in which the stream's median norm is measured
-_ALONE_CONTEXTS, _ALONE_SHARE = 8, 1 / 16  # where a plant fires when it is alone
-_PROBE_ROWS, _PROBE_STEPS = 1 << 17, 60  # of a probe's training, at most
+_ALONE_CONTEXTS, _ALONE_SHARE = 4, 1 / 16  # where a plant fires when it is alone
+_PROBE_ROWS, _PROBE_STEPS = 1 << 17, 20  # of a probe's training, at most
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def arrived(
     clean = model.resume_to(ids, [site, end], place, clean_there)
     draw = np.random.default_rng((plants.seed, 3))
     changes, effects = [], []
-    for direction, strength in zip(plants.directions, plants.strength, strict=True):
+    each = zip(plants.directions, plants.strength, strict=True)
+    for direction, strength in tqdm(each, "plants", len(plants.strength)):
         fires = torch.from_numpy(draw.random(allowed.shape) < _ALONE_SHARE) & allowed
         if not fires.any():
             fires = allowed
@@ -210,18 +212,25 @@ def probe_f1(
     covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
     stretch = torch.linalg.inv(torch.linalg.cholesky(covariance)).T.float()
     x, wanted = (rows - mean) @ stretch, fires.float()
-    weight = torch.zeros(x.shape[1], fires.shape[1], requires_grad=True)
-    bias = wanted.mean(0).clamp(1e-6, 1 - 1e-6).logit().requires_grad_()
+    # begins with Fisher's discriminant, which is nearly there
+    share = wanted.mean(0).clamp(1e-6, 1 - 1e-6)
+    there, elsewhere = x.T @ wanted, x.T @ (1 - wanted)
+    there, elsewhere = there / (share * len(x)), elsewhere / ((1 - share) * len(x))
+    weight = (there - elsewhere).requires_grad_()
+    bias = share.logit() - (there.square() - elsewhere.square()).sum(0) / 2
+    bias.requires_grad_()
     solver = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
+        bar.update()
         solver.zero_grad()
         found = F.binary_cross_entropy_with_logits(x @ weight + bias, wanted, reduction="sum")
         total = found + weight.square().sum() / 2
         total.backward()
         return total
 
-    solver.step(loss)
+    with tqdm(desc="probes", unit="step") as bar:
+        solver.step(loss)
     with torch.no_grad():
         cut = _best_cut(x @ weight, fires)
         predicted = ((test_rows - mean) @ stretch) @ weight >= cut
@@ -275,9 +284,14 @@ class UpstreamSource(KnownSource):
         self.model, self.measured, self._heldout = model, measured, heldout
         counting = [plant for plant in measured if plant.counts]
         if not counting:
+            best, most = (
+                max(getattr(p, name) for p in measured) for name in ("probe_f1", "effect")
+            )
             raise LlmWsaeError(
-                f"none of {len(measured)} features that were planted upstream can be read at "
-                f"{site} and changes the output; plant stronger ones, or take another site"
+                f"none of {len(measured)} features that were planted upstream counts at {site}: F1 "
+                f"of a probe is at most {best:.2f} (needed: {LEAST_PROBE_F1}), the effect at most "
+                f"{most:.3f} nats (needed: {LEAST_EFFECT}); plant stronger ones, or take another "
+                "site"
             )
         self._counts = np.array([plant.counts for plant in measured])
         loudness = torch.tensor([plant.loudness for plant in counting], dtype=torch.float64)

@@ -178,7 +178,7 @@ def _basis(
         "fidelity": settings(request.evaluate),
         "scoring": settings(request.score),
         "planted": settings(request.planted) if request.plant else {},
-        "upstream": settings(request.upstream) if request.plant_upstream else {},
+        **({"upstream": settings(request.upstream)} if request.plant_upstream else {}),
         "measures": _MEASURES,
     }
 

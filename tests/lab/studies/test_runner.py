@@ -26,7 +26,8 @@ from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.lab.config import PlantConfig, Study, StudyGrid
+from llm_wsae.lab import upstream
+from llm_wsae.lab.config import PlantConfig, Study, StudyGrid, UpstreamConfig
 from llm_wsae.lab.studies import runner
 from llm_wsae.lab.studies.runner import baselines, items_of, over_latents, plan
 from llm_wsae.model.language_model import LanguageModel
@@ -331,6 +332,23 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     assert study(new, **asked).to_dict()["verdicts"] == report.to_dict()["verdicts"]
     fails(r"other settings \(planted seed", study, new, plant=True, planted=replace(PLANTS, seed=1))
     assert "plants" not in whole[1].table()
+
+
+def test_features_planted_upstream_are_looked_for_at_the_site(study, new, capsys, monkeypatch):
+    monkeypatch.setattr(upstream, "LEAST_EFFECT", 0)  # a random model's predictions hardly change
+    plants = UpstreamConfig(
+        block=0, per_strength=6, strengths=(1.0,), rarest=0.03, commonest=0.1, heldout_tokens=2500
+    )
+    report = study(new, plant_upstream=True, upstream=plants)
+    measured = read_own_json(new / "upstream/plants.json", "plants")["plants"]
+    counting = [one for one in measured if upstream.MeasuredPlant(**one).counts]
+    assert 0 < len(counting) <= len(measured) == 6
+    assert f"{len(counting)} of 6 features count" in capsys.readouterr().err
+    for result in report.results:
+        assert len(result.values["planted_f1"].items) == len(counting)
+        loaded = Dictionary.load(new / "dictionaries" / result.name)
+        assert "planted" in loaded.info.model  # it was trained on other rows
+    assert "F1 of plants" in report.table()
 
 
 def test_a_study_is_verified_file_by_file(out, study):
