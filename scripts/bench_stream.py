@@ -69,7 +69,7 @@ def ways(
 
     def train(rows_of_all: tuple[torch.Tensor, ...]) -> None:
         for training, rows in zip(trainings, rows_of_all, strict=True):
-            training.step(rows)
+            training.step([rows])
 
     def steps() -> None:
         for _ in range(batches):
