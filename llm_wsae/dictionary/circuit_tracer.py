@@ -79,7 +79,7 @@ def load_transcoder_set(folder: Path | str) -> list[Dictionary]:
     path = folder / CONFIG
     try:
         config = mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise LlmWsaeError(
             f"{path} cannot be read: {reason(error)}; name the folder of a set of transcoders"
         ) from error

@@ -99,6 +99,7 @@ def test_what_is_damaged_or_stands_elsewhere_is_refused(tmp_path):
         {**tensors, "W_dec": tensors["W_dec"][:, :4].contiguous()}, odd / "layer_0.safetensors"
     )
     fails("layer_0.safetensors cannot be used: W_dec has", load_transcoder_set, odd)
-    (odd / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
-    fails("config.yaml cannot be read.*name the folder", load_transcoder_set, odd)
+    for text in ("!!python/object/apply:os.system ['true']", "[" * 20_000, "day: 2026-13-45"):
+        (odd / "config.yaml").write_text(text)
+        fails("config.yaml cannot be read.*name the folder", load_transcoder_set, odd)
     fails("cannot be read", load_transcoder_set, tmp_path / "nowhere")
