@@ -34,7 +34,7 @@ _OWN_DIGEST = "own_sha256"  # where the other key holds digests of other files
 _HEADER = "llm_wsae"  # key of the JSON object in the metadata of this package's safetensors files
 _ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
-AGAIN = "delete it, then rerun the command that wrote it"  # the way out of most damage
+AGAIN = "delete it, then rerun the command that wrote it"  # what to do about a damaged file
 
 _PARTIAL = ".partial"
 _FULL = "free some space or choose another folder, then run the same command again to resume"

@@ -107,7 +107,7 @@ def make_plants(
     relative = np.tile(np.repeat(config.strengths, config.per_cell), len(strata))
     token, probability, on_a_row = _firing(token_counts, config, len(directions), draw)
     way_out = "lower strengths, commonest or per-cell"
-    check_audible(directions.numpy(), relative, on_a_row, way_out)
+    check_not_drowned(directions.numpy(), relative, on_a_row, way_out)
     strength, firing, tied = map(torch.from_numpy, (relative * norm, probability, token))
     of_each = tuple(name for name in strata for _ in range(per_stratum))
     asked = tuple(relative.tolist())
@@ -121,7 +121,7 @@ def median_norm(statistics: Statistics) -> float:
     return float((usual - usual.mean(0)).norm(dim=1).median())
 
 
-def check_audible(
+def check_not_drowned(
     directions: np.ndarray, strengths: np.ndarray, probability: np.ndarray, way_out: str
 ) -> None:
     """Raises UsageError if plants of these strengths, in median norms of the rows, would drown

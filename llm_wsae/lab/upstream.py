@@ -44,7 +44,14 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums
 from llm_wsae.lab.config import UpstreamConfig, check_reached
-from llm_wsae.lab.planting import SPREAD, Firings, KnownSource, Plants, check_audible, median_norm
+from llm_wsae.lab.planting import (
+    SPREAD,
+    Firings,
+    KnownSource,
+    Plants,
+    check_not_drowned,
+    median_norm,
+)
 from llm_wsae.machine.processes import join
 from llm_wsae.model.language_model import Ids, LanguageModel, Logits, Stream, scored_positions
 from llm_wsae.model.site import Site
@@ -109,7 +116,9 @@ def draw_plants(
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     low, high = np.log([config.rarest, config.commonest])
     probability = np.exp(draw.uniform(low, high, len(relative)))
-    check_audible(directions, relative, probability, "lower strengths, commonest or per-strength")
+    check_not_drowned(
+        directions, relative, probability, "lower strengths, commonest or per-strength"
+    )
     unit = torch.from_numpy(directions).float()
     return UpstreamPlants(site, unit, relative * norm, relative, probability, config.seed)
 
@@ -161,7 +170,7 @@ def arrived(
     the ``model``, which has none. What arrives is measured on the same tokens."""
     place, end = plants.site, Site(model.num_blocks - 1, "post")
     ids = torch.from_numpy(contexts.ids).to(model.device)
-    allowed = scored_positions(torch.from_numpy(contexts.keep))
+    allowed = scored_positions(torch.from_numpy(contexts.keep)).to(model.device)
     allowed[:, 0] = False
     clean_there = model.activations(ids, [place])[place]
     clean = model.resume_to(ids, [site, end], place, clean_there)
@@ -169,16 +178,16 @@ def arrived(
     changes, effects = [], []
     each = zip(plants.directions, plants.strength, strict=True)
     for direction, strength in tqdm(each, "plants", len(plants.strength)):
-        fires = torch.from_numpy(draw.random(allowed.shape) < _ALONE_SHARE) & allowed
+        fires = torch.from_numpy(draw.random(allowed.shape) < _ALONE_SHARE).to(ids.device) & allowed
         if not fires.any():
             fires = allowed
         hidden = clean_there.clone()
-        hidden[:, :-1][fires.to(hidden.device)] += (direction * float(strength)).to(hidden)
+        hidden[:, :-1][fires] += (direction * float(strength)).to(hidden)
         found = model.resume_to(ids, [site, end], place, hidden)
-        change = (found[site].float() - clean[site].float())[:, :-1].cpu()[fires]
-        changes.append(change.mean(0))
+        change = (found[site].float() - clean[site].float())[:, :-1][fires]
+        changes.append(change.mean(0).cpu())
         [(_, divergence)] = next_token_sums(model, clean[end], [found[end]], ids, fires)[1]
-        effects.append(float(divergence.sum() / fires.sum()))
+        effects.append(float(divergence.sum()) / int(fires.sum()))
     mean = torch.stack(changes)
     length = mean.norm(dim=1)
     return Arrived(mean / length.clamp(min=1e-30)[:, None], length, torch.tensor(effects))
@@ -352,17 +361,22 @@ def plant_upstream(
     tested = HarvestConfig(**{**asdict(rows), "tokens": config.heldout_tokens})
     apart = harvest(planted, heldout, [site], out / HELDOUT_STORE, tested)
 
-    def measure() -> None:
-        if not (out / MEASURED).exists():
-            alone = next(packer.blocks(heldout, _ALONE_CONTEXTS))
-            measured = _measure(model, planted.plants, store, apart, site, alone)
-            write_json(out / MEASURED, {"plants": [asdict(plant) for plant in measured]})
+    path, rows_read = out / MEASURED, [store.num_rows, apart.num_rows]
+
+    def measured() -> list[MeasuredPlant]:
+        if path.exists():
+            kept = read_own_json(path, "measurement of planted features")
+            if kept["rows"] == rows_read:  # else a store has grown
+                return [MeasuredPlant(**one) for one in kept["plants"]]
+        alone = next(packer.blocks(heldout, _ALONE_CONTEXTS))
+        found = _measure(model, planted.plants, store, apart, site, alone)
+        write_json(path, {"rows": rows_read, "plants": [asdict(plant) for plant in found]})
+        return found
 
     processes = join()
     with processes.together():
-        processes.lead(measure)
-    found = read_own_json(out / MEASURED, "measurement of planted features")["plants"]
-    return UpstreamSource(store, apart, site, planted, [MeasuredPlant(**one) for one in found])
+        found = processes.lead(measured)
+    return UpstreamSource(store, apart, site, planted, found)
 
 
 def _measure(

@@ -130,6 +130,9 @@ def test_the_same_call_resumes_and_other_plants_are_refused(linear, text, plante
     again = plant_upstream(linear, *text, SITE, out, CONFIG, ROWS)
     assert again.measured == planted[1].measured
     assert torch.equal(batches(again), batches(planted[1]))
+    before = again.measured
+    more = replace(CONFIG, heldout_tokens=13_000)  # so they are measured anew
+    assert plant_upstream(linear, *text, SITE, out, more, ROWS).measured != before
     other = replace(CONFIG, seed=1)
     fails("other settings.*planted", plant_upstream, linear, *text, SITE, out, other, ROWS)
     fails("other plants", again.rows.check_model, linear.identity())

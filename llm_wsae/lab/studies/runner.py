@@ -115,6 +115,9 @@ def study(
     heldout, packing = request.corpus.open("heldout"), PackConfig(**store.manifest.packing)
     contexts = Packer.for_model(model, packing).contexts(heldout)
     fidelity = FidelityEvaluator(model, contexts, request.evaluate)
+    basis = plain(_basis(store.identity(site), heldout, request, training))
+    if folder.is_begun():  # another study is refused before anything is planted in its folder
+        folder.check_request(folder.read().request, basis)
     source = _source(request, store, model, heldout)
     inputs = measure_inputs(  # of the rows that are trained on
         grid.rules,
@@ -124,7 +127,6 @@ def study(
     )
     arms = plan(inputs, grid, request.weigh)
     check_arms([planned.arm for planned in arms], inputs.statistics.d_in, training)
-    basis = plain(_basis(store.identity(site), heldout, request, training))
     judge = partial(MonosemanticityEvaluator, model, heldout, packing, request.score, encoder)
     with folder_lock(out, "study"):
         remove_partials(out, DICTIONARIES, RESULTS)

@@ -288,6 +288,7 @@ def test_another_study_in_the_folder_is_refused(study, out):
         ({"evaluate": replace(FIDELITY, tokens=400)}, r"fidelity tokens"),
         ({"compare": replace(GRID, architecture="jumprelu")}, r"training architecture"),
         ({"plant": True, "planted": PLANTS}, ".*planted"),
+        ({"plant_upstream": True, "upstream": UpstreamConfig(block=0)}, ".*upstream"),
     ):
         fails(rf"other settings \({said}", study, out, **asked)
         assert content(out) == before
