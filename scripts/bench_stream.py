@@ -1,7 +1,6 @@
 """Speed of training from a stream beside its floor, in one interleaved run.
 
     python scripts/bench_stream.py            # the embedded SmolLM2-135M and State of the Union
-    python scripts/bench_stream.py --long 10000000 --site blocks.1.hook_resid_post
 
 Three ways, seconds for the same number of tokens:
 
@@ -11,17 +10,10 @@ Three ways, seconds for the same number of tokens:
 
 The floor is forward + steps. A ratio is the median over repeats of the ratio within a repeat; the
 ways are timed one after the other, in turning order.
-
-``--long`` trains on so many rows instead, by the command: once unbroken, with its memory at a tenth
-of the rows and at the end, and once killed at a quarter, at half and at three quarters; and says
-whether both leave the same bytes.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +23,6 @@ from pathlib import Path
 import torch
 from benchmarks import embedded_model, machine, write_benchmark
 
-from llm_wsae.artifact.files import sha256
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.streaming import ActivationStreams
@@ -86,73 +77,6 @@ def ways(
     return {"forward": forward, "steps": steps, "stream": whole}
 
 
-def long_run(tokens: int, words: list[str], site: str, folder: Path) -> list[str]:
-    """The section on a long stream."""
-    whole, broken = folder / "whole", folder / "broken"
-    words = [*words, "--site", site, "--tokens", str(tokens)]
-    began = time.perf_counter()
-    process = _start(words, whole)
-    memory: dict[int, float] = {}
-    while process.poll() is None:
-        memory[_reached(whole / site)] = _resident(process.pid)
-        time.sleep(1)
-    took = time.perf_counter() - began
-    early = [kept for reached, kept in memory.items() if tokens // 10 <= reached < tokens // 5]
-    late = [kept for reached, kept in memory.items() if reached >= tokens * 9 // 10]
-    for share in (0.25, 0.5, 0.75):
-        process = _start(words, broken)
-        while _reached(broken / site) < share * tokens:
-            time.sleep(0.2)
-        process.kill()
-        process.wait()
-    code = _start(words, broken).wait()
-    same = code == 0 and _digests(whole) == _digests(broken)
-    first, last = statistics.median(early), statistics.median(late)
-    bytes_are = "**the same bytes**" if same else "OTHER BYTES"
-    return [
-        f"## A stream of {tokens:,} tokens",
-        "",
-        f"{took / 60:.1f} minutes with the evaluation. "
-        f"Memory: {first:.2f} GB after {tokens // 10:,} rows, {last:.2f} GB over the last tenth "
-        f"({100 * (last / first - 1):+.1f} %). Killed at a quarter, at half and at three quarters "
-        f"and started again each time, it leaves {bytes_are}.",
-        "",
-        f"This is a cheap one: the model stops at {site}, and one dictionary of expansion 4 is "
-        "trained. Later sites, and more or larger dictionaries, take longer.",
-        "",
-        f"`llm-wsae run {' '.join(Path(word).name for word in words)}`",
-    ]
-
-
-def _start(words: list[str], out: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "llm_wsae", "run", *words, "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _reached(out: Path) -> int:
-    """Rows that were trained on, by the log's last line."""
-    log = out / "log.jsonl"
-    if not log.exists():
-        return 0
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        *_, last, rest = [b"{}", *file.read().split(b"\n")]
-    return int(json.loads(last).get("rows", 0)) if not rest else 0
-
-
-def _resident(pid: int) -> float:
-    """Memory of a process, in GB."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:  # it has just ended
-        return 0.0
-    return pages * 4096 / 1e9
-
-
-def _digests(out: Path) -> dict[str, str]:
-    return {path.parent.name: sha256(path) for path in out.rglob("sae_weights.safetensors")}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
@@ -160,22 +84,10 @@ def main() -> None:
     parser.add_argument("--site", nargs="+", default=SITES)
     parser.add_argument("--tokens", type=int, default=65_536, help="per way and repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--long", type=int, help="rows of one long training instead")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     busy = machine(torch.get_num_threads())
-    if args.long:
-        words = ["--model", args.model or embedded_model(), "--corpus", args.corpus, "--stream"]
-        words += ["--rule", "uniform", "--architecture", "topk"]
-        words += ["--train.expansion", "4", "--eval-tokens", "5000"]
-        with tempfile.TemporaryDirectory() as folder:
-            section = long_run(args.long, words, args.site[0], Path(folder))
-        lines = [*section, "", f"{busy}."]
-        print("\n".join(lines))
-        if args.write:
-            write_benchmark("long stream", "\n".join(lines))
-        return
     torch.set_grad_enabled(False)
     model = LanguageModel.load(args.model or embedded_model())
     sites = [Site.parse(name) for name in args.site]

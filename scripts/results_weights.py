@@ -321,10 +321,9 @@ def show_transcoders() -> str:
         for w, of in own.items():
             gap = np.mean([line["ce"][1] - line["ce"][0] for line in of])
             dead = np.mean([line["dead"] for line in of])
-            seconds = np.median([line["seconds"] for line in of])
-            cells = [*fidelity(of, own[PLAIN]), f"{gap:.4f}", f"{100 * dead:.1f}", f"{seconds:.0f}"]
+            cells = [*fidelity(of, own[PLAIN]), f"{gap:.4f}", f"{100 * dead:.1f}"]
             rows.append([site, w.name, *cells])
-    head = ["site", "", "FVU", "KL", "KL beside plain [95 %]", "CE lost", "dead %", "seconds"]
+    head = ["site", "", "FVU", "KL", "KL beside plain [95 %]", "CE lost", "dead %"]
     return markdown([head, *rows], left=2)
 
 
