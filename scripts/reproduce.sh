@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Repeats what a claim in the docs rests on, or resumes it:
 #   weights       do weights help, over documents: fidelity, and planted features (six hours)
+#   upstream      the same question, of features that the model itself carries (ten hours)
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   labels        automatic labels of latents, tested on other documents (10 minutes)
@@ -16,8 +17,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in weights | checkpoints | probes | labels | gallery | explain | graph | interop) ;; *)
-  sed -n '2,12s/^# //p' "$0" >&2
+case $what in weights | upstream | checkpoints | probes | labels | gallery | explain | graph | interop) ;; *)
+  sed -n '2,13s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -44,6 +45,13 @@ checkpoints)
   ;;
 weights)
   .venv/bin/python scripts/results_weights.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+upstream)
+  run() { .venv/bin/python scripts/results_upstream.py "$@"; }
+  if [ $# -gt 0 ]; then run "$@"; else
+    run --name smollm2 --model "$model"
+    run --name gemma --model "$(gemma_model .venv)"
+  fi
   ;;
 probes)
   .venv/bin/python scripts/results_probes.py --model "$model" "$@"
