@@ -57,14 +57,6 @@ from llm_wsae.model.site import Site
 
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
 IN_RUNS = "the same, unembedding in runs"
-WORDS = (
-    "floor: the bare products of the passes, in the faster arrangement; below it with the "
-    f"unembedding {RUN:,} tokens at a time, as evaluate takes it. evaluate: several "
-    "dictionaries on a text whose activations are known, seconds divided by their number. Tokens a "
-    "second and dictionary; ratios are medians within repeats, in brackets the lowest and highest. "
-    "The floor's products lay their weights out each time, as torch does; those of evaluate find "
-    "them laid out."
-)
 
 
 def random_dictionary(model: LanguageModel, site: Site, seed: int) -> Dictionary:
@@ -248,7 +240,7 @@ def main() -> None:
         )
     lines += [
         "",
-        f"{WORDS} Of the time of `evaluate`: {shares(ours)}.{used}",
+        f"Of the time of `evaluate`: {shares(ours)}.{used}",
         "",
         f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens and {args.variants} "
         f"dictionaries in contexts of {CONTEXT}.",
