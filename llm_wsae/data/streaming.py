@@ -211,7 +211,7 @@ class ActivationStreams(SiteRows):
     def _new_statistics(self) -> dict[Site, Statistics]:
         new = {site: Statistics(self.d_in, self.config.context_size) for site in self.sites}
         seen = 0
-        for contexts, rows in self._first_rows("statistics"):
+        for contexts, rows in self._first_rows("statistics, before training"):
             seen += len(contexts.keep)
             positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
             for site, own in rows.items():
@@ -223,7 +223,7 @@ class ActivationStreams(SiteRows):
     def _new_second_moments(self) -> dict[Site, SecondMoment]:
         threshold = {site: self.statistics(site).massive_threshold for site in self.sites}
         new = {site: SecondMoment(self.d_in) for site in self.sites}
-        for _, rows in self._first_rows("covariance"):
+        for _, rows in self._first_rows("covariance, before training"):
             for site, own in rows.items():
                 new[site].update(own[own.float().norm(dim=1) <= threshold[site]])
         return new

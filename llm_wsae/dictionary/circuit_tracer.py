@@ -111,7 +111,9 @@ def _check_set(blocks: Sequence[Dictionary]) -> None:
         twice = sorted({block for block in found if found.count(block) > 1})
         what = f"there is none of block {missing[0]}" if missing else "there is none"
         what = f"there are several of block {twice[0]}" if twice else what
-        raise UsageError(f"a set has one transcoder of each block from 0 on, but {what}")
+        raise UsageError(
+            f"circuit-tracer reads one transcoder for every block, from block 0 on, but {what}"
+        )
     for what in ("weights_sha256", "name"):
         models = dict.fromkeys(text(one.info.model.get(what)) for one in blocks)
         if len(models) > 1:

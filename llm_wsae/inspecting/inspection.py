@@ -470,7 +470,7 @@ def sentence_text(tokens: Sequence[Token], latents: Sequence[int]) -> str:
         shown = [f"{one.latent} {one.activation:.2f}" for one in token.latents[:_STRONGEST]]
         more = len(token.latents) - len(shown)
         shown += [f"and {more} more"] if more else []
-        lines.append(f"  {name:<{width}}  {' · '.join(shown) or '—'}")
+        lines.append(f"  {name:<{width}}  {' · '.join(shown) or 'none'}")
     for latent in latents:
         fires = [
             f"{name} {one.activation:.2f}"

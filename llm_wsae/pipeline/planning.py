@@ -81,7 +81,8 @@ class Plan:
             ["disk", _in_bytes(self.disk_bytes), f"at most, of {_in_bytes(self.disk_free)} free"],
             ["memory", _in_bytes(self.memory_bytes), f"at most, of {_in_bytes(self.memory_there)}"],
         ]
-        rows += [[stage, _in_time(seconds), ""] for stage, seconds in self.seconds.items()]
+        hints = {"evaluate": "shorter with fewer --eval-tokens"}
+        rows += [[stage, _in_time(s), hints.get(stage, "")] for stage, s in self.seconds.items()]
         if self.seconds:
             rows.append(["in all", _in_time(sum(self.seconds.values())), f"on {self.device}"])
         return aligned(rows, left=3)

@@ -469,7 +469,8 @@ class _Steps:
             if (close := getattr(rows, "close", None)) is not None:
                 opened.callback(close)  # ends a thread that reads ahead
             arms = sum(len(training.arms) for training in self._trainings)
-            what, total = f"train {arms} arm{'s' * (arms > 1)}", self._num_steps * size
+            what = f"train {arms} dictionaries" if arms > 1 else "train the dictionary"
+            total = self._num_steps * size
             with (
                 _stop_signals() as self._stopped,
                 progress(what, total, "tok", self._done * size) as bar,

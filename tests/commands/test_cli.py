@@ -264,7 +264,7 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
     out, first = ran
     before = content(out)
     again = works("run", *model_and_corpus, *RUN, "--out", out, "--json")
-    assert "already complete" in again.err and "train 5 arms" not in again.err
+    assert "already complete" in again.err and "train 5 dictionaries" not in again.err
     assert "harvest: " not in again.err.replace("harvest: 5,000 tokens", "")
     assert content(out) == before
     (site,) = again.json.values()
@@ -330,7 +330,7 @@ def test_run_chooses_how_far_to_whiten(model_and_corpus, tmp_path, monkeypatch):
     assert choice["alpha"] == (None if best == "0" else float(best))
     assert f"chosen: {best}" in result.err or best == "0"
     assert arms("out") == {"uniform-k4", "variance-a0.5-k4"} | whitened
-    assert not (here / ".alpha").exists() and "train 5 arms" in result.err
+    assert not (here / ".alpha").exists() and "train 5 dictionaries" in result.err
     before = content(here)
     for other, said in (
         (("--train.learning-rate", 0.01), "choice of an exponent in"),
@@ -339,7 +339,7 @@ def test_run_chooses_how_far_to_whiten(model_and_corpus, tmp_path, monkeypatch):
         refused = auto(*asked, *other)
         assert refused.code == 1 and said in refused.err
     again = auto(*asked)
-    assert again.code == 0 and "train 5 arms" not in again.err and content(here) == before
+    assert again.code == 0 and "train 5 dictionaries" not in again.err and content(here) == before
     (here / "alpha.json").write_text("{}")
     again = auto(*asked)
     assert again.code == 1 and "alpha.json is damaged: its checksum does not" in again.err

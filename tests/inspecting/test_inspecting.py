@@ -195,7 +195,7 @@ def test_sentence(model):
     strongest = tokens[2].latents[0]
     lines = sentence_text(tokens, [strongest.latent, 79]).splitlines()
     assert f"{strongest.latent} {strongest.activation:.2f}" in lines[3]
-    assert lines[1].split() == ["«<s>»", "—"]
+    assert lines[1].split() == ["«<s>»", "none"]
     assert f"latent {strongest.latent}: «w17» {strongest.activation:.2f}" in lines[7]
     norms = model.activations(torch.tensor([ids[1:4]]), [SITE])[SITE][0].norm(dim=1)
     most = float(norms[2]) + 1e-4
