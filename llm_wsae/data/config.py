@@ -82,8 +82,8 @@ class StreamConfig(PackConfig):
     batch_tokens: int = 4096
     """Tokens per forward pass, rounded down to whole contexts, at least one."""
     buffer_tokens: int = 1 << 17
-    """Tokens whose rows are shuffled together, rounded down to whole forward passes; two buffers
-    are in memory at a time."""
+    """Tokens whose rows are shuffled together, rounded down to whole forward passes; one buffer is
+    in memory at a time, with a GPU up to three."""
     statistics_tokens: int = 1 << 17
     """Tokens at the beginning of the corpus from whose rows the statistics are computed."""
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -402,17 +402,20 @@ def _load(reader: Rows, window: _Window, seed: int, part: tuple[int, int]) -> Sh
         places[read:end] = np.arange(before + first, before + stop)
         read, before = end, before + count
     seeds = (seed, window.epoch, window.number)
-    return shuffled(rows[:read], places[:read], window.size, seeds)
+    mine, which = shuffled(places[:read], window.size, seeds)
+    return Share(window.size, mine, rows[torch.from_numpy(which)])
 
 
-def shuffled(rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, ...]) -> Share:
-    """A run of ``size`` rows in an order that the seeds determine, of which only these ``rows``,
-    from some ``places``, are held (as a copy)."""
+def shuffled(
+    places: Int[np.ndarray, " held"], size: int, seeds: tuple[int, ...]
+) -> tuple[Int[np.ndarray, " held"], Int[np.ndarray, " held"]]:
+    """The order that the seeds give to a run of ``size`` rows, of which those from some ``places``
+    are held: where they are then, ascending, and which of them stands there."""
     held = np.full(size, -1)
-    held[places] = np.arange(len(rows))
+    held[places] = np.arange(len(places))
     held = held[np.random.default_rng(seeds).permutation(size)]
     mine = np.flatnonzero(held >= 0)
-    return Share(size, mine, rows[torch.from_numpy(held[mine])])
+    return mine, held[mine]
 
 
 # --- Rows on disk

@@ -135,15 +135,21 @@ class ActivationStreams(SiteRows):
         seeds: tuple[int, int],
         part: tuple[int, int],
     ) -> Share:
-        """A part of a buffer's rows, the sites side by side, in random order."""
+        """A part of a buffer's rows, the sites side by side, in random order. Each row is written
+        to its place at once, so that a buffer is in memory only once."""
         number, parts = part
-        rows = [self._rows(contexts, sites) for contexts in buffer[number::parts]]
-        beside = torch.cat([torch.cat([*of_sites.values()], dim=1) for of_sites in rows] or [
-            torch.empty(0, len(sites) * self.d_in, dtype=self.model.dtype)
-        ])  # fmt: skip
         sizes = [int(contexts.keep.sum()) for contexts in buffer]
         owner = np.repeat(np.arange(len(buffer)) % parts, sizes)
-        return shuffled(beside, np.flatnonzero(owner == number), len(owner), seeds)
+        mine, which = shuffled(np.flatnonzero(owner == number), len(owner), seeds)
+        goes = torch.empty(len(which), dtype=torch.long)
+        goes[torch.from_numpy(which)] = torch.arange(len(which))
+        rows = torch.empty(len(which), len(sites) * self.d_in, dtype=self.model.dtype)
+        done = 0
+        for contexts in buffer[number::parts]:
+            found = torch.cat([*self._rows(contexts, sites).values()], dim=1)
+            rows[goes[done : done + len(found)]] = found
+            done += len(found)
+        return Share(len(owner), mine, rows)
 
     def _endless_blocks(self) -> Iterator[Contexts]:
         is_first = True

@@ -141,7 +141,8 @@ def _sizes(
     store += harvest.num_contexts * harvest.context_size * _TOKEN
     windows = 3 * min(WINDOW_BYTES, rows * row)  # batches are cut from one, two are read ahead
     if request.stream:
-        store, windows = 0, 2 * points * request.buffer_tokens * row
+        buffers = 1 if device.type == "cpu" else 3  # one is trained on, one waits, one is filled
+        store, windows = 0, buffers * points * request.buffer_tokens * row
     checkpoint = PAIR_BYTES * weights
     dictionaries = 4 * (2 * weights + sum(arm.weights.is_matrix for arm in arms) * d_in**2)
     others = checkpoint if request.stream else dictionaries  # of a stream, all are trained at once
