@@ -5,6 +5,7 @@
     python scripts/bench_train.py --shapes 576x4608x32 --store runs/quickstart/store \\
         --site blocks.9.hook_resid_post                          # real activations
     python scripts/bench_train.py --dead 1000                    # with AuxK at work
+    python scripts/bench_train.py --shapes 576x4608x32 --transcoder --peers sparsify
     python scripts/bench_train.py --device cuda --steps 20       # on a GPU
 
 All tools train on the same rows with the same shape, number of threads and version of torch, each
@@ -176,15 +177,19 @@ def fits_in_memory(everybody: list[Contestant], shape: Shape, batch: int, device
     return resident + working < 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def write_rows(path: Path, shape: Shape, batch: int, store: Path | None, site: str | None) -> str:
-    """Write the rows everybody trains on; returns what they are.
+def write_rows(
+    path: Path, shape: Shape, batch: int, store: Path | None, site: str | None, is_transcoder: bool
+) -> str:
+    """Write the rows everybody trains on, with a transcoder's targets beside them; returns what
+    they are.
 
     Real activations are centred and scaled as for our own training, and massive ones left out: the
     peers do not do that themselves. Raises LlmWsaeError if the store does not have such rows.
     """
     wanted = BATCHES * batch
     if store is None:
-        rows = torch.randn(wanted, shape.d_in, generator=torch.Generator().manual_seed(0))
+        width = shape.d_in * (2 if is_transcoder else 1)
+        rows = torch.randn(wanted, width, generator=torch.Generator().manual_seed(0))
         words = "random normal rows"
     else:
         source = ActivationStore.open(store).source(Site.parse(site))
@@ -292,6 +297,11 @@ def main() -> None:
         default=["sparsify", "saelens", "dictionary_learning"],
         help="default: all but saelens-float32; --peers alone: nobody",
     )
+    parser.add_argument(
+        "--transcoder",
+        action="store_true",
+        help="of random rows to random targets; of the peers, sparsify has one",
+    )
     parser.add_argument("--dead", type=int, default=0, help="dead latents, for AuxK to revive")
     parser.add_argument("--arms", type=int, default=4, help="of our second row; 1: none")
     parser.add_argument("--rounds", type=int, default=7)
@@ -310,6 +320,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.store is None) != (args.site is None):
         parser.error("--store and --site go together")
+    if args.transcoder and (args.store is not None or {*args.peers} - {"sparsify"}):
+        parser.error("--transcoder is for random rows, and beside --peers sparsify")
 
     try:
         device = choose_device(args.device)
@@ -323,7 +335,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.npy"
             try:
-                words = write_rows(path, shape, args.batch, args.store, args.site)
+                words = write_rows(path, shape, args.batch, args.store, args.site, args.transcoder)
             except LlmWsaeError as error:
                 sys.exit(str(error))
             job = {"rows": str(path), "batch": args.batch, "device": args.device}
@@ -332,8 +344,9 @@ def main() -> None:
             versions = run(everybody, job, args.threads, args.rounds, args.steps, keep)
         how = "workers kept alive" if keep else "workers started anew for each"
         dead = f", {args.dead:,} latents dead" if args.dead else ""
+        what = "Transcoder's step" if args.transcoder else "Training step"
         text = (
-            f"## Training step, {shape}, batch {args.batch}, {words}{dead}\n\n"
+            f"## {what}, {shape}, batch {args.batch}, {words}{dead}\n\n"
             f"{table(everybody, args.batch)}\n\n"
             f"{about_machine}. Peers: {versions or 'none'}. "
             f"Rounds: {args.rounds}; timed steps in each: {args.steps}; {how}.\n"
@@ -350,6 +363,7 @@ def main() -> None:
             rows = "random" if args.store is None else args.site
             name = f"{shape.d_in}x{shape.d_sae}x{shape.k}x{args.batch} {rows}"
             name += f" with {args.dead} dead" if args.dead else ""
+            name += " transcoder" if args.transcoder else ""
             write_benchmark(f"bench_train {name}", text, device)
         if failed := [one.name for one in everybody if one.failure]:
             sys.exit(f"did not run: {', '.join(failed)}")

@@ -72,7 +72,8 @@ def load_model(
     else:
         source, options, commit = hub_source(model, revision, download)
     options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
-    weights: dict[str, Any] = {"dtype": dtype}
+    # otherwise transformers fetches compiled kernels from the Hub and runs them in place of layers
+    weights: dict[str, Any] = {"dtype": dtype, "use_kernels": False}
     if spread:
         weights |= {"device_map": "auto", "offload_folder": _offload_folder()}
     with parsing(f"{model} cannot be loaded as a causal language model"):

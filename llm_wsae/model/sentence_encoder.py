@@ -56,7 +56,7 @@ class SentenceEncoder:
                 check_weights(config, Path(where), AutoModel)
             # plain attention is the faster one for texts of a few tokens
             how = options | {"dtype": fast_dtype(place), "attn_implementation": "eager"}
-            hf_model = AutoModel.from_pretrained(where, config=config, **how)
+            hf_model = AutoModel.from_pretrained(where, config=config, use_kernels=False, **how)
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             if tokenizer.pad_token is None:
                 raise UsageError(

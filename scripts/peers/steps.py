@@ -43,7 +43,8 @@ class Job:
     """What to train."""
 
     rows: str
-    """A .npy file of float32 rows [batches × batch, d_in]."""
+    """A .npy file of float32 rows [batches × batch, d_in]; of a transcoder, what it reads and what
+    it should write side by side, [batches × batch, 2·d_in]."""
     d_in: int
     d_sae: int
     k: int
@@ -64,8 +65,8 @@ class Job:
 class Trainer:
     """A trainer ready for its first step."""
 
-    step: Callable[[Tensor], object]
-    """One whole training step on a batch of rows [batch, d_in]."""
+    step: Callable[..., object]
+    """One whole training step on a batch of rows [batch, d_in], and a transcoder's targets."""
     state: Callable[[], Iterable[Tensor]]
     """The parameters and the optimiser's state."""
     about: str = ""
@@ -79,8 +80,9 @@ def state_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     return parameters + [tensor for tensor in states if torch.is_tensor(tensor)]
 
 
-def serve(make: Callable[[Job, Tensor], Trainer], package: str | None = None) -> None:
-    """Run this process as a worker. ``make`` builds the trainer from the job and all rows.
+def serve(make: Callable[..., Trainer], package: str | None = None) -> None:
+    """Run this process as a worker. ``make`` builds the trainer from the job and all rows, and a
+    transcoder's targets.
 
     ``package`` is the distribution whose version the benchmark shows.
     """
@@ -88,22 +90,22 @@ def serve(make: Callable[[Job, Tensor], Trainer], package: str | None = None) ->
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
-    rows = torch.from_numpy(np.load(job.rows))
-    batches = list(rows.to(job.device).split(job.batch))
+    rows = [part.contiguous() for part in torch.from_numpy(np.load(job.rows)).split(job.d_in, 1)]
+    batches = list(zip(*(part.to(job.device).split(job.batch) for part in rows), strict=True))
     memory = _OnGpu() if job.device == "cuda" else _Resident()
 
     few = replace(job, d_sae=min(job.d_sae, 32 * job.k))
-    rehearsal = make(few, rows)
+    rehearsal = make(few, *rows)
     for _ in range(2):
-        rehearsal.step(batches[0][: min(job.batch, 256)])
+        rehearsal.step(*(part[: min(job.batch, 256)] for part in batches[0]))
     del rehearsal
     gc.collect()
     before = memory.now()
 
-    trainer = make(job, rows)
-    trainer.step(batches[0])  # the first one makes the optimiser's state
+    trainer = make(job, *rows)
+    trainer.step(*batches[0])  # the first one makes the optimiser's state
     memory.reset_peak()
-    trainer.step(batches[1 % len(batches)])
+    trainer.step(*batches[1 % len(batches)])
     state_bytes = sum(tensor.nbytes for tensor in trainer.state())
     version = importlib.metadata.version(package) if package else ""
 
@@ -118,17 +120,17 @@ def serve(make: Callable[[Job, Tensor], Trainer], package: str | None = None) ->
         for _ in range(int(line)):
             batch = batches[number % len(batches)]
             number += 1
-            seconds.append(seconds_of(trainer.step, batch))
+            seconds.append(seconds_of(trainer.step, *batch))
         peak = memory.peak()
         extra = None if peak is None or before is None else max(0, peak - before - state_bytes)
         answer(seconds=seconds, extra_bytes=extra)
 
 
-def seconds_of(step: Callable[[Tensor], object], x: Tensor) -> float:
+def seconds_of(step: Callable[..., object], x: Tensor, *target: Tensor) -> float:
     """How long a step takes, up to the end of what it asked of the device."""
     _finish(x)
     begin = time.perf_counter()
-    step(x)
+    step(x, *target)
     _finish(x)
     return time.perf_counter() - begin
 
@@ -176,7 +178,7 @@ class _OnGpu:
         torch.cuda.reset_peak_memory_stats()
 
 
-def ours(job: Job, rows: Tensor) -> Trainer:
+def ours(job: Job, rows: Tensor, targets: Tensor | None = None) -> Trainer:
     """From raw rows on: normalise the batch, then one step of every arm.
 
     The variant is the number of arms, which differ in seed and share the batch, as in a training;
@@ -191,20 +193,24 @@ def ours(job: Job, rows: Tensor) -> Trainer:
 
     device = torch.device(job.device)
     fast = fast_dtype(device, "encoder") if job.dtype == "auto" else getattr(torch, job.dtype)
-    statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
-    normaliser = Normaliser(statistics, device, fast)
-    weights = weights_from_rule("variance", 0.5, statistics)
-    number, lengths = (1, "unit") if job.variant == "unit" else (int(job.variant), "auto")
+    start = torch.zeros(len(rows), dtype=torch.int64)
+    read = written = Statistics(job.d_in, 1).update(rows, start)
+    how = {"lengths": "unit" if job.variant == "unit" else "auto"}
+    if targets is not None:
+        written = Statistics(job.d_in, 1).update(targets, start)
+        how["is_transcoder"] = True
+    normaliser = Normaliser(read, device, fast, target=None if targets is None else written)
+    weights = weights_from_rule("variance", 0.5, written)
     arms = [
-        Arm(ArmConfig(weights, job.k, init_seed=seed), job.d_in, job.d_sae, device, lengths=lengths)
-        for seed in range(number)
+        Arm(ArmConfig(weights, job.k, init_seed=seed), job.d_in, job.d_sae, device, **how)
+        for seed in range(1 if job.variant == "unit" else int(job.variant))
     ]
     learning_rate, rows_seen = default_learning_rate(job.d_sae), 0
 
-    def step(x: Tensor) -> None:
+    def step(x: Tensor, target: Tensor | None = None) -> None:
         nonlocal rows_seen
         rows_seen += len(x)
-        batch = normaliser.batch(x)
+        batch = normaliser.batch(x, target)
         for arm in arms:
             arm.last_fired[: job.dead] = rows_seen - 2 * DEAD_AFTER
             arm.step(batch, rows_seen, learning_rate, TrainConfig.aux_coefficient, DEAD_AFTER)
@@ -215,23 +221,27 @@ def ours(job: Job, rows: Tensor) -> Trainer:
     return Trainer(step, state, str(fast).removeprefix("torch."))
 
 
-def sparsify(job: Job, rows: Tensor) -> Trainer:
-    """eai-sparsify: the operations of its Trainer's loop around one SparseCoder, with Adam."""
+def sparsify(job: Job, rows: Tensor, targets: Tensor | None = None) -> Trainer:
+    """eai-sparsify: the operations of its Trainer's loop around one SparseCoder, with Adam. A
+    transcoder's decoder rows keep any length, as there."""
     if job.device == "cpu":  # where Triton is installed, it would use it without a GPU too
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder
     from sparsify.config import SparseCoderConfig
 
-    config = SparseCoderConfig(num_latents=job.d_sae, k=job.k)
+    is_transcoder = targets is not None
+    config = SparseCoderConfig(num_latents=job.d_sae, k=job.k, transcode=is_transcoder)
     coder = SparseCoder(job.d_in, config, device=job.device)
     optimiser = torch.optim.Adam(coder.parameters(), lr=2e-4 / (job.d_sae / 2**14) ** 0.5)
     dead = torch.arange(job.d_sae, device=job.device) < job.dead if job.dead else None
 
-    def step(x: Tensor) -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        out = coder(x, dead_mask=dead)
+    def step(x: Tensor, target: Tensor | None = None) -> None:
+        if not is_transcoder:
+            coder.set_decoder_norm_to_unit_norm()
+        out = coder(x, target, dead_mask=dead)
         (out.fvu + AUXK_ALPHA * out.auxk_loss).backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
+        if not is_transcoder:
+            coder.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
         optimiser.zero_grad()
 
@@ -289,7 +299,7 @@ def dictionary_learning(job: Job, rows: Tensor) -> Trainer:
     return Trainer(step, lambda: state_of(trainer.optimizer), "float32")
 
 
-def matmul(job: Job, rows: Tensor) -> Trainer:
+def matmul(job: Job, rows: Tensor, targets: Tensor | None = None) -> Trainer:
     """The encoder's product, in whichever number format and tiling is the fastest here."""
     ways = {}
     for dtype in ("float32", "bfloat16") if job.dtype == "auto" else (job.dtype,):
@@ -300,7 +310,7 @@ def matmul(job: Job, rows: Tensor) -> Trainer:
             ways["float32 by oneDNN"] = _onednn_product(job)
     x = rows[: job.batch].to(job.device)
     fastest = min(ways, key=lambda name: min(seconds_of(ways[name], x) for _ in range(3)))
-    return Trainer(ways[fastest], lambda: [], fastest)
+    return Trainer(lambda x, target=None: ways[fastest](x), lambda: [], fastest)
 
 
 def _product(job: Job, dtype: torch.dtype, tile: int) -> Callable[[Tensor], None]:
@@ -324,14 +334,16 @@ def _onednn_product(job: Job) -> Callable[[Tensor], None]:
     return step
 
 
-def adam(job: Job, rows: Tensor) -> Trainer:
+def adam(job: Job, rows: Tensor, targets: Tensor | None = None) -> Trainer:
     """Fused Adam over the parameters."""
     shapes = (job.d_sae, job.d_in), (job.d_sae, job.d_in), (job.d_sae,), (job.d_in,)
     parameters = [torch.nn.Parameter(torch.randn(shape, device=job.device)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimiser = torch.optim.Adam(parameters, fused=True)
-    return Trainer(lambda x: optimiser.step(), lambda: state_of(optimiser), "float32, fused")
+    return Trainer(
+        lambda x, target=None: optimiser.step(), lambda: state_of(optimiser), "float32, fused"
+    )
 
 
 STEPS = {  # how to make a trainer, and the distribution whose version the benchmark shows

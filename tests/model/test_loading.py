@@ -267,9 +267,10 @@ def saved(request, tmp_path):
 
 @pytest.fixture(params=["disk", "memory"])
 def spread(request, saved, tmp_path):
-    where = {"device_map": PARTS[saved.name], "offload_folder": tmp_path / "offloaded"}
-    is_disk = request.param == "disk"
-    hf_model = transformers.AutoModelForCausalLM.from_pretrained(saved, **where if is_disk else {})
+    how = {"use_kernels": False}
+    if is_disk := request.param == "disk":
+        how |= {"device_map": PARTS[saved.name], "offload_folder": tmp_path / "offloaded"}
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(saved, **how)
     return hf_model.eval() if is_disk else cpu_offload(hf_model, torch.device("cpu")).eval()
 
 
