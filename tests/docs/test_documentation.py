@@ -118,9 +118,12 @@ def test_gpt2_from_end_to_end(world, hub):
     assert torch.equal(pushed.W_dec, pulled.W_dec) and pulled.info.rule == "whitening"
     card = hub.content("user/gpt2-wsae", "README.md").decode()
     assert "`blocks.1.hook_resid_post/whitening-a0.5-k32`" in card
-    model, ids, written = names["model"], names["ids"], names["written"]
-    alone = model.hf_model.generate(ids, max_new_tokens=20, eos_token_id=None)
-    assert written.shape == alone.shape and not torch.equal(written, alone)
+    model, ids, site = names["model"], names["ids"], names["site"]
+    assert names["written"].shape == (1, ids.shape[1] + 20)
+    with llm_wsae.attach(model, pulled) as attached:  # a tiny model may write the same all the same
+        before = model.hf_model(ids).logits
+        attached.edit(site, llm_wsae.Steer(latent=123, strength=2 * names["largest"]))
+        assert not torch.equal(model.hf_model(ids).logits, before)
 
 
 def test_the_readmes_ten_lines(world, capsys):
