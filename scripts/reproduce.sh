@@ -66,11 +66,11 @@ labels | gallery)
   .venv/bin/python "$script" "${dictionaries[@]}" --store runs/labels --model "$model" "$@"
   ;;
 graph)
-  .venv/bin/llm-wsae train --model "$model" --corpus sotu --site 'blocks.*.mlp' \
+  .venv/bin/llm-wsae train --model "$model" --corpus "$corpus" --site 'blocks.*.mlp' \
     --architecture batch-topk --tokens "${ROWS:-1000000}" --statistics-tokens 20000 \
     --buffer-tokens 32768 --checkpoint-seconds 600 --out runs/transcoders
-  .venv/bin/llm-wsae evaluate runs/transcoders --model "$model" --corpus sotu --tokens 2000 \
-    --no-baselines --out runs/transcoders.json
+  .venv/bin/llm-wsae evaluate runs/transcoders --model "$model" --corpus "$corpus" \
+    --tokens 20000 --no-baselines --out runs/transcoders.json
   .venv/bin/llm-wsae export runs/transcoders --to circuit-tracer --out runs/circuit-tracer
   .venv/bin/python - "$model" runs/model <<'PY'
 import sys
