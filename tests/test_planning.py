@@ -83,6 +83,8 @@ def test_a_store_is_its_rows_and_a_stream_keeps_none(model, asked, monkeypatch):
     assert found.store_bytes > 2 * rows * 16 * 4
     streamed = plan(replace(asked, stream=True), model)
     assert streamed.store_bytes == 0 and streamed.disk_bytes < found.disk_bytes
+    buffered = plan(replace(asked, stream=True, buffer_tokens=2**26), model)
+    assert buffered.memory_bytes - streamed.memory_bytes >= 2**25 * len(SITES) * 16 * 4
     longer = plan(replace(asked, train=replace(TRAIN, tokens=4 * rows)), model)
     assert longer.trained_rows == 4 * rows and longer.store_bytes == found.store_bytes
 

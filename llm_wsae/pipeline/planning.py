@@ -22,6 +22,7 @@ from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_byte
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site, points_of
 from llm_wsae.pipeline.request import Run
+from llm_wsae.statistics.moments import SAMPLE_ROWS
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import PAIR_BYTES, ArmConfig
 from llm_wsae.training.config import TrainConfig
@@ -105,6 +106,7 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
         source = ActivationStore.open(name).source(min(request.sites))
         training = replace(request.training, tokens=rows)
         of_row = _first_steps(source, arms, training, Path(name) / "training")
+    found = _sizes(request, model, arms, rows)  # now with the memory that a forward pass takes
     tokens = request.harvest.num_contexts * request.harvest.context_size
     if request.stream:
         tokens = tokens * rows // request.rows + request.statistics_tokens
@@ -142,7 +144,9 @@ def _sizes(
     windows = 3 * min(WINDOW_BYTES, rows * row)  # batches are cut from one, two are read ahead
     if request.stream:
         buffers = 1 if device.type == "cpu" else 3  # one is trained on, one waits, one is filled
-        store, windows = 0, buffers * points * request.buffer_tokens * row
+        held = buffers * request.buffer_tokens + min(request.statistics_tokens, SAMPLE_ROWS)
+        held += 2 * train.batch_size  # the rows of a batch, together and by site
+        store, windows = 0, points * held * row
     checkpoint = PAIR_BYTES * weights
     dictionaries = 4 * (2 * weights + sum(arm.weights.is_matrix for arm in arms) * d_in**2)
     others = checkpoint if request.stream else dictionaries  # of a stream, all are trained at once
@@ -169,13 +173,15 @@ def _sizes(
 
 
 def _first_tokens(request: Run, model: LanguageModel, folder: Path) -> float:
-    """Harvest a few forward passes into a store. Seconds a token. The first pass is not timed, or
-    it is the only one: if it takes so long, what it prepares is little beside it."""
+    """Harvest a few forward passes into a store; of a stream, which keeps no rows, those of one
+    site. Seconds a token. The first pass is not timed, or it is the only one: if it takes so long,
+    what it prepares is little beside it."""
     corpus, config = request.corpus.open("train"), request.harvest
     sites = sorted(points_of(request.sites))
+    kept = sorted(points_of([min(request.sites)])) if request.stream else sites
     size = config.contexts_per_batch
     most = max(2, config.num_contexts // size // _SHARE)
-    manifest = manifest_of(model, corpus.identity(), sites, config)
+    manifest = manifest_of(model, corpus.identity(), kept, config)
     manifest = replace(manifest, contexts_per_shard=size, num_contexts=0)
     blocks = Packer.for_model(model, config).blocks(corpus, size, limit=config.num_contexts)
     ends, contexts = [time.perf_counter()], [0]
@@ -183,7 +189,7 @@ def _first_tokens(request: Run, model: LanguageModel, folder: Path) -> float:
         for number, block in zip(range(most), blocks, strict=False):
             rows = kept_rows(model, block, sites)
             manifest.num_contexts += len(block.ids)  # as many as are made: the text may end before
-            writer.add(number, block, {str(site): rows[site] for site in sites})
+            writer.add(number, block, {str(site): rows[site] for site in kept})
             ends.append(time.perf_counter())
             contexts.append(manifest.num_contexts)
             if ends[-1] - ends[1] > SECONDS or ends[-1] - ends[0] > 4 * SECONDS:

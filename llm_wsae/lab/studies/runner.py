@@ -155,7 +155,7 @@ def _source(
     if differing := differences(made.corpus, text.identity(), ("the store", "this command")):
         raise LlmWsaeError(
             f"features are planted into the text of the store, and this is another ({differing}); "
-            "name that one, with the same --heldout"
+            "name that one, with the same --heldout-fraction"
         )
     size: dict[str, Any] = {"tokens": made.num_contexts * made.context_size, "dtype": made.dtype}
     rows, out = HarvestConfig(**made.packing, **size), request.out / UPSTREAM
