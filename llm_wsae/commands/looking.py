@@ -49,8 +49,8 @@ class Evaluate:
     monosemantic: Flag = False
     """Also measure how monosemantic the latents are, with a sentence encoder."""
     baselines: bool = True
-    """Two untrained baselines, the dimensions themselves and a random dictionary, are measured, too;
-    trained dictionaries should do better."""
+    """Two untrained baselines, the dimensions themselves and a random dictionary, are measured,
+    too; trained dictionaries should do better."""
     keep: Flag = False
     """Also store the results in the dictionaries' own folders, for their cards, with those of the
     baselines measured beside them (dictionaries that are half random count as such)."""
