@@ -2,6 +2,7 @@
 # Repeats what a claim in the docs rests on, or resumes it:
 #   weights       do weights help, over documents: fidelity, and planted features (six hours)
 #   upstream      the same question, of features that the model itself carries (ten hours)
+#   finish        does a finish through the model pay, at equal total time (three hours)
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   labels        automatic labels of latents, tested on other documents (10 minutes)
@@ -17,8 +18,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in weights | upstream | checkpoints | probes | labels | gallery | explain | graph | interop) ;; *)
-  sed -n '2,13s/^# //p' "$0" >&2
+case $what in weights | upstream | finish | checkpoints | probes | labels | gallery | explain | graph | interop) ;; *)
+  sed -n '2,14s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -46,8 +47,8 @@ checkpoints)
 weights)
   .venv/bin/python scripts/results_weights.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
-upstream)
-  run() { .venv/bin/python scripts/results_upstream.py "$@"; }
+upstream | finish)
+  run() { .venv/bin/python "scripts/results_$what.py" "$@"; }
   if [ $# -gt 0 ]; then run "$@"; else
     run --name smollm2 --model "$model"
     run --name gemma --model "$(gemma_model .venv)"
