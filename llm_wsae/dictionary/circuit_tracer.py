@@ -89,11 +89,19 @@ def load_transcoder_set(folder: Path | str) -> list[Dictionary]:
             f"{path} has transcoders from {shown(hooks[0])} to {shown(hooks[1])}; only those from "
             f"{HOOKS['mlp_in']} to {HOOKS['mlp_out']} can be read"
         )
-    names = config.get("transcoders") or [file.name for file in folder.glob("layer_*.safetensors")]
+    names = config.get("transcoders")
+    if names is None:  # then they have the usual names
+        names = [f"layer_{n}.safetensors" for n, _ in enumerate(folder.glob("layer_*.safetensors"))]
+    if not isinstance(names, list) or not names:
+        raise LlmWsaeError(f"{path} names no transcoders, and there are none beside it")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise LlmWsaeError(
+                f"{path} names {shown(name)}; only files beside it can be read, so download the "
+                "whole set into its folder and name the files there"
+            )
     model = text(config.get("model_name"))
-    return [
-        _read(folder / f"layer_{block}.safetensors", block, model) for block in range(len(names))
-    ]
+    return [_read(folder / name, block, model) for block, name in enumerate(names)]
 
 
 def _check_set(blocks: Sequence[Dictionary]) -> None:

@@ -90,6 +90,13 @@ def test_what_is_damaged_or_stands_elsewhere_is_refused(tmp_path):
 
     fails("hook_resid_mid' to 'hook_mlp_out'; only", load_transcoder_set,
           changed(0, feature_input_hook="hook_resid_mid"))  # fmt: skip
+    fails("names no transcoders", load_transcoder_set, changed(3, transcoders=5))
+    for number, name in enumerate(("hf://a/b/layer_0.safetensors", "../x", 5), 4):
+        found = changed(number, transcoders=[name])
+        fails("only files beside it", load_transcoder_set, found)
+    renamed = changed(7, transcoders=["first.safetensors", "layer_1.safetensors"])
+    (renamed / "layer_0.safetensors").rename(renamed / "first.safetensors")
+    assert len(load_transcoder_set(renamed)) == 2
     missing = changed(1)
     (missing / "layer_1.safetensors").unlink()
     fails("layer_1.safetensors", load_transcoder_set, missing)
