@@ -88,6 +88,9 @@ def tiny_hf_model(family: str, seed: int = 0):
             t.GPTNeoXForCausalLM, t.GPTNeoXConfig, neox | {"use_parallel_residual": False}
         ),
         "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, llama | {"head_dim": 8}),
+        "experts": (
+            t.MixtralForCausalLM, t.MixtralConfig, llama | {"num_local_experts": 4}
+        ),
         "unknown": (t.BioGptForCausalLM, t.BioGptConfig, neox),
     }[family]  # fmt: skip
     hf_model = model_class(config_class(**sizes))

@@ -220,6 +220,9 @@ def test_bad_requests_are_sentences(ids):
     fails("at least one context of one token", model.logits, ids[:, :0])
     fails("was given ids from 0 to 9999; use its own", model.logits, unknown)
     fails("hook_resid_mid: its blocks run .* in parallel", model_of("neox").check_site, mid)
+    for point in ("mlp", "mlp_in", "mlp_out"):
+        site = Site(1, point)
+        fails("mixtures of experts, which is not supported", model_of("experts").check_site, site)
     fails("hook_resid_mid: TransformerLens does not know", model_of("unknown").check_site, mid)
 
 
