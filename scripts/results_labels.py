@@ -27,7 +27,7 @@ from llm_wsae.pages.collecting import ROWS_AT_ONCE
 from llm_wsae.statistics.uncertainty import Bootstrap
 from llm_wsae.terminal import markdown
 
-PAGE = README.parent / "docs/results/natural-features.md"
+PAGE = README.parent / "docs/results/labels.md"
 LATENTS, LISTED, SEED = 100, 6, 0
 FEWEST = 5  # firings in either half
 HEAD = ["dictionary", "latents with a rule", "F1 of labels", "of listed tokens", "more [95 %]"]

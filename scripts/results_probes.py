@@ -49,7 +49,7 @@ from llm_wsae.weights.loss_weights import weights_from_rule
 from llm_wsae.weights.scoring import RuleInputs
 
 FOUND = Path(__file__).parent / "results/probes.jsonl"
-PAGE = RESULTS / "natural-features.md"
+PAGE = RESULTS / "sae-probes.md"
 MADE = ROOT / "runs/probes/made"
 SITES, K = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post"), 32
 FROZEN = ("frozen-decoder", "frozen-encoder")
