@@ -31,7 +31,6 @@ PEERS = {  # folder of the environment, distributions, module
     "sparsify": ("sparsify", "eai-sparsify", "sparsify"),
     "saelens": ("saelens", "sae-lens", "sae_lens"),
     "dictionary_learning": ("dictlearn", "dictionary-learning", "dictionary_learning"),
-    "saebench": ("saebench", "sae-bench", "sae_bench"),
     "sae-probes": ("saeprobes", "sae-probes", "sae_probes"),
     "saelens5": ("saelens5", "sae-lens>=5,<6 pyarrow<20", "sae_lens"),
     "saelens3": ("saelens3", "sae-lens>=3,<4 pyarrow<20", "sae_lens"),

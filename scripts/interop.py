@@ -1,7 +1,7 @@
 """Our readers on dictionaries that the real tools wrote, and our dictionaries in the real tools.
 
     python scripts/interop.py                       # every part; docs/interop is written
-    python scripts/interop.py sparsify saebench     # some of them; the others stay as they are
+    python scripts/interop.py sparsify plugin       # some of them; the others stay as they are
 
 Each tool runs in an environment of its own (``LLM_WSAE_PEERS``), where a script of ``peers/`` lets
 the tool write dictionaries and note what it makes of some rows. Here the same rows go through what
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import ROOT, write_section
-from interop_checks import Part, ours_in_saelens, peer, plugin, read_all, saebench, tests
+from interop_checks import Part, ours_in_saelens, peer, plugin, read_all, tests
 
 REPORTS = ROOT / "docs/interop"
 READ, WRITTEN = "read.md", "written.md"
@@ -81,7 +81,6 @@ PARTS: dict[str, tuple[Callable[[Path], Part], str]] = {
     "sparsify": (sparsify, READ),
     "dictionary-learning": (dictionary_learning, READ),
     "ours-in-saelens": (ours_in_saelens, WRITTEN),
-    "saebench": (saebench, WRITTEN),
     "plugin": (plugin, WRITTEN),
     "tests": (tests, WRITTEN),
 }

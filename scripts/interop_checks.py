@@ -200,30 +200,6 @@ speaks the Hub's protocol, then `SAE.from_pretrained`.
     return Part(text, all(one.ok for one in found.values()))
 
 
-def saebench(out: Path) -> Part:
-    """SAEBench's core evaluation, which must find the same through either object."""
-    out.mkdir(parents=True)
-    folders = {name: str(folder) for name, folder in ours_saved(out).items()}
-    (out / "job.json").write_text(json.dumps(folders))
-    version = peer("saebench", "core_saebench.py", out)
-    results = json.loads((out / "results.json").read_text())
-    apart, by_latent = 0.0, 0.0
-    for found in results.values():
-        ours, theirs = (flat(found[how]["metrics"]) for how in ("ours", "SAELens"))
-        apart = max(apart, *(abs(ours[m] - theirs[m]) / (1 + abs(theirs[m])) for m in ours))
-        for name, values in found["SAELens"]["latents"].items():
-            a, b = (torch.tensor(v).nan_to_num() for v in (found["ours"]["latents"][name], values))
-            by_latent = max(by_latent, difference(a, b))
-    every = max(apart, by_latent) < 10 * TOLERANCE
-    text = f"""## Here → SAEBench
-
-{version}. `run_evals` of its core evaluation on a random model and random tokens finds the same
-through this package's `Dictionary` behind SAEBench's `BaseSAE` and through the same folder loaded
-by SAELens, for {", ".join(f"`{name}`" for name in results)}: its {len(ours)} numbers and
-those for each latent differ by less than {10 * TOLERANCE:.0e}.{"" if every else " **NO**"}"""
-    return Part(text, every)
-
-
 def tests(out: Path) -> Part:
     """Our own tests of what depends on TransformerLens or SAELens, in SAELens' environment."""
     python = peer_python("saelens")
@@ -244,12 +220,6 @@ def tests(out: Path) -> Part:
 in SAELens' environment, with transformer-lens {version.stdout.strip()}: {found}.{verdict}
 All tests run with TransformerLens 4 too, beside which SAELens cannot be installed."""
     return Part(text, ok)
-
-
-def flat(groups: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Metrics without their groups and counts."""
-    return {k: v for name, group in groups.items() if name != "token_stats"
-            for k, v in group.items()}  # fmt: skip
 
 
 def plugin(out: Path) -> Part:
