@@ -3,8 +3,9 @@
 # (SmolLM2-135M-Instruct and every State of the Union address), then harvest → weigh → train →
 # evaluate, and a page to look at. The output ends with what was found. A half-random dictionary is
 # trained beside the others, which should do better. Every row is trained on twice, and their number
-# follows the processor's speed, so that the whole ends within six minutes on two cores. Half of the
-# 240 addresses are held out, so that what is measured is of a hundred of them.
+# follows the processor's speed: the whole took five minutes on two cores of a Zen 4, seven on those
+# of a Zen 3, which gets the fewest rows and spends most on the evaluation. Half of the 240
+# addresses are held out, so that what is measured is of a hundred of them.
 # Arguments go to `llm-wsae run`, e.g. --tokens 200000 for a shorter run, or --eval-tokens 50000 for
 # narrower intervals.
 set -euo pipefail
@@ -17,7 +18,7 @@ out=runs/quickstart site=blocks.9.hook_resid_post
 [[ " $* " == *" --eval-tokens"* ]] || set -- --eval-tokens 20000 "$@"  # of 100 documents
 [[ " $* " == *" --architecture"* ]] || set -- --architecture topk frozen-encoder "$@"
 if [[ " $* " != *" --tokens"* ]]; then
-  # As many tokens as six minutes allow: 200,000 where a thread computes a small product in 2.4 ms,
+  # As many tokens as the time allows: 200,000 where a thread computes a small product in 2.4 ms,
   # as on an AMD Zen 4, and 50,000 where it takes twice as long. A run that was stopped keeps its
   # number.
   mkdir -p runs
