@@ -121,13 +121,14 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
 def _passes(model: LanguageModel, sites: Sequence[Site], arms: int) -> float:
     """How many of the harvest's passes, which end at the last site, take as long as evaluation.
     Behind each site, blocks and head run for the model's own rows, zeros, the mean, the dimensions
-    and every dictionary; a part takes as long as it has parameters."""
+    (not of an MLP) and every dictionary; a part takes as long as it has parameters."""
     ends = {one.data_ptr(): one.numel() for one in (model.W_E, model.W_U)}  # one, if they are tied
     total = sum(one.numel() for one in model.hf_model.parameters())
     head = model.W_U.numel() / ((total - sum(ends.values())) / model.num_blocks)  # in blocks
-    before = [site.block + (site.point == "post") for site in sites]
-    behind = sum(model.num_blocks - count + head for count in before)
-    return (4 + arms) * behind / max(1, *before)
+    before = {site: site.block + (site.point == "post") for site in sites}
+    runs = {site: (3 if site.is_mlp else 4) + arms for site in sites}
+    behind = sum(runs[site] * (model.num_blocks - before[site] + head) for site in sites)
+    return behind / max(1, *before.values())
 
 
 def _sizes(
