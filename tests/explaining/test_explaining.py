@@ -340,8 +340,13 @@ def test_a_judge_that_always_says_no_is_asked_for_a_probability(chosen, judge, a
     assert one.means["graded"].mean == 1 and one.means["detection"].mean == 0.5 and one.yes == 0
     assert "says no to every text" in found.table() and "graded" in found.table()
     assert one.questions == price_of(config, 6).questions
-    different = {(b["explanation"], b["text"]) for b in map(asked_of, graded)}
-    assert 80 < len(different) == len(graded) <= 6 * 16  # a text that comes twice is asked once
+    # a text that comes twice is asked once
+    every = [
+        [t.plain for t in one.active] + [text for own in one.silent.values() for text in own]
+        for one in chosen
+    ]
+    assert list(map(len, every)) == [16] * 6
+    assert len(graded) == sum(len({*own}) for own in every)
     assert all((b["max_tokens"], b["logprobs"], b["top_logprobs"]) == (1, True, 20) for b in graded)
     assert read_explanations(one.folder)[chosen[0].latent].scores["graded"].answered == 16
 

@@ -209,9 +209,10 @@ def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
     ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
     site = Site(9, "mid")
     logits, rows = model.logits(ids), model.activations(ids, [site])[site]
-    torch.testing.assert_close(model.resume(ids, site, rows), logits, rtol=1e-2, atol=1e-2)
-    with torch.no_grad():  # with gradients, layers may be computed in another way
+    with torch.no_grad():
         assert torch.equal(model.resume(ids, site, rows), logits)
+    rounding = 0 if model.dtype == torch.bfloat16 else 1e-4  # gradients need other float32 kernels
+    torch.testing.assert_close(model.resume(ids, site, rows), logits, rtol=0, atol=rounding)
     assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     _, cache = bridge_of(model).run_with_cache(ids)
     assert (rows - cache[str(site)]).float().norm() < 0.02 * rows.float().norm()
