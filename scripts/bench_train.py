@@ -249,7 +249,7 @@ def table(everybody: list[Contestant], batch: int) -> str:
         cells = [
             f"{one.name} ({one.about})" if one.about else one.name,
             f"{middle:.3g}",
-            f"{low:.3g} to {high:.3g}",
+            f"{low:.3g}–{high:.3g}",
             "" if is_floor else f"{batch / middle:,.0f}",
             f"{ratio(one.medians, ours.medians):.2f}",
             "" if is_floor else f"{ratio(floor, one.medians):.0%}",
@@ -259,7 +259,7 @@ def table(everybody: list[Contestant], batch: int) -> str:
     if floor:
         middle, low, high = quartiles(floor)
         lines.append(
-            f"| floor, the last two | {middle:.3g} | {low:.3g} to {high:.3g} "
+            f"| floor, the last two | {middle:.3g} | {low:.3g}–{high:.3g} "
             f"| {batch / middle:,.0f} | {ratio(floor, ours.medians):.2f} | 100% | |"
         )
     return "\n".join(lines)

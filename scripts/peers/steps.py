@@ -245,7 +245,7 @@ def sparsify(job: Job, rows: Tensor, targets: Tensor | None = None) -> Trainer:
         optimiser.step()
         optimiser.zero_grad()
 
-    about = "bfloat16, Triton" if job.device == "cuda" else "float32, its only mode on a CPU"
+    about = "bfloat16, Triton" if job.device == "cuda" else "float32"
     return Trainer(step, lambda: state_of(optimiser), about)
 
 
