@@ -84,6 +84,7 @@ def write_benchmark(name: str, text: str, device: torch.device = CPU) -> None:
     """A section of docs/benchmarks; what was measured on another processor stays next to it."""
     processor = processor_name(device)
     title, _, rest = text.partition("\n")
+    rest = rest.replace(f"{processor}; ", "")  # which the title names
     page = BENCHMARKS / _BENCHMARK_PAGES[name.split()[0]]
     write_section(f"{name} on {processor}", f"{title}, on {processor}\n{rest}", page)
 
