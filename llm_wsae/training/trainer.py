@@ -417,45 +417,32 @@ def _train(
                 "them from a store or stream, or a source of your own with a target"
             )
         check_out(out)
-    processes = join()
+    processes, device = join(), choose_device(config.device)
     with processes.together():
-        _train_missing(jobs, batches, config, places, model, processes)
-        return_freed_memory()  # of the trainings, before their dictionaries are read
-        return [{arm.name: _load(out / arm.name) for arm in arms} for _, arms, out in jobs]
-
-
-def _train_missing(
-    jobs: Sequence[tuple[ActivationSource, Sequence[ArmConfig], Path]],
-    batches: _Batches,
-    config: TrainConfig,
-    places: Sequence[Sequence[int]],
-    model: LanguageModel | None,
-    processes: Processes,
-) -> None:
-    """The jobs of ``_train`` that are not finished yet."""
-    device = choose_device(config.device)
-    with strategy_of(processes, device, config.shard) as strategy:
-        # before the lock: a refused request leaves no folder
-        unfinished = [job for job in jobs if not is_finished(job[2])]
-        widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
-        check_room(widths, config, strategy.latent_parts)
-        finish = _finish([source for source, *_ in unfinished], config, model, processes)
-        trainings = [
-            Training(source, arms, config, out, device, strategy, own)
-            for (source, arms, out), own in zip(jobs, places, strict=True)
-        ]
-        for one in trainings:
-            processes.check_agreed({**one.identity, "shard": config.shard}, "settings")
-        with ExitStack() as locks:
+        with strategy_of(processes, device, config.shard) as strategy:
+            # before the lock: a refused request leaves no folder
+            unfinished = [job for job in jobs if not is_finished(job[2])]
+            widths = [source.d_in for source, arms, _ in unfinished for _ in arms]
+            check_room(widths, config, strategy.latent_parts)
+            finish = _finish([source for source, *_ in unfinished], config, model, processes)
+            trainings = [
+                Training(source, arms, config, out, device, strategy, own)
+                for (source, arms, out), own in zip(jobs, places, strict=True)
+            ]
             for one in trainings:
-                locks.enter_context(processes.folder_lock(one.out, "training"))
-            done = processes.lead(lambda: [one.is_finished() for one in trainings])
-            missing = [one for one, is_done in zip(trainings, done, strict=True) if not is_done]
-            if missing:
-                return_freed_memory()  # by the stages before, for the rows
-                _Steps(missing, finish).take(batches)
-                for one in missing:
-                    processes.lead(one.finish)
+                processes.check_agreed({**one.identity, "shard": config.shard}, "settings")
+            with ExitStack() as locks:
+                for one in trainings:
+                    locks.enter_context(processes.folder_lock(one.out, "training"))
+                done = processes.lead(lambda: [one.is_finished() for one in trainings])
+                missing = [one for one, is_done in zip(trainings, done, strict=True) if not is_done]
+                if missing:
+                    return_freed_memory()  # by the stages before, for the rows
+                    _Steps(missing, finish).take(batches)
+                    for one in missing:
+                        processes.lead(one.finish)
+                    return_freed_memory()
+        return [{arm.name: _load(out / arm.name) for arm in arms} for _, arms, out in jobs]
 
 
 class _Steps:
