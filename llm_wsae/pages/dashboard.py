@@ -47,7 +47,7 @@ from llm_wsae.outside import check_number, mapping, number, pair
 from llm_wsae.pages.collecting import ROLES, Firings, collect, role_of_every_row, windows
 from llm_wsae.pages.frame import filled, is_page
 from llm_wsae.pages.telling import AFTER, BEFORE, Found, found_in, recognisable
-from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY
+from llm_wsae.statistics.measures import DRAWN, MEASURES, MONOSEMANTICITY, did_weights_help
 from llm_wsae.statistics.uncertainty import FEWEST, TextSize
 from llm_wsae.terminal import printable
 
@@ -334,6 +334,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
     return {
         "name": name,
         "site": info.site,
+        "answer": printable(did_weights_help(name, mapping(info.metrics.get("fidelity")))),
         "facts": [[title, lines] for title, lines in groups.items() if lines],
         "d_sae": dictionary.d_sae,
         "firstEdge": found.first_edge,

@@ -110,7 +110,7 @@ def write_page(
     }
     about = {
         "title": f"Dictionaries of {site}",
-        "words": [_NO_VERDICT],
+        "words": [*report.answers, _NO_VERDICT],
         "facts": [(name, value) for name, value in facts.items() if value],
         "page": page,
         "series": [

@@ -276,3 +276,29 @@ def score_text(record: Mapping[str, Any], key: str) -> str:
     """``Measure.text`` of a measure that another tool may have given a name of its own."""
     own = MEASURES.get(key) or Measure(key, key, "", "latents")
     return own.text(record)
+
+
+_HELP = {
+    "lower": "the weights help here",
+    "higher": "the weights do harm here",
+    "level": "the weights make no difference that this text shows",
+}
+
+
+def side_of_zero(interval: tuple[float, float]) -> str:
+    """What a difference is, by its interval: ``lower``, ``higher`` or ``level``."""
+    low, high = interval
+    return "higher" if low > 0 else "lower" if high < 0 else "level"
+
+
+def did_weights_help(name: str, fidelity: Mapping[str, Any]) -> str:
+    """A sentence on the KL of a dictionary beside that of the plain one it was measured with, from
+    the summary of its fidelity; empty if that says nothing of a plain one."""
+    beside = mapping(fidelity.get("from_plain"))
+    ends = pair(beside.get("kl_interval"))
+    own, change = number(fidelity.get("kl")), number(beside.get("kl"))
+    if own is None or change is None or ends is None or own == change:
+        return ""
+    kl, low, high = (f"{100 * part / (own - change):+.1f}" for part in (change, *ends))
+    side = _HELP[side_of_zero(ends)]
+    return f"{name}: KL {kl} % [{low}, {high}] beside {beside.get('plain')}: {side}."

@@ -205,7 +205,13 @@ def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browse
 
 def test_the_card_shows_what_was_measured():
     metrics = {
-        "fidelity": {"fvu": 0.1234, "kl": 0.2, "kl_interval": [0.19, 0.21], "ce_recovered": "much"},
+        "fidelity": {
+            "fvu": 0.1234,
+            "kl": 0.2,
+            "kl_interval": [0.19, 0.21],
+            "ce_recovered": "much",
+            "from_plain": {"plain": "two", "kl": -0.05, "kl_interval": [-0.06, -0.04]},
+        },
         "monosemanticity": {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.1}},
         "baselines": {
             "raw dimensions": {"fidelity": {"fvu": 0.6, "ce_recovered": 0.5, "kl": 2.5}},
@@ -214,7 +220,10 @@ def test_the_card_shows_what_was_measured():
     }
     dictionary, seen = make_dictionary(metrics=metrics), TextSize(100, 5, 4.0)
     nothing = Firings(dictionary, torch.zeros(9, dtype=torch.int32), 1, 1).finish()
-    groups = dict(dashboards.facts(dictionary, "one", nothing, seen)["facts"])
+    shown = dashboards.facts(dictionary, "one", nothing, seen)
+    helped = "one: KL -20.0 % [-24.0, -16.0] beside two: the weights help here."
+    groups = dict(shown["facts"])
+    assert shown["answer"] == helped
     fidelity = [("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]")]
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == fidelity
     beside = groups["The same of untrained and half-trained baselines (FVU, CE recovered, KL)"]
@@ -222,8 +231,9 @@ def test_the_card_shows_what_was_measured():
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning
-    unmeasured = dashboards.facts(make_dictionary(metrics={}), "one", nothing, seen)["facts"]
-    assert [title for title, _ in unmeasured] == ["What it is", "On the rows of this page"]
+    unmeasured = dashboards.facts(make_dictionary(metrics={}), "one", nothing, seen)
+    assert unmeasured["answer"] == ""
+    assert [title for title, _ in unmeasured["facts"]] == ["What it is", "On the rows of this page"]
     order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
     partner, likeness = nearest(dictionary.W_dec, dictionary.W_dec[order], 1)
     columns = dashboards.table(

@@ -41,6 +41,9 @@ def peace(browser, address, width, scheme):
     with watched(browser, address, address, viewport=size, color_scheme=scheme) as tab:
         tab.click("nav >> text=Latents")
         tab.wait_for_selector("article h1")
+        assert tab.is_visible("text=filters") == (width == 390)
+        if width == 390:  # on a phone they are folded
+            tab.click("text=filters")
         tab.select_option("[aria-label=show]", "paired")
         assert searched(tab, "peace")
         tab.locator(".row[role=option]:has-text('peace')").first.click()

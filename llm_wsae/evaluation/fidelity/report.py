@@ -1,14 +1,12 @@
 """What an evaluation of fidelity found: one JSON object, and one table for people."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.artifact.files import write_json
 from llm_wsae.artifact.provenance import plain
-from llm_wsae.statistics.measures import FIDELITY
+from llm_wsae.statistics.measures import FIDELITY, did_weights_help, side_of_zero
 from llm_wsae.statistics.uncertainty import Interval, TextSize
 from llm_wsae.terminal import Table
 
@@ -87,8 +85,7 @@ class FromPlain:
     @property
     def word(self) -> str:
         """What its KL is, beside the plain one's: ``lower``, ``higher`` or ``level``."""
-        low, high = self.kl_interval
-        return "higher" if low > 0 else "lower" if high < 0 else "level"
+        return side_of_zero(self.kl_interval)
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,6 @@ class Together:
             f"{name} in place of {self.blocks} MLPs at once: cross-entropy {self.ce_spliced:.3f} "
             f"nats instead of {self.ce_clean:.3f}, KL {self.kl:.3f} [{low:.3f}, {high:.3f}]."
         )
-
-
-_HELP = {
-    "lower": "the weights help here",
-    "higher": "the weights do harm here",
-    "level": "the weights make no difference that this text shows",
-}
 
 
 @dataclass(frozen=True)
@@ -141,8 +131,9 @@ class Report:
         return plain(self)
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """``Fidelity.summary`` of each dictionary."""
-        return {name: fidelity.summary() for name, fidelity in self.dictionaries.items()}
+        """``Fidelity.summary`` of each dictionary, and under ``from_plain`` how it differs."""
+        beside = {name: {"from_plain": plain(one)} for name, one in self.from_plain.items()}
+        return {n: one.summary() | beside.get(n, {}) for n, one in self.dictionaries.items()}
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
@@ -182,11 +173,9 @@ class Report:
                 f"zeros in their place; {one.massive_rows} massive activations left out."
             )
         lines += [one.sentence(name) for name, one in self.together.items()]
-        return [*lines, *self._answers(), *(f"note: {note}" for note in self.notes)]
+        return [*lines, *self.answers, *(f"note: {note}" for note in self.notes)]
 
-    def _answers(self) -> Iterator[str]:
+    @property
+    def answers(self) -> list[str]:
         """Do weights help? A sentence for each dictionary that has a plain one beside it."""
-        for name, one in self.from_plain.items():
-            whole = self.dictionaries[one.plain].kl or math.nan
-            kl, low, high = (f"{100 * part / whole:+.1f}" for part in (one.kl, *one.kl_interval))
-            yield f"{name}: KL {kl} % [{low}, {high}] beside {one.plain}: {_HELP[one.word]}."
+        return [text for n, own in self.summaries().items() if (text := did_weights_help(n, own))]

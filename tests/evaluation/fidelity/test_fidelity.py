@@ -337,6 +337,11 @@ def test_a_weighted_dictionary_is_compared_with_the_plain_one_beside_it(model, c
     low, high = plain["ce_recovered_interval"]
     assert empty.ce_recovered_interval == pytest.approx((-high, -low))
     assert empty.kl_interval[0] < empty.kl < empty.kl_interval[1] and empty.plain == "plain"
+    level, harm = found.answers
+    assert level.startswith("same: KL +0.0 % [+0.0, +0.0] beside plain: the weights make no ")
+    assert harm.startswith("empty: KL +") and harm.endswith(
+        "beside plain: the weights do harm here."
+    )
 
 
 def test_bad_requests(model, contexts):
