@@ -47,6 +47,7 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
     "kill, train": ("kills of `train`", "the same"),
     "kill, save": ("kills while a dictionary is saved", "the old or the new is there; the same"),
     "kill, pu": ("kills of `push` and `pull`", "the same"),
+    "kill, ": ("kills of other commands that write", "the same"),
 }
 
 

@@ -101,7 +101,7 @@ def plan(request: Run, model: LanguageModel | None = None) -> Plan:
     found = _sizes(request, model, arms, rows)
     if found.shortage():
         return found
-    with TemporaryDirectory(prefix=".plan.", dir=existing(request.folder)) as name:
+    with TemporaryDirectory(".partial", ".plan.", existing(request.folder)) as name:
         of_token = _first_tokens(request, model, Path(name))
         source = ActivationStore.open(name).source(min(request.sites))
         training = replace(request.training, tokens=rows)

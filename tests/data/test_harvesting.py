@@ -63,45 +63,6 @@ def after(forwards, happens=stop):
     return new
 
 
-def ends(renames, work):
-    """Work in a process that is killed when it has renamed that many files; whether it ended."""
-    child = os.fork()
-    if child == 0:
-        replace, left = os.replace, [renames]
-
-        def counted(*paths):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            replace(*paths)
-
-        os.replace = counted
-        work()
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL), code
-    return code == 0
-
-
-def test_sigkill_at_any_instant_ends_with_the_same_bytes(model, corpus, unbroken, tmp_path):
-    """Each run is killed before one more file gets its name, until one ends; each resumes."""
-    out, shards, renames = tmp_path / "s", [], 0
-
-    def work():
-        harvest(model, corpus, SITES, out, CONFIG)
-
-    while not ends(renames, work):
-        shards.append(len(list((out / "tokens").glob("*.safetensors"))))
-        renames += 3
-    assert len(shards) >= 2 and any(0 < n < 9 for n in shards), shards
-    for path in (out / "evidence").iterdir():
-        path.unlink()
-    assert not ends(0, work) and not ends(1, work)  # all shards are there, covariances are not
-    harvest(after(0), corpus, SITES, out, CONFIG)
-    assert files(out) == files(unbroken.folder)
-    assert verify(out).problems == []
-
-
 def test_what_a_stopped_or_killed_writer_left_is_removed(model, corpus, unbroken, tmp_path):
     out = tmp_path / "s"
     for forwards in (20, 9):
