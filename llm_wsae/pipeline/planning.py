@@ -153,7 +153,8 @@ def _sizes(
     others = checkpoint if request.stream else dictionaries  # of a stream, all are trained at once
     disk = store + (len(sites) - 1) * others + checkpoint + max(checkpoint, dictionaries)
     together = len(sites) if request.stream else 1
-    memory = together * PAIR_BYTES * weights + 4 * train.batch_size * train.expansion * d_in
+    # 2 bytes more: the encoder in bfloat16
+    memory = together * (PAIR_BYTES + 2) * weights + 4 * train.batch_size * train.expansion * d_in
     if device.type == "cuda":
         memory += sum(one.nbytes for one in model.hf_model.parameters())
     else:  # where the model is already, and all dictionaries stay
