@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks import README, write_section
+from matplotlib.figure import Figure
 from results_weights import FRONTIER, MINUS, PLAIN, SEEDS, SPACE, Weighting, fidelity, weights
 from torch import Tensor
 
@@ -61,6 +62,7 @@ from llm_wsae.lab.config import UpstreamConfig
 from llm_wsae.lab.planting import Firings, KnownSource, measure_recovery
 from llm_wsae.lab.studies.differences import Value, compared
 from llm_wsae.lab.upstream import UpstreamSource
+from llm_wsae.pipeline.plots import GREY, INK, PALETTE, tidy
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import default_learning_rate
@@ -70,6 +72,7 @@ HARVESTED, ROWS, TESTED = 1_300_000, 2_000_000, 50_000
 TOGETHER = 5  # dictionaries that are trained in one pass, so that a machine that is lost takes few
 RUN = README.parent / "runs/upstream"
 PAGE = README.parent / "docs/results/upstream.md"
+PICTURE = README.parent / "docs/images/upstream.png"
 FOUND = Path(__file__).parent / "results/upstream.jsonl"
 WIDER = [*FRONTIER, *(Weighting(f"plain, k 64, rate {r}", "uniform", k=64, rate=r) for r in (1, 2))]
 ASKED = [
@@ -185,14 +188,46 @@ def of_site(model: str, site: str) -> dict[tuple[str | None, int], dict[str, Any
 # --- Showing
 
 
-def show() -> Iterator[str]:
-    """What was planted, and a table for all sites that have their lines."""
+Sites = dict[tuple[str, str], dict[tuple[str | None, int], dict[str, Any]]]
+
+
+def whole_sites() -> Sites:
+    """The sites that have all their lines."""
     sites = list(dict.fromkeys((line["model"], line["site"]) for line in lines()))
-    whole = {site: of_site(*site) for site in sites}
     number = len(SEEDS) * (1 + len(WIDER) + len(ASKED) + len(CONTROLS))
-    whole = {site: own for site, own in whole.items() if len(own) == number}
-    if not whole:
-        return
+    found = {site: of_site(*site) for site in sites}
+    return {site: own for site, own in found.items() if len(own) == number}
+
+
+def draw(whole: Sites) -> None:
+    """F1 by KL: plain's frontier at two rates, and every weighting; small points are seeds."""
+    figure = Figure(figsize=(6.5 * len(whole), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(whole), squeeze=False)[0]
+    for panel, (site, own) in zip(panels, whole.items(), strict=True):
+
+        def of(name: str, own: dict[Any, Any] = own) -> np.ndarray:
+            return np.array([(own[name, s]["kl"], mean(own[name, s]["f1"])) for s in SEEDS])
+
+        for rate, colour in ((1, GREY), (2, INK)):
+            curve = sorted(of(w.name).mean(0).tolist() for w in WIDER if w.rate == rate)
+            label = f"plain, k 64, 48, 32, 24, rate {rate}"
+            panel.plot(*zip(*curve, strict=True), "o-", color=colour, label=label)
+        for place, weighting in enumerate([*ASKED, *CONTROLS[:2]]):
+            seeds, colour = of(weighting.name), PALETTE[place % len(PALETTE)]
+            mark = "sD"[place // len(PALETTE)]
+            panel.plot(*seeds.T, ".", color=colour, ms=4)
+            panel.plot(*seeds.mean(0), mark, color=colour, ms=8, label=weighting.name)
+        panel.set(
+            title=" ".join(site), xlabel="KL, nats", ylabel="mean F1 of the plants that count"
+        )
+        tidy(panel)
+    panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+def show(whole: Sites) -> Iterator[str]:
+    """What was planted at these sites, and a table for each."""
+    twice = next(w for w in WIDER if (w.k, w.rate) == (PLAIN.k, 2))
     for site, own in whole.items():
         plants = np.array([plant for seed in SEEDS for plant in own[None, seed]["plants"]])
         counting = plants[(plants[:, 2] >= 0.9) & (plants[:, 4] >= 0.01)]
@@ -202,16 +237,10 @@ def show() -> Iterator[str]:
             "{:.2f} [{:.2f}, {:.2f}] median norms and change the next token by ".format(*loud)
             + "{:.2f} [{:.2f}, {:.2f}] nats (medians, 5 to 95 %).\n".format(*effect)
         )
-    head, rows = ["", *(f"{' '.join(site)}: {n}" for site in whole for n in COLUMNS)], []
-    for weighting in (PLAIN, *ASKED, *CONTROLS):
-        cells = [cell for own in whole.values() for cell in shown(own, weighting.name)]
-        rows.append([weighting.name, *cells])
-    null = [np.mean([mean(own[PLAIN.name, s]["null"]) for s in SEEDS]) for own in whole.values()]
-    rows.append(["plain, firings shuffled", *(c for f1 in null for c in (f"{f1:.3f}", "–", "–"))])
-    yield markdown([head, *rows])
-
-
-COLUMNS = "F1", "beside plain's frontier [95 %]", "KL beside plain [95 %]"
+        rows = [["", "F1", "beside plain's frontier [95 %]", "KL beside plain [95 %]"]]
+        rows += [[w.name, *shown(own, w.name)] for w in (PLAIN, twice, *ASKED, *CONTROLS)]
+        null = np.mean([mean(own[PLAIN.name, s]["null"]) for s in SEEDS])
+        yield markdown([*rows, ["plain, firings shuffled", f"{null:.3f}", "–", "–"]])
 
 
 def shown(own: dict[tuple[str | None, int], dict[str, Any]], name: str) -> list[str]:
@@ -256,4 +285,6 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     if asked.model:
         measure(asked.name, asked.model, asked.site)
-    write_section("tables", "\n".join(show()), PAGE)
+    if whole := whole_sites():
+        draw(whole)
+        write_section("tables", "\n".join(show(whole)), PAGE)
