@@ -23,6 +23,8 @@ of SmolLM2-135M and Gemma 3 270M.
 models; it *does not* if the upper bound is below +.03 on both; otherwise nothing is *shown*. Six
 intervals are looked at on each model, and no other site, rate or stratum decides.
 
+*Afterwards*, since plain had gained at rate 2: plain at rates 3 and 4. It decides nothing.
+
 *Controls.* Rotated whitening and permuted variance; half-random dictionaries (frozen decoder,
 frozen encoder); and a null: plain's latents judged with the firings given to other rows.
 
@@ -83,12 +85,20 @@ ASKED = [
     Weighting("sensitivity ¼, space", "sensitivity", 0.25, SPACE),
     Weighting("variance ½ (the paper's rule)", "variance", 0.5),
 ]
+AFTERWARDS = [
+    Weighting(f"plain, k {k}, rate {r}", "uniform", k=k, rate=r)
+    for r in (3, 4)
+    for k in (32, 48, 64)
+]
 CONTROLS = [
     Weighting("rotated whitening ½, loss", "rotated:whitening", 0.5),
     Weighting("permuted variance ½, loss", "permuted:variance", 0.5),
     Weighting("frozen decoder", "uniform"),
     Weighting("frozen encoder", "uniform"),
 ]
+
+
+EVERY = [*WIDER, *ASKED, *CONTROLS, *AFTERWARDS]
 
 
 class Shuffled(KnownSource):
@@ -112,7 +122,7 @@ def measure(name: str, path: str, sites: Sequence[str]) -> None:
     judge = FidelityEvaluator(model, contexts, EvaluateConfig(tokens=TESTED))
     for site, seed in product(sites, SEEDS):
         done = of_site(name, site)
-        missing = [w for w in (*WIDER, *ASKED, *CONTROLS) if (w.name, seed) not in done]
+        missing = [w for w in EVERY if (w.name, seed) not in done]
         if not missing:
             continue
         folder, rows = RUN / name / site / str(seed), HarvestConfig(tokens=HARVESTED)
@@ -123,7 +133,7 @@ def measure(name: str, path: str, sites: Sequence[str]) -> None:
             names = "strength", "probability", "probe_f1", "loudness", "effect"
             every = [[round(getattr(p, n), 4) for n in names] for p in source.measured]
             append({**where, "weighting": None, "plants": every})
-        for rate in (1, 2):
+        for rate in sorted({w.rate for w in missing}):
             group = [w for w in missing if w.rate == rate]
             for first in range(0, len(group), TOGETHER):
                 of_group(where, group[first : first + TOGETHER], source, judge)
@@ -194,7 +204,7 @@ Sites = dict[tuple[str, str], dict[tuple[str | None, int], dict[str, Any]]]
 def whole_sites() -> Sites:
     """The sites that have all their lines."""
     sites = list(dict.fromkeys((line["model"], line["site"]) for line in lines()))
-    number = len(SEEDS) * (1 + len(WIDER) + len(ASKED) + len(CONTROLS))
+    number = len(SEEDS) * (1 + len(EVERY))
     found = {site: of_site(*site) for site in sites}
     return {site: own for site, own in found.items() if len(own) == number}
 
@@ -228,6 +238,7 @@ def draw(whole: Sites) -> None:
 def show(whole: Sites) -> Iterator[str]:
     """What was planted at these sites, and a table for each."""
     twice = next(w for w in WIDER if (w.k, w.rate) == (PLAIN.k, 2))
+    listed = [PLAIN, twice, *AFTERWARDS, *ASKED, *CONTROLS]
     for site, own in whole.items():
         plants = np.array([plant for seed in SEEDS for plant in own[None, seed]["plants"]])
         counting = plants[(plants[:, 2] >= 0.9) & (plants[:, 4] >= 0.01)]
@@ -238,7 +249,7 @@ def show(whole: Sites) -> Iterator[str]:
             + "{:.2f} [{:.2f}, {:.2f}] nats (medians, 5 to 95 %).\n".format(*effect)
         )
         rows = [["", "F1", "beside plain's frontier [95 %]", "KL beside plain [95 %]"]]
-        rows += [[w.name, *shown(own, w.name)] for w in (PLAIN, twice, *ASKED, *CONTROLS)]
+        rows += [[w.name, *shown(own, w.name)] for w in listed]
         null = np.mean([mean(own[PLAIN.name, s]["null"]) for s in SEEDS])
         yield markdown([*rows, ["plain, firings shuffled", f"{null:.3f}", "–", "–"]])
 
@@ -248,7 +259,9 @@ def shown(own: dict[tuple[str | None, int], dict[str, Any]], name: str) -> list[
     kl = fidelity([own[name, s] for s in SEEDS], [own[PLAIN.name, s] for s in SEEDS])[-1]
     f1 = {seed: own[name, seed]["f1"] for seed in SEEDS}
     cell = f"{np.mean([mean(one) for one in f1.values()]):.3f}"
-    if name in {w.name for w in (*WIDER, *CONTROLS[2:])}:  # half-random ones have no such KL
+    if name in {
+        w.name for w in (*WIDER, *AFTERWARDS, *CONTROLS[2:])
+    }:  # half-random ones have no such KL
         return [cell, "–", kl]
     pairs = {seed: beside_frontier(own, name, seed) for seed in SEEDS}
     found = compared(*({seed: Value(pair[n]) for seed, pair in pairs.items()} for n in (0, 1)))
